@@ -1,0 +1,114 @@
+"""Every error a user of l4queue can meet, in one tree.
+
+L4QueueError
+├── ConfigError            a setting is missing or wrong
+├── InvalidRequest         the request can never run; `field` names what is wrong
+│   └── RequestTooLong     prompt + max_tokens exceed the model's limit
+├── QueueFull              the bounded backlog is full; `retry_after_s` says when to try again
+├── IdempotencyConflict    the same idempotency key with a different body
+├── UnknownRequest         no record of this id (never accepted, or its result has expired)
+├── ResultTimeout          the wait ended before the request did; it goes on
+├── RequestNotDone         a terminal outcome other than `done`
+│   ├── RequestFailed      `error` and, for bad input, `field`
+│   ├── RequestCancelled
+│   ├── RequestExpired     its deadline passed
+│   └── RequestDead        it killed the engine each time it ran alone
+├── ServiceUnavailable     Redis cannot be reached or answers with an error
+└── TraceError             a trace file is broken; names file, line and column
+"""
+
+from __future__ import annotations
+
+__all__ = (
+    "ConfigError",
+    "IdempotencyConflict",
+    "InvalidRequest",
+    "L4QueueError",
+    "QueueFull",
+    "RequestCancelled",
+    "RequestDead",
+    "RequestExpired",
+    "RequestFailed",
+    "RequestNotDone",
+    "RequestTooLong",
+    "ResultTimeout",
+    "ServiceUnavailable",
+    "TraceError",
+    "UnknownRequest",
+)
+
+
+class L4QueueError(Exception):
+    """Root of all errors raised by l4queue."""
+
+
+class ConfigError(L4QueueError):
+    """A setting is missing or wrong; the message says which and what to do."""
+
+
+class InvalidRequest(L4QueueError, ValueError):
+    """The request can never run. `field` names the offending field."""
+
+    def __init__(self, message: str, *, field: str) -> None:
+        super().__init__(f"{field}: {message}")
+        self.field = field
+
+
+class RequestTooLong(InvalidRequest):
+    """Prompt and `max_tokens` together exceed what the model can hold."""
+
+
+class QueueFull(L4QueueError):
+    """The backlog is at its bound. Nothing was accepted; try again after `retry_after_s`."""
+
+    def __init__(self, message: str, *, retry_after_s: float) -> None:
+        super().__init__(f"{message}; retry after {retry_after_s:.1f} s")
+        self.retry_after_s = retry_after_s
+
+
+class IdempotencyConflict(L4QueueError):
+    """The idempotency key was used before with a different request."""
+
+
+class UnknownRequest(L4QueueError, KeyError):
+    """No record of this id: never accepted, or its result TTL has passed."""
+
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else ""
+
+
+class ResultTimeout(L4QueueError, TimeoutError):
+    """The wait ended before the request did. The request goes on; wait again or cancel it."""
+
+
+class RequestNotDone(L4QueueError):
+    """The request ended in a terminal state other than `done`."""
+
+    def __init__(self, message: str, *, request_id: str, field: str | None = None) -> None:
+        super().__init__(message)
+        self.request_id = request_id
+        self.field = field
+
+
+class RequestFailed(RequestNotDone):
+    """The request was refused or could not be computed; `field` is set when input was at fault."""
+
+
+class RequestCancelled(RequestNotDone):
+    """The request was cancelled."""
+
+
+class RequestExpired(RequestNotDone):
+    """The deadline passed before the request finished."""
+
+
+class RequestDead(RequestNotDone):
+    """The request crashed its worker repeatedly, the last times while running alone."""
+
+
+class ServiceUnavailable(L4QueueError):
+    """Redis cannot be reached, or refuses commands; the message says which and what to do."""
+
+
+class TraceError(L4QueueError, ValueError):
+    """A trace file is broken; the message is one line naming file, line and column."""

@@ -1,0 +1,274 @@
+"""The values of the field: requests, their states and transitions, plans, loads. No I/O, no clock."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
+
+__all__ = (
+    "CONTINUATIONS",
+    "TERMINAL",
+    "TRANSITIONS",
+    "ChatMessage",
+    "Plan",
+    "RequestSpec",
+    "RequestState",
+    "SamplingParams",
+    "StagePlan",
+    "Transition",
+    "WorkerLoad",
+)
+
+MAX_PROMPT_BYTES = 16 * 2**20
+"""Longest prompt accepted, bytes of UTF-8: far above what any model holds, far below what hurts Redis."""
+
+
+class RequestState(StrEnum):
+    """Where a request is in its life. Terminal states never change again."""
+
+    #: accepted, on the inbox stream, not yet counted and routed
+    SUBMITTED = "submitted"
+    #: in a stage queue (or the solo queue), owned by nobody
+    QUEUED = "queued"
+    #: leased by one worker incarnation under the current epoch
+    RUNNING = "running"
+    #: finished; the result is stored
+    DONE = "done"
+    #: refused as bad input, or not computable
+    FAILED = "failed"
+    #: ended by the client, Flower or the CLI
+    CANCELLED = "cancelled"
+    #: its deadline passed first
+    EXPIRED = "expired"
+    #: crashed its worker again and again while running alone
+    DEAD = "dead"
+
+
+TERMINAL = frozenset(
+    {
+        RequestState.DONE,
+        RequestState.FAILED,
+        RequestState.CANCELLED,
+        RequestState.EXPIRED,
+        RequestState.DEAD,
+    }
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Transition:
+    """One edge of the state machine; `script` is the Lua file that performs it."""
+
+    source: RequestState | None
+    target: RequestState
+    script: str
+    why: str
+
+
+_S = RequestState
+TRANSITIONS: tuple[Transition, ...] = (
+    Transition(source=None, target=_S.SUBMITTED, script="submit", why="a client enqueues"),
+    Transition(source=_S.SUBMITTED, target=_S.QUEUED, script="route", why="a dispatcher counts and routes"),
+    Transition(source=_S.SUBMITTED, target=_S.FAILED, script="refuse", why="it can never run"),
+    Transition(source=_S.QUEUED, target=_S.RUNNING, script="take", why="a worker with room takes it"),
+    Transition(source=_S.RUNNING, target=_S.QUEUED, script="release", why="a worker gives it back, no blame"),
+    Transition(source=_S.RUNNING, target=_S.QUEUED, script="reap", why="its worker's lease ran out"),
+    Transition(source=_S.RUNNING, target=_S.DEAD, script="reap", why="it killed its worker while alone"),
+    Transition(source=_S.RUNNING, target=_S.DONE, script="settle", why="generation finished"),
+    Transition(source=_S.RUNNING, target=_S.FAILED, script="settle", why="the engine cannot compute it"),
+    Transition(source=_S.SUBMITTED, target=_S.CANCELLED, script="cancel", why="somebody cancels"),
+    Transition(source=_S.QUEUED, target=_S.CANCELLED, script="cancel", why="somebody cancels"),
+    Transition(source=_S.RUNNING, target=_S.CANCELLED, script="cancel", why="somebody cancels"),
+    Transition(source=_S.SUBMITTED, target=_S.EXPIRED, script="expire", why="its deadline passed"),
+    Transition(source=_S.QUEUED, target=_S.EXPIRED, script="expire", why="its deadline passed"),
+    Transition(source=_S.RUNNING, target=_S.EXPIRED, script="expire", why="its deadline passed"),
+)
+CONTINUATIONS = frozenset({_S.SUBMITTED, _S.QUEUED, _S.RUNNING})
+"""States from which a request still moves."""
+
+
+class _Strict(BaseModel):
+    """Strict input: no coercion, no unknown fields, no NaN or infinity."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ChatMessage(_Strict):
+    """One chat message; the model's own template renders the list."""
+
+    role: Literal["system", "user", "assistant", "tool", "developer"]
+    content: str = Field(max_length=MAX_PROMPT_BYTES)
+
+
+class SamplingParams(_Strict):
+    """How to generate. Names, ranges and meanings are vLLM's; unknown names are refused."""
+
+    max_tokens: int = Field(default=256, ge=1, le=1_000_000, description="most tokens to generate")
+    min_tokens: int = Field(default=0, ge=0, description="no end of sequence before this many tokens")
+    temperature: float = Field(default=1.0, ge=0.0, le=100.0, description="0 is greedy")
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    top_k: int = Field(default=0, ge=0, description="0 considers every token")
+    min_p: float = Field(default=0.0, ge=0.0, le=1.0)
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
+    stop: tuple[str, ...] = Field(default=(), max_length=16, description="text that ends the output")
+    stop_token_ids: tuple[int, ...] = Field(default=(), max_length=64)
+    ignore_eos: bool = False
+    presence_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
+    frequency_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
+    repetition_penalty: float = Field(default=1.0, gt=0.0, le=10.0)
+
+    @field_validator("stop", "stop_token_ids", mode="before")
+    @classmethod
+    def _lists_are_tuples(cls, value: object) -> object:
+        return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("stop")
+    @classmethod
+    def _stop_strings_are_short(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if any(not text or len(text) > 256 for text in value):
+            raise ValueError("each stop string must have 1 to 256 characters")
+        return value
+
+    @model_validator(mode="after")
+    def _min_within_max(self) -> SamplingParams:
+        if self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens {self.min_tokens} exceeds max_tokens {self.max_tokens}")
+        return self
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether a resume by recompute would change the distribution.
+
+        Output penalties count generated tokens only; after a resume these are part of the prompt. Such a
+        request is never handed over, streams nothing before its end and restarts from zero after a crash.
+        """
+        return (
+            self.presence_penalty != 0.0 or self.frequency_penalty != 0.0 or self.repetition_penalty != 1.0
+        )
+
+
+class RequestSpec(_Strict):
+    """One request as its user wrote it. Exactly one of `prompt`, `messages`, `token_ids` is set."""
+
+    prompt: str | None = Field(default=None)
+    messages: tuple[ChatMessage, ...] | None = Field(default=None, max_length=10_000)
+    token_ids: tuple[int, ...] | None = Field(default=None, max_length=2_000_000)
+    params: SamplingParams = SamplingParams()
+    priority: int = Field(default=0, ge=-100, le=100, description="lower is served first, as in vLLM")
+    deadline_s: float | None = Field(default=None, gt=0.0, le=30 * 86_400.0)
+    idempotency_key: str | None = Field(default=None, min_length=1, max_length=512)
+    metadata: dict[str, JsonValue] | None = Field(default=None)
+
+    @field_validator("messages", "token_ids", mode="before")
+    @classmethod
+    def _lists_are_tuples(cls, value: object) -> object:
+        return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("prompt")
+    @classmethod
+    def _prompt_is_text(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        if not value:
+            raise ValueError("the prompt is empty")
+        size_bytes = len(value.encode("utf-8", "strict"))
+        if size_bytes > MAX_PROMPT_BYTES:
+            raise ValueError(f"the prompt has {size_bytes} bytes; at most {MAX_PROMPT_BYTES} are accepted")
+        return value
+
+    @field_validator("token_ids")
+    @classmethod
+    def _token_ids_are_ids(cls, value: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if value is not None and not value:
+            raise ValueError("the prompt is empty")
+        if value is not None and (min(value) < 0 or max(value) >= 2**31):
+            raise ValueError("token ids must lie in [0, 2^31)")
+        return value
+
+    @field_validator("messages")
+    @classmethod
+    def _messages_fit(cls, value: tuple[ChatMessage, ...] | None) -> tuple[ChatMessage, ...] | None:
+        if value is not None and not value:
+            raise ValueError("the list of messages is empty")
+        if value is not None and sum(len(m.content.encode()) for m in value) > MAX_PROMPT_BYTES:
+            raise ValueError(f"the messages have more than {MAX_PROMPT_BYTES} bytes")
+        return value
+
+    @model_validator(mode="after")
+    def _one_kind_of_prompt(self) -> RequestSpec:
+        given = [n for n in ("prompt", "messages", "token_ids") if getattr(self, n) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of prompt, messages, token_ids (got {given or 'none'})")
+        return self
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StagePlan:
+    """One stage of a plan: the workers that serve lengths in the half-open range [low, high)."""
+
+    low_tokens: int
+    high_tokens: int | None  # None: no upper end (the last stage)
+    num_workers: int
+    worker_ids: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Ordered stages that cover [0, ∞) once. `version` rises by one with each publication; 0 is the
+    plan of an empty deployment: one stage that everybody serves."""
+
+    version: int
+    stages: tuple[StagePlan, ...]
+    reason: str = ""
+    created_ms: int = 0
+    objective: float | None = None
+    objective_one_stage: float | None = None
+    details: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def one_stage(cls, *, version: int = 0, num_workers: int = 0, reason: str = "no plan yet") -> Plan:
+        """The plan without partition: one stage for all lengths."""
+        stage = StagePlan(low_tokens=0, high_tokens=None, num_workers=num_workers)
+        return cls(version=version, stages=(stage,), reason=reason)
+
+    def stage_of(self, length_tokens: int) -> int:
+        """Index of the stage whose range holds the length; a boundary belongs to the upper stage."""
+        for index, stage in enumerate(self.stages):
+            if stage.high_tokens is None or length_tokens < stage.high_tokens:
+                return index
+        return len(self.stages) - 1
+
+    def stage_of_worker(self, worker_id: str) -> int | None:
+        """Index of the stage that the plan gives this worker, or None when it does not know it."""
+        for index, stage in enumerate(self.stages):
+            if worker_id in stage.worker_ids:
+                return index
+        return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerLoad:
+    """A worker's published state, as of one heartbeat."""
+
+    worker_id: str
+    incarnation: str = ""
+    stage: int = 0
+    num_running: int = 0
+    num_waiting_in_engine: int = 0
+    context_tokens: int = 0
+    kv_used_tokens: int = 0
+    kv_capacity_tokens: int = 0
+    max_running: int = 0
+    step_ms: float = 0.0
+    tokens_per_s: float = 0.0
+    is_draining: bool = False
+    engine: str = ""
+    num_finished: int = 0
+
+    @property
+    def kv_share(self) -> float:
+        """Share of the KV cache in use, 0 to 1."""
+        return self.kv_used_tokens / self.kv_capacity_tokens if self.kv_capacity_tokens else 0.0
