@@ -145,9 +145,7 @@ class SamplingParams(_Strict):
         Output penalties count generated tokens only; after a resume these are part of the prompt. Such a
         request is never handed over, streams nothing before its end and restarts from zero after a crash.
         """
-        return (
-            self.presence_penalty != 0.0 or self.frequency_penalty != 0.0 or self.repetition_penalty != 1.0
-        )
+        return self.presence_penalty != 0.0 or self.frequency_penalty != 0.0 or self.repetition_penalty != 1.0
 
 
 class RequestSpec(_Strict):

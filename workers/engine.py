@@ -1,0 +1,118 @@
+"""The seam to an inference engine: token ids in, token ids out, in batches. Nothing here knows Redis."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Protocol
+
+from l4queue.models import SamplingParams
+
+__all__ = ("Engine", "EngineInfo", "EngineOutput", "EngineRequest", "EngineStats", "FinishReason", "StepRecord")
+
+
+class FinishReason(StrEnum):
+    """Why a request ended in the engine."""
+
+    STOP = "stop"  # end of sequence, or one of stop_token_ids
+    LENGTH = "length"  # max_tokens generated, or the model's length reached
+    ABORT = "abort"  # abort() was called
+    ERROR = "error"  # the engine cannot compute this request; `error` says why
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineRequest:
+    """One request as the engine sees it.
+
+    `token_ids` is the prompt followed by what earlier workers have generated (the last `num_resumed` of
+    them); `max_tokens` and `min_tokens` count from here on, so they override those of `params`.
+    Stop strings are not the engine's business: the worker finds them in the text.
+    """
+
+    request_id: str
+    token_ids: Sequence[int]
+    max_tokens: int
+    min_tokens: int
+    params: SamplingParams
+    priority: int = 0
+    num_resumed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOutput:
+    """New tokens of one request (possibly none, with a finish reason)."""
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineInfo:
+    """What an engine is, fixed once it has started."""
+
+    name: str
+    model: str
+    version: str
+    max_model_len: int
+    kv_capacity_tokens: int
+    max_running: int
+    max_batched_tokens: int
+    eos_token_ids: frozenset[int] = field(default_factory=frozenset)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    """What an engine is doing now. `num_steps` only grows: the proof of progress that renews the lease."""
+
+    num_running: int
+    num_waiting: int
+    kv_used_tokens: int
+    num_steps: int
+    last_step_ms: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepRecord:
+    """One engine step as measured; the shape is that of `l4queue.policy.cost.BatchShape`."""
+
+    elapsed_ms: float
+    num_decodes: int
+    context_tokens: int
+    prefill_tokens: int
+    prefill_pairs: float
+    skew_tokens: float
+
+
+class Engine(Protocol):
+    """One inference engine on one event loop for life. Not thread-safe."""
+
+    async def start(self) -> EngineInfo:
+        """Load and warm up; raises ConfigError when the model or the hardware does not do."""
+
+    async def add(self, request: EngineRequest) -> None:
+        """Admit a request. Its fate, even a refusal, arrives through `outputs`."""
+
+    async def abort(self, request_ids: Iterable[str]) -> None:
+        """Stop requests; unknown ids are ignored. Nothing more comes out for these ids."""
+
+    async def outputs(self) -> list[EngineOutput]:
+        """Wait until something came out, then return all of it, in order per request.
+
+        Raises EngineDied when the engine can no longer compute.
+        """
+
+    def stats(self) -> EngineStats:
+        """Load now; cheap."""
+
+    def step_records(self) -> list[StepRecord]:
+        """Steps measured since the last call, oldest first; bounded, the oldest are dropped."""
+
+    async def stop(self) -> None:
+        """Stop and free everything; safe to call twice."""
+
+
+class EngineDied(Exception):
+    """The engine is gone; the worker gives its requests back and ends."""
