@@ -1,0 +1,261 @@
+"""Every state transition as a value: which script, which keys, which arguments, how to read its reply."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Generic, TypeVar
+
+from l4queue.protocol.keys import Keys
+from l4queue.protocol.records import Grant, Outcome, pack_ids
+
+__all__ = ("Arg", "Call", "Calls", "Reaped", "SubmitReply", "Taken", "Verdict")
+
+T = TypeVar("T")
+Arg = str | int | float | bytes
+
+
+class Verdict(StrEnum):
+    """What a script says to a writer."""
+
+    OK = "OK"
+    DUP = "DUP"  # already done by this very call: fine
+    FENCED = "FENCED"  # no longer the owner: stop working on it
+    HAVE = "HAVE"  # the server has some of these tokens already
+    GAP = "GAP"  # the server lacks earlier tokens
+    LOST = "LOST"  # the incarnation's lease was reaped
+    STALE = "STALE"  # another plan was published first
+    HOLDS = "HOLDS"  # requests are still held
+    UNKNOWN = "UNKNOWN"  # no such request
+    IS = "IS"  # terminal already
+    CONFLICT = "CONFLICT"  # same id, different request
+    FULL = "FULL"  # the bounded backlog is full
+
+
+@dataclass(frozen=True, slots=True)
+class Call(Generic[T]):
+    """One round trip: a script when `script` is set, else the plain command in `args`.
+
+    Every call is safe to repeat after a lost reply; that is what lets the executors retry.
+    """
+
+    script: str | None
+    keys: tuple[str, ...]
+    args: tuple[Arg, ...]
+    parse: Callable[[Any], T]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SubmitReply:
+    """Answer to `submit`. `at_ms` is set for OK; the backlog for FULL; the state for DUP and CONFLICT."""
+
+    verdict: Verdict
+    at_ms: int | None = None
+    state: str | None = None
+    live_tokens: int = 0
+    drain_tokens_per_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Taken:
+    """Answer to `take`: OK with grants, or LOST."""
+
+    verdict: Verdict
+    grants: tuple[Grant, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reaped:
+    """Answer to `reap`."""
+
+    num_requeued: int
+    num_dead: int
+    was_graced: bool
+
+
+def _verdict(reply: bytes) -> Verdict:
+    return Verdict(reply.partition(b":")[0].decode())
+
+
+def _cancelled(reply: bytes) -> tuple[Verdict, str | None]:
+    head, _, tail = reply.decode().partition(":")
+    return Verdict(head), tail or None
+
+
+def _submitted(reply: list[bytes]) -> SubmitReply:
+    verdict = Verdict(reply[0].decode())
+    if verdict is Verdict.OK:
+        return SubmitReply(verdict=verdict, at_ms=int(reply[1]))
+    if verdict is Verdict.FULL:
+        return SubmitReply(verdict=verdict, live_tokens=int(reply[1]), drain_tokens_per_s=float(reply[2]))
+    return SubmitReply(verdict=verdict, state=reply[1].decode())
+
+
+def _taken(reply: list[Any]) -> Taken:
+    return Taken(verdict=Verdict(reply[0].decode()), grants=tuple(Grant.parse(row) for row in reply[1:]))
+
+
+def _reaped(reply: list[int]) -> Reaped:
+    return Reaped(num_requeued=reply[0], num_dead=reply[1], was_graced=bool(reply[2]))
+
+
+class Calls:
+    """Builders of all transitions under one namespace. Pure: nothing here does I/O."""
+
+    def __init__(self, keys: Keys) -> None:
+        self.keys = keys
+
+    def submit(
+        self,
+        request_id: str,
+        *,
+        digest: str,
+        body: str,
+        kind: str,
+        prompt: bytes,
+        charge_tokens: int,
+        max_live_tokens: int,
+        max_live_bytes: int,
+        deadline_ms: int,
+        ttl_ms: int,
+        client_id: str,
+    ) -> Call[SubmitReply]:
+        """Accept a request. `charge_tokens` is an estimate until the dispatcher has counted."""
+        k = self.keys
+        args = (request_id, digest, body, kind, prompt, charge_tokens, len(prompt) + len(body))
+        limits = (max_live_tokens, max_live_bytes, deadline_ms, ttl_ms, client_id)
+        return Call("submit", (k.counts, k.inbox, k.request(request_id)), args + limits, _submitted)
+
+    def route(
+        self,
+        request_id: str,
+        *,
+        entry_id: str,
+        stage: str,
+        score: float,
+        token_ids: Sequence[int],
+        max_tokens: int,
+        plan_version: int,
+        bucket: int,
+    ) -> Call[Verdict]:
+        """Queue a counted request in its stage and clear its inbox entry."""
+        k = self.keys
+        ids = pack_ids(token_ids)
+        args = (request_id, entry_id, stage, repr(score), len(token_ids), max_tokens, ids, plan_version, bucket)
+        return Call("route", (k.inbox, k.request(request_id), k.hist), args, _verdict)
+
+    def refuse(
+        self, request_id: str, *, entry_id: str, error: str, field: str = "", raw: bytes = b""
+    ) -> Call[Verdict]:
+        """End a request that can never run; `raw` goes to the dead letters with it."""
+        k = self.keys
+        keys = (k.inbox, k.request(request_id), k.dead)
+        return Call("refuse", keys, (request_id, entry_id, error, field, raw), _verdict)
+
+    def take(
+        self,
+        stage: str,
+        *,
+        incarnation: str,
+        worker_id: str,
+        nonce: str,
+        max_requests: int,
+        room_tokens: int,
+        reserve_tokens: int,
+    ) -> Call[Taken]:
+        """Lease waiting requests while they fit `room_tokens`, each with `reserve_tokens` to grow."""
+        k = self.keys
+        keys = (k.queue(stage), k.worker(incarnation), k.held(incarnation), k.workers)
+        args = (incarnation, nonce, max_requests, room_tokens, reserve_tokens, worker_id, stage)
+        return Call("take", keys, args, _taken)
+
+    def emit(
+        self, request_id: str, *, incarnation: str, epoch: int, offset: int, token_ids: Sequence[int], text: str
+    ) -> Call[Verdict]:
+        """Append tokens that follow the first `offset` ones."""
+        k = self.keys
+        args = (incarnation, epoch, offset, len(token_ids), pack_ids(token_ids), text)
+        return Call("emit", (k.request(request_id), k.output(request_id)), args, _verdict)
+
+    def settle(
+        self,
+        request_id: str,
+        *,
+        incarnation: str,
+        epoch: int,
+        offset: int,
+        token_ids: Sequence[int],
+        text: str,
+        outcome: Outcome,
+    ) -> Call[Verdict]:
+        """Write the outcome together with the last tokens and the text held back until now."""
+        k = self.keys
+        last = (offset, len(token_ids), pack_ids(token_ids), text)
+        end = (outcome.held_text, outcome.state.value, outcome.finish_reason, outcome.error, outcome.field)
+        args = (request_id, incarnation, epoch, *last, *end)
+        return Call("settle", (k.request(request_id), k.output(request_id)), args, _verdict)
+
+    def release(
+        self,
+        request_id: str,
+        *,
+        incarnation: str,
+        epoch: int,
+        stage: str = "",
+        score: float | None = None,
+        blame: bool = False,
+    ) -> Call[Verdict]:
+        """Give a running request back with its progress; empty stage and no score keep what it had."""
+        order = "" if score is None else repr(score)
+        args = (request_id, incarnation, epoch, stage, order, int(blame))
+        return Call("release", (self.keys.request(request_id),), args, _verdict)
+
+    def renew(
+        self,
+        incarnation: str,
+        *,
+        worker_id: str,
+        lease_ms: int,
+        load: str,
+        sequence: int,
+        register: bool = False,
+        histogram: Mapping[str, int] | None = None,
+    ) -> Call[Verdict]:
+        """Renew (or begin) a lease, publish the load and add to the histograms."""
+        k = self.keys
+        pairs = tuple(part for item in (histogram or {}).items() for part in item)
+        args = (incarnation, lease_ms, worker_id, load, int(register), sequence, *pairs)
+        return Call("renew", (k.workers, k.worker(incarnation), k.hist), args, _verdict)
+
+    def retire(self, incarnation: str) -> Call[Verdict]:
+        """Leave; refused while requests are held."""
+        return Call("retire", (self.keys.workers,), (incarnation,), _verdict)
+
+    def reap(self, *, limit: int, gap_ms: int, grace_ms: int, max_crashes: int) -> Call[Reaped]:
+        """Return the requests of workers whose lease ran out."""
+        k = self.keys
+        return Call("reap", (k.workers, k.tick, k.dead), (limit, gap_ms, grace_ms, max_crashes), _reaped)
+
+    def cancel(self, request_id: str, *, reason: str) -> Call[tuple[Verdict, str | None]]:
+        """End a live request. IS comes with the terminal state that it has already."""
+        return Call("cancel", (self.keys.request(request_id),), (request_id, reason), _cancelled)
+
+    def expire(self, *, limit: int) -> Call[int]:
+        """End live requests whose deadline has passed."""
+        return Call("expire", (self.keys.deadlines,), (limit,), int)
+
+    def publish(self, *, expected_version: int, version: int, body: str) -> Call[Verdict]:
+        """Publish a plan if `expected_version` is still the current one."""
+        k = self.keys
+        return Call("publish", (k.plan, k.plans), (expected_version, version, body), _verdict)
+
+    def migrate(self, *, source: str, target: str, limit: int) -> Call[int]:
+        """Move waiting requests from one stage queue to another."""
+        return Call("migrate", (self.keys.queue(source),), (source, target, limit), int)
+
+    def repair(self, request_id: str, *, forgotten_ms: int) -> Call[str]:
+        """Mend a live record that has neither inbox entry, queue entry nor lease; says what was missing."""
+        k = self.keys
+        keys = (k.request(request_id), k.inbox, k.workers)
+        return Call("repair", keys, (request_id, forgotten_ms), bytes.decode)

@@ -1,0 +1,188 @@
+"""Executors of calls: one blocking, one for asyncio. Batches in one round trip, retried as a whole."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import redis
+import redis.asyncio as aredis
+from redis.asyncio.retry import Retry as AsyncRetry
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+from redis.retry import Retry
+
+from l4queue.protocol.calls import Call
+from l4queue.protocol.reads import StreamEntry, parse_entries
+from l4queue.protocol.scripts import all_scripts
+from l4queue.protocol.wire import (
+    CONNECT,
+    backoff_s,
+    command,
+    explain,
+    is_passing,
+    missing_scripts,
+    parse_replies,
+)
+
+__all__ = ("AsyncDoor", "Door")
+
+T = TypeVar("T")
+_MAX_BLOCK_S = 30.0
+_SOCKET_TIMEOUT_S = 5.0
+
+
+class Door:
+    """Blocking executor. Thread-safe: each thread borrows its own connection.
+
+    `retry_s` bounds how long a call is tried again while Redis is away; then ServiceUnavailable.
+    """
+
+    def __init__(self, url: str, *, retry_s: float = 10.0, max_connections: int = 64) -> None:
+        self.url = url
+        self.retry_s = retry_s
+        pool = redis.BlockingConnectionPool.from_url
+        common = {**CONNECT, "retry": Retry(NoBackoff(), 0), "max_connections": max_connections}
+        self._client: Any = redis.Redis(connection_pool=pool(url, socket_timeout=_SOCKET_TIMEOUT_S, **common))
+        self._waiter: Any = redis.Redis(connection_pool=pool(url, socket_timeout=_MAX_BLOCK_S + 5.0, **common))
+
+    def run(self, call: Call[T]) -> T:
+        """Execute one call."""
+        value: T = self.run_many((call,))[0]
+        return value
+
+    def run_many(self, calls: Sequence[Call[Any]]) -> list[Any]:
+        """Execute calls in one round trip, in order; all are repeated together when the connection breaks."""
+        if not calls:
+            return []
+        deadline = time.monotonic() + self.retry_s
+        for pause_s in backoff_s():
+            try:
+                return parse_replies(calls, self._exchange(calls))
+            except RedisError as error:
+                if not is_passing(error) or time.monotonic() + pause_s > deadline:
+                    raise explain(error, self.url) from error
+            time.sleep(pause_s)
+        raise AssertionError("unreachable")
+
+    def wait(
+        self, streams: Mapping[str, str], *, block_s: float, count: int = 100
+    ) -> dict[str, list[StreamEntry]]:
+        """Entries after the given ids, as soon as there are any; {} when `block_s` (at most 30) passes."""
+        block_ms = max(1, int(min(block_s, _MAX_BLOCK_S) * 1000))
+        try:
+            reply = self._waiter.xread(dict(streams), count=count, block=block_ms)
+        except RedisError as error:
+            if not is_passing(error):
+                raise explain(error, self.url) from error
+            time.sleep(min(0.1, block_s))
+            return {}
+        return _by_stream(reply)
+
+    def _exchange(self, calls: Sequence[Call[Any]]) -> list[Any]:
+        replies = self._send(calls)
+        missing = missing_scripts(replies)
+        if missing:
+            for one in all_scripts():
+                self._client.script_load(one.source)
+            for index, reply in zip(missing, self._send([calls[i] for i in missing]), strict=True):
+                replies[index] = reply
+        return replies
+
+    def _send(self, calls: Sequence[Call[Any]]) -> list[Any]:
+        if len(calls) == 1:
+            try:
+                return [self._client.execute_command(*command(calls[0]))]
+            except redis.exceptions.NoScriptError as error:
+                return [error]
+        with self._client.pipeline(transaction=False) as pipe:
+            for call in calls:
+                pipe.execute_command(*command(call))
+            return list(pipe.execute(raise_on_error=False))
+
+    def close(self) -> None:
+        """Close all connections; safe to call twice."""
+        self._client.connection_pool.disconnect()
+        self._waiter.connection_pool.disconnect()
+
+
+class AsyncDoor:
+    """The same for asyncio; belongs to the event loop that first uses it.
+
+    `retry_s` None means for ever: services outlive an outage of Redis.
+    """
+
+    def __init__(self, url: str, *, retry_s: float | None = 10.0, max_connections: int = 64) -> None:
+        self.url = url
+        self.retry_s = retry_s
+        pool = aredis.BlockingConnectionPool.from_url
+        common = {**CONNECT, "retry": AsyncRetry(NoBackoff(), 0), "max_connections": max_connections}
+        self.client: Any = aredis.Redis(connection_pool=pool(url, socket_timeout=_SOCKET_TIMEOUT_S, **common))
+        self._waiter: Any = aredis.Redis(connection_pool=pool(url, socket_timeout=_MAX_BLOCK_S + 5.0, **common))
+
+    async def run(self, call: Call[T]) -> T:
+        """Execute one call."""
+        value: T = (await self.run_many((call,)))[0]
+        return value
+
+    async def run_many(self, calls: Sequence[Call[Any]]) -> list[Any]:
+        """Execute calls in one round trip, in order; all are repeated together when the connection breaks."""
+        if not calls:
+            return []
+        deadline = None if self.retry_s is None else time.monotonic() + self.retry_s
+        for pause_s in backoff_s():
+            try:
+                return parse_replies(calls, await self._exchange(calls))
+            except RedisError as error:
+                out_of_time = deadline is not None and time.monotonic() + pause_s > deadline
+                if not is_passing(error) or out_of_time:
+                    raise explain(error, self.url) from error
+            await asyncio.sleep(pause_s)
+        raise AssertionError("unreachable")
+
+    async def wait(
+        self, streams: Mapping[str, str], *, block_s: float, count: int = 100
+    ) -> dict[str, list[StreamEntry]]:
+        """Entries after the given ids, as soon as there are any; {} when `block_s` (at most 30) passes."""
+        block_ms = max(1, int(min(block_s, _MAX_BLOCK_S) * 1000))
+        try:
+            reply = await self._waiter.xread(dict(streams), count=count, block=block_ms)
+        except RedisError as error:
+            if not is_passing(error):
+                raise explain(error, self.url) from error
+            await asyncio.sleep(min(0.1, block_s))
+            return {}
+        return _by_stream(reply)
+
+    async def _exchange(self, calls: Sequence[Call[Any]]) -> list[Any]:
+        replies = await self._send(calls)
+        missing = missing_scripts(replies)
+        if missing:
+            for one in all_scripts():
+                await self.client.script_load(one.source)
+            for index, reply in zip(missing, await self._send([calls[i] for i in missing]), strict=True):
+                replies[index] = reply
+        return replies
+
+    async def _send(self, calls: Sequence[Call[Any]]) -> list[Any]:
+        if len(calls) == 1:
+            try:
+                return [await self.client.execute_command(*command(calls[0]))]
+            except redis.exceptions.NoScriptError as error:
+                return [error]
+        async with self.client.pipeline(transaction=False) as pipe:
+            for call in calls:
+                pipe.execute_command(*command(call))
+            return list(await pipe.execute(raise_on_error=False))
+
+    async def close(self) -> None:
+        """Close all connections; safe to call twice."""
+        await self.client.connection_pool.disconnect()
+        await self._waiter.connection_pool.disconnect()
+
+
+def _by_stream(reply: Any) -> dict[str, list[StreamEntry]]:
+    pairs = reply.items() if isinstance(reply, Mapping) else (reply or ())
+    return {key.decode(): parse_entries(entries) for key, entries in pairs}

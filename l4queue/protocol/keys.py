@@ -1,0 +1,94 @@
+"""Names of all keys. They share one hash tag, so a Redis Cluster keeps them in one slot."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ("SOLO_STAGE", "Keys")
+
+SOLO_STAGE = "solo"
+"""Queue of requests that are run alone because two workers died with them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """Key names under one namespace; `docs/keys.md` says type, writer, reader and TTL of each."""
+
+    namespace: str
+
+    @property
+    def prefix(self) -> str:
+        """The hash tag and separator that begin every key."""
+        return "{" + self.namespace + "}:"
+
+    @property
+    def inbox(self) -> str:
+        return self.prefix + "in"
+
+    @property
+    def counts(self) -> str:
+        return self.prefix + "counts"
+
+    @property
+    def backlog(self) -> str:
+        return self.prefix + "backlog"
+
+    @property
+    def hist(self) -> str:
+        return self.prefix + "hist"
+
+    @property
+    def workers(self) -> str:
+        return self.prefix + "workers"
+
+    @property
+    def deadlines(self) -> str:
+        return self.prefix + "deadlines"
+
+    @property
+    def tick(self) -> str:
+        return self.prefix + "tick"
+
+    @property
+    def dead(self) -> str:
+        return self.prefix + "dead"
+
+    @property
+    def finished(self) -> str:
+        return self.prefix + "finished"
+
+    @property
+    def plan(self) -> str:
+        return self.prefix + "plan"
+
+    @property
+    def plans(self) -> str:
+        return self.prefix + "plans"
+
+    @property
+    def decisions(self) -> str:
+        return self.prefix + "decisions"
+
+    def request(self, request_id: str) -> str:
+        return f"{self.prefix}req:{request_id}"
+
+    def output(self, request_id: str) -> str:
+        return f"{self.prefix}out:{request_id}"
+
+    def queue(self, stage: str) -> str:
+        return f"{self.prefix}q:{stage}"
+
+    def wake(self, stage: str) -> str:
+        return f"{self.prefix}wake:{stage}"
+
+    def worker(self, incarnation: str) -> str:
+        return f"{self.prefix}w:{incarnation}"
+
+    def held(self, incarnation: str) -> str:
+        return f"{self.prefix}held:{incarnation}"
+
+    def control(self, incarnation: str) -> str:
+        return f"{self.prefix}ctl:{incarnation}"
+
+    def mailbox(self, client_id: str) -> str:
+        return f"{self.prefix}mail:{client_id}"

@@ -1,0 +1,88 @@
+-- Shared by every script (prepended when scripts are loaded): names, clock, queue moves, the one ending.
+-- KEYS[1] always carries the hash tag; every key a script touches shares it, so one slot serves all.
+-- A server out of memory refuses a script's first command that needs memory, but not those after a write
+-- that needs none: scripts that drain the queue therefore begin with ZREM, SREM or DEL.
+local P = string.match(KEYS[1], '^{[^}]*}:')
+
+local function now_ms()
+  local t = redis.call('TIME')
+  return t[1] * 1000 + math.floor(t[2] / 1000)
+end
+
+local function int(n)
+  return string.format('%.0f', n)
+end
+
+-- Puts a request into a stage queue and wakes its waiting workers. `tokens` is its current length.
+local function enqueue(id, stage, score, tokens)
+  if redis.call('ZADD', P .. 'q:' .. stage, score, id) == 1 then
+    redis.call('HINCRBY', P .. 'backlog', stage, tokens)
+  end
+  redis.call('XADD', P .. 'wake:' .. stage, 'MAXLEN', '~', 64, '*', 'i', id)
+end
+
+-- Takes a request out of a stage queue; nothing happens when it is not there.
+local function dequeue(id, stage, tokens)
+  if redis.call('ZREM', P .. 'q:' .. stage, id) == 1 then
+    redis.call('HINCRBY', P .. 'backlog', stage, -tokens)
+    return true
+  end
+  return false
+end
+
+-- Tells the owner of a running request to stop working on it. A hint: the fence is the truth.
+local function hint(owner, id)
+  redis.call('XADD', P .. 'ctl:' .. owner, 'MAXLEN', '~', 256, '*', 'i', id)
+  redis.call('PEXPIRE', P .. 'ctl:' .. owner, 600000)
+end
+
+-- Ends a request: the only place that writes a terminal state. The caller has checked that it is live.
+-- `text` is text held back until the end; `facts` is a flat list of record fields to store.
+local function settle(id, state, text, facts)
+  local rk = P .. 'req:' .. id
+  local v = redis.call('HMGET', rk, 'state', 'owner', 'stage', 'charge_tokens', 'charge_bytes', 'offset',
+    'client', 'ttl_ms', 'prompt_tokens', 'submitted_ms', 'queued_ms', 'started_ms', 'first_token_ms',
+    'worker', 'crashes')
+  local t, offset, ttl = now_ms(), tonumber(v[6]) or 0, tonumber(v[8])
+  redis.call('ZREM', P .. 'deadlines', id)
+  if v[1] == 'queued' then dequeue(id, v[3], tonumber(v[9]) + offset) end
+  if v[2] then redis.call('SREM', P .. 'held:' .. v[2], id) end
+  if v[1] == 'running' and state ~= 'done' and state ~= 'failed' then hint(v[2], id) end
+  redis.call('HDEL', rk, 'owner', 'prompt', 'ids')
+  redis.call('HSET', rk, 'state', state, 'finished_ms', int(t), unpack(facts))
+  redis.call('XADD', P .. 'out:' .. id, int(offset) .. '-1', 'e', state, 'x', text)
+  redis.call('PEXPIRE', rk, ttl)
+  redis.call('PEXPIRE', P .. 'out:' .. id, ttl)
+  local counts = P .. 'counts'
+  redis.call('HINCRBY', counts, 'live', -1)
+  redis.call('HINCRBY', counts, 'live_tokens', -v[4])
+  redis.call('HINCRBY', counts, 'live_bytes', -v[5])
+  redis.call('HINCRBY', counts, state, 1)
+  redis.call('HINCRBY', counts, 'output_tokens', offset)
+  redis.call('XADD', P .. 'finished', 'MAXLEN', '~', 20000, '*', 'i', id, 's', state,
+    'p', v[9] or 0, 'o', int(offset), 'a', v[10], 'q', v[11] or '', 'b', v[12] or '', 'f', v[13] or '',
+    'd', int(t), 'g', v[3] or '', 'w', v[14] or '', 'c', v[15] or 0)
+  if v[7] and v[7] ~= '' then
+    local mail = P .. 'mail:' .. v[7]
+    redis.call('XADD', mail, 'MAXLEN', '~', 20000, '*', 'i', id, 's', state)
+    redis.call('PEXPIRE', mail, 3600000)
+  end
+end
+
+-- Returns a running request to a queue. With two crashes to its name it waits to be run alone.
+local function requeue(id, stage, score)
+  local rk = P .. 'req:' .. id
+  local v = redis.call('HMGET', rk, 'owner', 'crashes', 'prompt_tokens', 'offset', 'stage', 'score')
+  redis.call('SREM', P .. 'held:' .. v[1], id)
+  if tonumber(v[2]) >= 2 then stage = 'solo' end
+  if stage == '' then stage = v[5] end
+  if score == '' then score = v[6] end
+  redis.call('HDEL', rk, 'owner')
+  redis.call('HSET', rk, 'state', 'queued', 'stage', stage, 'score', score)
+  enqueue(id, stage, score, tonumber(v[3]) + tonumber(v[4]))
+end
+
+-- The reply to a writer: true only for the owner of a running request under its current epoch.
+local function is_owner(v, incarnation, epoch)
+  return v[1] == 'running' and v[2] == incarnation and v[3] == epoch
+end

@@ -1,0 +1,22 @@
+-- Proves that a live record has an inbox entry, a queue entry or a lease, and mends it where it has none.
+-- The other scripts keep this true; a repair is an alarm that something else wrote to these keys.
+-- KEYS  1 req:<id>  2 in (stream)  3 workers (zset)
+-- ARGV  1 id  2 least age of a submitted request that counts as forgotten (ms)
+-- Returns 'FINE' | 'INBOX' | 'QUEUE' | 'LEASE' (what was missing)
+local v = redis.call('HMGET', KEYS[1], 'state', 'owner', 'stage', 'score', 'prompt_tokens', 'offset', 'submitted_ms')
+if v[1] == 'submitted' then
+  if redis.call('XLEN', KEYS[2]) > 0 or now_ms() - (tonumber(v[7]) or 0) < tonumber(ARGV[2]) then return 'FINE' end
+  redis.call('XADD', KEYS[2], '*', 'i', ARGV[1])
+  return 'INBOX'
+elseif v[1] == 'queued' then
+  if redis.call('ZSCORE', P .. 'q:' .. v[3], ARGV[1]) then return 'FINE' end
+  enqueue(ARGV[1], v[3], v[4], tonumber(v[5]) + tonumber(v[6]))
+  return 'QUEUE'
+elseif v[1] == 'running' then
+  if redis.call('ZSCORE', KEYS[3], v[2]) and redis.call('SISMEMBER', P .. 'held:' .. v[2], ARGV[1]) == 1 then
+    return 'FINE'
+  end
+  requeue(ARGV[1], '', '')
+  return 'LEASE'
+end
+return 'FINE'

@@ -1,0 +1,20 @@
+-- Puts a counted request into its stage queue and takes it off the inbox. submitted -> queued
+-- Safe to repeat and safe for two dispatchers: whoever comes second only clears the inbox entry.
+-- KEYS  1 in (stream)  2 req:<id>  3 hist
+-- ARGV  1 id  2 inbox entry id  3 stage  4 score (lower is served first)  5 prompt_tokens  6 max_tokens
+--       7 packed token ids  8 plan version  9 length bucket
+-- Returns 'OK' | 'DUP'
+redis.call('XACK', KEYS[1], 'd', ARGV[2])
+redis.call('XDEL', KEYS[1], ARGV[2])
+local v = redis.call('HMGET', KEYS[2], 'state', 'charge_tokens')
+if v[1] ~= 'submitted' then return 'DUP' end
+local charge = ARGV[5] + ARGV[6]
+redis.call('HDEL', KEYS[2], 'prompt')
+redis.call('HSET', KEYS[2], 'state', 'queued', 'stage', ARGV[3], 'score', ARGV[4], 'prompt_tokens', ARGV[5],
+  'max_tokens', ARGV[6], 'ids', ARGV[7], 'plan', ARGV[8], 'charge_tokens', int(charge), 'queued_ms', int(now_ms()))
+redis.call('HINCRBY', P .. 'counts', 'live_tokens', int(charge - v[2]))
+redis.call('HINCRBY', P .. 'counts', 'prompt_tokens', ARGV[5])
+redis.call('HINCRBY', KEYS[3], 'a:' .. ARGV[9], 1)
+redis.call('HINCRBY', KEYS[3], 'p:' .. ARGV[9], ARGV[5])
+enqueue(ARGV[1], ARGV[3], ARGV[4], tonumber(ARGV[5]))
+return 'OK'

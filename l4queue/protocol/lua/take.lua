@@ -1,0 +1,48 @@
+-- Leases waiting requests to a worker, in serving order, while they fit its room. queued -> running
+-- The same nonce hands the same grants back, so a lost reply costs nothing.
+-- KEYS  1 q:<stage> (zset)  2 w:<incarnation> (hash)  3 held:<incarnation> (set)  4 workers (zset)
+-- ARGV  1 incarnation  2 nonce  3 most requests  4 room (KV tokens)  5 reserve per request (tokens)
+--       6 worker id  7 stage taken from
+-- Returns {'LOST'} when the incarnation is not registered, else {'OK', grant...} where a grant is
+--         {id, epoch, body, packed ids, offset, prompt_tokens, crashes, score, submitted_ms, deadline_ms, stage}
+if not redis.call('ZSCORE', KEYS[4], ARGV[1]) then return {'LOST'} end
+local out = {'OK'}
+local FIELDS = {'state', 'owner', 'epoch', 'body', 'ids', 'offset', 'prompt_tokens', 'crashes', 'score',
+  'submitted_ms', 'deadline_ms', 'stage'}
+local function grant(id, v)
+  out[#out + 1] = {id, v[3], v[4], v[5], v[6], v[7], v[8], v[9], v[10], v[11] or '0', v[12]}
+end
+local w = redis.call('HMGET', KEYS[2], 'nonce', 'grants', 'alone')
+if w[1] == ARGV[2] then
+  for id, epoch in string.gmatch(w[2] or '', '([^ ,]+),(%d+)') do
+    local v = redis.call('HMGET', P .. 'req:' .. id, unpack(FIELDS))
+    if is_owner(v, ARGV[1], epoch) then grant(id, v) end
+  end
+  return out
+end
+local solo = ARGV[7] == 'solo'
+if w[3] and redis.call('SISMEMBER', KEYS[3], w[3]) == 1 then return out end
+if solo and redis.call('SCARD', KEYS[3]) > 0 then return out end
+redis.call('HDEL', KEYS[2], 'alone')
+local room, t, list = tonumber(ARGV[4]), int(now_ms()), {}
+for _, id in ipairs(redis.call('ZRANGE', KEYS[1], 0, (solo and 1 or tonumber(ARGV[3])) - 1)) do
+  local rk = P .. 'req:' .. id
+  local v = redis.call('HMGET', rk, unpack(FIELDS))
+  if v[1] ~= 'queued' or v[12] ~= ARGV[7] then
+    redis.call('ZREM', KEYS[1], id)
+  else
+    local tokens = tonumber(v[7]) + tonumber(v[6])
+    room = room - tokens - ARGV[5]
+    if room < 0 then break end
+    dequeue(id, ARGV[7], tokens)
+    redis.call('SADD', KEYS[3], id)
+    v[3] = int(v[3] + 1)
+    redis.call('HSET', rk, 'state', 'running', 'owner', ARGV[1], 'worker', ARGV[6], 'epoch', v[3])
+    redis.call('HSETNX', rk, 'started_ms', t)
+    if solo then redis.call('HSET', KEYS[2], 'alone', id) end
+    list[#list + 1] = id .. ',' .. v[3]
+    grant(id, v)
+  end
+end
+redis.call('HSET', KEYS[2], 'nonce', ARGV[2], 'grants', table.concat(list, ' '))
+return out

@@ -1,0 +1,213 @@
+"""Reads as values: records, outputs, plans, loads, counters. All harmless to repeat."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from l4queue.models import WorkerLoad
+from l4queue.protocol.calls import Call
+from l4queue.protocol.keys import Keys
+from l4queue.protocol.records import OutputEntry, RequestRecord
+
+__all__ = ("FinishedRequest", "InboxBody", "Reads", "StreamEntry", "WorkerView", "parse_entries")
+
+StreamEntry = tuple[bytes, dict[bytes, bytes]]
+_BODY_FIELDS = ("state", "kind", "prompt", "body", "submitted_ms", "deadline_ms")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InboxBody:
+    """What a dispatcher reads of a submitted request."""
+
+    state: str
+    kind: str
+    prompt: bytes
+    body: bytes
+    submitted_ms: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerView:
+    """One worker incarnation as Redis knows it."""
+
+    incarnation: str
+    worker_id: str
+    expires_ms: int
+    seen_ms: int
+    load: WorkerLoad
+    num_held: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinishedRequest:
+    """The facts of one finished request, from the capped stream `finished`. Times are server ms."""
+
+    request_id: str
+    state: str
+    prompt_tokens: int
+    output_tokens: int
+    submitted_ms: int
+    started_ms: int | None
+    first_token_ms: int | None
+    finished_ms: int
+    stage: str
+    worker: str
+
+
+def parse_entries(reply: Any) -> list[StreamEntry]:
+    """Entries of one stream from XRANGE, XREVRANGE or XAUTOCLAIM; deleted ones are left out."""
+    return [(row[0], _pairs(row[1])) for row in reply if row is not None and row[1] is not None]
+
+
+def _pairs(flat: Any) -> dict[bytes, bytes]:
+    if isinstance(flat, Mapping):
+        return dict(flat)
+    return dict(zip(flat[::2], flat[1::2], strict=True))
+
+
+def _hash(reply: Any) -> dict[str, str]:
+    return {key.decode(): value.decode() for key, value in _pairs(reply).items()}
+
+
+def _outputs(reply: Any) -> list[OutputEntry]:
+    return [OutputEntry.parse(entry_id, values) for entry_id, values in parse_entries(reply)]
+
+
+def _finished(reply: Any) -> list[FinishedRequest]:
+    rows = []
+    for _, v in parse_entries(reply):
+        rows.append(
+            FinishedRequest(
+                request_id=v[b"i"].decode(),
+                state=v[b"s"].decode(),
+                prompt_tokens=int(v[b"p"]),
+                output_tokens=int(v[b"o"]),
+                submitted_ms=int(v[b"a"]),
+                started_ms=int(v[b"b"]) if v[b"b"] else None,
+                first_token_ms=int(v[b"f"]) if v[b"f"] else None,
+                finished_ms=int(v[b"d"]),
+                stage=v[b"g"].decode(),
+                worker=v[b"w"].decode(),
+            )
+        )
+    return rows
+
+
+def _body(row: list[Any]) -> InboxBody | None:
+    if row[0] is None:
+        return None
+    state, kind, prompt, body, submitted_ms, _ = row
+    return InboxBody(
+        state=state.decode(),
+        kind=(kind or b"").decode(),
+        prompt=prompt or b"",
+        body=body or b"{}",
+        submitted_ms=int(submitted_ms or 0),
+    )
+
+
+class Reads:
+    """Builders of all reads under one namespace."""
+
+    def __init__(self, keys: Keys) -> None:
+        self.keys = keys
+
+    def record(self, request_id: str) -> Call[RequestRecord | None]:
+        """The facts of one request; None when unknown."""
+        args = ("HMGET", self.keys.request(request_id), *RequestRecord.field_names())
+        return Call(None, (), args, lambda row: RequestRecord.parse(request_id, row))
+
+    def body(self, request_id: str) -> Call[InboxBody | None]:
+        """Prompt and parameters of a submitted request; None when the record is gone."""
+        return Call(None, (), ("HMGET", self.keys.request(request_id), *_BODY_FIELDS), _body)
+
+    def output(self, request_id: str, *, after: int = 0) -> Call[list[OutputEntry]]:
+        """Output entries beyond the first `after` tokens, in order, the end marker included."""
+        start = f"({after}-0" if after else "-"
+        return Call(None, (), ("XRANGE", self.keys.output(request_id), start, "+"), _outputs)
+
+    def plan(self) -> Call[tuple[int, str | None]]:
+        """Version and JSON of the current plan; (0, None) when none was published."""
+        args = ("HMGET", self.keys.plan, "version", "body")
+        return Call(None, (), args, lambda r: (int(r[0] or 0), r[1].decode() if r[1] else None))
+
+    def plan_history(self, *, count: int) -> Call[list[tuple[int, int, str]]]:
+        """The latest plans, newest first: (published ms, version, JSON)."""
+        args = ("XREVRANGE", self.keys.plans, "+", "-", "COUNT", count)
+        return Call(
+            None,
+            (),
+            args,
+            lambda r: [
+                (int(i.partition(b"-")[0]), int(v[b"version"]), v[b"body"].decode()) for i, v in parse_entries(r)
+            ],
+        )
+
+    def counts(self) -> Call[dict[str, str]]:
+        """Totals since the beginning: live, live_tokens, submitted, done, failed, ..."""
+        return Call(None, (), ("HGETALL", self.keys.counts), _hash)
+
+    def backlog(self) -> Call[dict[str, str]]:
+        """Waiting tokens by stage."""
+        return Call(None, (), ("HGETALL", self.keys.backlog), _hash)
+
+    def histogram(self) -> Call[dict[str, str]]:
+        """Cumulative counters by length bucket: a: arrivals, p: prompt tokens, d: decode steps, c: context."""
+        return Call(None, (), ("HGETALL", self.keys.hist), _hash)
+
+    def queue_length(self, stage: str) -> Call[int]:
+        """Waiting requests of one stage."""
+        return Call(None, (), ("ZCARD", self.keys.queue(stage)), int)
+
+    def queue_ids(self, stage: str, *, limit: int) -> Call[list[str]]:
+        """The first waiting ids of a stage, in serving order."""
+        args = ("ZRANGE", self.keys.queue(stage), 0, limit - 1)
+        return Call(None, (), args, lambda r: [i.decode() for i in r])
+
+    def inbox_length(self) -> Call[int]:
+        """Requests accepted and not yet routed."""
+        return Call(None, (), ("XLEN", self.keys.inbox), int)
+
+    def incarnations(self) -> Call[list[tuple[str, int]]]:
+        """Registered worker incarnations with the expiry of their lease, server ms."""
+        return Call(None, (), ("ZRANGE", self.keys.workers, 0, -1, "WITHSCORES"), _scored)
+
+    def worker(self, incarnation: str, expires_ms: int) -> Call[WorkerView | None]:
+        """One worker's published load; None when it has just gone."""
+        args = ("HMGET", self.keys.worker(incarnation), "worker", "load", "seen_ms")
+
+        def parse(row: list[Any]) -> WorkerView | None:
+            if row[0] is None:
+                return None
+            load = WorkerLoad(**json.loads(row[1] or b'{"worker_id": ""}'))
+            return WorkerView(
+                incarnation=incarnation,
+                worker_id=row[0].decode(),
+                expires_ms=expires_ms,
+                seen_ms=int(row[2]),
+                load=load,
+                num_held=load.num_running,
+            )
+
+        return Call(None, (), args, parse)
+
+    def finished(self, *, count: int) -> Call[list[FinishedRequest]]:
+        """The latest finished requests, newest first."""
+        return Call(None, (), ("XREVRANGE", self.keys.finished, "+", "-", "COUNT", count), _finished)
+
+    def dead_letters(self, *, count: int) -> Call[list[StreamEntry]]:
+        """The latest dead letters, newest first."""
+        return Call(None, (), ("XREVRANGE", self.keys.dead, "+", "-", "COUNT", count), parse_entries)
+
+    def server_time_ms(self) -> Call[int]:
+        """The server's clock, ms since the epoch: the only clock of the protocol."""
+        return Call(None, (), ("TIME",), lambda r: int(r[0]) * 1000 + int(r[1]) // 1000)
+
+
+def _scored(reply: Any) -> list[tuple[str, int]]:
+    if reply and isinstance(reply[0], (list, tuple)):
+        return [(m.decode(), int(float(s))) for m, s in reply]
+    return [(m.decode(), int(float(s))) for m, s in zip(reply[::2], reply[1::2], strict=True)]

@@ -1,0 +1,167 @@
+"""What Redis holds, as values: packed token ids, records, grants, outcomes, output entries."""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from l4queue.models import RequestState
+
+__all__ = ("Grant", "Outcome", "OutputEntry", "RequestRecord", "pack_ids", "unpack_ids")
+
+_ID_TYPE = "I"  # 4 bytes on every platform CPython supports
+
+
+def pack_ids(token_ids: Sequence[int]) -> bytes:
+    """Token ids as little-endian unsigned 32-bit integers: 4 bytes a token, order kept."""
+    packed = array(_ID_TYPE, token_ids)
+    if sys.byteorder == "big":
+        packed.byteswap()
+    return packed.tobytes()
+
+
+def unpack_ids(data: bytes) -> list[int]:
+    """The inverse of `pack_ids`. ValueError when the length is no multiple of 4 bytes."""
+    unpacked = array(_ID_TYPE)
+    unpacked.frombytes(data)
+    if sys.byteorder == "big":
+        unpacked.byteswap()
+    return unpacked.tolist()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grant:
+    """A lease on one request: what a worker needs to compute it from `offset` on."""
+
+    request_id: str
+    epoch: int
+    body: bytes
+    packed_ids: bytes
+    offset: int
+    prompt_tokens: int
+    crashes: int
+    score: float
+    submitted_ms: int
+    deadline_ms: int | None
+    stage: str
+
+    @classmethod
+    def parse(cls, row: Sequence[bytes]) -> Grant:
+        """From one row of the reply of `take`."""
+        return cls(
+            request_id=row[0].decode(),
+            epoch=int(row[1]),
+            body=row[2],
+            packed_ids=row[3],
+            offset=int(row[4]),
+            prompt_tokens=int(row[5]),
+            crashes=int(row[6]),
+            score=float(row[7]),
+            submitted_ms=int(row[8]),
+            deadline_ms=int(row[9]) or None,
+            stage=row[10].decode(),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """The one ending that a worker writes. `held_text` is text kept back until the end was known."""
+
+    state: RequestState
+    finish_reason: str = ""
+    error: str = ""
+    field: str = ""
+    held_text: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputEntry:
+    """One entry of an output stream. `upto` tokens exist after it; `state` is set by the end marker."""
+
+    upto: int
+    token_ids: tuple[int, ...] = ()
+    text: str = ""
+    state: RequestState | None = None
+
+    @classmethod
+    def parse(cls, entry_id: bytes, values: Mapping[bytes, bytes]) -> OutputEntry:
+        """From one stream entry, whose id begins with the token offset after it."""
+        state = values.get(b"e")
+        return cls(
+            upto=int(entry_id.partition(b"-")[0]),
+            token_ids=tuple(unpack_ids(values.get(b"t", b""))),
+            text=values.get(b"x", b"").decode(),
+            state=RequestState(state.decode()) if state else None,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestRecord:
+    """The facts of one request, without prompt, token ids and output. Times are server clock, ms."""
+
+    request_id: str
+    state: RequestState
+    epoch: int = 0
+    offset: int = 0
+    crashes: int = 0
+    stage: str | None = None
+    plan: int | None = None
+    worker: str | None = None
+    prompt_tokens: int | None = None
+    max_tokens: int | None = None
+    submitted_ms: int = 0
+    queued_ms: int | None = None
+    started_ms: int | None = None
+    first_token_ms: int | None = None
+    finished_ms: int | None = None
+    deadline_ms: int | None = None
+    finish_reason: str | None = None
+    error: str | None = None
+    field: str | None = None
+    body: str = "{}"
+
+    @classmethod
+    def field_names(cls) -> tuple[str, ...]:
+        """Hash fields to read, in the order that `parse` expects."""
+        return tuple(f.name for f in fields(cls) if f.name != "request_id")
+
+    @classmethod
+    def parse(cls, request_id: str, row: Sequence[bytes | None]) -> RequestRecord | None:
+        """From HMGET of `field_names`; None when there is no such record."""
+        values: dict[str, Any] = {}
+        for name, raw in zip(cls.field_names(), row, strict=True):
+            if raw is None or raw == b"":
+                continue
+            values[name] = raw.decode() if name in _TEXT_FIELDS else int(raw)
+        if "state" not in values:
+            return None
+        values["state"] = RequestState(values["state"])
+        return cls(request_id=request_id, **values)
+
+    @property
+    def was_resumed(self) -> bool:
+        """Whether more than one lease computed it: after a crash, a hand-over or a give-back."""
+        return self.epoch > 1
+
+    @property
+    def ttft_ms(self) -> int | None:
+        """Time to first token: from acceptance to the first token a client could read, ms."""
+        return None if self.first_token_ms is None else self.first_token_ms - self.submitted_ms
+
+    @property
+    def e2e_ms(self) -> int | None:
+        """End to end: from acceptance to the stored outcome, ms."""
+        return None if self.finished_ms is None else self.finished_ms - self.submitted_ms
+
+    @property
+    def tpot_ms(self) -> float | None:
+        """Time per output token after the first, ms; None with fewer than two tokens."""
+        if self.finished_ms is None or self.first_token_ms is None or self.offset < 2:
+            return None
+        return (self.finished_ms - self.first_token_ms) / (self.offset - 1)
+
+
+_TEXT_FIELDS = frozenset({"state", "stage", "worker", "finish_reason", "error", "field", "body"})

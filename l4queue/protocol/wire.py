@@ -1,0 +1,103 @@
+"""What the two executors share: commands from calls, replies to values, errors to ours, when to retry."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+from urllib.parse import urlsplit
+
+import redis.exceptions as rx
+
+from l4queue.errors import ServiceUnavailable
+from l4queue.protocol.calls import Arg, Call
+from l4queue.protocol.scripts import script
+
+__all__ = (
+    "CONNECT",
+    "RETRYABLE",
+    "ServerFull",
+    "backoff_s",
+    "command",
+    "explain",
+    "is_passing",
+    "missing_scripts",
+    "parse_replies",
+    "redacted",
+)
+
+RETRYABLE = (rx.ConnectionError, rx.TimeoutError, rx.BusyLoadingError, rx.ReadOnlyError)
+_PASSING = ("LOADING", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "READONLY", "BUSY ")
+
+CONNECT: dict[str, Any] = {
+    # Library defaults retry writes silently and change the reply shapes; both are decided here instead.
+    "decode_responses": False,
+    "protocol": 2,
+    "socket_connect_timeout": 5.0,
+    "socket_keepalive": True,
+    "retry_on_timeout": False,
+}
+
+
+class ServerFull(ServiceUnavailable):
+    """Redis has reached its memory limit and refuses new writes; draining goes on."""
+
+
+def command(call: Call[Any]) -> tuple[Arg, ...]:
+    """The Redis command of a call."""
+    if call.script is None:
+        return call.args
+    return ("EVALSHA", script(call.script).sha, len(call.keys), *call.keys, *call.args)
+
+
+def missing_scripts(replies: Sequence[Any]) -> list[int]:
+    """Indices of the replies that say NOSCRIPT: the server has restarted or flushed its scripts."""
+    return [i for i, reply in enumerate(replies) if isinstance(reply, rx.NoScriptError)]
+
+
+def is_passing(error: Exception) -> bool:
+    """Whether trying again later can help: connection trouble, loading, failover."""
+    return isinstance(error, RETRYABLE) or (
+        isinstance(error, rx.ResponseError) and str(error).startswith(_PASSING)
+    )
+
+
+def parse_replies(calls: Sequence[Call[Any]], replies: Sequence[Any]) -> list[Any]:
+    """Values of the replies; the first error among them is raised as ours."""
+    values = []
+    for call, reply in zip(calls, replies, strict=True):
+        if isinstance(reply, Exception):
+            raise reply
+        values.append(call.parse(reply))
+    return values
+
+
+def explain(error: Exception, url: str) -> ServiceUnavailable:
+    """Our error for one of the library's, saying where and what to do."""
+    text = str(error)
+    where = redacted(url)
+    if text.startswith("OOM"):
+        return ServerFull(f"Redis at {where} is at its memory limit; raise maxmemory or let the queue drain")
+    if text.startswith("MISCONF"):
+        return ServiceUnavailable(f"Redis at {where} cannot write its AOF (disk full?): {text}")
+    if isinstance(error, rx.AuthenticationError):
+        return ServiceUnavailable(f"Redis at {where} refuses the credentials in L4_REDIS_URL")
+    if is_passing(error):
+        return ServiceUnavailable(f"Redis at {where} cannot be reached ({text}); try `l4queue doctor`")
+    return ServiceUnavailable(f"Redis at {where} refused a command: {text}")
+
+
+def redacted(url: str) -> str:
+    """The URL without its password."""
+    parts = urlsplit(url)
+    if parts.password is None:
+        return url
+    host = parts.hostname or ""
+    return parts._replace(netloc=f"***@{host}:{parts.port or 6379}").geturl()
+
+
+def backoff_s() -> Iterator[float]:
+    """Pauses between tries, s: 20 ms doubling to 1 s."""
+    pause = 0.02
+    while True:
+        yield pause
+        pause = min(1.0, pause * 2)
