@@ -2,14 +2,14 @@
 
 L4QueueError
 ├── ConfigError            a setting is missing or wrong
-├── InvalidRequest         the request can never run; `field` names what is wrong
-│   └── RequestTooLong     prompt + max_tokens exceed the model's limit
+├── InvalidRequest         refused before it was sent; `field` names what is wrong
 ├── QueueFull              the bounded backlog is full; `retry_after_s` says when to try again
 ├── IdempotencyConflict    the same idempotency key with a different body
 ├── UnknownRequest         no record of this id (never accepted, or its result has expired)
 ├── ResultTimeout          the wait ended before the request did; it goes on
 ├── RequestNotDone         a terminal outcome other than `done`
-│   ├── RequestFailed      `error` and, for bad input, `field`
+│   ├── RequestFailed      refused by the dispatcher or not computable; `field` for bad input
+│   │   └── RequestTooLong prompt + max_tokens exceed the model's limit
 │   ├── RequestCancelled
 │   ├── RequestExpired     its deadline passed
 │   └── RequestDead        it killed the engine each time it ran alone
@@ -54,10 +54,6 @@ class InvalidRequest(L4QueueError, ValueError):
         self.field = field
 
 
-class RequestTooLong(InvalidRequest):
-    """Prompt and `max_tokens` together exceed what the model can hold."""
-
-
 class QueueFull(L4QueueError):
     """The backlog is at its bound. Nothing was accepted; try again after `retry_after_s`."""
 
@@ -92,6 +88,10 @@ class RequestNotDone(L4QueueError):
 
 class RequestFailed(RequestNotDone):
     """The request was refused or could not be computed; `field` is set when input was at fault."""
+
+
+class RequestTooLong(RequestFailed):
+    """Prompt and `max_tokens` together exceed what the model can hold."""
 
 
 class RequestCancelled(RequestNotDone):

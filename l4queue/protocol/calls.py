@@ -146,12 +146,12 @@ class Calls:
         return Call("route", (k.inbox, k.request(request_id), k.hist), args, _verdict)
 
     def refuse(
-        self, request_id: str, *, entry_id: str, error: str, field: str = "", raw: bytes = b""
+        self, request_id: str, *, entry_id: str, error: str, field: str = "", reason: str = "invalid", raw: bytes = b""
     ) -> Call[Verdict]:
         """End a request that can never run; `raw` goes to the dead letters with it."""
         k = self.keys
         keys = (k.inbox, k.request(request_id), k.dead)
-        return Call("refuse", keys, (request_id, entry_id, error, field, raw), _verdict)
+        return Call("refuse", keys, (request_id, entry_id, error, field, raw, reason), _verdict)
 
     def take(
         self,
