@@ -1,0 +1,203 @@
+"""The event loop: instances, a policy, a trace; events are values ordered by (time, kind, sequence)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from heapq import heappop, heappush
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from l4queue.policy.cost import StepCost
+from l4queue.sim.instance import Instance
+from l4queue.sim.request import SimRequest
+
+if TYPE_CHECKING:
+    from l4queue.sim.policy import Policy
+
+__all__ = ("Cluster", "Event", "EventKind", "Transfer")
+
+
+class EventKind(IntEnum):
+    """What happens, in the order in which ties in time are served.
+
+    Finishes come first, so that an arrival at the same instant finds the room they leave; idle engines
+    start after all arrivals of the instant, so that these share a step; the tick is last, so that it sees
+    the state after everything else.
+    """
+
+    BOUNDARY = 0
+    LANDED = 1
+    ARRIVAL = 2
+    START = 3
+    TICK = 4
+
+
+#: (time_s, kind, sequence, instance index or request, segment version or target)
+Event = tuple[float, int, int, object, object]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Transfer:
+    """How a running request moves: by its KV cache at a bandwidth, or (None) by prefilling again."""
+
+    bandwidth_bytes_per_s: float | None = None
+    kv_bytes_per_token: int = 131_072
+
+    def seconds(self, length_tokens: int) -> float:
+        """Time until the request can go on at its target, without any prefill there."""
+        if self.bandwidth_bytes_per_s is None:
+            return 0.0
+        return length_tokens * self.kv_bytes_per_token / self.bandwidth_bytes_per_s
+
+
+class Cluster:
+    """Runs one policy over one trace. Single use: build, `run()`, read `requests`.
+
+    `observe`, when given, is called after every event: tests check conservation there, the command line
+    moves its progress bar.
+    """
+
+    def __init__(
+        self,
+        requests: Sequence[SimRequest],
+        *,
+        cost: StepCost,
+        num_instances: int,
+        policy: Policy,
+        rng: np.random.Generator,
+        transfer: Transfer | None = None,
+        observe: Callable[[Cluster], None] | None = None,
+    ) -> None:
+        self.requests = requests
+        self.cost = cost
+        self.instances = [Instance(i, cost=cost) for i in range(num_instances)]
+        self.policy = policy
+        self.rng = rng
+        self.transfer = transfer or Transfer()
+        self.now_s = 0.0
+        self.num_arrived = 0
+        self.num_finished = 0
+        self.num_in_transit = 0
+        self.num_handovers = 0
+        self.num_steals = 0
+        self._observe = observe
+        self._heap: list[Event] = []
+        self._sequence = 0
+
+    def run(self, until_s: float | None = None) -> None:
+        """Play the trace to its end, or stop at `until_s` with whatever is then unfinished."""
+        self.policy.attach(self)
+        self._schedule_arrival()
+        if self.policy.tick_s:
+            self._put(self.policy.tick_s, EventKind.TICK, None, None)
+        heap = self._heap
+        total = len(self.requests)
+        observe = self._observe
+        while heap and self.num_finished < total:
+            time_s, kind, _, subject, detail = heappop(heap)
+            if until_s is not None and time_s > until_s:
+                break
+            if kind == EventKind.BOUNDARY:
+                assert isinstance(subject, Instance)
+                if subject.version != detail:
+                    continue
+                self.now_s = time_s
+                self._boundary(subject)
+            else:
+                self.now_s = time_s
+                self._handle(kind, subject, detail)
+            if observe is not None:
+                observe(self)
+
+    # ---------------------------------------------------------------- verbs for policies
+
+    def push(self, request: SimRequest, instance: Instance) -> None:
+        """Give a request to an engine now; a decode run there ends at its next boundary."""
+        instance.push(request)
+        self._wake(instance)
+
+    def ask_back(self, request: SimRequest, instance: Instance, tag: object) -> None:
+        """Have a running request released at the next boundary; the policy then gets `on_removed`."""
+        instance.ask_back(request, tag)
+        self._wake(instance)
+
+    def send(self, request: SimRequest, target: Instance) -> None:
+        """Move a released request to another engine, by KV transfer or by prefilling again."""
+        self.num_handovers += 1
+        request.num_handovers += 1
+        if self.transfer.bandwidth_bytes_per_s is None:
+            request.has_kv = False
+            self.push(request, target)
+            return
+        request.has_kv = True
+        self.num_in_transit += 1
+        self._put(self.now_s + self.transfer.seconds(request.length), EventKind.LANDED, request, target)
+
+    # ---------------------------------------------------------------- events
+
+    def _put(self, time_s: float, kind: EventKind, subject: object, detail: object) -> None:
+        self._sequence += 1
+        heappush(self._heap, (time_s, int(kind), self._sequence, subject, detail))
+
+    def _schedule_arrival(self) -> None:
+        if self.num_arrived < len(self.requests):
+            request = self.requests[self.num_arrived]
+            self._put(request.arrival_s, EventKind.ARRIVAL, request, None)
+
+    def _handle(self, kind: int, subject: object, detail: object) -> None:
+        if kind == EventKind.ARRIVAL:
+            assert isinstance(subject, SimRequest)
+            self.num_arrived += 1
+            self._schedule_arrival()
+            self.policy.on_arrival(subject, self.now_s)
+        elif kind == EventKind.LANDED:
+            assert isinstance(subject, SimRequest)
+            assert isinstance(detail, Instance)
+            self.num_in_transit -= 1
+            self.push(subject, detail)
+        elif kind == EventKind.START:
+            assert isinstance(subject, Instance)
+            if subject.end_s is None:
+                self._start(subject)
+        else:
+            self.policy.on_tick(self.now_s)
+            assert self.policy.tick_s is not None
+            self._put(self.now_s + self.policy.tick_s, EventKind.TICK, None, None)
+
+    def _boundary(self, instance: Instance) -> None:
+        instance.finish_segment()
+        self.num_finished += len(instance.finished)
+        policy = self.policy
+        now_s = self.now_s
+        started, alarmed, removed = instance.started, instance.alarmed, instance.removed
+        if started:
+            policy.on_started(instance, started, now_s)
+        if instance.finished:
+            policy.on_finished(instance, instance.finished, now_s)
+        for request in alarmed:
+            policy.on_alarm(instance, request, now_s)
+        if instance.removals:
+            instance.release_now()
+            removed = instance.removed
+        for request, tag in removed:
+            policy.on_removed(instance, request, tag, now_s)
+        policy.on_boundary(instance, now_s)
+        if instance.end_s is None:
+            self._start(instance)
+
+    def _wake(self, instance: Instance) -> None:
+        """Let an idle engine start, or end its decode run at the next boundary."""
+        if instance.end_s is None:
+            if not instance.is_at_boundary:
+                instance.is_at_boundary = True
+                self._put(self.now_s, EventKind.START, instance, None)
+        elif instance.interrupt(self.now_s):
+            self._put(instance.end_s, EventKind.BOUNDARY, instance, instance.version)
+
+    def _start(self, instance: Instance) -> None:
+        if instance.start_segment(self.now_s):
+            assert instance.end_s is not None
+            self._put(instance.end_s, EventKind.BOUNDARY, instance, instance.version)
