@@ -1,0 +1,255 @@
+"""All of the client but the I/O: requests to calls, replies to handles, entries to text, outcomes to errors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import JsonValue, ValidationError
+
+from l4queue.config import Settings
+from l4queue.errors import (
+    IdempotencyConflict,
+    InvalidRequest,
+    L4QueueError,
+    QueueFull,
+    RequestCancelled,
+    RequestDead,
+    RequestExpired,
+    RequestFailed,
+    RequestTooLong,
+    UnknownRequest,
+)
+from l4queue.models import RequestSpec, RequestState, SamplingParams
+from l4queue.protocol.calls import Call, Calls, SubmitReply, Verdict
+from l4queue.protocol.keys import Keys
+from l4queue.protocol.reads import Reads, StreamEntry
+from l4queue.protocol.records import OutputEntry, RequestRecord, pack_ids
+
+__all__ = (
+    "Chunk",
+    "Composer",
+    "Follower",
+    "Prepared",
+    "Result",
+    "build_spec",
+    "check_outcome",
+    "known",
+    "spec_of",
+)
+
+_SPEC_FIELDS = frozenset(RequestSpec.model_fields) - {"params"}
+_BYTES_PER_TOKEN = 4  # estimate for admission only; the dispatcher counts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """New output. `offset` tokens exist after it: pass it as `after` to go on from here."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    offset: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """The stored outcome of a finished request. Times are by the server's clock, s."""
+
+    request_id: str
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str
+    prompt_tokens: int
+    output_tokens: int
+    resumed: bool
+    stage: str
+    worker: str
+    ttft_s: float | None
+    tpot_s: float | None
+    e2e_s: float
+    metadata: dict[str, JsonValue] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A validated request with its id and the call that submits it."""
+
+    request_id: str
+    call: Call[SubmitReply]
+
+
+def build_spec(prompt: str | None = None, **options: Any) -> RequestSpec:
+    """One validated request from keyword arguments; InvalidRequest names the first bad one.
+
+    Sampling parameters (`SamplingParams`) and request fields (`RequestSpec`) share one flat namespace.
+    """
+    fields: dict[str, Any] = {"prompt": prompt} if prompt is not None else {}
+    sampling: dict[str, Any] = {}
+    for name, value in options.items():
+        if name in _SPEC_FIELDS:
+            if value is not None:
+                fields[name] = value
+        elif name in SamplingParams.model_fields:
+            if value is not None:
+                sampling[name] = value
+        else:
+            raise InvalidRequest("unknown parameter", field=name)
+    try:
+        params = SamplingParams.model_validate(sampling)
+        return RequestSpec.model_validate({**fields, "params": params})
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        location = ".".join(str(part) for part in first["loc"]) or "request"
+        raise InvalidRequest(first["msg"], field=location) from None
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(f"not valid Unicode: {error.reason}", field="prompt") from None
+
+
+def spec_of(request: str | dict[str, Any] | RequestSpec, common: Mapping[str, Any]) -> RequestSpec:
+    """The request that an element of `enqueue_many` stands for."""
+    if isinstance(request, RequestSpec):
+        return request
+    if isinstance(request, str):
+        return build_spec(request, **common)
+    return build_spec(**{**common, **request})
+
+
+class Composer:
+    """Builds calls and reads replies for one client. Does no I/O."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.keys = Keys(settings.namespace)
+        self.calls = Calls(self.keys)
+        self.reads = Reads(self.keys)
+        self.client_id = uuid.uuid4().hex
+
+    def prepare(self, spec: RequestSpec) -> Prepared:
+        """Id, digest and submit call of a request. The same idempotency key gives the same id."""
+        kind, prompt = _encode_prompt(spec)
+        excluded = {"prompt", "messages", "token_ids", "idempotency_key"}
+        body = spec.model_dump_json(exclude=excluded, exclude_defaults=True)
+        digest = ""
+        request_id = uuid.uuid4().hex
+        if spec.idempotency_key is not None:
+            request_id = "k" + hashlib.sha256(spec.idempotency_key.encode()).hexdigest()[:31]
+            digest = hashlib.sha256(f"{kind}\0{body}\0".encode() + prompt).hexdigest()
+        counted = len(prompt) // _BYTES_PER_TOKEN + 1
+        call = self.calls.submit(
+            request_id,
+            digest=digest,
+            body=body,
+            kind=kind,
+            prompt=prompt,
+            charge_tokens=counted + spec.params.max_tokens,
+            max_live_tokens=self.settings.max_backlog_tokens,
+            max_live_bytes=self.settings.max_backlog_bytes,
+            deadline_ms=int(spec.deadline_s * 1000) if spec.deadline_s else 0,
+            ttl_ms=int(self.settings.result_ttl_s * 1000),
+            client_id=self.client_id,
+        )
+        return Prepared(request_id=request_id, call=call)
+
+    def accepted(self, prepared: Prepared, reply: SubmitReply) -> str:
+        """The id of an accepted request; QueueFull or IdempotencyConflict otherwise."""
+        if reply.verdict is Verdict.FULL:
+            drain = reply.drain_tokens_per_s
+            wait_s = reply.live_tokens * 0.05 / drain if drain > 0 else 1.0
+            raise QueueFull(
+                f"{reply.live_tokens} tokens are waiting or running", retry_after_s=min(60.0, max(0.5, wait_s))
+            )
+        if reply.verdict is Verdict.CONFLICT:
+            raise IdempotencyConflict(
+                f"the idempotency key of request {prepared.request_id} was used with a different body"
+            )
+        return prepared.request_id
+
+    def result(self, record: RequestRecord, chunks: Iterable[Chunk]) -> Result:
+        """The result of a done request from all its chunks; the matching error for any other outcome."""
+        check_outcome(record)
+        texts: list[str] = []
+        token_ids: list[int] = []
+        for chunk in chunks:
+            texts.append(chunk.text)
+            token_ids.extend(chunk.token_ids)
+        tpot_ms, ttft_ms = record.tpot_ms, record.ttft_ms
+        return Result(
+            request_id=record.request_id,
+            text="".join(texts),
+            token_ids=tuple(token_ids),
+            finish_reason=record.finish_reason or "",
+            prompt_tokens=record.prompt_tokens or 0,
+            output_tokens=len(token_ids),
+            resumed=record.was_resumed,
+            stage=record.stage or "",
+            worker=record.worker or "",
+            ttft_s=None if ttft_ms is None else ttft_ms / 1000,
+            tpot_s=None if tpot_ms is None else tpot_ms / 1000,
+            e2e_s=(record.e2e_ms or 0) / 1000,
+            metadata=json.loads(record.body).get("metadata"),
+        )
+
+
+class Follower:
+    """Turns entries of one output stream into chunks; knows where to read on and when it has ended."""
+
+    def __init__(self, request_id: str, *, after: int = 0) -> None:
+        if after < 0:
+            raise InvalidRequest("must not be negative", field="after")
+        self.request_id = request_id
+        self.offset = after
+        self.last_id = f"{after}-0"
+        self.ended: RequestState | None = None
+
+    def feed(self, entries: Sequence[StreamEntry]) -> list[Chunk]:
+        """Chunks of new entries, in order, without empty ones."""
+        chunks = []
+        for entry_id, values in entries:
+            entry = OutputEntry.parse(entry_id, values)
+            start = entry.upto - len(entry.token_ids)
+            if start < self.offset < entry.upto:
+                raise InvalidRequest(f"{self.offset} is inside the chunk ({start}, {entry.upto}]", field="after")
+            self.last_id = entry_id.decode()
+            self.offset = entry.upto
+            self.ended = entry.state
+            if entry.text or entry.token_ids:
+                chunks.append(Chunk(text=entry.text, token_ids=entry.token_ids, offset=entry.upto))
+        return chunks
+
+
+def check_outcome(record: RequestRecord) -> None:
+    """Raise the error that a terminal state other than done stands for."""
+    if record.state is RequestState.DONE:
+        return
+    kinds: Mapping[RequestState, type[L4QueueError]] = {
+        RequestState.CANCELLED: RequestCancelled,
+        RequestState.EXPIRED: RequestExpired,
+        RequestState.DEAD: RequestDead,
+    }
+    message = f"request {record.request_id} {record.state.value}"
+    if record.error:
+        message += f": {record.field}: {record.error}" if record.field else f": {record.error}"
+    if record.state is RequestState.FAILED:
+        kind = RequestTooLong if record.finish_reason == "too_long" else RequestFailed
+        raise kind(message, request_id=record.request_id, field=record.field)
+    raise kinds[record.state](message, request_id=record.request_id)  # type: ignore[call-arg]
+
+
+def known(request_id: str, record: RequestRecord | None) -> RequestRecord:
+    """The record, or UnknownRequest."""
+    if record is None:
+        raise UnknownRequest(f"no request {request_id}: never accepted, or its result has expired")
+    return record
+
+
+def _encode_prompt(spec: RequestSpec) -> tuple[str, bytes]:
+    if spec.prompt is not None:
+        return "p", spec.prompt.encode()
+    if spec.token_ids is not None:
+        return "t", pack_ids(spec.token_ids)
+    messages = [message.model_dump() for message in spec.messages or ()]
+    return "m", json.dumps(messages, ensure_ascii=False).encode()
