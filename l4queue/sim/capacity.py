@@ -56,13 +56,13 @@ def capacity_rps(trace: Trace, cost: StepCost, *, num_instances: int) -> float:
 
     def watch(cluster: Cluster) -> None:
         queued = cluster.policy.num_queued
-        if cluster.num_arrived == count and ((queued <= quarter and not marks) or (not queued and len(marks) == 1)):
+        if cluster.num_arrived == count and (
+            (queued <= quarter and not marks) or (not queued and len(marks) == 1)
+        ):
             marks.append(cluster.now_s)
 
     rng = np.random.default_rng(0)
-    cluster = Cluster(
-        requests, cost=cost, num_instances=PROBE_INSTANCES, policy=Central(), rng=rng, observe=watch
-    )
+    cluster = Cluster(requests, cost=cost, num_instances=PROBE_INSTANCES, policy=Central(), rng=rng, observe=watch)
     cluster.run()
     marks.append(cluster.now_s)
     first_s, last_s = marks[0], marks[1]
@@ -113,7 +113,9 @@ def parse_slo(text: str) -> tuple[Bound, ...]:
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\w+)\s*<=?\s*([0-9.eE+-]+)\s*", part)
         if match is None or match[1] not in SLO_KEYS:
-            raise ConfigError(f"--slo: {part.strip()!r} is not KEY<SECONDS with KEY one of {', '.join(sorted(SLO_KEYS))}")
+            raise ConfigError(
+                f"--slo: {part.strip()!r} is not KEY<SECONDS with KEY one of {', '.join(sorted(SLO_KEYS))}"
+            )
         try:
             limit = float(match[2])
         except ValueError:
@@ -130,7 +132,9 @@ def meets(result: SimResult, slo: Sequence[Bound]) -> bool:
     return all(value is None or value < limit for value, limit in values)
 
 
-def find_instances(run: Callable[[int], SimResult], slo: Sequence[Bound], *, most: int = 1024) -> tuple[int, SimResult] | None:
+def find_instances(
+    run: Callable[[int], SimResult], slo: Sequence[Bound], *, most: int = 1024
+) -> tuple[int, SimResult] | None:
     """Smallest number of instances whose run keeps the service level, with that run; None above `most`.
 
     Doubles until it fits, then bisects: assumes that more instances never do worse, which holds for

@@ -145,7 +145,9 @@ def _number(text: str, *, path: Path, line: int, column: str) -> float:
 def _tokens(text: str, *, path: Path, line: int, column: str) -> int:
     value = _number(text, path=path, line=line, column=column)
     if value != int(value) or value > MAX_TOKENS:
-        raise _error(path, line, column, f"must be a whole number of tokens up to {MAX_TOKENS}, got {text.strip()}")
+        raise _error(
+            path, line, column, f"must be a whole number of tokens up to {MAX_TOKENS}, got {text.strip()}"
+        )
     return int(value)
 
 

@@ -139,9 +139,7 @@ def check_conservation(cluster: Cluster) -> None:
 
 TICK_S = 0.000731377  # an odd unit: arrivals never fall on a step boundary by rounding alone
 LOADS = st.lists(
-    st.tuples(
-        st.integers(0, 500), st.integers(1, 700), st.one_of(st.integers(1, 6), st.integers(1, 400))
-    ),
+    st.tuples(st.integers(0, 500), st.integers(1, 700), st.one_of(st.integers(1, 6), st.integers(1, 400))),
     min_size=1,
     max_size=14,
 )
@@ -224,6 +222,9 @@ def test_an_arrival_ends_a_decode_run_at_the_next_step_boundary() -> None:
     cost = StepCost(**{**COST.to_dict(), "kv_capacity_tokens": 40_000})
     run_one([old, new], cost)
 
-    step_s = cost.step_ms(BatchShape(num_decodes=1, context_tokens=16 + 400, prefill_tokens=16, prefill_pairs=128)) / 1e3
+    step_s = (
+        cost.step_ms(BatchShape(num_decodes=1, context_tokens=16 + 400, prefill_tokens=16, prefill_pairs=128))
+        / 1e3
+    )
     assert new.first_token_s is not None
     assert 2.0 < new.first_token_s < 2.0 + 2 * step_s

@@ -1,0 +1,348 @@
+"""`l4queue simulate`: what would each policy do to this traffic, on how many instances?"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from l4queue.sim.capacity import Bound
+    from l4queue.sim.cluster import Cluster
+    from l4queue.sim.l4 import L4Options
+    from l4queue.sim.metrics import SimResult
+    from l4queue.sim.runner import Run, Setting
+    from l4queue.sim.trace import Trace
+
+__all__ = ("Study", "load_traffic", "register")
+
+DEFAULT_POLICIES = "round-robin,least-requests,central,central-sjf,l4"
+LOAD_POINTS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+PROGRESS_EVERY = 512
+
+TraceArgument = Annotated[
+    Path | None,
+    typer.Argument(help="CSV or CSV.gz with arrival_s,input_tokens,output_tokens", show_default=False),
+]
+WorkloadOption = Annotated[
+    str | None,
+    typer.Option(help="synthetic instead of a trace: chat, code, long-context, reasoning, mixed, sharegpt"),
+]
+RequestsOption = Annotated[int, typer.Option(min=1, help="requests of the synthetic workload")]
+InstancesOption = Annotated[int, typer.Option(min=1, max=4096, help="engine instances")]
+GpuOption = Annotated[str, typer.Option(help="GPU of the coefficient file")]
+ModelOption = Annotated[str, typer.Option(help="model of the coefficient file")]
+SeedOption = Annotated[int, typer.Option(min=0, help="seed of every random draw")]
+LoadOption = Annotated[
+    float | None,
+    typer.Option(min=0.01, max=2.0, help="scale arrivals to this share of the capacity of a length-blind fleet"),
+]
+RateScaleOption = Annotated[float | None, typer.Option(min=1e-6, help="arrivals this many times as fast")]
+ObjectiveOption = Annotated[str, typer.Option(help="objective of l4: balanced, mean, normalized, goodput")]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Study:
+    """One invocation: the scaled traffic and the setting all policies share."""
+
+    trace: Trace
+    setting: Setting
+    options: L4Options
+    capacity_rps: float | None
+    rate_scale: float
+
+    def describe(self) -> dict[str, Any]:
+        """The setting as plain values."""
+        return {
+            "trace": self.trace.name,
+            "num_requests": len(self.trace),
+            "rate_rps": self.trace.rate_rps,
+            "rate_scale": self.rate_scale,
+            "capacity_rps": self.capacity_rps,
+            "num_instances": self.setting.num_instances,
+            "seed": self.setting.seed,
+            "objective": self.options.objective,
+            "without": sorted(self.options.without),
+            "cost": self.setting.cost.to_dict(),
+        }
+
+
+def load_traffic(path: Path | None, workload: str | None, *, num_requests: int, seed: int) -> Trace:
+    """The trace of the file, or the synthetic workload; exactly one must be named."""
+    import numpy as np
+
+    from l4queue.errors import ConfigError
+    from l4queue.sim.trace import read_trace
+    from l4queue.sim.workload import make_workload
+
+    if (path is None) == (workload is None):
+        raise ConfigError("give either a trace file or --workload, not both")
+    if path is not None:
+        return read_trace(path)
+    assert workload is not None
+    return make_workload(workload, num_requests=num_requests, rng=np.random.default_rng(seed))
+
+
+def simulate(
+    trace: TraceArgument = None,
+    *,
+    workload: WorkloadOption = None,
+    num_requests: RequestsOption = 2000,
+    instances: InstancesOption = 16,
+    gpu: GpuOption = "h100",
+    model: ModelOption = "llama-3.1-8b",
+    load: LoadOption = None,
+    rate_scale: RateScaleOption = None,
+    policy: Annotated[str, typer.Option(help="comma-separated policies, or all")] = DEFAULT_POLICIES,
+    objective: ObjectiveOption = "balanced",
+    without: Annotated[
+        list[str] | None,
+        typer.Option(help="switch an L4 ingredient off (repeatable): see docs/simulator.md"),
+    ] = None,
+    handover_gb_per_s: Annotated[
+        float, typer.Option(min=0, help="hand-over by KV transfer at this bandwidth; 0: by prefilling again")
+    ] = 0.0,
+    warmup_share: Annotated[
+        float, typer.Option(min=0, max=0.9, help="first share of arrivals, not counted")
+    ] = 0.0,
+    find_instances: Annotated[
+        bool, typer.Option("--find-instances", help="fewest instances that keep --slo")
+    ] = False,
+    slo: Annotated[str | None, typer.Option(help='such as "p99_ttft_s<5,p99_tpot_s<0.1"')] = None,
+    seed: SeedOption = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    plot: Annotated[Path | None, typer.Option(help="write PNG plots into this directory")] = None,
+) -> None:
+    """Replay traffic under several scheduling policies and compare them. Needs no GPU and no Redis."""
+    from l4queue.errors import ConfigError
+    from l4queue.sim.capacity import parse_slo
+    from l4queue.sim.policies import parse_policies
+
+    if find_instances != (slo is not None):
+        raise ConfigError("--find-instances and --slo go together")
+    bounds = parse_slo(slo) if slo is not None else ()
+    names = parse_policies(policy)
+    if plot is not None:
+        from l4queue.sim.plots import require_matplotlib
+
+        require_matplotlib()
+    study = _make_study(
+        load_traffic(trace, workload, num_requests=num_requests, seed=seed),
+        instances=instances,
+        gpu=gpu,
+        model=model,
+        load=load,
+        rate_scale=rate_scale,
+        objective=objective,
+        without=frozenset(without or ()),
+        handover_gb_per_s=handover_gb_per_s,
+        warmup_share=warmup_share,
+        seed=seed,
+    )
+    with _progress(is_shown=not as_json) as progress:
+        if find_instances:
+            found = _find(study, names, bounds, progress)
+            _print_found(study, found, as_json=as_json)
+            return
+        runs = [_run(study, name, progress) for name in names]
+        if plot is not None:
+            from l4queue.sim.plots import plot_runs
+
+            plot_runs(plot, runs, curves=_curves(study, names, progress) if study.capacity_rps else None)
+    _print_runs(study, runs, as_json=as_json)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the application."""
+    app.command("simulate")(simulate)
+
+
+def _make_study(
+    trace: Trace,
+    *,
+    instances: int,
+    gpu: str,
+    model: str,
+    load: float | None,
+    rate_scale: float | None,
+    objective: str,
+    without: frozenset[str],
+    handover_gb_per_s: float,
+    warmup_share: float,
+    seed: int,
+) -> Study:
+    from l4queue.errors import ConfigError
+    from l4queue.policy.coefficients import load_coefficients
+    from l4queue.sim.capacity import capacity_rps
+    from l4queue.sim.cluster import Transfer
+    from l4queue.sim.l4 import L4Options
+    from l4queue.sim.runner import Setting, check_fits
+
+    if load is not None and rate_scale is not None:
+        raise ConfigError("give either --load or --rate-scale, not both")
+    options = L4Options.checked(objective=objective, without=without)
+    coefficients = load_coefficients(gpu, model)
+    cost = coefficients.cost
+    if "skew" in without:
+        cost = replace(cost, sigma_ms=0.0)
+    check_fits(trace, cost)
+    capacity = None
+    scale = rate_scale or 1.0
+    if load is not None:
+        if trace.rate_rps == 0:
+            raise ConfigError(f"--load: all requests of {trace.name} arrive at once; there is no rate to scale")
+        capacity = capacity_rps(trace, cost, num_instances=instances)
+        scale = load * capacity / trace.rate_rps
+    transfer = Transfer(
+        bandwidth_bytes_per_s=handover_gb_per_s * 1e9 or None,
+        kv_bytes_per_token=coefficients.kv_bytes_per_token,
+    )
+    setting = Setting(cost=cost, num_instances=instances, seed=seed, warmup_share=warmup_share, transfer=transfer)
+    return Study(
+        trace=trace.scaled(scale), setting=setting, options=options, capacity_rps=capacity, rate_scale=scale
+    )
+
+
+def _progress(*, is_shown: bool) -> Progress:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeElapsedColumn(),
+    )
+    return Progress(*columns, console=Console(stderr=True), transient=True, disable=not is_shown)
+
+
+def _run(study: Study, name: str, progress: Progress, *, setting: Setting | None = None) -> Run:
+    from l4queue.sim.policies import make_policy
+    from l4queue.sim.runner import run_policy
+
+    setting = setting or study.setting
+    task = progress.add_task(f"{name} × {setting.num_instances}", total=len(study.trace))
+    policy = make_policy(name, trace=study.trace, setting=setting, options=study.options)
+    run = run_policy(policy, study.trace, setting, observe=_reporter(progress, task))
+    progress.remove_task(task)
+    return run
+
+
+def _reporter(progress: Progress, task: Any) -> Callable[[Cluster], None] | None:
+    if progress.disable:
+        return None
+    left = PROGRESS_EVERY
+
+    def report(cluster: Cluster) -> None:
+        nonlocal left
+        left -= 1
+        if left <= 0:
+            left = PROGRESS_EVERY
+            progress.update(task, completed=cluster.num_finished)
+
+    return report
+
+
+def _find(
+    study: Study, names: tuple[str, ...], bounds: tuple[Bound, ...], progress: Progress
+) -> dict[str, tuple[int, SimResult] | None]:
+    from l4queue.sim.capacity import find_instances
+
+    def runner(name: str) -> Callable[[int], SimResult]:
+        def run(count: int) -> SimResult:
+            return _run(study, name, progress, setting=replace(study.setting, num_instances=count)).result
+
+        return run
+
+    return {name: find_instances(runner(name), bounds) for name in names}
+
+
+def _curves(study: Study, names: tuple[str, ...], progress: Progress) -> dict[str, list[tuple[float, float]]]:
+    """Mean latency of each policy at several loads."""
+    from l4queue.sim.policies import make_policy
+    from l4queue.sim.runner import run_policy
+
+    assert study.capacity_rps is not None
+    curves: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+    task = progress.add_task("loads", total=len(LOAD_POINTS) * len(names))
+    for load in LOAD_POINTS:
+        trace = study.trace.scaled(load * study.capacity_rps / study.trace.rate_rps)
+        for name in names:
+            policy = make_policy(name, trace=trace, setting=study.setting, options=study.options)
+            curves[name].append((load, run_policy(policy, trace, study.setting).result.mean_e2e_s))
+            progress.advance(task)
+    return curves
+
+
+COLUMNS: tuple[tuple[str, str], ...] = (
+    ("mean_e2e_s", "mean e2e"),
+    ("p50_e2e_s", "p50"),
+    ("p95_e2e_s", "p95"),
+    ("p99_e2e_s", "p99"),
+    ("p50_ttft_s", "p50 TTFT"),
+    ("p99_ttft_s", "p99 TTFT"),
+    ("mean_tpot_s", "mean TPOT"),
+    ("p99_tpot_s", "p99 TPOT"),
+)
+
+
+def _row(result: SimResult) -> list[str]:
+    cells = [_seconds(getattr(result, key)) for key, _ in COLUMNS]
+    cells += [_seconds(result.short.mean_e2e_s), _seconds(result.long.mean_e2e_s), f"{result.throughput_rps:.2f}"]
+    return cells + [str(n) for n in (result.num_handovers, result.num_steals, result.num_preemptions)]
+
+
+def _seconds(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value * 1000:.1f} ms" if value < 0.1 else f"{value:.2f} s"
+
+
+def _print_table(title: str, rows: list[list[str]], *, first: tuple[str, ...]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for name in first:
+        table.add_column(name)
+    names = [label for _, label in COLUMNS]
+    for name in [*names, "short mean", "long mean", "req/s", "hand-overs", "steals", "preempted"]:
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def _title(study: Study) -> str:
+    title = f"{study.trace.name}: {len(study.trace)} requests at {study.trace.rate_rps:.2f}/s"
+    if study.capacity_rps:
+        title += f", {study.trace.rate_rps / study.capacity_rps:.0%} of capacity"
+    return f"{title}, {study.setting.num_instances} instances (simulated)"
+
+
+def _print_runs(study: Study, runs: list[Run], *, as_json: bool) -> None:
+    if as_json:
+        results = [run.result.to_dict() for run in runs]
+        typer.echo(json.dumps({"results": results, "setting": study.describe()}, indent=2))
+        return
+    _print_table(_title(study), [[r.result.policy, *_row(r.result)] for r in runs], first=("policy",))
+
+
+def _print_found(study: Study, found: dict[str, tuple[int, SimResult] | None], *, as_json: bool) -> None:
+    if as_json:
+        results = [
+            {"num_instances": value[0], **value[1].to_dict()} if value else {"num_instances": None, "policy": name}
+            for name, value in found.items()
+        ]
+        typer.echo(json.dumps({"results": results, "setting": study.describe()}, indent=2))
+        return
+    rows = [[n, str(v[0]), *_row(v[1])] if v else [n, "none"] for n, v in found.items()]
+    _print_table(
+        "fewest instances that keep the service level: " + _title(study), rows, first=("policy", "instances")
+    )
