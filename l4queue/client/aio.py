@@ -25,6 +25,7 @@ from l4queue.errors import QueueFull
 from l4queue.models import TERMINAL, RequestSpec
 from l4queue.protocol.calls import Verdict
 from l4queue.protocol.door import AsyncDoor
+from l4queue.protocol.reads import DeadLetter
 from l4queue.protocol.records import RequestRecord
 
 __all__ = ("AsyncClient", "AsyncHandle")
@@ -110,6 +111,10 @@ class AsyncClient:
                 async for handle in self._ended(pending):
                     yield handle
                 checked = time.monotonic()
+
+    async def dead_letters(self, *, count: int = 100) -> list[DeadLetter]:
+        """The latest requests that kill their worker and entries that cannot be read, newest first."""
+        return await self._door.run(self._composer.reads.dead_letters(count=count))
 
     async def close(self) -> None:
         """Close all connections; safe to call twice."""

@@ -24,7 +24,7 @@ from l4queue.errors import (
     RequestTooLong,
     UnknownRequest,
 )
-from l4queue.models import RequestSpec, RequestState, SamplingParams
+from l4queue.models import RequestBody, RequestSpec, RequestState, SamplingParams
 from l4queue.protocol.calls import Call, Calls, SubmitReply, Verdict
 from l4queue.protocol.keys import Keys
 from l4queue.protocol.reads import Reads, StreamEntry
@@ -43,6 +43,7 @@ __all__ = (
 )
 
 _SPEC_FIELDS = frozenset(RequestSpec.model_fields) - {"params"}
+_BODY_FIELDS = set(RequestBody.model_fields)
 _BYTES_PER_TOKEN = 4  # estimate for admission only; the dispatcher counts
 
 
@@ -131,8 +132,7 @@ class Composer:
     def prepare(self, spec: RequestSpec) -> Prepared:
         """Id, digest and submit call of a request. The same idempotency key gives the same id."""
         kind, prompt = _encode_prompt(spec)
-        excluded = {"prompt", "messages", "token_ids", "idempotency_key"}
-        body = spec.model_dump_json(exclude=excluded, exclude_defaults=True)
+        body = spec.model_dump_json(include=_BODY_FIELDS, exclude_defaults=True)
         digest = ""
         request_id = uuid.uuid4().hex
         if spec.idempotency_key is not None:

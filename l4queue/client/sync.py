@@ -24,6 +24,7 @@ from l4queue.errors import QueueFull
 from l4queue.models import TERMINAL, RequestSpec
 from l4queue.protocol.calls import Verdict
 from l4queue.protocol.door import Door
+from l4queue.protocol.reads import DeadLetter
 from l4queue.protocol.records import RequestRecord
 
 __all__ = ("Client", "Handle")
@@ -105,6 +106,10 @@ class Client:
             if time.monotonic() - checked > RECHECK_S:
                 yield from self._ended(pending)
                 checked = time.monotonic()
+
+    def dead_letters(self, *, count: int = 100) -> list[DeadLetter]:
+        """The latest requests that kill their worker and entries that cannot be read, newest first."""
+        return self._door.run(self._composer.reads.dead_letters(count=count))
 
     def close(self) -> None:
         """Close all connections; safe to call twice."""

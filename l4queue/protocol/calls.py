@@ -146,7 +146,14 @@ class Calls:
         return Call("route", (k.inbox, k.request(request_id), k.hist), args, _verdict)
 
     def refuse(
-        self, request_id: str, *, entry_id: str, error: str, field: str = "", reason: str = "invalid", raw: bytes = b""
+        self,
+        request_id: str,
+        *,
+        entry_id: str,
+        error: str,
+        field: str = "",
+        reason: str = "invalid",
+        raw: bytes = b"",
     ) -> Call[Verdict]:
         """End a request that can never run; `raw` goes to the dead letters with it."""
         k = self.keys

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 from redis.exceptions import RedisError, ResponseError
@@ -45,6 +46,18 @@ class Inbox:
         except RedisError as error:
             return await self._mend(error)
         return parse_entries(reply[1])
+
+    async def deliveries(self, entries: Sequence[StreamEntry]) -> list[tuple[bytes, int]]:
+        """How often each of these pending entries was delivered, ours included."""
+        if not entries:
+            return []
+        low, high = entries[0][0], entries[-1][0]
+        try:
+            rows: Any = await self._door.client.xpending_range(self._key, _GROUP, low, high, len(entries) * 4)
+        except RedisError as error:
+            await self._mend(error)
+            return []
+        return [(row["message_id"], row["times_delivered"]) for row in rows]
 
     async def leave(self) -> None:
         """Forget this consumer if nothing is pending for it; its name would stay in the group otherwise."""

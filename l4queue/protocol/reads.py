@@ -12,7 +12,7 @@ from l4queue.protocol.calls import Call
 from l4queue.protocol.keys import Keys
 from l4queue.protocol.records import OutputEntry, RequestRecord
 
-__all__ = ("FinishedRequest", "InboxBody", "Reads", "StreamEntry", "WorkerView", "parse_entries")
+__all__ = ("DeadLetter", "FinishedRequest", "InboxBody", "Reads", "StreamEntry", "WorkerView", "parse_entries")
 
 StreamEntry = tuple[bytes, dict[bytes, bytes]]
 _BODY_FIELDS = ("state", "kind", "prompt", "body", "submitted_ms", "deadline_ms")
@@ -57,6 +57,16 @@ class FinishedRequest:
     worker: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeadLetter:
+    """A request that kills its worker, or an inbox entry that cannot be read (then with its bytes)."""
+
+    request_id: str
+    why: str
+    raw: str
+    at_ms: int
+
+
 def parse_entries(reply: Any) -> list[StreamEntry]:
     """Entries of one stream from XRANGE, XREVRANGE or XAUTOCLAIM; deleted ones are left out."""
     return [(row[0], _pairs(row[1])) for row in reply if row is not None and row[1] is not None]
@@ -94,6 +104,18 @@ def _finished(reply: Any) -> list[FinishedRequest]:
             )
         )
     return rows
+
+
+def _dead_letters(reply: Any) -> list[DeadLetter]:
+    return [
+        DeadLetter(
+            request_id=values[b"i"].decode(errors="replace"),
+            why=values[b"why"].decode(errors="replace"),
+            raw=values[b"bytes"].decode("latin-1"),
+            at_ms=int(entry_id.partition(b"-")[0]),
+        )
+        for entry_id, values in parse_entries(reply)
+    ]
 
 
 def _body(row: list[Any]) -> InboxBody | None:
@@ -198,9 +220,9 @@ class Reads:
         """The latest finished requests, newest first."""
         return Call(None, (), ("XREVRANGE", self.keys.finished, "+", "-", "COUNT", count), _finished)
 
-    def dead_letters(self, *, count: int) -> Call[list[StreamEntry]]:
+    def dead_letters(self, *, count: int) -> Call[list[DeadLetter]]:
         """The latest dead letters, newest first."""
-        return Call(None, (), ("XREVRANGE", self.keys.dead, "+", "-", "COUNT", count), parse_entries)
+        return Call(None, (), ("XREVRANGE", self.keys.dead, "+", "-", "COUNT", count), _dead_letters)
 
     def server_time_ms(self) -> Call[int]:
         """The server's clock, ms since the epoch: the only clock of the protocol."""

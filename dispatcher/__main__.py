@@ -1,0 +1,79 @@
+"""Starts one dispatcher: `python -m dispatcher`. SIGTERM and SIGINT end it after the round in progress."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+
+from dispatcher.service import Dispatcher
+from dispatcher.tokenizer import PromptTokenizer
+from l4queue.config import Settings, load_settings
+from l4queue.errors import L4QueueError, ServiceUnavailable
+from l4queue.protocol.door import AsyncDoor
+from l4queue.protocol.upkeep import Upkeep
+
+log = logging.getLogger("l4queue.dispatcher")
+_SLOW_ROUND_S = 5.0
+
+
+async def keep_up(dispatcher: Dispatcher, upkeep: Upkeep, stopping: asyncio.Event) -> None:
+    """Upkeep beside routing, until stopped."""
+    loop = asyncio.get_running_loop()
+    next_slow = loop.time()
+    while not stopping.is_set():
+        try:
+            await upkeep.run_once(num_stages=len(dispatcher.plan.stages))
+            await dispatcher.adopt_once()
+            if loop.time() >= next_slow:
+                next_slow = loop.time() + _SLOW_ROUND_S
+                await upkeep.measure_drain()
+                await upkeep.repair_once()
+        except ServiceUnavailable as error:
+            log.warning("upkeep failed: %s", error)
+        try:
+            await asyncio.wait_for(stopping.wait(), upkeep.interval_s)
+        except TimeoutError:
+            continue
+
+
+async def serve(settings: Settings) -> None:
+    """Run one dispatcher until a signal."""
+    path = settings.tokenizer or settings.model
+    tokenizer = await asyncio.to_thread(PromptTokenizer, path, max_model_len=settings.max_model_len)
+    door = AsyncDoor(settings.redis_url, retry_s=None)
+    name = f"{socket.gethostname()}-{os.getpid()}"
+    dispatcher = Dispatcher(settings=settings, door=door, tokenizer=tokenizer, name=name)
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopping.set)
+    log.info("dispatcher %s ready: tokenizer %s, limit %d tokens", name, path, settings.max_model_len)
+    routing = asyncio.create_task(dispatcher.run())
+    upkeep = asyncio.create_task(keep_up(dispatcher, Upkeep(settings=settings, door=door), stopping))
+    stop = asyncio.create_task(stopping.wait())
+    try:
+        await asyncio.wait({routing, upkeep, stop}, return_when=asyncio.FIRST_COMPLETED)
+        dispatcher.request_stop()
+        stopping.set()
+        await asyncio.gather(routing, upkeep)
+    finally:
+        await door.close()
+
+
+def main() -> int:
+    """Entry point; the exit code says whether it ended well."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    try:
+        asyncio.run(serve(load_settings()))
+    except L4QueueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

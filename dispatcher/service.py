@@ -1,0 +1,174 @@
+"""The dispatcher: inbox → count → route by the current plan. Any number of replicas may run."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from l4queue.policy.plan_json import plan_from_json
+from l4queue.policy.queue_order import queue_score
+from pydantic import ValidationError
+
+from dispatcher.tokenizer import Counted, PromptTokenizer, Refusal
+from l4queue.config import Settings
+from l4queue.models import Plan, RequestBody, RequestState, SamplingParams
+from l4queue.policy.histogram import Buckets
+from l4queue.protocol.calls import Call, Calls, Verdict
+from l4queue.protocol.door import AsyncDoor
+from l4queue.protocol.inbox import Inbox
+from l4queue.protocol.keys import Keys
+from l4queue.protocol.reads import InboxBody, Reads, StreamEntry
+
+__all__ = ("Dispatcher",)
+
+log = logging.getLogger("l4queue.dispatcher")
+_MAX_DELIVERIES = 3  # an entry that ended two dispatchers is refused by the third
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Arrival:
+    """One readable inbox entry with the body it refers to."""
+
+    entry_id: str
+    request_id: str
+    body: InboxBody
+
+
+class Dispatcher:
+    """Routes what arrives. `run_once` does one round and returns how many entries it cleared."""
+
+    def __init__(self, *, settings: Settings, door: AsyncDoor, tokenizer: PromptTokenizer, name: str) -> None:
+        self.settings = settings
+        self.name = name
+        self.keys = Keys(settings.namespace)
+        self._door = door
+        self._calls = Calls(self.keys)
+        self._reads = Reads(self.keys)
+        self._inbox = Inbox(door, self.keys, consumer=name)
+        self._tokenizer = tokenizer
+        self._buckets = Buckets.log_spaced(settings.max_model_len)
+        self._stopping = asyncio.Event()
+        self.plan = Plan.one_stage()
+
+    def request_stop(self) -> None:
+        """End `run` after the round in progress."""
+        self._stopping.set()
+
+    async def run(self) -> None:
+        """Route until stopped. Redis may come and go meanwhile."""
+        while not self._stopping.is_set():
+            await self.run_once(block_s=1.0)
+        await self._inbox.leave()
+
+    async def run_once(self, *, block_s: float) -> int:
+        """One round: read, count, route."""
+        entries = await self._inbox.read(count=self.settings.dispatcher_batch, block_s=block_s)
+        return await self.handle(entries) if entries else 0
+
+    async def adopt_once(self) -> int:
+        """Clear what dispatchers left behind that died or hang.
+
+        An entry that was tried before is tried alone, so that only a culprit can end this dispatcher too;
+        the first one that ended too many of them is refused.
+        """
+        entries = await self._inbox.adopt(
+            min_idle_s=self.settings.dispatcher_claim_idle_s, count=self.settings.dispatcher_batch
+        )
+        times = dict(await self._inbox.deliveries(entries))
+        poison = next((e for e in entries if times.get(e[0], 1) > _MAX_DELIVERIES), None)
+        if poison is not None:
+            request_id = poison[1].get(b"i", b"?").decode(errors="replace")
+            error = f"{_MAX_DELIVERIES} dispatchers ended while counting it"
+            await self._door.run(
+                self._calls.refuse(request_id, entry_id=poison[0].decode(), error=error, field="prompt")
+            )
+        for entry in entries:
+            if entry is not poison:
+                await self.handle([entry])
+        return len(entries)
+
+    async def handle(self, entries: Sequence[StreamEntry]) -> int:
+        """Count and route these entries; refusals end in `failed` with the field at fault."""
+        readable = [(e.decode(), v[b"i"].decode()) for e, v in entries if _is_readable(v)]
+        calls: list[Call[Verdict]] = [
+            self._calls.refuse("?", entry_id=e.decode(), error="unreadable inbox entry", raw=repr(v).encode())
+            for e, v in entries
+            if not _is_readable(v)
+        ]
+        replies = await self._door.run_many([self._reads.plan(), *(self._reads.body(i) for _, i in readable)])
+        self._follow(*replies[0])
+        arrivals = []
+        for (entry_id, request_id), body in zip(readable, replies[1:], strict=True):
+            if body is None or body.state != RequestState.SUBMITTED:  # gone, cancelled, or routed by another
+                calls.append(self._calls.refuse(request_id, entry_id=entry_id, error="no longer waiting"))
+            else:
+                arrivals.append(_Arrival(entry_id=entry_id, request_id=request_id, body=body))
+        prompts = [(arrival.body.kind, arrival.body.prompt) for arrival in arrivals]
+        counted = await asyncio.to_thread(self._tokenizer.count, prompts) if prompts else []
+        calls.extend(self._decide(arrival, answer) for arrival, answer in zip(arrivals, counted, strict=True))
+        await self._door.run_many(calls)
+        return len(calls)
+
+    def _decide(self, arrival: _Arrival, answer: Counted | Refusal) -> Call[Verdict]:
+        if isinstance(answer, Counted):
+            checked = self._check(arrival.body, len(answer.token_ids))
+            if not isinstance(checked, Refusal):
+                return self._route(arrival, answer, checked)
+            answer = checked
+        log.info("refused", extra={"request_id": arrival.request_id, "field": answer.field})
+        return self._calls.refuse(
+            arrival.request_id,
+            entry_id=arrival.entry_id,
+            error=answer.error,
+            field=answer.field,
+            reason=answer.reason,
+        )
+
+    def _check(self, body: InboxBody, prompt_tokens: int) -> tuple[SamplingParams, int] | Refusal:
+        """Parameters and priority of a request that can run, or why it cannot."""
+        try:
+            wire = RequestBody.model_validate_json(body.body)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            return Refusal(field=".".join(str(p) for p in first["loc"]) or "body", error=first["msg"])
+        limit, wanted = self._tokenizer.max_model_len, wire.params.max_tokens
+        if prompt_tokens + wanted > limit:
+            field = "prompt" if prompt_tokens >= limit else "max_tokens"
+            error = f"{prompt_tokens} prompt tokens and max_tokens {wanted} exceed the model's {limit} tokens"
+            return Refusal(field=field, error=error, reason="too_long")
+        return wire.params, wire.priority
+
+    def _route(self, arrival: _Arrival, answer: Counted, checked: tuple[SamplingParams, int]) -> Call[Verdict]:
+        params, priority = checked
+        prompt_tokens = len(answer.token_ids)
+        score = queue_score(
+            arrival_ms=arrival.body.submitted_ms,
+            prompt_tokens=prompt_tokens,
+            priority=priority,
+            ageing_tokens_per_s=self.settings.ageing_tokens_per_s,
+            priority_step_s=self.settings.priority_step_s,
+        )
+        return self._calls.route(
+            arrival.request_id,
+            entry_id=arrival.entry_id,
+            stage=str(self.plan.stage_of(prompt_tokens)),
+            score=score,
+            token_ids=answer.token_ids,
+            max_tokens=params.max_tokens,
+            plan_version=self.plan.version,
+            bucket=self._buckets.index(prompt_tokens),
+        )
+
+    def _follow(self, version: int, body: str | None) -> None:
+        if body is not None and version != self.plan.version:
+            self.plan = plan_from_json(body)
+            log.info("plan", extra={"plan_version": version, "num_stages": len(self.plan.stages)})
+
+
+def _is_readable(values: dict[bytes, bytes]) -> bool:
+    try:
+        return bool(values[b"i"].decode())
+    except (KeyError, UnicodeDecodeError):
+        return False

@@ -1,0 +1,121 @@
+"""The model's own tokenizer: prompts and chats to token ids, in batches, with every refusal explained."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from l4queue.errors import ConfigError
+from l4queue.protocol.records import unpack_ids
+
+__all__ = ("Counted", "PromptTokenizer", "Refusal")
+
+_FALLBACK_TOKEN_BYTES = 512
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refusal:
+    """Why a request can never run. `reason` is `invalid` or `too_long`."""
+
+    field: str
+    error: str
+    reason: str = "invalid"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counted:
+    """A prompt as the model reads it."""
+
+    token_ids: tuple[int, ...]
+
+
+class PromptTokenizer:
+    """Counts prompts. Thread-safe for reading; loads in seconds, so make one per process.
+
+    `max_model_len` bounds the work: a prompt that cannot fit by its bytes alone is refused uncounted.
+    """
+
+    def __init__(self, path: str, *, max_model_len: int) -> None:
+        try:
+            from transformers import AutoTokenizer
+        except ImportError as error:
+            raise ConfigError("transformers is missing: install l4queue[dispatcher]") from error
+        try:
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(path)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"no tokenizer at {path!r}: set L4_MODEL or L4_TOKENIZER ({error})") from error
+        self.max_model_len = max_model_len
+        vocabulary = self._tokenizer.get_vocab()
+        self.vocabulary_size = max(vocabulary.values(), default=-1) + 1
+        self._longest_token_bytes = max((len(t.encode()) for t in vocabulary), default=_FALLBACK_TOKEN_BYTES)
+
+    def count(self, prompts: Sequence[tuple[str, bytes]]) -> list[Counted | Refusal]:
+        """Token ids of prompts given as (kind, bytes): p text, m messages (JSON), t packed ids; in order."""
+        answers: list[Counted | Refusal | None] = [None] * len(prompts)
+        texts: dict[int, str] = {}
+        rendered: dict[int, str] = {}
+        for index, (kind, data) in enumerate(prompts):
+            answer = self._prepare(kind, data)
+            if isinstance(answer, str):
+                (rendered if kind == "m" else texts)[index] = answer
+            else:
+                answers[index] = answer
+        self._encode(texts, answers, specials=True)
+        self._encode(rendered, answers, specials=False)  # a chat template writes its own
+        return [answer if answer is not None else _EMPTY for answer in answers]
+
+    def _prepare(self, kind: str, data: bytes) -> str | Counted | Refusal:
+        if kind == "t":
+            return self._check_ids(data)
+        field = "messages" if kind == "m" else "prompt"
+        if len(data) > self._longest_token_bytes * self.max_model_len:
+            error = f"{len(data)} bytes cannot fit the model's {self.max_model_len} tokens"
+            return Refusal(field=field, error=error, reason="too_long")
+        try:
+            text = data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            return Refusal(field=field, error=f"not valid UTF-8: {error.reason} at byte {error.start}")
+        return self._render(text) if kind == "m" else text
+
+    def _render(self, text: str) -> str | Refusal:
+        if not getattr(self._tokenizer, "chat_template", None):
+            return Refusal(field="messages", error="this model's tokenizer has no chat template; send a prompt")
+        try:
+            return str(
+                self._tokenizer.apply_chat_template(json.loads(text), tokenize=False, add_generation_prompt=True)
+            )
+        except Exception as error:  # a model's template is foreign code and may raise anything
+            return Refusal(field="messages", error=f"the model's chat template refuses these messages: {error}")
+
+    def _check_ids(self, data: bytes) -> Counted | Refusal:
+        try:
+            token_ids = tuple(unpack_ids(data))
+        except ValueError:
+            return Refusal(field="token_ids", error="not a list of 32-bit token ids")
+        if token_ids and max(token_ids) >= self.vocabulary_size:
+            error = f"token id {max(token_ids)} is outside the vocabulary of {self.vocabulary_size}"
+            return Refusal(field="token_ids", error=error)
+        return Counted(token_ids=token_ids) if token_ids else _EMPTY
+
+    def _encode(self, texts: dict[int, str], answers: list[Counted | Refusal | None], *, specials: bool) -> None:
+        if not texts:
+            return
+        try:
+            encoded = self._tokenizer(list(texts.values()), add_special_tokens=specials, verbose=False)[
+                "input_ids"
+            ]
+        except Exception as error:  # a tokenizer is foreign code; one bad text must not fail its neighbours
+            if len(texts) == 1:
+                (index,) = texts
+                answers[index] = Refusal(field="prompt", error=f"the model's tokenizer refuses it: {error}")
+                return
+            for index, text in texts.items():
+                self._encode({index: text}, answers, specials=specials)
+            return
+        for index, token_ids in zip(texts, encoded, strict=True):
+            answers[index] = Counted(token_ids=tuple(token_ids)) if token_ids else _EMPTY
+
+
+_EMPTY = Refusal(field="prompt", error="the prompt is empty")

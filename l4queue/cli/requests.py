@@ -1,0 +1,156 @@
+"""Commands about requests: enqueue, result, status, cancel, dead."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from l4queue.client import Handle, Result
+    from l4queue.protocol.records import RequestRecord
+
+__all__ = ("register",)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+Timeout = Annotated[float | None, typer.Option(help="Give up waiting after so many seconds.")]
+Id = Annotated[str, typer.Argument(help="Request id, as printed by enqueue.", metavar="ID")]
+
+
+def enqueue(
+    prompt: Annotated[str | None, typer.Argument(help="Prompt text; - or nothing reads standard input.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
+    top_p: Annotated[float, typer.Option()] = 1.0,
+    stop: Annotated[list[str] | None, typer.Option(help="Text that ends the output; may be repeated.")] = None,
+    seed: Annotated[int | None, typer.Option()] = None,
+    priority: Annotated[int, typer.Option(help="Lower is served first.")] = 0,
+    deadline_s: Annotated[float | None, typer.Option(help="Expire after so many seconds.")] = None,
+    idempotency_key: Annotated[str | None, typer.Option(help="Same key, same request: never twice.")] = None,
+    chat: Annotated[bool, typer.Option(help="Send the prompt as a user's chat message.")] = False,
+    file: Annotated[Path | None, typer.Option(help="Read the prompt from a file.")] = None,
+    wait: Annotated[bool, typer.Option(help="Wait for the result and print it.")] = False,
+    stream: Annotated[bool, typer.Option(help="Print text as it is generated.")] = False,
+    timeout: Timeout = None,
+    as_json: Json = False,
+) -> None:
+    """Accept one request; prints its id, or its result with --wait or --stream."""
+    from l4queue.client import Client
+
+    text = _prompt_text(prompt, file)
+    kind: dict[str, Any] = {"messages": [{"role": "user", "content": text}]} if chat else {"prompt": text}
+    with Client() as client:
+        handle = client.enqueue(
+            **kind,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            stop=stop or None,
+            seed=seed,
+            priority=priority,
+            deadline_s=deadline_s,
+            idempotency_key=idempotency_key,
+        )
+        if stream and not as_json:
+            _print_stream(handle, timeout)
+        elif wait or stream:
+            _print_result(handle.result(timeout=timeout), as_json)
+        else:
+            print(json.dumps({"id": handle.id}) if as_json else handle.id)
+
+
+def result(request_id: Id, timeout: Timeout = None, stream: bool = False, as_json: Json = False) -> None:
+    """Wait for a request and print its text. An outcome other than done is an error."""
+    from l4queue.client import Client
+
+    with Client() as client:
+        handle = client.get(request_id)
+        if stream and not as_json:
+            _print_stream(handle, timeout)
+        else:
+            _print_result(handle.result(timeout=timeout), as_json)
+
+
+def status(request_id: Id, as_json: Json = False) -> None:
+    """Where a request is: state, stage, worker, tokens, times."""
+    from l4queue.client import Client
+
+    with Client() as client:
+        record = client.get(request_id).status()
+    if as_json:
+        print(json.dumps(_record(record)))
+        return
+    for name, value in _record(record).items():
+        if value is not None:
+            print(f"{name:<15} {value}")
+
+
+def cancel(request_id: Id, as_json: Json = False) -> None:
+    """End a request, waiting or running."""
+    from l4queue.client import Client
+
+    with Client() as client:
+        handle = client.get(request_id)
+        ended = handle.cancel(reason="cancelled from the command line")
+        state = handle.status().state.value
+    print(json.dumps({"id": request_id, "cancelled": ended, "state": state}) if as_json else state)
+
+
+def dead(
+    count: Annotated[int, typer.Option(help="Show at most so many.")] = 20,
+    as_json: Json = False,
+) -> None:
+    """Dead letters, newest first: requests that kill their worker, and entries that cannot be read."""
+    from l4queue.client import Client
+
+    with Client() as client:
+        letters = client.dead_letters(count=count)
+    if as_json:
+        print(json.dumps([asdict(letter) for letter in letters]))
+        return
+    for letter in letters:
+        print(f"{letter.request_id}  {letter.why}")
+    if not letters:
+        print("no dead letters")
+
+
+def register(app: typer.Typer) -> None:
+    """Add these commands to the application."""
+    for command in (enqueue, result, status, cancel, dead):
+        app.command()(command)
+
+
+def _prompt_text(prompt: str | None, file: Path | None) -> str:
+    from l4queue.errors import InvalidRequest
+
+    if file is not None and prompt is not None:
+        raise InvalidRequest("give either a prompt or --file", field="prompt")
+    try:
+        if file is not None:
+            return file.read_text("utf-8")
+        return sys.stdin.buffer.read().decode("utf-8") if prompt in (None, "-") else str(prompt)
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"not valid UTF-8 at byte {error.start}", field="prompt") from None
+    except OSError as error:
+        raise InvalidRequest(f"cannot read {file}: {error.strerror}", field="file") from None
+
+
+def _print_stream(handle: Handle, timeout: float | None) -> None:
+    for chunk in handle.stream(timeout=timeout):
+        sys.stdout.write(chunk.text)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+
+
+def _print_result(found: Result, as_json: bool) -> None:
+    print(json.dumps(asdict(found), ensure_ascii=False) if as_json else found.text)
+
+
+def _record(record: RequestRecord) -> dict[str, Any]:
+    shown = {name: value for name, value in asdict(record).items() if name != "body"}
+    shown["state"] = record.state.value
+    return {**shown, "ttft_ms": record.ttft_ms, "tpot_ms": record.tpot_ms, "e2e_ms": record.e2e_ms}

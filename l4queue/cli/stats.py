@@ -1,0 +1,82 @@
+"""`l4queue stats` and `l4queue plan show`: what waits, what runs, who serves which range."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from l4queue.protocol.overview import Overview
+
+__all__ = ("register",)
+
+
+def stats(as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False) -> None:
+    """Stages, workers, queues and totals, now."""
+    overview = _read()
+    if as_json:
+        print(json.dumps(asdict(overview)))
+    else:
+        from rich.console import Console
+
+        for table in tables(overview):
+            Console().print(table)
+
+
+def tables(overview: Overview) -> list[Any]:
+    """Two tables for a terminal of 80 columns: stages and workers."""
+    from rich.table import Table
+
+    plan = overview.plan
+    stages = Table(title=f"plan {plan.version}: {plan.reason or 'one stage'}", title_justify="left")
+    for name in ("stage", "range", "workers", "waiting", "tokens"):
+        stages.add_column(name, justify="right")
+    for index, stage in enumerate(plan.stages):
+        queue = overview.queues.get(str(index))
+        high = "∞" if stage.high_tokens is None else str(stage.high_tokens)
+        serving = sum(1 for worker in overview.workers if worker.stage == index)
+        waiting = (str(queue.num_requests), str(queue.tokens)) if queue else ("0", "0")
+        stages.add_row(str(index), f"{stage.low_tokens}–{high}", str(serving), *waiting)
+    workers = Table(title="workers", title_justify="left")
+    for name in ("worker", "stage", "running", "context", "KV", "step ms", "finished"):
+        workers.add_column(name, justify="left" if name == "worker" else "right")
+    for load in overview.workers:
+        workers.add_row(
+            load.worker_id,
+            str(load.stage),
+            f"{load.num_running}/{load.max_running}",
+            str(load.context_tokens),
+            f"{load.kv_share:.0%}",
+            f"{load.step_ms:.1f}",
+            str(load.num_finished),
+        )
+    totals = Table(title="requests", title_justify="left")
+    for name in ("live", "inbox", "done", "failed", "cancelled", "expired", "dead"):
+        totals.add_column(name, justify="right")
+    counts = {**overview.counts, "inbox": overview.inbox}
+    totals.add_row(
+        *(str(counts.get(name, 0)) for name in ("live", "inbox", "done", "failed")),
+        *(str(counts.get(name, 0)) for name in ("cancelled", "expired", "dead")),
+    )
+    return [stages, workers, totals]
+
+
+def register(app: typer.Typer) -> None:
+    """Add these commands to the application."""
+    app.command()(stats)
+
+
+def _read() -> Overview:
+    from l4queue.config import load_settings
+    from l4queue.protocol.door import Door
+    from l4queue.protocol.overview import read_overview
+
+    settings = load_settings()
+    door = Door(settings.redis_url)
+    try:
+        return read_overview(door, settings.namespace)
+    finally:
+        door.close()

@@ -1,0 +1,86 @@
+"""Real prompts of mixed lengths for the demo: windows of the documentation that every Python carries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+__all__ = (
+    "CHARS_PER_TOKEN",
+    "LENGTH_CLASSES",
+    "LengthClass",
+    "Prompt",
+    "length_class",
+    "mixed_prompts",
+    "real_text",
+)
+
+CHARS_PER_TOKEN = 3.0
+"""Fewest characters that a token of English text stands for, with the tokenizers tried (3.1 to 4.5)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LengthClass:
+    """A name for prompts below `high_tokens` (and not in a smaller class)."""
+
+    name: str
+    high_tokens: int
+
+
+LENGTH_CLASSES = (
+    LengthClass(name="short", high_tokens=256),
+    LengthClass(name="medium", high_tokens=2048),
+    LengthClass(name="long", high_tokens=1_000_000_000),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """One prompt of the workload; `target_tokens` is the length it was cut for, an upper bound."""
+
+    text: str
+    target_tokens: int
+    max_tokens: int
+
+
+def length_class(prompt_tokens: int) -> LengthClass:
+    """The class of a counted prompt."""
+    return next(c for c in LENGTH_CLASSES if prompt_tokens < c.high_tokens)
+
+
+def real_text() -> str:
+    """About 700 kB of English prose and code: the language reference that ships with Python."""
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(str(topics[name]) for name in sorted(topics))
+
+
+def mixed_prompts(
+    num_prompts: int,
+    *,
+    rng: np.random.Generator,
+    min_tokens: int = 20,
+    max_prompt_tokens: int = 8000,
+    min_output: int = 8,
+    max_output: int = 256,
+    share_long: float = 0.1,
+) -> list[Prompt]:
+    """Many short questions, some pages, a few long documents; each starts with its own number.
+
+    Nine of ten prompts have log-uniform lengths below 1,024 tokens, the rest above, up to
+    `max_prompt_tokens`; outputs are log-uniform.
+    """
+    text = real_text()
+    prompts = []
+    for number in range(num_prompts):
+        is_long = rng.random() < share_long
+        low, high = (1024, max_prompt_tokens) if is_long else (min_tokens, min(1024, max_prompt_tokens))
+        target = int(np.exp(rng.uniform(np.log(low), np.log(high))))
+        start = int(rng.integers(0, max(1, len(text) - int(target * CHARS_PER_TOKEN) - 1)))
+        window = text[start : start + int(target * CHARS_PER_TOKEN)]
+        output = int(np.exp(rng.uniform(np.log(min_output), np.log(max_output + 1))))
+        prompts.append(
+            Prompt(text=f"({number}) {window}", target_tokens=target, max_tokens=min(max_output, output))
+        )
+    return prompts

@@ -1,0 +1,91 @@
+"""One look at everything: plan, workers, queues, totals. Read by the CLI, the planner and dashboards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from l4queue.models import Plan, WorkerLoad
+from l4queue.policy.plan_json import plan_from_json
+from l4queue.protocol.calls import Call
+from l4queue.protocol.door import AsyncDoor, Door
+from l4queue.protocol.keys import SOLO_STAGE, Keys
+from l4queue.protocol.reads import Reads, WorkerView
+
+__all__ = ("Overview", "QueueView", "read_overview", "read_overview_async")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QueueView:
+    """What waits in one stage queue."""
+
+    num_requests: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Overview:
+    """The deployment at one moment of the server's clock. Workers are those with a valid lease."""
+
+    now_ms: int
+    plan: Plan
+    workers: tuple[WorkerLoad, ...]
+    queues: dict[str, QueueView]
+    inbox: int
+    counts: dict[str, int]
+
+
+def read_overview(door: Door, namespace: str) -> Overview:
+    """Read it with a blocking executor, in two round trips."""
+    keys = Keys(namespace)
+    first = door.run_many(_first(keys))
+    second = door.run_many(_second(keys, first))
+    return _assemble(first, second)
+
+
+async def read_overview_async(door: AsyncDoor, namespace: str) -> Overview:
+    """The same on an event loop."""
+    keys = Keys(namespace)
+    first = await door.run_many(_first(keys))
+    second = await door.run_many(_second(keys, first))
+    return _assemble(first, second)
+
+
+def _first(keys: Keys) -> list[Call[Any]]:
+    reads = Reads(keys)
+    return [
+        reads.server_time_ms(),
+        reads.plan(),
+        reads.incarnations(),
+        reads.backlog(),
+        reads.counts(),
+        reads.inbox_length(),
+    ]
+
+
+def _second(keys: Keys, first: list[Any]) -> list[Call[Any]]:
+    reads = Reads(keys)
+    _, _, incarnations, backlog, _, _ = first
+    calls = [reads.worker(name, expires_ms) for name, expires_ms in incarnations]
+    return calls + [reads.queue_length(stage) for stage in backlog]
+
+
+def _assemble(first: list[Any], second: list[Any]) -> Overview:
+    now_ms, (version, body), incarnations, backlog, counts, inbox = first
+    num_workers = len(incarnations)
+    views: list[WorkerView] = [view for view in second[:num_workers] if view is not None]
+    lengths = second[num_workers:]
+    queues = {
+        stage: QueueView(num_requests=length, tokens=max(0, int(tokens)))
+        for (stage, tokens), length in zip(backlog.items(), lengths, strict=True)
+        if length or stage != SOLO_STAGE
+    }
+    alive = sorted((v for v in views if v.expires_ms > now_ms), key=lambda v: (v.worker_id, v.incarnation))
+    return Overview(
+        now_ms=now_ms,
+        plan=plan_from_json(body) if body is not None and version else Plan.one_stage(),
+        workers=tuple(view.load for view in alive),
+        queues=queues,
+        inbox=inbox,
+        counts={name: int(float(value)) for name, value in counts.items()},
+    )

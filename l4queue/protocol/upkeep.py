@@ -1,0 +1,100 @@
+"""Upkeep that any dispatcher or worker does, as often as it likes: reap, expire, migrate, repair, measure."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from l4queue.config import Settings
+from l4queue.protocol.calls import Call, Calls, Reaped
+from l4queue.protocol.door import AsyncDoor
+from l4queue.protocol.keys import Keys
+from l4queue.protocol.reads import Reads
+
+__all__ = ("Upkeep", "UpkeepReport")
+
+log = logging.getLogger("l4queue.upkeep")
+_LIMIT = 200
+_FORGOTTEN_MS = 60_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpkeepReport:
+    """What one round of upkeep did."""
+
+    num_requeued: int = 0
+    num_dead: int = 0
+    num_expired: int = 0
+    num_migrated: int = 0
+    was_graced: bool = False
+
+
+class Upkeep:
+    """The rounds of upkeep. Idempotent: any number of processes may run them at once."""
+
+    def __init__(self, *, settings: Settings, door: AsyncDoor) -> None:
+        self._settings = settings
+        self._door = door
+        self._keys = Keys(settings.namespace)
+        self._calls = Calls(self._keys)
+        self._reads = Reads(self._keys)
+        self._scan_cursor = 0
+
+    @property
+    def interval_s(self) -> float:
+        """Pause between rounds, s: five times a lease, so that a dead worker is noticed within 1.2 leases."""
+        return min(1.0, self._settings.lease_s / 5)
+
+    async def run_once(self, *, num_stages: int) -> UpkeepReport:
+        """Return the work of dead workers, end what is too late, move what waits in stages that are gone."""
+        lease_ms = int(self._settings.lease_s * 1000)
+        reap: Call[Reaped] = self._calls.reap(
+            limit=_LIMIT,
+            gap_ms=max(lease_ms // 2, 1000),
+            grace_ms=lease_ms,
+            max_crashes=self._settings.max_crashes,
+        )
+        reaped, expired, backlog = await self._door.run_many(
+            [reap, self._calls.expire(limit=_LIMIT), self._reads.backlog()]
+        )
+        gone = [s for s, tokens in backlog.items() if s.isdigit() and int(s) >= num_stages and int(tokens) > 0]
+        moves = [self._calls.migrate(source=s, target=str(num_stages - 1), limit=_LIMIT) for s in gone]
+        report = UpkeepReport(
+            num_requeued=reaped.num_requeued,
+            num_dead=reaped.num_dead,
+            num_expired=expired,
+            num_migrated=sum(await self._door.run_many(moves)),
+            was_graced=reaped.was_graced,
+        )
+        if report != UpkeepReport():
+            log.info("upkeep", extra={"report": report})
+        return report
+
+    async def measure_drain(self) -> float:
+        """Tokens finished per second over the latest requests; stored for the retry hint of QueueFull."""
+        finished = await self._door.run(self._reads.finished(count=500))
+        rate = 0.0
+        if len(finished) >= 2:
+            span_ms = finished[0].finished_ms - finished[-1].finished_ms
+            tokens = sum(f.prompt_tokens + f.output_tokens for f in finished)
+            rate = tokens * 1000.0 / max(1, span_ms)
+        command = ("HSET", self._keys.counts, "drain_tokens_per_s", f"{rate:.1f}")
+        await self._door.run(Call(None, (), command, int))
+        return rate
+
+    async def repair_once(self) -> int:
+        """Check one page of records against queues and leases; log an alarm for each one mended."""
+        pattern = self._keys.request("*")
+        command = ("SCAN", self._scan_cursor, "MATCH", pattern, "COUNT", 500)
+        cursor, found = await self._door.run(Call(None, (), command, _page))
+        self._scan_cursor = cursor
+        ids = [key.removeprefix(self._keys.request("")) for key in found]
+        answers = await self._door.run_many([self._calls.repair(i, forgotten_ms=_FORGOTTEN_MS) for i in ids])
+        mended = [(i, what) for i, what in zip(ids, answers, strict=True) if what != "FINE"]
+        for request_id, what in mended:
+            log.error("repaired", extra={"request_id": request_id, "missing": what})
+        return len(mended)
+
+
+def _page(reply: tuple[int | bytes, list[bytes]]) -> tuple[int, list[str]]:
+    return int(reply[0]), [key.decode() for key in reply[1]]

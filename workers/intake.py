@@ -1,0 +1,137 @@
+"""Taking work: how much there is room for, from which queue, and how it starts or resumes."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections.abc import Sequence
+
+from pydantic import ValidationError
+
+from l4queue.models import RequestState
+from l4queue.protocol.calls import Verdict
+from l4queue.protocol.keys import SOLO_STAGE
+from l4queue.protocol.records import Grant, Outcome, OutputEntry
+from workers.session import Session
+from workers.state import WorkerState
+from workers.writer import Writer
+
+__all__ = ("Intake",)
+
+log = logging.getLogger("l4queue.worker")
+_SOLO_PATIENCE_S = 5.0
+
+
+class Intake:
+    """Takes from the own queue, then from siblings. `pull_once` returns how many requests it took."""
+
+    def __init__(self, state: WorkerState, writer: Writer) -> None:
+        self._state = state
+        self._writer = writer
+        self._solo_since_s: float | None = None
+
+    async def pull_once(self) -> int:
+        """One round: own queue first, a sibling's when ours is empty, the solo queue when we are idle."""
+        state = self._state
+        if not state.sessions and await self._take(SOLO_STAGE, max_requests=1):
+            self._solo_since_s = None
+            return 1
+        if await self._must_make_way():
+            return 0
+        room = self.room()
+        if room <= 0:
+            return 0
+        taken = await self._take(str(state.stage), max_requests=room)
+        return taken or await self._steal()
+
+    def room(self) -> int:
+        """How many more requests the engine may run."""
+        state = self._state
+        return state.max_running - len(state.sessions)
+
+    def room_tokens(self) -> int:
+        """KV tokens left once every running request has grown to its end."""
+        state = self._state
+        sessions = state.sessions.values()
+        return state.engine_info.kv_capacity_tokens - sum(s.length_tokens + s.remaining_tokens for s in sessions)
+
+    async def _take(self, stage: str, *, max_requests: int) -> int:
+        state = self._state
+        room_tokens = self.room_tokens()
+        if not state.sessions:  # whatever fits the model must be able to run alone
+            room_tokens = max(room_tokens, state.engine_info.kv_capacity_tokens, state.engine_info.max_model_len)
+        call = state.calls.take(
+            stage,
+            incarnation=state.lease.incarnation,
+            worker_id=state.worker_id,
+            nonce=uuid.uuid4().hex,
+            max_requests=max_requests,
+            room_tokens=room_tokens,
+            reserve_tokens=0,
+        )
+        taken = await state.door.run(call)
+        if taken.verdict is Verdict.LOST:  # the next heartbeat begins a new incarnation
+            return 0
+        await self.start(taken.grants)
+        return len(taken.grants)
+
+    async def _steal(self) -> int:
+        state = self._state
+        backlog = await state.door.run(self._state.reads.backlog())
+        own = str(state.stage)
+        waiting = {s: int(n) for s, n in backlog.items() if int(n) > 0 and s not in (own, SOLO_STAGE)}
+        if not waiting:
+            return 0
+        victim = max(waiting, key=lambda stage: (waiting[stage], stage))
+        return await self._take(victim, max_requests=1)
+
+    async def _must_make_way(self) -> bool:
+        """Whether to run empty so that a request of the solo queue gets its turn: one worker does, the first."""
+        state = self._state
+        now_s = asyncio.get_running_loop().time()
+        if await state.door.run(self._state.reads.queue_length(SOLO_STAGE)) == 0:
+            self._solo_since_s = None
+            return False
+        self._solo_since_s = self._solo_since_s or now_s
+        if now_s - self._solo_since_s < _SOLO_PATIENCE_S:
+            return False
+        incarnations = await state.door.run(self._state.reads.incarnations())
+        return state.lease.incarnation == min((name for name, _ in incarnations), default="")
+
+    async def start(self, grants: Sequence[Grant]) -> None:
+        """Hand leased requests to the engine; those that had ended before a crash are settled at once."""
+        state = self._state
+        resumed = [grant for grant in grants if grant.offset]
+        outputs = await state.door.run_many([self._state.reads.output(grant.request_id) for grant in resumed])
+        earlier = {g.request_id: entries for g, entries in zip(resumed, outputs, strict=True)}
+        ended = []
+        for grant in grants:
+            session = await self._open(grant, earlier.get(grant.request_id, []))
+            if session is None:
+                continue
+            state.sessions[session.engine_id] = session
+            state.observer.request_started(state.view(session))
+            if session.has_ended:
+                ended.append(session)
+            else:
+                await state.engine.add(session.engine_request())
+        await self._writer.flush(ended)
+
+    async def _open(self, grant: Grant, entries: Sequence[OutputEntry]) -> Session | None:
+        state = self._state
+        try:
+            session = Session(
+                grant,
+                incarnation=state.lease.incarnation,
+                stage=state.stage,
+                range_text=state.range_text(state.stage),
+                started_s=asyncio.get_running_loop().time(),
+                make_text=state.make_text,
+            )
+        except ValidationError as error:
+            outcome = Outcome(state=RequestState.FAILED, finish_reason="invalid", error=str(error), field="body")
+            await self._writer.refuse(grant, outcome)
+            return None
+        session.resume(entries, eos_token_ids=state.engine_info.eos_token_ids)
+        return session

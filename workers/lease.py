@@ -1,0 +1,97 @@
+"""The worker's lease: an incarnation, renewed only while its engine makes progress or is rightly idle."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import uuid
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict
+
+from l4queue.config import Settings
+from l4queue.models import WorkerLoad
+from l4queue.protocol.calls import Calls, Verdict
+from l4queue.protocol.door import AsyncDoor
+from workers.engine import EngineDied
+
+__all__ = ("Lease",)
+
+log = logging.getLogger("l4queue.worker")
+
+
+class Lease:
+    """Begins, renews and ends this worker's lease. `on_lost` is called when others have taken its work."""
+
+    def __init__(
+        self,
+        *,
+        settings: Settings,
+        door: AsyncDoor,
+        calls: Calls,
+        worker_id: str,
+        load: Callable[[], WorkerLoad],
+        num_steps: Callable[[], int],
+    ) -> None:
+        self._settings = settings
+        self._door = door
+        self._calls = calls
+        self._worker_id = worker_id
+        self._load = load
+        self._num_steps = num_steps
+        self._sequence = 0
+        self._seen_steps = -1
+        self._progress_s = 0.0
+        self.histogram: Counter[str] = Counter()
+        self.incarnation = self._fresh_name()
+
+    async def begin(self) -> None:
+        """Register under a new incarnation."""
+        self.incarnation = self._fresh_name()
+        self._progress_s = asyncio.get_running_loop().time()
+        await self._send(register=True)
+
+    async def keep(self, on_lost: Callable[[], None]) -> None:
+        """Renew for ever, three times a lease. Raises EngineDied when the engine has stalled too long."""
+        while True:
+            await asyncio.sleep(self._settings.lease_s / 3)
+            self._check_progress()
+            if await self._send(register=False) is Verdict.LOST:
+                log.warning("lease of %s lost: its requests continue elsewhere", self.incarnation)
+                on_lost()
+                await self.begin()
+
+    async def end(self) -> None:
+        """Leave; what is still held is for the reaper."""
+        await self._door.run(self._calls.retire(self.incarnation))
+
+    def _check_progress(self) -> None:
+        now_s, steps = asyncio.get_running_loop().time(), self._num_steps()
+        if steps != self._seen_steps or self._load().num_running == 0:
+            self._seen_steps, self._progress_s = steps, now_s
+        stalled_s = now_s - self._progress_s
+        if stalled_s > self._settings.stall_limit_s:
+            raise EngineDied(f"no engine step for {stalled_s:.0f} s with requests running")
+
+    async def _send(self, *, register: bool) -> Verdict:
+        self._sequence += 1
+        sent = dict(self.histogram)
+        verdict = await self._door.run(
+            self._calls.renew(
+                self.incarnation,
+                worker_id=self._worker_id,
+                lease_ms=int(self._settings.lease_s * 1000),
+                load=json.dumps(asdict(self._load())),
+                sequence=self._sequence,
+                register=register,
+                histogram=sent,
+            )
+        )
+        if verdict is Verdict.OK:
+            self.histogram.subtract(sent)
+            self.histogram += Counter()  # drops what is zero
+        return verdict
+
+    def _fresh_name(self) -> str:
+        return f"{self._worker_id}:{uuid.uuid4().hex[:12]}"

@@ -1,0 +1,51 @@
+"""One blocking read for everything a worker waits for: work in its queue, cancels, a new plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from l4queue.protocol.door import AsyncDoor
+from l4queue.protocol.keys import SOLO_STAGE, Keys
+from l4queue.protocol.reads import Reads
+
+__all__ = ("Listener",)
+
+
+class Listener:
+    """Reads wake-up, control and plan streams. Reading is harmless to repeat: nothing is handed over here."""
+
+    def __init__(
+        self,
+        *,
+        door: AsyncDoor,
+        keys: Keys,
+        on_wake: Callable[[], None],
+        on_cancel: Callable[[Sequence[str]], None],
+        on_plan: Callable[[str], None],
+    ) -> None:
+        self._door = door
+        self._keys = keys
+        self._on_wake = on_wake
+        self._on_cancel = on_cancel
+        self._on_plan = on_plan
+        self._last: dict[str, str] = {}
+
+    async def run(self, streams: Callable[[], tuple[str, str]]) -> None:
+        """Listen for ever; `streams` gives the current stage and incarnation before each read."""
+        start_id = f"{await self._door.run(Reads(self._keys).server_time_ms()) - 1}-0"
+        while True:
+            stage, incarnation = streams()
+            control = self._keys.control(incarnation)
+            names = (self._keys.wake(stage), self._keys.wake(SOLO_STAGE), self._keys.plans, control)
+            if any(name not in self._last for name in names):
+                self._last = {name: self._last.get(name, start_id) for name in names}
+                self._on_wake()
+            found = await self._door.wait(self._last, block_s=1.0)
+            for name, entries in found.items():
+                self._last[name] = entries[-1][0].decode()
+                if name == control:
+                    self._on_cancel([values[b"i"].decode() for _, values in entries])
+                elif name == self._keys.plans:
+                    self._on_plan(entries[-1][1][b"body"].decode())
+                else:
+                    self._on_wake()

@@ -1,0 +1,150 @@
+"""One request while it runs here: from a lease to an engine request, from engine output to writes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from l4queue.models import RequestBody, RequestState, SamplingParams
+from l4queue.protocol.records import Grant, Outcome, OutputEntry, unpack_ids
+from workers.engine import EngineOutput, EngineRequest, FinishReason
+from workers.text import TextStream
+
+__all__ = ("Session", "TextFactory", "Write")
+
+TextFactory = Callable[[SamplingParams], TextStream]
+"""Makes the text of one output: with the model's tokenizer and the request's stop strings."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Write:
+    """What is to be written for a session: tokens from `offset` on, and the outcome when it has ended."""
+
+    session: Session
+    offset: int
+    token_ids: tuple[int, ...]
+    text: str
+    outcome: Outcome | None
+
+
+class Session:
+    """A leased request and what it has generated. Pure: it never talks to Redis or to the engine.
+
+    `committed` tokens are in the output stream; `pending` ones wait to be written. A pinned request
+    commits nothing before its end, so that a restart may generate something else.
+    """
+
+    def __init__(
+        self,
+        grant: Grant,
+        *,
+        incarnation: str,
+        stage: int,
+        range_text: str,
+        started_s: float,
+        make_text: TextFactory,
+    ) -> None:
+        body = RequestBody.model_validate_json(grant.body)
+        self.grant = grant
+        self.incarnation = incarnation
+        self.stage = stage
+        self.started_s = started_s
+        self.range_text = range_text
+        self.priority = body.priority
+        self.params: SamplingParams = body.params
+        self.prompt_ids: list[int] = unpack_ids(grant.packed_ids)
+        self.output_ids: list[int] = []
+        self.committed = 0
+        self._text = make_text(body.params)
+        self._pending_text: list[str] = []
+        self._outcome: Outcome | None = None
+        self.ended_by_text = False
+
+    @property
+    def request_id(self) -> str:
+        return self.grant.request_id
+
+    @property
+    def length_tokens(self) -> int:
+        """Current length: prompt and generated."""
+        return len(self.prompt_ids) + len(self.output_ids)
+
+    @property
+    def remaining_tokens(self) -> int:
+        """Most tokens that may still be generated."""
+        return self.params.max_tokens - len(self.output_ids)
+
+    @property
+    def has_ended(self) -> bool:
+        return self._outcome is not None
+
+    @property
+    def is_urgent(self) -> bool:
+        """Whether the next write should not wait for more: first tokens, or the end."""
+        return self.has_ended or (self.committed == 0 and bool(self.output_ids) and not self.params.is_pinned)
+
+    def resume(self, entries: Sequence[OutputEntry], *, eos_token_ids: frozenset[int]) -> None:
+        """Go on from what earlier workers committed. They may have died after the very last token."""
+        ids = [token for entry in entries for token in entry.token_ids]
+        if not ids:
+            return
+        self.output_ids = ids
+        self.committed = len(ids)
+        stopped = self._text.replay(ids)
+        if stopped or (self._is_stop_token(ids[-1], eos_token_ids) and len(ids) >= self.params.min_tokens):
+            self._end(FinishReason.STOP)
+        elif self.remaining_tokens <= 0:
+            self._end(FinishReason.LENGTH)
+
+    def engine_request(self) -> EngineRequest:
+        """What the engine is to compute: the rest of the output."""
+        return EngineRequest(
+            request_id=self.engine_id,
+            token_ids=self.prompt_ids + self.output_ids,
+            max_tokens=self.remaining_tokens,
+            min_tokens=max(0, self.params.min_tokens - len(self.output_ids)),
+            params=self.params,
+            priority=self.priority,
+            num_resumed=len(self.output_ids),
+        )
+
+    @property
+    def engine_id(self) -> str:
+        """The id in the engine: one per lease, so that output of an aborted lease cannot be mistaken."""
+        return f"{self.request_id}:{self.grant.epoch}"
+
+    def feed(self, output: EngineOutput) -> None:
+        """Take in new tokens; may end the session (a stop string needs no consent of the engine)."""
+        if self.has_ended:
+            return
+        if output.finish_reason is FinishReason.ERROR:
+            self._outcome = Outcome(state=RequestState.FAILED, finish_reason="error", error=output.error or "")
+            return
+        if output.token_ids:
+            piece = self._text.feed(output.token_ids)
+            self.output_ids.extend(output.token_ids[: piece.num_tokens])
+            self._pending_text.append(piece.text)
+            if piece.stopped:
+                self.ended_by_text = True
+                self._end(FinishReason.STOP)
+                return
+        if output.finish_reason is not None:
+            self._end(output.finish_reason)
+
+    def take_write(self) -> Write | None:
+        """What to write now, or None. Call `written` once it is in Redis."""
+        new = tuple(self.output_ids[self.committed :])
+        if self._outcome is None and (not new or self.params.is_pinned):
+            return None
+        text, self._pending_text = "".join(self._pending_text), []
+        offset, self.committed = self.committed, len(self.output_ids)
+        return Write(session=self, offset=offset, token_ids=new, text=text, outcome=self._outcome)
+
+    def _end(self, reason: FinishReason) -> None:
+        held = "" if self._text.stopped else self._text.flush()
+        self._outcome = Outcome(state=RequestState.DONE, finish_reason=reason.value, held_text=held)
+
+    def _is_stop_token(self, token: int, eos_token_ids: frozenset[int]) -> bool:
+        if token in self.params.stop_token_ids:
+            return True
+        return token in eos_token_ids and not self.params.ignore_eos

@@ -1,0 +1,150 @@
+"""What a worker knows and holds, shared by its loops; and how that looks from outside."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+
+from pydantic import JsonValue
+
+from l4queue.config import Settings
+from l4queue.models import Plan, WorkerLoad
+from l4queue.protocol.calls import Calls
+from l4queue.protocol.door import AsyncDoor
+from l4queue.protocol.keys import Keys
+from l4queue.protocol.reads import Reads
+from workers.engine import Engine, EngineDied, EngineInfo
+from workers.lease import Lease
+from workers.observer import Observer, RequestView
+from workers.session import Session, TextFactory
+
+__all__ = ("WorkerState",)
+
+
+class WorkerState:
+    """The state of one worker. Changed on its event loop only; reading from other threads is safe."""
+
+    def __init__(
+        self, *, settings: Settings, engine: Engine, observer: Observer, worker_id: str, text: TextFactory
+    ) -> None:
+        self.settings = settings
+        self.worker_id = worker_id
+        self.engine = engine
+        self.observer = observer
+        self.make_text = text
+        self.keys = Keys(settings.namespace)
+        self.calls = Calls(self.keys)
+        self.reads = Reads(self.keys)
+        self.door = AsyncDoor(settings.redis_url, retry_s=None)
+        self.plan = Plan.one_stage()
+        self.sessions: dict[str, Session] = {}
+        self.info: EngineInfo | None = None
+        self.num_finished = 0
+        self.is_draining = False
+        self.nudge = asyncio.Event()
+        self.lease = Lease(
+            settings=settings,
+            door=self.door,
+            calls=self.calls,
+            worker_id=worker_id,
+            load=self.load,
+            num_steps=lambda: engine.stats().num_steps,
+        )
+
+    @property
+    def stage(self) -> int:
+        """Index of the stage that the current plan gives this worker; a newcomer serves the last one."""
+        known = self.plan.stage_of_worker(self.worker_id)
+        return len(self.plan.stages) - 1 if known is None else known
+
+    @property
+    def engine_info(self) -> EngineInfo:
+        """What the engine is. Only once it has started."""
+        assert self.info is not None
+        return self.info
+
+    @property
+    def max_running(self) -> int:
+        """Most requests at once: the setting's and the engine's limit."""
+        return min(self.settings.max_running, self.info.max_running) if self.info else 0
+
+    async def abort(self, sessions: Iterable[Session]) -> None:
+        """Stop computing these; a dead engine has stopped already."""
+        try:
+            await self.engine.abort([session.engine_id for session in sessions])
+        except EngineDied:
+            return
+
+    async def drop(self, sessions: Iterable[Session]) -> None:
+        """Stop computing requests that are no longer ours; tell the observer what became of them."""
+        gone = [s for s in sessions if self.sessions.pop(s.engine_id, None) is not None]
+        if not gone:
+            return
+        await self.abort(gone)
+        self.nudge.set()
+        records = await self.door.run_many([self.reads.record(session.request_id) for session in gone])
+        for session, record in zip(gone, records, strict=True):
+            if record is not None and record.state in ("cancelled", "expired"):
+                self.observer.request_cancelled(self.view(session))
+            else:
+                self.observer.request_moved(self.view(session), why="its lease ended")
+
+    def range_text(self, stage: int) -> str:
+        """The range of a stage as people write it."""
+        if stage >= len(self.plan.stages):
+            return "?"
+        found = self.plan.stages[stage]
+        return f"{found.low_tokens}–{'∞' if found.high_tokens is None else found.high_tokens}"
+
+    def view(self, session: Session) -> RequestView:
+        """A session as a dashboard may show it."""
+        grant = session.grant
+        return RequestView(
+            request_id=grant.request_id,
+            stage=session.stage,
+            range_text=session.range_text,
+            prompt_tokens=grant.prompt_tokens,
+            max_tokens=session.params.max_tokens,
+            num_resumed=grant.offset,
+            epoch=grant.epoch,
+        )
+
+    def load(self) -> WorkerLoad:
+        """What this worker does now, as it publishes it."""
+        stats, info = self.engine.stats(), self.info
+        return WorkerLoad(
+            worker_id=self.worker_id,
+            incarnation=self.lease.incarnation,
+            stage=self.stage,
+            num_running=len(self.sessions),
+            num_waiting_in_engine=stats.num_waiting,
+            context_tokens=sum(session.length_tokens for session in list(self.sessions.values())),
+            kv_used_tokens=stats.kv_used_tokens,
+            kv_capacity_tokens=info.kv_capacity_tokens if info else 0,
+            max_running=self.max_running,
+            step_ms=round(stats.last_step_ms, 3),
+            is_draining=self.is_draining,
+            engine=info.name if info else "",
+            num_finished=self.num_finished,
+        )
+
+    def stats(self) -> dict[str, JsonValue]:
+        """A snapshot for dashboards."""
+        if self.info is None:
+            return {"worker": self.worker_id, "engine": "loading", "model": self.settings.model}
+        load = self.load()
+        return {
+            "worker": self.worker_id,
+            "engine": f"{load.engine} {self.info.version}",
+            "model": self.info.model,
+            "stage": load.stage,
+            "range_tokens": self.range_text(load.stage),
+            "plan_version": self.plan.version,
+            "running": load.num_running,
+            "max_running": load.max_running,
+            "context_tokens": load.context_tokens,
+            "kv_share": round(load.kv_share, 4),
+            "step_ms": load.step_ms,
+            "finished": load.num_finished,
+            "draining": load.is_draining,
+        }

@@ -1,0 +1,201 @@
+"""The worker: takes what it has room for, generates, writes, settles. One engine, one event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from l4queue.policy.plan_json import plan_from_json
+from pydantic import JsonValue
+
+from l4queue.config import Settings
+from l4queue.policy.histogram import Buckets
+from l4queue.protocol.upkeep import Upkeep
+from workers.engine import Engine, EngineDied, EngineOutput
+from workers.intake import Intake
+from workers.listener import Listener
+from workers.observer import Observer, RequestView
+from workers.session import Session, TextFactory
+from workers.state import WorkerState
+from workers.writer import Writer
+
+__all__ = ("Worker",)
+
+log = logging.getLogger("l4queue.worker")
+_IDLE_S = 1.0  # an idle worker looks for work at least so often, should a wake-up have been missed
+
+
+class Worker:
+    """Serves one stage of the current plan with one engine.
+
+    `run` lives on one event loop; `request_stop`, `request_cancel`, `stats` and `active` may be called from
+    other threads.
+    """
+
+    def __init__(
+        self, *, settings: Settings, engine: Engine, observer: Observer, worker_id: str, text: TextFactory
+    ) -> None:
+        self.settings = settings
+        self.state = WorkerState(
+            settings=settings, engine=engine, observer=observer, worker_id=worker_id, text=text
+        )
+        self._engine = engine
+        self._writer = Writer(self.state)
+        self._intake = Intake(self.state, self._writer)
+        self._buckets = Buckets.log_spaced(settings.max_model_len)
+        self._stopping = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def run(self) -> None:
+        """Start the engine and serve until stopped; then give everything back. Raises EngineDied."""
+        self._loop = asyncio.get_running_loop()
+        state = self.state
+        try:
+            state.info = info = await self._engine.start()
+            log.info("worker %s ready: %s %s of %s", state.worker_id, info.name, info.version, info.model)
+            if not self._stopping.is_set():
+                await self._serve()
+        finally:
+            await self._engine.stop()
+            await state.door.close()
+
+    def request_stop(self) -> None:
+        """End `run` soon: nothing more is taken, running requests go back with their progress."""
+        self._threadsafe(self._stopping.set)
+
+    def request_cancel(self, request_id: str) -> None:
+        """Cancel a request wherever it is, waiting or running."""
+        self._threadsafe(self._cancel, request_id)
+
+    def stats(self) -> dict[str, JsonValue]:
+        """A snapshot for dashboards."""
+        return self.state.stats()
+
+    def active(self) -> list[RequestView]:
+        """The requests running here."""
+        return [self.state.view(session) for session in list(self.state.sessions.values())]
+
+    async def _serve(self) -> None:
+        state = self.state
+        version, body = await state.door.run(state.reads.plan())
+        if body is not None and version:
+            state.plan = plan_from_json(body)
+        await state.lease.begin()
+        failure = await self._run_loops()
+        async with asyncio.timeout(self.settings.drain_s):
+            await self._writer.give_back(blame=isinstance(failure, EngineDied))
+            await state.lease.end()
+        if failure is not None:
+            raise failure
+
+    async def _run_loops(self) -> BaseException | None:
+        """Run until asked to stop or until a loop fails; the failure, if any."""
+        state = self.state
+        listener = Listener(
+            door=state.door,
+            keys=state.keys,
+            on_wake=state.nudge.set,
+            on_cancel=self._on_cancel,
+            on_plan=self._on_plan,
+        )
+        loops = (
+            self._take_for_ever(),
+            self._write_for_ever(),
+            state.lease.keep(self._on_lost),
+            listener.run(lambda: (str(state.stage), state.lease.incarnation)),
+            self._keep_up(),
+            self._stopping.wait(),
+        )
+        tasks = [asyncio.create_task(loop) for loop in loops]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            state.is_draining = True
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        return next((error for task in done if (error := task.exception()) is not None), None)
+
+    async def _take_for_ever(self) -> None:
+        while True:
+            self.state.nudge.clear()
+            if await self._intake.pull_once() == 0:
+                try:
+                    await asyncio.wait_for(self.state.nudge.wait(), _IDLE_S)
+                except TimeoutError:
+                    continue
+
+    async def _write_for_ever(self) -> None:
+        """Write what comes out: at once when somebody waits for it, else in batches of the emit interval."""
+        loop, interval_s = asyncio.get_running_loop(), self.settings.emit_interval_ms / 1000
+        flushed_s, dirty = 0.0, dict[str, Session]()
+        coming = asyncio.create_task(self._engine.outputs())
+        try:
+            while True:
+                wait_s = max(0.0, flushed_s + interval_s - loop.time()) if dirty else None
+                await asyncio.wait({coming}, timeout=wait_s)
+                if coming.done():
+                    for session in self._fold(coming.result()):
+                        dirty[session.engine_id] = session
+                    coming = asyncio.create_task(self._engine.outputs())
+                is_due = loop.time() >= flushed_s + interval_s
+                if dirty and (is_due or any(session.is_urgent for session in dirty.values())):
+                    await self._writer.flush(list(dirty.values()))
+                    dirty.clear()
+                    flushed_s = loop.time()
+        finally:
+            coming.cancel()
+
+    def _fold(self, outputs: Sequence[EngineOutput]) -> list[Session]:
+        touched = []
+        for output in outputs:
+            session = self.state.sessions.get(output.request_id)
+            if session is None:
+                continue
+            session.feed(output)
+            touched.append(session)
+            if output.token_ids:
+                steps, length = len(output.token_ids), session.length_tokens
+                bucket = self._buckets.index(length)
+                self.state.lease.histogram[f"d:{bucket}"] += steps
+                self.state.lease.histogram[f"c:{bucket}"] += steps * length
+        return touched
+
+    async def _keep_up(self) -> None:
+        upkeep = Upkeep(settings=self.settings, door=self.state.door)
+        while True:
+            await upkeep.run_once(num_stages=len(self.state.plan.stages))
+            await asyncio.sleep(upkeep.interval_s)
+
+    def _on_cancel(self, request_ids: Sequence[str]) -> None:
+        wanted = set(request_ids)
+        self._background(self.state.drop([s for s in self.state.sessions.values() if s.request_id in wanted]))
+
+    def _on_plan(self, body: str) -> None:
+        state = self.state
+        state.plan = plan_from_json(body)
+        log.info("plan %d: %s serves stage %d", state.plan.version, state.worker_id, state.stage)
+        state.nudge.set()
+
+    def _on_lost(self) -> None:
+        self._background(self.state.drop(list(self.state.sessions.values())))
+
+    def _cancel(self, request_id: str) -> None:
+        state = self.state
+        self._background(state.door.run(state.calls.cancel(request_id, reason="revoked")))
+
+    def _background(self, work: Any) -> None:
+        task = asyncio.ensure_future(work)
+        _PENDING.add(task)
+        task.add_done_callback(_PENDING.discard)
+
+    def _threadsafe(self, function: Any, *args: Any) -> None:
+        if self._loop is None:
+            function(*args)
+        elif not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(function, *args)
+
+
+_PENDING: set[asyncio.Future[Any]] = set()  # the loop itself keeps only weak references to tasks
