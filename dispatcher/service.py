@@ -7,14 +7,14 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from l4queue.policy.plan_json import plan_from_json
-from l4queue.policy.queue_order import queue_score
 from pydantic import ValidationError
 
 from dispatcher.tokenizer import Counted, PromptTokenizer, Refusal
 from l4queue.config import Settings
 from l4queue.models import Plan, RequestBody, RequestState, SamplingParams
+from l4queue.policy import queue_order
 from l4queue.policy.histogram import Buckets
+from l4queue.policy.plan_json import plan_from_json
 from l4queue.protocol.calls import Call, Calls, Verdict
 from l4queue.protocol.door import AsyncDoor
 from l4queue.protocol.inbox import Inbox
@@ -130,8 +130,8 @@ class Dispatcher:
         """Parameters and priority of a request that can run, or why it cannot."""
         try:
             wire = RequestBody.model_validate_json(body.body)
-        except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False)[0]
+        except ValidationError as invalid:
+            first = invalid.errors(include_url=False, include_input=False)[0]
             return Refusal(field=".".join(str(p) for p in first["loc"]) or "body", error=first["msg"])
         limit, wanted = self._tokenizer.max_model_len, wire.params.max_tokens
         if prompt_tokens + wanted > limit:
@@ -143,9 +143,9 @@ class Dispatcher:
     def _route(self, arrival: _Arrival, answer: Counted, checked: tuple[SamplingParams, int]) -> Call[Verdict]:
         params, priority = checked
         prompt_tokens = len(answer.token_ids)
-        score = queue_score(
-            arrival_ms=arrival.body.submitted_ms,
-            prompt_tokens=prompt_tokens,
+        score = queue_order.score(
+            arrival.body.submitted_ms,
+            prompt_tokens,
             priority=priority,
             ageing_tokens_per_s=self.settings.ageing_tokens_per_s,
             priority_step_s=self.settings.priority_step_s,

@@ -6,10 +6,12 @@ import asyncio
 import logging
 import uuid
 from collections.abc import Sequence
+from dataclasses import replace
 
 from pydantic import ValidationError
 
 from l4queue.models import RequestState
+from l4queue.policy.room import Room, RoomLimits, room_of
 from l4queue.protocol.calls import Verdict
 from l4queue.protocol.keys import SOLO_STAGE
 from l4queue.protocol.records import Grant, Outcome, OutputEntry
@@ -21,6 +23,10 @@ __all__ = ("Intake",)
 
 log = logging.getLogger("l4queue.worker")
 _SOLO_PATIENCE_S = 5.0
+_PREFILL_STEPS = 2  # prompts of two steps wait in the engine: it never runs dry, and little is out of reach
+_IDLE_ROOM = Room(
+    num_requests=1, kv_tokens=2**53, prefill_tokens=2**53, growth_tokens=0, is_idle=True, reason="runs alone"
+)
 
 
 class Intake:
@@ -32,43 +38,37 @@ class Intake:
         self._solo_since_s: float | None = None
 
     async def pull_once(self) -> int:
-        """One round: own queue first, a sibling's when ours is empty, the solo queue when we are idle."""
+        """One round: the solo queue when we are idle, the own queue, a sibling's when ours is empty."""
         state = self._state
-        if not state.sessions and await self._take(SOLO_STAGE, max_requests=1):
+        if not state.sessions and await self._take(SOLO_STAGE, _IDLE_ROOM):
             self._solo_since_s = None
             return 1
         if await self._must_make_way():
             return 0
         room = self.room()
-        if room <= 0:
+        if room.num_requests == 0:
             return 0
-        taken = await self._take(str(state.stage), max_requests=room)
-        return taken or await self._steal()
+        return await self._take(str(state.stage), room) or await self._steal(room)
 
-    def room(self) -> int:
-        """How many more requests the engine may run."""
-        state = self._state
-        return state.max_running - len(state.sessions)
+    def room(self) -> Room:
+        """What may be taken now, by the policy."""
+        state, info = self._state, self._state.engine_info
+        pending = sum(s.grant.prompt_tokens for s in state.sessions.values() if s.awaits_first_token)
+        limits = RoomLimits(prefill_tokens=_PREFILL_STEPS * info.max_batched_tokens)
+        return room_of(state.load(), cost=state.cost, limits=limits, pending_prefill_tokens=pending)
 
-    def room_tokens(self) -> int:
-        """KV tokens left once every running request has grown to its end."""
+    async def _take(self, stage: str, room: Room) -> int:
         state = self._state
-        sessions = state.sessions.values()
-        return state.engine_info.kv_capacity_tokens - sum(s.length_tokens + s.remaining_tokens for s in sessions)
-
-    async def _take(self, stage: str, *, max_requests: int) -> int:
-        state = self._state
-        room_tokens = self.room_tokens()
-        if not state.sessions:  # whatever fits the model must be able to run alone
-            room_tokens = max(room_tokens, state.engine_info.kv_capacity_tokens, state.engine_info.max_model_len)
         call = state.calls.take(
             stage,
             incarnation=state.lease.incarnation,
             worker_id=state.worker_id,
             nonce=uuid.uuid4().hex,
-            max_requests=max_requests,
-            room_tokens=room_tokens,
-            reserve_tokens=0,
+            max_requests=room.num_requests,
+            room_tokens=min(room.kv_tokens, 2**53),
+            reserve_tokens=room.growth_tokens,
+            prefill_tokens=room.prefill_tokens,
+            is_idle=room.is_idle,
         )
         taken = await state.door.run(call)
         if taken.verdict is Verdict.LOST:  # the next heartbeat begins a new incarnation
@@ -76,7 +76,7 @@ class Intake:
         await self.start(taken.grants)
         return len(taken.grants)
 
-    async def _steal(self) -> int:
+    async def _steal(self, room: Room) -> int:
         state = self._state
         backlog = await state.door.run(self._state.reads.backlog())
         own = str(state.stage)
@@ -84,7 +84,7 @@ class Intake:
         if not waiting:
             return 0
         victim = max(waiting, key=lambda stage: (waiting[stage], stage))
-        return await self._take(victim, max_requests=1)
+        return await self._take(victim, replace(room, num_requests=1))
 
     async def _must_make_way(self) -> bool:
         """Whether to run empty so that a request of the solo queue gets its turn: one worker does, the first."""

@@ -12,6 +12,8 @@ from workers.text import TextStream
 
 __all__ = ("Session", "TextFactory", "Write")
 
+_PREVIEW_CHARS = 120
+
 TextFactory = Callable[[SamplingParams], TextStream]
 """Makes the text of one output: with the model's tokenizer and the request's stop strings."""
 
@@ -59,6 +61,7 @@ class Session:
         self._pending_text: list[str] = []
         self._outcome: Outcome | None = None
         self.ended_by_text = False
+        self.text_preview = ""
 
     @property
     def request_id(self) -> str:
@@ -77,6 +80,11 @@ class Session:
     @property
     def has_ended(self) -> bool:
         return self._outcome is not None
+
+    @property
+    def awaits_first_token(self) -> bool:
+        """Whether its prompt is still to be prefilled here."""
+        return len(self.output_ids) == self.grant.offset and not self.has_ended
 
     @property
     def is_urgent(self) -> bool:
@@ -124,6 +132,8 @@ class Session:
             piece = self._text.feed(output.token_ids)
             self.output_ids.extend(output.token_ids[: piece.num_tokens])
             self._pending_text.append(piece.text)
+            if len(self.text_preview) < _PREVIEW_CHARS:
+                self.text_preview = (self.text_preview + piece.text)[:_PREVIEW_CHARS]
             if piece.stopped:
                 self.ended_by_text = True
                 self._end(FinishReason.STOP)

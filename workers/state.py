@@ -9,6 +9,7 @@ from pydantic import JsonValue
 
 from l4queue.config import Settings
 from l4queue.models import Plan, WorkerLoad
+from l4queue.policy.cost import StepCost
 from l4queue.protocol.calls import Calls
 from l4queue.protocol.door import AsyncDoor
 from l4queue.protocol.keys import Keys
@@ -25,7 +26,14 @@ class WorkerState:
     """The state of one worker. Changed on its event loop only; reading from other threads is safe."""
 
     def __init__(
-        self, *, settings: Settings, engine: Engine, observer: Observer, worker_id: str, text: TextFactory
+        self,
+        *,
+        settings: Settings,
+        engine: Engine,
+        observer: Observer,
+        worker_id: str,
+        text: TextFactory,
+        cost: StepCost,
     ) -> None:
         self.settings = settings
         self.worker_id = worker_id
@@ -39,6 +47,7 @@ class WorkerState:
         self.plan = Plan.one_stage()
         self.sessions: dict[str, Session] = {}
         self.info: EngineInfo | None = None
+        self.cost = cost
         self.num_finished = 0
         self.is_draining = False
         self.nudge = asyncio.Event()

@@ -7,11 +7,12 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from l4queue.policy.plan_json import plan_from_json
 from pydantic import JsonValue
 
 from l4queue.config import Settings
+from l4queue.policy.cost import StepCost
 from l4queue.policy.histogram import Buckets
+from l4queue.policy.plan_json import plan_from_json
 from l4queue.protocol.upkeep import Upkeep
 from workers.engine import Engine, EngineDied, EngineOutput
 from workers.intake import Intake
@@ -35,11 +36,18 @@ class Worker:
     """
 
     def __init__(
-        self, *, settings: Settings, engine: Engine, observer: Observer, worker_id: str, text: TextFactory
+        self,
+        *,
+        settings: Settings,
+        engine: Engine,
+        observer: Observer,
+        worker_id: str,
+        text: TextFactory,
+        cost: StepCost,
     ) -> None:
         self.settings = settings
         self.state = WorkerState(
-            settings=settings, engine=engine, observer=observer, worker_id=worker_id, text=text
+            settings=settings, engine=engine, observer=observer, worker_id=worker_id, text=text, cost=cost
         )
         self._engine = engine
         self._writer = Writer(self.state)
@@ -116,7 +124,10 @@ class Worker:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-        return next((error for task in done if (error := task.exception()) is not None), None)
+        failure = next((error for task in done if (error := task.exception()) is not None), None)
+        if failure is not None:
+            log.error("worker %s fails: %s", state.worker_id, failure, exc_info=failure)
+        return failure
 
     async def _take_for_ever(self) -> None:
         while True:

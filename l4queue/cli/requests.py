@@ -23,6 +23,7 @@ Id = Annotated[str, typer.Argument(help="Request id, as printed by enqueue.", me
 
 def enqueue(
     prompt: Annotated[str | None, typer.Argument(help="Prompt text; - or nothing reads standard input.")] = None,
+    *,
     max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
     top_p: Annotated[float, typer.Option()] = 1.0,

@@ -70,13 +70,7 @@ def register(app: typer.Typer) -> None:
 
 
 def _read() -> Overview:
-    from l4queue.config import load_settings
-    from l4queue.protocol.door import Door
-    from l4queue.protocol.overview import read_overview
+    from l4queue.client import Client
 
-    settings = load_settings()
-    door = Door(settings.redis_url)
-    try:
-        return read_overview(door, settings.namespace)
-    finally:
-        door.close()
+    with Client() as client:
+        return client.overview()

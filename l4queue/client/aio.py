@@ -25,6 +25,7 @@ from l4queue.errors import QueueFull
 from l4queue.models import TERMINAL, RequestSpec
 from l4queue.protocol.calls import Verdict
 from l4queue.protocol.door import AsyncDoor
+from l4queue.protocol.overview import Overview, read_overview_async
 from l4queue.protocol.reads import DeadLetter
 from l4queue.protocol.records import RequestRecord
 
@@ -111,6 +112,10 @@ class AsyncClient:
                 async for handle in self._ended(pending):
                     yield handle
                 checked = time.monotonic()
+
+    async def overview(self) -> Overview:
+        """Plan, workers, queues and totals, now."""
+        return await read_overview_async(self._door, self.settings.namespace)
 
     async def dead_letters(self, *, count: int = 100) -> list[DeadLetter]:
         """The latest requests that kill their worker and entries that cannot be read, newest first."""

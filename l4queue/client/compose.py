@@ -105,7 +105,7 @@ def build_spec(prompt: str | None = None, **options: Any) -> RequestSpec:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         location = ".".join(str(part) for part in first["loc"]) or "request"
-        raise InvalidRequest(first["msg"], field=location) from None
+        raise InvalidRequest(first["msg"].removeprefix("Value error, "), field=location) from None
     except UnicodeEncodeError as error:
         raise InvalidRequest(f"not valid Unicode: {error.reason}", field="prompt") from None
 

@@ -24,6 +24,7 @@ from l4queue.errors import QueueFull
 from l4queue.models import TERMINAL, RequestSpec
 from l4queue.protocol.calls import Verdict
 from l4queue.protocol.door import Door
+from l4queue.protocol.overview import Overview, read_overview
 from l4queue.protocol.reads import DeadLetter
 from l4queue.protocol.records import RequestRecord
 
@@ -106,6 +107,10 @@ class Client:
             if time.monotonic() - checked > RECHECK_S:
                 yield from self._ended(pending)
                 checked = time.monotonic()
+
+    def overview(self) -> Overview:
+        """Plan, workers, queues and totals, now."""
+        return read_overview(self._door, self.settings.namespace)
 
     def dead_letters(self, *, count: int = 100) -> list[DeadLetter]:
         """The latest requests that kill their worker and entries that cannot be read, newest first."""

@@ -168,13 +168,20 @@ class Calls:
         worker_id: str,
         nonce: str,
         max_requests: int,
-        room_tokens: int,
-        reserve_tokens: int,
+        room_tokens: int = 2**53,
+        reserve_tokens: int = 0,
+        prefill_tokens: int = 2**53,
+        is_idle: bool = True,
     ) -> Call[Taken]:
-        """Lease waiting requests while they fit `room_tokens`, each with `reserve_tokens` to grow."""
+        """Lease waiting requests while they fit `room_tokens`, each with `reserve_tokens` to grow.
+
+        The request that exceeds `prefill_tokens` is the last; an idle worker's first one always fits. The
+        same rule as `l4queue.policy.room.choose`.
+        """
         k = self.keys
         keys = (k.queue(stage), k.worker(incarnation), k.held(incarnation), k.workers)
-        args = (incarnation, nonce, max_requests, room_tokens, reserve_tokens, worker_id, stage)
+        room = (max_requests, room_tokens, reserve_tokens)
+        args = (incarnation, nonce, *room, worker_id, stage, prefill_tokens, int(is_idle))
         return Call("take", keys, args, _taken)
 
     def emit(

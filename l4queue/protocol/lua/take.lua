@@ -2,7 +2,8 @@
 -- The same nonce hands the same grants back, so a lost reply costs nothing.
 -- KEYS  1 q:<stage> (zset)  2 w:<incarnation> (hash)  3 held:<incarnation> (set)  4 workers (zset)
 -- ARGV  1 incarnation  2 nonce  3 most requests  4 room (KV tokens)  5 reserve per request (tokens)
---       6 worker id  7 stage taken from
+--       6 worker id  7 stage taken from  8 prefill budget (tokens; the request that exceeds it is the last)
+--       9 '1' when the worker is idle: the first request fits whatever its size
 -- Returns {'LOST'} when the incarnation is not registered, else {'OK', grant...} where a grant is
 --         {id, epoch, body, packed ids, offset, prompt_tokens, crashes, score, submitted_ms, deadline_ms, stage}
 if not redis.call('ZSCORE', KEYS[4], ARGV[1]) then return {'LOST'} end
@@ -24,7 +25,7 @@ local solo = ARGV[7] == 'solo'
 if w[3] and redis.call('SISMEMBER', KEYS[3], w[3]) == 1 then return out end
 if solo and redis.call('SCARD', KEYS[3]) > 0 then return out end
 redis.call('HDEL', KEYS[2], 'alone')
-local room, t, list = tonumber(ARGV[4]), int(now_ms()), {}
+local room, prefill, t, list = tonumber(ARGV[4]), tonumber(ARGV[8]), int(now_ms()), {}
 for _, id in ipairs(redis.call('ZRANGE', KEYS[1], 0, (solo and 1 or tonumber(ARGV[3])) - 1)) do
   local rk = P .. 'req:' .. id
   local v = redis.call('HMGET', rk, unpack(FIELDS))
@@ -33,7 +34,8 @@ for _, id in ipairs(redis.call('ZRANGE', KEYS[1], 0, (solo and 1 or tonumber(ARG
   else
     local tokens = tonumber(v[7]) + tonumber(v[6])
     room = room - tokens - ARGV[5]
-    if room < 0 then break end
+    if #list > 0 and prefill <= 0 or room < 0 and (#list > 0 or ARGV[9] ~= '1') then break end
+    prefill = prefill - tokens
     dequeue(id, ARGV[7], tokens)
     redis.call('SADD', KEYS[3], id)
     v[3] = int(v[3] + 1)

@@ -1,0 +1,215 @@
+"""`l4queue demo`: a whole deployment for a few minutes, a mixed workload of real text, and what it measured."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from l4queue.cli.workload import Prompt
+    from l4queue.client import AsyncClient, Result
+    from l4queue.models import Plan
+
+__all__ = ("ClassReport", "register", "summarise")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spread:
+    """Mean and quantiles, by the nearest-rank method."""
+
+    mean: float
+    p50: float
+    p99: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Of at least one value; zeros for none."""
+        ranked = sorted(values)
+        if not ranked:
+            return cls(mean=0.0, p50=0.0, p99=0.0)
+        last = len(ranked) - 1
+        return cls(
+            mean=sum(ranked) / len(ranked),
+            p50=ranked[min(last, int(0.50 * len(ranked)))],
+            p99=ranked[min(last, int(0.99 * len(ranked)))],
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClassReport:
+    """What was measured for one length class; times in seconds by the server's clock."""
+
+    name: str
+    num_requests: int
+    prompt_tokens: int
+    output_tokens: int
+    ttft_s: Spread
+    tpot_s: Spread
+    e2e_s: Spread
+
+
+def summarise(results: Sequence[Result]) -> list[ClassReport]:
+    """One report per length class that occurred, shortest first, and one for all."""
+    from l4queue.cli.workload import LENGTH_CLASSES, length_class
+
+    groups = {c.name: [r for r in results if length_class(r.prompt_tokens) is c] for c in LENGTH_CLASSES}
+    groups["all"] = list(results)
+    return [
+        ClassReport(
+            name=name,
+            num_requests=len(group),
+            prompt_tokens=sum(r.prompt_tokens for r in group),
+            output_tokens=sum(r.output_tokens for r in group),
+            ttft_s=Spread.of([r.ttft_s for r in group if r.ttft_s is not None]),
+            tpot_s=Spread.of([r.tpot_s for r in group if r.tpot_s is not None]),
+            e2e_s=Spread.of([r.e2e_s for r in group]),
+        )
+        for name, group in groups.items()
+        if group
+    ]
+
+
+def demo(
+    *,
+    requests: Annotated[int, typer.Option(min=1, help="How many requests.")] = 100,
+    workers: Annotated[int, typer.Option(min=1, help="How many workers.")] = 2,
+    engine: Annotated[str, typer.Option(help="vllm or emulated.")] = "vllm",
+    model: Annotated[str, typer.Option(help="Model path; tiny builds a small random-weight Llama.")] = "tiny",
+    rate: Annotated[float, typer.Option(min=0.0, help="Requests per second; 0 sends all at once.")] = 4.0,
+    max_prompt_tokens: Annotated[int, typer.Option(min=64, help="Longest prompt, tokens.")] = 8000,
+    seed: Annotated[int, typer.Option(help="Seed of the workload.")] = 0,
+    flower_port: Annotated[int, typer.Option(help="Port of Flower.")] = 5555,
+    data_dir: Annotated[Path | None, typer.Option(help="Where Redis keeps its data.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
+) -> None:
+    """Start everything, run mixed-length real text through it, print what was measured, stop."""
+    import numpy as np
+    from l4queue.cli.up import Stack, StackOptions
+
+    from l4queue.cli.workload import mixed_prompts
+
+    prompts = mixed_prompts(requests, rng=np.random.default_rng(seed), max_prompt_tokens=max_prompt_tokens)
+    options = StackOptions(
+        workers=workers, engine=engine, model=model, flower_port=flower_port, data_dir=data_dir, quiet=as_json
+    )
+
+    async def run() -> dict[str, Any]:
+        async with Stack(options) as stack:
+            await stack.ready()
+            return await _drive(stack, prompts, rate=rate, seed=seed, quiet=as_json)
+
+    outcome = asyncio.run(run())
+    if as_json:
+        print(json.dumps(outcome))
+    if outcome["num_done"] < requests:
+        raise typer.Exit(1)
+
+
+async def _drive(stack: Any, prompts: Sequence[Prompt], *, rate: float, seed: int, quiet: bool) -> dict[str, Any]:
+    from l4queue.client import AsyncClient
+
+    async with AsyncClient(stack.redis_url, settings=stack.settings) as client:
+        started_s = time.monotonic()
+        with _progress(quiet) as progress:
+            results = await _replay(client, prompts, rate=rate, seed=seed, progress=progress)
+        wall_s = time.monotonic() - started_s
+        overview = await client.overview()
+    reports = summarise(results)
+    if not quiet:
+        _print(reports, overview.plan, wall_s=wall_s, flower_url=stack.flower_url)
+    return {
+        "num_requests": len(prompts),
+        "num_done": len(results),
+        "wall_s": wall_s,
+        "classes": [asdict(report) for report in reports],
+        "plan": asdict(overview.plan),
+        "flower_url": stack.flower_url,
+        "seed": seed,
+    }
+
+
+async def _replay(
+    client: AsyncClient, prompts: Sequence[Prompt], *, rate: float, seed: int, progress: Progress
+) -> list[Result]:
+    """Send with Poisson gaps and gather results; failures are shown and left out."""
+    import numpy as np
+
+    from l4queue.errors import L4QueueError
+
+    rng = np.random.default_rng([seed, 1])
+    sent_bar = progress.add_task("sent", total=len(prompts))
+    done_bar = progress.add_task("done", total=len(prompts))
+
+    async def follow(prompt: Prompt) -> Result | None:
+        try:
+            handle = await client.enqueue(
+                prompt.text, max_tokens=prompt.max_tokens, temperature=0.0, ignore_eos=True
+            )
+            progress.advance(sent_bar)
+            return await handle.result()
+        except L4QueueError as error:
+            progress.console.print(f"[red]failed:[/] {error}")
+            return None
+        finally:
+            progress.advance(done_bar)
+
+    tasks = []
+    for prompt in prompts:
+        tasks.append(asyncio.create_task(follow(prompt)))
+        if rate > 0:
+            await asyncio.sleep(float(rng.exponential(1.0 / rate)))
+    return [result for result in await asyncio.gather(*tasks) if result is not None]
+
+
+def _progress(quiet: bool) -> Progress:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description:>6}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=Console(stderr=True), disable=quiet)
+
+
+def _print(reports: Sequence[ClassReport], plan: Plan, *, wall_s: float, flower_url: str | None) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{reports[-1].num_requests} requests in {wall_s:.1f} s (mean / p50 / p99)")
+    for name in ("class", "requests", "tokens in", "tokens out", "first token s", "per token ms", "end to end s"):
+        table.add_column(name, justify="left" if name == "class" else "right")
+    for report in reports:
+        table.add_row(
+            report.name,
+            str(report.num_requests),
+            str(report.prompt_tokens),
+            str(report.output_tokens),
+            _spread(report.ttft_s, scale=1.0, digits=2),
+            _spread(report.tpot_s, scale=1000.0, digits=1),
+            _spread(report.e2e_s, scale=1.0, digits=2),
+        )
+    console = Console()
+    console.print(table)
+    ranges = ", ".join(
+        f"[{s.low_tokens}, {'∞' if s.high_tokens is None else s.high_tokens}) × {s.num_workers}"
+        for s in plan.stages
+    )
+    console.print(f"plan {plan.version}: {ranges}  ({plan.reason})")
+    if flower_url:
+        console.print(f"Flower was at {flower_url}")
+
+
+def _spread(spread: Spread, *, scale: float, digits: int) -> str:
+    return " / ".join(f"{value * scale:.{digits}f}" for value in (spread.mean, spread.p50, spread.p99))
+
+
+def register(app: typer.Typer) -> None:
+    """Add this command to the application."""
+    app.command()(demo)
