@@ -1,0 +1,67 @@
+"""Whether a request that has outgrown its stage is worth moving to the next one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from l4queue.models import WorkerLoad
+from l4queue.policy.cost import StepCost
+from l4queue.policy.loads import decode_step_ms
+from l4queue.policy.prices import MovePrice
+
+__all__ = ("Handover", "decide_handover")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Handover:
+    """The decision with what it was weighed by: time won and lost by everybody concerned, ms."""
+
+    is_move: bool
+    benefit_ms: float
+    cost_ms: float
+    reason: str
+
+
+def decide_handover(
+    length_tokens: int,
+    *,
+    high_tokens: int | None,
+    expected_remaining_tokens: float,
+    here: WorkerLoad,
+    there: WorkerLoad | None,
+    cost: StepCost,
+    price: MovePrice,
+    growth_tokens: int = 0,
+    min_gain_ms: float = 0.0,
+) -> Handover:
+    """Move only if the request is beyond `high`, `there` has room, and what remains repays the move.
+
+    With δ = β + γ·length the request adds δ to each step of its batch. Moving it saves, per step still to come,
+    δ to each of the others here, costs δ to each there, and changes its own step time:
+
+        benefit = remaining · (step_here - step_there + δ·(n_here - 1 - n_there))
+        cost    = delay of the move + prefill work · requests there
+
+    A negative benefit counts as cost. `there` is the least loaded worker of the next stage; None: there is none.
+    """
+    if high_tokens is None or length_tokens < high_tokens:
+        return Handover(is_move=False, benefit_ms=0.0, cost_ms=0.0, reason="within its range")
+    if there is None or there.is_draining:
+        return Handover(is_move=False, benefit_ms=0.0, cost_ms=0.0, reason="nobody to take it")
+    if expected_remaining_tokens <= 0.0:
+        return Handover(is_move=False, benefit_ms=0.0, cost_ms=0.0, reason="nearly finished")
+    capacity = there.kv_capacity_tokens or cost.kv_capacity_tokens
+    if capacity and there.kv_used_tokens + length_tokens + growth_tokens > capacity:
+        return Handover(is_move=False, benefit_ms=0.0, cost_ms=0.0, reason="no room in the cache there")
+    running_there = there.num_running + there.num_waiting_in_engine
+    if running_there >= (there.max_running or cost.max_num_seqs):
+        return Handover(is_move=False, benefit_ms=0.0, cost_ms=0.0, reason="no slot there")
+    delta = cost.beta_ms + cost.gamma_ms * (length_tokens + expected_remaining_tokens / 2)
+    others_here = max(0, here.num_running - 1)
+    step_here = decode_step_ms(max(1, here.num_running), max(length_tokens, here.context_tokens), cost=cost)
+    step_there = decode_step_ms(running_there + 1, there.context_tokens + length_tokens, cost=cost)
+    benefit = expected_remaining_tokens * (step_here - step_there + delta * (others_here - running_there))
+    loss = price.delay_ms(length_tokens, cost) + price.work_ms(length_tokens, cost) * running_there
+    if benefit - loss <= min_gain_ms:
+        return Handover(is_move=False, benefit_ms=benefit, cost_ms=loss, reason="does not repay the move")
+    return Handover(is_move=True, benefit_ms=benefit, cost_ms=loss, reason="outgrown")

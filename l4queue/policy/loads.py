@@ -1,0 +1,83 @@
+"""Work and load of stages and workers in milliseconds of engine time, as the decisions compare them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from l4queue.models import WorkerLoad
+from l4queue.policy.cost import StepCost
+
+__all__ = ("StageLoad", "decode_step_ms", "request_work_ms", "running_work_ms", "stage_load")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageLoad:
+    """What a stage has to do. `drain_ms` is the engine time of all of it over the workers; None: no worker."""
+
+    stage: int
+    num_workers: int
+    queued_requests: int = 0
+    queued_tokens: int = 0
+    num_running: int = 0
+    context_tokens: int = 0
+    drain_ms: float | None = None
+
+    @property
+    def running_per_worker(self) -> float:
+        """Mean number of requests in one engine of the stage."""
+        return self.num_running / self.num_workers if self.num_workers else 0.0
+
+
+def request_work_ms(length_tokens: float, *, expected_output_tokens: float, cost: StepCost) -> float:
+    """Engine time that a waiting request adds: its prefill and its share of every decode step to come."""
+    mean_length = length_tokens + expected_output_tokens / 2
+    prefill_ms = length_tokens * (cost.pi_ms + cost.psi_ms * length_tokens / 2)
+    return prefill_ms + expected_output_tokens * (cost.beta_ms + cost.gamma_ms * mean_length)
+
+
+def running_work_ms(
+    num_running: float, context_tokens: float, *, expected_remaining_tokens: float, cost: StepCost
+) -> float:
+    """Engine time that running requests still need, without the fixed cost of the steps."""
+    grown = context_tokens + num_running * expected_remaining_tokens / 2
+    return expected_remaining_tokens * (cost.beta_ms * num_running + cost.gamma_ms * grown)
+
+
+def decode_step_ms(num_running: float, context_tokens: float, *, cost: StepCost) -> float:
+    """Time of a decode step of this many requests; 0 for none."""
+    if num_running <= 0:
+        return 0.0
+    return cost.alpha_ms + cost.beta_ms * num_running + cost.gamma_ms * context_tokens
+
+
+def stage_load(
+    stage: int,
+    workers: Sequence[WorkerLoad],
+    *,
+    queued_requests: int,
+    queued_tokens: int,
+    expected_output_tokens: float,
+    cost: StepCost,
+) -> StageLoad:
+    """Load of a stage from its queue and its workers; those that drain take no part.
+
+    Of a running request half of the expected output is taken to be left.
+    """
+    able = [w for w in workers if not w.is_draining]
+    num_running = sum(w.num_running + w.num_waiting_in_engine for w in able)
+    context = sum(w.context_tokens for w in able)
+    mean = queued_tokens / queued_requests if queued_requests else 0.0
+    waiting_ms = queued_requests * request_work_ms(mean, expected_output_tokens=expected_output_tokens, cost=cost)
+    running_ms = running_work_ms(
+        num_running, context, expected_remaining_tokens=expected_output_tokens / 2, cost=cost
+    )
+    return StageLoad(
+        stage=stage,
+        num_workers=len(able),
+        queued_requests=queued_requests,
+        queued_tokens=queued_tokens,
+        num_running=num_running,
+        context_tokens=context,
+        drain_ms=(waiting_ms + running_ms) / len(able) if able else None,
+    )

@@ -1,0 +1,122 @@
+"""A plan as JSON and back, checked: what is read from outside may be anything."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+from typing import Any
+
+from l4queue.errors import ConfigError
+from l4queue.models import Plan, StagePlan
+
+__all__ = ("check_plan", "plan_from_json", "plan_to_json")
+
+_PLAN_FIELDS = {"version", "stages", "reason", "created_ms", "objective", "objective_one_stage", "details"}
+_STAGE_FIELDS = {"low_tokens", "high_tokens", "num_workers", "worker_ids"}
+
+
+def plan_to_json(plan: Plan) -> str:
+    """Compact JSON with sorted keys: the same plan gives the same bytes. ConfigError for NaN or infinity."""
+    check_plan(plan)
+    try:
+        return json.dumps(asdict(plan), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"plan {plan.version} cannot be written as JSON: {error}") from None
+
+
+def plan_from_json(text: str | bytes) -> Plan:
+    """Read and check a plan. ConfigError names what is wrong: ranges must cover [0, ∞) once, in order."""
+    try:
+        data = json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, UnicodeDecodeError) as error:
+        raise ConfigError(f"a plan must be JSON: {error}") from None
+    if not isinstance(data, dict) or not isinstance(data.get("stages"), list):
+        raise ConfigError("a plan must be an object with a list `stages`")
+    unknown = sorted(set(data) - _PLAN_FIELDS)
+    if unknown:
+        raise ConfigError(f"a plan has no field {unknown[0]!r}")
+    stages = tuple(_stage(i, item) for i, item in enumerate(data["stages"]))
+    plan = Plan(
+        version=_whole(data.get("version"), "version"),
+        stages=stages,
+        reason=_text(data.get("reason", ""), "reason"),
+        created_ms=_whole(data.get("created_ms", 0), "created_ms"),
+        objective=_number(data.get("objective"), "objective"),
+        objective_one_stage=_number(data.get("objective_one_stage"), "objective_one_stage"),
+        details=_mapping(data.get("details", {}), "details"),
+    )
+    check_plan(plan)
+    return plan
+
+
+def check_plan(plan: Plan) -> None:
+    """ConfigError unless the stages cover [0, ∞) once, in order, with counts ≥ 0 and no worker twice."""
+    if not plan.stages:
+        raise ConfigError(f"plan {plan.version} has no stages")
+    low = 0
+    seen: set[str] = set()
+    for i, stage in enumerate(plan.stages):
+        if stage.low_tokens != low:
+            raise ConfigError(f"plan {plan.version}: stage {i} begins at {stage.low_tokens}, expected {low}")
+        is_last = i == len(plan.stages) - 1
+        if is_last != (stage.high_tokens is None):
+            raise ConfigError(f"plan {plan.version}: only the last stage is open-ended, stage {i} breaks that")
+        if stage.high_tokens is not None and stage.high_tokens <= low:
+            raise ConfigError(f"plan {plan.version}: stage {i} ends at {stage.high_tokens}, not above {low}")
+        if stage.num_workers < 0:
+            raise ConfigError(f"plan {plan.version}: stage {i} has {stage.num_workers} workers")
+        twice = seen.intersection(stage.worker_ids)
+        if twice or len(set(stage.worker_ids)) != len(stage.worker_ids):
+            raise ConfigError(f"plan {plan.version}: stage {i} lists a worker twice")
+        seen.update(stage.worker_ids)
+        low = stage.high_tokens or low
+
+
+def _stage(index: int, item: Any) -> StagePlan:
+    where = f"stages[{index}]"
+    if not isinstance(item, dict):
+        raise ConfigError(f"{where} must be an object")
+    unknown = sorted(set(item) - _STAGE_FIELDS)
+    if unknown:
+        raise ConfigError(f"{where} has no field {unknown[0]!r}")
+    high = item.get("high_tokens")
+    ids = item.get("worker_ids", [])
+    if not isinstance(ids, list) or not all(isinstance(i, str) for i in ids):
+        raise ConfigError(f"{where}.worker_ids must be a list of strings")
+    return StagePlan(
+        low_tokens=_whole(item.get("low_tokens"), f"{where}.low_tokens"),
+        high_tokens=None if high is None else _whole(high, f"{where}.high_tokens"),
+        num_workers=_whole(item.get("num_workers"), f"{where}.num_workers"),
+        worker_ids=tuple(ids),
+    )
+
+
+def _whole(value: Any, name: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ConfigError(f"plan.{name} must be a whole number ≥ 0, got {value!r}")
+    return value
+
+
+def _number(value: Any, name: str) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ConfigError(f"plan.{name} must be a finite number, got {value!r}")
+    return float(value)
+
+
+def _text(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise ConfigError(f"plan.{name} must be text, got {value!r}")
+    return value
+
+
+def _mapping(value: Any, name: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ConfigError(f"plan.{name} must be an object, got {value!r}")
+    return value
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a finite number")

@@ -1,0 +1,34 @@
+"""What it costs to move a running request: prefill again, or send its KV cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from l4queue.policy.cost import StepCost
+
+__all__ = ("MovePrice",)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MovePrice:
+    """Price of a move. Without a bandwidth the target prefills the whole context again.
+
+    `kv_bytes_per_token` is 2 · layers · KV heads · head size · bytes per value: 131,072 for Llama-3.1-8B in
+    16 bits. `fixed_ms` is what every move takes besides: release, queue, claim.
+    """
+
+    bandwidth_bytes_per_s: float | None = None
+    kv_bytes_per_token: int = 131_072
+    fixed_ms: float = 20.0
+
+    def work_ms(self, length_tokens: float, cost: StepCost) -> float:
+        """Time that the target's batch loses, ms."""
+        if self.bandwidth_bytes_per_s is not None:
+            return 0.0
+        return (cost.pi_ms + cost.psi_ms * length_tokens / 2) * length_tokens
+
+    def delay_ms(self, length_tokens: float, cost: StepCost) -> float:
+        """Time for which the moved request itself makes no token, on an idle target, ms."""
+        if self.bandwidth_bytes_per_s is None:
+            return self.fixed_ms + self.work_ms(length_tokens, cost)
+        return self.fixed_ms + 1000.0 * length_tokens * self.kv_bytes_per_token / self.bandwidth_bytes_per_s

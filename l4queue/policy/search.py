@@ -1,0 +1,354 @@
+"""Exact search for the best boundaries and worker counts, for each number of stages.
+
+    f_k[j][m] = min over i < j, m' < m of  f_{k-1}[i][m-m'] + g(i, j, m')
+
+is the least cost of covering the buckets [0, j) by k stages with m workers. Two ways lead to the same optimum:
+
+*dense*   the recurrence as it stands, O(k·B²·M²), vectorised: best while B·M is small
+*pruned*  a price λ per worker removes m from the state (O(k·B²) per λ) and gives a lower bound for every plan
+          that uses a stage (i, j, m); stages whose bound exceeds a known plan are dropped, and the recurrence runs
+          over what is left, usually a few hundred of B²·M/2 stages
+
+Ties: the lowest first boundary from the right, then the fewest workers in the last stage; always the same.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from numpy.lib.stride_tricks import as_strided
+
+from l4queue.policy.steady_state import Objective, PartitionSettings, RangeTerms, stage_cost
+
+__all__ = ("Split", "best_splits")
+
+Floats: TypeAlias = npt.NDArray[np.float64]
+Ints: TypeAlias = npt.NDArray[np.intp]
+
+DENSE_LIMIT = 3_000_000
+"""Largest B²·M² for which the dense recurrence is used."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Split:
+    """Boundaries as bucket numbers (0 first, B last), workers per stage, and what it costs."""
+
+    bounds: tuple[int, ...]
+    workers: tuple[int, ...]
+    cost: float
+
+
+def best_splits(
+    terms: RangeTerms, num_workers: int, *, settings: PartitionSettings, method: str = "auto"
+) -> tuple[Split, ...]:
+    """The cheapest split for each number of stages from 1 to `max_stages`, as far as one is possible.
+
+    `method` is "dense", "pruned" or "auto". Empty when even one stage keeps no bound.
+    """
+    b = terms.num_buckets
+    kmax = min(settings.max_stages, num_workers, b)
+    one = _one_stage(terms, num_workers, settings=settings)
+    if kmax < 1:
+        return ()
+    dense = method == "dense" or (method == "auto" and (b * num_workers) ** 2 <= DENSE_LIMIT)
+    if kmax == 1:
+        more: list[Split] = []
+    elif dense:
+        more = _dense(terms, num_workers, kmax, settings=settings)
+    else:
+        more = _Pruned(terms, num_workers, kmax, settings=settings).splits()
+    return tuple(s for s in (one, *more) if np.isfinite(s.cost))
+
+
+def _one_stage(terms: RangeTerms, num_workers: int, *, settings: PartitionSettings) -> Split:
+    b = terms.num_buckets
+    cost = stage_cost(
+        terms, np.array([0]), np.array([b]), np.array([num_workers], dtype=np.float64), settings=settings
+    )
+    return Split(bounds=(0, b), workers=(num_workers,), cost=float(cost[0]))
+
+
+# ---------------------------------------------------------------- dense
+
+
+def _dense(terms: RangeTerms, num_workers: int, kmax: int, *, settings: PartitionSettings) -> list[Split]:
+    b, m = terms.num_buckets, num_workers
+    g = np.full((b + 1, b + 1, m + 1), np.inf)
+    i, j = np.triu_indices(b + 1, 1)
+    g[i, j] = stage_cost(
+        terms, i[:, None], j[:, None], np.arange(m + 1, dtype=np.float64)[None, :], settings=settings
+    )
+    levels = [g[0]]
+    splits: list[Split] = []
+    for k in range(2, kmax + 1):
+        total = _join(levels[-1][:b], g[:b, b], m)
+        splits.append(_trace(levels, g, k, float(total.min())))
+        if k < kmax:
+            levels.append(_next_level(levels[-1], g, k))
+    return splits
+
+
+def _next_level(before: Floats, g: Floats, k: int) -> Floats:
+    """f_k from f_{k-1} for all j < B and all m; f[i][m-m'] is read through a sliding view of a padded copy."""
+    b, m = g.shape[0] - 1, g.shape[2] - 1
+    padded = np.full((b, 2 * m + 1), np.inf)
+    padded[:, m:] = before[:b]
+    step = padded.strides[1]
+    # shifted[i, m, m'] = f[i][m-m']
+    shifted = as_strided(padded[:, m:], shape=(b, m + 1, m + 1), strides=(padded.strides[0], step, -step))
+    after = np.full_like(before, np.inf)
+    for j in range(k, b):
+        first = k - 1
+        after[j, k:m] = (shifted[first:j, k:m, 1:m] + g[first:j, j, None, 1:m]).min(axis=(0, 2))
+    return after
+
+
+def _join(before: Floats, last: Floats, m: int) -> Floats:
+    """Cost of ending with a stage [i, j) of m' workers, all i and m' (0 to m), m workers in total."""
+    return before[:, m::-1] + last[:, : m + 1]
+
+
+def _trace(levels: list[Floats], g: Floats, k: int, cost: float) -> Split:
+    """Walk back from the end, taking the first of the best choices at each stage."""
+    j, m = g.shape[0] - 1, g.shape[2] - 1
+    bounds, workers = [j], []
+    if np.isfinite(cost):
+        for level in range(k - 1, 0, -1):
+            choice = int(_join(levels[level - 1][:j], g[:j, j], m).argmin())
+            i, used = divmod(choice, m + 1)
+            bounds.append(i)
+            workers.append(used)
+            j, m = i, m - used
+    return Split(bounds=(0, *reversed(bounds)), workers=(m, *reversed(workers)), cost=cost)
+
+
+# ---------------------------------------------------------------- pruned
+
+
+class _Pruned:
+    """The search with a price per worker; holds the arrays that its steps share."""
+
+    def __init__(self, terms: RangeTerms, num_workers: int, kmax: int, *, settings: PartitionSettings) -> None:
+        self.terms, self.m, self.kmax, self.settings = terms, num_workers, kmax, settings
+        self.b = terms.num_buckets
+        self.i, self.j = np.triu_indices(self.b + 1, 1)
+        load, least = terms.load[self.i, self.j], terms.least[self.i, self.j]
+        lowest = np.maximum(1.0, np.ceil(least * (1.0 - 1e-12)))
+        self.lowest = np.where(lowest > load, lowest, np.floor(load) + 1.0)
+        self.load = load
+        self.root = np.sqrt(terms.weight[self.i, self.j] * load)
+        self.is_open = self.lowest <= num_workers
+        self.table: Floats | None = None
+        if settings.objective is Objective.GOODPUT:
+            counts = np.arange(num_workers + 1, dtype=np.float64)[None, :]
+            self.table = stage_cost(terms, self.i[:, None], self.j[:, None], counts, settings=settings)
+
+    def splits(self) -> list[Split]:
+        return [self._split(k) for k in range(2, self.kmax + 1)]
+
+    def _split(self, k: int) -> Split:
+        price, best = self._best_price(k)
+        if best is None:
+            return Split(bounds=(0, self.b), workers=(), cost=float("inf"))
+        return self._exact(k, price, best)
+
+    def _cost(self, pairs: Ints, m: Floats) -> Floats:
+        return stage_cost(self.terms, self.i[pairs], self.j[pairs], m, settings=self.settings)
+
+    def _priced(self, price: float) -> tuple[Floats, Floats]:
+        """min over m of g + price·m for each range, and the m that gives it; infinite where none fits."""
+        if self.table is not None:
+            total = self.table + price * np.arange(self.m + 1)
+            at = total.argmin(axis=1)
+            return total[np.arange(len(at)), at], at.astype(np.float64)
+        ideal = np.clip(self.load + self.root / np.sqrt(price), self.lowest, self.m)
+        everything = np.arange(len(self.i))
+        low, high = np.maximum(np.floor(ideal), self.lowest), np.minimum(np.ceil(ideal), self.m)
+        low_cost = self._cost(everything, low) + price * low
+        high_cost = self._cost(everything, high) + price * high
+        take_low = low_cost <= high_cost
+        cost = np.where(self.is_open, np.where(take_low, low_cost, high_cost), np.inf)
+        return cost, np.where(take_low, low, high)
+
+    def _matrix(self, values: Floats) -> Floats:
+        full = np.full((self.b + 1, self.b + 1), np.inf)
+        full[self.i, self.j] = values
+        return full
+
+    def _forward(self, h: Floats, k: int) -> list[Floats]:
+        """forward[p][j]: least priced cost of covering [0, j) by p stages."""
+        start = np.full(self.b + 1, np.inf)
+        start[0] = 0.0
+        rows = [start]
+        for _ in range(k):
+            rows.append((rows[-1][:, None] + h).min(axis=0))
+        return rows
+
+    def _backward(self, h: Floats, k: int) -> list[Floats]:
+        """backward[p][i]: least priced cost of covering [i, B) by p stages."""
+        end = np.full(self.b + 1, np.inf)
+        end[self.b] = 0.0
+        rows = [end]
+        for _ in range(k):
+            rows.append((h + rows[-1][None, :]).min(axis=1))
+        return rows
+
+    def _best_price(self, k: int) -> tuple[float, Split | None]:
+        """The price at which k stages ask for just about all workers, and a plan made from its boundaries.
+
+        The lower bound is concave in the price and its slope is the number of workers asked for less those
+        there are, so a bisection finds its top.
+        """
+        scale = self._first_price()
+        low, high = scale / 4096.0, scale * 4096.0
+        best: Split | None = None
+        for _ in range(16):
+            price = float(np.sqrt(low * high))
+            cost, at = self._priced(price)
+            h = self._matrix(cost)
+            rows = self._forward(h, k)
+            if not np.isfinite(rows[k][self.b]):
+                return price, None
+            bounds = _walk_back(rows, h, k, self.b)
+            asked = self._matrix(at)[list(bounds[:-1]), list(bounds[1:])]
+            plan = self._repaired(bounds, asked)
+            if plan is not None and (best is None or plan.cost < best.cost):
+                best = plan
+            if asked.sum() > self.m:
+                low = price
+            else:
+                high = price
+        return float(np.sqrt(low * high)), best
+
+    def _first_price(self) -> float:
+        load = float(self.terms.load[0, self.b])
+        weight = float(self.terms.weight[0, self.b]) or float(self.terms.requests[0, self.b])
+        spare = max(self.m - load, 0.5)
+        return max(weight * max(load, 1e-3) / spare**2, 1e-12)
+
+    def _repaired(self, bounds: tuple[int, ...], asked: Floats) -> Split | None:
+        """Worker counts made to sum up, one worker at a time where it helps most or hurts least."""
+        size = self.b + 1
+        index = [i * size - i * (i + 1) // 2 + j - i - 1 for i, j in itertools.pairwise(bounds)]
+        pairs = np.array(index)
+        workers = asked.copy()
+        lowest = self.lowest[pairs]
+        if lowest.sum() > self.m:
+            return None
+        for _ in range(4 * self.m):
+            missing = self.m - workers.sum()
+            if missing == 0:
+                break
+            here = self._cost(pairs, workers)
+            if missing > 0:
+                workers[int((self._cost(pairs, workers + 1) - here).argmin())] += 1
+            else:
+                fewer = np.where(workers > lowest, self._cost(pairs, np.maximum(workers - 1, lowest)), np.inf)
+                workers[int((fewer - here).argmin())] -= 1
+        cost = float(self._cost(pairs, workers).sum())
+        return (
+            Split(bounds=bounds, workers=tuple(int(w) for w in workers), cost=cost) if np.isfinite(cost) else None
+        )
+
+    def _exact(self, k: int, price: float, best: Split) -> Split:
+        """The recurrence over the stages that may be part of a plan at least as cheap as `best`."""
+        cost, _ = self._priced(price)
+        h = self._matrix(cost)
+        forward, backward = self._forward(h, k), self._backward(h, k)
+        limit = best.cost * (1.0 + 1e-12) + price * self.m + 1e-15
+        labels = _Labels.start()
+        history = [labels]
+        for p in range(1, k + 1):
+            bound = forward[p - 1][self.i] + cost + backward[k - p][self.j]
+            pairs = np.flatnonzero(bound <= limit)
+            rest = backward[k - p][self.j[pairs]]
+            arcs = self._arcs(pairs, limit - forward[p - 1][self.i[pairs]] - rest, price)
+            labels = labels.extended(arcs, backward[k - p], price=price, limit=limit, most=self.m - (k - p))
+            history.append(labels)
+        found = np.flatnonzero((labels.at == self.b) & (labels.used == self.m))
+        if not found.size:
+            return best
+        return _unwind(history, int(found[labels.cost[found].argmin()]))
+
+    def _arcs(self, pairs: Ints, slack: Floats, price: float) -> tuple[Ints, Ints, Ints, Floats]:
+        """Stages (i, j, m) over these ranges whose priced cost is within the slack of their range."""
+        m = np.arange(1, self.m + 1, dtype=np.float64)
+        rows: list[tuple[Ints, Ints, Floats]] = []
+        for part in np.array_split(np.arange(len(pairs)), max(1, len(pairs) // 512)):
+            cost = self._cost(pairs[part][:, None], np.broadcast_to(m, (len(part), self.m)))
+            row, column = np.nonzero(cost + price * m <= slack[part][:, None])
+            rows.append((part[row], column + 1, cost[row, column]))
+        row = np.concatenate([r[0] for r in rows])
+        chosen = pairs[row]
+        return (
+            self.i[chosen],
+            self.j[chosen],
+            np.concatenate([r[1] for r in rows]),
+            np.concatenate([r[2] for r in rows]),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Labels:
+    """States reached after some stages: bucket, workers used, cost, and the label before."""
+
+    at: Ints
+    used: Ints
+    cost: Floats
+    parent: Ints
+
+    @classmethod
+    def start(cls) -> _Labels:
+        zero = np.zeros(1, dtype=np.intp)
+        return cls(at=zero, used=zero, cost=np.zeros(1), parent=zero)
+
+    def extended(
+        self, arcs: tuple[Ints, Ints, Ints, Floats], rest: Floats, *, price: float, limit: float, most: int
+    ) -> _Labels:
+        """All labels one stage further that may still end within the limit; the best of equal states."""
+        i, j, m, g = arcs
+        order = np.argsort(i, kind="stable")
+        starts = np.searchsorted(i[order], np.arange(len(rest) + 1))
+        parts: list[tuple[Ints, Ints, Floats, Ints]] = []
+        for at in np.unique(self.at):
+            arc = order[starts[at] : starts[at + 1]]
+            label = np.flatnonzero(self.at == at)
+            if not arc.size:
+                continue
+            used = self.used[label][:, None] + m[arc][None, :]
+            cost = self.cost[label][:, None] + g[arc][None, :]
+            keep = (used <= most) & (cost + price * used + rest[j[arc]][None, :] <= limit)
+            row, column = np.nonzero(keep)
+            parts.append((j[arc][column], used[row, column], cost[row, column], label[row]))
+        if not parts:
+            none = np.zeros(0, dtype=np.intp)
+            return _Labels(at=none, used=none, cost=np.zeros(0), parent=none)
+        at, used, cost, parent = (np.concatenate(column) for column in zip(*parts, strict=True))
+        order = np.lexsort((parent, cost, used, at))
+        at, used, cost, parent = at[order], used[order], cost[order], parent[order]
+        first = np.ones(len(at), dtype=bool)
+        first[1:] = (at[1:] != at[:-1]) | (used[1:] != used[:-1])
+        return _Labels(at=at[first], used=used[first], cost=cost[first], parent=parent[first])
+
+
+def _walk_back(rows: list[Floats], h: Floats, k: int, end: int) -> tuple[int, ...]:
+    bounds = [end]
+    for p in range(k, 0, -1):
+        bounds.append(int((rows[p - 1] + h[:, bounds[-1]]).argmin()))
+    return tuple(reversed(bounds))
+
+
+def _unwind(history: list[_Labels], last: int) -> Split:
+    bounds, workers = [], []
+    total = float(history[-1].cost[last])
+    for p in range(len(history) - 1, 0, -1):
+        labels = history[p]
+        bounds.append(int(labels.at[last]))
+        before = int(labels.parent[last])
+        workers.append(int(labels.used[last] - history[p - 1].used[before]))
+        last = before
+    return Split(bounds=(0, *reversed(bounds)), workers=tuple(reversed(workers)), cost=total)

@@ -1,0 +1,310 @@
+"""Taking work from an overloaded sibling: waiting requests by the thief, running ones by ask and bid.
+
+No decision can be undone by the next: a steal happens only if the thief's finish afterwards is earlier than the
+victim's was before, which strictly lowers the later of the two; a running request never goes straight back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from l4queue.models import WorkerLoad
+from l4queue.policy.cost import StepCost
+from l4queue.policy.loads import StageLoad, decode_step_ms, request_work_ms, running_work_ms
+from l4queue.policy.prices import MovePrice
+
+__all__ = (
+    "Ask",
+    "Bid",
+    "RunningRequest",
+    "Steal",
+    "StealFrom",
+    "StealLimits",
+    "Transfer",
+    "ask",
+    "bid",
+    "match",
+    "steal_waiting",
+)
+
+
+class StealFrom(StrEnum):
+    """Which siblings a worker may steal waiting requests from: the dial between mean and tail."""
+
+    #: any: a short stage may take long requests, at a price
+    ANY = "any"
+    #: stages of shorter requests only: best mean, worst tail
+    SHORTER = "shorter"
+    NONE = "none"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StealLimits:
+    """Bounds of stealing. `slowdown_weight` multiplies what the thief's own requests lose (1: like for like)."""
+
+    steal_from: StealFrom = StealFrom.ANY
+    slowdown_weight: float = 1.0
+    max_requests: int = 16
+    #: running requests in motion at once, to or from one worker
+    max_moves: int = 3
+    cool_down_ms: int = 2000
+    #: an overloaded worker has a finish at least so many times that of the asking one
+    overload_ratio: float = 1.5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Steal:
+    """How many waiting requests to take from the head of which stage's queue; None: none, for the reason."""
+
+    stage: int | None
+    num_requests: int
+    benefit_ms: float
+    cost_ms: float
+    reason: str
+
+
+def steal_waiting(
+    thief: WorkerLoad,
+    *,
+    own: StageLoad,
+    siblings: Sequence[StageLoad],
+    head_tokens: Mapping[int, int],
+    max_requests: int,
+    expected_output_tokens: float,
+    cost: StepCost,
+    limits: StealLimits | None = None,
+) -> Steal:
+    """Steal from the sibling with the longest drain time of those for which it pays; ties to the lower stage.
+
+    `head_tokens` holds the length of the next request of each stage's queue (the mean of the queue where it is
+    missing); `max_requests` is the thief's room. With w the engine time of the request:
+
+    - finish: the thief's own drain + w must lie below the victim's drain, else the imbalance would flip
+    - benefit: every request in the victim's queue moves up by one, together one drain time of the queue
+    - cost: running with the request slows the thief's n requests by its prefill and (β+γ·length) a step for half
+      its expected output, less what it would have slowed the victim's; weighted by `slowdown_weight`
+    """
+    limits = limits or StealLimits()
+    if limits.steal_from is StealFrom.NONE or max_requests < 1:
+        return _no_steal("stealing is off" if max_requests >= 1 else "no room")
+    if own.queued_requests > 0:
+        return _no_steal("own queue first")
+    busy = thief.num_running + thief.num_waiting_in_engine
+    thief_ms = running_work_ms(
+        busy, thief.context_tokens, expected_remaining_tokens=expected_output_tokens / 2, cost=cost
+    )
+    reason = "nothing waits elsewhere"
+    for victim in sorted(siblings, key=_longest_first):
+        if victim.stage == own.stage or victim.queued_requests < 1:
+            continue
+        if limits.steal_from is StealFrom.SHORTER and victim.stage > own.stage:
+            reason = "only from shorter stages"
+            continue
+        mean = victim.queued_tokens / victim.queued_requests
+        head = head_tokens.get(victim.stage, round(mean))
+        work_ms = request_work_ms(head, expected_output_tokens=expected_output_tokens, cost=cost)
+        if victim.drain_ms is None:
+            return Steal(
+                stage=victim.stage, num_requests=1, benefit_ms=work_ms, cost_ms=0.0, reason="no workers there"
+            )
+        if thief_ms + work_ms >= victim.drain_ms:
+            reason = "would not finish earlier"
+            continue
+        slow_ms = cost.prefill_ms(head) + expected_output_tokens / 2 * (cost.beta_ms + cost.gamma_ms * head)
+        cost_ms = limits.slowdown_weight * max(0.0, slow_ms * (busy - victim.running_per_worker))
+        benefit_ms = victim.drain_ms
+        if benefit_ms <= cost_ms:
+            reason = "would slow its own requests more"
+            continue
+        level = work_ms * (1.0 + 1.0 / victim.num_workers)
+        number = int((victim.drain_ms - thief_ms) / level) if level > 0.0 else victim.queued_requests
+        number = max(1, min(number, max_requests, limits.max_requests, -(-victim.queued_requests // 2)))
+        return Steal(
+            stage=victim.stage,
+            num_requests=number,
+            benefit_ms=benefit_ms,
+            cost_ms=cost_ms,
+            reason="longest drain",
+        )
+    return _no_steal(reason)
+
+
+def _longest_first(load: StageLoad) -> tuple[float, int]:
+    """Sort key: no worker at all counts as the longest drain."""
+    return (float("-inf") if load.drain_ms is None else -load.drain_ms, load.stage)
+
+
+def _no_steal(reason: str) -> Steal:
+    return Steal(stage=None, num_requests=0, benefit_ms=0.0, cost_ms=0.0, reason=reason)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ask:
+    """A worker with nothing waiting anywhere offers room for running requests."""
+
+    worker_id: str
+    room_tokens: int
+    num_slots: int
+    num_running: int
+    context_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunningRequest:
+    """A running request as its worker knows it. `came_from` is the worker it was moved from last."""
+
+    request_id: str
+    length_tokens: int
+    expected_remaining_tokens: float
+    came_from: str | None = None
+    is_pinned: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bid:
+    """The victim's answer: this request may go to that worker, for this net gain."""
+
+    victim_id: str
+    thief_id: str
+    request_id: str
+    length_tokens: int
+    benefit_ms: float
+    cost_ms: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Transfer:
+    """A match: move the request."""
+
+    source_id: str
+    target_id: str
+    request_id: str
+    length_tokens: int
+    gain_ms: float
+    reason: str
+
+
+def ask(
+    load: WorkerLoad,
+    *,
+    num_waiting_anywhere: int,
+    moves_in_flight: int,
+    last_move_ms: int | None,
+    now_ms: int,
+    cost: StepCost,
+    limits: StealLimits | None = None,
+) -> Ask | None:
+    """Ask for running requests; None if something waits, or it drains, moves enough already or cools down."""
+    limits = limits or StealLimits()
+    cooling = last_move_ms is not None and now_ms - last_move_ms < limits.cool_down_ms
+    slots = (load.max_running or cost.max_num_seqs) - load.num_running - load.num_waiting_in_engine
+    slots = min(slots, limits.max_moves - moves_in_flight)
+    capacity = load.kv_capacity_tokens or cost.kv_capacity_tokens
+    room = capacity - load.kv_used_tokens if capacity else 2**62
+    if num_waiting_anywhere or load.is_draining or cooling or slots < 1 or room < 1:
+        return None
+    return Ask(
+        worker_id=load.worker_id,
+        room_tokens=room,
+        num_slots=slots,
+        num_running=load.num_running + load.num_waiting_in_engine,
+        context_tokens=load.context_tokens,
+    )
+
+
+def bid(
+    victim: WorkerLoad,
+    running: Sequence[RunningRequest],
+    request: Ask,
+    *,
+    moves_in_flight: int,
+    last_move_ms: int | None,
+    now_ms: int,
+    cost: StepCost,
+    price: MovePrice,
+    limits: StealLimits | None = None,
+) -> tuple[Bid, ...]:
+    """The victim's offers to one ask, best net gain first (ties by request id); empty when it is not overloaded.
+
+    Moving a request of length l with r tokens to go gains r·(step here - step there) for itself and r·(β+γl) for
+    each other request here, and costs the same to each there, the move's delay and its prefill for those there.
+    A request is not offered to where it came from, if pinned, if it does not fit, or if the asking worker's step
+    would become longer than the victim's.
+    """
+    limits = limits or StealLimits()
+    cooling = last_move_ms is not None and now_ms - last_move_ms < limits.cool_down_ms
+    if cooling or moves_in_flight >= limits.max_moves or victim.worker_id == request.worker_id:
+        return ()
+    here_ms = decode_step_ms(victim.num_running, victim.context_tokens, cost=cost)
+    idle_ms = decode_step_ms(max(1, request.num_running), request.context_tokens, cost=cost)
+    if victim.num_running < 2 or here_ms < limits.overload_ratio * idle_ms:
+        return ()
+    offers = []
+    for item in running:
+        if item.is_pinned or item.came_from == request.worker_id or item.expected_remaining_tokens <= 0.0:
+            continue
+        length, remaining = item.length_tokens, item.expected_remaining_tokens
+        there_ms = decode_step_ms(request.num_running + 1, request.context_tokens + length, cost=cost)
+        if length + remaining > request.room_tokens or there_ms >= here_ms:
+            continue
+        delta = cost.beta_ms + cost.gamma_ms * (length + remaining / 2)
+        benefit = remaining * (here_ms - there_ms + delta * (victim.num_running - 1 - request.num_running))
+        loss = price.delay_ms(length, cost) + price.work_ms(length, cost) * request.num_running
+        if benefit > loss:
+            offers.append(
+                Bid(
+                    victim_id=victim.worker_id,
+                    thief_id=request.worker_id,
+                    request_id=item.request_id,
+                    length_tokens=length,
+                    benefit_ms=benefit,
+                    cost_ms=loss,
+                )
+            )
+    offers.sort(key=lambda b: (b.cost_ms - b.benefit_ms, b.request_id))
+    return tuple(offers[: limits.max_moves - moves_in_flight])
+
+
+def match(
+    asks: Sequence[Ask],
+    bids: Sequence[Bid],
+    *,
+    moves_in_flight: Mapping[str, int],
+    limits: StealLimits | None = None,
+) -> tuple[Transfer, ...]:
+    """Pair bids with asks, greatest gain first; each request once, each worker at most `max_moves` in motion.
+
+    A bid that fits no ask is dropped; what was accepted takes room from its ask. No ask or no bid: no transfer.
+    """
+    limits = limits or StealLimits()
+    room = {a.worker_id: a.room_tokens for a in asks}
+    slots = {a.worker_id: a.num_slots for a in asks}
+    moves = dict(moves_in_flight)
+    moved: set[str] = set()
+    transfers: list[Transfer] = []
+    for offer in sorted(bids, key=lambda b: (b.cost_ms - b.benefit_ms, b.request_id, b.thief_id)):
+        source, target = offer.victim_id, offer.thief_id
+        if offer.request_id in moved or source == target or target not in room:
+            continue
+        if slots[target] < 1 or room[target] < offer.length_tokens:
+            continue
+        if moves.get(source, 0) >= limits.max_moves or moves.get(target, 0) >= limits.max_moves:
+            continue
+        moved.add(offer.request_id)
+        slots[target] -= 1
+        room[target] -= offer.length_tokens
+        moves[source] = moves.get(source, 0) + 1
+        moves[target] = moves.get(target, 0) + 1
+        transfers.append(
+            Transfer(
+                source_id=source,
+                target_id=target,
+                request_id=offer.request_id,
+                length_tokens=offer.length_tokens,
+                gain_ms=offer.benefit_ms - offer.cost_ms,
+                reason="victim overloaded",
+            )
+        )
+    return tuple(transfers)
