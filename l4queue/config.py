@@ -58,7 +58,7 @@ class Settings(BaseSettings):
     plan_min_life_s: float = Field(20.0, ge=0, description="a plan lives at least so long, s")
     max_stages: int = Field(4, ge=1, le=16, description="most stages of a plan")
 
-    flower_port: int = Field(5555, ge=1, le=65535)
+    flower_port: int = Field(5555, ge=1, le=65535, description="port of Flower on 127.0.0.1")
     flower_show_prompts: bool = Field(False, description="show prompt text in Flower; off by default")
 
     @property
