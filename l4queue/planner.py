@@ -39,14 +39,16 @@ class PlannerSettings:
 
     `min_gain` is the least saving against the present plan, as a share of its objective, and
     `move_gain` is added to it in proportion to the share of workers that would move: the switching cost.
-    Classes that save less than `min_class_gain` of one stage do not pay. `patience` widens the bounds on
-    long requests for the plan in force, so that it is not thrown out by a bound it has just crossed.
+    Classes that save less than `min_class_gain` of one stage do not pay, and each further stage must save
+    `min_stage_gain`: what the closed form leaves out, such as pooling, favours few. `patience` widens the bounds
+    on long requests for the plan in force, so that it is not thrown out by a bound it has just crossed.
     """
 
     min_gain: float = 0.05
     min_life_ms: int = 20_000
     move_gain: float = 0.02
     min_class_gain: float = 0.02
+    min_stage_gain: float = 0.01
     patience: float = 1.15
     partition: PartitionSettings = field(default_factory=PartitionSettings)
 
@@ -219,11 +221,16 @@ def _candidate(
 
 
 def _best(candidates: Sequence[Candidate], *, settings: PlannerSettings) -> Candidate:
-    """Least value, of equals the fewest stages; one stage unless classes save enough against it."""
-    best = min(candidates, key=lambda c: (c.value, len(c.stages)))
-    for one in candidates:
-        if len(one.stages) == 1 and _gain(best, one) < settings.min_class_gain:
-            return one
+    """Least value; fewer stages unless more save enough, and at least one stage must be beaten clearly."""
+    ordered = sorted(candidates, key=lambda c: len(c.stages))
+    best = ordered[0]
+    for other in ordered[1:]:
+        more = len(other.stages) - len(best.stages)
+        if _gain(other, best) > more * settings.min_stage_gain:
+            best = other
+    one = ordered[0]
+    if len(one.stages) == 1 and _gain(best, one) < settings.min_class_gain:
+        return one
     return best
 
 

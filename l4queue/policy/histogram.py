@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import TypeAlias
 
@@ -210,6 +210,30 @@ class Demand:
         flow[1:] = (density[:-1] + density[1:]) / 2
         return flow
 
+    def origins(self, buckets: Buckets) -> Floats:
+        """Share of the steps in a bucket (row) that requests make which arrived in another (column).
+
+        What is in a bucket has arrived there or grew out of the one below, in proportion to the two rates.
+        Rows sum to one; a bucket that nothing enters counts as its own origin.
+        """
+        size = len(buckets)
+        share = np.eye(size)
+        flow = self.crossings_per_s(buckets).tolist()
+        for i, (rate, inflow) in enumerate(zip(self.arrivals_per_s.tolist(), flow, strict=True)):
+            if i and inflow > 0.0:
+                share[i] = share[i - 1] * (inflow / (rate + inflow))
+                share[i, i] = rate / (rate + inflow)
+        return share
+
+    def by_arrival(self, buckets: Buckets) -> Demand:
+        """The same demand with all steps counted in the bucket where the request arrived."""
+        share = self.origins(buckets)
+        return replace(
+            self,
+            decode_steps_per_s=self.decode_steps_per_s @ share,
+            context_tokens_per_s=self.context_tokens_per_s @ share,
+        )
+
     def reach_per_s(self, buckets: Buckets) -> Floats:
         """Requests per second that get at least as long as each lower edge."""
         above = np.cumsum(self.arrivals_per_s[::-1])[::-1]
@@ -289,7 +313,7 @@ def with_backlog(demand: Demand, queued: Iterable[tuple[int, int]], *, buckets: 
     mean_output = float(demand.decode_steps_per_s.sum()) / total if total > 0.0 else 0.0
     factor = np.where(arrivals > 0.0, 1.0 + extra / np.where(arrivals > 0.0, arrivals, 1.0), 1.0)
     unseen = np.where(arrivals > 0.0, 0.0, extra)
-    mixed = _carried(factor, arrivals, demand.crossings_per_s(buckets))
+    mixed = demand.origins(buckets) @ factor
     middle = buckets.middle_tokens
     return Demand(
         arrivals_per_s=arrivals * factor + unseen,
@@ -299,16 +323,3 @@ def with_backlog(demand: Demand, queued: Iterable[tuple[int, int]], *, buckets: 
         + unseen * mean_output * (middle + mean_output / 2),
         window_s=demand.window_s,
     )
-
-
-def _carried(factor: Floats, arrivals: Floats, crossings: Floats) -> Floats:
-    """Factor of the decode steps of each bucket: mean of what arrives there and what grows into it."""
-    mixed = np.ones_like(factor)
-    below = 1.0
-    for i, (own, rate, inflow) in enumerate(
-        zip(factor.tolist(), arrivals.tolist(), crossings.tolist(), strict=True)
-    ):
-        if rate + inflow > 0.0:
-            below = (own * rate + below * inflow) / (rate + inflow)
-        mixed[i] = below
-    return mixed

@@ -15,12 +15,11 @@ Ties: the lowest first boundary from the right, then the fewest workers in the l
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from numpy.lib.stride_tricks import as_strided
 
 from l4queue.policy.steady_state import Objective, PartitionSettings, RangeTerms, stage_cost
 
@@ -32,14 +31,21 @@ Ints: TypeAlias = npt.NDArray[np.intp]
 DENSE_LIMIT = 3_000_000
 """Largest B²·M² for which the dense recurrence is used."""
 
+MOST_JOINS = 50_000_000
+"""Labels times stages beyond which the best plan known is returned with its gap, not a proven optimum."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Split:
-    """Boundaries as bucket numbers (0 first, B last), workers per stage, and what it costs."""
+    """Boundaries as bucket numbers (0 first, B last), workers per stage, and what it costs.
+
+    `gap` is zero for a proven optimum; else the optimum may be lower by at most this share.
+    """
 
     bounds: tuple[int, ...]
     workers: tuple[int, ...]
     cost: float
+    gap: float = 0.0
 
 
 def best_splits(
@@ -77,15 +83,15 @@ def _one_stage(terms: RangeTerms, num_workers: int, *, settings: PartitionSettin
 
 def _dense(terms: RangeTerms, num_workers: int, kmax: int, *, settings: PartitionSettings) -> list[Split]:
     b, m = terms.num_buckets, num_workers
-    g = np.full((b + 1, b + 1, m + 1), np.inf)
+    # g[m, i, j]: the number of workers first, so that each slice is one contiguous matrix
+    g = np.full((m + 1, b + 1, b + 1), np.inf)
     i, j = np.triu_indices(b + 1, 1)
-    g[i, j] = stage_cost(
-        terms, i[:, None], j[:, None], np.arange(m + 1, dtype=np.float64)[None, :], settings=settings
-    )
-    levels = [g[0]]
+    counts = np.arange(m + 1, dtype=np.float64)[:, None]
+    g[:, i, j] = stage_cost(terms, i[None, :], j[None, :], counts, settings=settings)
+    levels = [np.ascontiguousarray(g[:, 0, :].T)]  # f_1[j][m]
     splits: list[Split] = []
     for k in range(2, kmax + 1):
-        total = _join(levels[-1][:b], g[:b, b], m)
+        total = _join(levels[-1][:b], g[:, :b, b], m)
         splits.append(_trace(levels, g, k, float(total.min())))
         if k < kmax:
             levels.append(_next_level(levels[-1], g, k))
@@ -93,32 +99,30 @@ def _dense(terms: RangeTerms, num_workers: int, kmax: int, *, settings: Partitio
 
 
 def _next_level(before: Floats, g: Floats, k: int) -> Floats:
-    """f_k from f_{k-1} for all j < B and all m; f[i][m-m'] is read through a sliding view of a padded copy."""
-    b, m = g.shape[0] - 1, g.shape[2] - 1
-    padded = np.full((b, 2 * m + 1), np.inf)
-    padded[:, m:] = before[:b]
-    step = padded.strides[1]
-    # shifted[i, m, m'] = f[i][m-m']
-    shifted = as_strided(padded[:, m:], shape=(b, m + 1, m + 1), strides=(padded.strides[0], step, -step))
+    """f_k from f_{k-1} for all j < B and all m. Minima run over the first axis, which numpy does fastest."""
+    b, m = g.shape[1] - 1, g.shape[0] - 1
+    first = k - 1  # k-1 stages need at least as many buckets and as many workers
     after = np.full_like(before, np.inf)
-    for j in range(k, b):
-        first = k - 1
-        after[j, k:m] = (shifted[first:j, k:m, 1:m] + g[first:j, j, None, 1:m]).min(axis=(0, 2))
+    for used in range(1, m - first + 1):
+        joined = before[first:b, None, first : m - used + 1] + g[used, first:b, k:b, None]
+        if joined.size:
+            part = after[k:b, first + used : m + 1]
+            np.minimum(part, joined.min(axis=0), out=part)
     return after
 
 
 def _join(before: Floats, last: Floats, m: int) -> Floats:
     """Cost of ending with a stage [i, j) of m' workers, all i and m' (0 to m), m workers in total."""
-    return before[:, m::-1] + last[:, : m + 1]
+    return before[:, m::-1] + last[: m + 1].T
 
 
 def _trace(levels: list[Floats], g: Floats, k: int, cost: float) -> Split:
     """Walk back from the end, taking the first of the best choices at each stage."""
-    j, m = g.shape[0] - 1, g.shape[2] - 1
+    j, m = g.shape[1] - 1, g.shape[0] - 1
     bounds, workers = [j], []
     if np.isfinite(cost):
         for level in range(k - 1, 0, -1):
-            choice = int(_join(levels[level - 1][:j], g[:j, j], m).argmin())
+            choice = int(_join(levels[level - 1][:j], g[:, :j, j], m).argmin())
             i, used = divmod(choice, m + 1)
             bounds.append(i)
             workers.append(used)
@@ -206,6 +210,7 @@ class _Pruned:
         scale = self._first_price()
         low, high = scale / 4096.0, scale * 4096.0
         best: Split | None = None
+        tried: set[tuple[int, ...]] = set()
         for _ in range(16):
             price = float(np.sqrt(low * high))
             cost, at = self._priced(price)
@@ -215,9 +220,11 @@ class _Pruned:
                 return price, None
             bounds = _walk_back(rows, h, k, self.b)
             asked = self._matrix(at)[list(bounds[:-1]), list(bounds[1:])]
-            plan = self._repaired(bounds, asked)
-            if plan is not None and (best is None or plan.cost < best.cost):
-                best = plan
+            if bounds not in tried:
+                tried.add(bounds)
+                plan = self._repaired(bounds, asked)
+                if plan is not None and (best is None or plan.cost < best.cost):
+                    best = plan
             if asked.sum() > self.m:
                 low = price
             else:
@@ -231,24 +238,30 @@ class _Pruned:
         return max(weight * max(load, 1e-3) / spare**2, 1e-12)
 
     def _repaired(self, bounds: tuple[int, ...], asked: Floats) -> Split | None:
-        """Worker counts made to sum up, one worker at a time where it helps most or hurts least."""
+        """Worker counts made to sum up: in proportion first, then one at a time, then by swaps that help."""
         size = self.b + 1
-        index = [i * size - i * (i + 1) // 2 + j - i - 1 for i, j in itertools.pairwise(bounds)]
-        pairs = np.array(index)
-        workers = asked.copy()
+        pairs = np.array([i * size - i * (i + 1) // 2 + j - i - 1 for i, j in itertools.pairwise(bounds)])
         lowest = self.lowest[pairs]
-        if lowest.sum() > self.m:
+        spare = self.m - float(lowest.sum())
+        if spare < 0:
             return None
-        for _ in range(4 * self.m):
-            missing = self.m - workers.sum()
-            if missing == 0:
-                break
+        extra = asked - lowest
+        total = float(extra.sum())
+        workers = lowest + (np.floor(extra * min(1.0, spare / total)) if total > 0.0 else 0.0)
+        while workers.sum() < self.m:
+            short = self.m - workers.sum()
+            jump = max(1.0, np.floor(short / (2 * len(workers))))
+            won = self._cost(pairs, workers + jump) - self._cost(pairs, workers)
+            workers[int(won.argmin())] += jump
+        for _ in range(8 * len(workers)):
             here = self._cost(pairs, workers)
-            if missing > 0:
-                workers[int((self._cost(pairs, workers + 1) - here).argmin())] += 1
-            else:
-                fewer = np.where(workers > lowest, self._cost(pairs, np.maximum(workers - 1, lowest)), np.inf)
-                workers[int((fewer - here).argmin())] -= 1
+            more = self._cost(pairs, workers + 1) - here
+            fewer = np.where(workers > lowest, self._cost(pairs, np.maximum(workers - 1, lowest)) - here, np.inf)
+            to, source = int(more.argmin()), int(fewer.argmin())
+            if to == source or not more[to] + fewer[source] < 0.0:
+                break
+            workers[to] += 1
+            workers[source] -= 1
         cost = float(self._cost(pairs, workers).sum())
         return (
             Split(bounds=bounds, workers=tuple(int(w) for w in workers), cost=cost) if np.isfinite(cost) else None
@@ -267,6 +280,9 @@ class _Pruned:
             pairs = np.flatnonzero(bound <= limit)
             rest = backward[k - p][self.j[pairs]]
             arcs = self._arcs(pairs, limit - forward[p - 1][self.i[pairs]] - rest, price)
+            if len(arcs[0]) * max(1, len(labels.at)) > MOST_JOINS:
+                lower = float(forward[k][self.b]) - price * self.m
+                return replace(best, gap=max(0.0, 1.0 - lower / best.cost) if best.cost > 0.0 else 0.0)
             labels = labels.extended(arcs, backward[k - p], price=price, limit=limit, most=self.m - (k - p))
             history.append(labels)
         found = np.flatnonzero((labels.at == self.b) & (labels.used == self.m))

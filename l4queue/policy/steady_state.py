@@ -107,6 +107,9 @@ def range_terms(
     demand: Demand, *, buckets: Buckets, cost: StepCost, settings: PartitionSettings, num_workers: int
 ) -> RangeTerms:
     """Terms of all ranges. O(B²) memory and time; ranges that end before they begin are never read."""
+    given = demand
+    if not settings.moves_requests:
+        demand = demand.by_arrival(buckets)
     per_bucket = _Amounts.of(demand, buckets=buckets, cost=cost, settings=settings)
     load = _ranges(per_bucket.load) + _skew_load(demand, cost=cost, quantile=settings.skew_quantile)
     weight = _ranges(per_bucket.weight)
@@ -129,7 +132,7 @@ def range_terms(
         least = np.maximum(least, load + steps * cost.alpha_ms / 1000.0 / cost.max_num_seqs)
     requests = _ranges(per_bucket.requests)
     if settings.objective is Objective.BALANCED:
-        least = _with_bounds(least, load, demand, buckets=buckets, settings=settings, num_workers=num_workers)
+        least = _with_bounds(least, load, given, buckets=buckets, settings=settings, num_workers=num_workers)
     return RangeTerms(
         load=load,
         weight=weight,
