@@ -43,6 +43,7 @@ class Settings(BaseSettings):
 
     worker_id: str = Field("", description="stable name of this worker; empty: worker@host")
     engine: Literal["vllm", "emulated"] = Field("vllm", description="engine of the workers")
+    dtype: str = Field("auto", description="weights of the vLLM engine: auto, float32, bfloat16, ...")
     max_running: int = Field(64, ge=1, description="most requests at once in one engine")
     lease_s: float = Field(5.0, gt=0.2, description="a silent worker loses its requests after, s")
     stall_limit_s: float = Field(60.0, gt=0, description="an engine without progress this long is dead, s")
@@ -54,6 +55,7 @@ class Settings(BaseSettings):
     emulated_speed: float = Field(1.0, ge=0, description="time factor of the emulated engine; 0: no model time")
 
     replan_interval_s: float = Field(10.0, gt=0, description="period of the planner, s")
+    demand_half_life_s: float = Field(120.0, gt=0, description="traffic older than this has half its weight, s")
     plan_min_gain: float = Field(0.05, ge=0, description="least predicted gain for a new plan")
     plan_min_life_s: float = Field(20.0, ge=0, description="a plan lives at least so long, s")
     max_stages: int = Field(4, ge=1, le=16, description="most stages of a plan")

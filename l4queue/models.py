@@ -14,6 +14,7 @@ __all__ = (
     "TRANSITIONS",
     "ChatMessage",
     "Plan",
+    "RequestBody",
     "RequestSpec",
     "RequestState",
     "SamplingParams",
@@ -148,17 +149,22 @@ class SamplingParams(_Strict):
         return self.presence_penalty != 0.0 or self.frequency_penalty != 0.0 or self.repetition_penalty != 1.0
 
 
-class RequestSpec(_Strict):
+class RequestBody(_Strict):
+    """What of a request travels as JSON beside its prompt."""
+
+    params: SamplingParams = SamplingParams()
+    priority: int = Field(default=0, ge=-100, le=100, description="lower is served first, as in vLLM")
+    metadata: dict[str, JsonValue] | None = Field(default=None)
+
+
+class RequestSpec(RequestBody):
     """One request as its user wrote it. Exactly one of `prompt`, `messages`, `token_ids` is set."""
 
     prompt: str | None = Field(default=None)
     messages: tuple[ChatMessage, ...] | None = Field(default=None, max_length=10_000)
     token_ids: tuple[int, ...] | None = Field(default=None, max_length=2_000_000)
-    params: SamplingParams = SamplingParams()
-    priority: int = Field(default=0, ge=-100, le=100, description="lower is served first, as in vLLM")
     deadline_s: float | None = Field(default=None, gt=0.0, le=30 * 86_400.0)
     idempotency_key: str | None = Field(default=None, min_length=1, max_length=512)
-    metadata: dict[str, JsonValue] | None = Field(default=None)
 
     @field_validator("messages", "token_ids", mode="before")
     @classmethod

@@ -12,6 +12,7 @@ from dataclasses import asdict
 
 from l4queue.config import Settings
 from l4queue.models import WorkerLoad
+from l4queue.policy.cost import StepCost
 from l4queue.protocol.calls import Calls, Verdict
 from l4queue.protocol.door import AsyncDoor
 from workers.engine import EngineDied
@@ -32,6 +33,7 @@ class Lease:
         calls: Calls,
         worker_id: str,
         load: Callable[[], WorkerLoad],
+        cost: Callable[[], StepCost | None],
         num_steps: Callable[[], int],
     ) -> None:
         self._settings = settings
@@ -39,6 +41,7 @@ class Lease:
         self._calls = calls
         self._worker_id = worker_id
         self._load = load
+        self._cost = cost
         self._num_steps = num_steps
         self._sequence = 0
         self._seen_steps = -1
@@ -77,12 +80,14 @@ class Lease:
     async def _send(self, *, register: bool) -> Verdict:
         self._sequence += 1
         sent = dict(self.histogram)
+        cost = self._cost()
+        told = {"load": asdict(self._load()), "cost": None if cost is None else cost.to_dict()}
         verdict = await self._door.run(
             self._calls.renew(
                 self.incarnation,
                 worker_id=self._worker_id,
                 lease_ms=int(self._settings.lease_s * 1000),
-                load=json.dumps(asdict(self._load())),
+                load=json.dumps(told),
                 sequence=self._sequence,
                 register=register,
                 histogram=sent,

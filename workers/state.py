@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
+from dataclasses import replace
 
 from pydantic import JsonValue
 
 from l4queue.config import Settings
 from l4queue.models import Plan, WorkerLoad
+from l4queue.policy.calibrate import Calibrator
 from l4queue.policy.cost import StepCost
 from l4queue.protocol.calls import Calls
 from l4queue.protocol.door import AsyncDoor
@@ -47,7 +49,7 @@ class WorkerState:
         self.plan = Plan.one_stage()
         self.sessions: dict[str, Session] = {}
         self.info: EngineInfo | None = None
-        self.cost = cost
+        self.calibrator = Calibrator(prior=cost)
         self.num_finished = 0
         self.is_draining = False
         self.nudge = asyncio.Event()
@@ -57,6 +59,7 @@ class WorkerState:
             calls=self.calls,
             worker_id=worker_id,
             load=self.load,
+            cost=self.measured_cost,
             num_steps=lambda: engine.stats().num_steps,
         )
 
@@ -76,6 +79,27 @@ class WorkerState:
     def max_running(self) -> int:
         """Most requests at once: the setting's and the engine's limit."""
         return min(self.settings.max_running, self.info.max_running) if self.info else 0
+
+    @property
+    def cost(self) -> StepCost:
+        """The cost model in force: measured here once that is possible, else what was given."""
+        return self.calibrator.cost()
+
+    def measured_cost(self) -> StepCost | None:
+        """The cost model of this very engine; None until it has seen enough steps."""
+        self.calibrator = self.calibrator.update(self.engine.step_records())
+        return self.calibrator.cost() if self.calibrator.is_identified else None
+
+    def engine_started(self, info: EngineInfo) -> None:
+        """Take over the engine's own limits."""
+        self.info = info
+        limits = replace(
+            self.calibrator.prior,
+            kv_capacity_tokens=info.kv_capacity_tokens,
+            max_batched_tokens=info.max_batched_tokens,
+            max_num_seqs=self.max_running,
+        )
+        self.calibrator = Calibrator(prior=limits)
 
     async def abort(self, sessions: Iterable[Session]) -> None:
         """Stop computing these; a dead engine has stopped already."""

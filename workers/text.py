@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
-__all__ = ("Piece", "TextStream", "TokenDecoder")
+from l4queue.errors import ConfigError
+from l4queue.models import SamplingParams
+
+__all__ = ("Piece", "StreamDecoder", "TextStream", "TokenDecoder", "no_text", "text_factory")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +29,48 @@ class TokenDecoder(Protocol):
 
     def rest(self) -> str:
         """Text that no further token can change any more."""
+
+
+class StreamDecoder:
+    """A `TokenDecoder` over a fast tokenizer of the `tokenizers` library; special tokens give no text."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        from tokenizers.decoders import DecodeStream
+
+        self._tokenizer = tokenizer
+        self._new_stream = DecodeStream
+        self._stream = DecodeStream(skip_special_tokens=True)
+
+    def step(self, token_id: int) -> str:
+        """Text that this token completes."""
+        try:
+            return self._stream.step(self._tokenizer, token_id) or ""
+        except Exception as error:  # the library has one error type for all; only this one is harmless
+            if not str(error).startswith("Invalid prefix"):
+                raise
+            # bytes that never became a character: go on behind them, as vLLM does
+            self._stream = self._new_stream(skip_special_tokens=True)
+            return self._stream.step(self._tokenizer, token_id) or ""
+
+    def rest(self) -> str:
+        """Nothing: the bytes of an unfinished character are no text."""
+        return ""
+
+
+def text_factory(path: str) -> Callable[[SamplingParams], TextStream]:
+    """Makes the text of outputs with the tokenizer at `path`. ConfigError when there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        backend = AutoTokenizer.from_pretrained(path).backend_tokenizer
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(f"no fast tokenizer at {path!r}: set L4_MODEL or L4_TOKENIZER ({error})") from error
+    return lambda params: TextStream(StreamDecoder(backend), stop=params.stop)
+
+
+def no_text(params: SamplingParams) -> TextStream:
+    """For engines without a tokenizer: tokens only, stop strings never match."""
+    return TextStream(None)
 
 
 class TextStream:

@@ -11,7 +11,7 @@ from pydantic import JsonValue
 
 from l4queue.config import Settings
 from l4queue.policy.cost import StepCost
-from l4queue.policy.histogram import Buckets
+from l4queue.policy.histogram import Buckets, growth_fields
 from l4queue.policy.plan_json import plan_from_json
 from l4queue.protocol.upkeep import Upkeep
 from workers.engine import Engine, EngineDied, EngineOutput
@@ -61,7 +61,8 @@ class Worker:
         self._loop = asyncio.get_running_loop()
         state = self.state
         try:
-            state.info = info = await self._engine.start()
+            info = await self._engine.start()
+            state.engine_started(info)
             log.info("worker %s ready: %s %s of %s", state.worker_id, info.name, info.version, info.model)
             if not self._stopping.is_set():
                 await self._serve()
@@ -168,10 +169,9 @@ class Worker:
             session.feed(output)
             touched.append(session)
             if output.token_ids:
-                steps, length = len(output.token_ids), session.length_tokens
-                bucket = self._buckets.index(length)
-                self.state.lease.histogram[f"d:{bucket}"] += steps
-                self.state.lease.histogram[f"c:{bucket}"] += steps * length
+                upto = session.length_tokens
+                grown = growth_fields(self._buckets, from_tokens=upto - len(output.token_ids), to_tokens=upto)
+                self.state.lease.histogram.update(grown)
         return touched
 
     async def _keep_up(self) -> None:

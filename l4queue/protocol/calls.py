@@ -264,6 +264,15 @@ class Calls:
         k = self.keys
         return Call("publish", (k.plan, k.plans), (expected_version, version, body), _verdict)
 
+    def remember(self, text: str) -> Call[None]:
+        """Store what the planner wants to know in its next round."""
+        return Call(None, (), ("SET", self.keys.memory, text), lambda _: None)
+
+    def log_decision(self, text: str) -> Call[None]:
+        """Append to the planner's decision log, which keeps the latest 2,000."""
+        args = ("XADD", self.keys.decisions, "MAXLEN", "~", 2000, "*", "d", text)
+        return Call(None, (), args, lambda _: None)
+
     def migrate(self, *, source: str, target: str, limit: int) -> Call[int]:
         """Move waiting requests from one stage queue to another."""
         return Call("migrate", (self.keys.queue(source),), (source, target, limit), int)

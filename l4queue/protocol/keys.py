@@ -66,6 +66,10 @@ class Keys:
         return self.prefix + "plans"
 
     @property
+    def memory(self) -> str:
+        return self.prefix + "memory"
+
+    @property
     def decisions(self) -> str:
         return self.prefix + "decisions"
 

@@ -30,6 +30,7 @@ class Overview:
     now_ms: int
     plan: Plan
     workers: tuple[WorkerLoad, ...]
+    costs: tuple[dict[str, Any] | None, ...]
     queues: dict[str, QueueView]
     inbox: int
     counts: dict[str, int]
@@ -85,6 +86,7 @@ def _assemble(first: list[Any], second: list[Any]) -> Overview:
         now_ms=now_ms,
         plan=plan_from_json(body) if body is not None and version else Plan.one_stage(),
         workers=tuple(view.load for view in alive),
+        costs=tuple(view.cost for view in alive),
         queues=queues,
         inbox=inbox,
         counts={name: int(float(value)) for name, value in counts.items()},

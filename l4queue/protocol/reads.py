@@ -38,7 +38,7 @@ class WorkerView:
     expires_ms: int
     seen_ms: int
     load: WorkerLoad
-    num_held: int
+    cost: dict[str, Any] | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,6 +180,22 @@ class Reads:
         """Cumulative counters by length bucket: a: arrivals, p: prompt tokens, d: decode steps, c: context."""
         return Call(None, (), ("HGETALL", self.keys.hist), _hash)
 
+    def planner_memory(self) -> Call[str | None]:
+        """What the planner wrote down in its last round (JSON)."""
+        return Call(None, (), ("GET", self.keys.memory), lambda r: r.decode() if r else None)
+
+    def decisions(self, *, count: int) -> Call[list[tuple[int, str]]]:
+        """The planner's latest decisions, newest first: (ms, JSON)."""
+        args = ("XREVRANGE", self.keys.decisions, "+", "-", "COUNT", count)
+        return Call(
+            None, (), args, lambda r: [(int(i.partition(b"-")[0]), v[b"d"].decode()) for i, v in parse_entries(r)]
+        )
+
+    def prompt_tokens(self, request_id: str) -> Call[int | None]:
+        """Counted prompt length of a request; None when unknown."""
+        args = ("HGET", self.keys.request(request_id), "prompt_tokens")
+        return Call(None, (), args, lambda r: None if r is None else int(r))
+
     def queue_length(self, stage: str) -> Call[int]:
         """Waiting requests of one stage."""
         return Call(None, (), ("ZCARD", self.keys.queue(stage)), int)
@@ -204,14 +220,14 @@ class Reads:
         def parse(row: list[Any]) -> WorkerView | None:
             if row[0] is None:
                 return None
-            load = WorkerLoad(**json.loads(row[1] or b'{"worker_id": ""}'))
+            told = json.loads(row[1])
             return WorkerView(
                 incarnation=incarnation,
                 worker_id=row[0].decode(),
                 expires_ms=expires_ms,
                 seen_ms=int(row[2]),
-                load=load,
-                num_held=load.num_running,
+                load=WorkerLoad(**told["load"]),
+                cost=told["cost"],
             )
 
         return Call(None, (), args, parse)

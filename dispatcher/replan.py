@@ -1,0 +1,140 @@
+"""One round of planning: read the deployment, ask the pure planner, publish by compare-and-set."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from l4queue.config import Settings
+from l4queue.planner import Decision, PlannerSettings, Snapshot, plan
+from l4queue.policy.coefficients import load_coefficients
+from l4queue.policy.cost import StepCost
+from l4queue.policy.histogram import Buckets, Counts, difference, merge
+from l4queue.policy.plan_json import plan_to_json
+from l4queue.protocol.calls import Calls, Verdict
+from l4queue.protocol.door import AsyncDoor
+from l4queue.protocol.keys import Keys
+from l4queue.protocol.overview import Overview, read_overview_async
+from l4queue.protocol.reads import Reads
+
+__all__ = ("replan_once",)
+
+_BACKLOG_SAMPLE = 1000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Memory:
+    """What a planner remembers from its last round: the counters then, and what it had learned (decayed)."""
+
+    at_ms: int
+    raw: dict[str, int]
+    learned: dict[str, int]
+    observed_s: float
+
+    @classmethod
+    def parse(cls, text: str | None) -> _Memory | None:
+        return None if text is None else cls(**json.loads(text))
+
+
+async def replan_once(settings: Settings) -> str:
+    """Keep the plan or publish a better one; returns the planner's reason. Safe to run twice at once."""
+    door = AsyncDoor(settings.redis_url)
+    try:
+        return await _replan(door, settings)
+    finally:
+        await door.close()
+
+
+async def _replan(door: AsyncDoor, settings: Settings) -> str:
+    keys = Keys(settings.namespace)
+    reads, calls = Reads(keys), Calls(keys)
+    overview = await read_overview_async(door, settings.namespace)
+    raw, remembered = await door.run_many([reads.histogram(), reads.planner_memory()])
+    buckets = Buckets.log_spaced(settings.max_model_len)
+    counts, memory = _learn(
+        {name: int(value) for name, value in raw.items()},
+        _Memory.parse(remembered),
+        buckets=buckets,
+        now_ms=overview.now_ms,
+        half_life_s=settings.demand_half_life_s,
+    )
+    snapshot = Snapshot(
+        now_ms=overview.now_ms,
+        plan=overview.plan,
+        loads=overview.workers,
+        demand=counts.demand(),
+        backlog=await _backlog(door, reads, overview, buckets),
+        cost=_cost(overview, settings),
+        buckets=buckets,
+    )
+    decision = plan(snapshot, PlannerSettings.of(settings))
+    await door.run_many([calls.remember(json.dumps(asdict(memory))), calls.log_decision(_log_line(decision))])
+    if not decision.publish:
+        return decision.reason
+    verdict = await door.run(
+        calls.publish(
+            expected_version=overview.plan.version,
+            version=decision.plan.version,
+            body=plan_to_json(decision.plan),
+        )
+    )
+    if verdict is Verdict.STALE:
+        return "another planner was first"
+    return f"plan {decision.plan.version}: {decision.reason}"
+
+
+def _learn(
+    raw: dict[str, int], memory: _Memory | None, *, buckets: Buckets, now_ms: int, half_life_s: float
+) -> tuple[Counts, _Memory]:
+    """Add what the counters gained since the last round to what was learned, after forgetting some of it."""
+    now = Counts.from_fields(buckets, raw)
+    if memory is None:
+        learned = Counts.zero(buckets)
+    else:
+        elapsed_s = max(0.0, (now_ms - memory.at_ms) / 1000)
+        old = Counts.from_fields(buckets, memory.learned, observed_s=memory.observed_s)
+        gained = difference(now, Counts.from_fields(buckets, memory.raw), elapsed_s=elapsed_s)
+        learned = merge(old.decay(elapsed_s, half_life_s=half_life_s), gained)
+    kept = _Memory(at_ms=now_ms, raw=raw, learned=learned.to_fields(), observed_s=learned.observed_s)
+    return learned, kept
+
+
+async def _backlog(
+    door: AsyncDoor, reads: Reads, overview: Overview, buckets: Buckets
+) -> tuple[tuple[int, int], ...]:
+    """Waiting requests by length bucket; long queues are sampled from their head."""
+    stages = [stage for stage, queue in overview.queues.items() if queue.num_requests]
+    ids = await door.run_many([reads.queue_ids(stage, limit=_BACKLOG_SAMPLE) for stage in stages])
+    found: dict[int, float] = {}
+    for stage, some in zip(stages, ids, strict=True):
+        lengths: Sequence[int | None] = await door.run_many([reads.prompt_tokens(i) for i in some])
+        weight = overview.queues[stage].num_requests / max(1, len(some))
+        for length in lengths:
+            if length is not None:
+                bucket = buckets.index(length)
+                found[bucket] = found.get(bucket, 0.0) + weight
+    return tuple(sorted((bucket, round(number)) for bucket, number in found.items()))
+
+
+def _cost(overview: Overview, settings: Settings) -> StepCost:
+    """The cost model in force: the median worker's own, once one has measured itself, else the file's."""
+    known = sorted((StepCost(**cost) for cost in overview.costs if cost), key=lambda c: c.alpha_ms)
+    if known:
+        return known[len(known) // 2]
+    return load_coefficients(settings.emulated_gpu, settings.emulated_model)
+
+
+def _log_line(decision: Decision) -> str:
+    considered = [
+        {
+            "boundaries": [s.low_tokens for s in candidate.stages[1:]],
+            "workers": [s.num_workers for s in candidate.stages],
+            "objective": candidate.objective if candidate.objective < float("inf") else None,
+            "scored": candidate.scored,
+            "moves": candidate.num_moves,
+            "is_current": candidate.is_current,
+        }
+        for candidate in decision.candidates
+    ]
+    return json.dumps({"publish": decision.publish, "reason": decision.reason, "candidates": considered})

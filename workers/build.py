@@ -1,0 +1,64 @@
+"""A worker as the settings ask for it: engine, text, cost model."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+from l4queue.config import Settings
+from l4queue.policy.coefficients import load_coefficients
+from l4queue.policy.cost import StepCost
+from workers.emulated import EmulatedEngine
+from workers.engine import Engine
+from workers.observer import Observer
+from workers.session import TextFactory
+from workers.text import no_text, text_factory
+from workers.tiny import build_tiny_model
+from workers.vllm_engine import VllmEngine
+from workers.worker import Worker
+
+__all__ = ("make_worker", "model_path", "worker_name")
+
+
+def worker_name(settings: Settings) -> str:
+    """The stable name of this worker: its setting, else worker@host."""
+    return settings.worker_id or f"worker@{socket.gethostname()}"
+
+
+def model_path(settings: Settings) -> str:
+    """Where the model is; `tiny` is built in the user's cache when it is not there yet."""
+    if settings.model != "tiny":
+        return settings.model
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    return str(build_tiny_model(cache / "l4queue"))
+
+
+def make_worker(settings: Settings, observer: Observer) -> Worker:
+    """The worker of this process; ConfigError says what is missing."""
+    cost = load_coefficients(settings.emulated_gpu, settings.emulated_model)
+    engine, text = _engine(settings, cost)
+    return Worker(
+        settings=settings,
+        engine=engine,
+        observer=observer,
+        worker_id=worker_name(settings),
+        text=text,
+        cost=cost,
+    )
+
+
+def _engine(settings: Settings, cost: StepCost) -> tuple[Engine, TextFactory]:
+    if settings.engine == "emulated":
+        emulated = EmulatedEngine(
+            cost,
+            speed=settings.emulated_speed,
+            max_model_len=settings.max_model_len,
+            name=f"{settings.emulated_model} on {settings.emulated_gpu}",
+        )
+        return emulated, text_factory(settings.tokenizer) if settings.tokenizer else no_text
+    path = model_path(settings)
+    engine = VllmEngine(
+        path, max_model_len=settings.max_model_len, max_running=settings.max_running, dtype=settings.dtype
+    )
+    return engine, text_factory(settings.tokenizer or path)
