@@ -61,6 +61,9 @@ class Settings(BaseSettings):
     max_stages: int = Field(4, ge=1, le=16, description="most stages of a plan")
 
     flower_port: int = Field(5555, ge=1, le=65535, description="port of Flower on 127.0.0.1")
+    flower_sample_above_per_s: int = Field(
+        500, ge=0, description="requests per second and worker beyond which Flower sees outcomes only"
+    )
     flower_show_prompts: bool = Field(False, description="show prompt text in Flower; off by default")
 
     @property
