@@ -15,6 +15,9 @@ __all__ = ("Arg", "Call", "Calls", "Reaped", "SubmitReply", "Taken", "Verdict")
 T = TypeVar("T")
 Arg = str | int | float | bytes
 
+MAX_DEAD_LETTER_BYTES = 16_384
+"""How much of an undecodable entry is kept. With 10,000 dead letters at most this bounds their memory."""
+
 
 class Verdict(StrEnum):
     """What a script says to a writer."""
@@ -26,7 +29,6 @@ class Verdict(StrEnum):
     GAP = "GAP"  # the server lacks earlier tokens
     LOST = "LOST"  # the incarnation's lease was reaped
     STALE = "STALE"  # another plan was published first
-    HOLDS = "HOLDS"  # requests are still held
     UNKNOWN = "UNKNOWN"  # no such request
     IS = "IS"  # terminal already
     CONFLICT = "CONFLICT"  # same id, different request
@@ -155,10 +157,11 @@ class Calls:
         reason: str = "invalid",
         raw: bytes = b"",
     ) -> Call[Verdict]:
-        """End a request that can never run; `raw` goes to the dead letters with it."""
+        """End a request that can never run; the head of `raw` goes to the dead letters with it."""
         k = self.keys
         keys = (k.inbox, k.request(request_id), k.dead)
-        return Call("refuse", keys, (request_id, entry_id, error, field, raw, reason), _verdict)
+        kept = raw[:MAX_DEAD_LETTER_BYTES]
+        return Call("refuse", keys, (request_id, entry_id, error, field, kept, reason), _verdict)
 
     def take(
         self,
@@ -219,10 +222,14 @@ class Calls:
         stage: str = "",
         score: float | None = None,
         blame: bool = False,
+        max_crashes: int = 3,
     ) -> Call[Verdict]:
-        """Give a running request back with its progress; empty stage and no score keep what it had."""
+        """Give a running request back with its progress; empty stage and no score keep what it had.
+
+        `blame` counts a crash; one that was run alone for the `max_crashes`-th time is dead.
+        """
         order = "" if score is None else repr(score)
-        args = (request_id, incarnation, epoch, stage, order, int(blame))
+        args = (request_id, incarnation, epoch, stage, order, int(blame), max_crashes)
         return Call("release", (self.keys.request(request_id),), args, _verdict)
 
     def renew(
@@ -243,13 +250,13 @@ class Calls:
         return Call("renew", (k.workers, k.worker(incarnation), k.hist), args, _verdict)
 
     def retire(self, incarnation: str) -> Call[Verdict]:
-        """Leave; refused while requests are held."""
+        """Leave for good; what is still held goes back without blame."""
         return Call("retire", (self.keys.workers,), (incarnation,), _verdict)
 
     def reap(self, *, limit: int, gap_ms: int, grace_ms: int, max_crashes: int) -> Call[Reaped]:
         """Return the requests of workers whose lease ran out."""
         k = self.keys
-        return Call("reap", (k.workers, k.tick, k.dead), (limit, gap_ms, grace_ms, max_crashes), _reaped)
+        return Call("reap", (k.workers, k.tick), (limit, gap_ms, grace_ms, max_crashes), _reaped)
 
     def cancel(self, request_id: str, *, reason: str) -> Call[tuple[Verdict, str | None]]:
         """End a live request. IS comes with the terminal state that it has already."""
@@ -282,3 +289,7 @@ class Calls:
         k = self.keys
         keys = (k.request(request_id), k.inbox, k.workers)
         return Call("repair", keys, (request_id, forgotten_ms), bytes.decode)
+
+    def forget(self, *, idle_ms: int) -> Call[int]:
+        """Remove dispatchers from the inbox group that died long ago with nothing pending."""
+        return Call("forget", (self.keys.inbox,), (idle_ms,), int)

@@ -19,15 +19,18 @@ local function enqueue(id, stage, score, tokens)
     redis.call('HINCRBY', P .. 'backlog', stage, tokens)
   end
   redis.call('XADD', P .. 'wake:' .. stage, 'MAXLEN', '~', 64, '*', 'i', id)
+  redis.call('PEXPIRE', P .. 'wake:' .. stage, 3600000)
 end
 
--- Takes a request out of a stage queue; nothing happens when it is not there.
+-- Takes a request out of a stage queue; nothing happens when it is not there. An empty queue has no backlog,
+-- whatever was added to it: a drift cannot last.
 local function dequeue(id, stage, tokens)
-  if redis.call('ZREM', P .. 'q:' .. stage, id) == 1 then
+  if redis.call('ZREM', P .. 'q:' .. stage, id) == 0 then return end
+  if redis.call('EXISTS', P .. 'q:' .. stage) == 1 then
     redis.call('HINCRBY', P .. 'backlog', stage, -tokens)
-    return true
+  else
+    redis.call('HSET', P .. 'backlog', stage, 0)
   end
-  return false
 end
 
 -- Tells the owner of a running request to stop working on it. A hint: the fence is the truth.
@@ -42,13 +45,17 @@ local function settle(id, state, text, facts)
   local rk = P .. 'req:' .. id
   local v = redis.call('HMGET', rk, 'state', 'owner', 'stage', 'charge_tokens', 'charge_bytes', 'offset',
     'client', 'ttl_ms', 'prompt_tokens', 'submitted_ms', 'queued_ms', 'started_ms', 'first_token_ms',
-    'worker', 'crashes')
+    'worker', 'crashes', 'entry')
   local t, offset, ttl = now_ms(), tonumber(v[6]) or 0, tonumber(v[8])
   redis.call('ZREM', P .. 'deadlines', id)
   if v[1] == 'queued' then dequeue(id, v[3], tonumber(v[9]) + offset) end
+  if v[1] == 'submitted' and v[16] then
+    redis.call('XACK', P .. 'in', 'd', v[16])
+    redis.call('XDEL', P .. 'in', v[16])
+  end
   if v[2] then redis.call('SREM', P .. 'held:' .. v[2], id) end
   if v[1] == 'running' and state ~= 'done' and state ~= 'failed' then hint(v[2], id) end
-  redis.call('HDEL', rk, 'owner', 'prompt', 'ids')
+  redis.call('HDEL', rk, 'owner', 'prompt', 'ids', 'entry')
   redis.call('HSET', rk, 'state', state, 'finished_ms', int(t), unpack(facts))
   redis.call('XADD', P .. 'out:' .. id, int(offset) .. '-1', 'e', state, 'x', text)
   redis.call('PEXPIRE', rk, ttl)
@@ -73,13 +80,26 @@ end
 local function requeue(id, stage, score)
   local rk = P .. 'req:' .. id
   local v = redis.call('HMGET', rk, 'owner', 'crashes', 'prompt_tokens', 'offset', 'stage', 'score')
-  redis.call('SREM', P .. 'held:' .. v[1], id)
+  if v[1] then redis.call('SREM', P .. 'held:' .. v[1], id) end
   if tonumber(v[2]) >= 2 then stage = 'solo' end
   if stage == '' then stage = v[5] end
   if score == '' then score = v[6] end
   redis.call('HDEL', rk, 'owner')
   redis.call('HSET', rk, 'state', 'queued', 'stage', stage, 'score', score)
   enqueue(id, stage, score, tonumber(v[3]) + tonumber(v[4]))
+end
+
+-- Blames the loss of its worker on a running request. True when it has died alone `limit` times: then it is
+-- dead; else the caller requeues it.
+local function crashed(id, limit)
+  local rk = P .. 'req:' .. id
+  local crashes = redis.call('HINCRBY', rk, 'crashes', 1)
+  if redis.call('HGET', rk, 'stage') ~= 'solo' then return false end
+  if redis.call('HINCRBY', rk, 'solo_crashes', 1) < tonumber(limit) then return false end
+  local why = 'worker lost ' .. crashes .. ' times while computing it, the last ' .. limit .. ' times alone'
+  redis.call('XADD', P .. 'dead', 'MAXLEN', '~', 10000, '*', 'i', id, 'why', why, 'bytes', '')
+  settle(id, 'dead', '', {'error', why})
+  return true
 end
 
 -- The reply to a writer: true only for the owner of a running request under its current epoch.

@@ -6,7 +6,7 @@
 if ARGV[5] ~= '1' and not redis.call('ZSCORE', KEYS[1], ARGV[1]) then return 'LOST' end
 local t = now_ms()
 local fresh = redis.call('HGET', KEYS[2], 'seq') ~= ARGV[6]
-redis.call('HDEL', KEYS[2], '-')
+redis.call('HDEL', KEYS[2], 'graced')
 redis.call('ZADD', KEYS[1], int(t + ARGV[2]), ARGV[1])
 redis.call('HSET', KEYS[2], 'worker', ARGV[3], 'load', ARGV[4], 'seq', ARGV[6], 'seen_ms', int(t))
 if fresh then

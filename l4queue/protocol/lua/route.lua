@@ -9,7 +9,7 @@ redis.call('XDEL', KEYS[1], ARGV[2])
 local v = redis.call('HMGET', KEYS[2], 'state', 'charge_tokens')
 if v[1] ~= 'submitted' then return 'DUP' end
 local charge = ARGV[5] + ARGV[6]
-redis.call('HDEL', KEYS[2], 'prompt')
+redis.call('HDEL', KEYS[2], 'prompt', 'entry')
 redis.call('HSET', KEYS[2], 'state', 'queued', 'stage', ARGV[3], 'score', ARGV[4], 'prompt_tokens', ARGV[5],
   'max_tokens', ARGV[6], 'ids', ARGV[7], 'plan', ARGV[8], 'charge_tokens', int(charge), 'queued_ms', int(now_ms()))
 redis.call('HINCRBY', P .. 'counts', 'live_tokens', int(charge - v[2]))

@@ -16,14 +16,14 @@ if tokens > 0 and tokens + ARGV[6] > tonumber(ARGV[8]) or bytes > 0 and bytes + 
   return {'FULL', int(tokens), v[3] or '0'}
 end
 local t = now_ms()
-redis.call('HSET', KEYS[3], 'state', 'submitted', 'digest', ARGV[2], 'body', ARGV[3], 'kind', ARGV[4],
+local entry = redis.call('XADD', KEYS[2], '*', 'i', ARGV[1])
+redis.call('HSET', KEYS[3], 'state', 'submitted', 'entry', entry, 'digest', ARGV[2], 'body', ARGV[3], 'kind', ARGV[4],
   'prompt', ARGV[5], 'charge_tokens', ARGV[6], 'charge_bytes', ARGV[7], 'ttl_ms', ARGV[11],
   'client', ARGV[12], 'submitted_ms', int(t), 'epoch', 0, 'offset', 0, 'crashes', 0, 'solo_crashes', 0)
 if ARGV[10] ~= '0' then
   redis.call('HSET', KEYS[3], 'deadline_ms', int(t + ARGV[10]))
   redis.call('ZADD', P .. 'deadlines', int(t + ARGV[10]), ARGV[1])
 end
-redis.call('XADD', KEYS[2], '*', 'i', ARGV[1])
 redis.call('HINCRBY', KEYS[1], 'live', 1)
 redis.call('HINCRBY', KEYS[1], 'live_tokens', ARGV[6])
 redis.call('HINCRBY', KEYS[1], 'live_bytes', ARGV[7])
