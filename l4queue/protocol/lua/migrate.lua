@@ -13,7 +13,7 @@ for _, id in ipairs(redis.call('ZRANGE', KEYS[1], 0, ARGV[3] - 1)) do
     enqueue(id, ARGV[2], v[5], tokens)
     n = n + 1
   else
-    redis.call('ZREM', KEYS[1], id)
+    dequeue(id, ARGV[1], 0)
   end
 end
 return n

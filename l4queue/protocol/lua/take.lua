@@ -4,9 +4,11 @@
 -- ARGV  1 incarnation  2 nonce  3 most requests  4 room (KV tokens)  5 reserve per request (tokens)
 --       6 worker id  7 stage taken from  8 prefill budget (tokens; the request that exceeds it is the last)
 --       9 '1' when the worker is idle: the first request fits whatever its size
--- Returns {'LOST'} when the incarnation is not registered, else {'OK', grant...} where a grant is
+-- Returns {'LOST'} when the incarnation is not registered or its lease has run out (what it takes then would
+--         be reaped and blamed at once; a replay is answered all the same), else {'OK', grant...} where a grant is
 --         {id, epoch, body, packed ids, offset, prompt_tokens, crashes, score, submitted_ms, deadline_ms, stage}
-if not redis.call('ZSCORE', KEYS[4], ARGV[1]) then return {'LOST'} end
+local expiry = redis.call('ZSCORE', KEYS[4], ARGV[1])
+if not expiry then return {'LOST'} end
 local out = {'OK'}
 local FIELDS = {'state', 'owner', 'epoch', 'body', 'ids', 'offset', 'prompt_tokens', 'crashes', 'score',
   'submitted_ms', 'deadline_ms', 'stage'}
@@ -21,6 +23,7 @@ if w[1] == ARGV[2] then
   end
   return out
 end
+if tonumber(expiry) <= now_ms() then return {'LOST'} end
 local solo = ARGV[7] == 'solo'
 if w[3] and redis.call('SISMEMBER', KEYS[3], w[3]) == 1 then return out end
 if solo and redis.call('SCARD', KEYS[3]) > 0 then return out end
@@ -30,7 +33,7 @@ for _, id in ipairs(redis.call('ZRANGE', KEYS[1], 0, (solo and 1 or tonumber(ARG
   local rk = P .. 'req:' .. id
   local v = redis.call('HMGET', rk, unpack(FIELDS))
   if v[1] ~= 'queued' or v[12] ~= ARGV[7] then
-    redis.call('ZREM', KEYS[1], id)
+    dequeue(id, ARGV[7], 0)
   else
     local tokens = tonumber(v[7]) + tonumber(v[6])
     room = room - tokens - ARGV[5]
