@@ -4,8 +4,8 @@
 --       6 reason (invalid | too_long)
 -- Returns 'OK' | 'DUP'
 redis.call('XACK', KEYS[1], 'd', ARGV[2])
-redis.call('XDEL', KEYS[1], ARGV[2])
-if ARGV[5] ~= '' then
+local is_first = redis.call('XDEL', KEYS[1], ARGV[2]) == 1
+if ARGV[5] ~= '' and is_first then
   redis.call('XADD', KEYS[3], 'MAXLEN', '~', 10000, '*', 'i', ARGV[1], 'why', ARGV[3], 'bytes', ARGV[5])
 end
 if redis.call('HGET', KEYS[2], 'state') ~= 'submitted' then return 'DUP' end
