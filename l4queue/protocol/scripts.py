@@ -13,6 +13,7 @@ _NAMES = (
     "cancel",
     "emit",
     "expire",
+    "forget",
     "migrate",
     "publish",
     "reap",

@@ -16,6 +16,7 @@ __all__ = ("Upkeep", "UpkeepReport")
 log = logging.getLogger("l4queue.upkeep")
 _LIMIT = 200
 _FORGOTTEN_MS = 60_000
+_UNSEEN_MS = 3_600_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +84,11 @@ class Upkeep:
         return rate
 
     async def repair_once(self) -> int:
-        """Check one page of records against queues and leases; log an alarm for each one mended."""
+        """Check one page of records against queues and leases; log an alarm for each one mended.
+
+        Dispatchers that died long ago leave the inbox group.
+        """
+        await self._door.run(self._calls.forget(idle_ms=_UNSEEN_MS))
         pattern = self._keys.request("*")
         command = ("SCAN", self._scan_cursor, "MATCH", pattern, "COUNT", 500)
         cursor, found = await self._door.run(Call(None, (), command, _page))

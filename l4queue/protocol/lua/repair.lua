@@ -3,19 +3,25 @@
 -- KEYS  1 req:<id>  2 in (stream)  3 workers (zset)
 -- ARGV  1 id  2 least age of a submitted request that counts as forgotten (ms)
 -- Returns 'FINE' | 'INBOX' | 'QUEUE' | 'LEASE' (what was missing)
-local v = redis.call('HMGET', KEYS[1], 'state', 'owner', 'stage', 'score', 'prompt_tokens', 'offset', 'submitted_ms')
+local v = redis.call('HMGET', KEYS[1], 'state', 'owner', 'stage', 'score', 'prompt_tokens', 'offset',
+  'submitted_ms', 'entry')
 if v[1] == 'submitted' then
-  if redis.call('XLEN', KEYS[2]) > 0 or now_ms() - (tonumber(v[7]) or 0) < tonumber(ARGV[2]) then return 'FINE' end
-  redis.call('XADD', KEYS[2], '*', 'i', ARGV[1])
+  if now_ms() - (tonumber(v[7]) or 0) < tonumber(ARGV[2]) then return 'FINE' end
+  if v[8] and #redis.call('XRANGE', KEYS[2], v[8], v[8]) > 0 then return 'FINE' end
+  redis.call('HDEL', KEYS[1], 'entry')
+  redis.call('HSET', KEYS[1], 'entry', redis.call('XADD', KEYS[2], '*', 'i', ARGV[1]))
   return 'INBOX'
 elseif v[1] == 'queued' then
   if redis.call('ZSCORE', P .. 'q:' .. v[3], ARGV[1]) then return 'FINE' end
+  redis.call('HDEL', KEYS[1], 'owner')
   enqueue(ARGV[1], v[3], v[4], tonumber(v[5]) + tonumber(v[6]))
   return 'QUEUE'
 elseif v[1] == 'running' then
-  if redis.call('ZSCORE', KEYS[3], v[2]) and redis.call('SISMEMBER', P .. 'held:' .. v[2], ARGV[1]) == 1 then
+  local owner = v[2] or ''
+  if redis.call('ZSCORE', KEYS[3], owner) and redis.call('SISMEMBER', P .. 'held:' .. owner, ARGV[1]) == 1 then
     return 'FINE'
   end
+  redis.call('SREM', P .. 'held:' .. owner, ARGV[1])
   requeue(ARGV[1], '', '')
   return 'LEASE'
 end
