@@ -1,0 +1,127 @@
+"""Fixtures of all tests: a seed that is printed, a real redis-server, a namespace of its own for each test."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+if TYPE_CHECKING:
+    from l4queue.protocol.calls import Calls
+    from l4queue.protocol.door import Door
+    from l4queue.protocol.keys import Keys
+    from l4queue.protocol.reads import Reads
+    from tests.protocol.scene import Scene
+    from tests.protocol.server import RedisServer
+
+SEED = int(os.environ.get("L4_TEST_SEED") or secrets.randbits(32))
+_NUMBERS = itertools.count()
+
+
+def pytest_report_header() -> str:
+    """The seed, so that a failure can be repeated."""
+    return f"seed: L4_TEST_SEED={SEED}, redis: {os.environ.get('L4_TEST_REDIS') or 'redis-server on PATH'}"
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """A generator seeded with the printed seed."""
+    return np.random.default_rng(SEED)
+
+
+@pytest.fixture(scope="session")
+def redis_executable() -> str:
+    """Path of the redis-server under test. A laptop may lack one; CI may not."""
+    from tests.protocol.server import redis_binary  # noqa: PLC0415 - tests without Redis do not import it
+
+    binary = redis_binary()
+    if binary is None:
+        message = "redis-server is not on PATH (on Debian: apt-get install redis-server)"
+        if os.environ.get("CI") == "true":
+            pytest.fail(message)
+        pytest.skip(message)
+    return binary
+
+
+@pytest.fixture(scope="session")
+def redis_server(redis_executable: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    """One server for the whole session, in memory only. Never flush it: tests differ by namespace."""
+    from tests.protocol.server import RedisServer  # noqa: PLC0415
+
+    server = RedisServer(redis_executable, tmp_path_factory.mktemp("redis")).start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def durable_server(redis_executable: str, tmp_path: Path) -> Iterator[RedisServer]:
+    """A server for one test alone, AOF with fsync on every write: to be killed and restarted."""
+    from tests.protocol.server import DURABLE, RedisServer  # noqa: PLC0415
+
+    folder = tmp_path / "redis"
+    folder.mkdir()
+    server = RedisServer(redis_executable, folder, DURABLE).start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture(scope="session")
+def redis_url(redis_server: RedisServer) -> str:
+    """URL of the session's server."""
+    return redis_server.url
+
+
+@pytest.fixture
+def namespace() -> str:
+    """A namespace that no other test uses."""
+    return f"t{os.getpid()}-{next(_NUMBERS)}"
+
+
+@pytest.fixture(scope="session")
+def door(redis_url: str) -> Iterator[Door]:
+    """A blocking executor on the session's server."""
+    from l4queue.protocol.door import Door  # noqa: PLC0415
+
+    door = Door(redis_url)
+    yield door
+    door.close()
+
+
+@pytest.fixture
+def keys(namespace: str) -> Keys:
+    """The key names of this test."""
+    from l4queue.protocol.keys import Keys  # noqa: PLC0415
+
+    return Keys(namespace)
+
+
+@pytest.fixture
+def calls(keys: Keys) -> Calls:
+    """Builders of the transitions of this test."""
+    from l4queue.protocol.calls import Calls  # noqa: PLC0415
+
+    return Calls(keys)
+
+
+@pytest.fixture
+def reads(keys: Keys) -> Reads:
+    """Builders of the reads of this test."""
+    from l4queue.protocol.reads import Reads  # noqa: PLC0415
+
+    return Reads(keys)
+
+
+@pytest.fixture
+def scene(door: Door, namespace: str) -> Iterator[Scene]:
+    """A deployment in miniature: verbs for every transition, dumps and a consistency check."""
+    from tests.protocol.scene import Scene  # noqa: PLC0415
+
+    scene = Scene(door, namespace)
+    yield scene
+    scene.close()
