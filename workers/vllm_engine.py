@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections import deque
 from collections.abc import Iterable
@@ -160,6 +161,8 @@ class VllmEngine:
         await self.abort(list(self._tasks))
         llm, self._llm = self._llm, None
         if llm is not None:
+            # its output handler reports the end of the core as an error, also when the end is asked for
+            logging.getLogger("vllm").setLevel(logging.CRITICAL)
             await asyncio.to_thread(llm.shutdown)
 
     async def _follow(self, request: EngineRequest) -> None:

@@ -12,12 +12,14 @@ __all__ = (
     "LengthClass",
     "Prompt",
     "length_class",
+    "measured_chars_per_token",
     "mixed_prompts",
     "real_text",
 )
 
 CHARS_PER_TOKEN = 3.0
-"""Fewest characters that a token of English text stands for, with the tokenizers tried (3.1 to 4.5)."""
+"""Characters of this text per token, at least, with the tokenizers tried (3.1 to 4.5)."""
+_NUMBER_TOKENS = 4  # what the number in front of each prompt takes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +58,14 @@ def real_text() -> str:
     return "\n\n".join(str(topics[name]) for name in sorted(topics))
 
 
+def measured_chars_per_token(tokenizer_path: str) -> float:
+    """Characters of this text per token with a model's own tokenizer; needs transformers."""
+    from transformers import AutoTokenizer
+
+    text = real_text()
+    return len(text) / len(AutoTokenizer.from_pretrained(tokenizer_path)(text, verbose=False)["input_ids"])
+
+
 def mixed_prompts(
     num_prompts: int,
     *,
@@ -65,11 +75,12 @@ def mixed_prompts(
     min_output: int = 8,
     max_output: int = 256,
     share_long: float = 0.1,
+    chars_per_token: float = CHARS_PER_TOKEN,
 ) -> list[Prompt]:
     """Many short questions, some pages, a few long documents; each starts with its own number.
 
     Nine of ten prompts have log-uniform lengths below 1,024 tokens, the rest above, up to
-    `max_prompt_tokens`; outputs are log-uniform.
+    `max_prompt_tokens`; outputs are log-uniform. A target is met as far as `chars_per_token` fits the tokenizer.
     """
     text = real_text()
     prompts = []
@@ -77,8 +88,9 @@ def mixed_prompts(
         is_long = rng.random() < share_long
         low, high = (1024, max_prompt_tokens) if is_long else (min_tokens, min(1024, max_prompt_tokens))
         target = int(np.exp(rng.uniform(np.log(low), np.log(high))))
-        start = int(rng.integers(0, max(1, len(text) - int(target * CHARS_PER_TOKEN) - 1)))
-        window = text[start : start + int(target * CHARS_PER_TOKEN)]
+        size = max(1, int((target - _NUMBER_TOKENS) * chars_per_token))
+        start = int(rng.integers(0, max(1, len(text) - size)))
+        window = text[start : start + size]
         output = int(np.exp(rng.uniform(np.log(min_output), np.log(max_output + 1))))
         prompts.append(
             Prompt(text=f"({number}) {window}", target_tokens=target, max_tokens=min(max_output, output))
