@@ -203,11 +203,11 @@ class Demand:
         """Requests per second that grow past the lower edge of each bucket; 0 at the first.
 
         Decode steps per token of length *are* the rate of requests that pass this length. At an edge the
-        densities of both sides are averaged.
+        densities of both sides are averaged; no more can pass than have arrived below.
         """
         density = self.decode_steps_per_s / buckets.width_tokens
         flow = np.zeros_like(density)
-        flow[1:] = (density[:-1] + density[1:]) / 2
+        flow[1:] = np.minimum((density[:-1] + density[1:]) / 2, np.cumsum(self.arrivals_per_s)[:-1])
         return flow
 
     def origins(self, buckets: Buckets) -> Floats:

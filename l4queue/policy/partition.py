@@ -120,6 +120,11 @@ class PartitionProblem:
             stage_cost(self.terms, i, j, np.array(workers, dtype=np.float64), settings=self.settings).sum()
         )
 
+    def strain(self, bounds: Sequence[int], workers: Sequence[int]) -> float:
+        """Workers needed over workers there, of the stage where that is worst; above 1 a bound is broken."""
+        least = self.terms.least[np.array(bounds[:-1]), np.array(bounds[1:])]
+        return float((least / np.maximum(np.array(workers, dtype=np.float64), 1e-9)).max())
+
     def _predict(self, i: int, j: int, m: int) -> StagePrediction:
         terms, edges = self.terms, self.buckets.edges
         load = float(terms.load[i, j])

@@ -24,9 +24,10 @@ def refine(plan: Plan, problem: PartitionProblem, *, min_gain: float = 0.01) -> 
     """Move each boundary by at most one bucket if that lowers the objective of its two stages by `min_gain`.
 
     Lowest boundary first; each sees those before it moved. Worker counts stay. `problem` holds the demand
-    observed now, backlog included, and the number of workers of the plan. The objective falls strictly, so
-    repeated use settles; a pair for which neither side pays is a fixed point. Boundaries off the bucket edges
-    count as on the nearest edge. A plan of one stage, or with a stage without workers, is left alone.
+    observed now, backlog included, and the number of workers of the plan. While a stage is overrun, the
+    boundary moves to where it is less so. The objective falls strictly, so repeated use settles; a pair for
+    which neither side pays is a fixed point. Boundaries off the bucket edges count as on the nearest edge.
+    A plan of one stage, or with a stage without workers, is left alone.
     """
     workers = [s.num_workers for s in plan.stages]
     buckets = problem.buckets
@@ -36,13 +37,13 @@ def refine(plan: Plan, problem: PartitionProblem, *, min_gain: float = 0.01) -> 
     before = problem.objective(bounds, workers)
     moved = []
     for i in range(1, len(workers)):
-        best, best_cost = bounds[i], _pair(problem, bounds, workers, i, bounds[i])
-        limit = best_cost * (1.0 - min_gain)
+        here = _pair(problem, bounds, workers, i, bounds[i])
+        best, best_value = bounds[i], here
         for place in (bounds[i] - 1, bounds[i] + 1):
             if bounds[i - 1] < place < bounds[i + 1]:
-                cost = _pair(problem, bounds, workers, i, place)
-                if cost < best_cost and cost <= limit:
-                    best, best_cost = place, cost
+                value = _pair(problem, bounds, workers, i, place)
+                if value < best_value and _saves(value, here, min_gain):
+                    best, best_value = place, value
         if best != bounds[i]:
             bounds[i] = best
             moved.append(i)
@@ -62,6 +63,19 @@ def refine(plan: Plan, problem: PartitionProblem, *, min_gain: float = 0.01) -> 
     )
 
 
-def _pair(problem: PartitionProblem, bounds: list[int], workers: list[int], i: int, place: int) -> float:
-    """Objective of the two stages beside boundary i, were it at `place`."""
-    return problem.objective((bounds[i - 1], place, bounds[i + 1]), (workers[i - 1], workers[i]))
+def _pair(
+    problem: PartitionProblem, bounds: list[int], workers: list[int], i: int, place: int
+) -> tuple[float, float]:
+    """Objective of the two stages beside boundary i, were it at `place`, and before it how far they are overrun.
+
+    While both places break a bound the objective is infinite in both; the overrun still says which is nearer.
+    """
+    places, counts = (bounds[i - 1], place, bounds[i + 1]), (workers[i - 1], workers[i])
+    return max(1.0, problem.strain(places, counts)), problem.objective(places, counts)
+
+
+def _saves(value: tuple[float, float], here: tuple[float, float], min_gain: float) -> bool:
+    """Whether a place is better by the share asked for: less overrun, or as little and a lower objective."""
+    if value[0] != here[0]:
+        return value[0] <= here[0] * (1.0 - min_gain) or (value[0] == 1.0 and here[1] == float("inf"))
+    return value[1] <= here[1] * (1.0 - min_gain)

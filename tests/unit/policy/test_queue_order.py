@@ -1,0 +1,47 @@
+"""The serving order: static, shortest first with ageing, nobody starves."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from l4queue.policy.queue_order import longest_overtaking_ms, score
+
+TIMES = st.integers(0, 10**7)
+PROMPTS = st.integers(0, 200_000)
+RATE = 2000.0
+
+
+@given(TIMES, PROMPTS, TIMES, PROMPTS, st.integers(0, 10**7))
+def test_the_static_score_orders_as_ageing_does_at_any_time(a_ms, a_tokens, b_ms, b_tokens, later_ms) -> None:
+    """prompt - rate·waiting at any common instant gives the same order as the score."""
+    now_ms = max(a_ms, b_ms) + later_ms
+
+    aged_a = a_tokens - RATE * (now_ms - a_ms) / 1000.0
+    aged_b = b_tokens - RATE * (now_ms - b_ms) / 1000.0
+    first = score(a_ms, a_tokens, ageing_tokens_per_s=RATE) < score(b_ms, b_tokens, ageing_tokens_per_s=RATE)
+
+    if abs(aged_a - aged_b) > 1e-3:
+        assert first == (aged_a < aged_b)
+
+
+@given(TIMES, PROMPTS, PROMPTS, st.integers(-3, 3), st.integers(-3, 3), st.integers(1, 10**6))
+def test_nobody_is_overtaken_by_what_arrives_after_the_bound(arrival, prompt, other, p, q, after) -> None:
+    """A request that arrives later than the bound is served later, whatever its prompt."""
+    bound = longest_overtaking_ms(prompt, ageing_tokens_per_s=RATE, priority=p, best_priority=q)
+
+    mine = score(arrival, prompt, ageing_tokens_per_s=RATE, priority=p)
+    late = score(arrival + bound + after, other, ageing_tokens_per_s=RATE, priority=q)
+
+    assert late > mine
+
+
+def test_priority_comes_first_then_the_prompt_then_the_arrival() -> None:
+    """A class is worth its head start; lower values are served first."""
+    urgent = score(0, 50_000, ageing_tokens_per_s=RATE, priority=-1)
+    short = score(0, 10, ageing_tokens_per_s=RATE)
+    long = score(0, 5000, ageing_tokens_per_s=RATE)
+
+    assert urgent < short < long
+    assert score(0, 10, ageing_tokens_per_s=RATE) < score(1, 10, ageing_tokens_per_s=RATE)
+    assert long - short == (5000 - 10) / 2.0
