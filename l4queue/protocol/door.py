@@ -22,8 +22,8 @@ from l4queue.protocol.wire import (
     backoff_s,
     command,
     explain,
+    first_missing,
     is_passing,
-    missing_scripts,
     parse_replies,
 )
 
@@ -83,12 +83,11 @@ class Door:
 
     def _exchange(self, calls: Sequence[Call[Any]]) -> list[Any]:
         replies = self._send(calls)
-        missing = missing_scripts(replies)
-        if missing:
+        missing = first_missing(replies)
+        if missing is not None:
             for one in all_scripts():
                 self._client.script_load(one.source)
-            for index, reply in zip(missing, self._send([calls[i] for i in missing]), strict=True):
-                replies[index] = reply
+            replies[missing:] = self._send(calls[missing:])
         return replies
 
     def _send(self, calls: Sequence[Call[Any]]) -> list[Any]:
@@ -158,12 +157,11 @@ class AsyncDoor:
 
     async def _exchange(self, calls: Sequence[Call[Any]]) -> list[Any]:
         replies = await self._send(calls)
-        missing = missing_scripts(replies)
-        if missing:
+        missing = first_missing(replies)
+        if missing is not None:
             for one in all_scripts():
                 await self.client.script_load(one.source)
-            for index, reply in zip(missing, await self._send([calls[i] for i in missing]), strict=True):
-                replies[index] = reply
+            replies[missing:] = await self._send(calls[missing:])
         return replies
 
     async def _send(self, calls: Sequence[Call[Any]]) -> list[Any]:

@@ -19,13 +19,14 @@ __all__ = (
     "backoff_s",
     "command",
     "explain",
+    "first_missing",
     "is_passing",
-    "missing_scripts",
     "parse_replies",
     "redacted",
 )
 
 RETRYABLE = (rx.ConnectionError, rx.TimeoutError, rx.BusyLoadingError, rx.ReadOnlyError)
+_OUT_OF_MEMORY = "command not allowed when used memory"  # Redis 6.2 wraps it in the text of a script's error
 _PASSING = ("LOADING", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "READONLY", "BUSY ")
 
 CONNECT: dict[str, Any] = {
@@ -49,14 +50,17 @@ def command(call: Call[Any]) -> tuple[Arg, ...]:
     return ("EVALSHA", script(call.script).sha, len(call.keys), *call.keys, *call.args)
 
 
-def missing_scripts(replies: Sequence[Any]) -> list[int]:
-    """Indices of the replies that say NOSCRIPT: the server has restarted or flushed its scripts."""
-    return [i for i, reply in enumerate(replies) if isinstance(reply, rx.NoScriptError)]
+def first_missing(replies: Sequence[Any]) -> int | None:
+    """Index of the first reply that says NOSCRIPT: the server has restarted or flushed its scripts.
+
+    All calls from there on are sent again, also those that found their script meanwhile: order matters.
+    """
+    return next((i for i, reply in enumerate(replies) if isinstance(reply, rx.NoScriptError)), None)
 
 
 def is_passing(error: Exception) -> bool:
-    """Whether trying again later can help: connection trouble, loading, failover."""
-    return isinstance(error, RETRYABLE) or (
+    """Whether trying again later can help: connection trouble, loading, failover, scripts flushed again."""
+    return isinstance(error, (*RETRYABLE, rx.NoScriptError)) or (
         isinstance(error, rx.ResponseError) and str(error).startswith(_PASSING)
     )
 
@@ -75,9 +79,9 @@ def explain(error: Exception, url: str) -> ServiceUnavailable:
     """Our error for one of the library's, saying where and what to do."""
     text = str(error)
     where = redacted(url)
-    if text.startswith("OOM"):
+    if isinstance(error, rx.OutOfMemoryError) or _OUT_OF_MEMORY in text:
         return ServerFull(f"Redis at {where} is at its memory limit; raise maxmemory or let the queue drain")
-    if text.startswith("MISCONF"):
+    if "MISCONF" in text:
         return ServiceUnavailable(f"Redis at {where} cannot write its AOF (disk full?): {text}")
     if isinstance(error, rx.AuthenticationError):
         return ServiceUnavailable(f"Redis at {where} refuses the credentials in L4_REDIS_URL")
