@@ -38,7 +38,7 @@ def rng() -> np.random.Generator:
 @pytest.fixture(scope="session")
 def redis_executable() -> str:
     """Path of the redis-server under test. A laptop may lack one; CI may not."""
-    from tests.protocol.server import redis_binary  # noqa: PLC0415 - tests without Redis do not import it
+    from tests.protocol.server import redis_binary
 
     binary = redis_binary()
     if binary is None:
@@ -52,7 +52,7 @@ def redis_executable() -> str:
 @pytest.fixture(scope="session")
 def redis_server(redis_executable: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
     """One server for the whole session, in memory only. Never flush it: tests differ by namespace."""
-    from tests.protocol.server import RedisServer  # noqa: PLC0415
+    from tests.protocol.server import RedisServer
 
     server = RedisServer(redis_executable, tmp_path_factory.mktemp("redis")).start()
     yield server
@@ -62,7 +62,7 @@ def redis_server(redis_executable: str, tmp_path_factory: pytest.TempPathFactory
 @pytest.fixture
 def durable_server(redis_executable: str, tmp_path: Path) -> Iterator[RedisServer]:
     """A server for one test alone, AOF with fsync on every write: to be killed and restarted."""
-    from tests.protocol.server import DURABLE, RedisServer  # noqa: PLC0415
+    from tests.protocol.server import DURABLE, RedisServer
 
     folder = tmp_path / "redis"
     folder.mkdir()
@@ -86,7 +86,7 @@ def namespace() -> str:
 @pytest.fixture(scope="session")
 def door(redis_url: str) -> Iterator[Door]:
     """A blocking executor on the session's server."""
-    from l4queue.protocol.door import Door  # noqa: PLC0415
+    from l4queue.protocol.door import Door
 
     door = Door(redis_url)
     yield door
@@ -96,7 +96,7 @@ def door(redis_url: str) -> Iterator[Door]:
 @pytest.fixture
 def keys(namespace: str) -> Keys:
     """The key names of this test."""
-    from l4queue.protocol.keys import Keys  # noqa: PLC0415
+    from l4queue.protocol.keys import Keys
 
     return Keys(namespace)
 
@@ -104,7 +104,7 @@ def keys(namespace: str) -> Keys:
 @pytest.fixture
 def calls(keys: Keys) -> Calls:
     """Builders of the transitions of this test."""
-    from l4queue.protocol.calls import Calls  # noqa: PLC0415
+    from l4queue.protocol.calls import Calls
 
     return Calls(keys)
 
@@ -112,7 +112,7 @@ def calls(keys: Keys) -> Calls:
 @pytest.fixture
 def reads(keys: Keys) -> Reads:
     """Builders of the reads of this test."""
-    from l4queue.protocol.reads import Reads  # noqa: PLC0415
+    from l4queue.protocol.reads import Reads
 
     return Reads(keys)
 
@@ -120,7 +120,7 @@ def reads(keys: Keys) -> Reads:
 @pytest.fixture
 def scene(door: Door, namespace: str) -> Iterator[Scene]:
     """A deployment in miniature: verbs for every transition, dumps and a consistency check."""
-    from tests.protocol.scene import Scene  # noqa: PLC0415
+    from tests.protocol.scene import Scene
 
     scene = Scene(door, namespace)
     yield scene

