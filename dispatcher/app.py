@@ -1,23 +1,51 @@
-"""The Celery app of the planner: `celery -A dispatcher.app beat` and `celery -A dispatcher.app worker`."""
+"""The planner's Celery app, for `celery -A dispatcher.app beat|worker|flower`: one task, one schedule."""
 
 from __future__ import annotations
 
+from functools import cache
+
 from celery import Celery
 
-from l4queue.config import celery_settings, load_settings
+from dispatcher.tasks import REPLAN, add_tasks
+from l4queue.config import Settings, celery_settings, load_settings
 
-__all__ = ("app",)
+__all__ = ("make_app",)
 
-_settings = load_settings()
 
-app = Celery("l4queue.dispatcher", include=["dispatcher.tasks"])
-app.conf.update(celery_settings(_settings))
-app.conf.beat_schedule = {
-    "replan": {
-        "task": "l4queue.replan",
-        "schedule": _settings.replan_interval_s,
-        # a backlog of stale rounds would only repeat the same decision
-        "options": {"expires": max(1.0, 0.9 * _settings.replan_interval_s)},
-    }
-}
-app.conf.beat_max_loop_interval = 5
+def make_app(settings: Settings) -> Celery:
+    """The app with the `replan` task every `replan_interval_s`.
+
+    A round that could not start before the next one is due is dropped, so a backlog never builds up. Any
+    number of beats and planners may run: a plan is published by compare-and-set.
+    """
+    app = Celery("l4queue")
+    app.conf.update(celery_settings(settings))
+    app.conf.update(
+        beat_schedule={
+            "replan": {
+                "task": REPLAN,
+                "schedule": settings.replan_interval_s,
+                "options": {"expires": 0.8 * settings.replan_interval_s},
+            }
+        },
+        # One entry that may start anew at any time: nothing is worth a schedule file.
+        beat_scheduler="celery.beat:Scheduler",
+        broker_connection_max_retries=None,
+        worker_concurrency=1,
+        worker_pool="solo",
+        result_backend=None,
+    )
+    add_tasks(app, settings)
+    return app
+
+
+@cache
+def _app_from_environment() -> Celery:
+    return make_app(load_settings())
+
+
+def __getattr__(name: str) -> Celery:
+    """`dispatcher.app.app`, made on first use from the environment: what `celery -A dispatcher.app` looks for."""
+    if name == "app":
+        return _app_from_environment()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,17 +1,23 @@
-"""Celery tasks: thin shells around functions that tests call directly."""
+"""The planner as a Celery task; all it does is call `replan_once`."""
 
 from __future__ import annotations
 
 import asyncio
 
-from dispatcher.app import app
+from celery import Celery
+
 from dispatcher.replan import replan_once
-from l4queue.config import load_settings
+from l4queue.config import Settings
 
-__all__ = ("replan",)
+__all__ = ("REPLAN", "add_tasks")
+
+REPLAN = "l4queue.replan"
 
 
-@app.task(name="l4queue.replan", ignore_result=True)  # type: ignore[untyped-decorator] # Celery is untyped
-def replan() -> str:
-    """Keep the plan or publish a better one."""
-    return asyncio.run(replan_once(load_settings()))
+def add_tasks(app: Celery, settings: Settings) -> None:
+    """Register `l4queue.replan` with the app."""
+
+    @app.task(name=REPLAN, ignore_result=True, acks_late=True)  # type: ignore[untyped-decorator]  # no types
+    def replan() -> str:
+        """One round of planning; what it returns is the planner's reason."""
+        return asyncio.run(replan_once(settings))

@@ -1,40 +1,98 @@
-"""Starts one GPU worker: `python -m workers`. SIGTERM, SIGINT and Flower's shutdown drain it."""
+"""Starts one GPU worker: `python -m workers`. SIGTERM and SIGINT drain it, SIGQUIT does not."""
 
 from __future__ import annotations
 
 import logging
 import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
 
-from l4queue.config import load_settings
+from celery import signals
+from celery.platforms import SecurityWarning
+from celery.worker import state as celery_state
+from pydantic import JsonValue
+
+from l4queue.config import Settings, load_settings
 from l4queue.errors import L4QueueError
+from workers.app import make_app, node_name, task_name
+from workers.build import make_worker, worker_name
+from workers.events import EventSender
+from workers.host import EngineHost, EngineThread, ExitGuard, RequestHeart, WorkerLike
+from workers.observer import Observer
+from workers.panel import install_panel
+
+__all__ = ("main", "serve")
+
+log = logging.getLogger("l4queue.worker")
+_MARGIN_S = 10.0  # for stopping the engine itself, after requests were given back
+_EXIT_S = 5.0  # for the interpreter to end, once everything is stopped
+_COLD_S = 5.0
+_FAILED = 1
+
+
+def serve(settings: Settings, make: Callable[[Settings, Observer], WorkerLike] = make_worker) -> int:
+    """Run this process as a GPU worker until it is told to stop; returns the exit code. Main thread only."""
+    app, node, name = make_app(settings), node_name(worker_name(settings)), task_name(settings)
+    guard = ExitGuard()
+    sender = EventSender(app, hostname=node, task_name=name, show_prompts=settings.flower_show_prompts)
+    engine = EngineThread(lambda: make(settings, sender), guard=guard)
+    install_panel(engine, hostname=node, task_name=name)
+    drain_s = settings.drain_s + _MARGIN_S
+
+    def shutting_down(how: str = "Warm", **_: Any) -> None:
+        guard.arm(_COLD_S if how == "Cold" else drain_s + _EXIT_S)
+        engine.request_stop()
+
+    signals.worker_shutting_down.connect(shutting_down, weak=False)
+    signals.setup_logging.connect(_keep_logging, weak=False)
+    app.steps["worker"].add(EngineHost)
+    app.steps["consumer"].add(RequestHeart)
+
+    def figures() -> dict[str, JsonValue]:
+        stats = engine.stats()
+        return {**stats, **sender.stats(), "total": {name: stats.get("finished", 0)}}
+
+    controller = app.Worker(
+        hostname=node,
+        pool="solo",
+        concurrency=1,
+        queues=[f"l4-worker.{node}"],
+        without_mingle=True,
+        without_gossip=True,
+        without_heartbeat=True,
+        quiet=True,
+        engine=engine,
+        guard=guard,
+        drain_s=drain_s,
+        figures=figures,
+    )
+    sender.start()
+    try:
+        controller.start()
+    finally:
+        guard.arm(drain_s)
+        engine.request_stop()
+        is_drained = celery_state.should_terminate is None and engine.join(drain_s)
+        sender.close()
+        guard.arm(_EXIT_S)
+    log.info("worker %s ended", node)
+    return int(controller.exitcode or 0) if is_drained and engine.failure is None else _FAILED
 
 
 def main() -> int:
-    """Entry point; the exit code is 1 when the engine failed."""
+    """Entry point; the exit code is not zero when the engine failed or the drain did not end in time."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    warnings.simplefilter("ignore", SecurityWarning)  # of root, because of pickle: which is off here
     try:
-        settings = load_settings()
+        return serve(load_settings())
     except L4QueueError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
-    from workers.app import app
-    from workers.build import make_worker, worker_name
-    from workers.host import Host
+        return _FAILED
 
-    name = worker_name(settings)
-    template = name if "@" in name else f"{name}@%h"
-    from celery.utils.nodenames import host_format
 
-    nodename = host_format(template)
-    host = Host(settings, app, lambda observer: make_worker(settings, observer), name=nodename)
-    host.install()
-    arguments = ["worker", "--pool=solo", f"--hostname={nodename}", f"--queues=l4-worker.{name}"]
-    try:
-        app.worker_main([*arguments, "--loglevel=WARNING", "--without-gossip", "--without-mingle", "-E"])
-    except SystemExit as end:
-        if end.code and not host.failure:
-            return int(end.code) if isinstance(end.code, int) else 1
-    return 1 if host.failure else 0
+def _keep_logging(**_: Any) -> None:
+    """Connected, it keeps Celery from configuring logging a second time."""
 
 
 if __name__ == "__main__":

@@ -1,24 +1,46 @@
-"""The Celery app of GPU workers: control and events only. Flower uses it: `celery -A workers.app flower`."""
+"""The Celery app of GPU workers, for `celery -A workers.app inspect|control|flower`; it has no tasks."""
 
 from __future__ import annotations
 
-from typing import Any
+import socket
+from functools import cache
+from pathlib import PurePath
 
 from celery import Celery
 
 from l4queue.config import Settings, celery_settings, load_settings
 
-__all__ = ("TASK_NAME", "app", "make_app")
-
-TASK_NAME = "l4queue.generate"
-"""The name under which Flower shows every request."""
+__all__ = ("make_app", "node_name", "task_name")
 
 
-def make_app(settings: Settings) -> Any:
-    """A Celery app on the control broker of these settings."""
-    made = Celery("l4queue.workers")
-    made.conf.update(celery_settings(settings))
-    return made
+def make_app(settings: Settings) -> Celery:
+    """The app: control and events only. Requests never travel through Celery."""
+    app = Celery("l4queue-workers")
+    app.conf.update(celery_settings(settings))
+    # An engine serves on while the broker is away, however long that takes.
+    app.conf.broker_connection_max_retries = None
+    app.conf.worker_cancel_long_running_tasks_on_connection_loss = False
+    return app
 
 
-app = make_app(load_settings())
+def node_name(worker_id: str) -> str:
+    """The Celery node of a worker: `<worker_id>@<host>`, or the id itself where it names its host."""
+    return worker_id if "@" in worker_id else f"{worker_id}@{socket.gethostname()}"
+
+
+def task_name(settings: Settings) -> str:
+    """The name under which Flower shows requests: `l4queue.generate/<model>`."""
+    model = settings.emulated_model if settings.engine == "emulated" else settings.model
+    return f"l4queue.generate/{PurePath(model).name or model}"
+
+
+@cache
+def _app_from_environment() -> Celery:
+    return make_app(load_settings())
+
+
+def __getattr__(name: str) -> Celery:
+    """`workers.app.app`, made on first use from the environment: what `celery -A workers.app` looks for."""
+    if name == "app":
+        return _app_from_environment()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

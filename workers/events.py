@@ -1,4 +1,4 @@
-"""Requests as Celery task events, for Flower, sent from a bounded queue by a thread of its own."""
+"""Requests as Celery task events, so that Flower shows them: bounded, batched, off the engine's loop."""
 
 from __future__ import annotations
 
@@ -6,136 +6,233 @@ import logging
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
-from l4queue.config import Settings
-from workers.app import TASK_NAME
-from workers.observer import RequestView
+from celery import Celery
+from celery.events.dispatcher import EventDispatcher
+from pydantic import JsonValue
 
-__all__ = ("EventSender",)
+from workers.observer import LEASE_ENDED, RequestView
+
+__all__ = ("Budget", "EventSender")
 
 log = logging.getLogger("l4queue.events")
-_QUEUE_LIMIT = 20_000
-_BATCH = 500
-_PAUSE_S = 0.05
+CAPACITY = 10_000
+"""Most events that wait to be sent; beyond it the oldest are dropped and counted."""
+DETAIL_PER_S = 500.0
+"""Requests per second whose start is shown; beyond it a request appears with its outcome."""
+OUTCOMES_PER_S = 2_000.0
+"""Successes per second that are never left out. Failures, revocations and retries never are."""
+_FLUSH_S = 0.1
+_BATCH = 200
 _RETRY_S = 1.0
-_OUTCOMES = frozenset({"task-succeeded", "task-failed", "task-revoked"})
+_PREVIEW_CHARS = 200
 
 Event = dict[str, Any]
 
 
-class EventSender:
-    """An Observer that sends task events. Its callbacks only append to a queue.
+class Budget:
+    """A token bucket of one second's burst. Not thread-safe."""
 
-    When events come faster than they leave (the broker is away, or Flower's 7,000 a second are exceeded), the
-    oldest are dropped and counted in `num_dropped`. Above `sample_above_per_s` only outcomes are sent, for all
-    requests: each still appears once, with its final state.
+    def __init__(self, rate_per_s: float, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._rate_per_s = rate_per_s
+        self._clock = clock
+        self._left = rate_per_s
+        self._at_s = clock()
+
+    def take(self) -> bool:
+        """Whether one more fits now; if so it is counted."""
+        now_s = self._clock()
+        self._left = min(self._rate_per_s, self._left + (now_s - self._at_s) * self._rate_per_s)
+        self._at_s = now_s
+        if self._left < 1.0:
+            return False
+        self._left -= 1.0
+        return True
+
+
+class EventSender:
+    """An Observer whose callbacks only append to a bounded queue; a thread of its own sends in batches.
+
+    It has its own broker connection, so neither a lost broker nor a restart of Celery's consumer is felt by
+    the engine, and nothing piles up beyond `capacity`. Outcome events repeat what the start said: they are
+    complete when the start was dropped or left out.
     """
 
-    def __init__(self, settings: Settings, app: Any, *, hostname: str) -> None:
+    def __init__(
+        self,
+        app: Celery,
+        *,
+        hostname: str,
+        task_name: str,
+        show_prompts: bool = False,
+        capacity: int = CAPACITY,
+        detail_per_s: float = DETAIL_PER_S,
+        outcomes_per_s: float = OUTCOMES_PER_S,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._app = app
         self._hostname = hostname
-        self._shows_text = settings.flower_show_prompts
-        self._sample_above_per_s = settings.flower_sample_above_per_s
-        self._queue: deque[tuple[str, Event]] = deque(maxlen=_QUEUE_LIMIT)
+        self._task_name = task_name
+        self._show_prompts = show_prompts
+        self._waiting: deque[Event] = deque(maxlen=capacity)
+        self._detail = Budget(detail_per_s, clock=clock)
+        self._outcomes = Budget(outcomes_per_s, clock=clock)
+        self._wake = threading.Event()
+        self._urgent = threading.Event()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="l4-events", daemon=True)
-        self._second = 0
-        self._num_this_second = 0
-        self.num_sent = 0
-        self.num_dropped = 0
+        self._num_sent = 0
+        self._num_dropped = 0
+        self._num_left_out = 0
+        self._num_outages = 0
 
-    def start(self) -> None:
-        """Begin sending."""
-        self._thread.start()
-
-    def stop(self, *, timeout_s: float) -> None:
-        """Send what is queued, for at most `timeout_s`, and end."""
-        self._stopping.set()
-        if self._thread.is_alive():
-            self._thread.join(timeout_s)
+    # -- Observer: called on the engine's event loop
 
     def request_started(self, view: RequestView) -> None:
-        """The request appears as received and started."""
-        if self._is_crowded():
+        """task-received and task-started, within the detail budget."""
+        if not self._detail.take():
+            self._num_left_out += 2
             return
-        self._received(view)
-        self._put("task-started", view)
+        now_s, about = time.time(), self._about(view)
+        self._put("task-received", view, at_s=now_s, **about)
+        self._put("task-started", view, at_s=now_s)
 
     def request_succeeded(self, view: RequestView, *, output_tokens: int, runtime_s: float, text: str) -> None:
-        """SUCCESS with a short result."""
-        result = f"{output_tokens} tokens in {runtime_s:.2f} s"
-        if self._shows_text and text:
-            result += f": {text}"
-        if self._is_crowded():
-            self._received(view)
-        self._put("task-succeeded", view, result=result, runtime=runtime_s)
+        """task-succeeded with a short result, without the text unless it may be shown."""
+        if not self._outcomes.take():
+            self._num_left_out += 1
+            return
+        result = f"{output_tokens} tokens, {runtime_s:.1f} s"
+        if self._show_prompts and text:
+            result += f": {text[:_PREVIEW_CHARS]!r}"
+        self._put_outcome("task-succeeded", view, runtime_s=runtime_s, result=result, runtime=round(runtime_s, 4))
 
     def request_failed(self, view: RequestView, *, error: str, runtime_s: float) -> None:
-        """FAILURE with the error."""
-        self._put("task-failed", view, exception=error, traceback="", runtime=runtime_s)
-
-    def request_cancelled(self, view: RequestView) -> None:
-        """REVOKED."""
-        self._put("task-revoked", view, terminated=True, signum=None, expired=False)
-
-    def request_moved(self, view: RequestView, *, why: str) -> None:
-        """RETRY: another worker goes on with it."""
-        self._put("task-retried", view, exception=f"continues elsewhere: {why}", traceback="")
-
-    def _received(self, view: RequestView) -> None:
-        arguments = {
-            "prompt_tokens": view.prompt_tokens,
-            "max_tokens": view.max_tokens,
-            "stage": view.stage,
-            "range": view.range_text,
-            "resumed_at": view.num_resumed,
-        }
-        if view.prompt is not None:
-            arguments["prompt"] = view.prompt
-        self._put(
-            "task-received",
-            view,
-            name=TASK_NAME,
-            args="()",
-            kwargs=repr(arguments),
-            retries=view.epoch - 1,
-            eta=None,
-            expires=None,
-            root_id=view.request_id,
-            parent_id=None,
+        """task-failed."""
+        self._put_outcome(
+            "task-failed", view, runtime_s=runtime_s, exception=error[:2000], runtime=round(runtime_s, 4)
         )
 
-    def _put(self, kind: str, view: RequestView, **fields: Any) -> None:
-        if len(self._queue) == _QUEUE_LIMIT:
-            self.num_dropped += 1
-        self._queue.append((kind, {"uuid": view.request_id, "timestamp": time.time(), **fields}))
+    def request_cancelled(self, view: RequestView) -> None:
+        """task-revoked."""
+        self._put("task-revoked", view, terminated=True, signum=None, expired=False, **self._about(view))
 
-    def _is_crowded(self) -> bool:
-        """Whether this second has seen more requests than are shown in detail."""
-        second = int(time.monotonic())
-        if second != self._second:
-            self._second, self._num_this_second = second, 0
-        self._num_this_second += 1
-        return self._num_this_second > self._sample_above_per_s
+    def request_moved(self, view: RequestView, *, why: str) -> None:
+        """task-retried, sent at once: the next worker's events must not be overtaken by it.
+
+        A worker that has lost its lease says nothing: the request may long be finished elsewhere, and Flower
+        takes a retry for the latest state whenever it comes.
+        """
+        if why != LEASE_ENDED:
+            self._put("task-retried", view, exception=why, traceback=None)
+            self._urgent.set()
+
+    # -- Life
+
+    def start(self) -> None:
+        """Begin to send. Events put before are kept."""
+        self._thread.start()
+
+    def close(self, timeout_s: float = 2.0) -> None:
+        """Send what waits, if the broker is there, and end. Safe to call twice, or before `start`."""
+        self._stopping.set()
+        self._urgent.set()
+        self._wake.set()
+        if self._thread.ident is not None:
+            self._thread.join(timeout_s)
+
+    def stats(self) -> dict[str, JsonValue]:
+        """Counters: sent, waiting, dropped (queue full), left out (above the rates), broker outages."""
+        return {
+            "events_sent": self._num_sent,
+            "events_waiting": len(self._waiting),
+            "events_dropped": self._num_dropped,
+            "events_left_out": self._num_left_out,
+            "events_outages": self._num_outages,
+        }
+
+    # -- Private
+
+    def _about(self, view: RequestView) -> Event:
+        told: dict[str, object] = {
+            "stage": view.stage,
+            "range": view.range_text,
+            "prompt_tokens": view.prompt_tokens,
+            "max_tokens": view.max_tokens,
+        }
+        if view.num_resumed:
+            told["resumed_tokens"] = view.num_resumed
+        if self._show_prompts and view.prompt is not None:
+            told["prompt"] = view.prompt[:_PREVIEW_CHARS]
+        return {"name": self._task_name, "args": "()", "kwargs": repr(told), "retries": max(0, view.epoch - 1)}
+
+    def _put_outcome(self, type_: str, view: RequestView, *, runtime_s: float, **fields: Any) -> None:
+        now_s = time.time()
+        began = {"received": now_s - runtime_s, "started": now_s - runtime_s}
+        self._put(type_, view, at_s=now_s, **began, **self._about(view), **fields)
+
+    def _put(self, type_: str, view: RequestView, *, at_s: float | None = None, **fields: Any) -> None:
+        if len(self._waiting) == self._waiting.maxlen:
+            self._num_dropped += 1
+        stamp = time.time() if at_s is None else at_s
+        self._waiting.append({"type": type_, "uuid": view.request_id, "timestamp": stamp, **fields})
+        if not self._wake.is_set():
+            self._wake.set()
 
     def _run(self) -> None:
-        while not (self._stopping.is_set() and not self._queue):
+        """Collect for a moment, send, repeat. What the broker did not take is sent again, in order."""
+        unsent: list[Event] = []
+        dispatcher: EventDispatcher | None = None
+        while not self._stopping.is_set() or self._waiting:
+            self._wake.wait()
+            self._urgent.wait(_FLUSH_S)
+            self._wake.clear()
+            self._urgent.clear()
             try:
-                with self._app.connection_for_write() as connection:
-                    self._send_on(connection)
-            except Exception as error:  # whatever the broker does, the engine goes on
-                log.warning("events wait for the broker: %s", error)
+                while unsent or self._waiting:
+                    unsent = unsent or self._next_batch()
+                    dispatcher = dispatcher or self._connect()
+                    self._send(dispatcher, unsent)
+                    unsent = []
+            except Exception as error:  # the edge of this loop: whatever the broker does, the engine goes on
+                self._num_outages += 1
+                log.warning("events wait, the broker cannot be reached: %s", error)
+                _close(dispatcher)
+                dispatcher = None
+                self._wake.set()
                 if self._stopping.wait(_RETRY_S):
-                    return
+                    break
+        _close(dispatcher)
 
-    def _send_on(self, connection: Any) -> None:
-        dispatcher = self._app.events.Dispatcher(connection, hostname=self._hostname, buffer_while_offline=False)
-        while True:
-            for _ in range(min(_BATCH, len(self._queue))):
-                kind, fields = self._queue[0]
-                dispatcher.send(kind, **fields)
-                self._queue.popleft()
-                self.num_sent += 1
-            if not self._queue and self._stopping.wait(_PAUSE_S):
-                return
+    def _next_batch(self) -> list[Event]:
+        return [self._waiting.popleft() for _ in range(min(_BATCH, len(self._waiting)))]
+
+    def _connect(self) -> EventDispatcher:
+        # Timeouts, because a broker that swallows packets must not hold this thread for ever.
+        connection = self._app.connection_for_write(
+            transport_options={"socket_timeout": 5.0, "socket_connect_timeout": 5.0}
+        )
+        return EventDispatcher(
+            connection,
+            hostname=self._hostname,
+            app=self._app,
+            buffer_while_offline=False,
+            buffer_group=frozenset({"task"}),
+            buffer_limit=_BATCH + 1,
+        )
+
+    def _send(self, dispatcher: EventDispatcher, events: list[Event]) -> None:
+        for event in events:
+            fields = dict(event)
+            dispatcher.send(fields.pop("type"), **fields)
+        dispatcher.flush(errors=False)
+        self._num_sent += len(events)
+
+
+def _close(dispatcher: EventDispatcher | None) -> None:
+    if dispatcher is not None:
+        connection = dispatcher.connection
+        dispatcher.close()
+        connection.release()

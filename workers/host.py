@@ -1,163 +1,218 @@
-"""A GPU worker is a Celery worker: a bootstep owns the engine's thread, control commands reach into it."""
+"""The engine inside a Celery worker: one thread for life, started, drained and watched by bootsteps."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import os
+import select
+import signal
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from celery import bootsteps, signals
+import psutil
+from celery import bootsteps
+from celery.platforms import EX_FAILURE
+from celery.utils.sysinfo import load_average
+from celery.worker import heartbeat
 from celery.worker import state as celery_state
-from celery.worker.control import Panel
 from pydantic import JsonValue
 
-from l4queue.config import Settings
-from workers.app import TASK_NAME
-from workers.events import EventSender
-from workers.observer import Observer, RequestView
+from workers.observer import RequestView
 
-__all__ = ("Host", "WorkerLike")
+__all__ = ("EngineHost", "EngineThread", "ExitGuard", "RequestHeart", "WorkerLike")
 
-log = logging.getLogger("l4queue.worker")
-_MARGIN_S = 10.0
+log = logging.getLogger("l4queue.host")
+_COLD_S = 2.0
+_FAILURE_EXIT_S = 10.0
 
 
 class WorkerLike(Protocol):
-    """What a host needs of a worker."""
+    """What the host needs of a worker; `workers.worker.Worker` is the one that serves."""
 
-    async def run(self) -> None:
-        """Serve until stopped."""
+    async def run(self) -> None: ...
 
-    def request_stop(self) -> None:
-        """Thread-safe."""
+    def request_stop(self) -> None: ...
 
-    def request_cancel(self, request_id: str) -> None:
-        """Thread-safe."""
+    def request_cancel(self, request_id: str) -> None: ...
 
-    def stats(self) -> dict[str, JsonValue]:
-        """Thread-safe."""
+    def stats(self) -> dict[str, JsonValue]: ...
 
-    def active(self) -> list[RequestView]:
-        """Thread-safe."""
+    def active(self) -> list[RequestView]: ...
 
 
-class Host:
-    """Runs one worker on a thread with its own event loop for the life of the process.
+class ExitGuard:
+    """Ends the process by force, children included, when it has not ended in time.
 
-    Celery's consumer may lose its broker and come back: the engine does not notice. When the worker ends by
-    itself the process ends too, with exit code 1 unless it had been asked to stop.
+    `arm` is safe in signal handlers: it takes no lock.
     """
 
-    def __init__(self, settings: Settings, app: Any, make: Callable[[Observer], WorkerLike], *, name: str) -> None:
-        self._settings = settings
-        self._app = app
+    def __init__(self) -> None:
+        self._deadline_s = float("inf")
+        self._pipe = os.pipe()
+        threading.Thread(target=self._watch, name="l4-exit-guard", daemon=True).start()
+
+    def arm(self, after_s: float) -> None:
+        """The process is to be gone in `after_s` seconds; the earliest deadline counts."""
+        self._deadline_s = min(self._deadline_s, time.monotonic() + after_s)
+        os.write(self._pipe[1], b"x")
+
+    def _watch(self) -> None:
+        os.read(self._pipe[0], 1)
+        while (left_s := self._deadline_s - time.monotonic()) > 0:
+            if select.select([self._pipe[0]], [], [], left_s)[0]:
+                os.read(self._pipe[0], 1)
+        log.critical("still here after the deadline of its end: killed")
+        # An engine's child processes would otherwise keep the GPU.
+        for child in psutil.Process().children(recursive=True):
+            child.kill()
+        os._exit(EX_FAILURE)
+
+
+class EngineThread:
+    """A worker with its engine on an event loop in a thread of its own, for the life of the process."""
+
+    def __init__(self, make: Callable[[], WorkerLike], *, guard: ExitGuard) -> None:
         self._make = make
-        self.nodename = name
-        self.failure: BaseException | None = None
-        self._events = EventSender(settings, app, hostname=name)
+        self._guard = guard
         self._worker: WorkerLike | None = None
-        self._stop_requested = threading.Event()
+        self._is_stopping = False
         self._thread = threading.Thread(target=self._run, name="l4-engine", daemon=True)
-
-    def install(self) -> None:
-        """Hook into Celery: the bootstep, the control commands, the moment a shutdown begins."""
-        host = self
-
-        class EngineStep(bootsteps.StartStopStep):  # type: ignore[misc] # Celery is untyped
-            """Starts and stops the engine with the Celery worker."""
-
-            requires = ("celery.worker.components:Pool",)
-
-            def start(self, parent: Any) -> None:
-                host.start()
-
-            def stop(self, parent: Any) -> None:
-                host.stop()
-
-            terminate = stop
-
-        self._app.steps["worker"].add(EngineStep)
-        Panel.data["revoke"] = self._revoke
-        Panel.data["active"] = Panel.data["dump_active"] = self._active
-        Panel.data["stats"] = self._stats
-        signals.worker_shutting_down.connect(self._on_shutting_down, weak=False)
+        self.failure: BaseException | None = None
 
     def start(self) -> None:
-        """Start the threads; the engine loads while Celery already answers."""
-        self._events.start()
-        self._thread.start()
+        """Build the worker and run it. A second start does nothing: the engine outlives every consumer."""
+        if self._thread.ident is None and not self._is_stopping:
+            self._thread.start()
 
-    def stop(self) -> None:
-        """Drain and wait, at most the drain deadline and a margin."""
-        self._ask_to_stop()
-        if self._thread.is_alive():
-            self._thread.join(self._settings.drain_s + _MARGIN_S)
-        self._events.stop(timeout_s=2.0)
-
-    def _run(self) -> None:
-        try:
-            self._worker = self._make(self._events)
-            if not self._stop_requested.is_set():
-                asyncio.run(self._worker.run())
-        except BaseException as error:  # the thread's edge: the process must not live on without its engine
-            self.failure = error
-            log.error("worker ends: %s", error, exc_info=error)
-        if not self._stop_requested.is_set():
-            celery_state.should_stop = 1
-            self._exit_after(_MARGIN_S)
-
-    def _ask_to_stop(self) -> None:
-        self._stop_requested.set()
+    def request_stop(self) -> None:
+        """Drain and end; safe in signal handlers, in any thread, at any time, and twice."""
+        self._is_stopping = True
         if self._worker is not None:
             self._worker.request_stop()
 
-    def _on_shutting_down(self, **_: Any) -> None:
-        """A signal or a remote shutdown has arrived: drain at once, and never hang."""
-        if not self._stop_requested.is_set():
-            self._ask_to_stop()
-            self._exit_after(self._settings.drain_s + 2 * _MARGIN_S)
+    def join(self, timeout_s: float) -> bool:
+        """Wait for the end; whether it has come."""
+        if self._thread.ident is not None:
+            self._thread.join(timeout_s)
+        return not self._thread.is_alive()
 
-    def _exit_after(self, seconds: float) -> None:
-        timer = threading.Timer(seconds, os._exit, (1,))
-        timer.daemon = True
-        timer.start()
+    def request_cancel(self, request_id: str) -> None:
+        """Cancel a request, waiting or running, here or elsewhere."""
+        if self._worker is not None and self._thread.is_alive():
+            self._worker.request_cancel(request_id)
 
-    def _revoke(self, state: Any, task_id: Any, **_: Any) -> dict[str, str]:
-        """`revoke` from Flower or `celery control`: cancels the request, waiting or running."""
-        ids = [task_id] if isinstance(task_id, str) else list(task_id)
-        for request_id in ids:
-            if self._worker is not None:
-                self._worker.request_cancel(request_id)
-        return {"ok": f"cancelling {', '.join(ids)}"}
+    def stats(self) -> dict[str, JsonValue]:
+        """The worker's figures; before it is built only that it loads."""
+        return {"engine": "loading"} if self._worker is None else self._worker.stats()
 
-    def _active(self, state: Any, **_: Any) -> list[dict[str, Any]]:
-        """`inspect active`: the requests that run in the engine."""
-        return [
-            {
-                "id": view.request_id,
-                "name": TASK_NAME,
-                "type": TASK_NAME,
-                "args": [],
-                "kwargs": {
-                    "prompt_tokens": view.prompt_tokens,
-                    "max_tokens": view.max_tokens,
-                    "stage": view.stage,
-                },
-                "hostname": self.nodename,
-                "time_start": None,
-                "acknowledged": True,
-                "delivery_info": {"routing_key": f"stage {view.stage}"},
-                "worker_pid": os.getpid(),
-            }
-            for view in (self._worker.active() if self._worker else [])
-        ]
+    def active(self) -> list[RequestView]:
+        """The requests running here."""
+        return [] if self._worker is None else self._worker.active()
 
-    def _stats(self, state: Any, **_: Any) -> dict[str, Any]:
-        """`inspect stats`: Celery's, with what the engine does."""
-        known: dict[str, Any] = dict(state.consumer.controller.stats())
-        own = self._worker.stats() if self._worker else {"engine": "loading"}
-        events = {"events_sent": self._events.num_sent, "events_dropped": self._events.num_dropped}
-        return {**known, **{f"l4_{name}": value for name, value in {**own, **events}.items()}}
+    def _run(self) -> None:
+        try:
+            self._worker = self._make()
+            if not self._is_stopping:
+                asyncio.run(self._worker.run())
+            if not self._is_stopping:
+                raise RuntimeError("the engine's loop ended by itself")
+        except BaseException as error:  # whatever it was, this process has no engine any more and must end
+            self.failure = error
+            log.critical("the engine ended: %s: %s", type(error).__name__, error, exc_info=error)
+            self._guard.arm(_FAILURE_EXIT_S)
+            celery_state.should_stop = EX_FAILURE
+
+
+class EngineHost(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no types
+    """Worker-level step: owns the engine thread. Lost brokers restart the consumer, never this."""
+
+    label = "Engine"
+
+    def __init__(
+        self,
+        parent: Any,
+        *,
+        engine: EngineThread,
+        guard: ExitGuard,
+        drain_s: float,
+        figures: Callable[[], dict[str, JsonValue]],
+        **_: Any,
+    ) -> None:
+        self.engine = engine
+        self.guard = guard
+        self.drain_s = drain_s
+        self.figures = figures
+        super().__init__(parent)
+
+    def start(self, parent: Any) -> None:
+        """Start the engine; Celery's signal handlers are installed by now."""
+        # Celery would re-execute this program on SIGHUP, which an engine does not survive.
+        if hasattr(signal, "SIGHUP"):
+            signal.signal(signal.SIGHUP, signal.getsignal(signal.SIGTERM))
+        self.engine.start()
+
+    def close(self, parent: Any) -> None:
+        """A shutdown begins: drain while Celery closes its own things."""
+        self.guard.arm(self.drain_s)
+        self.engine.request_stop()
+
+    def stop(self, parent: Any) -> None:
+        """Warm shutdown: wait for the drain."""
+        if not self.engine.join(self.drain_s):
+            log.error("the engine has not drained in %.0f s", self.drain_s)
+
+    def terminate(self, parent: Any) -> None:
+        """Cold shutdown: give up fast; leases run out and others go on from what is written."""
+        self.guard.arm(_COLD_S)
+        self.engine.join(_COLD_S / 2)
+
+    def info(self, parent: Any) -> dict[str, JsonValue]:
+        """What `celery inspect stats` and Flower's worker page say beside Celery's own figures."""
+        return self.figures()
+
+
+class _Heart(heartbeat.Heart):  # type: ignore[misc]  # celery has no types
+    """Celery's heartbeats with our counts: requests running and finished."""
+
+    def __init__(self, timer: Any, eventer: Any, engine: EngineThread) -> None:
+        self._engine = engine
+        super().__init__(timer, eventer)
+
+    def _send(self, event: str, retry: bool = True) -> Any:
+        stats = self._engine.stats()
+        return self.eventer.send(
+            event,
+            freq=self.interval,
+            active=stats.get("running", 0),
+            processed=stats.get("finished", 0),
+            loadavg=load_average(),
+            retry=retry,
+            **celery_state.SOFTWARE_INFO,
+        )
+
+
+class RequestHeart(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no types
+    """Consumer-level step: borrows the consumer's event dispatcher for heartbeats."""
+
+    requires = ("celery.worker.consumer.events:Events",)
+
+    def __init__(self, consumer: Any, *, engine: EngineThread, **_: Any) -> None:
+        self._engine = engine
+        consumer.heart = None
+        super().__init__(consumer)
+
+    def start(self, consumer: Any) -> None:
+        """Once for each connection to the broker."""
+        consumer.heart = _Heart(consumer.timer, consumer.event_dispatcher, self._engine)
+        consumer.heart.start()
+
+    def stop(self, consumer: Any) -> None:
+        """The connection is gone, or this is the end."""
+        heart, consumer.heart = consumer.heart, None
+        if heart is not None:
+            heart.stop()
+
+    shutdown = stop

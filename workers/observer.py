@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-__all__ = ("NullObserver", "Observer", "RequestView")
+__all__ = ("LEASE_ENDED", "NullObserver", "Observer", "RequestView")
+
+LEASE_ENDED = "its lease ended"
+"""Why a request moved when this worker was the last to know; it may be finished elsewhere by now."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,7 +18,7 @@ from l4queue.protocol.keys import Keys
 from l4queue.protocol.reads import Reads
 from workers.engine import Engine, EngineDied, EngineInfo
 from workers.lease import Lease
-from workers.observer import Observer, RequestView
+from workers.observer import LEASE_ENDED, Observer, RequestView
 from workers.session import Session, TextFactory
 
 __all__ = ("WorkerState",)
@@ -120,7 +120,7 @@ class WorkerState:
             if record is not None and record.state in ("cancelled", "expired"):
                 self.observer.request_cancelled(self.view(session))
             else:
-                self.observer.request_moved(self.view(session), why="its lease ended")
+                self.observer.request_moved(self.view(session), why=LEASE_ENDED)
 
     def range_text(self, stage: int) -> str:
         """The range of a stage as people write it."""
