@@ -1,0 +1,44 @@
+"""Sees to it that an engine's processes die with their worker, however it dies.
+
+vLLM's engine core is a child process that outlives a worker killed with SIGKILL: it would go on computing and
+keep the GPU's memory from the worker's successor.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+__all__ = ("guard_descendants",)
+
+_GUARD = """
+import os, signal, sys
+group = int(sys.argv[1])
+sys.stdin.buffer.read()  # ends when the worker's end of the pipe closes, that is, with the worker
+try:
+    os.killpg(group, signal.SIGKILL)
+except ProcessLookupError:
+    pass
+"""
+
+
+def guard_descendants() -> None:
+    """Make this process the leader of its own group, and have a small process kill that group once it is gone.
+
+    Call it once, before any child is started. The guard lives in a session of its own, so that no signal to
+    the worker's group or terminal reaches it.
+    """
+    if os.getpgrp() != os.getpid():
+        os.setpgrp()
+    guard = subprocess.Popen(
+        [sys.executable, "-S", "-E", "-c", _GUARD, str(os.getpgrp())],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    _KEPT.append(guard)
+
+
+_KEPT: list[subprocess.Popen[bytes]] = []  # a collected Popen would close the pipe
