@@ -28,7 +28,7 @@ __all__ = ("Split", "best_splits")
 Floats: TypeAlias = npt.NDArray[np.float64]
 Ints: TypeAlias = npt.NDArray[np.intp]
 
-DENSE_LIMIT = 3_000_000
+DENSE_LIMIT = 14_000_000
 """Largest B²·M² for which the dense recurrence is used."""
 
 MOST_JOINS = 50_000_000
