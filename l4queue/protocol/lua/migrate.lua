@@ -3,7 +3,7 @@
 -- ARGV  1 from  2 to  3 most requests
 -- Returns the number moved
 local n = 0
-for _, id in ipairs(redis.call('ZRANGE', KEYS[1], 0, ARGV[3] - 1)) do
+for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', '+inf', 'LIMIT', 0, ARGV[3])) do
   local rk = P .. 'req:' .. id
   local v = redis.call('HMGET', rk, 'state', 'stage', 'prompt_tokens', 'offset', 'score')
   if v[1] == 'queued' and v[2] == ARGV[1] then

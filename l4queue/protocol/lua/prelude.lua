@@ -27,7 +27,7 @@ end
 local function dequeue(id, stage, tokens)
   if redis.call('ZREM', P .. 'q:' .. stage, id) == 0 then return end
   if redis.call('EXISTS', P .. 'q:' .. stage) == 1 then
-    redis.call('HINCRBY', P .. 'backlog', stage, -tokens)
+    redis.call('HINCRBY', P .. 'backlog', stage, 0 - tokens)
   else
     redis.call('HSET', P .. 'backlog', stage, 0)
   end

@@ -29,7 +29,8 @@ if w[3] and redis.call('SISMEMBER', KEYS[3], w[3]) == 1 then return out end
 if solo and redis.call('SCARD', KEYS[3]) > 0 then return out end
 redis.call('HDEL', KEYS[2], 'alone')
 local room, prefill, t, list = tonumber(ARGV[4]), tonumber(ARGV[8]), int(now_ms()), {}
-for _, id in ipairs(redis.call('ZRANGE', KEYS[1], 0, (solo and 1 or tonumber(ARGV[3])) - 1)) do
+local most = solo and math.min(1, ARGV[3]) or ARGV[3]
+for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', '+inf', 'LIMIT', 0, most)) do
   local rk = P .. 'req:' .. id
   local v = redis.call('HMGET', rk, unpack(FIELDS))
   if v[1] ~= 'queued' or v[12] ~= ARGV[7] then
