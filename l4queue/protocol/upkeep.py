@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from dataclasses import dataclass
 
 from l4queue.config import Settings
@@ -10,6 +11,7 @@ from l4queue.protocol.calls import Call, Calls, Reaped
 from l4queue.protocol.door import AsyncDoor
 from l4queue.protocol.keys import Keys
 from l4queue.protocol.reads import Reads
+from l4queue.protocol.wire import ServerFull
 
 __all__ = ("Upkeep", "UpkeepReport")
 
@@ -80,7 +82,8 @@ class Upkeep:
             tokens = sum(f.prompt_tokens + f.output_tokens for f in finished)
             rate = tokens * 1000.0 / max(1, span_ms)
         command = ("HSET", self._keys.counts, "drain_tokens_per_s", f"{rate:.1f}")
-        await self._door.run(Call(None, (), command, int))
+        with suppress(ServerFull):  # only a hint: while memory is short the old one stands
+            await self._door.run(Call(None, (), command, int))
         return rate
 
     async def repair_once(self) -> int:
