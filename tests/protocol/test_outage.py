@@ -258,7 +258,7 @@ async def test_cancelled_calls_never_mix_replies(redis_server: RedisServer, scen
 def test_a_server_that_stays_away_is_reported_with_its_address(redis_executable: str) -> None:
     """After `retry_s` the caller gets ServiceUnavailable that says where and what to try; no password in it."""
     door = Door("redis://:secret@127.0.0.1:1/0", retry_s=0.1)
-    with pytest.raises(ServiceUnavailable, match="127.0.0.1:1.*doctor") as caught:
+    with pytest.raises(ServiceUnavailable, match=r"127\.0\.0\.1:1.*doctor") as caught:
         door.run(Call(None, (), ("PING",), lambda r: r))
     assert "secret" not in str(caught.value)
     door.close()
