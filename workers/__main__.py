@@ -15,9 +15,10 @@ from pydantic import JsonValue
 
 from l4queue.config import Settings, load_settings
 from l4queue.errors import L4QueueError
-from workers.app import make_app, node_name, task_name
+from workers.app import QUEUE, make_app, node_name, task_name
 from workers.build import make_worker, worker_name
 from workers.events import EventSender
+from workers.guard import guard_descendants
 from workers.host import EngineHost, EngineThread, ExitGuard, RequestHeart, WorkerLike
 from workers.observer import Observer
 from workers.panel import install_panel
@@ -57,7 +58,7 @@ def serve(settings: Settings, make: Callable[[Settings, Observer], WorkerLike] =
         hostname=node,
         pool="solo",
         concurrency=1,
-        queues=[f"l4-worker.{node}"],
+        queues=[QUEUE],
         without_mingle=True,
         without_gossip=True,
         without_heartbeat=True,
@@ -84,6 +85,7 @@ def main() -> int:
     """Entry point; the exit code is not zero when the engine failed or the drain did not end in time."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     warnings.simplefilter("ignore", SecurityWarning)  # of root, because of pickle: which is off here
+    guard_descendants()
     try:
         return serve(load_settings())
     except L4QueueError as error:

@@ -6,25 +6,30 @@ keep the GPU's memory from the worker's successor.
 
 from __future__ import annotations
 
+import atexit
 import os
 import subprocess
 import sys
+from typing import IO
 
 __all__ = ("guard_descendants",)
 
 _GUARD = """
 import os, signal, sys
 group = int(sys.argv[1])
-sys.stdin.buffer.read()  # ends when the worker's end of the pipe closes, that is, with the worker
-try:
-    os.killpg(group, signal.SIGKILL)
-except ProcessLookupError:
-    pass
+farewell = sys.stdin.buffer.read()  # ends when the worker's end of the pipe closes, that is, with the worker
+if not farewell:
+    try:
+        os.killpg(group, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
 """
 
 
 def guard_descendants() -> None:
     """Make this process the leader of its own group, and have a small process kill that group once it is gone.
+
+    Nothing is killed when the interpreter ends in good order.
 
     Call it once, before any child is started. The guard lives in a session of its own, so that no signal to
     the worker's group or terminal reaches it.
@@ -38,7 +43,11 @@ def guard_descendants() -> None:
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    _KEPT.append(guard)
+    assert guard.stdin is not None
+    # Registered first, hence called last: a worker that ends in good order has ended its engine before.
+    atexit.register(_say_farewell, guard.stdin)
 
 
-_KEPT: list[subprocess.Popen[bytes]] = []  # a collected Popen would close the pipe
+def _say_farewell(pipe: IO[bytes]) -> None:
+    pipe.write(b"bye")
+    pipe.close()
