@@ -156,6 +156,7 @@ class EmbeddedRedis:
             "maxmemory-policy": "noeviction",
             "daemonize": "no",
             "logfile": "",
+            "loglevel": "warning",
             "tcp-keepalive": 60,
         }
         return (str(self.server.path), *(part for k, v in options.items() for part in (f"--{k}", str(v))))

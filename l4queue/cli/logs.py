@@ -6,7 +6,7 @@ import os
 import queue
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, Protocol, TextIO
 
@@ -49,11 +49,17 @@ class ConsoleLog:
     """`worker-0   | line`, written by a thread of its own.
 
     A terminal that is held (Ctrl-S) or a slow pipe must not stop the processes that log to it: at most
-    `max_lines` wait, further ones are dropped and counted. `on_broken` is called when the reader has gone.
+    `max_lines` wait, further ones are dropped and counted. `on_broken` is called from that thread, once, when
+    the reader has gone.
     """
 
     def __init__(
-        self, stream: TextIO | None = None, *, colour: bool | None = None, max_lines: int = 10_000
+        self,
+        stream: TextIO | None = None,
+        *,
+        colour: bool | None = None,
+        max_lines: int = 10_000,
+        on_broken: Callable[[], None] | None = None,
     ) -> None:
         self._stream = sys.stdout if stream is None else stream
         self._colour = (self._stream.isatty() and "NO_COLOR" not in os.environ) if colour is None else colour
@@ -61,7 +67,7 @@ class ConsoleLog:
         self._num_dropped = 0
         self._width = 10
         self._colours: dict[str, int] = {}
-        self.broken = threading.Event()
+        self._on_broken = on_broken
         self._thread = threading.Thread(target=self._drain, name="console-log", daemon=True)
         self._thread.start()
 
@@ -91,7 +97,9 @@ class ConsoleLog:
                 if self._queue.empty():
                     self._stream.flush()
             except (OSError, ValueError):
-                self.broken.set()
+                if self._on_broken is not None:
+                    self._on_broken()
+                    self._on_broken = None
 
     def _format(self, name: str, line: str) -> str:
         self._width = max(self._width, len(name))
@@ -103,15 +111,18 @@ class ConsoleLog:
 
 
 class FileLog:
-    """One file for each process in a directory, begun anew."""
+    """One file for each process in a directory, begun anew; our own notes also go to `notes`."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, notes: TextIO | None = None) -> None:
         self.directory = directory
+        self._notes = notes
         directory.mkdir(parents=True, exist_ok=True)
         self._files: dict[str, BinaryIO] = {}
 
     def write(self, name: str, line: str) -> None:
         """Append one line."""
+        if name == "l4queue" and self._notes is not None:
+            print(line, file=self._notes, flush=True)
         if name not in self._files:
             self._files[name] = (self.directory / f"{name}.log").open("wb", buffering=0)
         self._files[name].write(line.encode() + b"\n")

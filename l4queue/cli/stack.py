@@ -1,0 +1,282 @@
+"""A whole deployment on this machine: which processes it has, their environment, when it is ready."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from l4queue.cli.embedded import EmbeddedRedis, free_port, is_port_free, ping
+from l4queue.cli.hardware import Gpu, cores_of_worker, engine_build, list_gpus
+from l4queue.cli.logs import FileLog, Log
+from l4queue.cli.supervisor import ChildSpec, RestartPolicy, Supervisor
+from l4queue.config import Settings, load_settings
+from l4queue.errors import ConfigError, L4QueueError
+from l4queue.protocol.door import AsyncDoor
+from l4queue.protocol.overview import read_overview_async
+
+__all__ = ("DEFAULT_DATA_DIR", "Stack", "StackOptions")
+
+DEFAULT_DATA_DIR = Path(".l4queue")
+DEFAULT_WORKERS = 2
+_STOP_WORKERS, _STOP_SERVICES, _STOP_REDIS = 0, 1, 2
+_WORKER_MARGIN_S = 20.0
+"""Beyond the drain deadline: the worker's own margins for its engine (10 s) and interpreter (5 s), and ours."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StackOptions:
+    """What to run; None leaves it to the settings or to what this machine has."""
+
+    workers: int | None = None
+    dispatchers: int = 1
+    engine: str | None = None
+    model: str | None = None
+    redis_url: str | None = None
+    redis_port: int | None = None
+    durability: str | None = None
+    data_dir: Path | None = None
+    flower_port: int | None = None
+    flower: bool = True
+    quiet: bool = False
+
+    def overrides(self) -> dict[str, Any]:
+        """The options that are settings."""
+        names = ("engine", "model", "redis_url", "durability", "flower_port")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+
+class Stack:
+    """Redis (unless a URL is given), dispatchers, planner, beat, workers and Flower as supervised children.
+
+    `async with` starts everything and stops it in order: workers drain, then the services, Redis last.
+    `settings`, `redis_url` and `flower_url` hold once started. Child output goes to `log`, by default to
+    files under the data directory. Belongs to one event loop, best on the main thread: children end with
+    the thread that started them.
+    """
+
+    def __init__(
+        self, options: StackOptions, *, log: Log | None = None, restart: RestartPolicy | None = None
+    ) -> None:
+        self.options = options
+        self.settings: Settings = load_settings(**options.overrides())
+        self.data_dir = (options.data_dir or DEFAULT_DATA_DIR).absolute()
+        self.log = log or FileLog(self.data_dir / "logs", notes=None if options.quiet else sys.stderr)
+        self.supervisor = Supervisor(log=self.log, restart=restart)
+        self.flower_url: str | None = None
+        self._redis: EmbeddedRedis | None = None
+        self._door: AsyncDoor | None = None
+
+    @property
+    def redis_url(self) -> str:
+        """Of the Redis that all processes use."""
+        return self.settings.redis_url
+
+    def note(self, text: str) -> None:
+        """Say something of our own in the log."""
+        self.log.write("l4queue", text)
+
+    async def __aenter__(self) -> Stack:
+        try:
+            await self._start()
+        except BaseException:
+            await self.stop()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.stop()
+
+    async def _start(self) -> None:
+        gpus = self._check_hardware()
+        num_workers = self.options.workers or len(gpus) or DEFAULT_WORKERS
+        await self._start_redis()
+        model = await self._model_path()
+        self._choose_flower_port()
+        self.settings = self.settings.model_copy(update={"model": model})
+        self._door = AsyncDoor(self.redis_url, retry_s=0.0)
+        for spec in self._service_specs():
+            self.supervisor.add(spec)
+        for index in range(num_workers):
+            self.supervisor.add(self._worker_spec(index, num_workers=num_workers, gpus=gpus))
+
+    async def ready(self) -> None:
+        """Wait until every worker serves and every service runs; ServiceUnavailable if one cannot start."""
+
+        def still_waiting(waited_s: float, missing: list[str]) -> None:
+            self.note(f"waiting for {', '.join(missing)} ({waited_s:.0f} s so far; engines take a while to load)")
+
+        await self.supervisor.ready(on_wait=still_waiting)
+
+    async def stop(self) -> None:
+        """Stop everything in order; safe to call twice."""
+        await self.supervisor.stop()
+        if self._door is not None:
+            await self._door.close()
+            self._door = None
+        if self._redis is not None:
+            self._redis.release()
+            self._redis = None
+        self.log.close()
+
+    def kill(self) -> None:
+        """Do not wait for anything any more: SIGKILL to all but Redis, which ends quickly by itself."""
+        for name, child in self.supervisor.children.items():
+            if name != "redis":
+                child.kill()
+
+    def _check_hardware(self) -> list[Gpu]:
+        if self.settings.engine != "vllm":
+            return []
+        build = engine_build()
+        if build is None:
+            raise ConfigError(
+                "vLLM is not installed; `make install`, or `pip install 'l4queue[gpu]'`, or use --engine emulated"
+            )
+        gpus = list_gpus() if build.kind == "gpu" else []
+        if build.kind == "gpu" and len(gpus) < (self.options.workers or 1):
+            raise ConfigError(
+                f"{self.options.workers or 1} workers need as many GPUs, and {len(gpus)} can be used here; "
+                "see `l4queue doctor`, or install the CPU build of vLLM"
+            )
+        return gpus
+
+    async def _start_redis(self) -> None:
+        if "redis_url" in self.settings.model_fields_set:
+            self.note(f"using the Redis at {self.redis_url}")
+            return
+        self._redis = redis = EmbeddedRedis(
+            self.data_dir / "redis", durability=self.settings.durability, port=self.options.redis_port
+        )
+        await asyncio.to_thread(redis.acquire)
+        self.settings = self.settings.model_copy(update={"redis_url": redis.url})
+        version = ".".join(map(str, redis.server.version))
+        self.note(f"starting redis-server {version} at {redis.url}, data in {redis.data_dir}")
+        self.supervisor.add(
+            ChildSpec(
+                name="redis",
+                argv=redis.argv,
+                is_ready=lambda: ping(redis.port),
+                stop_order=_STOP_REDIS,
+                stop_s=30.0,
+                dies_gently=True,
+                pass_fds=(redis.lock_fd,),
+            )
+        )
+        await self.supervisor.ready(["redis"])
+
+    async def _model_path(self) -> str:
+        if self.settings.model != "tiny":
+            return self.settings.model
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "l4queue"
+        self.note("model tiny: a small Llama with random weights; its text is noise")
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "workers.tiny",
+            str(cache),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        try:
+            output, complaint = await process.communicate()
+        except BaseException:
+            process.kill()
+            await process.wait()
+            raise
+        if process.returncode != 0:
+            last = complaint.decode(errors="replace").strip().rpartition("\n")[2]
+            raise ConfigError(f"the tiny model cannot be built in {cache}: {last}")
+        return output.decode().strip().rpartition("\n")[2]
+
+    def _choose_flower_port(self) -> None:
+        if not self.options.flower:
+            return
+        port = self.settings.flower_port
+        if not is_port_free(port):
+            if self.options.flower_port is not None:
+                raise ConfigError(f"port {port} is in use; choose another with --flower-port, or use --no-flower")
+            port = free_port()
+            self.settings = self.settings.model_copy(update={"flower_port": port})
+        self.flower_url = f"http://127.0.0.1:{port}"
+
+    def _environment(self) -> dict[str, str]:
+        names = ("redis_url", "namespace", "durability", "engine", "model", "flower_port")
+        ours = {f"L4_{name.upper()}": str(getattr(self.settings, name)) for name in names}
+        return {**ours, "PYTHONUNBUFFERED": "1"}
+
+    def _service_specs(self) -> list[ChildSpec]:
+        # Celery warns root about pickle, which is off here.
+        env = {**self._environment(), "PYTHONWARNINGS": "ignore:You're running the worker"}
+
+        def service(name: str, *arguments: str, **more: Any) -> ChildSpec:
+            return ChildSpec(
+                name=name,
+                argv=(sys.executable, "-m", *arguments),
+                env=env,
+                stop_order=_STOP_SERVICES,
+                **more,
+            )
+
+        celery = ("celery", "--quiet", "-A", "dispatcher.app")
+        planner = ("worker", "-P", "solo", "-Q", "l4-control", "-n", "planner@%h")
+        specs = [service(f"dispatcher-{i}", "dispatcher") for i in range(self.options.dispatchers)]
+        specs.append(service("planner", *celery, *planner, "--loglevel", "INFO"))
+        specs.append(service("beat", *celery, "beat", "--loglevel", "WARNING", "--pidfile="))
+        if self.options.flower:
+            port = self.settings.flower_port
+            specs.append(
+                service("flower", "dispatcher.flower", is_ready=lambda: _flower_answers(port), essential=False)
+            )
+        return specs
+
+    def _worker_spec(self, index: int, *, num_workers: int, gpus: list[Gpu]) -> ChildSpec:
+        name = f"worker-{index}"
+        env = {**self._environment(), "L4_WORKER_ID": name}
+        if gpus:
+            env["CUDA_VISIBLE_DEVICES"] = gpus[index].index
+        elif "VLLM_CPU_OMP_THREADS_BIND" not in os.environ:
+            cores = cores_of_worker(index, num_workers=num_workers, cores=sorted(os.sched_getaffinity(0)))
+            env["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
+        return ChildSpec(
+            name=name,
+            argv=(sys.executable, "-m", "workers"),
+            env=env,
+            is_ready=self._worker_serves(name),
+            stop_order=_STOP_WORKERS,
+            stop_s=self.settings.drain_s + _WORKER_MARGIN_S,
+        )
+
+    def _worker_serves(self, worker_id: str) -> Callable[[], Awaitable[bool]]:
+        async def has_lease() -> bool:
+            if self._door is None:
+                return False
+            try:
+                overview = await read_overview_async(self._door, self.settings.namespace)
+            except L4QueueError:  # Redis is away or loading; the supervisor asks again
+                return False
+            return any(load.worker_id == worker_id for load in overview.workers)
+
+        return has_lease
+
+
+async def _flower_answers(port: int) -> bool:
+    try:
+        async with asyncio.timeout(2.0):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            try:
+                writer.write(b"GET /healthcheck HTTP/1.0\r\n\r\n")
+                await writer.drain()
+                return b" 200 " in await reader.readline()
+            finally:
+                writer.close()
+    except (OSError, TimeoutError):
+        return False

@@ -1,0 +1,140 @@
+"""`l4queue up`: everything in one foreground process, until Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from l4queue.cli.stack import Stack, StackOptions
+
+__all__ = ("register",)
+
+
+def up(
+    *,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="How many workers; by default one for each GPU, or 2.", show_default=False),
+    ] = None,
+    dispatchers: Annotated[int, typer.Option(min=1, help="How many dispatchers.")] = 1,
+    engine: Annotated[
+        str | None, typer.Option(help="vllm or emulated; default L4_ENGINE, else vllm.", show_default=False)
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Path, name or `tiny` (random weights); default L4_MODEL, else tiny.", show_default=False
+        ),
+    ] = None,
+    redis_url: Annotated[
+        str | None,
+        typer.Option(help="Use this Redis; default L4_REDIS_URL, else start one here.", show_default=False),
+    ] = None,
+    redis_port: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=65535, help="Port of the Redis started here; default 6379 if free.", show_default=False
+        ),
+    ] = None,
+    durability: Annotated[
+        str | None,
+        typer.Option(help="strict (fsync before every reply) or fast; default strict.", show_default=False),
+    ] = None,
+    data_dir: Annotated[Path, typer.Option(help="Where the Redis started here keeps its data.")] = Path(
+        ".l4queue"
+    ),
+    flower_port: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=65535, help="Port of Flower; default 5555, or any if that is taken.", show_default=False
+        ),
+    ] = None,
+    flower: Annotated[bool, typer.Option(help="Run Flower.")] = True,
+    ready_file: Annotated[
+        Path | None, typer.Option(help="Write URLs and process ids there once all is ready.", show_default=False)
+    ] = None,
+) -> None:
+    """Run Redis, dispatchers, planner, workers and Flower in the foreground.
+
+    Ctrl-C or SIGTERM drains the workers and stops everything in order (exit code 0); a second one does not wait
+    for the drain. A process that dies is started again, after a pause that grows.
+    """
+    import asyncio
+
+    from l4queue.cli.stack import StackOptions
+
+    options = StackOptions(
+        workers=workers,
+        dispatchers=dispatchers,
+        engine=engine,
+        model=model,
+        redis_url=redis_url,
+        redis_port=redis_port,
+        durability=durability,
+        data_dir=data_dir,
+        flower_port=flower_port,
+        flower=flower,
+    )
+    asyncio.run(_serve(options, ready_file=ready_file))
+
+
+async def _serve(options: StackOptions, *, ready_file: Path | None) -> None:
+    import asyncio
+    import signal
+
+    from l4queue.cli.logs import ConsoleLog
+    from l4queue.cli.stack import Stack
+
+    loop = asyncio.get_running_loop()
+    serving = asyncio.current_task()
+    assert serving is not None
+    num_signals = 0
+
+    def on_broken() -> None:
+        loop.call_soon_threadsafe(serving.cancel)
+
+    def on_signal() -> None:
+        nonlocal num_signals
+        num_signals += 1
+        if num_signals == 1:
+            stack.note("stopping: workers drain first; once more to stop at once")
+            serving.cancel()
+        else:
+            stack.kill()
+
+    stack = Stack(options, log=ConsoleLog(on_broken=on_broken))
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        loop.add_signal_handler(number, on_signal)
+    try:
+        async with stack:
+            await stack.ready()
+            _announce(stack, ready_file)
+            await stack.supervisor.failed()
+    except asyncio.CancelledError:
+        serving.uncancel()  # it was a signal, or the reader of our output has gone: an orderly end
+
+
+def _announce(stack: Stack, ready_file: Path | None) -> None:
+    facts = {
+        "redis_url": stack.redis_url,
+        "flower_url": stack.flower_url,
+        "model": stack.settings.model,
+        "pids": {name: child.pid for name, child in stack.supervisor.children.items()},
+    }
+    if ready_file is not None:
+        aside = ready_file.with_name(ready_file.name + ".part")
+        aside.write_text(json.dumps(facts) + "\n", encoding="utf-8")
+        aside.rename(ready_file)
+    flower = f", Flower at {stack.flower_url}" if stack.flower_url else ""
+    stack.note(f"ready: Redis at {stack.redis_url}{flower}")
+    if stack.redis_url != "redis://127.0.0.1:6379/0":
+        stack.note(f"for clients: export L4_REDIS_URL={stack.redis_url}")
+
+
+def register(app: typer.Typer) -> None:
+    """Add this command to the application."""
+    app.command()(up)
