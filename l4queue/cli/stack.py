@@ -228,8 +228,11 @@ class Stack:
 
         celery = ("celery", "--quiet", "-A", "dispatcher.app")
         planner = ("worker", "-P", "solo", "-Q", "l4-control", "-n", "planner@%h")
-        specs = [service(f"dispatcher-{i}", "dispatcher") for i in range(self.options.dispatchers)]
-        specs.append(service("planner", *celery, *planner, "--loglevel", "INFO"))
+        specs = [
+            service(f"dispatcher-{i}", "dispatcher", ready_text=" ready: ")
+            for i in range(self.options.dispatchers)
+        ]
+        specs.append(service("planner", *celery, *planner, "--loglevel", "INFO", ready_text=" ready."))
         specs.append(service("beat", *celery, "beat", "--loglevel", "WARNING", "--pidfile="))
         if self.options.flower:
             port = self.settings.flower_port

@@ -50,7 +50,8 @@ class RestartPolicy:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChildSpec:
-    """What to run. `is_ready` is polled until true; None means ready after `settle_s` of life.
+    """What to run. Ready means: it has printed `ready_text`, and `is_ready` (polled) is true; with neither,
+    it has lived for `settle_s`.
 
     Children stop in ascending `stop_order`, those of one order together: SIGTERM, then SIGKILL after
     `stop_s`. Children with `essential` False may fail without failing the supervisor.
@@ -60,6 +61,7 @@ class ChildSpec:
     argv: tuple[str, ...]
     env: Mapping[str, str] = field(default_factory=dict)
     is_ready: Callable[[], Awaitable[bool]] | None = None
+    ready_text: str | None = None
     settle_s: float = 3.0
     stop_order: int = 0
     stop_s: float = 10.0
@@ -83,6 +85,7 @@ class Child:
         self._changed = changed
         self._was_ready = False
         self._stopping = asyncio.Event()
+        self._spoken = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -162,6 +165,7 @@ class Child:
         self._become(ChildState.STARTING)
         if self._stopping.is_set():  # stop() came while it was being started
             self._signal(signal.SIGTERM)
+        self._spoken.clear()
         assert process.stdout is not None
         reading = asyncio.create_task(self._read(process.stdout))
         watching = asyncio.create_task(self._watch_health())
@@ -185,19 +189,22 @@ class Child:
             self._record(line)
 
     async def _watch_health(self) -> None:
-        if self.spec.is_ready is None:
+        pause_s = 0.05
+        if self.spec.ready_text is not None:
+            await self._spoken.wait()
+        elif self.spec.is_ready is None:
             await asyncio.sleep(self.spec.settle_s)
-        else:
-            pause_s = 0.05
-            while not await self.spec.is_ready():
-                await asyncio.sleep(pause_s)
-                pause_s = min(1.0, pause_s * 1.5)
+        while self.spec.is_ready is not None and not await self.spec.is_ready():
+            await asyncio.sleep(pause_s)
+            pause_s = min(1.0, pause_s * 1.5)
         self._was_ready = True
         self._become(ChildState.READY)
 
     def _record(self, line: str) -> None:
         self.last_lines.append(line)
         self._log.write(self.spec.name, line)
+        if self.spec.ready_text is not None and self.spec.ready_text in line:
+            self._spoken.set()
 
     def _say(self, text: str) -> None:
         self._log.write("l4queue", f"{self.spec.name} {text}")

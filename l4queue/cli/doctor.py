@@ -1,0 +1,305 @@
+"""`l4queue doctor`: what is missing on this machine, and what to do about it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from l4queue.cli.hardware import EngineBuild, Gpu
+    from l4queue.config import Settings
+
+__all__ = ("Check", "Verdict", "register", "run_checks")
+
+_MIN_DISK_BYTES = 2 << 30
+_MIN_ENGINE_BYTES = 3 << 30
+"""What one CPU engine with the tiny model and 1 GiB of KV cache was seen to take, with a margin."""
+_REDIS_TRY_S = 1.0
+_IMPORT_S = 120.0
+_TOKENIZER = """
+import sys
+from transformers import AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+print(len(tokenizer), tokenizer.is_fast)
+"""
+
+
+class Verdict(StrEnum):
+    """How bad it is."""
+
+    OK = "ok"
+    WARN = "warn"
+    FAIL = "fail"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """One line of the report; `advice` says what to do when it is not ok."""
+
+    name: str
+    verdict: Verdict
+    detail: str
+    advice: str | None = None
+
+
+def doctor(
+    *,
+    data_dir: Annotated[Path, typer.Option(help="Data directory that `up` would use.")] = Path(".l4queue"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
+) -> None:
+    """Check Python, Redis, engine, GPUs, model, ports, disk and memory; exit code 1 when something fails."""
+    checks = run_checks(data_dir)
+    is_ok = all(check.verdict is not Verdict.FAIL for check in checks)
+    if as_json:
+        print(json.dumps({"ok": is_ok, "checks": [asdict(check) for check in checks]}))
+    else:
+        _print(checks)
+    if not is_ok:
+        raise typer.Exit(1)
+
+
+def run_checks(data_dir: Path) -> list[Check]:
+    """All checks for the settings of the environment, in the order of dependence."""
+    from l4queue.cli.hardware import engine_build, list_gpus
+    from l4queue.config import load_settings
+
+    settings = load_settings()
+    build = engine_build()
+    gpus = list_gpus()
+    return [
+        _check_python(),
+        _check_redis_server(),
+        *_check_redis(settings),
+        _check_engine(settings, build),
+        _check_gpus(settings, build, gpus),
+        _check_model(settings),
+        _check_port("Flower's port", settings.flower_port, "set L4_FLOWER_PORT; `up` takes another by itself"),
+        _check_disk(data_dir),
+        _check_memory(settings, build),
+    ]
+
+
+def _check_python() -> Check:
+    version = ".".join(map(str, sys.version_info[:3]))
+    if (3, 11) <= sys.version_info < (3, 14):
+        return Check(name="Python", verdict=Verdict.OK, detail=version)
+    return Check(
+        name="Python",
+        verdict=Verdict.WARN,
+        detail=f"{version}; the pinned lists are made for 3.11 to 3.13",
+        advice="make PYTHON=/path/to/python3.11 install",
+    )
+
+
+def _check_redis_server() -> Check:
+    from l4queue.cli.embedded import find_redis_server
+    from l4queue.errors import ConfigError
+
+    try:
+        server = find_redis_server()
+    except ConfigError as error:
+        return Check(
+            name="redis-server",
+            verdict=Verdict.WARN,
+            detail=str(error),
+            advice="needed by `up` and `demo` without a Redis URL",
+        )
+    version = ".".join(map(str, server.version))
+    return Check(name="redis-server", verdict=Verdict.OK, detail=f"{version} at {server.path}")
+
+
+def _check_redis(settings: Settings) -> list[Check]:
+    from l4queue.cli.server import read_server
+    from l4queue.errors import ServiceUnavailable
+    from l4queue.protocol.door import Door
+
+    door = Door(settings.redis_url, retry_s=_REDIS_TRY_S)
+    try:
+        facts = read_server(door)
+    except ServiceUnavailable as error:
+        is_set = "redis_url" in settings.model_fields_set
+        return [
+            Check(
+                name="Redis",
+                verdict=Verdict.FAIL if is_set else Verdict.WARN,
+                detail=str(error).removesuffix("; try `l4queue doctor`"),
+                advice="correct L4_REDIS_URL or start that Redis"
+                if is_set
+                else "`l4queue up` starts one by itself",
+            )
+        ]
+    finally:
+        door.close()
+    reached = Check(name="Redis", verdict=Verdict.OK, detail=f"{facts.product} {facts.version_text}")
+    if not facts.is_new_enough:
+        reached = Check(
+            name="Redis",
+            verdict=Verdict.FAIL,
+            detail=f"{facts.product} {facts.version_text} is too old",
+            advice="l4queue needs Redis 6.2 or newer, or Valkey",
+        )
+    is_durable = facts.keeps_promise(settings.durability)
+    needs = f"{settings.durability} needs {facts.advice(settings.durability)}"
+    durability = Check(
+        name="durability",
+        verdict=Verdict.OK if is_durable else Verdict.WARN,
+        detail=facts.durability_text,
+        advice=None if is_durable else f"{needs}; until then a crash of Redis loses requests",
+    )
+    return [reached, durability]
+
+
+def _check_engine(settings: Settings, build: EngineBuild | None) -> Check:
+    if settings.engine != "vllm":
+        return Check(name="engine", verdict=Verdict.OK, detail=f"emulated ({settings.emulated_gpu})")
+    if build is None:
+        return Check(
+            name="engine",
+            verdict=Verdict.FAIL,
+            detail="vLLM is not installed",
+            advice="make install, or pip install 'l4queue[gpu]', or set L4_ENGINE=emulated",
+        )
+    failure = _run_python("import vllm; vllm.AsyncEngineArgs")
+    if failure is not None:
+        return Check(
+            name="engine",
+            verdict=Verdict.FAIL,
+            detail=f"vLLM {build.version} ({build.kind}) cannot be imported: {failure}",
+            advice="install the pinned lists again: make clean, remove .venv, make install",
+        )
+    return Check(name="engine", verdict=Verdict.OK, detail=f"vLLM {build.version} ({build.kind} build)")
+
+
+def _check_gpus(settings: Settings, build: EngineBuild | None, gpus: list[Gpu]) -> Check:
+    names = ", ".join(f"{g.index}: {g.name}, {g.free_bytes / 2**30:.0f} GiB free" for g in gpus)
+    if settings.engine == "vllm" and build is not None and build.kind == "gpu" and not gpus:
+        return Check(
+            name="GPUs",
+            verdict=Verdict.FAIL,
+            detail="nvidia-smi shows none",
+            advice="install NVIDIA's driver, check CUDA_VISIBLE_DEVICES, or use the CPU build: make install ENGINE=cpu",
+        )
+    if settings.engine == "vllm" and build is not None and build.kind == "cpu" and gpus:
+        return Check(
+            name="GPUs",
+            verdict=Verdict.WARN,
+            detail=f"{names}; not used by the CPU build of vLLM",
+            advice="remove .venv, then make install ENGINE=gpu",
+        )
+    return Check(name="GPUs", verdict=Verdict.OK, detail=names or "none, and none is needed")
+
+
+def _check_model(settings: Settings) -> Check:
+    if settings.model == "tiny":
+        return Check(name="model", verdict=Verdict.OK, detail="tiny, built on first use; its text is noise")
+    path = Path(settings.model)
+    if path.exists() and not (path / "config.json").is_file():
+        return Check(
+            name="model",
+            verdict=Verdict.FAIL,
+            detail=f"{path} has no config.json",
+            advice="set L4_MODEL to the directory of a Hugging Face model",
+        )
+    if not path.exists() and (path.is_absolute() or os.environ.get("HF_HUB_OFFLINE") == "1"):
+        return Check(
+            name="model", verdict=Verdict.FAIL, detail=f"{path} does not exist", advice="correct L4_MODEL"
+        )
+    tokenizer = settings.tokenizer or settings.model
+    failure = _run_python(_TOKENIZER, tokenizer)
+    if failure is not None:
+        return Check(
+            name="model",
+            verdict=Verdict.FAIL,
+            detail=f"the tokenizer of {tokenizer} cannot be loaded: {failure}",
+            advice="complete the model directory, or set L4_TOKENIZER",
+        )
+    return Check(name="model", verdict=Verdict.OK, detail=f"{settings.model}; its tokenizer loads")
+
+
+def _run_python(program: str, *arguments: str) -> str | None:
+    """What went wrong in another interpreter, in a line; None when nothing. Keeps torch out of this process."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", program, *arguments],
+            capture_output=True,
+            text=True,
+            timeout=_IMPORT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return f"no answer within {_IMPORT_S:.0f} s"
+    if done.returncode == 0:
+        return None
+    return done.stderr.strip().rpartition("\n")[2] or f"exit code {done.returncode}"
+
+
+def _check_port(name: str, port: int, advice: str) -> Check:
+    from l4queue.cli.embedded import is_port_free
+
+    if is_port_free(port):
+        return Check(name=name, verdict=Verdict.OK, detail=f"{port} is free")
+    return Check(name=name, verdict=Verdict.WARN, detail=f"{port} is in use", advice=advice)
+
+
+def _check_disk(data_dir: Path) -> Check:
+    place = data_dir.absolute()
+    while not place.exists():
+        place = place.parent
+    if not os.access(place, os.W_OK):
+        return Check(
+            name="disk",
+            verdict=Verdict.FAIL,
+            detail=f"{place} cannot be written",
+            advice="choose another --data-dir",
+        )
+    free = shutil.disk_usage(place).free
+    is_enough = free >= _MIN_DISK_BYTES
+    return Check(
+        name="disk",
+        verdict=Verdict.OK if is_enough else Verdict.WARN,
+        detail=f"{free / 2**30:.1f} GiB free for {data_dir}",
+        advice=None if is_enough else "free some, or choose another --data-dir: a full disk stops all writes",
+    )
+
+
+def _check_memory(settings: Settings, build: EngineBuild | None) -> Check:
+    from l4queue.cli.hardware import available_memory_bytes
+
+    available = available_memory_bytes()
+    is_cpu_engine = settings.engine == "vllm" and build is not None and build.kind == "cpu"
+    is_enough = not is_cpu_engine or available >= 2 * _MIN_ENGINE_BYTES
+    return Check(
+        name="memory",
+        verdict=Verdict.OK if is_enough else Verdict.WARN,
+        detail=f"{available / 2**30:.1f} GiB available",
+        advice=None if is_enough else "two CPU engines with KV cache need about 6 GiB: lower --workers",
+    )
+
+
+def _print(checks: list[Check]) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    colours = {Verdict.OK: "green", Verdict.WARN: "yellow", Verdict.FAIL: "red"}
+    console = Console(soft_wrap=True)
+    width = max(len(check.name) for check in checks)
+    for check in checks:
+        line = Text(f"{check.verdict:<5}", style=colours[check.verdict])
+        line.append(f"{check.name:<{width}}  {check.detail}", style="default")
+        console.print(line)
+        if check.advice is not None:
+            console.print(Text(f"{'':<{width + 7}}→ {check.advice}"))
+
+
+def register(app: typer.Typer) -> None:
+    """Add this command to the application."""
+    app.command()(doctor)
