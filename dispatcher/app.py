@@ -33,7 +33,8 @@ def make_app(settings: Settings) -> Celery:
         broker_connection_max_retries=None,
         worker_concurrency=1,
         worker_pool="solo",
-        result_backend=None,
+        # Never used, but without one every revoked request is a warning in the planner's log.
+        result_backend="cache+memory://",
     )
     add_tasks(app, settings)
     return app

@@ -26,34 +26,44 @@ from workers.panel import install_panel
 __all__ = ("main", "serve")
 
 log = logging.getLogger("l4queue.worker")
-_MARGIN_S = 10.0  # for stopping the engine itself, after requests were given back
+_MARGIN_S = 10.0
 _EXIT_S = 5.0  # for the interpreter to end, once everything is stopped
-_COLD_S = 5.0
 _FAILED = 1
 
 
-def serve(settings: Settings, make: Callable[[Settings, Observer], WorkerLike] = make_worker) -> int:
-    """Run this process as a GPU worker until it is told to stop; returns the exit code. Main thread only."""
-    app, node, name = make_app(settings), node_name(worker_name(settings)), task_name(settings)
-    guard = ExitGuard()
+def serve(
+    settings: Settings,
+    *,
+    make: Callable[[Settings, Observer], WorkerLike] = make_worker,
+    margin_s: float = _MARGIN_S,
+) -> int:
+    """Run this process as a GPU worker until it is told to stop; returns the exit code. Main thread only.
+
+    It does not return when the engine has not ended in time: the process ends with code 1, children included.
+    `margin_s` is what the engine may take to end, after requests were given back within `drain_s`.
+    """
+    node, name = node_name(worker_name(settings)), task_name(settings)
+    app, guard = make_app(settings), ExitGuard()
     sender = EventSender(app, hostname=node, task_name=name, show_prompts=settings.flower_show_prompts)
     engine = EngineThread(lambda: make(settings, sender), guard=guard)
-    install_panel(engine, hostname=node, task_name=name)
-    drain_s = settings.drain_s + _MARGIN_S
-
-    def shutting_down(how: str = "Warm", **_: Any) -> None:
-        guard.arm(_COLD_S if how == "Cold" else drain_s + _EXIT_S)
-        engine.request_stop()
-
-    signals.worker_shutting_down.connect(shutting_down, weak=False)
-    signals.setup_logging.connect(_keep_logging, weak=False)
-    app.steps["worker"].add(EngineHost)
-    app.steps["consumer"].add(RequestHeart)
+    drain_s = settings.drain_s + margin_s
 
     def figures() -> dict[str, JsonValue]:
         stats = engine.stats()
         return {**stats, **sender.stats(), "total": {name: stats.get("finished", 0)}}
 
+    signals_seen: list[str] = []
+
+    def shutting_down(how: str = "Warm", **_: Any) -> None:
+        signals_seen.append(how)
+        guard.arm(_EXIT_S if how == "Cold" else drain_s + _EXIT_S)
+        engine.request_stop()
+
+    signals.worker_shutting_down.connect(shutting_down, weak=False)
+    signals.setup_logging.connect(_keep_logging, weak=False)
+    install_panel(engine, hostname=node, task_name=name)
+    app.steps["worker"].add(EngineHost)
+    app.steps["consumer"].add(RequestHeart)
     controller = app.Worker(
         hostname=node,
         pool="solo",
@@ -64,7 +74,6 @@ def serve(settings: Settings, make: Callable[[Settings, Observer], WorkerLike] =
         without_heartbeat=True,
         quiet=True,
         engine=engine,
-        guard=guard,
         drain_s=drain_s,
         figures=figures,
     )
@@ -72,13 +81,17 @@ def serve(settings: Settings, make: Callable[[Settings, Observer], WorkerLike] =
     try:
         controller.start()
     finally:
-        guard.arm(drain_s)
+        guard.arm(drain_s + _EXIT_S)
         engine.request_stop()
         is_drained = celery_state.should_terminate is None and engine.join(drain_s)
         sender.close()
         guard.arm(_EXIT_S)
+    if not is_drained:
+        guard.end_now()
     log.info("worker %s ended", node)
-    return int(controller.exitcode or 0) if is_drained and engine.failure is None else _FAILED
+    # Celery calls an end by SIGINT a failure; a drained worker that was asked to end has not failed.
+    is_well = engine.failure is None and (signals_seen or not controller.exitcode)
+    return 0 if is_well else _FAILED
 
 
 def main() -> int:

@@ -10,7 +10,10 @@ from celery import Celery
 
 from l4queue.config import Settings, celery_settings, load_settings
 
-__all__ = ("make_app", "node_name", "task_name")
+__all__ = ("QUEUE", "make_app", "node_name", "task_name")
+
+QUEUE = "l4-workers"
+"""What GPU workers consume, because Celery wants a queue. Nothing is put there; the planner's is another."""
 
 
 def make_app(settings: Settings) -> Celery:

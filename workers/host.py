@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import psutil
 from celery import bootsteps
@@ -25,7 +25,7 @@ from workers.observer import RequestView
 __all__ = ("EngineHost", "EngineThread", "ExitGuard", "RequestHeart", "WorkerLike")
 
 log = logging.getLogger("l4queue.host")
-_COLD_S = 2.0
+_COLD_S = 1.0
 _FAILURE_EXIT_S = 10.0
 
 
@@ -64,8 +64,12 @@ class ExitGuard:
         while (left_s := self._deadline_s - time.monotonic()) > 0:
             if select.select([self._pipe[0]], [], [], left_s)[0]:
                 os.read(self._pipe[0], 1)
-        log.critical("still here after the deadline of its end: killed")
-        # An engine's child processes would otherwise keep the GPU.
+        log.critical("still here after the deadline of its end")
+        self.end_now()
+
+    @staticmethod
+    def end_now() -> NoReturn:
+        """End this process and its children at once: an engine's children would otherwise keep the GPU."""
         for child in psutil.Process().children(recursive=True):
             child.kill()
         os._exit(EX_FAILURE)
@@ -136,13 +140,11 @@ class EngineHost(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has n
         parent: Any,
         *,
         engine: EngineThread,
-        guard: ExitGuard,
         drain_s: float,
         figures: Callable[[], dict[str, JsonValue]],
         **_: Any,
     ) -> None:
         self.engine = engine
-        self.guard = guard
         self.drain_s = drain_s
         self.figures = figures
         super().__init__(parent)
@@ -156,7 +158,6 @@ class EngineHost(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has n
 
     def close(self, parent: Any) -> None:
         """A shutdown begins: drain while Celery closes its own things."""
-        self.guard.arm(self.drain_s)
         self.engine.request_stop()
 
     def stop(self, parent: Any) -> None:
@@ -166,8 +167,7 @@ class EngineHost(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has n
 
     def terminate(self, parent: Any) -> None:
         """Cold shutdown: give up fast; leases run out and others go on from what is written."""
-        self.guard.arm(_COLD_S)
-        self.engine.join(_COLD_S / 2)
+        self.engine.join(_COLD_S)
 
     def info(self, parent: Any) -> dict[str, JsonValue]:
         """What `celery inspect stats` and Flower's worker page say beside Celery's own figures."""
