@@ -43,6 +43,9 @@ class Settings(BaseSettings):
 
     worker_id: str = Field("", description="stable name of this worker; empty: worker@host")
     engine: Literal["vllm", "emulated"] = Field("vllm", description="engine of the workers")
+    cpu_cores: str = Field("", description="cores of the CPU engine, such as 0-3; empty: vLLM chooses")
+    cpu_kv_cache_gib: int = Field(1, ge=1, description="KV cache of the CPU engine, GiB")
+    gpu_memory_share: float = Field(0.9, gt=0, le=1, description="share of the GPU's memory that vLLM takes")
     dtype: str = Field("auto", description="weights of the vLLM engine: auto, float32, bfloat16, ...")
     max_running: int = Field(64, ge=1, description="most requests at once in one engine")
     lease_s: float = Field(5.0, gt=0.2, description="a silent worker loses its requests after, s")

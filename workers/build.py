@@ -59,6 +59,12 @@ def _engine(settings: Settings, cost: StepCost) -> tuple[Engine, TextFactory]:
         return emulated, text_factory(settings.tokenizer) if settings.tokenizer else no_text
     path = model_path(settings)
     engine = VllmEngine(
-        path, max_model_len=settings.max_model_len, max_running=settings.max_running, dtype=settings.dtype
+        path,
+        max_model_len=settings.max_model_len,
+        max_running=settings.max_running,
+        dtype=settings.dtype,
+        gpu_memory_share=settings.gpu_memory_share,
+        cpu_cores=settings.cpu_cores,
+        cpu_kv_cache_gib=settings.cpu_kv_cache_gib,
     )
     return engine, text_factory(settings.tokenizer or path)

@@ -69,6 +69,7 @@ class Intake:
             reserve_tokens=room.growth_tokens,
             prefill_tokens=room.prefill_tokens,
             is_idle=room.is_idle,
+            num_sharers=state.num_sharers,
         )
         taken = await state.door.run(call)
         if taken.verdict is Verdict.LOST:  # the next heartbeat begins a new incarnation

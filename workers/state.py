@@ -70,6 +70,11 @@ class WorkerState:
         return len(self.plan.stages) - 1 if known is None else known
 
     @property
+    def num_sharers(self) -> int:
+        """Workers of this stage by the current plan; two where the plan does not say."""
+        return len(self.plan.stages[self.stage].worker_ids) or 2
+
+    @property
     def engine_info(self) -> EngineInfo:
         """What the engine is. Only once it has started."""
         assert self.info is not None

@@ -38,7 +38,7 @@ _REASONS = {
 class VllmEngine:
     """`AsyncLLM` with chunked prefill, prefix caching and priority scheduling.
 
-    `kv_cache_gib` sizes the cache of the CPU build; on a GPU `gpu_memory_utilization` does.
+    `cpu_kv_cache_gib` sizes the cache of the CPU build; on a GPU `gpu_memory_share` does.
     """
 
     def __init__(
@@ -49,16 +49,18 @@ class VllmEngine:
         max_running: int,
         dtype: str = "auto",
         max_batched_tokens: int | None = None,
-        gpu_memory_utilization: float = 0.9,
-        kv_cache_gib: int = 1,
+        gpu_memory_share: float = 0.9,
+        cpu_cores: str = "",
+        cpu_kv_cache_gib: int = 1,
     ) -> None:
         self._model = model
         self._max_model_len = max_model_len
         self._max_running = max_running
         self._dtype = dtype
         self._max_batched_tokens = max_batched_tokens
-        self._gpu_memory_utilization = gpu_memory_utilization
-        self._kv_cache_gib = kv_cache_gib
+        self._gpu_memory_share = gpu_memory_share
+        self._cpu_cores = cpu_cores
+        self._cpu_kv_cache_gib = cpu_kv_cache_gib
         self._llm: Any = None
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._out: list[EngineOutput] = []
@@ -69,7 +71,7 @@ class VllmEngine:
 
     async def start(self) -> EngineInfo:
         """Load the model; tens of seconds."""
-        _prepare_environment(self._kv_cache_gib)
+        _prepare_environment(kv_cache_gib=self._cpu_kv_cache_gib, cores=self._cpu_cores, model=self._model)
         try:
             import vllm
             from vllm.engine.arg_utils import AsyncEngineArgs
@@ -88,7 +90,7 @@ class VllmEngine:
             "enable_log_requests": False,
             "disable_log_stats": False,
             "enforce_eager": current_platform.is_cpu(),
-            "gpu_memory_utilization": self._gpu_memory_utilization,
+            "gpu_memory_utilization": self._gpu_memory_share,
         }
         if self._max_batched_tokens is not None:
             arguments["max_num_batched_tokens"] = self._max_batched_tokens
@@ -290,11 +292,14 @@ def _sampling_params(request: EngineRequest) -> Any:
     )
 
 
-def _prepare_environment(kv_cache_gib: int) -> None:
+def _prepare_environment(*, kv_cache_gib: int, cores: str, model: str) -> None:
     """Defaults for vLLM's CPU build and for an engine inside somebody else's process; the user's own win."""
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(kv_cache_gib))
     os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1" if os.path.isdir(os.environ.get("L4_MODEL", "")) else "0")
+    if cores:
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", cores)
+    if os.path.isdir(model):
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -175,16 +175,17 @@ class Calls:
         reserve_tokens: int = 0,
         prefill_tokens: int = 2**53,
         is_idle: bool = True,
+        num_sharers: int = 1,
     ) -> Call[Taken]:
         """Lease waiting requests while they fit `room_tokens`, each with `reserve_tokens` to grow.
 
         The request that exceeds `prefill_tokens` is the last; an idle worker's first one always fits. The
-        same rule as `l4queue.policy.room.choose`.
+        same rule as `l4queue.policy.room.choose`. Of several sharers each takes half its share at a time.
         """
         k = self.keys
         keys = (k.queue(stage), k.worker(incarnation), k.held(incarnation), k.workers)
         room = (max_requests, room_tokens, reserve_tokens)
-        args = (incarnation, nonce, *room, worker_id, stage, prefill_tokens, int(is_idle))
+        args = (incarnation, nonce, *room, worker_id, stage, prefill_tokens, int(is_idle), num_sharers)
         return Call("take", keys, args, _taken)
 
     def emit(

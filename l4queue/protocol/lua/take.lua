@@ -4,6 +4,8 @@
 -- ARGV  1 incarnation  2 nonce  3 most requests  4 room (KV tokens)  5 reserve per request (tokens)
 --       6 worker id  7 stage taken from  8 prefill budget (tokens; the request that exceeds it is the last)
 --       9 '1' when the worker is idle: the first request fits whatever its size
+--       10 sharers: workers that pull from this queue; of more than one, each takes half its share at a time,
+--       so that whoever wakes first leaves work to the others
 -- Returns {'LOST'} when the incarnation is not registered or its lease has run out (what it takes then would
 --         be reaped and blamed at once; a replay is answered all the same), else {'OK', grant...} where a grant is
 --         {id, epoch, body, packed ids, offset, prompt_tokens, crashes, score, submitted_ms, deadline_ms, stage}
@@ -29,7 +31,8 @@ if w[3] and redis.call('SISMEMBER', KEYS[3], w[3]) == 1 then return out end
 if solo and redis.call('SCARD', KEYS[3]) > 0 then return out end
 redis.call('HDEL', KEYS[2], 'alone')
 local room, prefill, t, list = tonumber(ARGV[4]), tonumber(ARGV[8]), int(now_ms()), {}
-local most = solo and math.min(1, ARGV[3]) or ARGV[3]
+local most, sharers = solo and math.min(1, ARGV[3]) or tonumber(ARGV[3]), tonumber(ARGV[10])
+if sharers > 1 then most = math.min(most, math.ceil(redis.call('ZCARD', KEYS[1]) / (2 * sharers))) end
 for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', '+inf', 'LIMIT', 0, most)) do
   local rk = P .. 'req:' .. id
   local v = redis.call('HMGET', rk, unpack(FIELDS))

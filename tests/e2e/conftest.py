@@ -1,0 +1,99 @@
+"""One deployment with real vLLM for the whole folder: two of everything that may be doubled."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from l4queue import Client, Settings
+from tests.protocol.server import DURABLE, RedisServer
+from tests.services.processes import Processes, free_port, until
+
+MAX_MODEL_LEN = 16_384
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deployment:
+    """What a test may use of it."""
+
+    settings: Settings
+    processes: Processes
+    server: RedisServer
+    model: Path
+    flower_url: str
+
+    def client(self) -> Client:
+        """A new client; close it."""
+        return Client(settings=self.settings)
+
+    def start_worker(self, number: int) -> int:
+        """Start worker `number` on its own core; returns its process id."""
+        return self.processes.worker(f"worker-{number}", cpu_cores=str(number % (os.cpu_count() or 1))).pid
+
+    def await_workers(self, number: int, *, timeout_s: float = 240.0) -> None:
+        """Wait until so many workers serve."""
+        with self.client() as client:
+            until(lambda: len(client.overview().workers) == number, f"{number} workers", timeout_s=timeout_s)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small random-weight Llama, built once."""
+    from workers.tiny import build_tiny_model
+
+    return build_tiny_model(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def deployment(
+    redis_executable: str, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Deployment]:
+    """Redis (strict), 2 dispatchers, 2 planners, 2 beats, 2 vLLM workers, Flower."""
+    folder = tmp_path_factory.mktemp("deployment")
+    server = RedisServer(redis_executable, folder, DURABLE).start()
+    values: dict[str, object] = {
+        "redis_url": server.url,
+        "model": str(tiny_model),
+        "max_model_len": MAX_MODEL_LEN,
+        "engine": "vllm",
+        "dtype": "float32",
+        "replan_interval_s": 2.0,
+        "plan_min_life_s": 4.0,
+        "flower_port": free_port(),
+    }
+    processes = Processes(folder, **values)
+    settings = Settings(**values)  # type: ignore[arg-type] # the same values, typed by pydantic
+    deployment = Deployment(
+        settings=settings,
+        processes=processes,
+        server=server,
+        model=tiny_model,
+        flower_url=f"http://127.0.0.1:{settings.flower_port}",
+    )
+    try:
+        for number in range(2):
+            deployment.start_worker(number)
+            processes.start(f"dispatcher-{number}", "-m", "dispatcher")
+            planner = (
+                "-A",
+                "dispatcher.app",
+                "worker",
+                "-P",
+                "solo",
+                "-Q",
+                "l4-control",
+                "-n",
+                f"planner-{number}@%h",
+            )
+            processes.start(f"planner-{number}", "-m", "celery", *planner)
+            processes.start(f"beat-{number}", "-m", "celery", "-A", "dispatcher.app", "beat")
+        processes.start("flower", "-m", "dispatcher.flower")
+        deployment.await_workers(2)
+        yield deployment
+    finally:
+        processes.close()
+        server.kill()
