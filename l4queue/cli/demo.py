@@ -87,14 +87,14 @@ def demo(
     rate: Annotated[float, typer.Option(min=0.0, help="Requests per second; 0 sends all at once.")] = 4.0,
     max_prompt_tokens: Annotated[int, typer.Option(min=64, help="Longest prompt, tokens.")] = 8000,
     seed: Annotated[int, typer.Option(help="Seed of the workload.")] = 0,
-    flower_port: Annotated[int, typer.Option(help="Port of Flower.")] = 5555,
+    flower_port: Annotated[int | None, typer.Option(help="Port of Flower; default 5555 if free.")] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Where Redis keeps its data.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
 ) -> None:
     """Start everything, run mixed-length real text through it, print what was measured, stop."""
     import numpy as np
-    from l4queue.cli.up import Stack, StackOptions
 
+    from l4queue.cli.stack import Stack, StackOptions
     from l4queue.cli.workload import mixed_prompts
 
     prompts = mixed_prompts(requests, rng=np.random.default_rng(seed), max_prompt_tokens=max_prompt_tokens)
