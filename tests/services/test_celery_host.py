@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import kombu.pools
 import psutil
 import pytest
 import redis
@@ -134,7 +135,8 @@ def test_a_lost_broker_is_not_felt_by_the_engine(deployment: Deployment) -> None
     deployment.enqueue("c", max_tokens=20)
     until(deployment.is_in(RequestState.DONE, "c"), "a new one is served without a broker")
     deployment.broker.start()
-    deployment.app = make_app(deployment.settings)  # ours has dead connections, too
+    kombu.pools.reset()  # our own connections to it are dead, too
+    deployment.app = make_app(deployment.settings)
 
     stats = until(lambda: deployment.inspect("stats"), "it answers again", timeout_s=40)
     assert stats["finished"] == 3
