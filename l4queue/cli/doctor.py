@@ -186,7 +186,7 @@ def _check_gpus(settings: Settings, build: EngineBuild | None, gpus: list[Gpu]) 
             name="GPUs",
             verdict=Verdict.FAIL,
             detail="nvidia-smi shows none",
-            advice="install the driver, check CUDA_VISIBLE_DEVICES, or use the CPU build (make install ENGINE=cpu)",
+            advice="install the driver, check CUDA_VISIBLE_DEVICES, or install the CPU build: make ENGINE=cpu",
         )
     if settings.engine == "vllm" and build is not None and build.kind == "cpu" and gpus:
         return Check(

@@ -145,48 +145,61 @@ class Child:
             await _until(self._stopping, pause_s)
 
     async def _run_once(self) -> None:
+        # A pipe of our own: with asyncio's, Python before 3.13 notices the end of a child only when
+        # everything that the child had started has closed the pipe too.
+        reading_end, writing_end = os.pipe()
+        reading = asyncio.create_task(self._read(reading_end))
         try:
-            process = await asyncio.create_subprocess_exec(
-                *self.spec.argv,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.STDOUT,
-                env={**os.environ, **self.spec.env},
-                start_new_session=True,  # Ctrl-C of the terminal is ours to pass on
-                pass_fds=self.spec.pass_fds,
-                preexec_fn=die_with_parent(gentle=self.spec.dies_gently),
-            )
+            process = await self._spawn(writing_end)
         except OSError as error:
             self.exit_code = 127
             self._record(f"cannot be started: {error}")
             return
+        finally:
+            os.close(writing_end)
         self.num_starts += 1
         self.pid, self.exit_code = process.pid, None
+        self._spoken.clear()
         self._become(ChildState.STARTING)
         if self._stopping.is_set():  # stop() came while it was being started
             self._signal(signal.SIGTERM)
-        self._spoken.clear()
-        assert process.stdout is not None
-        reading = asyncio.create_task(self._read(process.stdout))
         watching = asyncio.create_task(self._watch_health())
         try:
             self.exit_code = await process.wait()
         finally:
-            # What it started must not live on with nobody to watch it, nor keep the pipe open.
-            self.kill()
+            self.kill()  # what it started must not live on with nobody to watch it
             self.pid = None
             watching.cancel()
             await asyncio.wait({reading}, timeout=2.0)
             reading.cancel()
             await asyncio.gather(reading, watching, return_exceptions=True)
 
-    async def _read(self, stream: asyncio.StreamReader) -> None:
+    async def _spawn(self, output: int) -> asyncio.subprocess.Process:
+        return await asyncio.create_subprocess_exec(
+            *self.spec.argv,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env={**os.environ, **self.spec.env},
+            start_new_session=True,  # Ctrl-C of the terminal is ours to pass on
+            pass_fds=self.spec.pass_fds,
+            preexec_fn=die_with_parent(gentle=self.spec.dies_gently),
+        )
+
+    async def _read(self, descriptor: int) -> None:
+        stream = asyncio.StreamReader()
+        transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(stream), os.fdopen(descriptor, "rb", buffering=0)
+        )
         splitter = LineSplitter()
-        while data := await stream.read(_READ_BYTES):
-            for line in splitter.feed(data):
+        try:
+            while data := await stream.read(_READ_BYTES):
+                for line in splitter.feed(data):
+                    self._record(line)
+            for line in splitter.flush():
                 self._record(line)
-        for line in splitter.flush():
-            self._record(line)
+        finally:
+            transport.close()
 
     async def _watch_health(self) -> None:
         pause_s = 0.05

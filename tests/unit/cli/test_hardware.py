@@ -1,0 +1,48 @@
+"""GPUs from nvidia-smi's table, cores for CPU engines."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from l4queue.cli.hardware import available_memory_bytes, cores_of_worker, parse_gpus
+
+TABLE = """0, GPU-aaaa, NVIDIA H100 80GB HBM3, 81559, 80994
+1, GPU-bbbb, NVIDIA H100 80GB HBM3, 81559, 100
+10, GPU-cccc, NVIDIA L4, 23034, 22000
+"""
+
+
+def test_gpus_come_in_numeric_order_with_bytes() -> None:
+    """nvidia-smi counts in MiB."""
+    gpus = parse_gpus(TABLE, visible=None)
+
+    assert [g.index for g in gpus] == ["0", "1", "10"]
+    assert gpus[1].free_bytes == 100 * 2**20
+    assert gpus[2].name == "NVIDIA L4"
+
+
+def test_visible_devices_choose_and_order_gpus() -> None:
+    """By index or UUID; an empty variable hides all; unknown names count for nothing."""
+    assert [g.index for g in parse_gpus(TABLE, visible="GPU-cccc,0")] == ["10", "0"]
+    assert parse_gpus(TABLE, visible="") == []
+    assert parse_gpus(TABLE, visible="7") == []
+
+
+@given(st.integers(1, 40), st.integers(1, 64))
+def test_cores_are_disjoint_and_equal_when_there_are_enough(num_workers: int, num_cores: int) -> None:
+    """Otherwise each engine has one, shared evenly."""
+    cores = list(range(100, 100 + num_cores))
+
+    shares = [cores_of_worker(i, num_workers=num_workers, cores=cores) for i in range(num_workers)]
+
+    used = [core for share in shares for core in share]
+    assert set(used) <= set(cores)
+    assert {len(share) for share in shares} == {max(1, num_cores // num_workers)}
+    most = max(used.count(core) for core in set(used))
+    assert most == (1 if num_workers <= num_cores else -(-num_workers // num_cores))
+
+
+def test_memory_is_that_of_a_real_machine() -> None:
+    """More than nothing, in bytes."""
+    assert available_memory_bytes() > 2**26
