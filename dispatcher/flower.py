@@ -15,7 +15,7 @@ __all__ = ("flower_options", "is_api_open", "main")
 MAX_TASKS = 20_000
 """Requests that Flower remembers; it forgets the least recently seen."""
 _PURGE_OFFLINE_S = 3600
-_COLUMNS = "name,uuid,state,kwargs,result,received,runtime,worker"
+_COLUMNS = "name,uuid,state,args,result,received,runtime,worker"
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -27,6 +27,7 @@ def flower_options(settings: Settings, environment: Mapping[str, str]) -> dict[s
         "max_tasks": str(MAX_TASKS),
         "purge_offline_workers": str(_PURGE_OFFLINE_S),
         "tasks_columns": _COLUMNS,
+        "natural_time": "true",
         "inspect_timeout": "2000",
     }
     return {name: value for name, value in ours.items() if f"FLOWER_{name.upper()}" not in environment}

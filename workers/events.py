@@ -83,6 +83,7 @@ class EventSender:
         self._urgent = threading.Event()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="l4-events", daemon=True)
+        self._unsent: list[Event] = []
         self._num_sent = 0
         self._num_dropped = 0
         self._num_left_out = 0
@@ -147,7 +148,7 @@ class EventSender:
         """Counters: sent, waiting, dropped (queue full), left out (above the rates), broker outages."""
         return {
             "events_sent": self._num_sent,
-            "events_waiting": len(self._waiting),
+            "events_waiting": len(self._waiting) + len(self._unsent),
             "events_dropped": self._num_dropped,
             "events_left_out": self._num_left_out,
             "events_outages": self._num_outages,
@@ -166,7 +167,12 @@ class EventSender:
             told["resumed_tokens"] = view.num_resumed
         if self._show_prompts and view.prompt is not None:
             told["prompt"] = view.prompt[:_PREVIEW_CHARS]
-        return {"name": self._task_name, "args": "()", "kwargs": repr(told), "retries": max(0, view.epoch - 1)}
+        return {
+            "name": self._task_name,
+            "args": f"{view.prompt_tokens} → ≤{view.max_tokens} tokens, stage {view.stage} ({view.range_text})",
+            "kwargs": repr(told),
+            "retries": max(0, view.epoch - 1),
+        }
 
     def _put_outcome(self, type_: str, view: RequestView, *, runtime_s: float, **fields: Any) -> None:
         now_s = time.time()
@@ -183,7 +189,6 @@ class EventSender:
 
     def _run(self) -> None:
         """Collect for a moment, send, repeat. What the broker did not take is sent again, in order."""
-        unsent: list[Event] = []
         dispatcher: EventDispatcher | None = None
         while not self._stopping.is_set() or self._waiting:
             self._wake.wait()
@@ -191,11 +196,11 @@ class EventSender:
             self._wake.clear()
             self._urgent.clear()
             try:
-                while unsent or self._waiting:
-                    unsent = unsent or self._next_batch()
+                while self._unsent or self._waiting:
+                    self._unsent = self._unsent or self._next_batch()
                     dispatcher = dispatcher or self._connect()
-                    self._send(dispatcher, unsent)
-                    unsent = []
+                    self._send(dispatcher, self._unsent)
+                    self._unsent = []
             except Exception as error:  # the edge of this loop: whatever the broker does, the engine goes on
                 self._num_outages += 1
                 log.warning("events wait, the broker cannot be reached: %s", error)

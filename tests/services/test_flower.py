@@ -77,6 +77,11 @@ class Monitored:
         reply = self.http.get("/api/workers", params=query)
         return dict(reply.json()[node_name(worker)].get("stats", {})) if reply.status_code == 200 else {}
 
+    def num_active(self) -> int:
+        """Requests running, as the workers page has it from heartbeats."""
+        rows = self.http.get("/workers", params={"json": "1"}).json()["data"]
+        return sum(int(row.get("active") or 0) for row in rows)
+
     def tasks(self, **query: Any) -> dict[str, Any]:
         """Flower's tasks under our name."""
         found = self.http.get("/api/tasks", params={"taskname": self.name, "limit": 10_000} | query).json()
@@ -163,7 +168,7 @@ def show(browser: Chrome, monitored: Monitored, path: str, *texts: str) -> str:
     found = until(lambda: on_page(browser, *texts), f"{path} shows {texts}", timeout_s=30)
     pictures = os.environ.get("L4_TEST_PICTURES")
     if pictures:
-        browser.save_screenshot(str(Path(pictures) / f"{path.strip('/').split('/')[0] or 'workers'}.png"))
+        browser.save_screenshot(str(Path(pictures) / f"{path.strip('/').split('/')[0]}.png"))
     return found
 
 
@@ -185,6 +190,7 @@ def test_every_request_is_one_task_in_success(monitored: Monitored) -> None:
     assert task["name"] == "l4queue.generate/llama-3.1-8b"
     assert f"'prompt_tokens': {len(CANARY) + 1 + 5 * 5}" in task["kwargs"]
     assert "'range': '0–∞'" in task["kwargs"]
+    assert task["args"] == f"{len(CANARY) + 1 + 5 * 5} → ≤8 tokens, stage 0 (0–∞)"
     assert task["result"].startswith("8 tokens, ")
     assert task["runtime"] > 0
     assert task["received"] <= task["started"] <= task["succeeded"]
@@ -219,12 +225,14 @@ def test_workers_are_online_with_the_figures_of_their_engines(monitored: Monitor
 def test_a_revoked_request_is_cancelled_while_it_runs(monitored: Monitored) -> None:
     """Through Flower's API; a client that waits for it is told."""
     request_id = monitored.run_one()
+    until(lambda: monitored.num_active() == 1, "the workers page counts it")
 
     reply = monitored.http.post(f"/api/task/revoke/{request_id}", params={"terminate": "true"})
 
     assert reply.status_code == 200
     until(lambda: monitored.status(request_id) is RequestState.CANCELLED, "it is cancelled")
     until(lambda: monitored.state(request_id) == "REVOKED", "Flower shows it revoked")
+    until(lambda: monitored.num_active() == 0, "the workers page counts it no more")
 
 
 def test_a_failure_is_shown_as_a_failure(monitored: Monitored) -> None:
