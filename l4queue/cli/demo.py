@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
+    from rich.progress import Progress, TaskID
 
     from l4queue.cli.workload import Prompt
     from l4queue.client import AsyncClient, Result
@@ -95,15 +96,25 @@ def demo(
     import numpy as np
 
     from l4queue.cli.stack import Stack, StackOptions
-    from l4queue.cli.workload import mixed_prompts
+    from l4queue.cli.workload import measured_chars_per_token, mixed_prompts
 
-    prompts = mixed_prompts(requests, rng=np.random.default_rng(seed), max_prompt_tokens=max_prompt_tokens)
     options = StackOptions(
         workers=workers, engine=engine, model=model, flower_port=flower_port, data_dir=data_dir, quiet=as_json
     )
 
     async def run() -> dict[str, Any]:
         async with Stack(options) as stack:
+            if stack.flower_url and not as_json:
+                print(f"Flower: {stack.flower_url}/workers and {stack.flower_url}/tasks", flush=True)
+            ratio = await asyncio.to_thread(
+                measured_chars_per_token, stack.settings.tokenizer or stack.settings.model
+            )
+            prompts = mixed_prompts(
+                requests,
+                rng=np.random.default_rng(seed),
+                max_prompt_tokens=min(max_prompt_tokens, stack.settings.max_model_len - 512),
+                chars_per_token=ratio,
+            )
             await stack.ready()
             return await _drive(stack, prompts, rate=rate, seed=seed, quiet=as_json)
 
@@ -143,31 +154,45 @@ async def _replay(
     """Send with Poisson gaps and gather results; failures are shown and left out."""
     import numpy as np
 
-    from l4queue.errors import L4QueueError
+    from l4queue.cli.workload import LENGTH_CLASSES, length_class
 
     rng = np.random.default_rng([seed, 1])
-    sent_bar = progress.add_task("sent", total=len(prompts))
-    done_bar = progress.add_task("done", total=len(prompts))
-
-    async def follow(prompt: Prompt) -> Result | None:
-        try:
-            handle = await client.enqueue(
-                prompt.text, max_tokens=prompt.max_tokens, temperature=0.0, ignore_eos=True
-            )
-            progress.advance(sent_bar)
-            return await handle.result()
-        except L4QueueError as error:
-            progress.console.print(f"[red]failed:[/] {error}")
-            return None
-        finally:
-            progress.advance(done_bar)
-
+    planned = Counter(length_class(prompt.target_tokens).name for prompt in prompts)
+    bars = {c.name: progress.add_task(c.name, total=planned[c.name]) for c in LENGTH_CLASSES if planned[c.name]}
+    watcher = asyncio.create_task(_show_plans(client, progress))
     tasks = []
     for prompt in prompts:
-        tasks.append(asyncio.create_task(follow(prompt)))
+        follow = _follow(client, prompt, progress, bars[length_class(prompt.target_tokens).name])
+        tasks.append(asyncio.create_task(follow))
         if rate > 0:
             await asyncio.sleep(float(rng.exponential(1.0 / rate)))
-    return [result for result in await asyncio.gather(*tasks) if result is not None]
+    results = await asyncio.gather(*tasks)
+    watcher.cancel()
+    return [result for result in results if result is not None]
+
+
+async def _follow(client: AsyncClient, prompt: Prompt, progress: Progress, bar: TaskID) -> Result | None:
+    from l4queue.errors import L4QueueError
+
+    try:
+        handle = await client.enqueue(prompt.text, max_tokens=prompt.max_tokens, temperature=0.0, ignore_eos=True)
+        return await handle.result()
+    except L4QueueError as error:
+        progress.console.print(f"[red]failed:[/] {error}")
+        return None
+    finally:
+        progress.advance(bar)
+
+
+async def _show_plans(client: AsyncClient, progress: Progress) -> None:
+    """Print each new plan once."""
+    shown = 0
+    while True:
+        plan = (await client.overview()).plan
+        if plan.version != shown:
+            shown = plan.version
+            progress.console.print(f"plan {plan.version}: {_ranges(plan)}  ({plan.reason})", highlight=False)
+        await asyncio.sleep(1.0)
 
 
 def _progress(quiet: bool) -> Progress:
@@ -182,8 +207,10 @@ def _print(reports: Sequence[ClassReport], plan: Plan, *, wall_s: float, flower_
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{reports[-1].num_requests} requests in {wall_s:.1f} s (mean / p50 / p99)")
-    for name in ("class", "requests", "tokens in", "tokens out", "first token s", "per token ms", "end to end s"):
+    title = f"{reports[-1].num_requests} requests in {wall_s:.1f} s; times are mean/p50/p99"
+    table = Table(title=title, title_justify="left")
+    names = ("class", "n", "tokens\nin", "tokens\nout", "first token\ns", "per token\nms", "end to end\ns")
+    for name in names:
         table.add_column(name, justify="left" if name == "class" else "right")
     for report in reports:
         table.add_row(
@@ -197,17 +224,20 @@ def _print(reports: Sequence[ClassReport], plan: Plan, *, wall_s: float, flower_
         )
     console = Console()
     console.print(table)
-    ranges = ", ".join(
-        f"[{s.low_tokens}, {'∞' if s.high_tokens is None else s.high_tokens}) × {s.num_workers}"
-        for s in plan.stages
-    )
-    console.print(f"plan {plan.version}: {ranges}  ({plan.reason})")
+    console.print(f"plan reached: version {plan.version}, {_ranges(plan)}  ({plan.reason})", highlight=False)
     if flower_url:
         console.print(f"Flower was at {flower_url}")
 
 
+def _ranges(plan: Plan) -> str:
+    return ", ".join(
+        f"[{s.low_tokens}, {'∞' if s.high_tokens is None else s.high_tokens}) × {s.num_workers}"
+        for s in plan.stages
+    )
+
+
 def _spread(spread: Spread, *, scale: float, digits: int) -> str:
-    return " / ".join(f"{value * scale:.{digits}f}" for value in (spread.mean, spread.p50, spread.p99))
+    return "/".join(f"{value * scale:.{digits}f}" for value in (spread.mean, spread.p50, spread.p99))
 
 
 def register(app: typer.Typer) -> None:

@@ -19,11 +19,12 @@ from l4queue.client.compose import (
     known,
     spec_of,
 )
+from l4queue.client.mailbox import Mailbox
 from l4queue.client.waiting import RECHECK_S, deadline_after, time_left_s
 from l4queue.config import Settings, load_settings
 from l4queue.errors import QueueFull
 from l4queue.models import TERMINAL, RequestSpec
-from l4queue.protocol.calls import Verdict
+from l4queue.protocol.calls import SubmitReply, Verdict
 from l4queue.protocol.door import AsyncDoor
 from l4queue.protocol.overview import Overview, read_overview_async
 from l4queue.protocol.reads import DeadLetter
@@ -44,6 +45,7 @@ class AsyncClient:
         self.settings = settings or load_settings()
         self._composer = Composer(self.settings)
         self._door = AsyncDoor(url or self.settings.redis_url)
+        self._mailbox = Mailbox(self._door, self._composer.keys.mailbox(self._composer.client_id))
 
     async def enqueue(self, prompt: str | None = None, **options: Any) -> AsyncHandle:
         """Accept one request and return its handle.
@@ -53,7 +55,7 @@ class AsyncClient:
         `metadata`. InvalidRequest names a bad one; QueueFull says when to try again.
         """
         prepared = self._composer.prepare(build_spec(prompt, **options))
-        return AsyncHandle(self, self._composer.accepted(prepared, await self._door.run(prepared.call)))
+        return self._handle(prepared, await self._door.run(prepared.call))
 
     async def enqueue_many(
         self,
@@ -123,6 +125,7 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Close all connections; safe to call twice."""
+        await self._mailbox.close()
         await self._door.close()
 
     async def __aenter__(self) -> AsyncClient:
@@ -140,8 +143,12 @@ class AsyncClient:
         for prepared, reply in zip(batch, replies, strict=True):
             if reply.verdict is Verdict.FULL and handles:
                 break
-            handles.append(AsyncHandle(self, self._composer.accepted(prepared, reply)))
+            handles.append(self._handle(prepared, reply))
         return handles
+
+    def _handle(self, prepared: Prepared, reply: SubmitReply) -> AsyncHandle:
+        request_id = self._composer.accepted(prepared, reply)
+        return AsyncHandle(self, request_id, has_mail=reply.verdict is Verdict.OK)
 
     async def _ended(self, pending: dict[str, AsyncHandle]) -> AsyncIterator[AsyncHandle]:
         """Take out of `pending` and yield those whose record is terminal already."""
@@ -156,8 +163,9 @@ class AsyncClient:
 class AsyncHandle:
     """One accepted request. Any number of handles, in any process, may read the same request."""
 
-    def __init__(self, client: AsyncClient, request_id: str) -> None:
+    def __init__(self, client: AsyncClient, request_id: str, *, has_mail: bool = False) -> None:
         self._client = client
+        self._has_mail = has_mail  # whether this very client is told of the end
         self.id = request_id
 
     def __repr__(self) -> str:
@@ -173,13 +181,20 @@ class AsyncHandle:
         Ends with the request; an outcome other than done is raised after its last chunk. No chunk is ever
         repeated, skipped or changed, whatever happens to workers. ResultTimeout after `timeout` seconds.
         """
-        async for chunk in self._chunks(after=after, timeout=timeout):
+        async for chunk in self._chunks(after=after, deadline=deadline_after(timeout)):
             yield chunk
         check_outcome(await self.status())
 
     async def result(self, *, timeout: float | None = None) -> Result:
         """Wait for the outcome: the result of a done request, or the error that says how it ended."""
-        chunks = [chunk async for chunk in self._chunks(after=0, timeout=timeout)]
+        deadline = deadline_after(timeout)
+        if self._has_mail:
+            await self._client._mailbox.until(
+                self.id,
+                self._has_ended,
+                time_left_s=lambda: time_left_s(deadline, f"request {self.id} is not finished"),
+            )
+        chunks = [chunk async for chunk in self._chunks(after=0, deadline=deadline)]
         return self._client._composer.result(await self.status(), chunks)
 
     async def cancel(self, *, reason: str = "cancelled by its client") -> bool:
@@ -189,8 +204,11 @@ class AsyncHandle:
             known(self.id, None)
         return verdict is Verdict.OK
 
-    async def _chunks(self, *, after: int, timeout: float | None) -> AsyncIterator[Chunk]:
-        follower, deadline = Follower(self.id, after=after), deadline_after(timeout)
+    async def _has_ended(self) -> bool:
+        return (await self.status()).state in TERMINAL
+
+    async def _chunks(self, *, after: int, deadline: float | None) -> AsyncIterator[Chunk]:
+        follower = Follower(self.id, after=after)
         key = self._client._composer.keys.output(self.id)
         while follower.ended is None:
             left = time_left_s(deadline, f"request {self.id} is not finished")

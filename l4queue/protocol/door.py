@@ -32,6 +32,7 @@ __all__ = ("AsyncDoor", "Door")
 T = TypeVar("T")
 _MAX_BLOCK_S = 30.0
 _SOCKET_TIMEOUT_S = 5.0
+_MAX_WAITERS = 4096  # each blocking read holds a connection; Redis accepts 10,000 by default
 
 
 class Door:
@@ -43,10 +44,12 @@ class Door:
     def __init__(self, url: str, *, retry_s: float = 10.0, max_connections: int = 64) -> None:
         self.url = url
         self.retry_s = retry_s
-        pool = redis.BlockingConnectionPool.from_url
-        common = {**CONNECT, "retry": Retry(NoBackoff(), 0), "max_connections": max_connections}
-        self._client: Any = redis.Redis(connection_pool=pool(url, socket_timeout=_SOCKET_TIMEOUT_S, **common))
-        self._waiter: Any = redis.Redis(connection_pool=pool(url, socket_timeout=_MAX_BLOCK_S + 5.0, **common))
+        pool, waiters = redis.BlockingConnectionPool, redis.ConnectionPool
+        common = {**CONNECT, "retry": Retry(NoBackoff(), 0)}
+        commands = pool.from_url(url, socket_timeout=_SOCKET_TIMEOUT_S, max_connections=max_connections, **common)
+        self._client: Any = redis.Redis(connection_pool=commands)
+        waits = waiters.from_url(url, socket_timeout=_MAX_BLOCK_S + 5.0, max_connections=_MAX_WAITERS, **common)
+        self._waiter: Any = redis.Redis(connection_pool=waits)
 
     def run(self, call: Call[T]) -> T:
         """Execute one call."""
@@ -116,10 +119,12 @@ class AsyncDoor:
     def __init__(self, url: str, *, retry_s: float | None = 10.0, max_connections: int = 64) -> None:
         self.url = url
         self.retry_s = retry_s
-        pool = aredis.BlockingConnectionPool.from_url
-        common = {**CONNECT, "retry": AsyncRetry(NoBackoff(), 0), "max_connections": max_connections}
-        self.client: Any = aredis.Redis(connection_pool=pool(url, socket_timeout=_SOCKET_TIMEOUT_S, **common))
-        self._waiter: Any = aredis.Redis(connection_pool=pool(url, socket_timeout=_MAX_BLOCK_S + 5.0, **common))
+        pool, waiters = aredis.BlockingConnectionPool, aredis.ConnectionPool
+        common = {**CONNECT, "retry": AsyncRetry(NoBackoff(), 0)}
+        commands = pool.from_url(url, socket_timeout=_SOCKET_TIMEOUT_S, max_connections=max_connections, **common)
+        self.client: Any = aredis.Redis(connection_pool=commands)
+        waits = waiters.from_url(url, socket_timeout=_MAX_BLOCK_S + 5.0, max_connections=_MAX_WAITERS, **common)
+        self._waiter: Any = aredis.Redis(connection_pool=waits)
 
     async def run(self, call: Call[T]) -> T:
         """Execute one call."""
