@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from celery import signals
+from celery import Celery, signals
 from celery.platforms import SecurityWarning
 from celery.worker import state as celery_state
 from pydantic import JsonValue
@@ -62,21 +62,7 @@ def serve(
     signals.worker_shutting_down.connect(shutting_down, weak=False)
     signals.setup_logging.connect(_keep_logging, weak=False)
     install_panel(engine, hostname=node, task_name=name)
-    app.steps["worker"].add(EngineHost)
-    app.steps["consumer"].add(RequestHeart)
-    controller = app.Worker(
-        hostname=node,
-        pool="solo",
-        concurrency=1,
-        queues=[QUEUE],
-        without_mingle=True,
-        without_gossip=True,
-        without_heartbeat=True,
-        quiet=True,
-        engine=engine,
-        drain_s=drain_s,
-        figures=figures,
-    )
+    controller = _controller(app, hostname=node, engine=engine, drain_s=drain_s, figures=figures)
     sender.start()
     try:
         controller.start()
@@ -92,6 +78,22 @@ def serve(
     # Celery calls an end by SIGINT a failure; a drained worker that was asked to end has not failed.
     is_well = engine.failure is None and (signals_seen or not controller.exitcode)
     return 0 if is_well else _FAILED
+
+
+def _controller(app: Celery, **steps_given: Any) -> Any:
+    """Celery's worker, told what our steps need. No pool, no gossip: it only listens and beats."""
+    app.steps["worker"].add(EngineHost)
+    app.steps["consumer"].add(RequestHeart)
+    return app.Worker(
+        pool="solo",
+        concurrency=1,
+        queues=[QUEUE],
+        without_mingle=True,
+        without_gossip=True,
+        without_heartbeat=True,
+        quiet=True,
+        **steps_given,
+    )
 
 
 def main() -> int:

@@ -39,7 +39,7 @@ class Processes:
     """The processes of one deployment under test."""
 
     def __init__(self, folder: Path, **settings: object) -> None:
-        self._folder = folder
+        self.folder = folder
         self._environment = {k: v for k, v in os.environ.items() if not k.startswith(("L4_", "FLOWER_"))}
         self._environment |= {f"L4_{name.upper()}": str(value) for name, value in settings.items()}
         self._environment["PYTHONPATH"] = str(Path(__file__).parents[2])
@@ -48,10 +48,10 @@ class Processes:
     def start(self, name: str, *arguments: str, **settings: object) -> subprocess.Popen[bytes]:
         """Start `python <arguments>`; `settings` are added to those of the deployment."""
         more = {f"L4_{key.upper()}": str(value) for key, value in settings.items()}
-        with (self._folder / f"{name}.log").open("ab") as log:
+        with (self.folder / f"{name}.log").open("ab") as log:
             process = subprocess.Popen(
                 (sys.executable, *arguments),
-                cwd=self._folder,
+                cwd=self.folder,
                 env=self._environment | more,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -67,7 +67,7 @@ class Processes:
         """Run `python <arguments>` to its end and return its output."""
         done = subprocess.run(
             (sys.executable, *arguments),
-            cwd=self._folder,
+            cwd=self.folder,
             env=self._environment,
             capture_output=True,
             text=True,
@@ -78,7 +78,7 @@ class Processes:
 
     def log(self, name: str) -> str:
         """What a process has written so far."""
-        path = self._folder / f"{name}.log"
+        path = self.folder / f"{name}.log"
         return path.read_text(errors="replace") if path.exists() else ""
 
     def stop(self, name: str, number: int = signal.SIGTERM, *, timeout_s: float = 20.0) -> int:

@@ -1,0 +1,107 @@
+"""The planner as ordinary Celery: real beats, real planner workers, a real broker."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import redis
+
+from dispatcher.app import make_app
+from dispatcher.tasks import REPLAN
+from l4queue.config import load_settings
+from l4queue.protocol.door import Door
+from l4queue.protocol.keys import Keys
+from l4queue.protocol.reads import Reads
+from tests.protocol.server import RedisServer
+from tests.services.processes import Processes, until
+
+pytestmark = [pytest.mark.services, pytest.mark.timeout(120)]
+
+CELERY = ("-m", "celery", "-A", "dispatcher.app")
+
+
+@pytest.fixture
+def server(redis_executable: str, tmp_path: Path) -> Iterator[RedisServer]:
+    folder = tmp_path / "redis"
+    folder.mkdir()
+    server = RedisServer(redis_executable, folder).start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def processes(tmp_path: Path, server: RedisServer) -> Iterator[Processes]:
+    processes = Processes(tmp_path, redis_url=server.url, replan_interval_s=1.0, plan_min_life_s=0.0)
+    yield processes
+    processes.close()
+
+
+@pytest.fixture
+def reads() -> Reads:
+    return Reads(Keys("l4"))
+
+
+@pytest.fixture
+def door(server: RedisServer) -> Iterator[Door]:
+    door = Door(server.url)
+    yield door
+    door.close()
+
+
+def test_two_beats_and_two_planners_make_one_history_of_plans(
+    processes: Processes, door: Door, reads: Reads
+) -> None:
+    """Rounds go on, versions rise by one, nothing piles up, nobody fails."""
+    processes.worker("w1", engine="emulated")
+    until(lambda: door.run(reads.incarnations()), "a worker is there", timeout_s=60)
+    for number in "12":
+        processes.start(f"planner{number}", *CELERY, "worker", "-l", "INFO", "-n", f"planner{number}@%h")
+        processes.start(f"beat{number}", *CELERY, "beat", "--pidfile=")
+
+    until(lambda: len(door.run(reads.decisions(count=100))) >= 10, "ten rounds", timeout_s=60)
+
+    versions = [version for _, version, _ in door.run(reads.plan_history(count=100))]
+    assert sorted(versions) == list(range(1, len(versions) + 1))
+    for name in ("planner1", "planner2"):
+        assert "Traceback" not in processes.log(name)
+        assert f"Task {REPLAN}" in processes.log(name)
+        assert processes.stop(name) == 0
+    assert not list(Path(processes.folder).glob("celerybeat*"))
+
+
+def test_a_round_that_comes_too_late_is_dropped(server: RedisServer, processes: Processes) -> None:
+    """Beats without a planner leave tasks that expire: a planner that comes back works off no backlog."""
+    processes.start("beat", *CELERY, "beat", "--pidfile=")
+    with redis.Redis(port=server.port, db=1) as broker:
+        until(lambda: broker.llen("l4-celery:l4-control") >= 3, "three rounds wait", timeout_s=60)
+        assert processes.stop("beat") == 0
+        waiting = broker.llen("l4-celery:l4-control")
+        until(lambda: _expired(broker), "the oldest has expired")
+
+        processes.start("planner", *CELERY, "worker", "-l", "INFO", "-n", "planner@%h")
+        until(lambda: broker.llen("l4-celery:l4-control") == 0, "it has taken them", timeout_s=60)
+        until(lambda: processes.log("planner").count("] received") == waiting, "it has seen them")
+        until(lambda: "Discarding revoked task" in processes.log("planner"), "it drops what is late")
+
+
+def test_the_schedule_comes_from_the_settings() -> None:
+    """Every `replan_interval_s`; a task lives less than one period."""
+    app = make_app(load_settings(replan_interval_s=7.0))
+
+    entry = app.conf.beat_schedule["replan"]
+
+    assert entry["schedule"] == 7.0
+    assert entry["options"]["expires"] < 7.0
+    assert app.conf.accept_content == ["json"]
+    assert app.tasks[REPLAN].ignore_result
+    assert app.tasks[REPLAN].acks_late
+
+
+def _expired(broker: redis.Redis) -> bool:
+    message = json.loads(broker.lindex("l4-celery:l4-control", -1))
+    expires = datetime.datetime.fromisoformat(message["headers"]["expires"])
+    return expires < datetime.datetime.now(datetime.UTC)
