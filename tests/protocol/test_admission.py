@@ -108,6 +108,7 @@ def test_two_dispatchers_may_route_the_same_request(scene: Scene) -> None:
     ((entry, _),) = scene.read_inbox()
 
     assert scene.route(entry=entry, stage="1") is Verdict.OK
+    assert scene.raw.xpending(scene.keys.inbox, "d")["pending"] == 0
     assert scene.route(entry=entry, stage="2") is Verdict.DUP
     assert scene.refuse(entry=entry) is Verdict.DUP
 
