@@ -204,11 +204,12 @@ def _progress(quiet: bool) -> Progress:
 
 
 def _print(reports: Sequence[ClassReport], plan: Plan, *, wall_s: float, flower_url: str | None) -> None:
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
     title = f"{reports[-1].num_requests} requests in {wall_s:.1f} s; times are mean/p50/p99"
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     names = ("class", "n", "tokens\nin", "tokens\nout", "first token\ns", "per token\nms", "end to end\ns")
     for name in names:
         table.add_column(name, justify="left" if name == "class" else "right")
