@@ -31,7 +31,8 @@ if w[3] and redis.call('SISMEMBER', KEYS[3], w[3]) == 1 then return out end
 if solo and redis.call('SCARD', KEYS[3]) > 0 then return out end
 redis.call('HDEL', KEYS[2], 'alone')
 local room, prefill, t, list = tonumber(ARGV[4]), tonumber(ARGV[8]), int(now_ms()), {}
-local most, sharers = solo and math.min(1, ARGV[3]) or tonumber(ARGV[3]), tonumber(ARGV[10])
+local most = solo and math.min(1, ARGV[3]) or ARGV[3]
+local sharers = tonumber(ARGV[10])
 if sharers > 1 then most = math.min(most, math.ceil(redis.call('ZCARD', KEYS[1]) / (2 * sharers))) end
 for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', '+inf', 'LIMIT', 0, most)) do
   local rk = P .. 'req:' .. id
