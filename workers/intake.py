@@ -12,10 +12,12 @@ from pydantic import ValidationError
 
 from l4queue.models import RequestState
 from l4queue.policy.room import Room, RoomLimits, room_of
+from l4queue.policy.steal import steal_waiting
 from l4queue.protocol.calls import Verdict
 from l4queue.protocol.keys import SOLO_STAGE
 from l4queue.protocol.records import Grant, Outcome, OutputEntry
 from workers.session import Session
+from workers.siblings import expected_output_tokens, stage_loads
 from workers.state import WorkerState
 from workers.writer import Writer
 
@@ -78,14 +80,28 @@ class Intake:
         return len(taken.grants)
 
     async def _steal(self, room: Room) -> int:
-        state = self._state
-        backlog = await state.door.run(self._state.reads.backlog())
-        own = str(state.stage)
-        waiting = {s: int(n) for s, n in backlog.items() if int(n) > 0 and s not in (own, SOLO_STAGE)}
-        if not waiting:
+        """Take waiting requests of a sibling stage if the policy says that it pays."""
+        state, overview = self._state, self._state.overview
+        if overview is None or len(overview.plan.stages) < 2 or len(state.plan.stages) < 2:
             return 0
-        victim = max(waiting, key=lambda stage: (waiting[stage], stage))
-        return await self._take(victim, replace(room, num_requests=1))
+        loads = stage_loads(overview, cost=state.cost)
+        own = next((load for load in loads if load.stage == state.stage), None)
+        if own is None:
+            return 0
+        decision = steal_waiting(
+            state.load(),
+            own=replace(own, queued_requests=0, queued_tokens=0),  # just found empty
+            siblings=loads,
+            head_tokens={},
+            max_requests=room.num_requests,
+            expected_output_tokens=expected_output_tokens(overview),
+            cost=state.cost,
+        )
+        if decision.stage is None:
+            return 0
+        taken = await self._take(str(decision.stage), replace(room, num_requests=decision.num_requests))
+        state.num_stolen += taken
+        return taken
 
     async def _must_make_way(self) -> bool:
         """Whether to run empty so that a request of the solo queue gets its turn: one worker does, the first."""

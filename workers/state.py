@@ -15,6 +15,7 @@ from l4queue.policy.cost import StepCost
 from l4queue.protocol.calls import Calls
 from l4queue.protocol.door import AsyncDoor
 from l4queue.protocol.keys import Keys
+from l4queue.protocol.overview import Overview
 from l4queue.protocol.reads import Reads
 from workers.engine import Engine, EngineDied, EngineInfo
 from workers.lease import Lease
@@ -50,7 +51,9 @@ class WorkerState:
         self.sessions: dict[str, Session] = {}
         self.info: EngineInfo | None = None
         self.calibrator = Calibrator(prior=cost)
+        self.overview: Overview | None = None  # as of the last look, about a second old
         self.num_finished = 0
+        self.num_stolen = 0
         self.is_draining = False
         self.nudge = asyncio.Event()
         self.lease = Lease(
@@ -184,5 +187,6 @@ class WorkerState:
             "kv_share": round(load.kv_share, 4),
             "step_ms": load.step_ms,
             "finished": load.num_finished,
+            "stolen": self.num_stolen,
             "draining": load.is_draining,
         }

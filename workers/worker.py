@@ -13,6 +13,7 @@ from l4queue.config import Settings
 from l4queue.policy.cost import StepCost
 from l4queue.policy.histogram import Buckets, growth_fields
 from l4queue.policy.plan_json import plan_from_json
+from l4queue.protocol.overview import read_overview_async
 from l4queue.protocol.upkeep import Upkeep
 from workers.engine import Engine, EngineDied, EngineOutput
 from workers.intake import Intake
@@ -178,6 +179,8 @@ class Worker:
         upkeep = Upkeep(settings=self.settings, door=self.state.door)
         while True:
             await upkeep.run_once(num_stages=len(self.state.plan.stages))
+            if len(self.state.plan.stages) > 1:
+                self.state.overview = await read_overview_async(self.state.door, self.settings.namespace)
             await asyncio.sleep(upkeep.interval_s)
 
     def _on_cancel(self, request_ids: Sequence[str]) -> None:

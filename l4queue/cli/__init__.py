@@ -6,14 +6,13 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Annotated
 
 import typer
 
 __all__ = ("COMMAND_MODULES", "build_app", "main")
 
-COMMAND_MODULES = ("up", "demo", "requests", "stats", "explain", "plan", "simulate", "bench", "doctor")
+COMMAND_MODULES = ("up", "demo", "requests", "stats", "plan", "simulate", "doctor")
 """Modules of this package with a `register(app)`; what they need beyond typer is imported inside commands."""
 
 EXIT_ERROR = 1
@@ -32,8 +31,7 @@ def build_app() -> typer.Typer:
     )
     app.callback()(_common)
     for name in COMMAND_MODULES:
-        if find_spec(f"{__name__}.{name}") is not None:
-            import_module(f"{__name__}.{name}").register(app)
+        import_module(f"{__name__}.{name}").register(app)
     return app
 
 
