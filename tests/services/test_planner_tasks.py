@@ -62,10 +62,17 @@ def test_two_beats_and_two_planners_make_one_history_of_plans(
         processes.start(f"planner{number}", *CELERY, "worker", "-l", "INFO", "-n", f"planner{number}@%h")
         processes.start(f"beat{number}", *CELERY, "beat", "--pidfile=")
 
+    def versions() -> list[int]:
+        return [version for _, version, _ in door.run(reads.plan_history(count=100))]
+
+    until(lambda: len(versions()) >= 1, "a plan for one worker", timeout_s=60)
+    processes.worker("w2", engine="emulated")
+    until(lambda: len(versions()) >= 2, "a plan for two workers", timeout_s=60)
+    assert processes.stop("w2") == 0
+    until(lambda: len(versions()) >= 3, "a plan for one worker again", timeout_s=60)
     until(lambda: len(door.run(reads.decisions(count=100))) >= 10, "ten rounds", timeout_s=60)
 
-    versions = [version for _, version, _ in door.run(reads.plan_history(count=100))]
-    assert sorted(versions) == list(range(1, len(versions) + 1))
+    assert sorted(versions()) == list(range(1, len(versions()) + 1))
     for name in ("planner1", "planner2"):
         assert "Traceback" not in processes.log(name)
         assert f"Task {REPLAN}" in processes.log(name)
