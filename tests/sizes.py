@@ -1,4 +1,8 @@
-"""House limits on size: `python tests/sizes.py PACKAGE...` fails on a file or function that is too long."""
+"""House limits on size: `python tests/sizes.py PACKAGE...` fails on a file or function that is too long.
+
+The length of a function is that of its code: a table of documented command-line options, or a docstring that
+derives a formula, does not make it hard to read.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,8 @@ def too_long(path: Path) -> Iterator[str]:
         yield f"{path}:1: {num_lines} lines, at most {MAX_FILE_LINES}"
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            code = node.body[1:] if ast.get_docstring(node) and len(node.body) > 1 else node.body
+            length = (node.end_lineno or node.lineno) - code[0].lineno + 1
             if length > MAX_FUNCTION_LINES:
                 yield f"{path}:{node.lineno}: {node.name} has {length} lines, at most {MAX_FUNCTION_LINES}"
 

@@ -220,7 +220,7 @@ def _print(reports: Sequence[ClassReport], plan: Plan, *, wall_s: float, flower_
             str(report.prompt_tokens),
             str(report.output_tokens),
             _spread(report.ttft_s, scale=1.0, digits=2),
-            _spread(report.tpot_s, scale=1000.0, digits=1),
+            _spread(report.tpot_s, scale=1000.0, digits=0),
             _spread(report.e2e_s, scale=1.0, digits=2),
         )
     console = Console()
