@@ -173,8 +173,11 @@ class Stack:
         await self.supervisor.ready(["redis"])
 
     async def _model_path(self) -> str:
-        if self.settings.model != "tiny":
-            return self.settings.model
+        model = self.settings.model
+        if model != "tiny":
+            if model.startswith(("/", ".", "~")) and not (Path(model).expanduser() / "config.json").is_file():
+                raise ConfigError(f"model {model}: there is no {Path(model).expanduser() / 'config.json'}")
+            return str(Path(model).expanduser()) if model.startswith("~") else model
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "l4queue"
         self.note("model tiny: a small Llama with random weights; its text is noise")
         process = await asyncio.create_subprocess_exec(

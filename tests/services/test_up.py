@@ -1,0 +1,159 @@
+"""`l4queue up` as a user runs it: real processes, real Redis, real signals; the engine is the emulated one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from l4queue.client import Client
+from l4queue.protocol.door import Door
+from l4queue.protocol.overview import read_overview
+
+pytestmark = [pytest.mark.services, pytest.mark.timeout(240)]
+
+L4QUEUE = Path(sys.executable).with_name("l4queue")
+NAMES = {"redis", "dispatcher-0", "planner", "beat", "flower", "worker-0", "worker-1"}
+
+
+class Up:
+    """One running `l4queue up`, its output in a file."""
+
+    def __init__(self, process: subprocess.Popen[bytes], place: Path) -> None:
+        self.process = process
+        self.place = place
+        self.facts: dict[str, Any] = {}
+
+    @property
+    def output(self) -> str:
+        return (self.place / "output").read_text()
+
+    def wait_ready(self) -> None:
+        self.wait_for(lambda: (self.place / "ready.json").exists())
+        self.facts = json.loads((self.place / "ready.json").read_text())
+
+    def wait_for(self, condition: Any, *, seconds: float = 120.0) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert self.process.poll() is None, self.output
+            assert time.monotonic() < deadline, self.output
+            time.sleep(0.05)  # between looks at another process, which cannot signal us
+
+    def family(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+
+@contextmanager
+def running(place: Path, *arguments: str, stdout: Any = None) -> Iterator[Up]:
+    command = [
+        str(L4QUEUE), "up", "--engine", "emulated", "--data-dir", str(place / "data"),
+        "--ready-file", str(place / "ready.json"), *arguments,
+    ]  # fmt: skip
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("L4_")}
+    environment |= {"L4_EMULATED_SPEED": "0", "L4_MODEL": "tiny"}
+    with (place / "output").open("wb") as output:
+        process = subprocess.Popen(
+            command, stdout=stdout or output, stderr=output, env=environment, start_new_session=True
+        )
+        up = Up(process, place)
+        family: list[psutil.Process] = []
+        try:
+            yield up
+            family = up.family() if process.poll() is None else []
+        finally:
+            process.kill()
+            process.wait()
+            psutil.wait_procs(family, timeout=30)
+
+
+def generated(url: str) -> int:
+    """Tokens of one request through the whole path."""
+    with Client(url) as client:
+        return client.enqueue(prompt="How long is this?", max_tokens=5).result(timeout=60).output_tokens
+
+
+def test_it_serves_survives_and_ends(tmp_path: Path) -> None:
+    """From ready to Ctrl-C, with a worker and Redis killed in between."""
+    with running(tmp_path) as up:
+        up.wait_ready()
+        url = up.facts["redis_url"]
+        assert set(up.facts["pids"]) == NAMES
+        assert generated(url) == 5
+        with urllib.request.urlopen(up.facts["flower_url"] + "/healthcheck", timeout=10) as reply:
+            assert reply.status == 200
+
+        for name in ("worker-0", "redis"):
+            os.kill(up.facts["pids"][name], signal.SIGKILL)
+            up.wait_for(lambda name=name: f"{name} was ended by SIGKILL; starts again in" in up.output)
+            up.wait_for(lambda: _workers(url) == ["worker-0", "worker-1"])
+            assert generated(url) == 5
+
+        family = up.family()
+        up.process.send_signal(signal.SIGINT)
+        assert up.process.wait(90) == 0
+        assert psutil.wait_procs(family, timeout=20)[1] == []
+        assert "error" not in up.output.lower().split("stopping: workers drain first")[-1]
+        prefixes = {line.split("|")[0].strip() for line in up.output.splitlines()}
+        assert prefixes <= NAMES | {"l4queue"}
+        assert f"ready: Redis at {url}, Flower at {up.facts['flower_url']}" in up.output
+
+
+def _workers(url: str) -> list[str]:
+    door = Door(url, retry_s=30.0)
+    try:
+        return sorted(load.worker_id for load in read_overview(door, "l4").workers)
+    finally:
+        door.close()
+
+
+def test_nothing_outlives_it_when_it_is_killed(tmp_path: Path) -> None:
+    """SIGKILL gives it no chance to stop its children; and its data directory is free at once."""
+    with running(tmp_path, "--workers", "1", "--no-flower") as up:
+        up.wait_ready()
+        assert set(up.facts["pids"]) == NAMES - {"flower", "worker-1"}
+        assert up.facts["flower_url"] is None
+        family = up.family()
+        assert len(family) >= 5
+
+        up.process.kill()
+
+        assert psutil.wait_procs(family, timeout=30)[1] == []
+
+
+def test_it_ends_when_nobody_reads_its_output(tmp_path: Path) -> None:
+    """`l4queue up | head -1` leaves nothing behind."""
+    with running(tmp_path, "--workers", "1", "--no-flower", stdout=subprocess.PIPE) as up:
+        assert up.process.stdout is not None
+        assert up.process.stdout.readline().startswith(b"l4queue    | starting redis-server")
+        up.process.stdout.close()
+
+        assert up.process.wait(120) == 0
+
+
+def test_what_cannot_start_is_one_error(tmp_path: Path) -> None:
+    """A data directory in use, and a model that is not there."""
+    with running(tmp_path, "--workers", "1", "--no-flower") as up:
+        up.wait_for(lambda: "starting redis-server" in up.output)
+        for arguments, message in (
+            (("--data-dir", str(tmp_path / "data")), "error: data directory"),
+            (("--data-dir", str(tmp_path / "other"), "--model", "/nonexistent"), "error: model /nonexistent"),
+        ):
+            done = subprocess.run(
+                [L4QUEUE, "up", "--engine", "emulated", *arguments],
+                capture_output=True, text=True, timeout=100, check=False,
+            )  # fmt: skip
+
+            assert done.returncode == 1
+            assert done.stderr.startswith(message)
+            assert done.stderr.count("\n") == 1
