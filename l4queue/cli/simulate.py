@@ -178,7 +178,7 @@ def _make_study(
     seed: int,
 ) -> Study:
     from l4queue.errors import ConfigError
-    from l4queue.policy.coefficients import load_coefficients
+    from l4queue.policy.coefficients import read_coefficients
     from l4queue.sim.capacity import capacity_rps
     from l4queue.sim.cluster import Transfer
     from l4queue.sim.l4 import L4Options
@@ -187,7 +187,7 @@ def _make_study(
     if load is not None and rate_scale is not None:
         raise ConfigError("give either --load or --rate-scale, not both")
     options = L4Options.checked(objective=objective, without=without)
-    coefficients = load_coefficients(gpu, model)
+    coefficients = read_coefficients(gpu, model)
     cost = coefficients.cost
     if "skew" in without:
         cost = replace(cost, sigma_ms=0.0)

@@ -23,7 +23,8 @@ from l4queue.client.mailbox import Mailbox
 from l4queue.client.waiting import RECHECK_S, deadline_after, time_left_s
 from l4queue.config import Settings, load_settings
 from l4queue.errors import QueueFull
-from l4queue.models import TERMINAL, RequestSpec
+from l4queue.models import TERMINAL, Plan, RequestSpec
+from l4queue.policy.plan_json import plan_from_json
 from l4queue.protocol.calls import SubmitReply, Verdict
 from l4queue.protocol.door import AsyncDoor
 from l4queue.protocol.overview import Overview, read_overview_async
@@ -118,6 +119,11 @@ class AsyncClient:
     async def overview(self) -> Overview:
         """Plan, workers, queues and totals, now."""
         return await read_overview_async(self._door, self.settings.namespace)
+
+    async def plan_history(self, *, count: int = 20) -> list[Plan]:
+        """The latest published plans, newest first."""
+        rows = await self._door.run(self._composer.reads.plan_history(count=count))
+        return [plan_from_json(body) for _, _, body in rows]
 
     async def dead_letters(self, *, count: int = 100) -> list[DeadLetter]:
         """The latest requests that kill their worker and entries that cannot be read, newest first."""

@@ -21,7 +21,8 @@ from l4queue.client.compose import (
 from l4queue.client.waiting import RECHECK_S, deadline_after, time_left_s
 from l4queue.config import Settings, load_settings
 from l4queue.errors import QueueFull
-from l4queue.models import TERMINAL, RequestSpec
+from l4queue.models import TERMINAL, Plan, RequestSpec
+from l4queue.policy.plan_json import plan_from_json
 from l4queue.protocol.calls import Verdict
 from l4queue.protocol.door import Door
 from l4queue.protocol.overview import Overview, read_overview
@@ -111,6 +112,11 @@ class Client:
     def overview(self) -> Overview:
         """Plan, workers, queues and totals, now."""
         return read_overview(self._door, self.settings.namespace)
+
+    def plan_history(self, *, count: int = 20) -> list[Plan]:
+        """The latest published plans, newest first."""
+        rows = self._door.run(self._composer.reads.plan_history(count=count))
+        return [plan_from_json(body) for _, _, body in rows]
 
     def dead_letters(self, *, count: int = 100) -> list[DeadLetter]:
         """The latest requests that kill their worker and entries that cannot be read, newest first."""

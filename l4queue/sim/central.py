@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from heapq import heappop, heappush
 
 from l4queue.sim.instance import Instance
@@ -40,6 +40,24 @@ class Pool:
 
     def __len__(self) -> int:
         return len(self._heap)
+
+    @property
+    def head(self) -> SimRequest:
+        """The request that is next in order; only while there is one."""
+        return self._heap[0][2]
+
+    @property
+    def queued_tokens(self) -> int:
+        """Length of all waiting requests."""
+        return sum(entry[2].length for entry in self._heap)
+
+    def queued(self) -> Iterator[SimRequest]:
+        """Waiting requests in no particular order."""
+        return (entry[2] for entry in self._heap)
+
+    def take(self) -> SimRequest:
+        """Take the head out."""
+        return heappop(self._heap)[2]
 
     def put(self, request: SimRequest) -> None:
         """Queue a request by its score, ties in order of arrival."""

@@ -177,11 +177,13 @@ class Instance:
         return True
 
     def watch(self, request: SimRequest, *, length_tokens: int) -> None:
-        """Raise an alarm at the boundary where a decoding request has grown to `length_tokens`."""
-        at_step = length_tokens - request.join_base
-        if at_step < request.finish_step:
-            self._sequence += 1
-            heappush(self._alarms, (max(at_step, self.step + 1), self._sequence, request))
+        """Raise an alarm at the boundary where a request has grown to `length_tokens`, or at the next one.
+
+        The wish stays with the request: where it is not decoding now, it counts from when it is.
+        """
+        request.watch_tokens = length_tokens
+        if request in self._decodes and not request.left_tokens:
+            self._set_alarm(request)
 
     def length_of(self, request: SimRequest) -> int:
         """Length of a request in the batch at the last boundary, tokens."""
@@ -455,8 +457,17 @@ class Instance:
         self._phases[base % BLOCK_TOKENS] += 1
         self._sequence += 1
         heappush(self._finishes, (request.finish_step, self._sequence, request))
+        if request.watch_tokens is not None:
+            self._set_alarm(request)
         if self.cost.sigma_ms:
             heappush(self._longest, (-base, self._sequence, request))
+
+    def _set_alarm(self, request: SimRequest) -> None:
+        assert request.watch_tokens is not None
+        at_step = request.watch_tokens - request.join_base
+        if at_step < request.finish_step:
+            self._sequence += 1
+            heappush(self._alarms, (max(at_step, self.step + 1), self._sequence, request))
 
     def _drop_decode(self, request: SimRequest) -> None:
         """Take a decoding request out of the batch; its `generated` becomes exact."""
@@ -472,7 +483,10 @@ class Instance:
         alarms = self._alarms
         while alarms and alarms[0][0] <= self.step:
             request = heappop(alarms)[2]
-            if request in self._decodes and not request.left_tokens:
+            if request.watch_tokens is None or request not in self._decodes or request.left_tokens:
+                continue
+            if request.join_base + self.step >= request.watch_tokens:
+                request.watch_tokens = None
                 self.alarmed.append(request)
 
 

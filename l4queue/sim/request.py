@@ -28,7 +28,7 @@ class SimRequest:
         "output_tokens",
         "prompt_tokens",
         "stage",
-        "wait_from_s",
+        "watch_tokens",
     )
 
     def __init__(self, index: int, arrival_s: float, *, prompt_tokens: int, output_tokens: int) -> None:
@@ -44,7 +44,8 @@ class SimRequest:
         self.left_tokens = 0
         self.has_kv = False
         self.stage = 0
-        self.wait_from_s = arrival_s
+        # an alarm is raised when it has grown to this length, wherever it decodes
+        self.watch_tokens: int | None = None
         self.first_token_s: float | None = None
         self.finish_s: float | None = None
         self.num_preemptions = 0

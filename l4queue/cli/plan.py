@@ -1,0 +1,130 @@
+"""`l4queue plan`: the plan in force and its history, or the best plan for a trace."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from l4queue.models import StagePlan
+    from l4queue.policy.partition import StagePrediction
+
+__all__ = ("register",)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+
+
+def solve(
+    trace: Annotated[
+        Path | None,
+        typer.Argument(help="CSV or CSV.gz with arrival_s,input_tokens,output_tokens", show_default=False),
+    ] = None,
+    *,
+    workload: Annotated[str | None, typer.Option(help="A synthetic workload instead of a trace.")] = None,
+    num_requests: Annotated[int, typer.Option(min=1, help="Requests of the synthetic workload.")] = 2000,
+    instances: Annotated[int, typer.Option(min=1, max=4096, help="Engine instances.")] = 16,
+    gpu: Annotated[str, typer.Option(help="GPU of the coefficient file.")] = "h100",
+    model: Annotated[str, typer.Option(help="Model of the coefficient file.")] = "llama-3.1-8b",
+    load: Annotated[
+        float | None, typer.Option(min=0.01, max=2.0, help="Scale arrivals to this share of capacity.")
+    ] = None,
+    objective: Annotated[str, typer.Option(help="balanced, mean, normalized or goodput.")] = "balanced",
+    max_stages: Annotated[int, typer.Option(min=1, max=16, help="Most stages.")] = 4,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the synthetic workload.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Choose ranges and worker counts for a trace by the dynamic program. Needs no GPU and no Redis."""
+    from l4queue.cli.simulate import load_traffic
+    from l4queue.policy.coefficients import load_coefficients
+    from l4queue.policy.histogram import Buckets, Demand
+    from l4queue.policy.partition import partition
+    from l4queue.policy.steady_state import Objective, PartitionSettings
+    from l4queue.sim.capacity import capacity_rps
+    from l4queue.sim.l4 import L4Options
+
+    L4Options.checked(objective=objective, without=frozenset())
+    traffic = load_traffic(trace, workload, num_requests=num_requests, seed=seed)
+    cost = load_coefficients(gpu, model)
+    if load is not None:
+        traffic = traffic.scaled(load * capacity_rps(traffic, cost, num_instances=instances) / traffic.rate_rps)
+    started_s = time.perf_counter()
+    buckets = Buckets.log_spaced(int((traffic.input_tokens + traffic.output_tokens).max()) + 1)
+    duration_s = max(1e-3, float(traffic.arrival_s[-1] - traffic.arrival_s[0]))
+    demand = Demand.of_requests(buckets, traffic.input_tokens, traffic.output_tokens, duration_s=duration_s)
+    settings = PartitionSettings(objective=Objective(objective), max_stages=max_stages)
+    found = partition(demand, instances, buckets=buckets, cost=cost, settings=settings)
+    solve_ms = (time.perf_counter() - started_s) * 1000
+    answer = {
+        "stages": [_stage(s) for s in found.stages],
+        "objective": _finite(found.objective),
+        "objective_one_stage": _finite(found.objective_one_stage),
+        "solve_ms": round(solve_ms, 3),
+    }
+    if as_json:
+        print(json.dumps(answer))
+        return
+    _print_stages(f"{traffic.name}: {instances} instances, solved in {solve_ms:.1f} ms", found.stages)
+    if found.objective_one_stage > 0 and found.objective < float("inf"):
+        print(f"predicted {1 - found.objective / found.objective_one_stage:.1%} below one stage ({objective})")
+
+
+def show(
+    history: Annotated[int, typer.Option(min=0, help="Also list so many earlier plans.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """The plan in force, as published in Redis."""
+    from l4queue.client import Client
+
+    with Client() as client:
+        plan = client.overview().plan
+        earlier = client.plan_history(count=history) if history else []
+    if as_json:
+        plans = [
+            {"version": p.version, "stages": [_stage(s) for s in p.stages], "reason": p.reason} for p in earlier
+        ]
+        stages = [_stage(s) for s in plan.stages]
+        print(json.dumps({"version": plan.version, "stages": stages, "reason": plan.reason, "history": plans}))
+        return
+    _print_stages(f"plan {plan.version}: {plan.reason or 'one stage'}", plan.stages)
+    for old in earlier:
+        ranges = ", ".join(f"[{s.low_tokens}, {s.high_tokens or '∞'}) × {s.num_workers}" for s in old.stages)
+        print(f"{old.version:>5}  {ranges}  ({old.reason})")
+
+
+def register(app: typer.Typer) -> None:
+    """Add these commands to the application."""
+    group = typer.Typer(no_args_is_help=True, help="The plan in force, or the best plan for a trace.")
+    group.command()(solve)
+    group.command()(show)
+    app.add_typer(group, name="plan")
+
+
+def _stage(stage: StagePlan | StagePrediction) -> dict[str, Any]:
+    return {
+        "low_tokens": stage.low_tokens,
+        "high_tokens": stage.high_tokens,
+        "num_workers": stage.num_workers,
+    }
+
+
+def _finite(value: float) -> float | None:
+    return value if value < float("inf") else None
+
+
+def _print_stages(title: str, stages: Sequence[StagePlan | StagePrediction]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for name in ("stage", "from", "to", "workers"):
+        table.add_column(name, justify="right")
+    for index, stage in enumerate(stages):
+        high = "∞" if stage.high_tokens is None else str(stage.high_tokens)
+        table.add_row(str(index), str(stage.low_tokens), high, str(stage.num_workers))
+    Console().print(table)

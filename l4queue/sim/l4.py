@@ -1,0 +1,350 @@
+"""L4 in the simulator: the planner, routing, pulling, stealing, hand-over and refinement of the live system."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from l4queue.errors import ConfigError
+from l4queue.models import Plan, WorkerLoad
+from l4queue.planner import PlannerSettings, Snapshot, plan
+from l4queue.policy import queue_order
+from l4queue.policy.handover import decide_handover
+from l4queue.policy.histogram import Buckets, Counts, counts_of, merge, with_backlog
+from l4queue.policy.loads import StageLoad, stage_load
+from l4queue.policy.partition import PartitionProblem
+from l4queue.policy.prices import MovePrice
+from l4queue.policy.refine import refine
+from l4queue.policy.route import route
+from l4queue.policy.steady_state import Objective, PartitionSettings
+from l4queue.policy.steal import StealLimits, steal_waiting
+from l4queue.sim.central import AGEING_TOKENS_PER_S, Pool, backlog_ms
+from l4queue.sim.instance import Instance
+from l4queue.sim.policy import Policy
+from l4queue.sim.request import SimRequest
+
+__all__ = ("INGREDIENTS", "L4", "L4Options")
+
+INGREDIENTS = ("hand-over", "stealing", "refinement", "late-binding", "skew", "classes")
+_MAX_TOKENS = 262_144
+_FIRST_GUESS_TOKENS = 256.0
+_SAMPLE = 2000
+_ALARM_GROWTH = 1.5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class L4Options:
+    """What of L4 is on, and how often it plans. `without` names ingredients that are switched off."""
+
+    objective: str = "balanced"
+    without: frozenset[str] = frozenset()
+    replan_s: float = 10.0
+    refine_s: float = 2.0
+    half_life_s: float = 120.0
+    min_life_s: float = 20.0
+    min_gain: float = 0.05
+    steal: StealLimits = field(default_factory=StealLimits)
+
+    @classmethod
+    def checked(cls, *, objective: str, without: frozenset[str]) -> L4Options:
+        """Options from the command line; ConfigError names what is unknown."""
+        known = [o.value for o in Objective]
+        if objective not in known:
+            raise ConfigError(f"--objective: {objective!r} is unknown; choose from {', '.join(known)}")
+        for name in sorted(without):
+            if name not in INGREDIENTS:
+                raise ConfigError(f"--without: {name!r} is unknown; choose from {', '.join(INGREDIENTS)}")
+        return cls(objective=objective, without=without)
+
+
+class L4(Policy):
+    """Stages by length with late binding, planned online from what has been seen so far."""
+
+    name = "l4"
+    tick_s = 1.0
+
+    def __init__(self, options: L4Options) -> None:
+        self.options = options
+        self.plans: list[tuple[float, Plan]] = []
+        self.end_s = 0.0
+        self._has = {name: name not in options.without for name in INGREDIENTS}
+        self._buckets = Buckets.log_spaced(_MAX_TOKENS)
+        self._counts = Counts.zero(self._buckets)
+        self._prompts: list[int] = []
+        self._grown: list[tuple[int, int]] = []
+        self._seen: dict[SimRequest, int] = {}
+        self._outputs: deque[int] = deque(maxlen=_SAMPLE)
+        self._sorted_outputs = np.zeros(0)
+        self._planned_s = 0.0
+        self._refined_s = 0.0
+        self._arrived = 0
+
+    def attach(self, cluster) -> None:  # type: ignore[no-untyped-def] # as in the base
+        """Begin with one stage for everybody."""
+        super().attach(cluster)
+        price = MovePrice(
+            bandwidth_bytes_per_s=cluster.transfer.bandwidth_bytes_per_s,
+            kv_bytes_per_token=cluster.transfer.kv_bytes_per_token,
+        )
+        self._price = price
+        self._settings = PlannerSettings(
+            min_gain=self.options.min_gain,
+            min_life_ms=round(self.options.min_life_s * 1000),
+            partition=PartitionSettings(
+                objective=Objective(self.options.objective),
+                max_stages=4 if self._has["classes"] else 1,
+                move_price=price,
+                moves_requests=self._has["hand-over"],
+            ),
+        )
+        first = Plan.one_stage(num_workers=len(cluster.instances))
+        ids = tuple(_worker_id(instance) for instance in cluster.instances)
+        self._adopt(replace(first, stages=(replace(first.stages[0], worker_ids=ids),)))
+
+    @property
+    def num_queued(self) -> int:
+        """Requests waiting in stage queues."""
+        return sum(map(len, self._pools))
+
+    # ---------------------------------------------------------------- requests
+
+    def on_arrival(self, request: SimRequest, now_s: float) -> None:
+        """Route by the prompt's length."""
+        self._prompts.append(request.prompt_tokens)
+        stage = route(request.prompt_tokens, self.plan).stage
+        request.stage = stage
+        pool = self._pools[stage]
+        if not self._has["late-binding"]:
+            self.cluster.push(request, min(pool.instances, key=backlog_ms))
+            return
+        pool.put(request)
+        if len(pool) == 1:
+            pool.place(self.cluster.push)
+            if len(pool) and self._has["stealing"] and len(self._pools) > 1:
+                self._wake_thieves(stage)
+
+    def on_boundary(self, instance: Instance, now_s: float) -> None:
+        """Pull from the own queue; steal when it is empty."""
+        pool = self._pools[instance.stage]
+        pool.pull(instance, self.cluster.push)
+        if not len(pool) and self._has["stealing"] and len(self._pools) > 1:
+            self._steal(instance)
+
+    def on_started(self, instance: Instance, requests: Sequence[SimRequest], now_s: float) -> None:
+        """Watch for the end of the stage's range."""
+        for request in requests:
+            self._watch(instance, request)
+
+    def on_finished(self, instance: Instance, requests: Sequence[SimRequest], now_s: float) -> None:
+        """Learn from lengths that are known now."""
+        self.end_s = now_s
+        for request in requests:
+            self._outputs.append(request.generated)
+            self._grown.append((self._seen.pop(request, request.prompt_tokens), request.length))
+
+    def on_alarm(self, instance: Instance, request: SimRequest, now_s: float) -> None:
+        """It has outgrown its stage: move it if that pays, else look again when it has grown much further."""
+        if instance.stage + 1 >= len(self._pools):
+            return
+        length = instance.length_of(request)
+        others = self._pools[instance.stage + 1].instances
+        target = min(others, key=backlog_ms) if others else None
+        decision = decide_handover(
+            length,
+            high_tokens=self.plan.stages[instance.stage].high_tokens,
+            expected_remaining_tokens=self._expected_remaining(length - request.prompt_tokens),
+            here=_load(instance),
+            there=None if target is None else _load(target),
+            cost=self.cluster.cost,
+            price=self._price,
+        )
+        if decision.is_move and target is not None:
+            self.cluster.ask_back(request, instance, target)
+        else:
+            instance.watch(request, length_tokens=int(length * _ALARM_GROWTH) + 1)
+
+    def on_removed(self, instance: Instance, request: SimRequest, tag: object, now_s: float) -> None:
+        """Released: on to its new engine."""
+        assert isinstance(tag, Instance)
+        request.stage = tag.stage
+        request.watch_tokens = None
+        self.cluster.send(request, tag)
+        self._watch(tag, request)
+
+    def _watch(self, instance: Instance, request: SimRequest) -> None:
+        high = self.plan.stages[instance.stage].high_tokens
+        if self._has["hand-over"] and high is not None:
+            instance.watch(request, length_tokens=high)
+
+    # ---------------------------------------------------------------- stealing
+
+    def _wake_thieves(self, stage: int) -> None:
+        for instance in self.cluster.instances:
+            if instance.end_s is None and instance.stage != stage and not len(self._pools[instance.stage]):
+                self._steal(instance)
+
+    def _steal(self, thief: Instance) -> None:
+        if not any(len(pool) for pool in self._pools):
+            return
+        loads = self._stage_loads()
+        decision = steal_waiting(
+            _load(thief),
+            own=loads[thief.stage],
+            siblings=loads,
+            head_tokens={i: pool.head.length for i, pool in enumerate(self._pools) if len(pool)},
+            max_requests=thief.cost.max_num_seqs - thief.num_requests,
+            expected_output_tokens=self._mean_output,
+            cost=self.cluster.cost,
+            limits=self.options.steal,
+        )
+        if decision.stage is None:
+            return
+        victim = self._pools[decision.stage]
+        for _ in range(decision.num_requests):
+            if not len(victim) or not victim.has_room(thief, victim.head):
+                return
+            request = victim.take()
+            request.num_steals += 1
+            self.cluster.num_steals += 1
+            self.cluster.push(request, thief)
+
+    def _stage_loads(self) -> list[StageLoad]:
+        return [
+            stage_load(
+                index,
+                [_load(instance) for instance in pool.instances],
+                queued_requests=len(pool),
+                queued_tokens=pool.queued_tokens,
+                expected_output_tokens=self._mean_output,
+                cost=self.cluster.cost,
+            )
+            for index, pool in enumerate(self._pools)
+        ]
+
+    # ---------------------------------------------------------------- planning
+
+    def on_tick(self, now_s: float) -> None:
+        """Replan and refine when due; give idle engines another chance."""
+        self.end_s = now_s
+        if now_s - self._planned_s >= self.options.replan_s:
+            self._replan(now_s)
+        elif self._has["refinement"] and now_s - self._refined_s >= self.options.refine_s:
+            self._refine(now_s)
+        for stage, pool in enumerate(self._pools):
+            pool.place(self.cluster.push)
+            if len(pool) and self._has["stealing"]:
+                self._wake_thieves(stage)
+
+    def _replan(self, now_s: float) -> None:
+        self._learn(now_s)
+        snapshot = Snapshot(
+            now_ms=round(now_s * 1000),
+            plan=self.plan,
+            loads=tuple(_load(instance) for instance in self.cluster.instances),
+            demand=self._counts.demand(),
+            backlog=self._backlog(),
+            cost=self.cluster.cost,
+            buckets=self._buckets,
+        )
+        decision = plan(snapshot, self._settings)
+        if decision.publish:
+            self._adopt(decision.plan)
+
+    def _refine(self, now_s: float) -> None:
+        self._refined_s = now_s
+        if len(self._pools) < 2 or self._counts.observed_s <= 0.0:
+            return
+        demand = with_backlog(self._counts.demand(), self._backlog(), buckets=self._buckets)
+        problem = PartitionProblem(
+            demand,
+            len(self.cluster.instances),
+            buckets=self._buckets,
+            cost=self.cluster.cost,
+            settings=self._settings.partition,
+        )
+        refined = refine(self.plan, problem).plan
+        if refined is not None:
+            self._adopt(refined)
+
+    def _learn(self, now_s: float) -> None:
+        """Fold what happened since the last round into the decayed counters."""
+        elapsed_s = now_s - self._planned_s
+        self._planned_s = now_s
+        for instance in self.cluster.instances:
+            for request, length in instance.decoding_lengths():
+                seen = self._seen.get(request, request.prompt_tokens)
+                if length > seen:
+                    self._grown.append((seen, length))
+                    self._seen[request] = length
+        buckets, grown = self._buckets, np.array(self._grown, dtype=np.float64).reshape(-1, 2)
+        arrived = counts_of(buckets, self._prompts, np.zeros(len(self._prompts)), observed_s=elapsed_s)
+        steps = counts_of(buckets, grown[:, 0], grown[:, 1] - grown[:, 0])
+        fresh = replace(arrived, decode_steps=steps.decode_steps, context_tokens=steps.context_tokens)
+        self._counts = merge(self._counts.decay(elapsed_s, half_life_s=self.options.half_life_s), fresh)
+        self._prompts, self._grown = [], []
+        self._sorted_outputs = np.sort(np.array(self._outputs, dtype=np.float64))
+
+    def _backlog(self) -> tuple[tuple[int, int], ...]:
+        found: dict[int, int] = {}
+        for request in self._queued():
+            bucket = self._buckets.index(request.length)
+            found[bucket] = found.get(bucket, 0) + 1
+        return tuple(sorted(found.items()))
+
+    def _queued(self) -> Iterable[SimRequest]:
+        return (request for pool in self._pools for request in pool.queued())
+
+    def _adopt(self, new: Plan) -> None:
+        """Serve by a plan: engines change their queue, waiting requests are routed anew."""
+        waiting = list(self._queued()) if self.plans else []
+        self.plan = new
+        self.plans.append((self.end_s, new))
+        by_id = {_worker_id(instance): instance for instance in self.cluster.instances}
+        self._pools = []
+        for index, stage in enumerate(new.stages):
+            members = [by_id[worker_id] for worker_id in stage.worker_ids]
+            for instance in members:
+                instance.stage = index
+            self._pools.append(Pool(members, score=_score))
+        for request in waiting:
+            request.stage = route(request.length, new).stage
+            self._pools[request.stage].put(request)
+        for instance in self.cluster.instances:
+            for request, _ in list(instance.decoding_lengths()):
+                self._watch(instance, request)
+
+    @property
+    def _mean_output(self) -> float:
+        known = self._sorted_outputs
+        return float(known.mean()) if known.size else _FIRST_GUESS_TOKENS
+
+    def _expected_remaining(self, generated: int) -> float:
+        """Mean of what requests that got as far as this one went on to generate, tokens."""
+        longer = self._sorted_outputs[np.searchsorted(self._sorted_outputs, generated, side="right") :]
+        return float(longer.mean()) - generated if longer.size else 0.0
+
+
+def _score(request: SimRequest) -> float:
+    return queue_order.score(
+        request.arrival_s * 1000.0, request.prompt_tokens, ageing_tokens_per_s=AGEING_TOKENS_PER_S
+    )
+
+
+def _worker_id(instance: Instance) -> str:
+    return f"{instance.index:04d}"
+
+
+def _load(instance: Instance) -> WorkerLoad:
+    return WorkerLoad(
+        worker_id=_worker_id(instance),
+        stage=instance.stage,
+        num_running=instance.num_running,
+        num_waiting_in_engine=instance.num_waiting,
+        context_tokens=instance.context_tokens,
+        kv_used_tokens=instance.kv_used_tokens,
+        kv_capacity_tokens=instance.cost.kv_capacity_tokens,
+        max_running=instance.cost.max_num_seqs,
+    )
