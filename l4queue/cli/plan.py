@@ -12,7 +12,7 @@ import typer
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from l4queue.models import StagePlan
+    from l4queue.models import Plan, StagePlan
     from l4queue.policy.partition import StagePrediction
 
 __all__ = ("register",)
@@ -85,11 +85,7 @@ def show(
         plan = client.overview().plan
         earlier = client.plan_history(count=history) if history else []
     if as_json:
-        plans = [
-            {"version": p.version, "stages": [_stage(s) for s in p.stages], "reason": p.reason} for p in earlier
-        ]
-        stages = [_stage(s) for s in plan.stages]
-        print(json.dumps({"version": plan.version, "stages": stages, "reason": plan.reason, "history": plans}))
+        print(json.dumps({**_plan(plan), "history": [_plan(old) for old in earlier]}))
         return
     _print_stages(f"plan {plan.version}: {plan.reason or 'one stage'}", plan.stages)
     for old in earlier:
@@ -103,6 +99,10 @@ def register(app: typer.Typer) -> None:
     group.command()(solve)
     group.command()(show)
     app.add_typer(group, name="plan")
+
+
+def _plan(plan: Plan) -> dict[str, Any]:
+    return {"version": plan.version, "reason": plan.reason, "stages": [_stage(s) for s in plan.stages]}
 
 
 def _stage(stage: StagePlan | StagePrediction) -> dict[str, Any]:

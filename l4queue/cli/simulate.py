@@ -280,20 +280,20 @@ def _curves(study: Study, names: tuple[str, ...], progress: Progress) -> dict[st
     return curves
 
 
-COLUMNS: tuple[tuple[str, str], ...] = (
+ROWS: tuple[tuple[str, str], ...] = (
     ("mean_e2e_s", "mean e2e"),
     ("p50_e2e_s", "p50"),
     ("p95_e2e_s", "p95"),
     ("p99_e2e_s", "p99"),
     ("p50_ttft_s", "p50 TTFT"),
-    ("p99_ttft_s", "p99 TTFT"),
+    ("p99_ttft_s", "p99"),
     ("mean_tpot_s", "mean TPOT"),
-    ("p99_tpot_s", "p99 TPOT"),
+    ("p99_tpot_s", "p99"),
 )
 
 
-def _row(result: SimResult) -> list[str]:
-    cells = [_seconds(getattr(result, key)) for key, _ in COLUMNS]
+def _cells(result: SimResult) -> list[str]:
+    cells = [_seconds(getattr(result, key)) for key, _ in ROWS]
     cells += [_seconds(result.short.mean_e2e_s), _seconds(result.long.mean_e2e_s), f"{result.throughput_rps:.2f}"]
     return cells + [str(n) for n in (result.num_handovers, result.num_steals, result.num_preemptions)]
 
@@ -304,18 +304,23 @@ def _seconds(value: float | None) -> str:
     return f"{value * 1000:.1f} ms" if value < 0.1 else f"{value:.2f} s"
 
 
-def _print_table(title: str, rows: list[list[str]], *, first: tuple[str, ...]) -> None:
+def _print_table(title: str, columns: dict[str, list[str]], *, first: str | None = None) -> None:
+    """A column for each policy, a row for each figure: readable with 80 characters a line."""
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left")
-    for name in first:
-        table.add_column(name)
-    names = [label for _, label in COLUMNS]
-    for name in [*names, "short mean", "long mean", "req/s", "hand-overs", "steals", "preempted"]:
+    print(title)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("", no_wrap=True)
+    for name in columns:
         table.add_column(name, justify="right")
-    for row in rows:
-        table.add_row(*row)
+    names = [label for _, label in ROWS]
+    names += ["mean, short 95 %", "mean, long 5 %", "requests/s", "hand-overs", "steals", "preemptions"]
+    if first is not None:
+        names.insert(0, first)
+    for label, *cells in zip(names, *columns.values(), strict=True):
+        table.add_row(label, *cells)
     Console().print(table)
 
 
@@ -331,7 +336,7 @@ def _print_runs(study: Study, runs: list[Run], *, as_json: bool) -> None:
         results = [run.result.to_dict() for run in runs]
         typer.echo(json.dumps({"results": results, "setting": study.describe()}, indent=2))
         return
-    _print_table(_title(study), [[r.result.policy, *_row(r.result)] for r in runs], first=("policy",))
+    _print_table(_title(study), {run.result.policy: _cells(run.result) for run in runs})
 
 
 def _print_found(study: Study, found: dict[str, tuple[int, SimResult] | None], *, as_json: bool) -> None:
@@ -342,7 +347,6 @@ def _print_found(study: Study, found: dict[str, tuple[int, SimResult] | None], *
         ]
         typer.echo(json.dumps({"results": results, "setting": study.describe()}, indent=2))
         return
-    rows = [[n, str(v[0]), *_row(v[1])] if v else [n, "none"] for n, v in found.items()]
-    _print_table(
-        "fewest instances that keep the service level: " + _title(study), rows, first=("policy", "instances")
-    )
+    empty = ["-"] * (len(ROWS) + 6)
+    columns = {n: [str(v[0]), *_cells(v[1])] if v else ["none", *empty] for n, v in found.items()}
+    _print_table("fewest instances that keep the service level: " + _title(study), columns, first="instances")

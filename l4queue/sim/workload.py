@@ -88,4 +88,5 @@ def make_workload(name: str, *, num_requests: int, rng: np.random.Generator, rat
 
 def _draw(quantiles: tuple[int, ...], count: int, rng: np.random.Generator) -> NDArray[np.int64]:
     at = rng.random(count)
-    return np.maximum(1, np.rint(np.exp(np.interp(at, PROBABILITIES, np.log(quantiles))))).astype(np.int64)
+    drawn: NDArray[np.float64] = np.exp(np.interp(at, PROBABILITIES, np.log(quantiles)))
+    return np.maximum(1.0, np.rint(drawn)).astype(np.int64)
