@@ -1,0 +1,129 @@
+"""The doctor: every finding with what to do, the exit code, and a report that programs can read."""
+
+from __future__ import annotations
+
+import json
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+
+from l4queue import cli
+from l4queue.cli.doctor import Check, Verdict, run_checks
+from l4queue.cli.embedded import EmbeddedRedis, free_port
+from l4queue.cli.server import ServerFacts
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """An emulated engine, no Redis, no settings of the machine."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("L4_ENGINE", "emulated")
+    monkeypatch.setenv("L4_MODEL", "tiny")
+    monkeypatch.setenv("L4_FLOWER_PORT", str(free_port()))
+    monkeypatch.setenv("L4_REDIS_URL", f"redis://127.0.0.1:{free_port()}/0")
+
+
+def found(name: str, tmp_path: Path) -> Check:
+    return next(check for check in run_checks(tmp_path / "data") if check.name == name)
+
+
+def test_a_redis_that_was_named_and_is_away_fails_with_exit_code_1(capsys: pytest.CaptureFixture[str]) -> None:
+    """And the report says what to do."""
+    assert cli.main(["doctor"]) == 1
+
+    lines = capsys.readouterr().out.splitlines()
+    broken = next(i for i, line in enumerate(lines) if line.startswith("fail"))
+    assert "Redis" in lines[broken]
+    assert "cannot be reached" in lines[broken]
+    assert "L4_REDIS_URL" in lines[broken + 1]
+
+
+@pytest.mark.services
+def test_a_sound_machine_passes_and_the_report_is_json(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a real Redis in the default durability."""
+    with EmbeddedRedis(tmp_path / "redis", port=0) as redis:
+        monkeypatch.setenv("L4_REDIS_URL", redis.url)
+
+        assert cli.main(["doctor", "--json"]) == 0
+
+    report = json.loads(capsys.readouterr().out)
+    assert report["ok"] is True
+    verdicts = {check["name"]: check["verdict"] for check in report["checks"]}
+    assert verdicts["Redis"] == verdicts["durability"] == verdicts["redis-server"] == "ok"
+
+
+@pytest.mark.services
+def test_weak_durability_is_a_warning_with_the_settings_that_are_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`everysec` does not keep what `strict` promises, but is what `fast` is."""
+    with EmbeddedRedis(tmp_path / "redis", port=0, durability="fast") as redis:
+        monkeypatch.setenv("L4_REDIS_URL", redis.url)
+        strict = found("durability", tmp_path)
+        monkeypatch.setenv("L4_DURABILITY", "fast")
+        fast = found("durability", tmp_path)
+
+    assert strict.verdict is Verdict.WARN
+    assert strict.advice is not None
+    assert "appendfsync always" in strict.advice
+    assert fast.verdict is Verdict.OK
+
+
+def test_a_redis_without_config_is_not_vouched_for() -> None:
+    """Managed services forbid CONFIG."""
+    facts = ServerFacts(product="Redis", version=(7, 2, 4), config=None)
+
+    assert not facts.keeps_promise("fast")
+    assert "unknown" in facts.durability_text
+
+
+@pytest.mark.parametrize(
+    ("product", "version", "is_new_enough"),
+    [
+        ("Redis", (6, 0, 16), False),
+        ("Redis", (6, 2, 0), True),
+        ("Redis", (8, 0, 1), True),
+        ("Valkey", (8, 1, 0), True),
+    ],
+)
+def test_versions(product: str, version: tuple[int, ...], is_new_enough: bool) -> None:
+    """Redis from 6.2 on, every Valkey."""
+    assert ServerFacts(product=product, version=version, config=None).is_new_enough is is_new_enough
+
+
+def test_a_port_in_use_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flower's."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        monkeypatch.setenv("L4_FLOWER_PORT", str(listener.getsockname()[1]))
+
+        check = found("Flower's port", tmp_path)
+
+    assert check.verdict is Verdict.WARN
+    assert "in use" in check.detail
+
+
+def test_a_model_that_is_not_there_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A missing directory and one without a model in it."""
+    monkeypatch.setenv("L4_MODEL", str(tmp_path / "missing"))
+    assert found("model", tmp_path).verdict is Verdict.FAIL
+    monkeypatch.setenv("L4_MODEL", str(tmp_path))
+    check = found("model", tmp_path)
+
+    assert check.verdict is Verdict.FAIL
+    assert "no config.json" in check.detail
+
+
+@pytest.mark.parametrize(("version", "verdict"), [((3, 12, 1), Verdict.OK), ((3, 14, 0), Verdict.WARN)])
+def test_pythons_beyond_the_pinned_lists_are_a_warning(
+    version: tuple[int, int, int], verdict: Verdict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lists are resolved for 3.11 to 3.13."""
+    monkeypatch.setattr(sys, "version_info", version)
+
+    assert found("Python", tmp_path).verdict is verdict
