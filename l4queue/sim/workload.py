@@ -89,4 +89,5 @@ def make_workload(name: str, *, num_requests: int, rng: np.random.Generator, rat
 def _draw(quantiles: tuple[int, ...], count: int, rng: np.random.Generator) -> NDArray[np.int64]:
     at = rng.random(count)
     drawn: NDArray[np.float64] = np.exp(np.interp(at, PROBABILITIES, np.log(quantiles)))
-    return np.maximum(1.0, np.rint(drawn)).astype(np.int64)
+    whole: NDArray[np.int64] = np.maximum(1.0, np.rint(drawn)).astype(np.int64)
+    return whole
