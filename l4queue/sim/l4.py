@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from l4queue.errors import ConfigError
 from l4queue.models import Plan, WorkerLoad
-from l4queue.planner import PlannerSettings, Snapshot, plan
+from l4queue.planner import Decision, PlannerSettings, Snapshot, plan
 from l4queue.policy import queue_order
 from l4queue.policy.handover import decide_handover
 from l4queue.policy.histogram import Buckets, Counts, counts_of, merge, with_backlog
@@ -28,7 +28,7 @@ from l4queue.sim.request import SimRequest
 
 __all__ = ("INGREDIENTS", "L4", "L4Options")
 
-INGREDIENTS = ("hand-over", "stealing", "refinement", "late-binding", "skew", "classes")
+INGREDIENTS = ("hand-over", "stealing", "refinement", "late-binding", "skew", "classes", "shadow")
 _MAX_TOKENS = 262_144
 _FIRST_GUESS_TOKENS = 256.0
 _SAMPLE = 2000
@@ -46,6 +46,7 @@ class L4Options:
     half_life_s: float = 120.0
     min_life_s: float = 20.0
     min_gain: float = 0.05
+    shadow_s: float = 60.0
     steal: StealLimits = field(default_factory=StealLimits)
 
     @classmethod
@@ -60,14 +61,24 @@ class L4Options:
         return cls(objective=objective, without=without)
 
 
+Score = Callable[[Plan], float]
+
+
 class L4(Policy):
     """Stages by length with late binding, planned online from what has been seen so far."""
 
     name = "l4"
     tick_s = 1.0
 
-    def __init__(self, options: L4Options) -> None:
+    def __init__(
+        self, options: L4Options, *, fixed: Plan | None = None, make_scorer: MakeScorer | None = None
+    ) -> None:
+        """`fixed` is served without any replanning; `make_scorer` turns shadow scoring on."""
         self.options = options
+        self._fixed = fixed
+        self._make_scorer = make_scorer if "shadow" not in options.without else None
+        self._scored_s: float | None = None
+        self.recent: deque[SimRequest] = deque(maxlen=_SAMPLE)
         self.plans: list[tuple[float, Plan]] = []
         self.end_s = 0.0
         self._has = {name: name not in options.without for name in INGREDIENTS}
@@ -100,9 +111,7 @@ class L4(Policy):
                 moves_requests=self._has["hand-over"],
             ),
         )
-        first = Plan.one_stage(num_workers=len(cluster.instances))
-        ids = tuple(_worker_id(instance) for instance in cluster.instances)
-        self._adopt(replace(first, stages=(replace(first.stages[0], worker_ids=ids),)))
+        self._adopt(_with_ids(self._fixed or Plan.one_stage(), cluster.instances))
 
     @property
     def num_queued(self) -> int:
@@ -143,6 +152,7 @@ class L4(Policy):
         self.end_s = now_s
         for request in requests:
             self._outputs.append(request.generated)
+            self.recent.append(request)
             self._grown.append((self._seen.pop(request, request.prompt_tokens), request.length))
 
     def on_alarm(self, instance: Instance, request: SimRequest, now_s: float) -> None:
@@ -229,7 +239,9 @@ class L4(Policy):
     def on_tick(self, now_s: float) -> None:
         """Replan and refine when due; give idle engines another chance."""
         self.end_s = now_s
-        if now_s - self._planned_s >= self.options.replan_s:
+        if self._fixed is not None:
+            pass
+        elif now_s - self._planned_s >= self.options.replan_s:
             self._replan(now_s)
         elif self._has["refinement"] and now_s - self._refined_s >= self.options.refine_s:
             self._refine(now_s)
@@ -249,9 +261,26 @@ class L4(Policy):
             cost=self.cluster.cost,
             buckets=self._buckets,
         )
-        decision = plan(snapshot, self._settings)
+        decision = self._decide(snapshot, now_s)
         if decision.publish:
             self._adopt(decision.plan)
+
+    def _decide(self, snapshot: Snapshot, now_s: float) -> Decision:
+        """By the closed form; with shadow scoring, what it proposes is published only after a replay.
+
+        A replay costs as much as a short simulation, so there is one per `shadow_s` at most; in between the
+        plan in force stays.
+        """
+        decision = plan(snapshot, self._settings)
+        if self._make_scorer is None:
+            return decision
+        if self._scored_s is not None and now_s - self._scored_s < self.options.shadow_s:
+            return replace(decision, publish=False)
+        score = self._make_scorer(self)
+        if score is None:
+            return replace(decision, publish=False)
+        self._scored_s = now_s
+        return plan(snapshot, self._settings, score=score)
 
     def _refine(self, now_s: float) -> None:
         self._refined_s = now_s
@@ -325,6 +354,22 @@ class L4(Policy):
         """Mean of what requests that got as far as this one went on to generate, tokens."""
         longer = self._sorted_outputs[np.searchsorted(self._sorted_outputs, generated, side="right") :]
         return float(longer.mean()) - generated if longer.size else 0.0
+
+
+MakeScorer = Callable[[L4], Score | None]
+"""Scores plans by what the policy has seen finish lately (`l4queue.sim.shadow.score_recent`)."""
+
+
+def _with_ids(plan: Plan, instances: Sequence[Instance]) -> Plan:
+    """The plan with engines assigned in order; one stage takes all."""
+    ids = [_worker_id(instance) for instance in instances]
+    if len(plan.stages) == 1:
+        return replace(plan, stages=(replace(plan.stages[0], num_workers=len(ids), worker_ids=tuple(ids)),))
+    stages = []
+    for stage in plan.stages:
+        mine, ids = ids[: stage.num_workers], ids[stage.num_workers :]
+        stages.append(replace(stage, worker_ids=tuple(mine)))
+    return replace(plan, stages=tuple(stages))
 
 
 def _score(request: SimRequest) -> float:
