@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from l4queue.config import Settings
+from l4queue.models import RequestState
 from l4queue.planner import Decision, PlannerSettings, Snapshot, plan
 from l4queue.policy.coefficients import load_coefficients
 from l4queue.policy.cost import StepCost
@@ -16,11 +18,13 @@ from l4queue.protocol.calls import Calls, Verdict
 from l4queue.protocol.door import AsyncDoor
 from l4queue.protocol.keys import Keys
 from l4queue.protocol.overview import Overview, read_overview_async
-from l4queue.protocol.reads import Reads
+from l4queue.protocol.reads import FinishedRequest, Reads
+from l4queue.sim.shadow import Arrival, make_scorer
 
 __all__ = ("replan_once",)
 
 _BACKLOG_SAMPLE = 1000
+_RECENT = 1000  # finished requests that a proposed plan is replayed on
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +54,9 @@ async def _replan(door: AsyncDoor, settings: Settings) -> str:
     keys = Keys(settings.namespace)
     reads, calls = Reads(keys), Calls(keys)
     overview = await read_overview_async(door, settings.namespace)
-    raw, remembered = await door.run_many([reads.histogram(), reads.planner_memory()])
+    raw, remembered, recent = await door.run_many(
+        [reads.histogram(), reads.planner_memory(), reads.finished(count=_RECENT)]
+    )
     buckets = Buckets.log_spaced(settings.max_model_len)
     counts, memory = _learn(
         {name: int(value) for name, value in raw.items()},
@@ -68,7 +74,7 @@ async def _replan(door: AsyncDoor, settings: Settings) -> str:
         cost=_cost(overview, settings),
         buckets=buckets,
     )
-    decision = plan(snapshot, PlannerSettings.of(settings))
+    decision = await asyncio.to_thread(_decide, snapshot, settings, recent)
     await door.run_many([calls.remember(json.dumps(asdict(memory))), calls.log_decision(_log_line(decision))])
     if not decision.publish:
         return decision.reason
@@ -82,6 +88,25 @@ async def _replan(door: AsyncDoor, settings: Settings) -> str:
     if verdict is Verdict.STALE:
         return "another planner was first"
     return f"plan {decision.plan.version}: {decision.reason}"
+
+
+def _decide(snapshot: Snapshot, settings: Settings, finished: Sequence[FinishedRequest]) -> Decision:
+    """By the closed form; what it proposes is published only if a replay of recent traffic agrees."""
+    limits = PlannerSettings.of(settings)
+    decision = plan(snapshot, limits)
+    if not decision.publish or len(decision.plan.stages) == 1:
+        return decision
+    arrivals = [
+        Arrival(
+            arrival_s=request.submitted_ms / 1000,
+            input_tokens=request.prompt_tokens,
+            output_tokens=request.output_tokens,
+        )
+        for request in finished
+        if request.state == RequestState.DONE
+    ]
+    score = make_scorer(arrivals, cost=snapshot.cost, num_instances=len(snapshot.loads))
+    return decision if score is None else plan(snapshot, limits, score=score)
 
 
 def _learn(

@@ -62,6 +62,8 @@ class L4Options:
 
 
 Score = Callable[[Plan], float]
+MakeScorer = Callable[["L4"], Score | None]
+"""Scores plans by what the policy has seen finish lately (`l4queue.sim.shadow.score_recent`)."""
 
 
 class L4(Policy):
@@ -354,10 +356,6 @@ class L4(Policy):
         """Mean of what requests that got as far as this one went on to generate, tokens."""
         longer = self._sorted_outputs[np.searchsorted(self._sorted_outputs, generated, side="right") :]
         return float(longer.mean()) - generated if longer.size else 0.0
-
-
-MakeScorer = Callable[[L4], Score | None]
-"""Scores plans by what the policy has seen finish lately (`l4queue.sim.shadow.score_recent`)."""
 
 
 def _with_ids(plan: Plan, instances: Sequence[Instance]) -> Plan:
