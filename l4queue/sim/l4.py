@@ -46,7 +46,7 @@ class L4Options:
     half_life_s: float = 120.0
     min_life_s: float = 20.0
     min_gain: float = 0.05
-    shadow_s: float = 60.0
+    shadow_s: float = 30.0
     steal: StealLimits = field(default_factory=StealLimits)
 
     @classmethod

@@ -1,0 +1,127 @@
+"""L4 in the simulator: nothing lost with every ingredient on or off, gains where classes pay, none where not."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from l4queue.errors import ConfigError
+from l4queue.models import Plan, StagePlan
+from l4queue.policy.coefficients import load_coefficients
+from l4queue.sim.cluster import Cluster, Transfer
+from l4queue.sim.l4 import INGREDIENTS, L4, L4Options
+from l4queue.sim.policies import make_policy
+from l4queue.sim.runner import Setting, run_policy
+from l4queue.sim.shadow import Arrival, make_scorer
+from l4queue.sim.trace import Trace
+from l4queue.sim.workload import make_workload
+
+COST = load_coefficients("h100", "llama-3.1-8b")
+
+
+def traffic(name: str, *, num_requests: int, rate_rps: float, seed: int = 1) -> Trace:
+    """A synthetic workload at a rate."""
+    trace = make_workload(name, num_requests=num_requests, rng=np.random.default_rng(seed))
+    return trace.scaled(rate_rps / trace.rate_rps)
+
+
+@pytest.mark.parametrize("without", [(), *((name,) for name in INGREDIENTS), ("hand-over", "stealing")])
+@pytest.mark.parametrize("bandwidth", [None, 50e9])
+def test_every_request_ends_whole_whatever_is_switched_off(
+    without: tuple[str, ...], bandwidth: float | None
+) -> None:
+    """After each event: arrived = finished + in engines + in queues + in transit; outputs are complete."""
+    trace = traffic("mixed", num_requests=400, rate_rps=40.0)
+    requests = trace.requests()
+
+    def conserved(cluster: Cluster) -> None:
+        inside = sum(instance.num_requests for instance in cluster.instances)
+        held = inside + cluster.policy.num_queued + cluster.num_in_transit
+        assert cluster.num_arrived == cluster.num_finished + held
+
+    cluster = Cluster(
+        requests,
+        cost=COST,
+        num_instances=6,
+        policy=L4(L4Options(without=frozenset(without), replan_s=1.0, min_life_s=1.0)),
+        rng=np.random.default_rng(0),
+        transfer=Transfer(bandwidth_bytes_per_s=bandwidth),
+        observe=conserved,
+    )
+    cluster.run()
+
+    assert all(request.generated == request.output_tokens for request in requests)
+    assert all(r.arrival_s <= r.first_token_s <= r.finish_s for r in requests)  # type: ignore[operator]
+    if "hand-over" in without:
+        assert cluster.num_handovers == 0
+    if "stealing" in without:
+        assert cluster.num_steals == 0
+
+
+def test_classes_pay_on_a_long_tailed_mix() -> None:
+    """Nine in ten short, one in ten long, busy engines: l4 (as the closed form plans it) beats one queue."""
+    trace = traffic("mixed", num_requests=3000, rate_rps=75.0)
+    setting = Setting(cost=COST, num_instances=16)
+
+    blind = run_policy(make_policy("central-sjf", trace=trace, setting=setting), trace, setting).result
+    found = run_policy(L4(L4Options()), trace, setting).result
+
+    assert found.mean_e2e_s < 0.95 * blind.mean_e2e_s
+
+
+def test_one_instance_is_served_like_one_queue() -> None:
+    """With nothing to divide, l4 is shortest prompt first."""
+    trace = traffic("chat", num_requests=300, rate_rps=3.0)
+    setting = Setting(cost=COST, num_instances=1)
+
+    blind = run_policy(make_policy("central-sjf", trace=trace, setting=setting), trace, setting).result
+    found = run_policy(make_policy("l4", trace=trace, setting=setting), trace, setting).result
+
+    assert found.mean_e2e_s == pytest.approx(blind.mean_e2e_s, rel=1e-9)
+
+
+def test_the_same_seed_gives_the_same_figures() -> None:
+    """Decisions are functions; nothing depends on the order of sets or on a clock."""
+    trace = traffic("mixed", num_requests=500, rate_rps=40.0)
+    setting = Setting(cost=COST, num_instances=8)
+
+    first = run_policy(make_policy("l4", trace=trace, setting=setting), trace, setting).result
+    again = run_policy(make_policy("l4", trace=trace, setting=setting), trace, setting).result
+
+    assert first == again
+
+
+def test_a_replay_refuses_a_plan_that_starves_the_long() -> None:
+    """Fifteen of sixteen workers for the short: the bound on the longest 5 % makes it infinitely bad."""
+    trace = traffic("mixed", num_requests=500, rate_rps=60.0)
+    recent = [
+        Arrival(arrival_s=float(a), input_tokens=int(i), output_tokens=int(o))
+        for a, i, o in zip(trace.arrival_s, trace.input_tokens, trace.output_tokens, strict=True)
+    ]
+    score = make_scorer(recent, cost=COST, num_instances=16)
+    assert score is not None
+    stages = (
+        StagePlan(low_tokens=0, high_tokens=4096, num_workers=15),
+        StagePlan(low_tokens=4096, high_tokens=None, num_workers=1),
+    )
+
+    one = score(Plan.one_stage(num_workers=16))
+
+    assert 0.0 < one < float("inf")
+    assert score(Plan(version=1, stages=stages)) > one
+
+
+def test_few_arrivals_give_no_score() -> None:
+    """What a handful of requests would have seen says nothing."""
+    few = [Arrival(arrival_s=float(i), input_tokens=10, output_tokens=10) for i in range(20)]
+
+    assert make_scorer(few, cost=COST, num_instances=4) is None
+
+
+@pytest.mark.parametrize(
+    ("objective", "without"), [("fastest", frozenset()), ("mean", frozenset({"late binding"}))]
+)
+def test_unknown_options_are_refused_by_name(objective: str, without: frozenset[str]) -> None:
+    """The message lists what is known."""
+    with pytest.raises(ConfigError, match="choose from"):
+        L4Options.checked(objective=objective, without=without)
