@@ -9,10 +9,10 @@ from dataclasses import replace
 from pydantic import JsonValue
 
 from l4queue.config import Settings
-from l4queue.models import Plan, WorkerLoad
+from l4queue.models import Plan, RequestState, WorkerLoad
 from l4queue.policy.calibrate import Calibrator
 from l4queue.policy.cost import StepCost
-from l4queue.protocol.calls import Calls
+from l4queue.protocol.calls import Calls, Verdict
 from l4queue.protocol.door import AsyncDoor
 from l4queue.protocol.keys import Keys
 from l4queue.protocol.overview import Overview
@@ -129,6 +129,26 @@ class WorkerState:
                 self.observer.request_cancelled(self.view(session))
             else:
                 self.observer.request_moved(self.view(session), why=LEASE_ENDED)
+
+    async def cancel(self, request_id: str) -> None:
+        """Cancel a request wherever it is. Many workers may be asked; the one that does it tells the observer.
+
+        A request that runs is reported by the worker that runs it, as soon as it hears of it.
+        """
+        record = await self.door.run(self.reads.record(request_id))
+        verdict, _ = await self.door.run(self.calls.cancel(request_id, reason="revoked"))
+        if verdict is Verdict.OK and record is not None and record.state is not RequestState.RUNNING:
+            stage = int(record.stage) if record.stage is not None and record.stage.isdigit() else 0
+            view = RequestView(
+                request_id=request_id,
+                stage=stage,
+                range_text=self.range_text(stage),
+                prompt_tokens=record.prompt_tokens or 0,
+                max_tokens=record.max_tokens or 0,
+                num_resumed=record.offset,
+                epoch=record.epoch,
+            )
+            self.observer.request_cancelled(view)
 
     def range_text(self, stage: int) -> str:
         """The range of a stage as people write it."""

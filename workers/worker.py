@@ -136,7 +136,10 @@ class Worker:
             self.state.nudge.clear()
             if await self._intake.pull_once() == 0:
                 try:
-                    await asyncio.wait_for(self.state.nudge.wait(), _IDLE_S)
+                    # Not wait_for: in Python 3.11 it swallows a cancellation that meets a nudge, and the drain
+                    # would wait for this loop for ever.
+                    async with asyncio.timeout(_IDLE_S):
+                        await self.state.nudge.wait()
                 except TimeoutError:
                     continue
 
@@ -197,8 +200,7 @@ class Worker:
         self._background(self.state.drop(list(self.state.sessions.values())))
 
     def _cancel(self, request_id: str) -> None:
-        state = self.state
-        self._background(state.door.run(state.calls.cancel(request_id, reason="revoked")))
+        self._background(self.state.cancel(request_id))
 
     def _background(self, work: Any) -> None:
         task = asyncio.ensure_future(work)
