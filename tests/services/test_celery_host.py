@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -80,6 +81,24 @@ class Deployment:
         """Whether its engine is up and Celery hears it."""
         return "max_running" in (self.inspect("stats", worker) or {})
 
+    @contextlib.contextmanager
+    def watched(self, event_type: str) -> Iterator[Callable[[], list[str]]]:
+        """A function that gives the ids of the requests for which this event has come so far."""
+        seen: list[str] = []
+        with self.app.connection_for_read() as connection:
+            handlers = {event_type: lambda event: seen.append(event["uuid"])}
+            receiver = self.app.events.Receiver(connection, handlers=handlers)
+            consumers = receiver.get_consumers(connection.Consumer, connection.default_channel)
+
+            def drain() -> list[str]:
+                with contextlib.suppress(TimeoutError):
+                    connection.drain_events(timeout=0.2)
+                return seen
+
+            with consumers[0]:
+                drain()
+                yield drain
+
     def close(self) -> None:
         """Leave nothing behind."""
         self.processes.close()
@@ -156,12 +175,14 @@ def test_a_revoked_request_is_cancelled_waiting_or_running(deployment: Deploymen
     until(deployment.is_in(RequestState.RUNNING, *running), "the engine is full")
     deployment.enqueue("waits", max_tokens=10)
 
-    for _ in range(2):
-        deployment.app.control.revoke(["a", "waits", "unknown"], terminate=terminate)
-    deployment.app.control.terminate("b")
+    with deployment.watched("task-revoked") as revoked:
+        for _ in range(2):
+            deployment.app.control.revoke(["a", "waits", "unknown"], terminate=terminate)
+        deployment.app.control.terminate("b")
 
-    until(deployment.is_in(RequestState.CANCELLED, "a", "b", "waits"), "three are cancelled")
-    until(lambda: {item["id"] for item in deployment.inspect("active") or ()} == {"c", "d"}, "two go on")
+        until(deployment.is_in(RequestState.CANCELLED, "a", "b", "waits"), "three are cancelled")
+        until(lambda: {item["id"] for item in deployment.inspect("active") or ()} == {"c", "d"}, "two go on")
+        until(lambda: sorted(revoked()) == ["a", "b", "waits"], "Flower hears of each once")
     assert deployment.scene.record("a").error == "revoked"
 
 
