@@ -58,6 +58,7 @@ class Session:
         self.output_ids: list[int] = []
         self.committed = 0
         self._text = make_text(body.params)
+        self._text.prime(self.prompt_ids)
         self._pending_text: list[str] = []
         self._outcome: Outcome | None = None
         self.ended_by_text = False

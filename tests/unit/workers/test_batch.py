@@ -195,9 +195,9 @@ def test_aborting_anything_at_any_time_leaves_the_others_alone(
             victims = data.draw(st.sets(st.sampled_from([*out, "unknown"])))
             batch.abort(victims)
             gone |= victims
-        for output in batch.finish():
-            assert output.request_id not in gone
-            out[output.request_id] += len(output.token_ids)
+        for item in batch.finish():
+            assert item.request_id not in gone
+            out[item.request_id] += len(item.token_ids)
 
     assert batch.kv_used_tokens == batch.num_running == batch.num_waiting == 0
     assert all(count == rows[int(i)][1] for i, count in out.items() if i not in gone)
