@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 
 from l4queue.config import Settings
 from l4queue.models import RequestState
-from l4queue.planner import Decision, PlannerSettings, Snapshot, plan
+from l4queue.planner import Decision, PlannerSettings, Snapshot
 from l4queue.policy.coefficients import load_coefficients
 from l4queue.policy.cost import StepCost
 from l4queue.policy.histogram import Buckets, Counts, difference, merge
@@ -19,7 +19,7 @@ from l4queue.protocol.door import AsyncDoor
 from l4queue.protocol.keys import Keys
 from l4queue.protocol.overview import Overview, read_overview_async
 from l4queue.protocol.reads import FinishedRequest, Reads
-from l4queue.sim.shadow import Arrival, make_scorer
+from l4queue.sim.shadow import Arrival, decide, make_scorer
 
 __all__ = ("replan_once",)
 
@@ -92,21 +92,18 @@ async def _replan(door: AsyncDoor, settings: Settings) -> str:
 
 def _decide(snapshot: Snapshot, settings: Settings, finished: Sequence[FinishedRequest]) -> Decision:
     """By the closed form; what it proposes is published only if a replay of recent traffic agrees."""
-    limits = PlannerSettings.of(settings)
-    decision = plan(snapshot, limits)
-    if not decision.publish or len(decision.plan.stages) == 1:
-        return decision
     arrivals = [
         Arrival(
             arrival_s=request.submitted_ms / 1000,
             input_tokens=request.prompt_tokens,
             output_tokens=request.output_tokens,
+            e2e_s=(request.finished_ms - request.submitted_ms) / 1000,
         )
         for request in finished
         if request.state == RequestState.DONE
     ]
     score = make_scorer(arrivals, cost=snapshot.cost, num_instances=len(snapshot.loads))
-    return decision if score is None else plan(snapshot, limits, score=score)
+    return decide(snapshot, PlannerSettings.of(settings), score)
 
 
 def _learn(

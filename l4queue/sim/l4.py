@@ -31,7 +31,7 @@ __all__ = ("INGREDIENTS", "L4", "L4Options")
 INGREDIENTS = ("hand-over", "stealing", "refinement", "late-binding", "skew", "classes", "shadow")
 _MAX_TOKENS = 262_144
 _FIRST_GUESS_TOKENS = 256.0
-_SAMPLE = 2000
+_SAMPLE = 3000
 _ALARM_GROWTH = 1.5
 
 
@@ -61,9 +61,9 @@ class L4Options:
         return cls(objective=objective, without=without)
 
 
-Score = Callable[[Plan], float]
-MakeScorer = Callable[["L4"], Score | None]
-"""Scores plans by what the policy has seen finish lately (`l4queue.sim.shadow.score_recent`)."""
+Prove = Callable[["L4", Snapshot, PlannerSettings], tuple[Decision, bool]]
+"""Decides with a replay of what the policy has seen finish lately, and says whether there was one
+(`l4queue.sim.shadow.prove_recent`)."""
 
 
 class L4(Policy):
@@ -72,13 +72,11 @@ class L4(Policy):
     name = "l4"
     tick_s = 1.0
 
-    def __init__(
-        self, options: L4Options, *, fixed: Plan | None = None, make_scorer: MakeScorer | None = None
-    ) -> None:
-        """`fixed` is served without any replanning; `make_scorer` turns shadow scoring on."""
+    def __init__(self, options: L4Options, *, fixed: Plan | None = None, prove: Prove | None = None) -> None:
+        """`fixed` is served without any replanning; `prove` turns shadow scoring on."""
         self.options = options
         self._fixed = fixed
-        self._make_scorer = make_scorer if "shadow" not in options.without else None
+        self._prove = prove if "shadow" not in options.without else None
         self._scored_s: float | None = None
         self.recent: deque[SimRequest] = deque(maxlen=_SAMPLE)
         self.plans: list[tuple[float, Plan]] = []
@@ -273,16 +271,14 @@ class L4(Policy):
         A replay costs as much as a short simulation, so there is one per `shadow_s` at most; in between the
         plan in force stays.
         """
-        decision = plan(snapshot, self._settings)
-        if self._make_scorer is None:
-            return decision
+        if self._prove is None:
+            return plan(snapshot, self._settings)
         if self._scored_s is not None and now_s - self._scored_s < self.options.shadow_s:
-            return replace(decision, publish=False)
-        score = self._make_scorer(self)
-        if score is None:
-            return replace(decision, publish=False)
-        self._scored_s = now_s
-        return plan(snapshot, self._settings, score=score)
+            return Decision(publish=False, plan=self.plan, reason="between two replays")
+        decision, was_replayed = self._prove(self, snapshot, self._settings)
+        if was_replayed:
+            self._scored_s = now_s
+        return decision
 
     def _refine(self, now_s: float) -> None:
         self._refined_s = now_s

@@ -10,7 +10,7 @@ from l4queue.sim.central import Central, CentralSjf, Clairvoyant
 from l4queue.sim.l4 import L4, L4Options
 from l4queue.sim.policy import Policy
 from l4queue.sim.runner import Setting
-from l4queue.sim.shadow import score_recent
+from l4queue.sim.shadow import prove_recent
 from l4queue.sim.trace import Trace
 from l4queue.sim.tuning import tune_two_pool
 
@@ -73,5 +73,5 @@ def make_policy(name: str, *, trace: Trace, setting: Setting, options: L4Options
     if name == "two-pool":
         return tune_two_pool(trace, setting)
     if name == "l4":
-        return L4(options or L4Options(), make_scorer=score_recent)
+        return L4(options or L4Options(), prove=prove_recent)
     return _SIMPLE[name]()

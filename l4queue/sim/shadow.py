@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from l4queue.models import Plan
+from l4queue.planner import Decision, PlannerSettings, Snapshot, plan
 from l4queue.policy.cost import StepCost
 from l4queue.sim.cluster import Transfer
 from l4queue.sim.l4 import L4, L4Options
@@ -15,21 +16,26 @@ from l4queue.sim.metrics import SimResult
 from l4queue.sim.runner import Setting, run_policy
 from l4queue.sim.trace import Trace
 
-__all__ = ("Arrival", "make_scorer", "score_recent")
+__all__ = ("Arrival", "decide", "make_scorer", "prove_recent")
 
 MIN_ARRIVALS = 100
 """Fewer tell more about chance than about a plan."""
+MIN_LATENCIES = 4.0
+"""A replay shorter than so many mean latencies ends before its queues are what they would become."""
+MIN_UNPROVEN_GAIN = 0.10
+"""What the closed form must promise for classes where no replay can tell yet."""
 _LONG_BOUND = 1.25
 _P99_BOUND = 1.10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arrival:
-    """A finished request as the recorder knows it."""
+    """A finished request as the recorder knows it; `e2e_s` is how long it took."""
 
     arrival_s: float
     input_tokens: int
     output_tokens: int
+    e2e_s: float = 0.0
 
 
 def make_scorer(
@@ -39,9 +45,9 @@ def make_scorer(
     num_instances: int,
     transfer: Transfer | None = None,
     options: L4Options | None = None,
-    max_requests: int = 600,
+    max_requests: int = 1500,
 ) -> Callable[[Plan], float] | None:
-    """A function from a plan to its predicted objective, for `l4queue.planner.plan`; None with too few arrivals.
+    """A function from a plan to its predicted objective, for `l4queue.planner.plan`; None where it could not tell.
 
     The latest `max_requests` arrivals are replayed under the plan as it stands, without replanning. The
     objective is the mean end-to-end latency, s; infinite where the longest 5 % would take more than 1.25 times,
@@ -49,7 +55,12 @@ def make_scorer(
     """
     if len(recent) < MIN_ARRIVALS or num_instances < 2:
         return None
-    ordered = sorted(recent, key=lambda a: a.arrival_s)[-max_requests:]
+    ordered = _complete(recent)[-max_requests:]
+    if len(ordered) < MIN_ARRIVALS:
+        return None
+    mean_e2e_s = sum(a.e2e_s for a in ordered) / len(ordered)
+    if ordered[-1].arrival_s - ordered[0].arrival_s < MIN_LATENCIES * mean_e2e_s:
+        return None
     trace = Trace(
         name="recent",
         arrival_s=np.array([a.arrival_s - ordered[0].arrival_s for a in ordered]),
@@ -60,15 +71,15 @@ def make_scorer(
     base = options or L4Options()
     known: dict[tuple[tuple[int, int], ...], SimResult] = {}
 
-    def simulated(plan: Plan) -> SimResult:
-        key = tuple((stage.low_tokens, stage.num_workers) for stage in plan.stages)
+    def simulated(candidate: Plan) -> SimResult:
+        key = tuple((stage.low_tokens, stage.num_workers) for stage in candidate.stages)
         if key not in known:
-            known[key] = run_policy(L4(base, fixed=plan), trace, setting).result
+            known[key] = run_policy(L4(base, fixed=candidate), trace, setting).result
         return known[key]
 
-    def score(plan: Plan) -> float:
+    def score(candidate: Plan) -> float:
         one = simulated(Plan.one_stage(num_workers=num_instances))
-        found = simulated(plan)
+        found = simulated(candidate)
         keeps_long = _at_most(found.long.mean_e2e_s, one.long.mean_e2e_s, _LONG_BOUND)
         if base.objective == "balanced" and not (
             keeps_long and _at_most(found.p99_e2e_s, one.p99_e2e_s, _P99_BOUND)
@@ -79,20 +90,53 @@ def make_scorer(
     return score
 
 
-def score_recent(policy: L4) -> Callable[[Plan], float] | None:
-    """A scorer from what a running simulation has seen finish."""
+def _complete(recent: Sequence[Arrival]) -> list[Arrival]:
+    """By arrival, without the latest: of those only the quick ones have finished, which would flatter any plan."""
+    slowest_s = sorted(a.e2e_s for a in recent)[int(0.99 * (len(recent) - 1))]
+    end_s = max(a.arrival_s + a.e2e_s for a in recent) - slowest_s
+    return sorted((a for a in recent if a.arrival_s <= end_s), key=lambda a: a.arrival_s)
+
+
+def decide(snapshot: Snapshot, settings: PlannerSettings, score: Callable[[Plan], float] | None) -> Decision:
+    """The planner's decision, proved by replay; without one, classes must promise MIN_UNPROVEN_GAIN."""
+    if score is not None:
+        return plan(snapshot, settings, score=score)
+    decision = plan(snapshot, settings)
+    proposed = decision.plan
+    if not decision.publish or len(proposed.stages) == 1 or len(snapshot.plan.stages) > 1:
+        return decision
+    if proposed.objective is None or not proposed.objective_one_stage:
+        return decision
+    gain = 1.0 - proposed.objective / proposed.objective_one_stage
+    if gain >= MIN_UNPROVEN_GAIN or len(snapshot.loads) < 2:
+        return decision
+    known = {load.worker_id for load in snapshot.loads}
+    if known != {i for stage in snapshot.plan.stages for i in stage.worker_ids}:
+        return plan(snapshot, replace(settings, partition=replace(settings.partition, max_stages=1)))
+    reason = f"gain {gain:.1%} of classes is too little to try them unproven"
+    return replace(decision, publish=False, plan=snapshot.plan, reason=reason)
+
+
+def prove_recent(policy: L4, snapshot: Snapshot, settings: PlannerSettings) -> tuple[Decision, bool]:
+    """`decide` for a running simulation, on what it has seen finish; and whether a replay was possible."""
     recent = [
-        Arrival(arrival_s=r.arrival_s, input_tokens=r.prompt_tokens, output_tokens=r.generated)
+        Arrival(
+            arrival_s=r.arrival_s,
+            input_tokens=r.prompt_tokens,
+            output_tokens=r.generated,
+            e2e_s=(r.finish_s or r.arrival_s) - r.arrival_s,
+        )
         for r in policy.recent
     ]
     cluster = policy.cluster
-    return make_scorer(
+    score = make_scorer(
         recent,
         cost=cluster.cost,
         num_instances=len(cluster.instances),
         transfer=cluster.transfer,
         options=policy.options,
     )
+    return decide(snapshot, settings, score), score is not None
 
 
 def _at_most(value: float | None, reference: float | None, bound: float) -> bool:

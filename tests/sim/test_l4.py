@@ -60,7 +60,7 @@ def test_every_request_ends_whole_whatever_is_switched_off(
 
 def test_classes_pay_on_a_long_tailed_mix() -> None:
     """Nine in ten short, one in ten long, busy engines: l4 (as the closed form plans it) beats one queue."""
-    trace = traffic("mixed", num_requests=3000, rate_rps=75.0)
+    trace = traffic("mixed", num_requests=3000, rate_rps=80.0)
     setting = Setting(cost=COST, num_instances=16)
 
     blind = run_policy(make_policy("central-sjf", trace=trace, setting=setting), trace, setting).result
