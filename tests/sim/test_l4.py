@@ -59,12 +59,12 @@ def test_every_request_ends_whole_whatever_is_switched_off(
 
 
 def test_classes_pay_on_a_long_tailed_mix() -> None:
-    """Nine in ten short, one in ten long, busy engines: l4 (as the closed form plans it) beats one queue."""
-    trace = traffic("mixed", num_requests=3000, rate_rps=80.0)
+    """Nine in ten short, one in ten long, busy engines: l4 beats shortest prompt first in one queue."""
+    trace = traffic("mixed", num_requests=5000, rate_rps=80.0, seed=2)
     setting = Setting(cost=COST, num_instances=16)
 
     blind = run_policy(make_policy("central-sjf", trace=trace, setting=setting), trace, setting).result
-    found = run_policy(L4(L4Options()), trace, setting).result
+    found = run_policy(make_policy("l4", trace=trace, setting=setting), trace, setting).result
 
     assert found.mean_e2e_s < 0.95 * blind.mean_e2e_s
 
