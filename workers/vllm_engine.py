@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections import deque
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -19,13 +18,14 @@ from workers.engine import (
     FinishReason,
     StepRecord,
 )
+from workers.step_watch import StepWatch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 __all__ = ("VllmEngine",)
 
-_MAX_STEP_RECORDS = 4096
+_HEALTH_INTERVAL_S = 0.5
 _REASONS = {
     "stop": FinishReason.STOP,
     "length": FinishReason.LENGTH,
@@ -66,7 +66,8 @@ class VllmEngine:
         self._out: list[EngineOutput] = []
         self._ready = asyncio.Event()
         self._dead: str | None = None
-        self._watch = _StepWatch()
+        self._watch = StepWatch()
+        self._health: asyncio.Task[None] | None = None
         self._kv_capacity_tokens = 0
 
     async def start(self) -> EngineInfo:
@@ -100,6 +101,7 @@ class VllmEngine:
             )
         except (OSError, ValueError, RuntimeError) as error:
             raise ConfigError(f"vLLM cannot start with model {self._model!r}: {error}") from error
+        self._health = asyncio.create_task(self._watch_health())
         config = self._llm.vllm_config
         cache = config.cache_config
         self._kv_capacity_tokens = int(cache.num_gpu_blocks or 0) * int(cache.block_size or 0)
@@ -118,27 +120,28 @@ class VllmEngine:
         """Start a request; each has one task that moves its tokens to the shared list."""
         if self._dead is not None:
             raise EngineDied(self._dead)
+        if request.request_id in self._tasks:
+            raise ValueError(f"request {request.request_id} is in the engine already")
         task = asyncio.create_task(self._follow(request))
         self._tasks[request.request_id] = task
-        task.add_done_callback(lambda _: self._tasks.pop(request.request_id, None))
 
     async def abort(self, request_ids: Iterable[str]) -> None:
         """Cancel their tasks: vLLM aborts a request whose generator is closed."""
-        tasks = [task for i in request_ids if (task := self._tasks.pop(i, None)) is not None]
+        gone = set(request_ids)
+        tasks = [task for i in gone if (task := self._tasks.pop(i, None)) is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        self._out = [output for output in self._out if output.request_id not in gone]
 
     async def outputs(self) -> list[EngineOutput]:
         """All that came out since the last call, at least one."""
-        await self._ready.wait()
-        self._ready.clear()
+        while not self._out:
+            if self._dead is not None:
+                raise EngineDied(self._dead)
+            self._ready.clear()
+            await self._ready.wait()
         out, self._out = self._out, []
-        if not out and self._dead is not None:
-            self._ready.set()
-            raise EngineDied(self._dead)
-        if self._dead is not None:
-            self._ready.set()
         return out
 
     def stats(self) -> EngineStats:
@@ -154,12 +157,12 @@ class VllmEngine:
 
     def step_records(self) -> list[StepRecord]:
         """Steps since the last call."""
-        records = list(self._watch.records)
-        self._watch.records.clear()
-        return records
+        return self._watch.take_records()
 
     async def stop(self) -> None:
         """End the engine core and its tasks."""
+        if self._health is not None:
+            self._health.cancel()
         await self.abort(list(self._tasks))
         llm, self._llm = self._llm, None
         if llm is not None:
@@ -168,33 +171,47 @@ class VllmEngine:
             await asyncio.to_thread(llm.shutdown)
 
     async def _follow(self, request: EngineRequest) -> None:
-        from vllm import TokensPrompt
+        from vllm.inputs import tokens_input
         from vllm.v1.engine.exceptions import EngineDeadError
 
         request_id = request.request_id
         num_tokens = len(request.token_ids)
         try:
-            prompt = TokensPrompt(prompt_token_ids=list(request.token_ids))
+            prompt = tokens_input(list(request.token_ids))
             params = _sampling_params(request)
+            self._watch.arrived(request_id, num_tokens=num_tokens, priority=request.priority)
             async for out in self._llm.generate(prompt, params, request_id, priority=request.priority):
                 done = out.outputs[0]
                 reason = _REASONS.get(done.finish_reason or "", FinishReason.ERROR) if out.finished else None
                 new = tuple(done.token_ids)
                 num_tokens += len(new)
-                self._watch.lengths[request_id] = num_tokens
+                self._watch.grew(request_id, length_tokens=num_tokens)
                 self._put(EngineOutput(request_id=request_id, token_ids=new, finish_reason=reason))
         except EngineDeadError as error:
-            self._dead = str(error) or "the engine core died"
-            self._ready.set()
+            self._died(str(error))
         except Exception as error:  # vLLM refuses one request with many types; its neighbours go on
             refusal = EngineOutput(
                 request_id=request_id, token_ids=(), finish_reason=FinishReason.ERROR, error=str(error)
             )
             self._put(refusal)
         finally:
-            self._watch.lengths.pop(request_id, None)
+            self._watch.left(request_id)
+            if self._tasks.get(request_id) is asyncio.current_task():
+                del self._tasks[request_id]
+
+    async def _watch_health(self) -> None:
+        """See the core's end also while no request runs that would be told."""
+        while not self._llm.errored:  # noqa: ASYNC110  a flag of vLLM's that nobody signals
+            await asyncio.sleep(_HEALTH_INTERVAL_S)
+        self._died("")
+
+    def _died(self, why: str) -> None:
+        self._dead = self._dead or why or "the engine core died"
+        self._ready.set()
 
     def _put(self, output: EngineOutput) -> None:
+        if output.finish_reason is not None:
+            self._tasks.pop(output.request_id, None)  # whoever reads this may use the id again
         self._out.append(output)
         self._ready.set()
 
@@ -207,49 +224,7 @@ class VllmEngine:
         return found
 
 
-class _StepWatch:
-    """What the last step reported, and records of the steps since they were last asked for."""
-
-    def __init__(self) -> None:
-        self.num_running = 0
-        self.num_waiting = 0
-        self.kv_share = 0.0
-        self.num_steps = 0
-        self.last_step_ms = 0.0
-        self.lengths: dict[str, int] = {}
-        self.records: deque[StepRecord] = deque(maxlen=_MAX_STEP_RECORDS)
-
-    def record(self, scheduler_stats: Any) -> None:
-        """Take in vLLM's SchedulerStats of one step."""
-        self.num_steps += 1
-        if scheduler_stats is None:
-            return
-        self.num_running = scheduler_stats.num_running_reqs
-        self.num_waiting = scheduler_stats.num_waiting_reqs + scheduler_stats.num_skipped_waiting_reqs
-        self.kv_share = scheduler_stats.kv_cache_usage
-        details = scheduler_stats.iteration_details
-        if details is None or details.is_dummy:
-            return
-        self.last_step_ms = details.elapsed_ms
-        lengths = list(self.lengths.values())
-        context = sum(lengths)
-        longest = max(lengths, default=0)
-        num_decodes = details.num_generation_requests
-        mean = context / len(lengths) if lengths else 0.0
-        chunk = details.num_ctx_tokens
-        self.records.append(
-            StepRecord(
-                elapsed_ms=details.elapsed_ms,
-                num_decodes=num_decodes,
-                context_tokens=context,
-                prefill_tokens=chunk,
-                prefill_pairs=chunk * chunk / 2,  # vLLM does not say what the chunk attends to before itself
-                skew_tokens=num_decodes * (longest - mean),
-            )
-        )
-
-
-def _logger_factory(watch: _StepWatch) -> Callable[[Any, int], Any]:
+def _logger_factory(watch: StepWatch) -> Callable[[Any, int], Any]:
     from vllm.v1.metrics.loggers import StatLoggerBase
 
     class Logger(StatLoggerBase):  # type: ignore[misc] # vLLM is imported late and untyped
@@ -261,7 +236,7 @@ def _logger_factory(watch: _StepWatch) -> Callable[[Any, int], Any]:
         def record(
             self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0
         ) -> None:
-            watch.record(scheduler_stats)
+            watch.record(scheduler_stats, iteration_stats)
 
         def log_engine_initialized(self) -> None:
             """Nothing to say."""

@@ -1,0 +1,276 @@
+"""The vLLM engine behind the seam, on the tiny model: one start for the whole file."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import pytest_asyncio
+
+from l4queue.models import SamplingParams
+from workers.engine import EngineDied, EngineInfo, EngineOutput, EngineRequest, FinishReason
+from workers.tiny import build_tiny_model
+from workers.vllm_engine import VllmEngine
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(240), pytest.mark.asyncio(loop_scope="module")]
+
+MAX_MODEL_LEN = 4096
+MAX_BATCHED_TOKENS = 512
+MAX_RUNNING = 16
+GREEDY = SamplingParams(temperature=0.0, ignore_eos=True)
+EOS_PROMPT = list(range(300, 340))
+EOS_AT = 10
+
+
+def prompt(seed: int, num_tokens: int) -> list[int]:
+    """Token ids that no other seed gives."""
+    return [int(token) for token in np.random.default_rng(seed).integers(10, 8000, num_tokens)]
+
+
+def reference(model: Path, ids: list[int], num_tokens: int) -> list[int]:
+    """The greedy continuation by transformers."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.inference_mode():
+        llama = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        out = llama.generate(
+            torch.tensor([ids]), max_new_tokens=num_tokens, do_sample=False, eos_token_id=None, pad_token_id=2
+        )
+    return [int(token) for token in out[0][len(ids) :]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Served:
+    """The running engine."""
+
+    engine: VllmEngine
+    info: EngineInfo
+    expected: list[int]
+
+    async def add(
+        self,
+        name: str,
+        ids: list[int],
+        max_tokens: int,
+        *,
+        params: SamplingParams = GREEDY,
+        priority: int = 0,
+        min_tokens: int = 0,
+    ) -> None:
+        """Start a request."""
+        await self.engine.add(
+            EngineRequest(
+                request_id=name,
+                token_ids=ids,
+                max_tokens=max_tokens,
+                min_tokens=min_tokens,
+                params=params,
+                priority=priority,
+            )
+        )
+
+    async def collect(self, names: Iterable[str]) -> dict[str, tuple[list[int], EngineOutput]]:
+        """Wait for the end of these; the tokens and the last output of each, in order of their ends."""
+        left = {name: list[int]() for name in names}
+        ended: dict[str, tuple[list[int], EngineOutput]] = {}
+        while left:
+            for output in await self.engine.outputs():
+                tokens = left[output.request_id]
+                tokens.extend(output.token_ids)
+                if output.finish_reason is not None:
+                    ended[output.request_id] = (left.pop(output.request_id), output)
+        return ended
+
+    async def one(self, ids: list[int], max_tokens: int, **more: object) -> tuple[list[int], EngineOutput]:
+        """A request alone."""
+        await self.add("one", ids, max_tokens, **more)  # type: ignore[arg-type]
+        return (await self.collect(["one"]))["one"]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def served(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Served]:
+    """An engine whose model also ends at the token that greedy decoding gives EOS_AT tokens after EOS_PROMPT."""
+    folder = tmp_path_factory.mktemp("model")
+    model = folder / "with-eos"
+    shutil.copytree(build_tiny_model(folder), model)
+    expected = reference(model, EOS_PROMPT, 2 * EOS_AT)
+    generation = json.loads((model / "generation_config.json").read_text())
+    generation["eos_token_id"] = [generation["eos_token_id"], expected[EOS_AT]]
+    (model / "generation_config.json").write_text(json.dumps(generation))
+    engine = VllmEngine(
+        str(model),
+        max_model_len=MAX_MODEL_LEN,
+        max_running=MAX_RUNNING,
+        dtype="float32",
+        max_batched_tokens=MAX_BATCHED_TOKENS,
+    )
+    info = await engine.start()
+    yield Served(engine=engine, info=info, expected=expected)
+    await engine.stop()
+    await engine.stop()
+
+
+async def test_the_engine_says_what_it_is(served: Served) -> None:
+    """Its limits are those asked for; the cache is sized; both ends of sequence are known."""
+    info = served.info
+    assert (info.max_model_len, info.max_running, info.max_batched_tokens) == (
+        MAX_MODEL_LEN,
+        MAX_RUNNING,
+        MAX_BATCHED_TOKENS,
+    )
+    assert info.kv_capacity_tokens > 10 * MAX_MODEL_LEN
+    assert info.eos_token_ids == {1, served.expected[EOS_AT]}
+
+
+async def test_end_of_sequence_ends_unless_ignored_or_too_early(served: Served) -> None:
+    """The first token of that id is the last; with ignore_eos it is one like any other, as in transformers."""
+    first = served.expected.index(served.expected[EOS_AT]) + 1
+    tokens, last = await served.one(EOS_PROMPT, 2 * EOS_AT, params=SamplingParams(temperature=0.0))
+    assert (tokens, last.finish_reason) == (served.expected[:first], FinishReason.STOP)
+
+    tokens, last = await served.one(EOS_PROMPT, 2 * EOS_AT)
+    assert (tokens, last.finish_reason) == (served.expected, FinishReason.LENGTH)
+
+    params = SamplingParams(temperature=0.0)
+    tokens, _ = await served.one(EOS_PROMPT, 2 * EOS_AT, params=params, min_tokens=first + 3)
+    assert len(tokens) >= first + 3
+    assert tokens[: first - 1] == served.expected[: first - 1]
+
+
+async def test_stop_tokens_end_and_are_kept(served: Served) -> None:
+    """The id that ended the output is its last."""
+    stop = served.expected[5]
+    params = GREEDY.model_copy(update={"stop_token_ids": (stop,)})
+    tokens, last = await served.one(EOS_PROMPT, 20, params=params)
+
+    assert tokens == served.expected[: served.expected.index(stop) + 1]
+    assert last.finish_reason is FinishReason.STOP
+
+
+@pytest.mark.parametrize("num_tokens", [20, 700])
+async def test_a_cut_and_resumed_request_is_identical(served: Served, num_tokens: int) -> None:
+    """Prompt and generated ids as a new prompt give the same rest, wherever the cut; all cuts at once."""
+    ids = prompt(num_tokens, num_tokens)
+    whole, _ = await served.one(ids, 48)
+    assert len(set(whole)) > 10
+    cuts = (1, 2, 3, 7, 11, 16, 23, 31, 40, 45, 47)
+
+    for cut in cuts:
+        await served.add(str(cut), ids + whole[:cut], 48 - cut)
+    rest = await served.collect(map(str, cuts))
+
+    assert [rest[str(cut)][0] for cut in cuts] == [whole[cut:] for cut in cuts]
+
+
+async def test_alone_or_in_a_batch_the_tokens_are_the_same(served: Served) -> None:
+    """Sixteen prompts of 5 to 2,000 tokens, one by one, then all together in reverse."""
+    prompts = {str(i): prompt(i, int(n)) for i, n in enumerate(np.geomspace(5, 2000, MAX_RUNNING))}
+    alone = {name: (await served.one(ids, 24))[0] for name, ids in prompts.items()}
+
+    for name, ids in reversed(prompts.items()):
+        await served.add(name, ids, 24)
+    together = await served.collect(prompts)
+
+    assert {name: tokens for name, (tokens, _) in together.items()} == alone
+
+
+async def test_a_long_prompt_is_computed_in_chunks_and_measured(served: Served) -> None:
+    """No step takes more than the budget; the records account for every prompt token and every pair."""
+    served.engine.step_records()
+    num_steps = served.engine.stats().num_steps
+    await served.one(prompt(77, 3000), 5)
+
+    records = served.engine.step_records()
+    assert len(records) == served.engine.stats().num_steps - num_steps
+    prefills = [record.prefill_tokens for record in records if record.prefill_tokens]
+    assert sum(prefills) == 3000
+    assert max(prefills) == MAX_BATCHED_TOKENS
+    assert sum(record.prefill_pairs for record in records) == pytest.approx(3000**2 / 2)
+    decodes = [record for record in records if record.num_decodes]
+    assert [record.context_tokens for record in decodes] == [3001, 3002, 3003, 3004]
+    assert all(record.elapsed_ms > 0 for record in records)
+
+
+async def test_aborted_requests_fall_silent_and_the_others_go_on(served: Served) -> None:
+    """Ids that are unknown, or have not reached the engine yet, do no harm."""
+    await served.add("short", prompt(1, 30), 30)
+    for name in ("a", "b"):
+        await served.add(name, prompt(2, 30), 4000)
+    seen: set[str] = set()
+    while not {"a", "b"} <= seen:
+        seen |= {output.request_id for output in await served.engine.outputs()}
+    await served.add("c", prompt(3, 30), 4000)
+    await served.engine.abort(["a", "b", "c", "unknown"])
+
+    await served.add("after", prompt(4, 30), 60)
+    left = {"short", "after"}
+    while "after" in left:
+        for output in await served.engine.outputs():
+            assert output.request_id in {"short", "after"}
+            if output.finish_reason is not None:
+                left.discard(output.request_id)
+    assert served.engine.stats().num_running == 0
+
+
+@pytest.mark.parametrize(
+    ("ids", "max_tokens", "words"),
+    [([10**6], 4, "vocab"), ([], 4, "empty"), ([5] * (MAX_MODEL_LEN + 1), 4, "length")],
+)
+async def test_what_cannot_be_computed_is_refused_alone(
+    served: Served, ids: list[int], max_tokens: int, words: str
+) -> None:
+    """The neighbour finishes as if nothing had been there."""
+    await served.add("good", EOS_PROMPT, 8)
+    await served.add("bad", ids, max_tokens)
+    ended = await served.collect(["good", "bad"])
+
+    assert ended["good"][0] == served.expected[:8]
+    tokens, last = ended["bad"]
+    assert (tokens, last.finish_reason) == ([], FinishReason.ERROR)
+    assert words in (last.error or "")
+
+
+async def test_an_urgent_request_overtakes_those_that_wait(served: Served) -> None:
+    """With every seat taken, the lower priority number is next."""
+    for index in range(MAX_RUNNING):
+        await served.add(f"first-{index}", prompt(index, 20), 40 + index)
+    for index in range(4):
+        await served.add(f"waits-{index}", prompt(100 + index, 20), 40)
+    await served.add("urgent", prompt(200, 20), 40, priority=-10)
+    names = [*(f"first-{i}" for i in range(MAX_RUNNING)), *(f"waits-{i}" for i in range(4)), "urgent"]
+    order = list(await served.collect(names))
+
+    assert order.index("urgent") < min(order.index(f"waits-{index}") for index in range(4))
+
+
+async def test_when_the_core_is_killed_the_engine_has_died_and_nobody_is_blamed(served: Served) -> None:
+    """Running requests get no outcome: they are the worker's to give back. Last in this file: it ends it."""
+    for name in ("a", "b"):
+        await served.add(name, prompt(2, 30), 4000)
+    await served.engine.outputs()
+    children = psutil.Process().children(recursive=True)
+    cores = [
+        child for child in children if "EngineCore" in child.name() or "EngineCore" in " ".join(child.cmdline())
+    ]
+    assert cores
+    for core in cores:
+        core.kill()
+
+    async def until_death() -> None:
+        while True:
+            assert all(output.finish_reason is None for output in await served.engine.outputs())
+
+    with pytest.raises(EngineDied):
+        await asyncio.wait_for(until_death(), 30)
+    with pytest.raises(EngineDied):
+        await served.engine.outputs()
+    with pytest.raises(EngineDied):
+        await served.add("late", [1], 1)
