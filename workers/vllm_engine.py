@@ -29,9 +29,7 @@ _HEALTH_INTERVAL_S = 0.5
 _REASONS = {
     "stop": FinishReason.STOP,
     "length": FinishReason.LENGTH,
-    "abort": FinishReason.ABORT,
     "repetition": FinishReason.STOP,
-    "error": FinishReason.ERROR,
 }
 
 
@@ -182,16 +180,18 @@ class VllmEngine:
             self._watch.arrived(request_id, num_tokens=num_tokens, priority=request.priority)
             async for out in self._llm.generate(prompt, params, request_id, priority=request.priority):
                 done = out.outputs[0]
-                reason = _REASONS.get(done.finish_reason or "", FinishReason.ERROR) if out.finished else None
-                new = tuple(done.token_ids)
-                num_tokens += len(new)
+                if done.finish_reason == "abort":  # not by us: a core told to end by a signal aborts everything
+                    self._died("the engine core was told to end")
+                    return
+                num_tokens += len(done.token_ids)
                 self._watch.grew(request_id, length_tokens=num_tokens)
-                self._put(EngineOutput(request_id=request_id, token_ids=new, finish_reason=reason))
+                self._put(_output(request_id, done))
         except EngineDeadError as error:
             self._died(str(error))
         except Exception as error:  # vLLM refuses one request with many types; its neighbours go on
+            why = str(error) or repr(error.__cause__ or error)
             refusal = EngineOutput(
-                request_id=request_id, token_ids=(), finish_reason=FinishReason.ERROR, error=str(error)
+                request_id=request_id, token_ids=(), finish_reason=FinishReason.ERROR, error=why
             )
             self._put(refusal)
         finally:
@@ -222,6 +222,15 @@ class VllmEngine:
             if ids is not None:
                 found.update(ids if isinstance(ids, list) else [ids])
         return found
+
+
+def _output(request_id: str, done: Any) -> EngineOutput:
+    """One of vLLM's `CompletionOutput`s as ours."""
+    if done.finish_reason is None:
+        return EngineOutput(request_id=request_id, token_ids=tuple(done.token_ids))
+    reason = _REASONS.get(done.finish_reason, FinishReason.ERROR)
+    error = f"vLLM ended it: {done.finish_reason}" if reason is FinishReason.ERROR else None
+    return EngineOutput(request_id=request_id, token_ids=tuple(done.token_ids), finish_reason=reason, error=error)
 
 
 def _logger_factory(watch: StepWatch) -> Callable[[Any, int], Any]:

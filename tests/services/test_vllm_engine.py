@@ -1,10 +1,11 @@
-"""The vLLM engine behind the seam, on the tiny model: one start for the whole file."""
+"""The vLLM engine behind the seam, on the tiny model: one start for all but the last test."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import shutil
+import signal
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -251,18 +252,16 @@ async def test_an_urgent_request_overtakes_those_that_wait(served: Served) -> No
     assert order.index("urgent") < min(order.index(f"waits-{index}") for index in range(4))
 
 
-async def test_when_the_core_is_killed_the_engine_has_died_and_nobody_is_blamed(served: Served) -> None:
-    """Running requests get no outcome: they are the worker's to give back. Last in this file: it ends it."""
-    for name in ("a", "b"):
-        await served.add(name, prompt(2, 30), 4000)
-    await served.engine.outputs()
-    children = psutil.Process().children(recursive=True)
-    cores = [
-        child for child in children if "EngineCore" in child.name() or "EngineCore" in " ".join(child.cmdline())
-    ]
+def signal_core(number: signal.Signals) -> None:
+    """Send a signal to vLLM's engine core, a child of this process."""
+    cores = [child for child in psutil.Process().children(recursive=True) if "EngineCore" in child.name()]
     assert cores
     for core in cores:
-        core.kill()
+        core.send_signal(number)
+
+
+async def expect_death(served: Served) -> None:
+    """Running requests get no outcome: they are the worker's to give back. It stays dead."""
 
     async def until_death() -> None:
         while True:
@@ -274,3 +273,27 @@ async def test_when_the_core_is_killed_the_engine_has_died_and_nobody_is_blamed(
         await served.engine.outputs()
     with pytest.raises(EngineDied):
         await served.add("late", [1], 1)
+
+
+async def test_a_core_that_is_told_to_end_ends_no_request(served: Served) -> None:
+    """vLLM then aborts whatever runs; cut short is not done. Last to use the shared engine: it ends it."""
+    for name in ("a", "b"):
+        await served.add(name, prompt(2, 30), 4000)
+    await served.engine.outputs()
+    signal_core(signal.SIGTERM)
+
+    await expect_death(served)
+
+
+async def test_a_core_that_is_killed_ends_no_request(tmp_path: Path) -> None:
+    """SIGKILL in the middle of generation, on an engine of its own."""
+    engine = VllmEngine(str(build_tiny_model(tmp_path)), max_model_len=256, max_running=2, dtype="float32")
+    served = Served(engine=engine, info=await engine.start(), expected=[])
+    try:
+        await served.add("a", prompt(2, 30), 200)
+        await engine.outputs()
+        signal_core(signal.SIGKILL)
+
+        await expect_death(served)
+    finally:
+        await engine.stop()
