@@ -9,15 +9,23 @@ from typing import Protocol
 
 from l4queue.models import SamplingParams
 
-__all__ = ("Engine", "EngineInfo", "EngineOutput", "EngineRequest", "EngineStats", "FinishReason", "StepRecord")
+__all__ = (
+    "Engine",
+    "EngineDied",
+    "EngineInfo",
+    "EngineOutput",
+    "EngineRequest",
+    "EngineStats",
+    "FinishReason",
+    "StepRecord",
+)
 
 
 class FinishReason(StrEnum):
-    """Why a request ended in the engine."""
+    """Why a request ended in the engine. What `abort` stops, or a dying engine drops, has no end."""
 
     STOP = "stop"  # end of sequence, or one of stop_token_ids
     LENGTH = "length"  # max_tokens generated, or the model's length reached
-    ABORT = "abort"  # abort() was called
     ERROR = "error"  # the engine cannot compute this request; `error` says why
 
 
@@ -93,7 +101,11 @@ class Engine(Protocol):
         """Load and warm up; raises ConfigError when the model or the hardware does not do."""
 
     async def add(self, request: EngineRequest) -> None:
-        """Admit a request. Its fate, even a refusal, arrives through `outputs`."""
+        """Admit a request. Its fate, even a refusal, arrives through `outputs`.
+
+        An id is free again once its end has come out or it was aborted; ValueError when it is not.
+        Raises EngineDied.
+        """
 
     async def abort(self, request_ids: Iterable[str]) -> None:
         """Stop requests; unknown ids are ignored. Nothing more comes out for these ids."""

@@ -36,7 +36,8 @@ def build_tiny_model(directory: str | Path) -> Path:
     try:
         tokenizer = _build_tokenizer()
         tokenizer.save_pretrained(aside)
-        _build_weights(tokenizer).save_pretrained(aside, safe_serialization=True)
+        _build_weights(tokenizer).save_pretrained(aside)
+        aside.chmod(0o755)  # made for its owner alone, used by every worker of the machine
         try:
             aside.rename(target)
         except OSError:  # another builder was first
@@ -94,8 +95,9 @@ def _build_weights(tokenizer: Any) -> Any:
         pad_token_id=tokenizer.pad_token_id,
         dtype="float32",
     )
-    torch.manual_seed(20251219)
-    return LlamaForCausalLM(config).to(torch.float32)
+    with torch.random.fork_rng(devices=()):  # the process's own random numbers are none of our business
+        torch.manual_seed(20251219)
+        return LlamaForCausalLM(config).to(torch.float32)
 
 
 if __name__ == "__main__":
