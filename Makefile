@@ -48,6 +48,7 @@ lint: $(DEV) ## style, types, import contracts, sizes, generated docs
 	$(BIN)/lint-imports
 	$(BIN)/python tests/sizes.py l4queue dispatcher workers
 	$(BIN)/python docs/generate_settings.py --check
+	$(BIN)/python docs/generate_states.py --check
 
 format: $(DEV) ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix $(wildcard $(CODE))
@@ -55,6 +56,7 @@ format: $(DEV) ## let ruff rewrite what it can
 
 docs: $(RUNTIME) ## write the generated pages of docs/
 	$(BIN)/python docs/generate_settings.py
+	$(BIN)/python docs/generate_states.py
 
 # What the tests use beside Python: Redis and a browser. On Debian as root it is installed.
 system:

@@ -1,0 +1,321 @@
+"""Client, dispatcher and workers together in one process, on a real redis-server, with the emulated engine."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import pytest
+
+from dispatcher.replan import replan_once
+from dispatcher.service import Dispatcher
+from dispatcher.tokenizer import Counted, Refusal
+from l4queue import AsyncClient, RequestState, Settings
+from l4queue.errors import (
+    IdempotencyConflict,
+    InvalidRequest,
+    QueueFull,
+    RequestCancelled,
+    RequestExpired,
+    RequestTooLong,
+    ResultTimeout,
+    UnknownRequest,
+)
+from l4queue.models import Plan, StagePlan
+from l4queue.policy.cost import StepCost
+from l4queue.policy.plan_json import plan_to_json
+from l4queue.protocol.calls import Calls
+from l4queue.protocol.door import AsyncDoor
+from l4queue.protocol.keys import Keys
+from l4queue.protocol.upkeep import Upkeep
+from workers.emulated import EmulatedEngine
+from workers.observer import NullObserver
+from workers.text import no_text
+from workers.worker import Worker
+
+pytestmark = pytest.mark.services
+COST = StepCost(
+    alpha_ms=4.0, beta_ms=0.01, gamma_ms=0.0, pi_ms=0.001, psi_ms=0.0, kv_capacity_tokens=100_000, max_num_seqs=32
+)
+MAX_LEN = 2048
+
+
+class ByteTokenizer:
+    """A token is a byte: enough to count with, and quick."""
+
+    max_model_len = MAX_LEN
+    vocabulary_size = 8000
+
+    def count(self, prompts: list[tuple[str, bytes]]) -> list[Counted | Refusal]:
+        """Ids of prompts."""
+        return [Counted(token_ids=tuple(data)) for _, data in prompts]
+
+
+@dataclass(kw_only=True)
+class Pipeline:
+    """Parts of a deployment in this process; workers come and go by name."""
+
+    settings: Settings
+    client: AsyncClient
+    door: AsyncDoor
+    workers: dict[str, tuple[Worker, asyncio.Task[None]]] = field(default_factory=dict)
+
+    def start(self, name: str, *, speed: float = 0.0) -> Worker:
+        """Start a worker."""
+        worker = Worker(
+            settings=self.settings,
+            engine=EmulatedEngine(COST, speed=speed, max_model_len=MAX_LEN),
+            observer=NullObserver(),
+            worker_id=name,
+            text=no_text,
+            cost=COST,
+        )
+        self.workers[name] = (worker, asyncio.create_task(worker.run()))
+        return worker
+
+    async def crash(self, name: str) -> None:
+        """End a worker without any farewell: its lease is left to run out."""
+        _, task = self.workers.pop(name)
+        for other in asyncio.all_tasks():  # what the worker started belongs to it
+            if other is not task and "Worker." in repr(other.get_coro()):
+                other.cancel()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    async def stop(self, name: str) -> None:
+        """Drain a worker."""
+        worker, task = self.workers.pop(name)
+        worker.request_stop()
+        await task
+
+    async def running(self, name: str, number: int = 1) -> None:
+        """Wait until a worker runs so many requests."""
+        worker = self.workers[name][0]
+        await until(lambda: _true(len(worker.active()) >= number))
+
+    async def publish(self, *stages: StagePlan) -> None:
+        """Publish a plan."""
+        current = (await self.client.overview()).plan.version
+        plan = Plan(version=current + 1, stages=stages)
+        call = Calls(Keys(self.settings.namespace)).publish(
+            expected_version=current, version=plan.version, body=plan_to_json(plan)
+        )
+        await self.door.run(call)
+
+
+async def _true(value: bool) -> bool:
+    return value
+
+
+async def until(condition: Callable[[], Awaitable[bool]], *, timeout_s: float = 15.0) -> None:
+    """Poll until true."""
+    async with asyncio.timeout(timeout_s):
+        while not await condition():  # noqa: ASYNC110 - the state is in Redis, nobody signals it
+            await asyncio.sleep(0.01)
+
+
+@pytest.fixture
+async def pipeline(redis_url: str, namespace: str) -> AsyncIterator[Pipeline]:
+    """A dispatcher with upkeep; no worker yet."""
+    async with open_pipeline(redis_url, namespace) as opened:
+        yield opened
+
+
+@asynccontextmanager
+async def open_pipeline(redis_url: str, namespace: str, **more: object) -> AsyncIterator[Pipeline]:
+    """Dispatcher, upkeep and client with short leases."""
+    values = {"lease_s": 0.6, "max_running": 16, "drain_s": 5.0, "max_model_len": MAX_LEN, **more}
+    settings = Settings(redis_url=redis_url, namespace=namespace, **values)  # type: ignore[arg-type]
+    door = AsyncDoor(redis_url, retry_s=None)
+    dispatcher = Dispatcher(settings=settings, door=door, tokenizer=ByteTokenizer(), name="d")  # type: ignore[arg-type]
+    routing = asyncio.create_task(dispatcher.run())
+    upkeep = Upkeep(settings=settings, door=door)
+
+    async def keep_up() -> None:
+        while True:
+            await upkeep.run_once(num_stages=len(dispatcher.plan.stages))
+            await asyncio.sleep(upkeep.interval_s)
+
+    keeping = asyncio.create_task(keep_up())
+    async with AsyncClient(settings=settings) as client:
+        opened = Pipeline(settings=settings, client=client, door=door)
+        try:
+            yield opened
+        finally:
+            for name in list(opened.workers):
+                await opened.stop(name)
+            keeping.cancel()
+            dispatcher.request_stop()
+            await asyncio.gather(routing, keeping, return_exceptions=True)
+            await door.close()
+
+
+async def test_a_request_is_served_streamed_and_read_again(pipeline: Pipeline) -> None:
+    """Chunks follow each other; reading on from any chunk gives the rest; the result is their sum."""
+    pipeline.start("w0")
+    handle = await pipeline.client.enqueue("hello", max_tokens=40, metadata={"n": 1})
+    chunks = [chunk async for chunk in handle.stream(timeout=10)]
+    result = await handle.result(timeout=10)
+
+    assert tuple(t for chunk in chunks for t in chunk.token_ids) == result.token_ids
+    assert (result.output_tokens, result.finish_reason, result.metadata) == (40, "length", {"n": 1})
+    assert not result.resumed
+    again = await pipeline.client.get(handle.id)
+    rest = [c async for c in again.stream(after=chunks[0].offset, timeout=10)]
+    assert rest == chunks[1:]
+
+
+async def test_many_requests_end_in_any_order_once(pipeline: Pipeline) -> None:
+    """500 through two workers: each handle once, counters back to zero."""
+    pipeline.start("w0")
+    pipeline.start("w1")
+    seen: list[int] = []
+    handles = await pipeline.client.enqueue_many(["x"] * 500, max_tokens=2, progress=seen.append)
+    ended = [handle.id async for handle in pipeline.client.as_completed(handles, timeout=30)]
+
+    assert sorted(ended) == sorted(handle.id for handle in handles)
+    assert seen[-1] == 500
+    counts = (await pipeline.client.overview()).counts
+    assert (counts["live"], counts["live_tokens"], counts["done"]) == (0, 0, 500)
+
+
+async def test_cancel_ends_waiting_and_running_requests(pipeline: Pipeline) -> None:
+    """A second cancel says that it was over already."""
+    waiting = await pipeline.client.enqueue("nobody serves yet", max_tokens=5)
+    assert await waiting.cancel()
+    with pytest.raises(RequestCancelled):
+        await waiting.result(timeout=5)
+    worker = pipeline.start("w0", speed=1.0)
+    running = await pipeline.client.enqueue("long", max_tokens=1500)
+    await pipeline.running("w0")
+    assert await running.cancel()
+    assert not await running.cancel()
+    with pytest.raises(RequestCancelled):
+        await running.result(timeout=5)
+    await until(lambda: _true(not worker.active()))
+
+
+async def test_a_deadline_ends_waiting_and_running_requests(pipeline: Pipeline) -> None:
+    """Expired, not computed to the end."""
+    with pytest.raises(RequestExpired):
+        await (await pipeline.client.enqueue("waits", max_tokens=5, deadline_s=0.2)).result(timeout=10)
+    pipeline.start("w0", speed=1.0)
+    with pytest.raises(RequestExpired):
+        await (await pipeline.client.enqueue("runs", max_tokens=1900, deadline_s=0.5)).result(timeout=10)
+
+
+async def test_the_same_idempotency_key_is_the_same_request(pipeline: Pipeline) -> None:
+    """Same body: same id. Another body: a conflict."""
+    first = await pipeline.client.enqueue("once", max_tokens=3, idempotency_key="k1")
+    again = await pipeline.client.enqueue("once", max_tokens=3, idempotency_key="k1")
+    assert first.id == again.id
+    with pytest.raises(IdempotencyConflict):
+        await pipeline.client.enqueue("twice", max_tokens=3, idempotency_key="k1")
+
+
+async def test_a_full_backlog_is_refused_with_a_time_to_come_back(redis_url: str, namespace: str) -> None:
+    """Nothing of a refused request is kept; many requests wait for room if they may."""
+    async with open_pipeline(redis_url, namespace, max_backlog_tokens=100) as pipeline:
+        await pipeline.client.enqueue("a", max_tokens=90)
+        with pytest.raises(QueueFull) as caught:
+            await pipeline.client.enqueue("b", max_tokens=90)
+        assert caught.value.retry_after_s > 0
+        pipeline.start("w0")
+        handles = await pipeline.client.enqueue_many(["c"] * 4, max_tokens=60)
+        assert [(await h.result(timeout=20)).output_tokens for h in handles] == [60] * 4
+
+
+async def test_limits_and_unknown_ids_are_typed_errors(pipeline: Pipeline) -> None:
+    """One token over the limit, an unknown id, a wait that ends first, an offset inside a chunk."""
+    with pytest.raises(RequestTooLong) as caught:
+        await (await pipeline.client.enqueue("x" * 2000, max_tokens=49)).result(timeout=5)
+    assert caught.value.field == "max_tokens"
+    with pytest.raises(UnknownRequest):
+        await pipeline.client.get("nothing")
+    handle = await pipeline.client.enqueue("x" * 2000, max_tokens=48)
+    with pytest.raises(ResultTimeout):
+        await handle.result(timeout=0.05)
+    with pytest.raises(InvalidRequest):
+        await pipeline.client.enqueue("x", stop=["a"] * 99)
+
+
+async def test_a_crashed_worker_s_requests_go_on_where_they_were(pipeline: Pipeline) -> None:
+    """The stream read during it has no gap, repeat or change; the whole equals an undisturbed run."""
+    pipeline.start("calm")
+    undisturbed = (await (await pipeline.client.enqueue("same", max_tokens=300)).result(timeout=10)).token_ids
+    await pipeline.stop("calm")
+    pipeline.start("w0", speed=1.0)
+    handle = await pipeline.client.enqueue("same", max_tokens=300)
+    reading = asyncio.create_task(_collect(handle))
+    await until(lambda: _has_output(handle))
+    await pipeline.crash("w0")
+    pipeline.start("w1")
+
+    assert await reading == undisturbed
+    record = await handle.status()
+    assert (record.state, record.epoch, record.worker) == (RequestState.DONE, 2, "w1")
+
+
+async def test_a_stopping_worker_gives_back_without_blame(pipeline: Pipeline) -> None:
+    """The other one goes on from the last token; nothing counts as a crash."""
+    pipeline.start("w0", speed=1.0)
+    handle = await pipeline.client.enqueue("same", max_tokens=300)
+    await until(lambda: _has_output(handle))
+    await pipeline.stop("w0")
+    assert (await handle.status()).state is RequestState.QUEUED
+    pipeline.start("w1")
+
+    result = await handle.result(timeout=10)
+    assert (result.output_tokens, result.resumed) == (300, True)
+    assert (await handle.status()).crashes == 0
+
+
+async def test_workers_follow_a_new_plan_and_queues_of_old_stages_are_served(pipeline: Pipeline) -> None:
+    """Two stages, then one: what waited in the second is served without a restart."""
+    await pipeline.publish(
+        StagePlan(low_tokens=0, high_tokens=100, num_workers=1, worker_ids=("w0",)),
+        StagePlan(low_tokens=100, high_tokens=None, num_workers=1, worker_ids=("w1",)),
+    )
+    short = await pipeline.client.enqueue("s", max_tokens=3)
+    long = await pipeline.client.enqueue("l" * 500, max_tokens=3)
+    await until(lambda: _in_stage(long, "1"))
+    assert await _in_stage(short, "0")
+    await pipeline.publish(StagePlan(low_tokens=0, high_tokens=None, num_workers=1, worker_ids=("w0",)))
+    pipeline.start("w0")
+
+    assert (await long.result(timeout=10)).output_tokens == 3
+    assert (await short.result(timeout=10)).output_tokens == 3
+
+
+async def test_the_planner_publishes_for_the_workers_there_are(pipeline: Pipeline) -> None:
+    """No workers: it keeps. Two: version 1 with both. Two rounds at once publish once."""
+    assert await replan_once(pipeline.settings) == "no workers"
+    pipeline.start("w0")
+    pipeline.start("w1")
+    await until(lambda: _num_workers(pipeline, 2))
+    await asyncio.gather(replan_once(pipeline.settings), replan_once(pipeline.settings))
+
+    plan = (await pipeline.client.overview()).plan
+    assert plan.version == 1
+    assert sorted(i for stage in plan.stages for i in stage.worker_ids) == ["w0", "w1"]
+    assert [p.version for p in await pipeline.client.plan_history()] == [1]
+
+
+async def _collect(handle) -> tuple[int, ...]:  # type: ignore[no-untyped-def]
+    chunks = [chunk async for chunk in handle.stream(timeout=20)]
+    assert [c.offset for c in chunks] == sorted({c.offset for c in chunks})
+    return tuple(t for chunk in chunks for t in chunk.token_ids)
+
+
+async def _has_output(handle) -> bool:  # type: ignore[no-untyped-def]
+    return bool((await handle.status()).offset)
+
+
+async def _in_stage(handle, stage: str) -> bool:  # type: ignore[no-untyped-def]
+    return bool((await handle.status()).stage == stage)
+
+
+async def _num_workers(pipeline: Pipeline, number: int) -> bool:
+    return len((await pipeline.client.overview()).workers) == number
