@@ -123,9 +123,7 @@ class Worker:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
             state.is_draining = True
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await _cancel_all(tasks)
         failure = next((error for task in done if (error := task.exception()) is not None), None)
         if failure is not None:
             log.error("worker %s fails: %s", state.worker_id, failure, exc_info=failure)
@@ -215,3 +213,12 @@ class Worker:
 
 
 _PENDING: set[asyncio.Future[Any]] = set()  # the loop itself keeps only weak references to tasks
+
+
+async def _cancel_all(tasks: Sequence[asyncio.Task[Any]]) -> None:
+    """Cancel and wait. Repeated: a cancellation that coincides with the end of a read can be lost below us."""
+    pending = {task for task in tasks if not task.done()}
+    while pending:
+        for task in pending:
+            task.cancel()
+        _, pending = await asyncio.wait(pending, timeout=0.2)

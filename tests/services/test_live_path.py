@@ -133,8 +133,10 @@ async def open_pipeline(redis_url: str, namespace: str, **more: object) -> Async
     routing = asyncio.create_task(dispatcher.run())
     upkeep = Upkeep(settings=settings, door=door)
 
+    ended = asyncio.Event()
+
     async def keep_up() -> None:
-        while True:
+        while not ended.is_set():
             await upkeep.run_once(num_stages=len(dispatcher.plan.stages))
             await asyncio.sleep(upkeep.interval_s)
 
@@ -146,7 +148,7 @@ async def open_pipeline(redis_url: str, namespace: str, **more: object) -> Async
         finally:
             for name in list(opened.workers):
                 await opened.stop(name)
-            keeping.cancel()
+            ended.set()
             dispatcher.request_stop()
             await asyncio.gather(routing, keeping, return_exceptions=True)
             await door.close()
