@@ -150,7 +150,6 @@ class Batch:
     def _leave(self, entry: _Entry) -> None:
         del self._running[entry]
         self._blocks_used -= entry.blocks
-        entry.blocks = entry.to_prefill = 0
 
     @staticmethod
     def _give(entry: _Entry, budget: int, chunks: list[tuple[_Entry, int]]) -> int:

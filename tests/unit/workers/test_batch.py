@@ -156,6 +156,28 @@ def test_the_lower_priority_number_is_admitted_first_and_preempted_last() -> Non
     assert last["urgent"] < last["patient"]
 
 
+def test_nobody_is_admitted_in_a_step_that_preempts() -> None:
+    """Not even an urgent newcomer that would fit: as in vLLM, it waits for the next step."""
+
+    def steps(*, urgent_before: int | None) -> tuple[int, list[int]]:
+        batch = Batch(StepCost(**{**COST.to_dict(), "kv_capacity_tokens": 320}))
+        for name in "ab":
+            batch.add(request(name, [1] * 60, 200, priority=9))
+        number, came_out, preempting = 0, list[int](), 0
+        while batch:
+            number += 1
+            if number == urgent_before:
+                batch.add(request("urgent", [2], 1))
+            batch.schedule()
+            preempting = preempting or (number if batch.num_preempted else 0)
+            came_out += [number for output in batch.finish() if output.request_id == "urgent"]
+        return preempting, came_out
+
+    preempting, _ = steps(urgent_before=None)
+    assert steps(urgent_before=preempting) == (preempting, [preempting + 1])
+    assert steps(urgent_before=preempting - 40)[1] == [preempting - 40]
+
+
 def test_a_stop_token_ends_the_output_but_not_before_min_tokens() -> None:
     """The token is kept, as vLLM keeps it."""
     batch = Batch(COST)

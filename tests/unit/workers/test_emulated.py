@@ -49,6 +49,10 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         """Virtual seconds."""
         return self._clock.now_s
 
+    def hold_up(self, lag_s: float) -> None:
+        """Let time pass as if a callback had taken so long."""
+        self._clock.now_s += lag_s
+
 
 def virtually(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
     """Run to the end in virtual time."""
@@ -98,6 +102,26 @@ def test_steps_take_the_predicted_time_times_speed(speed: float) -> None:
         assert sum(record.elapsed_ms for record in records) == pytest.approx(chunks_ms + decodes_ms)
         assert [record.prefill_tokens for record in records] == [128, 72, *([0] * 9)]
         assert engine.step_records() == []
+        await engine.stop()
+
+    virtually(work)
+
+
+@pytest.mark.parametrize(("lag_s", "late_s"), [(0.03, 0.0), (2.0, 1.95)])
+def test_a_busy_loop_delays_the_tokens_and_not_the_end_unless_it_was_away(lag_s: float, late_s: float) -> None:
+    """Steps that are a little late are followed by shorter waits; after a long absence nobody hurries."""
+
+    async def work() -> None:
+        engine, loop = EmulatedEngine(COST), asyncio.get_running_loop()
+        assert isinstance(loop, VirtualLoop)
+        await engine.start()
+        await engine.add(request("a", [1] * 100, 200))
+        loop.call_at(0.5025, loop.hold_up, lag_s)
+        await collect(engine, 1)
+
+        prefill_ms = 5.0 + 0.1 * 100 + 0.001 * 100 * 50
+        decodes_ms = sum(COST.step_ms(BatchShape(num_decodes=1, context_tokens=100 + k)) for k in range(1, 200))
+        assert loop.time() - (prefill_ms + decodes_ms) / 1000 == pytest.approx(late_s, abs=0.01)
         await engine.stop()
 
     virtually(work)

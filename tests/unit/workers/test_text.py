@@ -202,6 +202,7 @@ def test_a_stop_string_over_before_min_tokens_does_not_count(byte_level: Tokeniz
     assert result(("ab",), 3) == ("xabc", 6, True)
     assert result(("ab",), 2) == ("x", 3, True)
     assert result(("ab", "xabcabd"), 3) == ("xabc", 6, True)
+    assert result(("bc", "abc"), 0) == ("x", 4, True)
 
 
 def test_the_factory_takes_over_the_parameters_of_a_request(tiny: Any, tmp_path: Path) -> None:
