@@ -81,6 +81,10 @@ class Processes:
         path = self.folder / f"{name}.log"
         return path.read_text(errors="replace") if path.exists() else ""
 
+    def send(self, name: str, number: int) -> None:
+        """Send a signal and go on."""
+        self._running[name].send_signal(number)
+
     def stop(self, name: str, number: int = signal.SIGTERM, *, timeout_s: float = 20.0) -> int:
         """Send a signal and return the exit code; the process must end by itself in time."""
         process = self._running[name]
