@@ -1,0 +1,93 @@
+"""How fast the simulator is: one hour of a reasoning trace on 16 instances, and ten times that load on 256.
+
+    python bench/simulator_speed.py [--json]
+
+Uses the ServeGen DeepSeek-R1 hour of the folder in L4_SHARED_DIR (default ../shared), below `traces`; without it a
+synthetic `reasoning` workload of the same number of requests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import time
+from pathlib import Path
+
+import numpy as np
+
+from l4queue.policy.coefficients import read_coefficients
+from l4queue.sim.cluster import Cluster, Transfer
+from l4queue.sim.policies import make_policy
+from l4queue.sim.runner import Setting
+from l4queue.sim.trace import Trace, read_trace
+from l4queue.sim.workload import make_workload
+
+FILE = "servegen_deepseek_r1.h01.csv.gz"
+CASES = (
+    ("round-robin", 16, 1.0),
+    ("central", 16, 1.0),
+    ("l4", 16, 1.0),
+    ("least-requests", 256, 16.0),
+    ("l4", 256, 16.0),
+)
+
+
+def hour() -> Trace:
+    """The trace, or a stand-in of the same size."""
+    path = Path(os.environ.get("L4_SHARED_DIR", "../shared")) / "traces" / FILE
+    if path.is_file():
+        return read_trace(path)
+    return make_workload("reasoning", num_requests=80_098, rng=np.random.default_rng(1), rate_rps=22.25)
+
+
+def measure(trace: Trace, policy: str, *, num_instances: int, rate_scale: float) -> dict[str, float | int | str]:
+    """Wall-clock time of one run, with the engine steps that it stands for."""
+    coefficients = read_coefficients("h100", "llama-3.1-8b")
+    transfer = Transfer(bandwidth_bytes_per_s=50e9, kv_bytes_per_token=coefficients.kv_bytes_per_token)
+    setting = Setting(cost=coefficients.cost, num_instances=num_instances, transfer=transfer)
+    scaled = trace.scaled(rate_scale)
+    made = make_policy(policy, trace=scaled, setting=setting)
+    cluster = Cluster(
+        scaled.requests(),
+        cost=setting.cost,
+        num_instances=num_instances,
+        policy=made,
+        rng=np.random.default_rng(0),
+        transfer=transfer,
+    )
+    started_s = time.perf_counter()
+    cluster.run()
+    wall_s = time.perf_counter() - started_s
+    steps = sum(i.num_steps for i in cluster.instances)
+    return {
+        "policy": policy,
+        "num_instances": num_instances,
+        "num_requests": len(trace),
+        "output_tokens": int(trace.output_tokens.sum()),
+        "simulated_s": round(cluster.now_s, 1),
+        "engine_steps": steps,
+        "wall_s": round(wall_s, 2),
+        "requests_per_wall_s": round(len(trace) / wall_s),
+    }
+
+
+def main() -> None:
+    """Run the cases and print them."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true")
+    given = parser.parse_args()
+    trace = hour()
+    rows = [measure(trace, policy, num_instances=n, rate_scale=scale) for policy, n, scale in CASES]
+    machine = f"{os.cpu_count()} cores, {platform.platform()}, Python {platform.python_version()}"
+    if given.json:
+        print(json.dumps({"trace": trace.name, "machine": machine, "results": rows}, indent=2))
+        return
+    print(f"{trace.name}, {machine}")
+    for row in rows:
+        print(", ".join(f"{key} {value}" for key, value in row.items()))
+
+
+if __name__ == "__main__":
+    main()
