@@ -26,7 +26,7 @@ async def keep_up(dispatcher: Dispatcher, upkeep: Upkeep, stopping: asyncio.Even
     next_slow = loop.time()
     while not stopping.is_set():
         try:
-            await upkeep.run_once(num_stages=len(dispatcher.plan.stages))
+            await upkeep.run_once(dispatcher.plan)
             await dispatcher.adopt_once()
             if loop.time() >= next_slow:
                 next_slow = loop.time() + _SLOW_ROUND_S

@@ -179,7 +179,7 @@ class Worker:
     async def _keep_up(self) -> None:
         upkeep = Upkeep(settings=self.settings, door=self.state.door)
         while True:
-            await upkeep.run_once(num_stages=len(self.state.plan.stages))
+            await upkeep.run_once(self.state.plan)
             if len(self.state.plan.stages) > 1:
                 self.state.overview = await read_overview_async(self.state.door, self.settings.namespace)
             await asyncio.sleep(upkeep.interval_s)

@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 from l4queue.protocol.keys import Keys
 from l4queue.protocol.records import Grant, Outcome, pack_ids
 
-__all__ = ("Arg", "Call", "Calls", "Reaped", "SubmitReply", "Taken", "Verdict")
+__all__ = ("Arg", "Call", "Calls", "Migrated", "Move", "MoveKind", "Reaped", "SubmitReply", "Taken", "Verdict")
 
 T = TypeVar("T")
 Arg = str | int | float | bytes
@@ -67,6 +67,31 @@ class Taken:
     grants: tuple[Grant, ...] = ()
 
 
+class MoveKind(StrEnum):
+    """Why a running request is moved on purpose."""
+
+    HANDOVER = "hand-over"  # it has outgrown its stage
+    STEAL = "steal"  # a sibling with room asked for it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Move:
+    """What the ledger is told of a move: kind, predicted benefit and cost, and the ticket of its KV cache."""
+
+    kind: MoveKind
+    benefit_ms: float
+    cost_ms: float
+    kv: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Migrated:
+    """Answer to `migrate`: how many left the queue, of how many looked at."""
+
+    num_moved: int
+    num_seen: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reaped:
     """Answer to `reap`."""
@@ -96,6 +121,10 @@ def _submitted(reply: list[bytes]) -> SubmitReply:
 
 def _taken(reply: list[Any]) -> Taken:
     return Taken(verdict=Verdict(reply[0].decode()), grants=tuple(Grant.parse(row) for row in reply[1:]))
+
+
+def _migrated(reply: list[int]) -> Migrated:
+    return Migrated(num_moved=reply[0], num_seen=reply[1])
 
 
 def _reaped(reply: list[int]) -> Reaped:
@@ -140,11 +169,13 @@ class Calls:
         max_tokens: int,
         plan_version: int,
         bucket: int,
+        why: str = "",
     ) -> Call[Verdict]:
-        """Queue a counted request in its stage and clear its inbox entry."""
+        """Queue a counted request in its stage and clear its inbox entry. `why` (JSON) is for `explain`."""
         k = self.keys
         ids = pack_ids(token_ids)
-        args = (request_id, entry_id, stage, repr(score), len(token_ids), max_tokens, ids, plan_version, bucket)
+        queued = (request_id, entry_id, stage, repr(score), len(token_ids), max_tokens, ids)
+        args = (*queued, plan_version, bucket, why)
         return Call("route", (k.inbox, k.request(request_id), k.hist), args, _verdict)
 
     def refuse(
@@ -176,17 +207,22 @@ class Calls:
         prefill_tokens: int = 2**53,
         is_idle: bool = True,
         num_sharers: int = 1,
+        own_stage: str | None = None,
+        benefit_ms: float = 0.0,
+        cost_ms: float = 0.0,
     ) -> Call[Taken]:
         """Lease waiting requests while they fit `room_tokens`, each with `reserve_tokens` to grow.
 
         The request that exceeds `prefill_tokens` is the last; an idle worker's first one always fits. The
         same rule as `l4queue.policy.room.choose`. Of several sharers each takes half its share at a time.
+        What is taken from another stage than `own_stage` counts as stolen, for the predicted benefit and cost.
         """
         k = self.keys
         keys = (k.queue(stage), k.worker(incarnation), k.held(incarnation), k.workers)
         room = (max_requests, room_tokens, reserve_tokens)
         args = (incarnation, nonce, *room, worker_id, stage, prefill_tokens, int(is_idle), num_sharers)
-        return Call("take", keys, args, _taken)
+        home = (stage if own_stage is None else own_stage, f"{benefit_ms:.3f}", f"{cost_ms:.3f}")
+        return Call("take", keys, args + home, _taken)
 
     def emit(
         self, request_id: str, *, incarnation: str, epoch: int, offset: int, token_ids: Sequence[int], text: str
@@ -224,6 +260,7 @@ class Calls:
         score: float | None = None,
         blame: bool = False,
         max_crashes: int = 3,
+        move: Move | None = None,
     ) -> Call[Verdict]:
         """Give a running request back with its progress; empty stage and no score keep what it had.
 
@@ -231,7 +268,15 @@ class Calls:
         """
         order = "" if score is None else repr(score)
         args = (request_id, incarnation, epoch, stage, order, int(blame), max_crashes)
-        return Call("release", (self.keys.request(request_id),), args, _verdict)
+        told = ("", "0", "0", "")
+        if move is not None:
+            told = (move.kind.value, f"{move.benefit_ms:.3f}", f"{move.cost_ms:.3f}", move.kv)
+        return Call("release", (self.keys.request(request_id),), args + told, _verdict)
+
+    def ask(self, incarnation: str, *, message: str) -> Call[Verdict]:
+        """Send a live worker a message (JSON); LOST when there is no such worker. A repeat is a second message."""
+        keys = (self.keys.workers, self.keys.control(incarnation))
+        return Call("ask", keys, (incarnation, message), _verdict)
 
     def renew(
         self,
@@ -281,9 +326,12 @@ class Calls:
         args = ("XADD", self.keys.decisions, "MAXLEN", "~", 2000, "*", "d", text)
         return Call(None, (), args, lambda _: None)
 
-    def migrate(self, *, source: str, target: str, limit: int) -> Call[int]:
-        """Move waiting requests from one stage queue to another."""
-        return Call("migrate", (self.keys.queue(source),), (source, target, limit), int)
+    def migrate(self, *, source: str, highs: Sequence[int], limit: int, skip: int = 0) -> Call[Migrated]:
+        """Move waiting requests of a queue to the stages of their lengths; `highs` are the ends of all but the last.
+
+        Looks at `limit` requests after the first `skip` ones, in serving order.
+        """
+        return Call("migrate", (self.keys.queue(source),), (source, skip, limit, *highs), _migrated)
 
     def repair(self, request_id: str, *, forgotten_ms: int) -> Call[str]:
         """Mend a live record that has neither inbox entry, queue entry nor lease; says what was missing."""

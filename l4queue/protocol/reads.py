@@ -196,6 +196,11 @@ class Reads:
         args = ("HGET", self.keys.request(request_id), "prompt_tokens")
         return Call(None, (), args, lambda r: None if r is None else int(r))
 
+    def ledger(self, request_id: str) -> Call[list[str]]:
+        """What befell a request out of the ordinary, in order: JSON lines, each with `at_ms` and `what`."""
+        args = ("HGET", self.keys.request(request_id), "ledger")
+        return Call(None, (), args, lambda r: r.decode().splitlines() if r else [])
+
     def queue_length(self, stage: str) -> Call[int]:
         """Waiting requests of one stage."""
         return Call(None, (), ("ZCARD", self.keys.queue(stage)), int)

@@ -47,6 +47,8 @@ class Grant:
     submitted_ms: int
     deadline_ms: int | None
     stage: str
+    came_from: str = ""  # the worker that had it before
+    kv: str = ""  # ticket of its KV cache, from a hand-over
 
     @classmethod
     def parse(cls, row: Sequence[bytes]) -> Grant:
@@ -63,6 +65,8 @@ class Grant:
             submitted_ms=int(row[8]),
             deadline_ms=int(row[9]) or None,
             stage=row[10].decode(),
+            came_from=row[11].decode(),
+            kv=row[12].decode(),
         )
 
 

@@ -10,6 +10,7 @@ from importlib.resources import files
 __all__ = ("Script", "all_scripts", "script")
 
 _NAMES = (
+    "ask",
     "cancel",
     "emit",
     "expire",

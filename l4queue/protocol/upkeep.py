@@ -7,9 +7,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from l4queue.config import Settings
+from l4queue.models import Plan
 from l4queue.protocol.calls import Call, Calls, Reaped
 from l4queue.protocol.door import AsyncDoor
-from l4queue.protocol.keys import Keys
+from l4queue.protocol.keys import Keys, is_personal, personal_stage
 from l4queue.protocol.reads import Reads
 from l4queue.protocol.wire import ServerFull
 
@@ -48,8 +49,11 @@ class Upkeep:
         """Pause between rounds, s: five times a lease, so that a dead worker is noticed within 1.2 leases."""
         return min(1.0, self._settings.lease_s / 5)
 
-    async def run_once(self, *, num_stages: int) -> UpkeepReport:
-        """Return the work of dead workers, end what is too late, move what waits in stages that are gone."""
+    async def run_once(self, plan: Plan) -> UpkeepReport:
+        """Return the work of dead workers, end what is too late, move what waits where nobody takes it.
+
+        That is in stages that the plan no longer has, and in the own queues of workers that are gone.
+        """
         lease_ms = int(self._settings.lease_s * 1000)
         reap: Call[Reaped] = self._calls.reap(
             limit=_LIMIT,
@@ -57,21 +61,38 @@ class Upkeep:
             grace_ms=lease_ms,
             max_crashes=self._settings.max_crashes,
         )
-        reaped, expired, backlog = await self._door.run_many(
-            [reap, self._calls.expire(limit=_LIMIT), self._reads.backlog()]
+        reaped, expired, backlog, incarnations = await self._door.run_many(
+            [reap, self._calls.expire(limit=_LIMIT), self._reads.backlog(), self._reads.incarnations()]
         )
-        gone = [s for s, tokens in backlog.items() if s.isdigit() and int(s) >= num_stages and int(tokens) > 0]
-        moves = [self._calls.migrate(source=s, target=str(num_stages - 1), limit=_LIMIT) for s in gone]
+        alive = {personal_stage(name.rpartition(":")[0]) for name, _ in incarnations}
+        gone = [s for s, tokens in backlog.items() if int(tokens) > 0 and _is_gone(s, plan, alive)]
+        highs = [stage.high_tokens for stage in plan.stages if stage.high_tokens is not None]
+        moves = [self._calls.migrate(source=s, highs=highs, limit=_LIMIT) for s in gone]
         report = UpkeepReport(
             num_requeued=reaped.num_requeued,
             num_dead=reaped.num_dead,
             num_expired=expired,
-            num_migrated=sum(await self._door.run_many(moves)),
+            num_migrated=sum(answer.num_moved for answer in await self._door.run_many(moves)),
             was_graced=reaped.was_graced,
         )
         if report != UpkeepReport():
             log.info("upkeep", extra={"report": report})
         return report
+
+    async def reroute(self, plan: Plan) -> int:
+        """Move what waits to the stages where it belongs by a new plan; how many moved."""
+        highs = [stage.high_tokens for stage in plan.stages if stage.high_tokens is not None]
+        backlog = await self._door.run(self._reads.backlog())
+        total = 0
+        for source in sorted(s for s, tokens in backlog.items() if s.isdigit() and int(tokens) > 0):
+            skip, num_seen = 0, _LIMIT
+            while num_seen == _LIMIT:
+                answer = await self._door.run(
+                    self._calls.migrate(source=source, highs=highs, limit=_LIMIT, skip=skip)
+                )
+                total, num_seen = total + answer.num_moved, answer.num_seen
+                skip += answer.num_seen - answer.num_moved
+        return total
 
     async def measure_drain(self) -> float:
         """Tokens finished per second over the latest requests; stored for the retry hint of QueueFull."""
@@ -102,6 +123,12 @@ class Upkeep:
         for request_id, what in mended:
             log.error("repaired", extra={"request_id": request_id, "missing": what})
         return len(mended)
+
+
+def _is_gone(stage: str, plan: Plan, alive: set[str]) -> bool:
+    if is_personal(stage):
+        return stage not in alive
+    return stage.isdigit() and int(stage) >= len(plan.stages)
 
 
 def _page(reply: tuple[int | bytes, list[bytes]]) -> tuple[int, list[str]]:

@@ -326,7 +326,7 @@ class ProtocolMachine(RuleBasedStateMachine):
             self._end(request_id, S.EXPIRED)
 
     def _migrate(self, source: str, goal: str, limit: int) -> None:
-        moved = self._waiting(source)[:limit]
+        moved = [] if source == goal else self._waiting(source)[:limit]
         assert self.scene.migrate(source, goal, limit) == len(moved)
         for request_id in moved:
             self.reqs[request_id].stage = goal

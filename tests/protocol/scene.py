@@ -173,7 +173,9 @@ class Scene:
         return self.door.run(self.calls.expire(limit=100))
 
     def migrate(self, source: str = "0", target: str = "1", limit: int = 100) -> int:
-        return self.door.run(self.calls.migrate(source=source, target=target, limit=limit))
+        """All that is looked at belongs to the target stage."""
+        highs = (0,) * int(target)
+        return self.door.run(self.calls.migrate(source=source, highs=highs, limit=limit)).num_moved
 
     def repair(self, request_id: str = "a", forgotten_ms: int = 0) -> str:
         return self.door.run(self.calls.repair(request_id, forgotten_ms=forgotten_ms))

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from l4queue.config import Settings
-from l4queue.models import RequestState
+from l4queue.models import Plan, RequestState
 from l4queue.protocol.calls import Verdict
 from l4queue.protocol.door import AsyncDoor, Door
 from l4queue.protocol.keys import SOLO_STAGE
@@ -179,7 +179,7 @@ def test_upkeep_goes_on_while_the_server_is_full(full: Scene, small_server: Redi
         door = AsyncDoor(small_server.url)
         settings = Settings(namespace=full.keys.namespace, redis_url=small_server.url)
         upkeep = Upkeep(settings=settings, door=door)
-        report = await upkeep.run_once(num_stages=1)
+        report = await upkeep.run_once(Plan.one_stage())
         await upkeep.measure_drain()
         await upkeep.repair_once()
         await door.close()

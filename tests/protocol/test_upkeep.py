@@ -7,7 +7,7 @@ import json
 import pytest
 
 from l4queue.config import Settings
-from l4queue.models import RequestState
+from l4queue.models import Plan, RequestState, StagePlan
 from l4queue.protocol.calls import Verdict
 from l4queue.protocol.door import AsyncDoor
 from l4queue.protocol.upkeep import Upkeep
@@ -15,6 +15,15 @@ from tests.protocol.consistency import check
 from tests.protocol.scene import Scene
 
 S = RequestState
+
+
+def two_stages(high_tokens: int) -> Plan:
+    """A plan whose second stage begins at this length."""
+    stages = (
+        StagePlan(low_tokens=0, high_tokens=high_tokens, num_workers=1),
+        StagePlan(low_tokens=high_tokens, high_tokens=None, num_workers=1),
+    )
+    return Plan(version=1, stages=stages)
 
 
 def test_a_plan_replaces_only_the_version_it_was_made_from(scene: Scene) -> None:
@@ -236,8 +245,8 @@ async def test_a_round_of_upkeep_does_all_that_is_due(scene: Scene, redis_url: s
     scene.submit("e")
     scene.route("e", stage="3")
 
-    report = await upkeep.run_once(num_stages=2)
-    again = await upkeep.run_once(num_stages=2)
+    report = await upkeep.run_once(two_stages(high_tokens=1))
+    again = await upkeep.run_once(two_stages(high_tokens=1))
 
     assert (report.num_requeued, report.num_expired, report.num_migrated) == (1, 1, 1)
     assert (again.num_requeued, again.num_expired, again.num_migrated) == (0, 0, 0)

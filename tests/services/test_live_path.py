@@ -137,7 +137,7 @@ async def open_pipeline(redis_url: str, namespace: str, **more: object) -> Async
 
     async def keep_up() -> None:
         while not ended.is_set():
-            await upkeep.run_once(num_stages=len(dispatcher.plan.stages))
+            await upkeep.run_once(dispatcher.plan)
             await asyncio.sleep(upkeep.interval_s)
 
     keeping = asyncio.create_task(keep_up())

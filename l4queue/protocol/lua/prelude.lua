@@ -76,17 +76,40 @@ local function settle(id, state, text, facts)
   end
 end
 
--- Returns a running request to a queue. With two crashes to its name it waits to be run alone.
-local function requeue(id, stage, score)
+-- Adds a line to a request's ledger, which `l4queue explain` tells. Ordinary steps leave none: the record has
+-- their times. A request that is moved without end fills its ledger, not the server.
+local function note(rk, line)
+  local had = redis.call('HGET', rk, 'ledger') or ''
+  if #had > 8000 then return end
+  line.at_ms = now_ms()
+  redis.call('HSET', rk, 'ledger', had .. cjson.encode(line) .. '\n')
+end
+
+-- Returns a running request to a queue, and says why in its ledger. With two crashes to its name it waits to be
+-- run alone. `line` has what is to be said besides.
+local function requeue(id, stage, score, line)
   local rk = P .. 'req:' .. id
-  local v = redis.call('HMGET', rk, 'owner', 'crashes', 'prompt_tokens', 'offset', 'stage', 'score')
+  local v = redis.call('HMGET', rk, 'owner', 'crashes', 'prompt_tokens', 'offset', 'stage', 'score', 'worker')
   if v[1] then redis.call('SREM', P .. 'held:' .. v[1], id) end
   if tonumber(v[2]) >= 2 then stage = 'solo' end
   if stage == '' then stage = v[5] end
   if score == '' then score = v[6] end
-  redis.call('HDEL', rk, 'owner')
-  redis.call('HSET', rk, 'state', 'queued', 'stage', stage, 'score', score)
+  redis.call('HDEL', rk, 'owner', 'kv')
+  redis.call('HSET', rk, 'state', 'queued', 'stage', stage, 'score', score, 'moved_ms', int(now_ms()),
+    'from', v[7] or '')
+  line.worker, line.to, line.offset = v[7] or '', stage, tonumber(v[4])
+  note(rk, line)
   enqueue(id, stage, score, tonumber(v[3]) + tonumber(v[4]))
+end
+
+-- Notes for how long a moved request made no token, with the first one that its new worker writes.
+local function resumed(rk, moved_ms)
+  if not moved_ms then return end
+  local gap = now_ms() - moved_ms
+  redis.call('HDEL', rk, 'moved_ms')
+  redis.call('HINCRBY', P .. 'counts', 'resumes', 1)
+  redis.call('HINCRBY', P .. 'counts', 'resume_gap_ms', int(gap))
+  note(rk, {what = 'resumed', gap_ms = gap})
 end
 
 -- Blames the loss of its worker on a running request. True when it has died alone `limit` times: then it is

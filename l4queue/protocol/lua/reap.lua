@@ -30,7 +30,7 @@ for _, incarnation in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', int(t)
       if crashed(id, ARGV[4]) then
         dead = dead + 1
       else
-        requeue(id, '', '')
+        requeue(id, '', '', {what = 'lost'})
         requeued = requeued + 1
       end
     end

@@ -22,7 +22,7 @@ elseif v[1] == 'running' then
     return 'FINE'
   end
   redis.call('SREM', P .. 'held:' .. owner, ARGV[1])
-  requeue(ARGV[1], '', '')
+  requeue(ARGV[1], '', '', {what = 'repaired'})
   return 'LEASE'
 end
 return 'FINE'

@@ -6,16 +6,19 @@
 --       9 '1' when the worker is idle: the first request fits whatever its size
 --       10 sharers: workers that pull from this queue; of more than one, each takes half its share at a time,
 --       so that whoever wakes first leaves work to the others
+--       11 the taker's own stage: what it takes from another one is stolen; what was queued for this worker alone
+--       (@<worker id>) belongs to its stage from now on  12 predicted benefit (ms)  13 predicted cost (ms) of stealing
+-- A request whose deadline has passed ends as expired instead of being computed.
 -- Returns {'LOST'} when the incarnation is not registered or its lease has run out (what it takes then would
 --         be reaped and blamed at once; a replay is answered all the same), else {'OK', grant...} where a grant is
---         {id, epoch, body, packed ids, offset, prompt_tokens, crashes, score, submitted_ms, deadline_ms, stage}
+--         {id, epoch, body, packed ids, offset, prompt_tokens, crashes, score, submitted_ms, deadline_ms, stage, from, kv}
 local expiry = redis.call('ZSCORE', KEYS[4], ARGV[1])
 if not expiry then return {'LOST'} end
 local out = {'OK'}
 local FIELDS = {'state', 'owner', 'epoch', 'body', 'ids', 'offset', 'prompt_tokens', 'crashes', 'score',
-  'submitted_ms', 'deadline_ms', 'stage'}
+  'submitted_ms', 'deadline_ms', 'stage', 'from', 'kv'}
 local function grant(id, v)
-  out[#out + 1] = {id, v[3], v[4], v[5], v[6], v[7], v[8], v[9], v[10], v[11] or '0', v[12]}
+  out[#out + 1] = {id, v[3], v[4], v[5], v[6], v[7], v[8], v[9], v[10], v[11] or '0', v[12], v[13] or '', v[14] or ''}
 end
 local w = redis.call('HMGET', KEYS[2], 'nonce', 'grants', 'alone')
 if w[1] == ARGV[2] then
@@ -30,7 +33,9 @@ local solo = ARGV[7] == 'solo'
 if w[3] and redis.call('SISMEMBER', KEYS[3], w[3]) == 1 then return out end
 if solo and redis.call('SCARD', KEYS[3]) > 0 then return out end
 redis.call('HDEL', KEYS[2], 'alone')
-local room, prefill, t, list = tonumber(ARGV[4]), tonumber(ARGV[8]), int(now_ms()), {}
+local room, prefill, now, list = tonumber(ARGV[4]), tonumber(ARGV[8]), now_ms(), {}
+local personal = string.sub(ARGV[7], 1, 1) == '@'
+local stolen = not solo and not personal and ARGV[11] ~= ARGV[7]
 local most = solo and math.min(1, ARGV[3]) or ARGV[3]
 local sharers = tonumber(ARGV[10])
 if sharers > 1 then most = math.min(most, math.ceil(redis.call('ZCARD', KEYS[1]) / (2 * sharers))) end
@@ -39,6 +44,8 @@ for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', '+inf', 'LIMIT'
   local v = redis.call('HMGET', rk, unpack(FIELDS))
   if v[1] ~= 'queued' or v[12] ~= ARGV[7] then
     dequeue(id, ARGV[7], 0)
+  elseif v[11] and tonumber(v[11]) <= now then
+    settle(id, 'expired', '', {'error', 'its deadline passed while it was queued'})
   else
     local tokens = tonumber(v[7]) + tonumber(v[6])
     room = room - tokens - ARGV[5]
@@ -48,7 +55,18 @@ for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', '+inf', 'LIMIT'
     redis.call('SADD', KEYS[3], id)
     v[3] = int(v[3] + 1)
     redis.call('HSET', rk, 'state', 'running', 'owner', ARGV[1], 'worker', ARGV[6], 'epoch', v[3])
-    redis.call('HSETNX', rk, 'started_ms', t)
+    redis.call('HSETNX', rk, 'started_ms', int(now))
+    if personal then
+      redis.call('HSET', rk, 'stage', ARGV[11])
+      v[12] = ARGV[11]
+    end
+    if stolen then
+      redis.call('HINCRBY', P .. 'counts', 'steals_waiting', 1)
+      note(rk, {what = 'stolen', worker = ARGV[6], from = ARGV[7], to = ARGV[11], benefit_ms = tonumber(ARGV[12]),
+        cost_ms = tonumber(ARGV[13])})
+    elseif v[3] ~= '1' then
+      note(rk, {what = 'taken', worker = ARGV[6], from = ARGV[7]})
+    end
     if solo then redis.call('HSET', KEYS[2], 'alone', id) end
     list[#list + 1] = id .. ',' .. v[3]
     grant(id, v)

@@ -1,0 +1,200 @@
+"""Work that moves: own queues of workers, steals, hand-overs, what the ledger says of them."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from l4queue.config import Settings
+from l4queue.models import Plan, RequestState, StagePlan
+from l4queue.protocol.calls import Move, MoveKind, Verdict
+from l4queue.protocol.door import AsyncDoor
+from l4queue.protocol.keys import personal_stage
+from l4queue.protocol.upkeep import Upkeep
+from tests.protocol.consistency import check
+from tests.protocol.scene import Scene
+
+S = RequestState
+HANDOVER = Move(kind=MoveKind.HANDOVER, benefit_ms=12.5, cost_ms=2.0, kv="seg-1")
+STEAL = Move(kind=MoveKind.STEAL, benefit_ms=5.0, cost_ms=1.0)
+
+
+def _ledger(scene: Scene, request_id: str = "a") -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in scene.door.run(scene.reads.ledger(request_id))]
+    assert [line["at_ms"] for line in lines] == sorted(line["at_ms"] for line in lines)
+    return [{k: v for k, v in line.items() if k != "at_ms"} for line in lines]
+
+
+def _plan(*highs: int) -> Plan:
+    lows = (0, *highs)
+    stages = tuple(
+        StagePlan(low_tokens=low, high_tokens=high, num_workers=1)
+        for low, high in zip(lows, (*highs, None), strict=True)
+    )
+    return Plan(version=1, stages=stages)
+
+
+def test_a_hand_over_goes_to_one_worker_with_progress_and_ticket(scene: Scene) -> None:
+    """Cut at a token boundary, queued for the target alone, resumed there under the next epoch."""
+    scene.bring(S.RUNNING)
+    scene.register("w2:x")
+    assert scene.emit(num=3) is Verdict.OK
+    assert scene.release(stage=personal_stage("w2"), move=HANDOVER) is Verdict.OK
+    assert scene.release(stage=personal_stage("w2"), move=HANDOVER) is Verdict.DUP
+    assert scene.emit(offset=3) is Verdict.FENCED
+
+    grant = scene.grant("w2:x", stage="@w2", own_stage="1")
+
+    assert (grant.epoch, grant.offset, grant.kv, grant.came_from) == (2, 3, "seg-1", "w1")
+    assert grant.stage == "1", "from now on it belongs to the stage of its new worker"
+    assert scene.emit("a", "w2:x", epoch=2, offset=3, num=2) is Verdict.OK
+    assert scene.settle("a", "w2:x", epoch=2, offset=5, num=1) is Verdict.OK
+    assert scene.shown() == [(1000, 1001, 1002), (2003, 2004), (2005,), ()]
+    assert scene.counts()["handovers"] == 1
+    lines = _ledger(scene)
+    assert [line["what"] for line in lines] == ["hand-over", "taken", "resumed"]
+    assert lines[0] == {
+        "what": "hand-over",
+        "worker": "w1",
+        "to": "@w2",
+        "offset": 3,
+        "benefit_ms": 12.5,
+        "cost_ms": 2.0,
+        "kv": True,
+    }
+    assert lines[2]["gap_ms"] >= 0
+    check(scene)
+
+
+def test_the_gap_of_a_move_is_counted_once(scene: Scene) -> None:
+    """With the first tokens after it, not with later ones."""
+    scene.bring(S.RUNNING)
+    scene.emit(num=1)
+    scene.release(move=STEAL)
+    assert scene.counts()["steals_running"] == 1
+    scene.grant()
+    for offset in (1, 2, 3):
+        assert scene.emit(epoch=2, offset=offset, num=1) is Verdict.OK
+    assert scene.counts()["resumes"] == 1
+    assert [line["what"] for line in _ledger(scene)] == ["steal", "taken", "resumed"]
+
+
+def test_a_ticket_is_good_for_one_move(scene: Scene) -> None:
+    """After a crash the KV cache of the move before is history."""
+    scene.bring(S.RUNNING)
+    scene.emit(num=1)
+    scene.release(move=HANDOVER)
+    assert scene.grant().kv == "seg-1"
+    scene.crash()
+    assert scene.grant().kv == ""
+    assert [line["what"] for line in _ledger(scene)] == ["hand-over", "taken", "lost", "taken"]
+
+
+def test_what_is_taken_from_another_stage_is_stolen(scene: Scene) -> None:
+    """It counts, and its ledger says from where and for what; it goes back there if its worker dies."""
+    scene.bring(S.QUEUED)
+    scene.register()
+    assert scene.grant(own_stage="1", benefit_ms=30.0, cost_ms=4.0).stage == "0"
+    assert scene.counts()["steals_waiting"] == 1
+    (line,) = _ledger(scene)
+    assert line == {
+        "what": "stolen", "worker": "w1", "from": "0", "to": "1", "benefit_ms": 30.0, "cost_ms": 4.0
+    }  # fmt: skip
+    scene.crash()
+    assert scene.waiting("0") == ["a"]
+
+
+def test_the_own_stage_is_no_theft(scene: Scene) -> None:
+    """Nor is what was queued for this worker alone. An ordinary life leaves no ledger."""
+    scene.bring(S.QUEUED)
+    scene.register()
+    scene.grant(own_stage="0")
+    assert "steals_waiting" not in scene.counts()
+    assert _ledger(scene) == []
+
+
+def test_a_ledger_is_bounded(scene: Scene) -> None:
+    """A request that is moved for ever fills its own ledger, not the server."""
+    scene.bring(S.RUNNING)
+    for epoch in range(1, 200):
+        assert scene.release(epoch=epoch, move=STEAL) is Verdict.OK
+        scene.grant()
+    assert len(scene.raw.hget(scene.keys.request("a"), "ledger")) < 8200
+
+
+def test_an_expired_request_is_not_computed(scene: Scene) -> None:
+    """Its deadline passed while it waited and nobody had looked yet."""
+    scene.submit("a", deadline_ms=1)
+    scene.route("a")
+    scene.submit("b")
+    scene.route("b")
+    scene.register()
+    scene.raw.hset(scene.keys.request("a"), "deadline_ms", 1)
+    assert [grant.request_id for grant in scene.take().grants] == ["b"]
+    record = scene.door.run(scene.reads.record("a"))
+    assert record is not None
+    assert record.state is S.EXPIRED
+    check(scene)
+
+
+async def test_upkeep_saves_what_waits_for_a_worker_that_is_gone(scene: Scene, redis_url: str) -> None:
+    """It goes to the stage of its length; what waits for the living stays."""
+    settings = Settings(namespace=scene.keys.namespace, redis_url=redis_url)
+    door = AsyncDoor(settings.redis_url)
+    upkeep = Upkeep(settings=settings, door=door)
+    scene.register("alive:1")
+    for request_id, stage, num in (("a", "@alive", 1), ("b", "@gone", 2), ("c", "@gone", 9)):
+        scene.submit(request_id)
+        scene.route(request_id, stage=stage, token_ids=[1] * num)
+
+    report = await upkeep.run_once(_plan(5))
+
+    assert report.num_migrated == 2
+    assert [scene.waiting(s) for s in ("@alive", "@gone", "0", "1")] == [["a"], [], ["b"], ["c"]]
+    assert _ledger(scene, "c") == [{"what": "rerouted", "from": "@gone", "to": "1"}]
+    await door.close()
+    check(scene)
+
+
+@pytest.mark.parametrize("number", [1, 450])
+async def test_a_new_plan_takes_the_waiting_along(scene: Scene, redis_url: str, number: int) -> None:
+    """Each request waits in the stage of its length afterwards, in its old order; page by page."""
+    settings = Settings(namespace=scene.keys.namespace, redis_url=redis_url)
+    door = AsyncDoor(settings.redis_url)
+    upkeep = Upkeep(settings=settings, door=door)
+    calls = scene.calls
+    for index in range(number):
+        scene.submit(f"r{index}")
+        scene.door.run(
+            calls.route(
+                f"r{index}",
+                entry_id="0-1",
+                stage=str(index % 2),
+                score=float(index),
+                token_ids=[1] * (1 + index % 7),
+                max_tokens=1,
+                plan_version=0,
+                bucket=0,
+            )  # fmt: skip
+        )
+
+    moved = await upkeep.reroute(_plan(3, 6))
+
+    where = [0 if 1 + i % 7 < 3 else 1 if 1 + i % 7 < 6 else 2 for i in range(number)]
+    for stage in range(3):
+        expected = [f"r{i}" for i in range(number) if where[i] == stage]
+        assert scene.door.run(scene.reads.queue_ids(str(stage), limit=number)) == expected
+    assert moved == sum(stage != i % 2 for i, stage in enumerate(where))
+    assert await upkeep.reroute(_plan(3, 6)) == 0
+    await door.close()
+
+
+def test_a_message_reaches_a_live_worker_only(scene: Scene) -> None:
+    """What is sent to one that is gone leaves no key behind."""
+    scene.register("w2:x")
+    assert scene.door.run(scene.calls.ask("w2:x", message="{}")) is Verdict.OK
+    assert scene.door.run(scene.calls.ask("w3:x", message="{}")) is Verdict.LOST
+    assert scene.raw.xlen(scene.keys.control("w2:x")) == 1
+    assert not scene.raw.exists(scene.keys.control("w3:x"))
