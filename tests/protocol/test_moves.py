@@ -166,7 +166,7 @@ async def test_a_new_plan_takes_the_waiting_along(scene: Scene, redis_url: str, 
     upkeep = Upkeep(settings=settings, door=door)
     calls = scene.calls
     for index in range(number):
-        scene.submit(f"r{index}")
+        scene.submit(f"r{index}", max_live_tokens=10_000)
         scene.door.run(
             calls.route(
                 f"r{index}",
