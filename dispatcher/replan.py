@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from l4queue.config import Settings
-from l4queue.models import RequestState
+from l4queue.models import RequestState, Routing
 from l4queue.planner import Decision, PlannerSettings, Snapshot
 from l4queue.policy.coefficients import load_coefficients
 from l4queue.policy.cost import StepCost
@@ -19,6 +19,7 @@ from l4queue.protocol.door import AsyncDoor
 from l4queue.protocol.keys import Keys
 from l4queue.protocol.overview import Overview, read_overview_async
 from l4queue.protocol.reads import FinishedRequest, Reads
+from l4queue.protocol.upkeep import Upkeep
 from l4queue.sim.shadow import Arrival, decide, make_scorer
 
 __all__ = ("replan_once",)
@@ -54,6 +55,8 @@ async def _replan(door: AsyncDoor, settings: Settings) -> str:
     keys = Keys(settings.namespace)
     reads, calls = Reads(keys), Calls(keys)
     overview = await read_overview_async(door, settings.namespace)
+    if overview.plan.routing is not Routing.L4:
+        return f"routing is {overview.plan.routing}: nothing to plan"
     raw, remembered, recent = await door.run_many(
         [reads.histogram(), reads.planner_memory(), reads.finished(count=_RECENT)]
     )
@@ -87,6 +90,7 @@ async def _replan(door: AsyncDoor, settings: Settings) -> str:
     )
     if verdict is Verdict.STALE:
         return "another planner was first"
+    await Upkeep(settings=settings, door=door).reroute(decision.plan)
     return f"plan {decision.plan.version}: {decision.reason}"
 
 

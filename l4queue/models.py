@@ -17,6 +17,7 @@ __all__ = (
     "RequestBody",
     "RequestSpec",
     "RequestState",
+    "Routing",
     "SamplingParams",
     "StagePlan",
     "Transition",
@@ -212,6 +213,23 @@ class RequestSpec(RequestBody):
         return self
 
 
+class Routing(StrEnum):
+    """How requests find their worker. All but `l4` are baselines, to be compared with on the same protocol."""
+
+    #: stages by length, late binding, hand-over, stealing; the planner replans
+    L4 = "l4"
+    #: pushed to the workers in turn, at arrival
+    ROUND_ROBIN = "round-robin"
+    #: pushed to the worker with least to do
+    LEAST_LOADED = "least-loaded"
+    #: pushed to one of two pools by prompt length, there to the worker with least to do
+    TWO_POOL = "two-pool"
+    #: one queue in order of arrival; a worker takes when it has room
+    CENTRAL = "central"
+    #: one queue, shortest prompt first with ageing
+    CENTRAL_SJF = "central-sjf"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StagePlan:
     """One stage of a plan: the workers that serve lengths in the half-open range [low, high)."""
@@ -225,7 +243,8 @@ class StagePlan:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """Ordered stages that cover [0, ∞) once. `version` rises by one with each publication; 0 is the
-    plan of an empty deployment: one stage that everybody serves."""
+    plan of an empty deployment: one stage that everybody serves. Under another `routing` than `l4` the planner
+    rests, and workers neither steal nor hand over."""
 
     version: int
     stages: tuple[StagePlan, ...]
@@ -233,6 +252,7 @@ class Plan:
     created_ms: int = 0
     objective: float | None = None
     objective_one_stage: float | None = None
+    routing: Routing = Routing.L4
     details: dict[str, Any] = field(default_factory=dict)
 
     @classmethod

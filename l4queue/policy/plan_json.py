@@ -8,11 +8,11 @@ from dataclasses import asdict
 from typing import Any
 
 from l4queue.errors import ConfigError
-from l4queue.models import Plan, StagePlan
+from l4queue.models import Plan, Routing, StagePlan
 
 __all__ = ("check_plan", "plan_from_json", "plan_to_json")
 
-_PLAN_FIELDS = {"version", "stages", "reason", "created_ms", "objective", "objective_one_stage", "details"}
+_PLAN_FIELDS = {"version", "stages", "reason", "created_ms", "objective", "objective_one_stage", "routing", "details"}
 _STAGE_FIELDS = {"low_tokens", "high_tokens", "num_workers", "worker_ids"}
 
 
@@ -44,6 +44,7 @@ def plan_from_json(text: str | bytes) -> Plan:
         created_ms=_whole(data.get("created_ms", 0), "created_ms"),
         objective=_number(data.get("objective"), "objective"),
         objective_one_stage=_number(data.get("objective_one_stage"), "objective_one_stage"),
+        routing=_routing(data.get("routing", Routing.L4)),
         details=_mapping(data.get("details", {}), "details"),
     )
     check_plan(plan)
@@ -110,6 +111,13 @@ def _text(value: Any, name: str) -> str:
     if not isinstance(value, str):
         raise ConfigError(f"plan.{name} must be text, got {value!r}")
     return value
+
+
+def _routing(value: Any) -> Routing:
+    try:
+        return Routing(value)
+    except ValueError:
+        raise ConfigError(f"plan.routing must be one of {', '.join(Routing)}, got {value!r}") from None
 
 
 def _mapping(value: Any, name: str) -> dict[str, Any]:
