@@ -10,14 +10,13 @@ from dataclasses import replace
 
 from pydantic import ValidationError
 
-from l4queue.models import RequestState
+from l4queue.models import RequestState, Routing
 from l4queue.policy.room import Room, RoomLimits, room_of
 from l4queue.policy.steal import steal_waiting
 from l4queue.protocol.calls import Verdict
-from l4queue.protocol.keys import SOLO_STAGE
+from l4queue.protocol.keys import SOLO_STAGE, personal_stage
 from l4queue.protocol.records import Grant, Outcome, OutputEntry
 from workers.session import Session
-from workers.siblings import expected_output_tokens, stage_loads
 from workers.state import WorkerState
 from workers.writer import Writer
 
@@ -38,10 +37,16 @@ class Intake:
         self._state = state
         self._writer = writer
         self._solo_since_s: float | None = None
+        self.personal_due = True  # something may wait for this worker alone
 
     async def pull_once(self) -> int:
-        """One round: the solo queue when we are idle, the own queue, a sibling's when ours is empty."""
+        """One round: our own queue, the solo queue when idle, our stage's queue, a sibling's when that is empty."""
         state = self._state
+        if self.personal_due:
+            self.personal_due = False
+            if taken := await self._take_personal():
+                self.personal_due = True  # there may be more
+                return taken
         if not state.sessions and await self._take(SOLO_STAGE, _IDLE_ROOM):
             self._solo_since_s = None
             return 1
@@ -59,7 +64,19 @@ class Intake:
         limits = RoomLimits(prefill_tokens=_PREFILL_STEPS * info.max_batched_tokens)
         return room_of(state.load(), cost=state.cost, limits=limits, pending_prefill_tokens=pending)
 
-    async def _take(self, stage: str, room: Room) -> int:
+    async def _take_personal(self) -> int:
+        """What was handed over or pushed to this worker, up to its slots: whoever sent it looked at the room."""
+        state = self._state
+        slots = state.max_running - len(state.sessions)
+        if slots < 1 or state.is_draining:
+            self.personal_due = True  # it waits for a slot
+            return 0
+        room = replace(_IDLE_ROOM, num_requests=slots, reason="meant for this worker")
+        return await self._take(personal_stage(state.worker_id), room, num_sharers=1)
+
+    async def _take(
+        self, stage: str, room: Room, *, num_sharers: int | None = None, price: tuple[float, float] = (0.0, 0.0)
+    ) -> int:
         state = self._state
         call = state.calls.take(
             stage,
@@ -71,7 +88,10 @@ class Intake:
             reserve_tokens=room.growth_tokens,
             prefill_tokens=room.prefill_tokens,
             is_idle=room.is_idle,
-            num_sharers=state.num_sharers,
+            num_sharers=state.num_sharers if num_sharers is None else num_sharers,
+            own_stage=str(state.stage),
+            benefit_ms=price[0],
+            cost_ms=price[1],
         )
         taken = await state.door.run(call)
         if taken.verdict is Verdict.LOST:  # the next heartbeat begins a new incarnation
@@ -81,12 +101,12 @@ class Intake:
 
     async def _steal(self, room: Room) -> int:
         """Take waiting requests of a sibling stage if the policy says that it pays."""
-        state, overview = self._state, self._state.overview
-        if overview is None or len(overview.plan.stages) < 2 or len(state.plan.stages) < 2:
+        state, outlook = self._state, self._state.outlook
+        if len(state.plan.stages) < 2 or state.plan.routing is not Routing.L4:
             return 0
-        loads = stage_loads(overview, cost=state.cost)
+        loads = outlook.stage_loads(cost=state.cost)
         own = next((load for load in loads if load.stage == state.stage), None)
-        if own is None:
+        if own is None or len(loads) < 2:
             return 0
         decision = steal_waiting(
             state.load(),
@@ -94,12 +114,15 @@ class Intake:
             siblings=loads,
             head_tokens={},
             max_requests=room.num_requests,
-            expected_output_tokens=expected_output_tokens(overview),
+            expected_output_tokens=outlook.outputs.mean_tokens,
             cost=state.cost,
         )
         if decision.stage is None:
             return 0
-        taken = await self._take(str(decision.stage), replace(room, num_requests=decision.num_requests))
+        price = (decision.benefit_ms, decision.cost_ms)
+        taken = await self._take(
+            str(decision.stage), replace(room, num_requests=decision.num_requests), price=price
+        )
         state.num_stolen += taken
         return taken
 
@@ -128,6 +151,7 @@ class Intake:
             if session is None:
                 continue
             state.sessions[session.engine_id] = session
+            session.watch_tokens = state.high_tokens
             state.observer.request_started(state.view(session))
             if session.has_ended:
                 ended.append(session)

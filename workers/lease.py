@@ -20,6 +20,7 @@ from workers.engine import EngineDied
 __all__ = ("Lease",)
 
 log = logging.getLogger("l4queue.worker")
+_NEWS_S = 0.5
 
 
 class Lease:
@@ -56,9 +57,12 @@ class Lease:
         await self._send(register=True)
 
     async def keep(self, on_lost: Callable[[], None]) -> None:
-        """Renew for ever, three times a lease. Raises EngineDied when the engine has stalled too long."""
+        """Renew for ever, three times a lease or more often, since siblings decide by the load it tells.
+
+        Raises EngineDied when the engine has stalled too long.
+        """
         while True:
-            await asyncio.sleep(self._settings.lease_s / 3)
+            await asyncio.sleep(min(self._settings.lease_s / 3, _NEWS_S))
             self._check_progress()
             if await self._send(register=False) is Verdict.LOST:
                 log.warning("lease of %s lost: its requests continue elsewhere", self.incarnation)

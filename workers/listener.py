@@ -2,31 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from l4queue.protocol.door import AsyncDoor
-from l4queue.protocol.keys import SOLO_STAGE, Keys
+from l4queue.protocol.keys import SOLO_STAGE, Keys, personal_stage
 from l4queue.protocol.reads import Reads
 
 __all__ = ("Listener",)
 
 
 class Listener:
-    """Reads wake-up, control and plan streams. Reading is harmless to repeat: nothing is handed over here."""
+    """Reads wake-up, control and plan streams. Reading is harmless to repeat: nothing is handed over here.
+
+    `on_wake` is told whether it was this worker's own queue.
+    """
 
     def __init__(
         self,
         *,
         door: AsyncDoor,
         keys: Keys,
-        on_wake: Callable[[], None],
+        worker_id: str,
+        on_wake: Callable[[bool], None],
         on_cancel: Callable[[Sequence[str]], None],
+        on_message: Callable[[str], None],
         on_plan: Callable[[str], None],
     ) -> None:
         self._door = door
         self._keys = keys
+        self._personal = keys.wake(personal_stage(worker_id))
         self._on_wake = on_wake
         self._on_cancel = on_cancel
+        self._on_message = on_message
         self._on_plan = on_plan
         self._last: dict[str, str] = {}
 
@@ -36,16 +43,22 @@ class Listener:
         while True:
             stage, incarnation = streams()
             control = self._keys.control(incarnation)
-            names = (self._keys.wake(stage), self._keys.wake(SOLO_STAGE), self._keys.plans, control)
+            wakes = (self._keys.wake(stage), self._keys.wake(SOLO_STAGE), self._personal)
+            names = (*wakes, self._keys.plans, control)
             if any(name not in self._last for name in names):
                 self._last = {name: self._last.get(name, start_id) for name in names}
-                self._on_wake()
+                self._on_wake(True)
             found = await self._door.wait(self._last, block_s=1.0)
             for name, entries in found.items():
                 self._last[name] = entries[-1][0].decode()
                 if name == control:
-                    self._on_cancel([values[b"i"].decode() for _, values in entries])
+                    self._on_control([values for _, values in entries])
                 elif name == self._keys.plans:
                     self._on_plan(entries[-1][1][b"body"].decode())
                 else:
-                    self._on_wake()
+                    self._on_wake(name == self._personal)
+
+    def _on_control(self, entries: Sequence[Mapping[bytes, bytes]]) -> None:
+        self._on_cancel([values[b"i"].decode() for values in entries if b"i" in values])
+        for message in (values[b"m"].decode() for values in entries if b"m" in values):
+            self._on_message(message)

@@ -53,6 +53,9 @@ class Session:
         self.started_s = started_s
         self.range_text = range_text
         self.priority = body.priority
+        self.came_from = grant.came_from
+        self.is_moving = False
+        self.watch_tokens: int | None = None  # the length at which moving it is thought about
         self.params: SamplingParams = body.params
         self.prompt_ids: list[int] = unpack_ids(grant.packed_ids)
         self.output_ids: list[int] = []
@@ -77,6 +80,12 @@ class Session:
     def remaining_tokens(self) -> int:
         """Most tokens that may still be generated."""
         return self.params.max_tokens - len(self.output_ids)
+
+    @property
+    def may_move(self) -> bool:
+        """Whether it may go on elsewhere. Before its first token here it would only be prefilled twice."""
+        is_free = not (self.is_moving or self.has_ended or self.params.is_pinned)
+        return is_free and len(self.output_ids) > self.grant.offset
 
     @property
     def has_ended(self) -> bool:

@@ -12,14 +12,15 @@ from l4queue.config import Settings
 from l4queue.models import Plan, RequestState, WorkerLoad
 from l4queue.policy.calibrate import Calibrator
 from l4queue.policy.cost import StepCost
+from l4queue.policy.prices import MovePrice
 from l4queue.protocol.calls import Calls, Verdict
 from l4queue.protocol.door import AsyncDoor
 from l4queue.protocol.keys import Keys
-from l4queue.protocol.overview import Overview
 from l4queue.protocol.reads import Reads
 from workers.engine import Engine, EngineDied, EngineInfo
 from workers.lease import Lease
 from workers.observer import LEASE_ENDED, Observer, RequestView
+from workers.outlook import Outlook
 from workers.session import Session, TextFactory
 
 __all__ = ("WorkerState",)
@@ -51,9 +52,10 @@ class WorkerState:
         self.sessions: dict[str, Session] = {}
         self.info: EngineInfo | None = None
         self.calibrator = Calibrator(prior=cost)
-        self.overview: Overview | None = None  # as of the last look, about a second old
+        self.outlook = Outlook(settings=settings, door=self.door, worker_id=worker_id)
         self.num_finished = 0
         self.num_stolen = 0
+        self.num_handed_over = 0
         self.is_draining = False
         self.nudge = asyncio.Event()
         self.lease = Lease(
@@ -68,9 +70,14 @@ class WorkerState:
 
     @property
     def stage(self) -> int:
-        """Index of the stage that the current plan gives this worker; a newcomer serves the last one."""
+        """Index of the stage that this worker serves."""
         known = self.plan.stage_of_worker(self.worker_id)
-        return len(self.plan.stages) - 1 if known is None else known
+        return self.outlook.newcomer_stage(self.plan, cost=self.cost) if known is None else known
+
+    @property
+    def high_tokens(self) -> int | None:
+        """Where the range of this worker's stage ends; None: nowhere."""
+        return self.plan.stages[self.stage].high_tokens
 
     @property
     def num_sharers(self) -> int:
@@ -115,6 +122,16 @@ class WorkerState:
             await self.engine.abort([session.engine_id for session in sessions])
         except EngineDied:
             return
+
+    async def cut(self, session: Session) -> str:
+        """Stop computing this one at a token boundary; the ticket of its KV cache, '' when none is kept."""
+        await self.abort([session])
+        return ""
+
+    @property
+    def move_price(self) -> MovePrice:
+        """What moving a running request costs: its target prefills it again."""
+        return MovePrice()
 
     async def drop(self, sessions: Iterable[Session]) -> None:
         """Stop computing requests that are no longer ours; tell the observer what became of them."""
@@ -208,5 +225,6 @@ class WorkerState:
             "step_ms": load.step_ms,
             "finished": load.num_finished,
             "stolen": self.num_stolen,
+            "handed_over": self.num_handed_over,
             "draining": load.is_draining,
         }

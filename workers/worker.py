@@ -13,11 +13,11 @@ from l4queue.config import Settings
 from l4queue.policy.cost import StepCost
 from l4queue.policy.histogram import Buckets, growth_fields
 from l4queue.policy.plan_json import plan_from_json
-from l4queue.protocol.overview import read_overview_async
 from l4queue.protocol.upkeep import Upkeep
 from workers.engine import Engine, EngineDied, EngineOutput
 from workers.intake import Intake
 from workers.listener import Listener
+from workers.mover import Mover
 from workers.observer import Observer, RequestView
 from workers.session import Session, TextFactory
 from workers.state import WorkerState
@@ -53,6 +53,7 @@ class Worker:
         self._engine = engine
         self._writer = Writer(self.state)
         self._intake = Intake(self.state, self._writer)
+        self._mover = Mover(self.state, self._writer)
         self._buckets = Buckets.log_spaced(settings.max_model_len)
         self._stopping = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -93,8 +94,10 @@ class Worker:
         if body is not None and version:
             state.plan = plan_from_json(body)
         await state.lease.begin()
+        await state.outlook.refresh()
         failure = await self._run_loops()
         async with asyncio.timeout(self.settings.drain_s):
+            await self._mover.finish()
             await self._writer.give_back(blame=isinstance(failure, EngineDied))
             await state.lease.end()
         if failure is not None:
@@ -106,8 +109,10 @@ class Worker:
         listener = Listener(
             door=state.door,
             keys=state.keys,
-            on_wake=state.nudge.set,
+            worker_id=state.worker_id,
+            on_wake=self._on_wake,
             on_cancel=self._on_cancel,
+            on_message=self._mover.answer,
             on_plan=self._on_plan,
         )
         loops = (
@@ -116,6 +121,7 @@ class Worker:
             state.lease.keep(self._on_lost),
             listener.run(lambda: (str(state.stage), state.lease.incarnation)),
             self._keep_up(),
+            self._look_around(),
             self._stopping.wait(),
         )
         tasks = [asyncio.create_task(loop) for loop in loops]
@@ -151,8 +157,9 @@ class Worker:
                 wait_s = max(0.0, flushed_s + interval_s - loop.time()) if dirty else None
                 await asyncio.wait({coming}, timeout=wait_s)
                 if coming.done():
-                    for session in self._fold(coming.result()):
-                        dirty[session.engine_id] = session
+                    touched = self._fold(coming.result())
+                    dirty.update((session.engine_id, session) for session in touched)
+                    self._mover.look(touched)
                     coming = asyncio.create_task(self._engine.outputs())
                 is_due = loop.time() >= flushed_s + interval_s
                 if dirty and (is_due or any(session.is_urgent for session in dirty.values())):
@@ -180,9 +187,20 @@ class Worker:
         upkeep = Upkeep(settings=self.settings, door=self.state.door)
         while True:
             await upkeep.run_once(self.state.plan)
-            if len(self.state.plan.stages) > 1:
-                self.state.overview = await read_overview_async(self.state.door, self.settings.namespace)
             await asyncio.sleep(upkeep.interval_s)
+
+    async def _look_around(self) -> None:
+        outlook = self.state.outlook
+        while True:
+            await asyncio.sleep(outlook.interval_s)
+            await outlook.refresh()
+            await self._mover.ask_once()
+            self._intake.personal_due = True  # a wake-up may have been missed
+
+    def _on_wake(self, is_personal: bool) -> None:
+        if is_personal:
+            self._intake.personal_due = True
+        self.state.nudge.set()
 
     def _on_cancel(self, request_ids: Sequence[str]) -> None:
         wanted = set(request_ids)
@@ -191,6 +209,7 @@ class Worker:
     def _on_plan(self, body: str) -> None:
         state = self.state
         state.plan = plan_from_json(body)
+        self._mover.watch_anew()
         log.info("plan %d: %s serves stage %d", state.plan.version, state.worker_id, state.stage)
         state.nudge.set()
 

@@ -22,9 +22,17 @@ class Writer:
 
     def __init__(self, state: WorkerState) -> None:
         self._state = state
+        self._in_order = asyncio.Lock()
 
     async def flush(self, sessions: Sequence[Session]) -> None:
-        """Write all that these sessions have pending, and settle those that have ended."""
+        """Write all that these sessions have pending, and settle those that have ended.
+
+        One at a time: two writes of one request on two connections could arrive in the wrong order.
+        """
+        async with self._in_order:
+            await self._flush(sessions)
+
+    async def _flush(self, sessions: Sequence[Session]) -> None:
         writes = [write for session in sessions if (write := session.take_write()) is not None]
         if not writes:
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from l4queue.models import WorkerLoad
@@ -9,7 +10,9 @@ from l4queue.policy.cost import StepCost
 from l4queue.policy.loads import decode_step_ms
 from l4queue.policy.prices import MovePrice
 
-__all__ = ("Handover", "decide_handover")
+__all__ = ("Handover", "decide_handover", "least_loaded")
+
+_EQUAL = 0.05  # loads within 5 % of the least count as equal: they are half a second old anyway
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,3 +68,23 @@ def decide_handover(
     if benefit - loss <= min_gain_ms:
         return Handover(is_move=False, benefit_ms=benefit, cost_ms=loss, reason="does not repay the move")
     return Handover(is_move=True, benefit_ms=benefit, cost_ms=loss, reason="outgrown")
+
+
+def least_loaded(
+    workers: Sequence[WorkerLoad], *, cost: StepCost, holders: Collection[str] = ()
+) -> WorkerLoad | None:
+    """The worker with the least to do, by what the requests in its engine take of a step; None of none.
+
+    Of equals one that still holds the request's prefix in its cache (`holders`), then the first by id.
+    """
+    able = [w for w in workers if not w.is_draining]
+    if not able:
+        return None
+    busy = {w.worker_id: _busy_ms(w, cost) for w in able}
+    least = min(busy.values())
+    equal = [w for w in able if busy[w.worker_id] <= least * (1.0 + _EQUAL)]
+    return min(equal, key=lambda w: (w.worker_id not in holders, w.worker_id))
+
+
+def _busy_ms(load: WorkerLoad, cost: StepCost) -> float:
+    return decode_step_ms(load.num_running + load.num_waiting_in_engine, load.context_tokens, cost=cost)

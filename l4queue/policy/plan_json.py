@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 from l4queue.errors import ConfigError
@@ -12,8 +12,8 @@ from l4queue.models import Plan, Routing, StagePlan
 
 __all__ = ("check_plan", "plan_from_json", "plan_to_json")
 
-_PLAN_FIELDS = {"version", "stages", "reason", "created_ms", "objective", "objective_one_stage", "routing", "details"}
-_STAGE_FIELDS = {"low_tokens", "high_tokens", "num_workers", "worker_ids"}
+_PLAN_FIELDS = {f.name for f in fields(Plan)}
+_STAGE_FIELDS = {f.name for f in fields(StagePlan)}
 
 
 def plan_to_json(plan: Plan) -> str:

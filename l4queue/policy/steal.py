@@ -25,6 +25,7 @@ __all__ = (
     "Transfer",
     "ask",
     "bid",
+    "choose_victim",
     "match",
     "steal_waiting",
 )
@@ -212,6 +213,22 @@ def ask(
         num_running=load.num_running + load.num_waiting_in_engine,
         context_tokens=load.context_tokens,
     )
+
+
+def choose_victim(
+    asker: WorkerLoad, siblings: Sequence[WorkerLoad], *, cost: StepCost, limits: StealLimits | None = None
+) -> WorkerLoad | None:
+    """Whom to ask for running requests: the sibling with the longest decode step, if that is overloaded.
+
+    Overloaded is a step `overload_ratio` times as long as the asker's with one request more. Ties by id.
+    """
+    limits = limits or StealLimits()
+    mean = asker.context_tokens / asker.num_running if asker.num_running else 0.0
+    own_ms = decode_step_ms(asker.num_running + 1, asker.context_tokens + mean, cost=cost)
+    able = [s for s in siblings if s.worker_id != asker.worker_id and s.num_running >= 2 and not s.is_draining]
+    steps = {s.worker_id: decode_step_ms(s.num_running, s.context_tokens, cost=cost) for s in able}
+    slow = [s for s in able if steps[s.worker_id] >= limits.overload_ratio * own_ms]
+    return min(slow, key=lambda s: (-steps[s.worker_id], s.worker_id), default=None)
 
 
 def bid(

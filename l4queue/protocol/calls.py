@@ -327,9 +327,10 @@ class Calls:
         return Call(None, (), args, lambda _: None)
 
     def migrate(self, *, source: str, highs: Sequence[int], limit: int, skip: int = 0) -> Call[Migrated]:
-        """Move waiting requests of a queue to the stages of their lengths; `highs` are the ends of all but the last.
+        """Move waiting requests of a queue to the stages of their lengths.
 
-        Looks at `limit` requests after the first `skip` ones, in serving order.
+        `highs` are the upper ends of all stages but the last. Looks at `limit` requests after the first `skip`
+        ones, in serving order.
         """
         return Call("migrate", (self.keys.queue(source),), (source, skip, limit, *highs), _migrated)
 

@@ -241,6 +241,20 @@ class Reads:
         """The latest finished requests, newest first."""
         return Call(None, (), ("XREVRANGE", self.keys.finished, "+", "-", "COUNT", count), _finished)
 
+    def output_lengths(self, *, after: str | None, count: int = 500) -> Call[tuple[str | None, list[int]]]:
+        """Output lengths of what finished after the stream id `after` (None: of the latest), and the last id."""
+        args: tuple[str | int, ...] = ("XREVRANGE", self.keys.finished, "+", "-", "COUNT", count)
+        if after is not None:
+            args = ("XRANGE", self.keys.finished, f"({after}", "+", "COUNT", count)
+
+        def parse(reply: Any) -> tuple[str | None, list[int]]:
+            entries = parse_entries(reply)
+            last = max((i for i, _ in entries), key=_order, default=None)
+            lengths = [int(v[b"o"]) for _, v in entries if v[b"s"] == b"done"]
+            return (after if last is None else last.decode(), lengths)
+
+        return Call(None, (), args, parse)
+
     def dead_letters(self, *, count: int) -> Call[list[DeadLetter]]:
         """The latest dead letters, newest first."""
         return Call(None, (), ("XREVRANGE", self.keys.dead, "+", "-", "COUNT", count), _dead_letters)
@@ -248,6 +262,11 @@ class Reads:
     def server_time_ms(self) -> Call[int]:
         """The server's clock, ms since the epoch: the only clock of the protocol."""
         return Call(None, (), ("TIME",), lambda r: int(r[0]) * 1000 + int(r[1]) // 1000)
+
+
+def _order(entry_id: bytes) -> tuple[int, int]:
+    ms, _, sequence = entry_id.partition(b"-")
+    return int(ms), int(sequence)
 
 
 def _scored(reply: Any) -> list[tuple[str, int]]:

@@ -1,0 +1,164 @@
+"""Moving running requests: on when they have outgrown the stage, away when a sibling with room asks."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Iterable
+from dataclasses import asdict
+
+from l4queue.models import Routing
+from l4queue.policy.handover import decide_handover, least_loaded
+from l4queue.policy.steal import Ask, RunningRequest, StealLimits, ask, bid, choose_victim, match
+from l4queue.protocol.calls import Move, MoveKind
+from l4queue.protocol.keys import personal_stage
+from workers.session import Session
+from workers.state import WorkerState
+from workers.writer import Writer
+
+__all__ = ("Mover",)
+
+log = logging.getLogger("l4queue.worker")
+_LOOK_AGAIN = 1.5  # what was not worth moving is thought about again when it is so many times as long
+_LIMITS = StealLimits()
+
+
+class Mover:
+    """Decides by the policy, then moves: cut in the engine, write what there is, queue it for its new worker."""
+
+    def __init__(self, state: WorkerState, writer: Writer) -> None:
+        self._state = state
+        self._writer = writer
+        self._moves: set[asyncio.Task[None]] = set()
+        self._last_steal_ms: int | None = None
+        self._last_ask_ms: int | None = None
+
+    def watch_anew(self) -> None:
+        """A new plan: whatever is beyond the end of the range now is thought about with its next token."""
+        for session in self._state.sessions.values():
+            session.watch_tokens = self._state.high_tokens
+
+    def look(self, sessions: Iterable[Session]) -> None:
+        """Hand over what has outgrown the stage, if that pays."""
+        for session in sessions:
+            watch = session.watch_tokens
+            if watch is None or session.length_tokens < watch or not session.may_move:
+                continue
+            if self._state.plan.routing is Routing.L4 and len(self._moves) < _LIMITS.max_moves:
+                self._consider(session)
+
+    async def ask_once(self) -> None:
+        """With room and nothing waiting anywhere: ask the most overloaded sibling for running requests."""
+        state, outlook = self._state, self._state.outlook
+        if state.plan.routing is not Routing.L4:
+            return
+        own = state.load()
+        request = ask(
+            own,
+            num_waiting_anywhere=outlook.num_waiting,
+            moves_in_flight=len(self._moves),
+            last_move_ms=self._last_ask_ms,
+            now_ms=_now_ms(),
+            cost=state.cost,
+            limits=_LIMITS,
+        )
+        victim = choose_victim(own, outlook.others(), cost=state.cost, limits=_LIMITS)
+        if request is None or victim is None:
+            return
+        self._last_ask_ms = _now_ms()
+        await state.door.run(state.calls.ask(victim.incarnation, message=json.dumps({"ask": asdict(request)})))
+
+    def answer(self, message: str) -> None:
+        """A sibling asks: move what pays to it."""
+        state = self._state
+        request = Ask(**json.loads(message)["ask"])
+        offers = bid(
+            state.load(),
+            [self._running(session) for session in state.sessions.values() if session.may_move],
+            request,
+            moves_in_flight=len(self._moves),
+            last_move_ms=self._last_steal_ms,
+            now_ms=_now_ms(),
+            cost=state.cost,
+            price=self._state.move_price,
+            limits=_LIMITS,
+        )
+        by_id = {session.request_id: session for session in state.sessions.values()}
+        bids = {offer.request_id: offer for offer in offers}
+        moving = {state.worker_id: len(self._moves)}
+        for transfer in match([request], offers, moves_in_flight=moving, limits=_LIMITS):
+            offer = bids[transfer.request_id]
+            move = Move(kind=MoveKind.STEAL, benefit_ms=offer.benefit_ms, cost_ms=offer.cost_ms)
+            self._last_steal_ms = _now_ms()
+            self._begin(by_id[transfer.request_id], transfer.target_id, move)
+
+    async def finish(self) -> None:
+        """Wait for the moves in progress."""
+        await asyncio.gather(*self._moves, return_exceptions=True)
+
+    def _consider(self, session: Session) -> None:
+        state = self._state
+        stage = max(state.stage + 1, state.plan.stage_of(session.length_tokens))
+        siblings = state.outlook.others(stage=stage)
+        there = least_loaded(siblings, cost=state.cost, holders=(session.came_from,))
+        decision = decide_handover(
+            session.length_tokens,
+            high_tokens=state.high_tokens,
+            expected_remaining_tokens=self._expected_remaining(session),
+            here=state.load(),
+            there=there,
+            cost=state.cost,
+            price=self._state.move_price,
+        )
+        if not decision.is_move or there is None:
+            session.watch_tokens = int(session.length_tokens * _LOOK_AGAIN) + 1
+            return
+        state.num_handed_over += 1
+        move = Move(kind=MoveKind.HANDOVER, benefit_ms=decision.benefit_ms, cost_ms=decision.cost_ms)
+        self._begin(session, there.worker_id, move)
+
+    def _begin(self, session: Session, target_id: str, move: Move) -> None:
+        session.is_moving = True
+        task = asyncio.create_task(self._move(session, target_id, move))
+        self._moves.add(task)
+        task.add_done_callback(self._moves.discard)
+
+    async def _move(self, session: Session, target_id: str, move: Move) -> None:
+        """Cut, write, release. Whatever fails on the way leaves the request here for the drain or the reaper."""
+        state = self._state
+        kv = await state.cut(session)
+        await self._writer.flush([session])
+        if session.engine_id not in state.sessions:  # it had ended, or was taken from us meanwhile
+            return
+        call = state.calls.release(
+            session.request_id,
+            incarnation=session.incarnation,
+            epoch=session.grant.epoch,
+            stage=personal_stage(target_id),
+            move=Move(kind=move.kind, benefit_ms=move.benefit_ms, cost_ms=move.cost_ms, kv=kv),
+        )
+        await state.door.run(call)
+        if state.sessions.pop(session.engine_id, None) is not None:
+            state.observer.request_moved(state.view(session), why=f"{move.kind}: on to {target_id}")
+        state.nudge.set()
+        log.info("%s of %s at %d tokens to %s", move.kind, session.request_id, session.length_tokens, target_id)
+
+    def _running(self, session: Session) -> RunningRequest:
+        return RunningRequest(
+            request_id=session.request_id,
+            length_tokens=session.length_tokens,
+            expected_remaining_tokens=self._expected_remaining(session),
+            came_from=session.came_from or None,
+        )
+
+    def _expected_remaining(self, session: Session) -> float:
+        """All of it where nothing else can end the output; else by what others went on to generate."""
+        params, left = session.params, session.remaining_tokens
+        if params.ignore_eos and not params.stop and not params.stop_token_ids:
+            return float(left)
+        return self._state.outlook.outputs.expected_remaining(len(session.output_ids), limit=left)
+
+
+def _now_ms() -> int:
+    return int(asyncio.get_running_loop().time() * 1000)

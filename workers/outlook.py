@@ -1,0 +1,83 @@
+"""What a worker knows of the others: loads of workers and stages half a second ago, how long outputs are."""
+
+from __future__ import annotations
+
+from l4queue.config import Settings
+from l4queue.models import Plan, WorkerLoad
+from l4queue.policy.assign import stage_for_newcomer
+from l4queue.policy.cost import StepCost
+from l4queue.policy.loads import StageLoad, stage_load
+from l4queue.policy.outputs import OutputLengths
+from l4queue.protocol.door import AsyncDoor
+from l4queue.protocol.keys import Keys
+from l4queue.protocol.overview import Overview, read_overview_async
+from l4queue.protocol.reads import Reads
+
+__all__ = ("Outlook",)
+
+_INTERVAL_S = 0.5
+_WORKERS_PER_S = 64  # in a large fleet everybody looks at everybody less often
+
+
+class Outlook:
+    """Refreshed by the worker's own loop. Before the first look there are no others."""
+
+    def __init__(self, *, settings: Settings, door: AsyncDoor, worker_id: str) -> None:
+        self._namespace = settings.namespace
+        self._door = door
+        self._reads = Reads(Keys(settings.namespace))
+        self._worker_id = worker_id
+        self._finished_id: str | None = None
+        self._newcomer: tuple[int, int] | None = None
+        self.overview: Overview | None = None
+        self.outputs = OutputLengths()
+
+    @property
+    def interval_s(self) -> float:
+        """Pause between two looks, s."""
+        num_workers = len(self.overview.workers) if self.overview else 0
+        return max(_INTERVAL_S, num_workers / _WORKERS_PER_S)
+
+    async def refresh(self) -> None:
+        """Look at plan, workers and queues, and at what has finished since the last look."""
+        self.overview = await read_overview_async(self._door, self._namespace)
+        self._finished_id, lengths = await self._door.run(self._reads.output_lengths(after=self._finished_id))
+        self.outputs.add(lengths)
+
+    def others(self, *, stage: int | None = None) -> list[WorkerLoad]:
+        """The other workers, of one stage or of all."""
+        found = self.overview.workers if self.overview else ()
+        return [w for w in found if w.worker_id != self._worker_id and stage in (None, w.stage)]
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait anywhere."""
+        if self.overview is None:
+            return 0
+        return self.overview.inbox + sum(queue.num_requests for queue in self.overview.queues.values())
+
+    def stage_loads(self, *, cost: StepCost) -> list[StageLoad]:
+        """The load of every stage of the plan, by what its workers published and what waits for it."""
+        if self.overview is None:
+            return []
+        loads = []
+        for index in range(len(self.overview.plan.stages)):
+            queue = self.overview.queues.get(str(index))
+            loads.append(
+                stage_load(
+                    index,
+                    [worker for worker in self.overview.workers if worker.stage == index],
+                    queued_requests=queue.num_requests if queue else 0,
+                    queued_tokens=queue.tokens if queue else 0,
+                    expected_output_tokens=self.outputs.mean_tokens,
+                    cost=cost,
+                )
+            )
+        return loads
+
+    def newcomer_stage(self, plan: Plan, *, cost: StepCost) -> int:
+        """Where a worker that the plan does not know is needed most; it stays there until the next plan."""
+        if self._newcomer is None or self._newcomer[0] != plan.version:
+            chosen = stage_for_newcomer(plan, self.others(), queues=self.stage_loads(cost=cost))
+            self._newcomer = (plan.version, chosen.stage)
+        return self._newcomer[1]
