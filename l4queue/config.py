@@ -59,6 +59,11 @@ class Settings(BaseSettings):
 
     replan_interval_s: float = Field(10.0, gt=0, description="period of the planner, s")
     demand_half_life_s: float = Field(120.0, gt=0, description="traffic older than this has half its weight, s")
+    refine_interval_s: float = Field(2.0, gt=0, description="period in which boundaries are nudged, s")
+    hand_over: bool = Field(True, description="running requests move on when they have outgrown their stage")
+    steal_from: Literal["any", "shorter", "none"] = Field(
+        "any", description="stages that an idle worker steals from; shorter: best mean, worst tail"
+    )
     plan_min_gain: float = Field(0.05, ge=0, description="least predicted gain for a new plan")
     plan_min_life_s: float = Field(20.0, ge=0, description="a plan lives at least so long, s")
     max_stages: int = Field(4, ge=1, le=16, description="most stages of a plan")

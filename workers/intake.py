@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from l4queue.models import RequestState, Routing
 from l4queue.policy.room import Room, RoomLimits, room_of
-from l4queue.policy.steal import steal_waiting
+from l4queue.policy.steal import StealFrom, StealLimits, steal_waiting
 from l4queue.protocol.calls import Verdict
 from l4queue.protocol.keys import SOLO_STAGE, personal_stage
 from l4queue.protocol.records import Grant, Outcome, OutputEntry
@@ -40,7 +40,7 @@ class Intake:
         self.personal_due = True  # something may wait for this worker alone
 
     async def pull_once(self) -> int:
-        """One round: our own queue, the solo queue when idle, our stage's queue, a sibling's when that is empty."""
+        """One round: our own queue, the solo queue when idle, the stage's queue, a sibling's when that is empty."""
         state = self._state
         if self.personal_due:
             self.personal_due = False
@@ -116,6 +116,7 @@ class Intake:
             max_requests=room.num_requests,
             expected_output_tokens=outlook.outputs.mean_tokens,
             cost=state.cost,
+            limits=StealLimits(steal_from=StealFrom(state.settings.steal_from)),
         )
         if decision.stage is None:
             return 0

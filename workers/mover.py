@@ -10,7 +10,7 @@ from dataclasses import asdict
 
 from l4queue.models import Routing
 from l4queue.policy.handover import decide_handover, least_loaded
-from l4queue.policy.steal import Ask, RunningRequest, StealLimits, ask, bid, choose_victim, match
+from l4queue.policy.steal import Ask, RunningRequest, StealFrom, StealLimits, ask, bid, choose_victim, match
 from l4queue.protocol.calls import Move, MoveKind
 from l4queue.protocol.keys import personal_stage
 from workers.session import Session
@@ -21,7 +21,6 @@ __all__ = ("Mover",)
 
 log = logging.getLogger("l4queue.worker")
 _LOOK_AGAIN = 1.5  # what was not worth moving is thought about again when it is so many times as long
-_LIMITS = StealLimits()
 
 
 class Mover:
@@ -30,6 +29,7 @@ class Mover:
     def __init__(self, state: WorkerState, writer: Writer) -> None:
         self._state = state
         self._writer = writer
+        self._limits = StealLimits(steal_from=StealFrom(state.settings.steal_from))
         self._moves: set[asyncio.Task[None]] = set()
         self._last_steal_ms: int | None = None
         self._last_ask_ms: int | None = None
@@ -45,15 +45,17 @@ class Mover:
             watch = session.watch_tokens
             if watch is None or session.length_tokens < watch or not session.may_move:
                 continue
-            if self._state.plan.routing is Routing.L4 and len(self._moves) < _LIMITS.max_moves:
+            if self._state.plan.routing is Routing.L4 and len(self._moves) < self._limits.max_moves:
                 self._consider(session)
 
     async def ask_once(self) -> None:
         """With room and nothing waiting anywhere: ask the most overloaded sibling for running requests."""
         state, outlook = self._state, self._state.outlook
-        if state.plan.routing is not Routing.L4:
+        if state.plan.routing is not Routing.L4 or self._limits.steal_from is StealFrom.NONE:
             return
-        own = state.load()
+        own, others = state.load(), outlook.others()
+        if self._limits.steal_from is StealFrom.SHORTER:
+            others = [other for other in others if other.stage <= own.stage]
         request = ask(
             own,
             num_waiting_anywhere=outlook.num_waiting,
@@ -61,9 +63,9 @@ class Mover:
             last_move_ms=self._last_ask_ms,
             now_ms=_now_ms(),
             cost=state.cost,
-            limits=_LIMITS,
+            limits=self._limits,
         )
-        victim = choose_victim(own, outlook.others(), cost=state.cost, limits=_LIMITS)
+        victim = choose_victim(own, others, cost=state.cost, limits=self._limits)
         if request is None or victim is None:
             return
         self._last_ask_ms = _now_ms()
@@ -82,12 +84,12 @@ class Mover:
             now_ms=_now_ms(),
             cost=state.cost,
             price=self._state.move_price,
-            limits=_LIMITS,
+            limits=self._limits,
         )
         by_id = {session.request_id: session for session in state.sessions.values()}
         bids = {offer.request_id: offer for offer in offers}
         moving = {state.worker_id: len(self._moves)}
-        for transfer in match([request], offers, moves_in_flight=moving, limits=_LIMITS):
+        for transfer in match([request], offers, moves_in_flight=moving, limits=self._limits):
             offer = bids[transfer.request_id]
             move = Move(kind=MoveKind.STEAL, benefit_ms=offer.benefit_ms, cost_ms=offer.cost_ms)
             self._last_steal_ms = _now_ms()

@@ -76,7 +76,9 @@ class WorkerState:
 
     @property
     def high_tokens(self) -> int | None:
-        """Where the range of this worker's stage ends; None: nowhere."""
+        """Where the range of this worker's stage ends; None: nowhere, or nothing is handed over."""
+        if not self.settings.hand_over:
+            return None
         return self.plan.stages[self.stage].high_tokens
 
     @property

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import JsonValue
 
 from l4queue.config import Settings
+from l4queue.models import Plan
 from l4queue.policy.cost import StepCost
 from l4queue.policy.histogram import Buckets, growth_fields
 from l4queue.policy.plan_json import plan_from_json
@@ -93,8 +94,8 @@ class Worker:
         version, body = await state.door.run(state.reads.plan())
         if body is not None and version:
             state.plan = plan_from_json(body)
-        await state.lease.begin()
         await state.outlook.refresh()
+        await state.lease.begin()
         failure = await self._run_loops()
         async with asyncio.timeout(self.settings.drain_s):
             await self._mover.finish()
@@ -194,6 +195,8 @@ class Worker:
         while True:
             await asyncio.sleep(outlook.interval_s)
             await outlook.refresh()
+            if outlook.overview is not None:
+                self._adopt(outlook.overview.plan)  # the listener may have begun just after it was published
             await self._mover.ask_once()
             self._intake.personal_due = True  # a wake-up may have been missed
 
@@ -207,8 +210,13 @@ class Worker:
         self._background(self.state.drop([s for s in self.state.sessions.values() if s.request_id in wanted]))
 
     def _on_plan(self, body: str) -> None:
+        self._adopt(plan_from_json(body))
+
+    def _adopt(self, plan: Plan) -> None:
         state = self.state
-        state.plan = plan_from_json(body)
+        if plan.version <= state.plan.version:
+            return
+        state.plan = plan
         self._mover.watch_anew()
         log.info("plan %d: %s serves stage %d", state.plan.version, state.worker_id, state.stage)
         state.nudge.set()

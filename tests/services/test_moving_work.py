@@ -1,0 +1,131 @@
+"""Work moves between workers: hand-over, running and waiting requests stolen, newcomers, own queues."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from l4queue.models import StagePlan
+from l4queue.policy.cost import StepCost
+from l4queue.protocol.keys import Keys
+from l4queue.protocol.reads import Reads
+from tests.services.pipeline import COST, MAX_LEN, Pipeline, open_pipeline, true, until
+from workers.emulated import EmulatedEngine
+
+pytestmark = pytest.mark.services
+# every request in a batch costs the others a lot, a prefill next to nothing: moving pays at once
+CROWDED = replace(COST, alpha_ms=1.0, beta_ms=2.0, pi_ms=0.0001)
+
+
+@pytest.fixture
+async def pipeline(redis_url: str, namespace: str) -> AsyncIterator[Pipeline]:
+    """A dispatcher with upkeep; no worker yet."""
+    async with open_pipeline(redis_url, namespace) as opened:
+        yield opened
+
+
+def _stages(*ranges: tuple[int, int | None, tuple[str, ...]]) -> tuple[StagePlan, ...]:
+    return tuple(
+        StagePlan(low_tokens=low, high_tokens=high, num_workers=len(ids), worker_ids=ids)
+        for low, high, ids in ranges
+    )
+
+
+async def _uncut(prompt: str, max_tokens: int, cost: StepCost = COST) -> tuple[int, ...]:
+    """What one engine generates without any move."""
+    from workers.engine import EngineRequest, SamplingParams
+
+    engine = EmulatedEngine(cost, speed=0.0, max_model_len=MAX_LEN)
+    await engine.start()
+    await engine.add(
+        EngineRequest(
+            request_id="x",
+            token_ids=list(prompt.encode()),
+            max_tokens=max_tokens,
+            min_tokens=0,
+            params=SamplingParams(max_tokens=max_tokens, ignore_eos=True),
+        )
+    )
+    ids: list[int] = []
+    while len(ids) < max_tokens:
+        ids += [token for output in await engine.outputs() for token in output.token_ids]
+    await engine.stop()
+    return tuple(ids)
+
+
+async def _ledger(pipeline: Pipeline, request_id: str) -> list[dict[str, Any]]:
+    lines = await pipeline.door.run(Reads(Keys(pipeline.settings.namespace)).ledger(request_id))
+    return [json.loads(line) for line in lines]
+
+
+async def test_a_growing_request_travels_through_all_stages(redis_url: str, namespace: str) -> None:
+    """Three stages: cut twice at token boundaries; the stream a client reads is that of one uncut run."""
+    async with open_pipeline(redis_url, namespace, steal_from="none") as pipeline:
+        await _travel(pipeline)
+
+
+async def _travel(pipeline: Pipeline) -> None:
+    for name in ("w0", "w1", "w2"):
+        pipeline.start(name, speed=1.0, cost=CROWDED)
+    await pipeline.publish(*_stages((0, 40, ("w0",)), (40, 120, ("w1",)), (120, None, ("w2",))))
+    await until(lambda: true(all(w.state.plan.version for w, _ in pipeline.workers.values())))
+    await until(lambda: true(all(len(w.state.outlook.others()) == 2 for w, _ in pipeline.workers.values())))
+    ended = asyncio.Event()
+
+    async def crowd(length: int) -> int:
+        """Keeps one more request in the stage of this length until the test is over."""
+        number = 0
+        while not ended.is_set():
+            other = await pipeline.client.enqueue("x" * length, max_tokens=20, ignore_eos=True)
+            assert (await other.result(timeout=10)).output_tokens == 20
+            number += 1
+        return number
+
+    crowds = [asyncio.create_task(crowd(length)) for length in (5,) * 10 + (60,) * 5]
+    handle = await pipeline.client.enqueue("hello", max_tokens=300, ignore_eos=True)
+
+    streamed = [token async for chunk in handle.stream(timeout=20) for token in chunk.token_ids]
+    result = await handle.result(timeout=10)
+
+    assert tuple(streamed) == result.token_ids == await _uncut("hello", 300)
+    assert result.resumed
+    lines = await _ledger(pipeline, handle.id)
+    moves = [(line["what"], line.get("to") or line.get("worker", "")) for line in lines]
+    assert [m for m in moves if m[0] == "hand-over"] == [("hand-over", "@w1"), ("hand-over", "@w2")], moves
+    assert all(line["benefit_ms"] > line["cost_ms"] for line in lines if line["what"] == "hand-over")
+    ended.set()
+    assert all(await asyncio.gather(*crowds))
+    counts = (await pipeline.client.overview()).counts
+    assert counts["handovers"] >= 2
+    assert counts["live"] == 0
+
+
+async def test_a_newcomer_with_nothing_to_do_gets_running_requests(pipeline: Pipeline) -> None:
+    """Nothing waits, one worker is crowded: it is asked and moves what pays, a few at a time; all end the same."""
+    pipeline.start("w0", speed=1.0, cost=CROWDED)
+    handles = [await pipeline.client.enqueue(f"p{i:02d}", max_tokens=150, ignore_eos=True) for i in range(12)]
+    await pipeline.running("w0", 12)
+    pipeline.start("w1", speed=1.0, cost=CROWDED)
+    await pipeline.running("w1", 3)
+    for index, handle in enumerate(handles):
+        result = await handle.result(timeout=20)
+        assert result.token_ids == await _uncut(f"p{index:02d}", 150)
+    counts = (await pipeline.client.overview()).counts
+    assert counts["steals_running"] >= 3
+    assert (counts["done"], counts["live"]) == (12, 0)
+
+
+async def test_a_newcomer_joins_the_stage_that_lacks_workers(pipeline: Pipeline) -> None:
+    """The plan knows of a worker that is not there."""
+    pipeline.start("w0")
+    assert (await (await pipeline.client.enqueue("y", max_tokens=1)).result(timeout=10)).output_tokens == 1
+    await pipeline.publish(*_stages((0, 40, ("w0",)), (40, None, ("gone",))))
+    handle = await pipeline.client.enqueue("y" * 60, max_tokens=4)
+    newcomer = pipeline.start("new")
+    assert (await handle.result(timeout=10)).output_tokens == 4
+    assert newcomer.state.stage == 1
