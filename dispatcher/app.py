@@ -1,4 +1,4 @@
-"""The planner's Celery app, for `celery -A dispatcher.app beat|worker|flower`: one task, one schedule."""
+"""The planner's Celery app, for `celery -A dispatcher.app beat|worker|flower`: two tasks on a schedule."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from functools import cache
 
 from celery import Celery
 
-from dispatcher.tasks import REPLAN, add_tasks
+from dispatcher.tasks import REFINE, REPLAN, add_tasks
 from l4queue.config import Settings, celery_settings, load_settings
 
 __all__ = ("make_app",)
 
 
 def make_app(settings: Settings) -> Celery:
-    """The app with the `replan` task every `replan_interval_s`.
+    """The app with the `replan` task every `replan_interval_s` and `refine` every `refine_interval_s`.
 
     A round that could not start before the next one is due is dropped, so a backlog never builds up. Any
     number of beats and planners may run: a plan is published by compare-and-set.
@@ -26,9 +26,14 @@ def make_app(settings: Settings) -> Celery:
                 "task": REPLAN,
                 "schedule": settings.replan_interval_s,
                 "options": {"expires": 0.8 * settings.replan_interval_s},
-            }
+            },
+            "refine": {
+                "task": REFINE,
+                "schedule": settings.refine_interval_s,
+                "options": {"expires": 0.8 * settings.refine_interval_s},
+            },
         },
-        # One entry that may start anew at any time: nothing is worth a schedule file.
+        # Two entries that may start anew at any time: nothing is worth a schedule file.
         beat_scheduler="celery.beat:Scheduler",
         broker_connection_max_retries=None,
         worker_concurrency=1,

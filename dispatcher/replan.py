@@ -1,19 +1,21 @@
-"""One round of planning: read the deployment, ask the pure planner, publish by compare-and-set."""
+"""Rounds of planning and refining: read the deployment, ask the pure policy, publish by compare-and-set."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 
 from l4queue.config import Settings
-from l4queue.models import RequestState, Routing
+from l4queue.models import Plan, RequestState, Routing
 from l4queue.planner import Decision, PlannerSettings, Snapshot
 from l4queue.policy.coefficients import load_coefficients
 from l4queue.policy.cost import StepCost
-from l4queue.policy.histogram import Buckets, Counts, difference, merge
+from l4queue.policy.histogram import Buckets, Counts, difference, merge, with_backlog
+from l4queue.policy.partition import PartitionProblem
 from l4queue.policy.plan_json import plan_to_json
+from l4queue.policy.refine import refine
 from l4queue.protocol.calls import Calls, Verdict
 from l4queue.protocol.door import AsyncDoor
 from l4queue.protocol.keys import Keys
@@ -22,7 +24,7 @@ from l4queue.protocol.reads import FinishedRequest, Reads
 from l4queue.protocol.upkeep import Upkeep
 from l4queue.sim.shadow import Arrival, decide, make_scorer
 
-__all__ = ("replan_once",)
+__all__ = ("refine_once", "replan_once")
 
 _BACKLOG_SAMPLE = 1000
 _RECENT = 1000  # finished requests that a proposed plan is replayed on
@@ -44,9 +46,18 @@ class _Memory:
 
 async def replan_once(settings: Settings) -> str:
     """Keep the plan or publish a better one; returns the planner's reason. Safe to run twice at once."""
+    return await _with_door(settings, _replan)
+
+
+async def refine_once(settings: Settings) -> str:
+    """Nudge the boundaries of the plan where that pays; returns the reason. Safe to run twice at once."""
+    return await _with_door(settings, _refine)
+
+
+async def _with_door(settings: Settings, work: Callable[[AsyncDoor, Settings], Awaitable[str]]) -> str:
     door = AsyncDoor(settings.redis_url)
     try:
-        return await _replan(door, settings)
+        return await work(door, settings)
     finally:
         await door.close()
 
@@ -57,9 +68,54 @@ async def _replan(door: AsyncDoor, settings: Settings) -> str:
     overview = await read_overview_async(door, settings.namespace)
     if overview.plan.routing is not Routing.L4:
         return f"routing is {overview.plan.routing}: nothing to plan"
-    raw, remembered, recent = await door.run_many(
-        [reads.histogram(), reads.planner_memory(), reads.finished(count=_RECENT)]
+    snapshot, memory = await _observe(door, settings, overview)
+    recent = await door.run(reads.finished(count=_RECENT))
+    decision = await asyncio.to_thread(_decide, snapshot, settings, recent)
+    await door.run_many([calls.remember(json.dumps(asdict(memory))), calls.log_decision(_log_line(decision))])
+    if not decision.publish:
+        return decision.reason
+    return await _publish(door, settings, decision.plan, replaces=overview.plan)
+
+
+async def _refine(door: AsyncDoor, settings: Settings) -> str:
+    overview = await read_overview_async(door, settings.namespace)
+    plan = overview.plan
+    if plan.routing is not Routing.L4 or len(plan.stages) < 2:
+        return "nothing to refine"
+    if sum(len(stage.worker_ids) for stage in plan.stages) != len(overview.workers):
+        return "workers come or go: the planner's turn"
+    snapshot, memory = await _observe(door, settings, overview)
+    if memory.observed_s <= 0.0:
+        return "nothing seen yet"
+    problem = PartitionProblem(
+        with_backlog(snapshot.demand, snapshot.backlog, buckets=snapshot.buckets),
+        len(overview.workers),
+        buckets=snapshot.buckets,
+        cost=snapshot.cost,
+        settings=PlannerSettings.of(settings).partition,
     )
+    refined = refine(plan, problem)
+    if refined.plan is None:
+        return refined.reason
+    # created_ms stays that of the plan it refines: nudging must not put off the planner
+    new = replace(refined.plan, reason=f"refined: {refined.reason}")
+    return await _publish(door, settings, new, replaces=plan)
+
+
+async def _publish(door: AsyncDoor, settings: Settings, new: Plan, *, replaces: Plan) -> str:
+    """Publish by compare-and-set; what waits goes to the stages of its lengths by the new plan."""
+    calls = Calls(Keys(settings.namespace))
+    call = calls.publish(expected_version=replaces.version, version=new.version, body=plan_to_json(new))
+    if await door.run(call) is Verdict.STALE:
+        return "another planner was first"
+    await Upkeep(settings=settings, door=door).reroute(new)
+    return f"plan {new.version}: {new.reason}"
+
+
+async def _observe(door: AsyncDoor, settings: Settings, overview: Overview) -> tuple[Snapshot, _Memory]:
+    """What the deployment looks like to the planner, and what it is to remember."""
+    reads = Reads(Keys(settings.namespace))
+    raw, remembered = await door.run_many([reads.histogram(), reads.planner_memory()])
     buckets = Buckets.log_spaced(settings.max_model_len)
     counts, memory = _learn(
         {name: int(value) for name, value in raw.items()},
@@ -77,21 +133,7 @@ async def _replan(door: AsyncDoor, settings: Settings) -> str:
         cost=_cost(overview, settings),
         buckets=buckets,
     )
-    decision = await asyncio.to_thread(_decide, snapshot, settings, recent)
-    await door.run_many([calls.remember(json.dumps(asdict(memory))), calls.log_decision(_log_line(decision))])
-    if not decision.publish:
-        return decision.reason
-    verdict = await door.run(
-        calls.publish(
-            expected_version=overview.plan.version,
-            version=decision.plan.version,
-            body=plan_to_json(decision.plan),
-        )
-    )
-    if verdict is Verdict.STALE:
-        return "another planner was first"
-    await Upkeep(settings=settings, door=door).reroute(decision.plan)
-    return f"plan {decision.plan.version}: {decision.reason}"
+    return snapshot, memory
 
 
 def _decide(snapshot: Snapshot, settings: Settings, finished: Sequence[FinishedRequest]) -> Decision:

@@ -149,6 +149,7 @@ class Dispatcher:
             priority=priority,
             ageing_tokens_per_s=self.settings.ageing_tokens_per_s,
             priority_step_s=self.settings.priority_step_s,
+            starvation_bound_s=self.settings.starvation_bound_s,
         )
         return self._calls.route(
             arrival.request_id,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from typing import Any, Literal
 from urllib.parse import urlsplit, urlunsplit
 
@@ -41,10 +42,23 @@ class Settings(BaseSettings):
     ageing_tokens_per_s: float = Field(2000.0, gt=0, description="a second of waiting counts as so many tokens")
     priority_step_s: float = Field(30.0, ge=0, description="head start that one priority class is worth, s")
 
+    starvation_bound_s: float = Field(
+        600.0, gt=0, description="nothing that arrives so much later is served first, whatever its priority, s"
+    )
+
     worker_id: str = Field("", description="stable name of this worker; empty: worker@host")
     engine: Literal["vllm", "emulated"] = Field("vllm", description="engine of the workers")
     cpu_cores: str = Field("", description="cores of the CPU engine, such as 0-3; empty: vLLM chooses")
     cpu_kv_cache_gib: int = Field(1, ge=1, description="KV cache of the CPU engine, GiB")
+    tensor_parallel: int = Field(1, ge=1, description="GPUs of one worker, which share the model's layers")
+    without_gpu: Literal["fail", "emulated"] = Field(
+        "fail", description="what a worker with the GPU build of vLLM does on a machine without a GPU"
+    )
+    devices_dir: str = Field(
+        "",
+        description="directory of locks by which workers of one machine take different GPUs or cores; empty: off",
+    )
+    cpu_cores_per_worker: int = Field(1, ge=1, description="cores that a CPU engine takes by devices_dir")
     gpu_memory_share: float = Field(0.9, gt=0, le=1, description="share of the GPU's memory that vLLM takes")
     dtype: str = Field("auto", description="weights of the vLLM engine: auto, float32, bfloat16, ...")
     max_running: int = Field(64, ge=1, description="most requests at once in one engine")
@@ -73,6 +87,11 @@ class Settings(BaseSettings):
         500, ge=0, description="requests per second and worker beyond which Flower sees outcomes only"
     )
     flower_show_prompts: bool = Field(False, description="show prompt text in Flower; off by default")
+
+    @property
+    def worker_name(self) -> str:
+        """The stable name of a worker in this process: its setting, else worker@host."""
+        return self.worker_id or f"worker@{socket.gethostname()}"
 
     @property
     def broker_url(self) -> str:

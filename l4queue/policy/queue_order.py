@@ -12,8 +12,9 @@ def score(
     ageing_tokens_per_s: float,
     priority: int = 0,
     priority_step_s: float = 30.0,
+    starvation_bound_s: float = 600.0,
 ) -> float:
-    """arrival_ms + prompt_tokens · ms_per_token + priority · step, in ms.
+    """arrival_ms + prompt_tokens · ms_per_token + priority · step, in ms; what is added at most half the bound.
 
     Shortest prompt first with linear ageing orders by prompt_tokens - rate·waiting. All waiting requests age
     at the same rate, so the order of two never changes and the arrival time can stand for the age: with
@@ -23,8 +24,13 @@ def score(
     arrival(x) + prompt(x)·ms_per_token + (priority(x) - priority(y))·step has a score above that of x whatever
     its prompt, so x is overtaken only by what arrives within that time (`longest_overtaking_ms`), a finite set.
     Lower priority values are served first, as in vLLM; each class is a head start of `priority_step_s`.
+
+    The bound holds for every pair: nothing that arrives `starvation_bound_s` later is served first, however
+    long the prompt or low the class, since no offset lies outside ± half the bound.
     """
-    return arrival_ms + prompt_tokens * (1000.0 / ageing_tokens_per_s) + priority * priority_step_s * 1000.0
+    return arrival_ms + _offset_ms(
+        prompt_tokens, priority, ageing_tokens_per_s, priority_step_s, starvation_bound_s
+    )
 
 
 def longest_overtaking_ms(
@@ -34,7 +40,17 @@ def longest_overtaking_ms(
     priority: int = 0,
     best_priority: int = 0,
     priority_step_s: float = 30.0,
+    starvation_bound_s: float = 600.0,
 ) -> float:
     """For how long after its arrival others may still arrive that are served before this request, ms."""
-    head_start_ms = max(0, priority - best_priority) * priority_step_s * 1000.0
-    return prompt_tokens * (1000.0 / ageing_tokens_per_s) + head_start_ms
+    own = _offset_ms(prompt_tokens, priority, ageing_tokens_per_s, priority_step_s, starvation_bound_s)
+    best = _offset_ms(0, min(priority, best_priority), ageing_tokens_per_s, priority_step_s, starvation_bound_s)
+    return own - best
+
+
+def _offset_ms(
+    prompt_tokens: int, priority: int, ageing_tokens_per_s: float, priority_step_s: float, bound_s: float
+) -> float:
+    offset_ms = prompt_tokens * (1000.0 / ageing_tokens_per_s) + priority * priority_step_s * 1000.0
+    half_ms = bound_s * 500.0
+    return max(-half_ms, min(half_ms, offset_ms))

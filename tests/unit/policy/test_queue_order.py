@@ -45,3 +45,12 @@ def test_priority_comes_first_then_the_prompt_then_the_arrival() -> None:
     assert urgent < short < long
     assert score(0, 10, ageing_tokens_per_s=RATE) < score(1, 10, ageing_tokens_per_s=RATE)
     assert long - short == (5000 - 10) / 2.0
+
+
+@given(TIMES, st.integers(0, 10**7), st.integers(0, 10**7), st.integers(-100, 100), st.integers(-100, 100))
+def test_no_class_and_no_prompt_is_overtaken_beyond_the_starvation_bound(arrival, prompt, other, p, q) -> None:
+    """The lowest class with the longest prompt included."""
+    mine = score(arrival, prompt, ageing_tokens_per_s=RATE, priority=p, starvation_bound_s=60.0)
+    late = score(arrival + 60_001, other, ageing_tokens_per_s=RATE, priority=q, starvation_bound_s=60.0)
+
+    assert late > mine
