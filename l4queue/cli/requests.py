@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from l4queue.cli.batch import refuse_mixture, run_file
+
 if TYPE_CHECKING:
     from l4queue.client import Handle, Result
     from l4queue.protocol.records import RequestRecord
@@ -22,6 +24,7 @@ Id = Annotated[str, typer.Argument(help="Request id, as printed by enqueue.", me
 
 
 def enqueue(
+    context: typer.Context,
     prompt: Annotated[str | None, typer.Argument(help="Prompt text; - or nothing reads standard input.")] = None,
     *,
     max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 256,
@@ -29,7 +32,7 @@ def enqueue(
     top_p: Annotated[float, typer.Option()] = 1.0,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends the output; may be repeated.")] = None,
     seed: Annotated[int | None, typer.Option()] = None,
-    priority: Annotated[int, typer.Option(help="Lower is served first.")] = 0,
+    priority: Annotated[int | None, typer.Option(help="Lower is served first; 0, for a batch 100.")] = None,
     deadline_s: Annotated[float | None, typer.Option(help="Expire after so many seconds.")] = None,
     idempotency_key: Annotated[str | None, typer.Option(help="Same key, same request: never twice.")] = None,
     chat: Annotated[bool, typer.Option(help="Send the prompt as a user's chat message.")] = False,
@@ -37,11 +40,23 @@ def enqueue(
     wait: Annotated[bool, typer.Option(help="Wait for the result and print it.")] = False,
     stream: Annotated[bool, typer.Option(help="Print text as it is generated.")] = False,
     timeout: Timeout = None,
+    jsonl: Annotated[Path | None, typer.Option(help="Run a file of requests in OpenAI's batch format.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Batch: answers; the same command goes on with it.")] = None,
+    errors: Annotated[Path | None, typer.Option(help="Batch: failed lines; OUT.errors.jsonl.")] = None,
+    max_in_flight: Annotated[int, typer.Option(min=1, help="Batch: most requests in flight.")] = 4096,
+    cancel_on_exit: Annotated[bool, typer.Option(help="Batch: Ctrl-C cancels what is in flight.")] = False,
+    keep_results: Annotated[bool, typer.Option(help="Batch: leave collected results in Redis.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Accept one request; prints its id, or its result with --wait or --stream."""
+    """Accept one request; prints its id, or its result with --wait or --stream. With --jsonl: a whole batch."""
     from l4queue.client import Client
 
+    if jsonl is not None or out is not None:
+        refuse_mixture(context)
+        more: dict[str, Any] = {} if priority is None else {"priority": priority}
+        more |= {"max_tokens": max_tokens, "max_in_flight": max_in_flight}
+        more |= {"cancel_on_exit": cancel_on_exit, "keep_results": keep_results}
+        raise typer.Exit(run_file(jsonl, out, errors, as_json=as_json, **more))
     text = _prompt_text(prompt, file)
     kind: dict[str, Any] = {"messages": [{"role": "user", "content": text}]} if chat else {"prompt": text}
     with Client() as client:
@@ -52,7 +67,7 @@ def enqueue(
             top_p=top_p,
             stop=stop or None,
             seed=seed,
-            priority=priority,
+            priority=priority or 0,
             deadline_s=deadline_s,
             idempotency_key=idempotency_key,
         )

@@ -1,7 +1,8 @@
 """Clients: enqueue requests, read results, stream tokens."""
 
 from l4queue.client.aio import AsyncClient, AsyncHandle
+from l4queue.client.batch import BatchProgress, BatchSummary
 from l4queue.client.compose import Chunk, Result
 from l4queue.client.sync import Client, Handle
 
-__all__ = ("AsyncClient", "AsyncHandle", "Chunk", "Client", "Handle", "Result")
+__all__ = ("AsyncClient", "AsyncHandle", "BatchProgress", "BatchSummary", "Chunk", "Client", "Handle", "Result")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from os import PathLike
 from types import TracebackType
 from typing import Any
 
+from l4queue.client.batch import BatchProgress, BatchSummary, batch_options
 from l4queue.client.compose import (
     Chunk,
     Composer,
@@ -116,6 +119,33 @@ class AsyncClient:
                     yield handle
                 checked = time.monotonic()
 
+    async def run_batch(
+        self,
+        path_in: str | PathLike[str],
+        path_out: str | PathLike[str],
+        *,
+        path_errors: str | PathLike[str] | None = None,
+        progress: Callable[[BatchProgress], None] | None = None,
+        **options: Any,
+    ) -> BatchSummary:
+        """The same as `Client.run_batch`, in a thread of its own; `progress` is called there.
+
+        Cancelling this task stops the batch cleanly: what has ended is written, the same call continues.
+        """
+        from l4queue.client.batch.run import run_batch  # brings numpy, which nobody else here needs
+
+        stop = threading.Event()
+        chosen = batch_options(path_in, path_out, path_errors, **options)
+        running = asyncio.create_task(
+            asyncio.to_thread(run_batch, self.settings, chosen, url=self._door.url, progress=progress, stop=stop)
+        )
+        try:
+            return await asyncio.shield(running)
+        except asyncio.CancelledError:
+            stop.set()
+            await asyncio.wait({running})
+            raise
+
     async def overview(self) -> Overview:
         """Plan, workers, queues and totals, now."""
         return await read_overview_async(self._door, self.settings.namespace)
@@ -202,6 +232,14 @@ class AsyncHandle:
             )
         chunks = [chunk async for chunk in self._chunks(after=0, deadline=deadline)]
         return self._client._composer.result(await self.status(), chunks)
+
+    async def explain(self) -> tuple[Event, ...]:
+        """What befell this request and why, in order: routing, steals, hand-overs, crashes."""
+        record = await self.status()
+        why, ledger = await self._client._door.run_many(
+            [self._client._reads.routed_because(self.id), self._client._reads.ledger(self.id)]
+        )
+        return tell(record, why=why, ledger=ledger)
 
     async def cancel(self, *, reason: str = "cancelled by its client") -> bool:
         """End the request, waiting or running. False when it had ended already."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from os import PathLike
 from types import TracebackType
 from typing import Any
 
+from l4queue.client.batch import BatchProgress, BatchSummary, batch_options
 from l4queue.client.compose import (
     Chunk,
     Composer,
@@ -109,6 +112,32 @@ class Client:
                 yield from self._ended(pending)
                 checked = time.monotonic()
 
+    def run_batch(
+        self,
+        path_in: str | PathLike[str],
+        path_out: str | PathLike[str],
+        *,
+        path_errors: str | PathLike[str] | None = None,
+        progress: Callable[[BatchProgress], None] | None = None,
+        stop: threading.Event | None = None,
+        **options: Any,
+    ) -> BatchSummary:
+        """Run a file of requests in OpenAI's batch format, or go on with it; returns when it is finished.
+
+        Answers go to `path_out`, errors to `path_errors`; set `stop` from elsewhere to end early. `options` are
+        those of `BatchOptions`: `priority`, `max_tokens`, `max_in_flight`, `cancel_on_exit`, `keep_results`.
+        InvalidRequest for files and options that cannot be used.
+        """
+        from l4queue.client.batch.run import run_batch  # brings numpy, which nobody else here needs
+
+        return run_batch(
+            self.settings,
+            batch_options(path_in, path_out, path_errors, **options),
+            url=self._door.url,
+            progress=progress,
+            stop=stop,
+        )
+
     def overview(self) -> Overview:
         """Plan, workers, queues and totals, now."""
         return read_overview(self._door, self.settings.namespace)
@@ -181,6 +210,14 @@ class Handle:
         """Wait for the outcome: the result of a done request, or the error that says how it ended."""
         chunks = list(self._chunks(after=0, timeout=timeout))
         return self._client._composer.result(self.status(), chunks)
+
+    def explain(self) -> tuple[Event, ...]:
+        """What befell this request and why, in order: routing, steals, hand-overs, crashes."""
+        record = self.status()
+        why, ledger = self._client._door.run_many(
+            [self._client._reads.routed_because(self.id), self._client._reads.ledger(self.id)]
+        )
+        return tell(record, why=why, ledger=ledger)
 
     def cancel(self, *, reason: str = "cancelled by its client") -> bool:
         """End the request, waiting or running. False when it had ended already."""

@@ -1,0 +1,174 @@
+"""`l4queue enqueue --jsonl`: a batch with its progress bar, its summary and its exit code."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from l4queue.client import BatchProgress, BatchSummary
+
+__all__ = ("EXIT_STOPPED", "EXIT_WITH_ERRORS", "refuse_mixture", "run_file")
+
+EXIT_WITH_ERRORS = 3
+"""The batch is finished and some of its lines are in the error file."""
+EXIT_STOPPED = 130
+_FOR_ONE_REQUEST = (
+    "prompt", "temperature", "top_p", "stop", "seed", "deadline_s", "idempotency_key", "chat", "file", "wait",
+    "stream", "timeout",
+)  # fmt: skip
+_LOG_EVERY_S = 10.0
+
+
+def refuse_mixture(context: typer.Context) -> None:
+    """Wrong usage when options of a single request are given together with a batch."""
+    for name in _FOR_ONE_REQUEST:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise typer.BadParameter(f"{name} is for one request; in a batch each line has its own parameters")
+
+
+def run_file(jsonl: Path | None, out: Path | None, errors: Path | None, *, as_json: bool, **options: Any) -> int:
+    """Run a batch file, or go on with it; returns the exit code of the command."""
+    from l4queue.client import Client
+
+    if jsonl is None or out is None:
+        raise typer.BadParameter("a batch needs both --jsonl and --out")
+    with Client() as client, _stopping() as stop, _shown(quiet=as_json) as show:
+        summary = client.run_batch(jsonl, out, path_errors=errors, progress=show, stop=stop, **options)
+    if as_json:
+        print(json.dumps(asdict(summary)))
+    else:
+        _print(summary, was_cancelled=bool(options.get("cancel_on_exit")))
+    if not summary.is_complete:
+        return EXIT_STOPPED
+    return EXIT_WITH_ERRORS if summary.num_failed else 0
+
+
+@contextmanager
+def _stopping() -> Iterator[threading.Event]:
+    """An event that Ctrl-C and SIGTERM set. A second one ends the process as it would without us."""
+    stop = threading.Event()
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in numbers}
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+        stop.set()
+
+    for number in numbers:
+        signal.signal(number, on_signal)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _shown(*, quiet: bool) -> Iterator[Callable[[BatchProgress], None]]:
+    """What draws the progress on standard error: a bar on a terminal, else a line now and then."""
+    if quiet:
+        yield lambda _: None
+    elif sys.stderr.isatty():
+        with _bar() as show:
+            yield show
+    else:
+        yield _Lines().show
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[BatchProgress], None]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[more]}", markup=False),
+    )
+    with Progress(*columns, console=Console(stderr=True), speed_estimate_period=30.0) as bars:
+        checking = bars.add_task("checking", total=None, rate="", more="")
+        running: Any = None
+
+        def show(progress: BatchProgress) -> None:
+            nonlocal running
+            if progress.phase == "checking":
+                bars.update(checking, completed=progress.num_finished)
+                return
+            if running is None:
+                bars.remove_task(checking)
+                running = bars.add_task("batch", completed=progress.num_finished, total=0, rate="", more="")
+            task = bars.tasks[-1]
+            rate = f"{task.speed:,.0f}/s" if task.speed else ""
+            bars.update(
+                running, completed=progress.num_finished, total=progress.num_lines, rate=rate, more=_more(progress)
+            )
+
+        yield show
+
+
+class _Lines:
+    """Progress for a log file: a line every ten seconds."""
+
+    def __init__(self) -> None:
+        self._begun: tuple[float, int] | None = None
+        self._said_s = 0.0
+
+    def show(self, progress: BatchProgress) -> None:
+        """Say where it is, if it is time for that."""
+        now_s = time.monotonic()
+        if progress.phase == "checking" or now_s - self._said_s < _LOG_EVERY_S:
+            return
+        self._begun = self._begun or (now_s, progress.num_finished)
+        self._said_s = now_s
+        passed_s, done = now_s - self._begun[0], progress.num_finished - self._begun[1]
+        pace = ""
+        if passed_s > 0 and done:
+            left_s = (progress.num_lines - progress.num_finished) * passed_s / done
+            pace = f", {done / passed_s:,.0f}/s, {left_s:,.0f} s left"
+        counted = f"{progress.num_finished:,} of {progress.num_lines:,} lines"
+        print(f"{counted}{pace}{_more(progress)}", file=sys.stderr, flush=True)
+
+
+def _more(progress: BatchProgress) -> str:
+    failed = f" {progress.num_failed:,} failed" if progress.num_failed else ""
+    notice = f" ({progress.notice})" if progress.notice else ""
+    return f"{failed} {progress.num_in_flight:,} in flight{notice}"
+
+
+def _print(summary: BatchSummary, *, was_cancelled: bool) -> None:
+    say = typer.echo
+    say(
+        f"{summary.num_succeeded:,} succeeded, {summary.num_failed:,} failed, of {summary.num_lines:,} lines; "
+        f"this run: {summary.lines_per_s:,.1f} lines/s, {summary.prompt_tokens:,} tokens in, "
+        f"{summary.output_tokens:,} out, {summary.wall_s:,.1f} s"
+    )
+    if summary.num_found:
+        say(f"{summary.num_found:,} were in flight from an earlier run and were collected")
+    if summary.num_recomputed:
+        say(
+            f"{summary.num_recomputed:,} had been enqueued before, but their results are no longer known "
+            "(expired or lost): they were enqueued again"
+        )
+    if summary.num_failed:
+        say(f"errors: {summary.path_errors}")
+    if not summary.is_complete:
+        left = "was cancelled" if was_cancelled else f"goes on: {summary.num_in_flight:,} requests"
+        say(f"stopped; what was in flight {left}. The same command continues.")

@@ -1,0 +1,192 @@
+"""The requests of a batch that are in flight: submitted in bulk, told of by the mailbox, fetched in bulk."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+
+from l4queue.client.compose import Composer, Prepared
+from l4queue.config import Settings
+from l4queue.errors import QueueFull
+from l4queue.models import TERMINAL, RequestState
+from l4queue.protocol.calls import Call, Verdict
+from l4queue.protocol.door import Door
+from l4queue.protocol.records import OutputEntry, RequestRecord
+
+__all__ = ("Ended", "Flight", "Submission", "Ticket")
+
+BACKLOG_SHARE = 0.5
+"""Share of the bounded backlog that batches may fill: the rest is for those who wait for an answer."""
+MIN_RESULT_TTL_S = 7 * 86_400.0
+_LOOK_EVERY_S = 5.0
+_LOOK_AFTER_S = 10.0
+_LOOK_AT = 500
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ticket:
+    """One line in flight: where it stands in the file, and what its answer repeats."""
+
+    request_id: str
+    number: int
+    offset: int
+    size: int
+    custom_id: str
+    url: str
+    model: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Submission:
+    """A line that is ready to be sent."""
+
+    ticket: Ticket
+    prepared: Prepared
+    is_again: bool = False  # nothing was known of it any more
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ended:
+    """A line that is in flight no more. `record` is None when nothing is known of it: it has to be sent again."""
+
+    ticket: Ticket
+    record: RequestRecord | None
+    outputs: Sequence[OutputEntry]
+    is_found: bool
+
+
+@dataclass(slots=True)
+class _Pending:
+    ticket: Ticket
+    is_found: bool
+    looked_s: float = field(default_factory=time.monotonic)
+
+
+class Flight:
+    """Talks to Redis for one batch. All runs of a batch share one mailbox, so that none misses an end.
+
+    Every method may raise ServiceUnavailable and be called again: nothing is lost or sent twice by that.
+    """
+
+    def __init__(self, settings: Settings, *, url: str, batch_id: str) -> None:
+        self.settings = settings.model_copy(
+            update={
+                "max_backlog_tokens": max(1, int(settings.max_backlog_tokens * BACKLOG_SHARE)),
+                "max_backlog_bytes": max(1, int(settings.max_backlog_bytes * BACKLOG_SHARE)),
+                "result_ttl_s": max(settings.result_ttl_s, MIN_RESULT_TTL_S),
+            }
+        )
+        self.composer = Composer(self.settings)
+        self.composer.client_id = "b" + hashlib.sha256(batch_id.encode()).hexdigest()[:31]
+        self._mailbox = self.composer.keys.mailbox(self.composer.client_id)
+        self._last_mail = "0-0"
+        self._door = Door(url)
+        self._pending: dict[str, _Pending] = {}  # in the order in which they were looked at
+        self._ended: dict[str, None] = {}
+        self._look_s = time.monotonic() + _LOOK_EVERY_S
+
+    def __len__(self) -> int:
+        """Requests in flight, ended ones that are not fetched included."""
+        return len(self._pending)
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._pending
+
+    def submit(self, submissions: Sequence[Submission]) -> tuple[list[Submission], QueueFull | None, list[Ticket]]:
+        """Send in one round trip: those for which there was no room, why, and those that were known already.
+
+        The same key with other options counts as known: that line was accepted by an earlier run.
+        """
+        refused: list[Submission] = []
+        full: QueueFull | None = None
+        known: list[Ticket] = []
+        replies = self._door.run_many([submission.prepared.call for submission in submissions])
+        for submission, reply in zip(submissions, replies, strict=True):
+            if reply.verdict is Verdict.FULL:
+                refused.append(submission)
+                try:
+                    self.composer.accepted(submission.prepared, reply)
+                except QueueFull as error:
+                    full = error
+                continue
+            ticket, is_found = submission.ticket, reply.verdict is not Verdict.OK
+            self._pending[ticket.request_id] = _Pending(ticket, is_found)
+            if is_found:
+                known.append(ticket)
+                if reply.state is not None and RequestState(reply.state) in TERMINAL:
+                    self._ended[ticket.request_id] = None
+        return refused, full, known
+
+    def wait(self, *, block_s: float) -> None:
+        """Learn who has ended: by mail as soon as there is some, and by a look at those not heard of for long."""
+        block_s = 0.001 if self._ended else block_s
+        found = self._door.wait({self._mailbox: self._last_mail}, block_s=block_s, count=1000)
+        for entry_id, values in found.get(self._mailbox, ()):
+            self._last_mail = entry_id.decode()
+            request_id = values[b"i"].decode()
+            if request_id in self._pending:
+                self._ended[request_id] = None
+        if time.monotonic() >= self._look_s:
+            self._look()
+            self._look_s = time.monotonic() + _LOOK_EVERY_S
+
+    def fetch(self, *, limit: int) -> list[Ended]:
+        """Records and outputs of some that have ended. They stay in flight until `landed`."""
+        ids = list(islice(self._ended, limit))
+        reads = self.composer.reads
+        replies = self._door.run_many([call for i in ids for call in (reads.record(i), reads.output(i))])
+        ended = []
+        for request_id, record, outputs in zip(ids, replies[::2], replies[1::2], strict=True):
+            del self._ended[request_id]
+            pending = self._pending[request_id]
+            if record is not None and record.state not in TERMINAL:  # forgotten and sent again meanwhile
+                continue
+            ended.append(Ended(ticket=pending.ticket, record=record, outputs=outputs, is_found=pending.is_found))
+        return ended
+
+    def landed(self, ticket: Ticket) -> None:
+        """Its answer was written, or it is to be sent again."""
+        del self._pending[ticket.request_id]
+
+    def forget(self, request_ids: Sequence[str]) -> None:
+        """Delete what Redis still has of requests that have ended."""
+        keys = self.composer.keys
+        self._door.run_many(
+            [Call(None, (), ("UNLINK", keys.request(i), keys.output(i)), int) for i in request_ids]
+        )
+
+    def cancel_all(self) -> int:
+        """Cancel all in flight and forget them, so that they may be sent afresh; how many were cancelled."""
+        calls = self.composer.calls
+        ids, cancelled = list(self._pending), []
+        for start in range(0, len(ids), 256):
+            chunk = ids[start : start + 256]
+            replies = self._door.run_many([calls.cancel(i, reason="the batch was stopped") for i in chunk])
+            cancelled += [i for i, (verdict, _) in zip(chunk, replies, strict=True) if verdict is Verdict.OK]
+        self.forget(cancelled)
+        for request_id in cancelled:
+            del self._pending[request_id]
+        return len(cancelled)
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._door.close()
+
+    def _look(self) -> None:
+        """Look at the records of those not heard of for longest: mail is a hint and may have been trimmed."""
+        now_s = time.monotonic()
+        ids = []
+        for request_id, pending in islice(self._pending.items(), _LOOK_AT):
+            if pending.looked_s > now_s - _LOOK_AFTER_S:
+                break
+            ids.append(request_id)
+        records = self._door.run_many([self.composer.reads.record(i) for i in ids])
+        for request_id, record in zip(ids, records, strict=True):
+            if record is None or record.state in TERMINAL:
+                self._ended[request_id] = None
+            pending = self._pending.pop(request_id)
+            pending.looked_s = now_s
+            self._pending[request_id] = pending

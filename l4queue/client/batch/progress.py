@@ -1,0 +1,49 @@
+"""What a batch says of itself: progress while it runs, a summary at its end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ("BatchProgress", "BatchSummary")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchProgress:
+    """Where a batch is. `num_finished` includes failed lines and those of earlier runs.
+
+    While the files are `checking`, `num_finished` counts lines read and `num_lines` is not known (0).
+    `notice` says why it does not go on: a full backlog, Redis out of reach.
+    """
+
+    phase: str
+    num_lines: int
+    num_finished: int
+    num_failed: int = 0
+    num_in_flight: int = 0
+    notice: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchSummary:
+    """What became of a batch. Counts of lines are those of the files; tokens and time those of this run.
+
+    `num_earlier` lines were finished before this run, `num_found` were in flight from an earlier run and were
+    collected without being computed again, `num_recomputed` had been accepted before, but their results were
+    no longer known (TTL passed, or Redis lost them), so they were enqueued again. Not `is_complete`: stopped
+    before every line was finished; the same call continues.
+    """
+
+    num_lines: int
+    num_succeeded: int
+    num_failed: int
+    num_earlier: int
+    num_found: int
+    num_recomputed: int
+    num_in_flight: int
+    prompt_tokens: int
+    output_tokens: int
+    wall_s: float
+    lines_per_s: float
+    is_complete: bool
+    path_out: str
+    path_errors: str

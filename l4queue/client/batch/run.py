@@ -1,0 +1,332 @@
+"""A run of a batch: check the files, keep the window full, write answers durably, stop when told."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+
+from l4queue.client.batch.answers import outcome_line, success_line
+from l4queue.client.batch.files import AnswerFile, BatchIdentity, IdentityFile, InputFile
+from l4queue.client.batch.flight import Ended, Flight, Submission, Ticket
+from l4queue.client.batch.index import LineIndex, LineState
+from l4queue.client.batch.options import BatchOptions
+from l4queue.client.batch.progress import BatchProgress, BatchSummary
+from l4queue.client.batch.source import LineSource, check_files
+from l4queue.client.batch.window import Window
+from l4queue.config import Settings
+from l4queue.errors import ServiceUnavailable
+from l4queue.models import RequestState
+
+__all__ = ("run_batch",)
+
+_CHUNK = 256
+_CHUNK_BYTES = 8 * 2**20
+_CHUNKS_PER_ROUND = 4
+_BLOCK_S = 0.25
+_COMMIT_EVERY_S, _COMMIT_AT = 0.5, 2048
+_IDENTITY_EVERY_S = 5.0
+_PROGRESS_EVERY_S = 0.1
+_REDIS_PATIENCE_S = 300.0
+
+
+def run_batch(
+    settings: Settings,
+    options: BatchOptions,
+    *,
+    url: str,
+    progress: Callable[[BatchProgress], None] | None = None,
+    stop: threading.Event | None = None,
+) -> BatchSummary:
+    """Run a batch, or go on with it. Returns when every line is finished, or soon after `stop` is set.
+
+    InvalidRequest for files that cannot be used; ServiceUnavailable when Redis stays away for five minutes.
+    What is in flight then goes on: the same call continues.
+    """
+    stop = stop or threading.Event()
+    show = _Throttled(progress or (lambda _: None))
+    started_s = time.monotonic()
+    with (
+        closing(InputFile(options.path_in)) as lines,
+        closing(AnswerFile(options.path_out, field="out")) as out,
+        closing(AnswerFile(options.errors, field="errors")) as errors,
+    ):
+
+        def checked(number: int) -> None:
+            show.tell(BatchProgress(phase="checking", num_lines=0, num_finished=number))
+
+        index = check_files(lines, out, errors, stop=stop, progress=checked)
+        if index is None:
+            index = LineIndex()
+            stopped = _Tally()
+            return stopped.summary(index, options, is_complete=False, num_in_flight=0, wall_s=_since(started_s))
+        run = _Run(settings, options, url=url, show=show, stop=stop, index=index, out=out, errors=errors)
+        return run.run(lines, started_s=started_s)
+
+
+@dataclass(slots=True, kw_only=True)
+class _Tally:
+    """Counts of one run."""
+
+    num_earlier: int = 0
+    num_found: int = 0
+    num_recomputed: int = 0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+
+    def summary(
+        self, index: LineIndex, options: BatchOptions, *, is_complete: bool, num_in_flight: int, wall_s: float
+    ) -> BatchSummary:
+        """At the end of the run."""
+        num_succeeded, num_failed = index.count(LineState.SUCCEEDED), index.count(LineState.FAILED)
+        return BatchSummary(
+            num_lines=len(index) - index.count(LineState.EMPTY),
+            num_succeeded=num_succeeded,
+            num_failed=num_failed,
+            num_earlier=self.num_earlier,
+            num_found=self.num_found,
+            num_recomputed=self.num_recomputed,
+            num_in_flight=num_in_flight,
+            prompt_tokens=self.prompt_tokens,
+            output_tokens=self.output_tokens,
+            wall_s=wall_s,
+            lines_per_s=(num_succeeded + num_failed - self.num_earlier) / wall_s,
+            is_complete=is_complete,
+            path_out=str(options.path_out),
+            path_errors=str(options.errors),
+        )
+
+
+@dataclass(slots=True)
+class _Throttled:
+    """Calls `show` ten times a second at most."""
+
+    show: Callable[[BatchProgress], None]
+    shown_s: float = field(default=0.0)
+
+    def is_due(self) -> bool:
+        return time.monotonic() - self.shown_s > _PROGRESS_EVERY_S
+
+    def tell(self, progress: BatchProgress, *, now: bool = False) -> None:
+        if now or self.is_due():
+            self.shown_s = time.monotonic()
+            self.show(progress)
+
+
+class _Run:
+    """One run over checked files that are locked."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        options: BatchOptions,
+        *,
+        url: str,
+        show: _Throttled,
+        stop: threading.Event,
+        index: LineIndex,
+        out: AnswerFile,
+        errors: AnswerFile,
+    ) -> None:
+        self._options = options
+        self._show = show
+        self._stop = stop
+        self._index, self._out, self._errors = index, out, errors
+        self._num_lines = len(index) - index.count(LineState.EMPTY)
+        self._window = Window(most=options.max_in_flight)
+        self._held: deque[Submission] = deque()
+        self._uncommitted: list[str] = []
+        self._tally = _Tally(num_earlier=self._num_finished())
+        self._notice = ""
+        self._not_before_s = self._committed_s = self._identity_s = 0.0
+        self._identity_file = IdentityFile(options.identity)
+        self._goes_on = self._identity_file.path.exists()
+        self._identity: BatchIdentity = self._identity_file.read()
+        self._num_submitted = self._identity.num_submitted
+        self._flight = Flight(settings, url=url, batch_id=self._identity.batch_id)
+
+    def run(self, lines: InputFile, *, started_s: float) -> BatchSummary:
+        """Until every line is finished or the stop is set."""
+        self._source = LineSource(
+            lines,
+            self._index,
+            options=self._options,
+            batch_id=self._identity.batch_id,
+            composer=self._flight.composer,
+            fail=self._fail,
+        )
+        with closing(self._flight):
+            if self._num_finished() < self._num_lines:
+                self._write_identity()
+                self._drive()
+                self._leave()
+                self._write_identity()
+            is_complete = self._num_finished() == self._num_lines
+            if is_complete:
+                self._identity_file.remove()
+            self._tell(now=True)
+            return self._tally.summary(
+                self._index,
+                self._options,
+                is_complete=is_complete,
+                num_in_flight=len(self._flight),
+                wall_s=_since(started_s),
+            )
+
+    def _drive(self) -> None:
+        away_since_s: float | None = None
+        while not self._stop.is_set():
+            try:
+                self._fill()
+                if self._source.is_exhausted and not self._held and not len(self._flight):
+                    break
+                self._flight.wait(block_s=self._block_s())
+                self._collect()
+                self._commit()
+            except ServiceUnavailable as error:
+                away_since_s = away_since_s or time.monotonic()
+                if time.monotonic() - away_since_s > _REDIS_PATIENCE_S:
+                    raise
+                self._notice = str(error)
+                self._stop.wait(1.0)
+            else:
+                if away_since_s is not None:
+                    away_since_s, self._notice = None, ""
+            if time.monotonic() - self._identity_s > _IDENTITY_EVERY_S:
+                self._write_identity()
+            self._tell()
+
+    def _leave(self) -> None:
+        """Write what has ended; cancel the rest if so asked."""
+        if len(self._flight):
+            self._flight.wait(block_s=0.001)
+            self._collect()
+        self._commit(now=True)
+        if self._options.cancel_on_exit and self._stop.is_set():
+            self._flight.cancel_all()
+
+    def _fill(self) -> None:
+        """Send while the window has room, but a few chunks at most before results are looked at again."""
+        if time.monotonic() < self._not_before_s:
+            return
+        for _ in range(_CHUNKS_PER_ROUND):
+            room = min(_CHUNK, self._window.size - len(self._flight))
+            self._hold(room)
+            if room <= 0 or not self._held:
+                return
+            chunk = [self._held[i] for i in range(min(room, len(self._held)))]
+            refused, full, known = self._flight.submit(chunk)
+            for _ in chunk:
+                self._held.popleft()
+            self._held.extendleft(reversed(refused))
+            self._count(chunk, refused, known)
+            self._notice = ""
+            if full is not None:
+                self._not_before_s = time.monotonic() + full.retry_after_s
+                self._notice = str(full)
+                return
+
+    def _hold(self, room: int) -> None:
+        """Have up to `room` lines ready, but not too many bytes of them."""
+        num_bytes = sum(submission.ticket.size for submission in self._held)
+        while len(self._held) < room and num_bytes < _CHUNK_BYTES and not self._source.is_exhausted:
+            submission = self._source.next()
+            if submission is not None:
+                self._held.append(submission)
+                num_bytes += submission.ticket.size
+
+    def _count(self, chunk: list[Submission], refused: list[Submission], known: list[Ticket]) -> None:
+        waiting = {submission.ticket.request_id for submission in refused}
+        found = {ticket.request_id for ticket in known}
+        for submission in chunk:
+            ticket = submission.ticket
+            if ticket.request_id in waiting:
+                continue
+            if ticket.request_id in found:
+                self._tally.num_found += self._goes_on and not submission.is_again
+            elif submission.is_again or (self._goes_on and ticket.number <= self._identity.num_submitted):
+                self._tally.num_recomputed += 1
+        if not refused:
+            self._num_submitted = max(self._num_submitted, chunk[-1].ticket.number)
+
+    def _collect(self) -> None:
+        while ended := self._flight.fetch(limit=_CHUNK):
+            for one in ended:
+                self._land(one)
+        self._out.flush()
+        self._errors.flush()
+
+    def _land(self, ended: Ended) -> None:
+        """Write one answer, or hold its line to be sent again."""
+        ticket, record = ended.ticket, ended.record
+        self._flight.landed(ticket)
+        if record is None:
+            submission = self._source.again(ticket)
+            if submission is not None:
+                self._held.append(submission)
+            return
+        if record.state is RequestState.DONE:
+            line = success_line(
+                record, ended.outputs, custom_id=ticket.custom_id, url=ticket.url, model=ticket.model
+            )
+            self._out.append(line)
+            self._index.mark(ticket.number, LineState.SUCCEEDED)
+            self._tally.prompt_tokens += record.prompt_tokens or 0
+            self._tally.output_tokens += record.offset
+        else:
+            self._fail(ticket.number, outcome_line(record, custom_id=ticket.custom_id))
+        self._uncommitted.append(ticket.request_id)
+        if record.started_ms is not None and not ended.is_found:
+            waited_s = (record.started_ms - record.submitted_ms) / 1000
+            self._window.ended(waited_s, in_flight=len(self._flight))
+
+    def _fail(self, number: int, answer: bytes) -> None:
+        self._errors.append(answer)
+        self._index.mark(number, LineState.FAILED)
+
+    def _commit(self, *, now: bool = False) -> None:
+        """Bring answers to disk, then delete them from Redis. Not for each: an fsync takes milliseconds."""
+        is_due = _since(self._committed_s) > _COMMIT_EVERY_S or len(self._uncommitted) >= _COMMIT_AT
+        if not now and not (self._uncommitted and is_due):
+            return
+        self._out.sync()
+        self._errors.sync()
+        if not self._options.keep_results:
+            self._flight.forget(self._uncommitted)
+        self._uncommitted.clear()
+        self._committed_s = time.monotonic()
+
+    def _write_identity(self) -> None:
+        self._identity_file.write(replace(self._identity, num_submitted=self._num_submitted))
+        self._identity_s = time.monotonic()
+
+    def _block_s(self) -> float:
+        """How long to wait for results while nothing can be sent; not at all while something can."""
+        has_lines = bool(self._held) or not self._source.is_exhausted
+        if has_lines and len(self._flight) < self._window.size:
+            return min(_BLOCK_S, max(0.001, self._not_before_s - time.monotonic()))
+        return _BLOCK_S
+
+    def _num_finished(self) -> int:
+        return self._index.count(LineState.SUCCEEDED) + self._index.count(LineState.FAILED)
+
+    def _tell(self, *, now: bool = False) -> None:
+        if not now and not self._show.is_due():
+            return
+        num_failed = self._index.count(LineState.FAILED)
+        progress = BatchProgress(
+            phase="running",
+            num_lines=self._num_lines,
+            num_finished=self._index.count(LineState.SUCCEEDED) + num_failed,
+            num_failed=num_failed,
+            num_in_flight=len(self._flight),
+            notice=self._notice,
+        )
+        self._show.tell(progress, now=True)
+
+
+def _since(start_s: float) -> float:
+    return max(1e-9, time.monotonic() - start_s)

@@ -1,0 +1,40 @@
+"""How many requests of a batch may be in flight: enough to keep the workers busy, not more. Pure."""
+
+from __future__ import annotations
+
+__all__ = ("Window",)
+
+_START = 256
+_LEAST = 16
+_GROWTH = 2.0
+_SHRINK = 0.7
+
+
+class Window:
+    """Grows while requests are taken soon, shrinks while they wait for longer than `target_wait_s`.
+
+    What waits in a queue for long gains nothing: the workers are busy anyway. It ages, though, and the age of a
+    request counts against the head start of interactive ones; and it fills the backlog for everybody. The
+    window changes once in a round trip: after as many ended as were in flight when it last changed.
+    """
+
+    def __init__(self, *, most: int, target_wait_s: float = 20.0) -> None:
+        self._most = most
+        self._target_wait_s = target_wait_s
+        self.size = min(_START, most)
+        self._left_in_round = self.size
+        self._waits_s: list[float] = []
+
+    def ended(self, wait_s: float, *, in_flight: int) -> None:
+        """One request has ended that had waited so long for a worker."""
+        self._waits_s.append(wait_s)
+        self._left_in_round -= 1
+        if self._left_in_round > 0:
+            return
+        mean_s = sum(self._waits_s) / len(self._waits_s)
+        if mean_s > self._target_wait_s:
+            self.size = max(min(_LEAST, self._most), int(self.size * _SHRINK))
+        elif mean_s < self._target_wait_s / 2:
+            self.size = min(self._most, int(self.size * _GROWTH))
+        self._left_in_round = max(1, min(in_flight, self.size))
+        self._waits_s.clear()
