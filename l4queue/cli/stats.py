@@ -27,7 +27,7 @@ def stats(as_json: Annotated[bool, typer.Option("--json", help="Print JSON for p
 
 
 def tables(overview: Overview) -> list[Any]:
-    """Two tables for a terminal of 80 columns: stages and workers."""
+    """Tables for a terminal of 80 columns: stages, workers, totals, moves."""
     from rich.table import Table
 
     plan = overview.plan
@@ -61,7 +61,21 @@ def tables(overview: Overview) -> list[Any]:
         *(str(counts.get(name, 0)) for name in ("live", "inbox", "done", "failed")),
         *(str(counts.get(name, 0)) for name in ("cancelled", "expired", "dead")),
     )
-    return [stages, workers, totals]
+    return [stages, workers, totals, _moves(counts)]
+
+
+def _moves(counts: dict[str, int]) -> Any:
+    """What moved between workers since the beginning, and how long a moved request made no token on average."""
+    from rich.table import Table
+
+    table = Table(title="moves", title_justify="left")
+    for name in ("hand-overs", "stolen waiting", "stolen running", "resumed", "mean gap ms"):
+        table.add_column(name, justify="right")
+    resumes = counts.get("resumes", 0)
+    moved = (counts.get(name, 0) for name in ("handovers", "steals_waiting", "steals_running", "resumes"))
+    gap = f"{counts.get('resume_gap_ms', 0) / resumes:.0f}" if resumes else "–"
+    table.add_row(*map(str, moved), gap)
+    return table
 
 
 def register(app: typer.Typer) -> None:

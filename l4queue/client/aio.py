@@ -23,6 +23,7 @@ from l4queue.client.compose import (
     spec_of,
 )
 from l4queue.client.mailbox import Mailbox
+from l4queue.client.story import Event, tell
 from l4queue.client.waiting import RECHECK_S, deadline_after, time_left_s
 from l4queue.config import Settings, load_settings
 from l4queue.errors import QueueFull
@@ -236,9 +237,9 @@ class AsyncHandle:
     async def explain(self) -> tuple[Event, ...]:
         """What befell this request and why, in order: routing, steals, hand-overs, crashes."""
         record = await self.status()
-        why, ledger = await self._client._door.run_many(
-            [self._client._reads.routed_because(self.id), self._client._reads.ledger(self.id)]
-        )
+        reads = self._client._composer.reads
+        why = await self._client._door.run(reads.routed_because(self.id))
+        ledger = await self._client._door.run(reads.ledger(self.id))
         return tell(record, why=why, ledger=ledger)
 
     async def cancel(self, *, reason: str = "cancelled by its client") -> bool:

@@ -201,6 +201,11 @@ class Reads:
         args = ("HGET", self.keys.request(request_id), "ledger")
         return Call(None, (), args, lambda r: r.decode().splitlines() if r else [])
 
+    def routed_because(self, request_id: str) -> Call[str | None]:
+        """Why a request was routed as it was (JSON); None when there was one stage only."""
+        args = ("HGET", self.keys.request(request_id), "why")
+        return Call(None, (), args, lambda r: r.decode() if r else None)
+
     def queue_length(self, stage: str) -> Call[int]:
         """Waiting requests of one stage."""
         return Call(None, (), ("ZCARD", self.keys.queue(stage)), int)

@@ -100,6 +100,9 @@ async def _travel(pipeline: Pipeline) -> None:
     assert all(line["benefit_ms"] > line["cost_ms"] for line in lines if line["what"] == "hand-over")
     ended.set()
     assert all(await asyncio.gather(*crowds))
+    told = [event.what for event in await handle.explain()]
+    assert told[:4] == ["accepted", "routed", "taken", "first token"]
+    assert told[4:] == ["hand-over", "taken", "resumed", "hand-over", "taken", "resumed", "done"]
     counts = (await pipeline.client.overview()).counts
     assert counts["handovers"] >= 2
     assert counts["live"] == 0

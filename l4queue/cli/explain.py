@@ -1,0 +1,46 @@
+"""`l4queue explain`: every decision about one request, in order."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from l4queue.client.story import Event
+
+__all__ = ("register",)
+
+
+def explain(
+    request_id: Annotated[str, typer.Argument(help="Request id, as printed by enqueue.", metavar="ID")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
+) -> None:
+    """Tell what befell a request: how it was counted and routed, who took it, steals, hand-overs, its end.
+
+    Times are seconds since it was accepted.
+    """
+    from l4queue.client import Client
+
+    with Client() as client:
+        events = client.get(request_id).explain()
+    if as_json:
+        print(json.dumps([asdict(event) for event in events]))
+        return
+    for line in lines(events):
+        print(line)
+
+
+def lines(events: Sequence[Event]) -> list[str]:
+    """One line an event, with the time since the first."""
+    start_ms = events[0].at_ms
+    return [f"{(event.at_ms - start_ms) / 1000:9.3f} s  {event.text}" for event in events]
+
+
+def register(app: typer.Typer) -> None:
+    """Add this command to the application."""
+    app.command()(explain)
