@@ -16,8 +16,9 @@ from pydantic import JsonValue
 from l4queue.config import Settings, load_settings
 from l4queue.errors import L4QueueError
 from workers.app import QUEUE, make_app, node_name, task_name
-from workers.build import make_worker, worker_name
+from workers.build import make_worker
 from workers.events import EventSender
+from workers.gpus import take_devices
 from workers.guard import guard_descendants
 from workers.host import EngineHost, EngineThread, ExitGuard, RequestHeart, WorkerLike
 from workers.observer import Observer
@@ -42,7 +43,7 @@ def serve(
     It does not return when the engine has not ended in time: the process ends with code 1, children included.
     `margin_s` is what the engine may take to end, after requests were given back within `drain_s`.
     """
-    node, name = node_name(worker_name(settings)), task_name(settings)
+    node, name = node_name(settings.worker_name), task_name(settings)
     app, guard = make_app(settings), ExitGuard()
     sender = EventSender(app, hostname=node, task_name=name, show_prompts=settings.flower_show_prompts)
     engine = EngineThread(lambda: make(settings, sender), guard=guard)
@@ -102,7 +103,7 @@ def main() -> int:
     warnings.simplefilter("ignore", SecurityWarning)  # of root, because of pickle: which is off here
     guard_descendants()
     try:
-        return serve(load_settings())
+        return serve(take_devices(load_settings()))
     except L4QueueError as error:
         print(f"error: {error}", file=sys.stderr)
         return _FAILED

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from pathlib import Path
 
 from l4queue.config import Settings
@@ -18,12 +17,7 @@ from workers.tiny import build_tiny_model
 from workers.vllm_engine import VllmEngine
 from workers.worker import Worker
 
-__all__ = ("make_worker", "model_path", "worker_name")
-
-
-def worker_name(settings: Settings) -> str:
-    """The stable name of this worker: its setting, else worker@host."""
-    return settings.worker_id or f"worker@{socket.gethostname()}"
+__all__ = ("make_worker", "model_path")
 
 
 def model_path(settings: Settings) -> str:
@@ -42,7 +36,7 @@ def make_worker(settings: Settings, observer: Observer) -> Worker:
         settings=settings,
         engine=engine,
         observer=observer,
-        worker_id=worker_name(settings),
+        worker_id=settings.worker_name,
         text=text,
         cost=cost,
     )
@@ -63,6 +57,7 @@ def _engine(settings: Settings, cost: StepCost) -> tuple[Engine, TextFactory]:
         max_model_len=settings.max_model_len,
         max_running=settings.max_running,
         dtype=settings.dtype,
+        tensor_parallel=settings.tensor_parallel,
         gpu_memory_share=settings.gpu_memory_share,
         cpu_cores=settings.cpu_cores,
         cpu_kv_cache_gib=settings.cpu_kv_cache_gib,

@@ -47,6 +47,7 @@ class VllmEngine:
         max_running: int,
         dtype: str = "auto",
         max_batched_tokens: int | None = None,
+        tensor_parallel: int = 1,
         gpu_memory_share: float = 0.9,
         cpu_cores: str = "",
         cpu_kv_cache_gib: int = 1,
@@ -56,6 +57,7 @@ class VllmEngine:
         self._max_running = max_running
         self._dtype = dtype
         self._max_batched_tokens = max_batched_tokens
+        self._tensor_parallel = tensor_parallel
         self._gpu_memory_share = gpu_memory_share
         self._cpu_cores = cpu_cores
         self._cpu_kv_cache_gib = cpu_kv_cache_gib
@@ -89,6 +91,7 @@ class VllmEngine:
             "enable_log_requests": False,
             "disable_log_stats": False,
             "enforce_eager": current_platform.is_cpu(),
+            "tensor_parallel_size": self._tensor_parallel,
             "gpu_memory_utilization": self._gpu_memory_share,
         }
         if self._max_batched_tokens is not None:

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from l4queue.cli.hardware import EngineBuild, Gpu
     from l4queue.config import Settings
+    from l4queue.hardware import EngineBuild, Gpu
 
 __all__ = ("Check", "Verdict", "register", "run_checks")
 
@@ -69,8 +69,8 @@ def doctor(
 
 def run_checks(data_dir: Path) -> list[Check]:
     """All checks for the settings of the environment, in the order of dependence."""
-    from l4queue.cli.hardware import engine_build, list_gpus
     from l4queue.config import load_settings
+    from l4queue.hardware import engine_build, list_gpus
 
     settings = load_settings()
     build = engine_build()
@@ -272,7 +272,7 @@ def _check_disk(data_dir: Path) -> Check:
 
 
 def _check_memory(settings: Settings, build: EngineBuild | None) -> Check:
-    from l4queue.cli.hardware import available_memory_bytes
+    from l4queue.hardware import available_memory_bytes
 
     available = available_memory_bytes()
     is_cpu_engine = settings.engine == "vllm" and build is not None and build.kind == "cpu"

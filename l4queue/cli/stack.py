@@ -12,11 +12,11 @@ from types import TracebackType
 from typing import Any
 
 from l4queue.cli.embedded import EmbeddedRedis, free_port, is_port_free, ping
-from l4queue.cli.hardware import Gpu, cores_of_worker, engine_build, list_gpus
 from l4queue.cli.logs import FileLog, Log
 from l4queue.cli.supervisor import ChildSpec, RestartPolicy, Supervisor
 from l4queue.config import Settings, load_settings
 from l4queue.errors import ConfigError, L4QueueError
+from l4queue.hardware import Gpu, cores_of_worker, engine_build, list_gpus
 from l4queue.protocol.door import AsyncDoor
 from l4queue.protocol.overview import read_overview_async
 
@@ -96,7 +96,7 @@ class Stack:
 
     async def _start(self) -> None:
         gpus = self._check_hardware()
-        num_workers = self.options.workers or len(gpus) or DEFAULT_WORKERS
+        num_workers = self.options.workers or len(gpus) // self.settings.tensor_parallel or DEFAULT_WORKERS
         await self._start_redis()
         model = await self._model_path()
         self._choose_flower_port()
@@ -141,9 +141,10 @@ class Stack:
                 "vLLM is not installed; `make install`, or `pip install 'l4queue[gpu]'`, or use --engine emulated"
             )
         gpus = list_gpus() if build.kind == "gpu" else []
-        if build.kind == "gpu" and len(gpus) < (self.options.workers or 1):
+        needed = (self.options.workers or 1) * self.settings.tensor_parallel
+        if build.kind == "gpu" and len(gpus) < needed:
             raise ConfigError(
-                f"{self.options.workers or 1} workers need as many GPUs, and {len(gpus)} can be used here; "
+                f"{self.options.workers or 1} workers need {needed} GPUs, and {len(gpus)} can be used here; "
                 "see `l4queue doctor`, or install the CPU build of vLLM"
             )
         return gpus
@@ -248,7 +249,9 @@ class Stack:
         name = f"worker-{index}"
         env = {**self._environment(), "L4_WORKER_ID": name}
         if gpus:
-            env["CUDA_VISIBLE_DEVICES"] = gpus[index].index
+            group = self.settings.tensor_parallel
+            ours = gpus[index * group : (index + 1) * group]
+            env |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ",".join(g.index for g in ours)}
         elif "VLLM_CPU_OMP_THREADS_BIND" not in os.environ:
             cores = cores_of_worker(index, num_workers=num_workers, cores=sorted(os.sched_getaffinity(0)))
             env["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import subprocess
+from collections.abc import Collection
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Literal
 
 __all__ = (
@@ -16,14 +18,18 @@ __all__ = (
     "engine_build",
     "list_gpus",
     "parse_gpus",
+    "whole_cores",
 )
+
+_TOPOLOGY = Path("/sys/devices/system/cpu")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gpu:
-    """One NVIDIA GPU that this process may use; `index` is what CUDA_VISIBLE_DEVICES takes."""
+    """One NVIDIA GPU that this process may use; `index` is what CUDA_VISIBLE_DEVICES takes in PCI order."""
 
     index: str
+    uuid: str
     name: str
     memory_bytes: int
     free_bytes: int
@@ -58,7 +64,7 @@ def parse_gpus(table: str, *, visible: str | None) -> list[Gpu]:
     by_id: dict[str, Gpu] = {}
     for line in table.splitlines():
         index, uuid, name, total, free = (cell.strip() for cell in line.split(","))
-        gpu = Gpu(index=index, name=name, memory_bytes=int(total) << 20, free_bytes=int(free) << 20)
+        gpu = Gpu(index=index, uuid=uuid, name=name, memory_bytes=int(total) << 20, free_bytes=int(free) << 20)
         by_id[index] = by_id[uuid] = gpu
     if visible is None:
         return sorted({g.index: g for g in by_id.values()}.values(), key=lambda g: int(g.index))
@@ -82,6 +88,25 @@ def cores_of_worker(index: int, *, num_workers: int, cores: list[int]) -> list[i
     if share == 0:
         return [cores[index % len(cores)]]
     return cores[index * share : (index + 1) * share]
+
+
+def whole_cores(cpus: Collection[int], *, topology: Path = _TOPOLOGY) -> dict[int, int]:
+    """Physical cores behind these logical CPUs, in order: the core's lowest CPU → the lowest of `cpus` on it.
+
+    The key names the core in the same way to every process of the machine, whichever CPUs it may use itself.
+    """
+    cores: dict[int, int] = {}
+    for cpu in sorted(cpus):
+        cores.setdefault(_first_sibling(cpu, topology), cpu)
+    return cores
+
+
+def _first_sibling(cpu: int, topology: Path) -> int:
+    try:
+        siblings = (topology / f"cpu{cpu}" / "topology" / "thread_siblings_list").read_text("ascii")
+    except OSError:  # the kernel does not say: every CPU counts as a core
+        return cpu
+    return int(siblings.replace("-", ",").partition(",")[0])
 
 
 def available_memory_bytes() -> int:

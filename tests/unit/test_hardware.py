@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 from hypothesis import given
 from hypothesis import strategies as st
 
-from l4queue.cli.hardware import available_memory_bytes, cores_of_worker, parse_gpus
+from l4queue.hardware import available_memory_bytes, cores_of_worker, parse_gpus, whole_cores
 
 TABLE = """0, GPU-aaaa, NVIDIA H100 80GB HBM3, 81559, 80994
 1, GPU-bbbb, NVIDIA H100 80GB HBM3, 81559, 100
@@ -46,3 +49,15 @@ def test_cores_are_disjoint_and_equal_when_there_are_enough(num_workers: int, nu
 def test_memory_is_that_of_a_real_machine() -> None:
     """More than nothing, in bytes."""
     assert available_memory_bytes() > 2**26
+
+
+def test_two_threads_of_a_core_are_one_core(tmp_path: Path) -> None:
+    """Named alike by whoever sees one of them; where the kernel says nothing, each CPU is a core."""
+    for cpu, siblings in {0: "0,4", 1: "1,5", 4: "0,4", 5: "1,5", 2: "2-3", 3: "2-3"}.items():
+        file = tmp_path / f"cpu{cpu}" / "topology" / "thread_siblings_list"
+        file.parent.mkdir(parents=True)
+        file.write_text(siblings + "\n")
+
+    assert whole_cores({0, 1, 4, 5, 2, 3, 9}, topology=tmp_path) == {0: 0, 1: 1, 2: 2, 9: 9}
+    assert whole_cores([5, 4, 3], topology=tmp_path) == {2: 3, 0: 4, 1: 5}
+    assert set(whole_cores(os.sched_getaffinity(0)).values()) <= os.sched_getaffinity(0)
