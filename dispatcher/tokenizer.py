@@ -9,6 +9,7 @@ from typing import Any
 
 from l4queue.errors import ConfigError
 from l4queue.protocol.records import unpack_ids
+from l4queue.tiny import build_tiny_tokenizer, cache_directory
 
 __all__ = ("Counted", "PromptTokenizer", "Refusal")
 
@@ -34,6 +35,7 @@ class Counted:
 class PromptTokenizer:
     """Counts prompts. Thread-safe for reading; loads in seconds, so make one per process.
 
+    `path` is a directory or name that transformers knows; `tiny` builds that model's tokenizer if need be.
     `max_model_len` bounds the work: a prompt that cannot fit by its bytes alone is refused uncounted.
     """
 
@@ -43,7 +45,8 @@ class PromptTokenizer:
         except ImportError as error:
             raise ConfigError("transformers is missing: install l4queue[dispatcher]") from error
         try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(path)
+            source = build_tiny_tokenizer(cache_directory()) if path == "tiny" else path
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(source)
         except (OSError, ValueError) as error:
             raise ConfigError(f"no tokenizer at {path!r}: set L4_MODEL or L4_TOKENIZER ({error})") from error
         self.max_model_len = max_model_len

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 from l4queue.config import Settings
 from l4queue.policy.coefficients import load_coefficients
 from l4queue.policy.cost import StepCost
+from l4queue.tiny import cache_directory
 from workers.emulated import EmulatedEngine
 from workers.engine import Engine
 from workers.observer import Observer
@@ -24,8 +22,7 @@ def model_path(settings: Settings) -> str:
     """Where the model is; `tiny` is built in the user's cache when it is not there yet."""
     if settings.model != "tiny":
         return settings.model
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    return str(build_tiny_model(cache / "l4queue"))
+    return str(build_tiny_model(cache_directory()))
 
 
 def make_worker(settings: Settings, observer: Observer) -> Worker:

@@ -19,6 +19,7 @@ from l4queue.errors import ConfigError, L4QueueError
 from l4queue.hardware import Gpu, cores_of_worker, engine_build, list_gpus
 from l4queue.protocol.door import AsyncDoor
 from l4queue.protocol.overview import read_overview_async
+from l4queue.tiny import cache_directory
 
 __all__ = ("DEFAULT_DATA_DIR", "Stack", "StackOptions")
 
@@ -179,7 +180,7 @@ class Stack:
             if model.startswith(("/", ".", "~")) and not (Path(model).expanduser() / "config.json").is_file():
                 raise ConfigError(f"model {model}: there is no {Path(model).expanduser() / 'config.json'}")
             return str(Path(model).expanduser()) if model.startswith("~") else model
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "l4queue"
+        cache = cache_directory()
         self.note("model tiny: a small Llama with random weights; its text is noise")
         process = await asyncio.create_subprocess_exec(
             sys.executable,

@@ -13,8 +13,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 
 from l4queue.errors import ConfigError
 from l4queue.models import SamplingParams
+from l4queue.tiny import make_tiny_tokenizer
 from workers.text import Piece, StreamDecoder, TextStream, no_text, text_factory
-from workers.tiny import _build_tokenizer
 
 REAL = (
     "The `with` statement wraps a block with methods defined by a context manager.\n\n"
@@ -38,7 +38,7 @@ STOPS = st.lists(
 @pytest.fixture(scope="module")
 def tiny() -> Any:
     """The tiny model's tokenizer as transformers sees it."""
-    return _build_tokenizer()
+    return make_tiny_tokenizer()
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from l4queue.tiny import build_tiny_tokenizer
 from workers.tiny import build_tiny_model
 
 
@@ -40,7 +41,10 @@ def test_the_tokenizer_is_a_real_one(tmp_path: Path) -> None:
     """Any text comes back; words are shorter than letters; special tokens and chat template are there."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(build_tiny_model(tmp_path))
+    model = build_tiny_model(tmp_path)
+    alone = build_tiny_tokenizer(tmp_path)  # as a dispatcher builds it, which has no torch
+    assert (alone / "tokenizer.json").read_bytes() == (model / "tokenizer.json").read_bytes()
+    tokenizer = AutoTokenizer.from_pretrained(model)
     text = "The function returns a list. Größe 你好 👩‍👩‍👧 \x00\t"
     assert tokenizer.decode(tokenizer.encode(text)) == text
     assert len(tokenizer.encode("The function returns a list.")) < 10
