@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,7 +99,7 @@ def _back(why: str, facts: dict[str, Any]) -> str:
     return f"back to queue {facts['to']} after {facts['offset']} tokens: {why} {facts['worker']}"
 
 
-_TEXTS = {
+_TEXTS: dict[str, Callable[[dict[str, Any]], str]] = {
     "hand-over": lambda f: _moved("hand-over", f),
     "steal": lambda f: _moved("stolen while running", f),
     "stolen": _stolen,
