@@ -14,13 +14,14 @@ from dispatcher.tokenizer import PromptTokenizer
 from l4queue.config import Settings, load_settings
 from l4queue.errors import L4QueueError, ServiceUnavailable
 from l4queue.protocol.door import AsyncDoor
+from l4queue.protocol.health import dispatcher_alive
 from l4queue.protocol.upkeep import Upkeep
 
 log = logging.getLogger("l4queue.dispatcher")
 _SLOW_ROUND_S = 5.0
 
 
-async def keep_up(dispatcher: Dispatcher, upkeep: Upkeep, stopping: asyncio.Event) -> None:
+async def keep_up(dispatcher: Dispatcher, upkeep: Upkeep, door: AsyncDoor, stopping: asyncio.Event) -> None:
     """Upkeep beside routing, until stopped."""
     loop = asyncio.get_running_loop()
     next_slow = loop.time()
@@ -28,6 +29,8 @@ async def keep_up(dispatcher: Dispatcher, upkeep: Upkeep, stopping: asyncio.Even
         try:
             await upkeep.run_once(dispatcher.plan)
             await dispatcher.adopt_once()
+            if dispatcher.idle_s < _SLOW_ROUND_S:
+                await door.run(dispatcher_alive(dispatcher.keys, socket.gethostname()))
             if loop.time() >= next_slow:
                 next_slow = loop.time() + _SLOW_ROUND_S
                 await upkeep.measure_drain()
@@ -53,7 +56,7 @@ async def serve(settings: Settings) -> None:
         loop.add_signal_handler(number, stopping.set)
     log.info("dispatcher %s ready: tokenizer %s, limit %d tokens", name, path, settings.max_model_len)
     routing = asyncio.create_task(dispatcher.run())
-    upkeep = asyncio.create_task(keep_up(dispatcher, Upkeep(settings=settings, door=door), stopping))
+    upkeep = asyncio.create_task(keep_up(dispatcher, Upkeep(settings=settings, door=door), door, stopping))
     stop = asyncio.create_task(stopping.wait())
     try:
         await asyncio.wait({routing, upkeep, stop}, return_when=asyncio.FIRST_COMPLETED)

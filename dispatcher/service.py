@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -50,7 +51,13 @@ class Dispatcher:
         self._tokenizer = tokenizer
         self._buckets = Buckets.log_spaced(settings.max_model_len)
         self._stopping = asyncio.Event()
+        self._rounded_s = time.monotonic()
         self.plan = Plan.one_stage()
+
+    @property
+    def idle_s(self) -> float:
+        """Since when no round of `run` ended, in s."""
+        return time.monotonic() - self._rounded_s
 
     def request_stop(self) -> None:
         """End `run` after the round in progress."""
@@ -60,6 +67,7 @@ class Dispatcher:
         """Route until stopped. Redis may come and go meanwhile."""
         while not self._stopping.is_set():
             await self.run_once(block_s=1.0)
+            self._rounded_s = time.monotonic()
         await self._inbox.leave()
 
     async def run_once(self, *, block_s: float) -> int:

@@ -95,6 +95,9 @@ class Keys:
     def wake(self, stage: str) -> str:
         return f"{self.prefix}wake:{stage}"
 
+    def dispatcher(self, host: str) -> str:
+        return f"{self.prefix}d:{host}"
+
     def worker(self, incarnation: str) -> str:
         return f"{self.prefix}w:{incarnation}"
 

@@ -1,0 +1,119 @@
+"""`l4queue health`: is the process of this container, or of this host, doing its work?"""
+
+from __future__ import annotations
+
+import socket
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from l4queue.config import Settings
+    from l4queue.protocol.door import Door
+
+__all__ = ("Role", "register", "sign_of_life")
+
+_PLANNER_ROUNDS = 6
+_PLANNER_SILENT_S = 30.0
+_REDIS_TRY_S = 2.0
+_FLOWER_TRY_S = 5.0
+
+
+class Role(StrEnum):
+    """Which process is asked after."""
+
+    WORKER = "worker"
+    DISPATCHER = "dispatcher"
+    PLANNER = "planner"
+    BEAT = "beat"
+    FLOWER = "flower"
+
+
+def health(role: Annotated[Role, typer.Argument(help="Which process to ask after.")]) -> None:
+    """Exit code 0 if the process of this host does its work, 1 if not; for health checks of containers.
+
+    A worker is judged by its lease, which it keeps only while its engine makes progress; a dispatcher by its
+    last round of routing; planner and beat by the age of the last round of planning; Flower by its answer.
+    """
+    from l4queue.config import load_settings
+
+    print(sign_of_life(role, load_settings()))
+
+
+def sign_of_life(role: Role, settings: Settings) -> str:
+    """What shows that it works; ServiceUnavailable says why it does not."""
+    from l4queue.protocol.door import Door
+
+    if role is Role.FLOWER:
+        return _flower(settings.flower_port)
+    door = Door(settings.redis_url, retry_s=_REDIS_TRY_S)
+    try:
+        if role is Role.WORKER:
+            return _worker(door, settings)
+        if role is Role.DISPATCHER:
+            return _dispatcher(door, settings)
+        return _planner(door, settings)
+    finally:
+        door.close()
+
+
+def _worker(door: Door, settings: Settings) -> str:
+    from l4queue.errors import ServiceUnavailable
+    from l4queue.protocol.health import worker_life
+
+    life = worker_life(door, settings.namespace, settings.worker_name)
+    if life is None:
+        raise ServiceUnavailable(
+            f"worker {settings.worker_name} has no lease: it loads, waits for a device, or its engine stands; "
+            "see its log"
+        )
+    return f"worker {settings.worker_name} serves stage {life.stage}, lease for {life.left_s:.1f} s more"
+
+
+def _dispatcher(door: Door, settings: Settings) -> str:
+    from l4queue.errors import ServiceUnavailable
+    from l4queue.protocol.health import DISPATCHER_SILENT_S, dispatcher_heard_s
+
+    host = socket.gethostname()
+    heard_s = dispatcher_heard_s(door, settings.namespace, host)
+    if heard_s is None:
+        raise ServiceUnavailable(
+            f"no dispatcher of {host} finished a round in the last {DISPATCHER_SILENT_S:.0f} s; see its log"
+        )
+    return f"a dispatcher of {host} finished a round {heard_s:.1f} s ago"
+
+
+def _planner(door: Door, settings: Settings) -> str:
+    from l4queue.errors import ServiceUnavailable
+    from l4queue.protocol.health import planner_idle_s
+
+    limit_s = max(_PLANNER_SILENT_S, _PLANNER_ROUNDS * settings.replan_interval_s)
+    idle_s = planner_idle_s(door, settings.namespace)
+    if idle_s is None or idle_s > limit_s:
+        since = (
+            "no round of planning yet"
+            if idle_s is None
+            else f"the last round of planning ended {idle_s:.0f} s ago"
+        )
+        raise ServiceUnavailable(f"{since}; see the logs of beat and planner")
+    return f"the last round of planning ended {idle_s:.1f} s ago"
+
+
+def _flower(port: int) -> str:
+    from http.client import HTTPException
+    from urllib.request import urlopen
+
+    from l4queue.errors import ServiceUnavailable
+
+    url = f"http://127.0.0.1:{port}/healthcheck"
+    try:
+        with urlopen(url, timeout=_FLOWER_TRY_S):
+            return f"Flower answers at port {port}"
+    except (OSError, HTTPException) as error:
+        raise ServiceUnavailable(f"Flower does not answer at {url}: {error}; see its log") from error
+
+
+def register(app: typer.Typer) -> None:
+    """Add this command to the application."""
+    app.command()(health)

@@ -1,0 +1,68 @@
+"""Signs of life that processes leave in Redis, for health checks."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+from l4queue.models import Routing
+from l4queue.policy.plan_json import plan_from_json
+from l4queue.protocol.calls import Call
+from l4queue.protocol.door import Door
+from l4queue.protocol.keys import Keys
+from l4queue.protocol.reads import Reads
+
+__all__ = (
+    "DISPATCHER_SILENT_S",
+    "WorkerLife",
+    "dispatcher_alive",
+    "dispatcher_heard_s",
+    "planner_idle_s",
+    "worker_life",
+)
+
+DISPATCHER_SILENT_S = 15.0
+"""A dispatcher that said nothing for so long does not work."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerLife:
+    """The lease of a worker that serves."""
+
+    incarnation: str
+    stage: int
+    left_s: float
+
+
+def worker_life(door: Door, namespace: str, worker_id: str) -> WorkerLife | None:
+    """The valid lease of the worker with this name; None when it has none, and so serves nothing."""
+    reads = Reads(Keys(namespace))
+    now_ms, incarnations = door.run_many([reads.server_time_ms(), reads.incarnations()])
+    alive = [name for name, expires_ms in incarnations if expires_ms > now_ms]
+    expiry = dict(incarnations)
+    for view in door.run_many([reads.worker(name, expiry[name]) for name in alive]):
+        if view is not None and view.worker_id == worker_id:
+            left_s = (view.expires_ms - now_ms) / 1000
+            return WorkerLife(incarnation=view.incarnation, stage=view.load.stage, left_s=left_s)
+    return None
+
+
+def dispatcher_alive(keys: Keys, host: str) -> Call[None]:
+    """Say that a dispatcher of this host routes; others hear it for `DISPATCHER_SILENT_S`."""
+    args = ("SET", keys.dispatcher(host), "1", "PX", int(DISPATCHER_SILENT_S * 1000))
+    return Call(None, (), args, lambda _: None)
+
+
+def dispatcher_heard_s(door: Door, namespace: str, host: str) -> float | None:
+    """Since when no dispatcher of this host said that it routes, in s; None when too long ago, or never."""
+    left_ms: int = door.run(Call(None, (), ("PTTL", Keys(namespace).dispatcher(host)), int))
+    return None if left_ms < 0 else DISPATCHER_SILENT_S - left_ms / 1000
+
+
+def planner_idle_s(door: Door, namespace: str) -> float | None:
+    """Since when no round of planning ended, in s; None when none did yet, 0 where there is nothing to plan."""
+    reads = Reads(Keys(namespace))
+    now_ms, (_, body), memory = door.run_many([reads.server_time_ms(), reads.plan(), reads.planner_memory()])
+    if body is not None and plan_from_json(body).routing is not Routing.L4:
+        return 0.0
+    return None if memory is None else max(0.0, (now_ms - json.loads(memory)["at_ms"]) / 1000)
