@@ -56,6 +56,9 @@ class Batch:
     def __len__(self) -> int:
         return len(self._known)
 
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._known
+
     @property
     def num_running(self) -> int:
         """Requests that hold KV blocks."""

@@ -14,6 +14,7 @@ from dataclasses import replace
 from l4queue.policy.cost import BatchShape, StepCost
 from workers.batch import Batch
 from workers.engine import (
+    Cut,
     EngineDied,
     EngineInfo,
     EngineOutput,
@@ -84,6 +85,13 @@ class EmulatedEngine:
         gone = set(request_ids)
         self._batch.abort(gone)
         self._out = [output for output in self._out if output.request_id not in gone]
+
+    async def cut(self, request_id: str) -> Cut | None:
+        """Stop it; its KV is not kept."""
+        if request_id not in self._batch:
+            return None
+        await self.abort([request_id])
+        return Cut()
 
     async def outputs(self) -> list[EngineOutput]:
         """All that came out since the last call, at least one."""

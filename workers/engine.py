@@ -10,6 +10,7 @@ from typing import Protocol
 from l4queue.models import SamplingParams
 
 __all__ = (
+    "Cut",
     "Engine",
     "EngineDied",
     "EngineInfo",
@@ -36,6 +37,8 @@ class EngineRequest:
     `token_ids` is the prompt followed by what earlier workers have generated (the last `num_resumed` of
     them); `max_tokens` and `min_tokens` count from here on, so they override those of `params`.
     Stop strings are not the engine's business: the worker finds them in the text.
+    `kv` is the ticket of a `Cut`: as many of the `token_ids` as it has KV for, but the last, are loaded and
+    not prefilled. Whatever is wrong with a ticket, the request is computed all the same.
     """
 
     request_id: str
@@ -45,6 +48,7 @@ class EngineRequest:
     params: SamplingParams
     priority: int = 0
     num_resumed: int = 0
+    kv: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,8 +62,21 @@ class EngineOutput:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Cut:
+    """A request that was stopped to go on elsewhere.
+
+    `kv` is the ticket of its KV cache for another engine of this host, short ASCII; "" when none was kept.
+    """
+
+    kv: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineInfo:
-    """What an engine is, fixed once it has started."""
+    """What an engine is, fixed once it has started.
+
+    `kv_bytes_per_token` is the size of the KV cache that a hand-over moves; 0 when it cannot be moved.
+    """
 
     name: str
     model: str
@@ -69,17 +86,30 @@ class EngineInfo:
     max_running: int
     max_batched_tokens: int
     eos_token_ids: frozenset[int] = field(default_factory=frozenset)
+    kv_bytes_per_token: int = 0
+
+    @property
+    def can_move_kv(self) -> bool:
+        """Whether `cut` keeps KV and `EngineRequest.kv` is honoured."""
+        return self.kv_bytes_per_token > 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStats:
-    """What an engine is doing now. `num_steps` only grows: the proof of progress that renews the lease."""
+    """What an engine is doing now. `num_steps` only grows: the proof of progress that renews the lease.
+
+    The KV counters grow too: requests that loaded their KV, those that had a ticket and were prefilled all the
+    same, and bytes read.
+    """
 
     num_running: int
     num_waiting: int
     kv_used_tokens: int
     num_steps: int
     last_step_ms: float
+    num_kv_loads: int = 0
+    num_kv_misses: int = 0
+    kv_loaded_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,6 +139,14 @@ class Engine(Protocol):
 
     async def abort(self, request_ids: Iterable[str]) -> None:
         """Stop requests; unknown ids are ignored. Nothing more comes out for these ids."""
+
+    async def cut(self, request_id: str) -> Cut | None:
+        """Stop a request at a token boundary and keep its KV for another engine of this host.
+
+        Nothing more comes out for the id, as after `abort`. The KV fits every prefix of what it was given and
+        has generated. None when it does not run here: unknown, or ended, and then its end comes out. Takes as
+        long as the copy, and never longer than some seconds. Raises EngineDied.
+        """
 
     async def outputs(self) -> list[EngineOutput]:
         """Wait until something came out, then return all of it, in order per request.

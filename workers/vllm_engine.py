@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from l4queue.errors import ConfigError
 from workers.engine import (
+    Cut,
     EngineDied,
     EngineInfo,
     EngineOutput,
@@ -134,6 +135,15 @@ class VllmEngine:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         self._out = [output for output in self._out if output.request_id not in gone]
+
+    async def cut(self, request_id: str) -> Cut | None:
+        """Stop it; its KV is not kept."""
+        if self._dead is not None:
+            raise EngineDied(self._dead)
+        if request_id not in self._tasks:
+            return None
+        await self.abort([request_id])
+        return Cut()
 
     async def outputs(self) -> list[EngineOutput]:
         """All that came out since the last call, at least one."""
