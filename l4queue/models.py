@@ -76,7 +76,7 @@ TRANSITIONS: tuple[Transition, ...] = (
     Transition(source=_S.SUBMITTED, target=_S.QUEUED, script="route", why="a dispatcher counts and routes"),
     Transition(source=_S.SUBMITTED, target=_S.FAILED, script="refuse", why="it can never run"),
     Transition(source=_S.QUEUED, target=_S.RUNNING, script="take", why="a worker with room takes it"),
-    Transition(source=_S.RUNNING, target=_S.QUEUED, script="release", why="a worker gives it back"),
+    Transition(source=_S.RUNNING, target=_S.QUEUED, script="release", why="a worker gives it back or moves it"),
     Transition(source=_S.RUNNING, target=_S.DEAD, script="release", why="it killed its engine while alone"),
     Transition(source=_S.RUNNING, target=_S.QUEUED, script="retire", why="its worker leaves"),
     Transition(source=_S.RUNNING, target=_S.QUEUED, script="repair", why="no lease was found (alarm)"),
@@ -89,6 +89,9 @@ TRANSITIONS: tuple[Transition, ...] = (
     Transition(source=_S.RUNNING, target=_S.CANCELLED, script="cancel", why="somebody cancels"),
     Transition(source=_S.SUBMITTED, target=_S.EXPIRED, script="expire", why="its deadline passed"),
     Transition(source=_S.QUEUED, target=_S.EXPIRED, script="expire", why="its deadline passed"),
+    Transition(
+        source=_S.QUEUED, target=_S.EXPIRED, script="take", why="its deadline passed before a worker took it"
+    ),
     Transition(source=_S.RUNNING, target=_S.EXPIRED, script="expire", why="its deadline passed"),
 )
 CONTINUATIONS = frozenset({_S.SUBMITTED, _S.QUEUED, _S.RUNNING})

@@ -37,6 +37,11 @@ def _expire(scene: Scene) -> Any:
     return scene.expire()
 
 
+def _too_late(scene: Scene) -> Any:
+    scene.raw.hset(scene.keys.request("a"), "deadline_ms", 1)
+    return scene.take(nonce="same")
+
+
 def _repair(scene: Scene) -> Any:
     scene.raw.srem(scene.keys.held("w1"), "a")
     return scene.repair()
@@ -60,6 +65,7 @@ ACTS: dict[Edge, Act] = {
     (S.RUNNING, S.CANCELLED, "cancel"): lambda s: s.cancel(),
     (S.SUBMITTED, S.EXPIRED, "expire"): _expire,
     (S.QUEUED, S.EXPIRED, "expire"): _expire,
+    (S.QUEUED, S.EXPIRED, "take"): _too_late,
     (S.RUNNING, S.EXPIRED, "expire"): _expire,
 }
 
