@@ -129,7 +129,10 @@ class Mover:
     async def _move(self, session: Session, target_id: str, move: Move) -> None:
         """Cut, write, release. Whatever fails on the way leaves the request here for the drain or the reaper."""
         state = self._state
-        kv = await state.cut(session)
+        cut = await state.cut(session)
+        if cut is None:  # its end is on the way, or the engine's
+            session.is_moving = False
+            return
         await self._writer.flush([session])
         if session.engine_id not in state.sessions:  # it had ended, or was taken from us meanwhile
             return
@@ -138,7 +141,7 @@ class Mover:
             incarnation=session.incarnation,
             epoch=session.grant.epoch,
             stage=personal_stage(target_id),
-            move=Move(kind=move.kind, benefit_ms=move.benefit_ms, cost_ms=move.cost_ms, kv=kv),
+            move=Move(kind=move.kind, benefit_ms=move.benefit_ms, cost_ms=move.cost_ms, kv=cut.kv),
         )
         await state.door.run(call)
         if state.sessions.pop(session.engine_id, None) is not None:

@@ -124,6 +124,7 @@ class Session:
             params=self.params,
             priority=self.priority,
             num_resumed=len(self.output_ids),
+            kv=self.grant.kv,
         )
 
     @property

@@ -17,13 +17,15 @@ from l4queue.protocol.calls import Calls, Verdict
 from l4queue.protocol.door import AsyncDoor
 from l4queue.protocol.keys import Keys
 from l4queue.protocol.reads import Reads
-from workers.engine import Engine, EngineDied, EngineInfo
+from workers.engine import Cut, Engine, EngineDied, EngineInfo
 from workers.lease import Lease
 from workers.observer import LEASE_ENDED, Observer, RequestView
 from workers.outlook import Outlook
 from workers.session import Session, TextFactory
 
 __all__ = ("WorkerState",)
+
+_KV_BYTES_PER_S = 1e9  # through shared memory, written and read
 
 
 class WorkerState:
@@ -125,15 +127,21 @@ class WorkerState:
         except EngineDied:
             return
 
-    async def cut(self, session: Session) -> str:
-        """Stop computing this one at a token boundary; the ticket of its KV cache, '' when none is kept."""
-        await self.abort([session])
-        return ""
+    async def cut(self, session: Session) -> Cut | None:
+        """Stop computing this one at a token boundary; None when it does not run any more."""
+        try:
+            return await self.engine.cut(session.engine_id)
+        except EngineDied:
+            return None
 
     @property
     def move_price(self) -> MovePrice:
-        """What moving a running request costs: its target prefills it again."""
-        return MovePrice()
+        """What moving a running request costs: its target prefills it again, or reads its KV cache."""
+        if not self.engine_info.can_move_kv:
+            return MovePrice()
+        return MovePrice(
+            bandwidth_bytes_per_s=_KV_BYTES_PER_S, kv_bytes_per_token=self.engine_info.kv_bytes_per_token
+        )
 
     async def drop(self, sessions: Iterable[Session]) -> None:
         """Stop computing requests that are no longer ours; tell the observer what became of them."""
