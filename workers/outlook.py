@@ -6,11 +6,11 @@ from l4queue.config import Settings
 from l4queue.models import Plan, WorkerLoad
 from l4queue.policy.assign import stage_for_newcomer
 from l4queue.policy.cost import StepCost
-from l4queue.policy.loads import StageLoad, stage_load
+from l4queue.policy.loads import StageLoad
 from l4queue.policy.outputs import OutputLengths
 from l4queue.protocol.door import AsyncDoor
 from l4queue.protocol.keys import Keys
-from l4queue.protocol.overview import Overview, read_overview_async
+from l4queue.protocol.overview import Overview, read_overview_async, stage_loads
 from l4queue.protocol.reads import Reads
 
 __all__ = ("Outlook",)
@@ -60,20 +60,7 @@ class Outlook:
         """The load of every stage of the plan, by what its workers published and what waits for it."""
         if self.overview is None:
             return []
-        loads = []
-        for index in range(len(self.overview.plan.stages)):
-            queue = self.overview.queues.get(str(index))
-            loads.append(
-                stage_load(
-                    index,
-                    [worker for worker in self.overview.workers if worker.stage == index],
-                    queued_requests=queue.num_requests if queue else 0,
-                    queued_tokens=queue.tokens if queue else 0,
-                    expected_output_tokens=self.outputs.mean_tokens,
-                    cost=cost,
-                )
-            )
-        return loads
+        return stage_loads(self.overview, expected_output_tokens=self.outputs.mean_tokens, cost=cost)
 
     def newcomer_stage(self, plan: Plan, *, cost: StepCost) -> int:
         """Where a worker that the plan does not know is needed most; it stays there until the next plan."""

@@ -191,7 +191,7 @@ class Worker:
             await asyncio.sleep(upkeep.interval_s)
 
     async def _look_around(self) -> None:
-        outlook = self.state.outlook
+        state, outlook = self.state, self.state.outlook
         while True:
             await asyncio.sleep(outlook.interval_s)
             await outlook.refresh()
@@ -199,6 +199,8 @@ class Worker:
                 self._adopt(outlook.overview.plan)  # the listener may have begun just after it was published
             await self._mover.ask_once()
             self._intake.personal_due = True  # a wake-up may have been missed
+            if outlook.num_waiting:
+                state.nudge.set()  # perhaps there is something to steal
 
     def _on_wake(self, is_personal: bool) -> None:
         if is_personal:

@@ -6,13 +6,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from l4queue.models import Plan, WorkerLoad
+from l4queue.policy.cost import StepCost
+from l4queue.policy.loads import StageLoad, stage_load
 from l4queue.policy.plan_json import plan_from_json
 from l4queue.protocol.calls import Call
 from l4queue.protocol.door import AsyncDoor, Door
 from l4queue.protocol.keys import SOLO_STAGE, Keys
 from l4queue.protocol.reads import Reads, WorkerView
 
-__all__ = ("Overview", "QueueView", "read_overview", "read_overview_async")
+__all__ = ("Overview", "QueueView", "read_overview", "read_overview_async", "stage_loads")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +52,24 @@ async def read_overview_async(door: AsyncDoor, namespace: str) -> Overview:
     first = await door.run_many(_first(keys))
     second = await door.run_many(_second(keys, first))
     return _assemble(first, second)
+
+
+def stage_loads(overview: Overview, *, expected_output_tokens: float, cost: StepCost) -> list[StageLoad]:
+    """The load of every stage of the plan, by what its workers published and what waits for it."""
+    loads = []
+    for index in range(len(overview.plan.stages)):
+        queue = overview.queues.get(str(index))
+        loads.append(
+            stage_load(
+                index,
+                [worker for worker in overview.workers if worker.stage == index],
+                queued_requests=queue.num_requests if queue else 0,
+                queued_tokens=queue.tokens if queue else 0,
+                expected_output_tokens=expected_output_tokens,
+                cost=cost,
+            )
+        )
+    return loads
 
 
 def _first(keys: Keys) -> list[Call[Any]]:
