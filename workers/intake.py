@@ -40,7 +40,7 @@ class Intake:
         self.personal_due = True  # something may wait for this worker alone
 
     async def pull_once(self) -> int:
-        """One round: our own queue, the solo queue when idle, the stage's queue, a sibling's when that is empty."""
+        """One round: our own queue, the solo queue when idle, the stage's queue, or else a sibling's."""
         state = self._state
         if self.personal_due:
             self.personal_due = False

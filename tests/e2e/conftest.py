@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,17 +54,30 @@ def deployment(
     redis_executable: str, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Deployment]:
     """Redis (strict), 2 dispatchers, 2 planners, 2 beats, 2 vLLM workers, Flower."""
-    folder = tmp_path_factory.mktemp("deployment")
+    with deploy(redis_executable, tiny_model, tmp_path_factory.mktemp("deployment")) as started:
+        for number in range(2):
+            planner = ("worker", "-P", "solo", "-Q", "l4-control", "-n", f"planner-{number}@%h")
+            started.processes.start(f"planner-{number}", "-m", "celery", "-A", "dispatcher.app", *planner)
+            started.processes.start(f"beat-{number}", "-m", "celery", "-A", "dispatcher.app", "beat")
+        started.processes.start("flower", "-m", "dispatcher.flower")
+        started.await_workers(2)
+        yield started
+
+
+@contextmanager
+def deploy(redis_executable: str, model: Path, folder: Path, **more: object) -> Iterator[Deployment]:
+    """Redis (strict), 2 dispatchers and 2 vLLM workers that may still be starting; settings in `more`."""
     server = RedisServer(redis_executable, folder, DURABLE).start()
     values: dict[str, object] = {
         "redis_url": server.url,
-        "model": str(tiny_model),
+        "model": str(model),
         "max_model_len": MAX_MODEL_LEN,
         "engine": "vllm",
         "dtype": "float32",
         "replan_interval_s": 2.0,
         "plan_min_life_s": 4.0,
         "flower_port": free_port(),
+        **more,
     }
     processes = Processes(folder, **values)
     settings = Settings(**values)  # type: ignore[arg-type] # the same values, typed by pydantic
@@ -71,28 +85,13 @@ def deployment(
         settings=settings,
         processes=processes,
         server=server,
-        model=tiny_model,
+        model=model,
         flower_url=f"http://127.0.0.1:{settings.flower_port}",
     )
     try:
         for number in range(2):
             deployment.start_worker(number)
             processes.start(f"dispatcher-{number}", "-m", "dispatcher")
-            planner = (
-                "-A",
-                "dispatcher.app",
-                "worker",
-                "-P",
-                "solo",
-                "-Q",
-                "l4-control",
-                "-n",
-                f"planner-{number}@%h",
-            )
-            processes.start(f"planner-{number}", "-m", "celery", *planner)
-            processes.start(f"beat-{number}", "-m", "celery", "-A", "dispatcher.app", "beat")
-        processes.start("flower", "-m", "dispatcher.flower")
-        deployment.await_workers(2)
         yield deployment
     finally:
         processes.close()
