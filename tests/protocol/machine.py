@@ -1,31 +1,44 @@
-"""The protocol as a dictionary: random histories are played on a real server and compared after every step."""
+"""Random histories are played on a real server and on the model, and compared after every step."""
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from l4queue.models import TERMINAL, RequestState
-from l4queue.protocol.calls import Verdict
+from l4queue.protocol.calls import Call, Move, MoveKind, Verdict
 from l4queue.protocol.door import Door
-from l4queue.protocol.keys import SOLO_STAGE
+from l4queue.protocol.keys import SOLO_STAGE, personal_stage
 from l4queue.protocol.records import Outcome
 from tests.protocol.consistency import check
-from tests.protocol.model import Held, Lease, Req
+from tests.protocol.model import MAX_CRASHES, Held, Lease, Model, Req
 from tests.protocol.scene import Scene
 
 __all__ = ("ProtocolMachine",)
 
 S = RequestState
-MAX_CRASHES, MAX_GRACES, MAX_REQUESTS, BOUND_TOKENS = 2, 3, 7, 60
-WORKERS = st.sampled_from(["w1", "w2", "w3"])
+MAX_REQUESTS, BOUND_TOKENS = 7, 60
+NAMES = ("w1", "w2", "w3")
+PERSONAL = tuple(personal_stage(name) for name in NAMES)
+WORKERS = st.sampled_from(NAMES)
 STAGES = st.sampled_from(["0", "1"])
 COUNTS = st.sampled_from([1, 2, 3, 0])
 RARELY = st.sampled_from([False, False, False, True])
 SHIFTS = st.sampled_from([0, 0, 0, 0, -1, 1])
-DISTURBANCES = st.sampled_from(["cancel", "expire", "retire", "migrate", "publish", "route", "repair", "renew"])
+TARGETS = st.sampled_from(["", "", "0", "1", *PERSONAL])
+HIGHS = st.sampled_from([(), (0,), (3,), (4,), (5,)])
+MOVES = st.sampled_from(
+    [
+        None,
+        Move(kind=MoveKind.HANDOVER, benefit_ms=3.0, cost_ms=1.0, kv="seg-1"),
+        Move(kind=MoveKind.HANDOVER, benefit_ms=3.0, cost_ms=1.0),
+        Move(kind=MoveKind.STEAL, benefit_ms=2.0, cost_ms=0.5, kv="seg-2"),
+    ]
+)
+DISTURBANCES = st.sampled_from(["cancel", "late", "expire", "retire", "publish", "route", "repair", "renew"])
 
 
 class ProtocolMachine(RuleBasedStateMachine):
@@ -37,8 +50,7 @@ class ProtocolMachine(RuleBasedStateMachine):
         super().__init__()
         self.scene = Scene(self.door, "m")
         self.scene.raw.flushdb()
-        self.reqs: dict[str, Req] = {}
-        self.leases: dict[str, Lease] = {}
+        self.model = Model()
         self.grants: list[Held] = []
         self.entries: dict[str, str] = {}
         self.seen: dict[str, list[tuple[int, ...]]] = {}
@@ -48,43 +60,16 @@ class ProtocolMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         self.scene.close()
 
-    # the model ----------------------------------------------------------------------------------
-    def _waiting(self, stage: str) -> list[str]:
-        here = [(r.score, i) for i, r in self.reqs.items() if r.state is S.QUEUED and r.stage == stage]
-        return [i for _, i in sorted(here)]
-
-    def _held(self, worker: str) -> set[str]:
-        return {i for i, r in self.reqs.items() if r.state is S.RUNNING and r.owner == worker}
-
-    def _owns(self, grant: Held) -> bool:
-        req = self.reqs[grant.request_id]
-        return (req.state, req.owner, req.epoch) == (S.RUNNING, grant.worker, grant.epoch)
-
-    def _end(self, request_id: str, state: RequestState) -> None:
-        req = self.reqs[request_id]
-        req.state, req.owner = state, None
-
-    def _requeue(self, request_id: str, stage: str = "") -> None:
-        req = self.reqs[request_id]
-        req.stage = SOLO_STAGE if req.crashes >= 2 else stage or req.stage
-        req.state, req.owner = S.QUEUED, None
-
-    def _crash(self, request_id: str, stage: str = "") -> None:
-        req = self.reqs[request_id]
-        req.crashes += 1
-        if req.stage == SOLO_STAGE:
-            req.solo_crashes += 1
-            if req.solo_crashes >= MAX_CRASHES:
-                self._end(request_id, S.DEAD)
-                return
-        self._requeue(request_id, stage)
+    @property
+    def reqs(self) -> dict[str, Req]:
+        return self.model.reqs
 
     # clients ------------------------------------------------------------------------------------
     @rule(
         data=st.data(),
         charge=st.integers(1, 30),
         digest=st.sampled_from(["", "x"]),
-        stage=STAGES,
+        stage=st.sampled_from(["0", "1", "0", "1", *PERSONAL]),
         score=st.integers(0, 3),
         again=RARELY,
         waits=RARELY,
@@ -92,7 +77,7 @@ class ProtocolMachine(RuleBasedStateMachine):
     def arrive(
         self, *, data: st.DataObject, charge: int, digest: str, stage: str, score: int, again: bool, waits: bool
     ) -> None:
-        """A request comes in, or once more; most are routed at once, and some twice."""
+        """A request comes in, or once more; most are routed at once (some pushed to one worker), some twice."""
         request_id = f"r{len(self.reqs)}"
         if self.reqs and (again or len(self.reqs) == MAX_REQUESTS):
             request_id = self._some_id(data)
@@ -126,7 +111,7 @@ class ProtocolMachine(RuleBasedStateMachine):
             expected = (Verdict.IS, req.state.value)
         assert self.scene.cancel(request_id) == expected
         if expected[0] is Verdict.OK:
-            self._end(request_id, S.CANCELLED)
+            self.model.end(request_id, S.CANCELLED)
 
     def _some_id(self, data: st.DataObject) -> str:
         return f"r{data.draw(st.integers(0, max(0, len(self.reqs) - 1)))}"
@@ -139,14 +124,15 @@ class ProtocolMachine(RuleBasedStateMachine):
         if refuse:
             assert self.scene.refuse(request_id, entry=entry) is expected
             if is_first:
-                self._end(request_id, S.FAILED)
+                self.model.end(request_id, S.FAILED)
             return
         verdict = self.scene.route(
             request_id, entry=entry, stage=stage, score=float(score), token_ids=[1] * tokens, max_tokens=6
         )
         assert verdict is expected
         if is_first and req is not None:
-            req.state, req.stage, req.score, req.charge = S.QUEUED, stage, float(score), tokens + 6
+            req.state, req.stage, req.score = S.QUEUED, stage, float(score)
+            req.tokens, req.charge = tokens, tokens + 6
 
     # workers ------------------------------------------------------------------------------------
     @initialize()
@@ -155,62 +141,46 @@ class ProtocolMachine(RuleBasedStateMachine):
             self._renew(worker, register=True)
 
     def _renew(self, worker: str, *, register: bool) -> None:
-        is_known = worker in self.leases
-        expected = Verdict.OK if is_known or register else Verdict.LOST
+        leases = self.model.leases
+        expected = Verdict.OK if worker in leases or register else Verdict.LOST
         assert self.scene.renew(worker, register=register, lease_ms=600_000) is expected
         if expected is Verdict.OK:
-            lease = self.leases.setdefault(worker, Lease())
+            lease = leases.setdefault(worker, Lease())
             lease.is_lapsed, lease.graces = False, 0
 
-    @rule(worker=WORKERS, stage=STAGES, anywhere=RARELY, most=COUNTS, lost=RARELY, again=RARELY)
-    def take(self, worker: str, stage: str, anywhere: bool, most: int, lost: bool, again: bool) -> None:
-        """A worker takes where something waits; its reply may be lost, and it may ask again."""
-        waiting = [s for s in (SOLO_STAGE, stage, "0", "1") if self._waiting(s)]
+    @rule(worker=WORKERS, stage=STAGES, home=STAGES, anywhere=RARELY, most=COUNTS, lost=RARELY, again=RARELY)
+    def take(
+        self, *, worker: str, stage: str, home: str, anywhere: bool, most: int, lost: bool, again: bool
+    ) -> None:
+        """A worker takes where something waits, its own queue included; it may lose the reply and ask again."""
+        choice = (personal_stage(worker), SOLO_STAGE, stage, "0", "1")
+        waiting = [s for s in choice if self.model.waiting(s)]
         if waiting and not anywhere:
             stage = waiting[0]
         self.num_nonces += 1
-        self._take(worker, stage, most, nonce=f"n{self.num_nonces}", is_lost=lost)
-        lease = self.leases.get(worker)
+        self._take(worker, stage, most, nonce=f"n{self.num_nonces}", home=home, is_lost=lost)
+        lease = self.model.leases.get(worker)
         if again and lease is not None and lease.nonce:
-            self._take(worker, stage, 3, nonce=lease.nonce, is_lost=False)
+            self._take(worker, stage, 3, nonce=lease.nonce, home=home, is_lost=False)
 
-    def _take(self, worker: str, stage: str, most: int, *, nonce: str, is_lost: bool) -> None:
-        expected = self._expected_grants(worker, stage, most, nonce)
-        taken = self.scene.take(worker, stage, nonce=nonce, max_requests=most)
+    def _take(self, worker: str, stage: str, most: int, *, nonce: str, home: str, is_lost: bool) -> None:
+        expected = self.model.take(worker, stage, most, nonce=nonce, home=home)
+        taken = self.scene.take(worker, stage, nonce=nonce, max_requests=most, own_stage=home)
         if expected is None:
             assert taken.verdict is Verdict.LOST
             return
-        found = [(g.request_id, g.epoch, g.offset) for g in taken.grants]
-        assert found == [(i, epoch, self.reqs[i].offset) for i, epoch in expected]
+        told = [(i, e, r.offset, r.stage, r.kv, r.came_from) for i, e in expected for r in (self.reqs[i],)]
+        found = [(g.request_id, g.epoch, g.offset, g.stage, g.kv, g.came_from) for g in taken.grants]
+        assert found == told
         if not is_lost:
-            self.grants += [Held(i, worker, epoch, offset) for i, epoch, offset in found]
-
-    def _expected_grants(self, worker: str, stage: str, most: int, nonce: str) -> list[tuple[str, int]] | None:
-        lease = self.leases.get(worker)
-        if lease is None:
-            return None
-        if lease.nonce == nonce:
-            return [(i, e) for i, e in lease.granted if self._owns(Held(i, worker, e, 0))]
-        if lease.is_lapsed:
-            return None
-        held = self._held(worker)
-        if lease.alone in held or (stage == SOLO_STAGE and held):
-            return []
-        lease.alone = None
-        lease.nonce, lease.granted = nonce, []
-        for request_id in self._waiting(stage)[: min(most, 1) if stage == SOLO_STAGE else most]:
-            req = self.reqs[request_id]
-            req.state, req.owner, req.epoch = S.RUNNING, worker, req.epoch + 1
-            lease.granted.append((request_id, req.epoch))
-            lease.alone = request_id if stage == SOLO_STAGE else None
-        return lease.granted
+            self.grants += [Held(g.request_id, worker, g.epoch, g.offset) for g in taken.grants]
 
     @precondition(lambda self: self.grants)
     @rule(data=st.data(), num=COUNTS, shift=SHIFTS, lost=RARELY)
     def emit(self, data: st.DataObject, num: int, shift: int, lost: bool) -> None:
         grant = self._some_grant(data)
         req, offset = self.reqs[grant.request_id], max(0, grant.offset + shift)
-        if not self._owns(grant):
+        if not self.model.owns(grant):
             expected = Verdict.FENCED
         elif offset + num <= req.offset:
             expected = Verdict.DUP
@@ -220,7 +190,7 @@ class ProtocolMachine(RuleBasedStateMachine):
             expected = Verdict.OK
         assert self.scene.emit(grant.request_id, grant.worker, grant.epoch, offset, num) is expected
         if expected is Verdict.OK:
-            req.offset = offset + num
+            self.model.wrote(grant.request_id, offset + num)
         if expected is not Verdict.FENCED and not lost:
             grant.offset = req.offset
 
@@ -231,7 +201,7 @@ class ProtocolMachine(RuleBasedStateMachine):
         req, offset = self.reqs[grant.request_id], max(0, grant.offset + shift)
         if req.state is state and req.settled_epoch == grant.epoch:
             expected = Verdict.DUP
-        elif not self._owns(grant):
+        elif not self.model.owns(grant):
             expected = Verdict.FENCED
         elif offset + num == req.offset or offset == req.offset:
             expected = Verdict.OK
@@ -239,8 +209,9 @@ class ProtocolMachine(RuleBasedStateMachine):
             expected = Verdict.GAP
         assert self._settle(grant, offset, num, state) is expected
         if expected is Verdict.OK:
-            req.offset, req.settled_epoch = offset + num, grant.epoch
-            self._end(grant.request_id, state)
+            req.settled_epoch = grant.epoch
+            self.model.wrote(grant.request_id, offset + num)
+            self.model.end(grant.request_id, state)
 
     def _settle(self, grant: Held, offset: int, num: int, state: RequestState) -> Verdict:
         call = self.scene.calls.settle(
@@ -255,28 +226,13 @@ class ProtocolMachine(RuleBasedStateMachine):
         return self.scene.door.run(call)
 
     @precondition(lambda self: self.grants)
-    @rule(data=st.data(), stage=st.sampled_from(["", "", "0", "1"]), blame=st.booleans())
-    def release(self, data: st.DataObject, stage: str, blame: bool) -> None:
-        grant = self._some_grant(data)
-        req = self.reqs[grant.request_id]
-        if req.state in (S.QUEUED, S.DEAD) and req.epoch == grant.epoch:
-            expected = Verdict.DUP
-        else:
-            expected = Verdict.OK if self._owns(grant) else Verdict.FENCED
-        verdict = self.scene.release(
-            grant.request_id, grant.worker, grant.epoch, stage=stage, blame=blame, max_crashes=MAX_CRASHES
-        )
-        assert verdict is expected
-        if expected is Verdict.OK and blame:
-            self._crash(grant.request_id, stage)
-        elif expected is Verdict.OK:
-            self._requeue(grant.request_id, stage)
-
-    def _retire(self, worker: str) -> None:
-        assert self.scene.retire(worker) is Verdict.OK
-        for request_id in self._held(worker):
-            self._requeue(request_id)
-        self.leases.pop(worker, None)
+    @rule(data=st.data(), stage=TARGETS, blame=RARELY, move=MOVES)
+    def release(self, data: st.DataObject, stage: str, blame: bool, move: Move | None) -> None:
+        """Given back, blamed, handed over to one worker (there or not), or given to a thief."""
+        grant, move = self._some_grant(data), None if blame else move
+        expected = self.model.release(grant, stage=stage, blame=blame, move=move)
+        over: dict[str, Any] = {"stage": stage, "blame": blame, "move": move, "max_crashes": MAX_CRASHES}
+        assert self.scene.release(grant.request_id, grant.worker, grant.epoch, **over) is expected
 
     def _some_grant(self, data: st.DataObject) -> Held:
         """Mostly a recent one; old ones are kept for ever, as zombies do."""
@@ -289,47 +245,26 @@ class ProtocolMachine(RuleBasedStateMachine):
         """A worker dies or Redis was away; somebody reaps; the worker may come back under its name."""
         if lapses:
             self.scene.lapse(worker)
-            if worker in self.leases:
-                self.leases[worker].is_lapsed = True
-        self._reap(outage=outage)
+            if worker in self.model.leases:
+                self.model.leases[worker].is_lapsed = True
+        if outage:
+            self.scene.raw.set(self.scene.keys.tick, 1)
+        expected = self.model.reap(outage=outage)
+        reaped = self.scene.reap(gap_ms=60_000, grace_ms=1_200_000, max_crashes=MAX_CRASHES)
+        assert (reaped.num_requeued, reaped.num_dead, reaped.was_graced) == expected
         if returns:
             self._renew(worker, register=True)
 
-    def _reap(self, *, outage: bool) -> None:
-        if outage:
-            self.scene.raw.set(self.scene.keys.tick, 1)
-        was_graced = False
-        for lease in self.leases.values():
-            if outage:
-                lease.graces += 1
-                if lease.graces <= MAX_GRACES:
-                    lease.is_lapsed, was_graced = False, True
-        gone = [worker for worker, lease in self.leases.items() if lease.is_lapsed]
-        victims = [i for worker in gone for i in self._held(worker)]
-        for request_id in victims:
-            self._crash(request_id)
-        for worker in gone:
-            del self.leases[worker]
-        num_dead = sum(self.reqs[i].state is S.DEAD for i in victims)
-
-        reaped = self.scene.reap(gap_ms=60_000, grace_ms=1_200_000, max_crashes=MAX_CRASHES)
-
-        assert (reaped.num_requeued, reaped.num_dead) == (len(victims) - num_dead, num_dead)
-        assert reaped.was_graced is was_graced
-
-    def _expire(self, request_id: str) -> None:
-        self.scene.overdue(request_id)
-        req = self.reqs.get(request_id)
-        is_due = req is not None and req.state not in TERMINAL
-        assert self.scene.expire() == int(is_due)
-        if is_due:
-            self._end(request_id, S.EXPIRED)
-
-    def _migrate(self, source: str, goal: str, limit: int) -> None:
-        moved = [] if source == goal else self._waiting(source)[:limit]
-        assert self.scene.migrate(source, goal, limit) == len(moved)
-        for request_id in moved:
-            self.reqs[request_id].stage = goal
+    @precondition(lambda self: any(r.state is S.QUEUED for r in self.reqs.values()))
+    @rule(data=st.data(), stage=STAGES, highs=HIGHS, skip=st.sampled_from([0, 0, 1]), limit=st.integers(0, 4))
+    def migrate(self, data: st.DataObject, stage: str, highs: tuple[int, ...], skip: int, limit: int) -> None:
+        """What waits follows a new plan, or leaves the own queue of a worker that may be gone."""
+        own = [s for s in PERSONAL if self.model.waiting(s)]
+        source = data.draw(st.sampled_from([stage, *own]))
+        expected = self.model.migrate(source, highs, skip=skip, limit=limit)
+        call = self.scene.calls.migrate(source=source, highs=highs, limit=limit, skip=skip)
+        answer = self.scene.door.run(call)
+        assert (answer.num_moved, answer.num_seen) == expected
 
     def _publish(self, *, behind: int) -> None:
         expected = max(0, self.version - behind)
@@ -345,12 +280,16 @@ class ProtocolMachine(RuleBasedStateMachine):
         request_id = self._some_id(data)
         if kind == "cancel":
             self._cancel(request_id)
+        elif kind == "late":
+            req = self.reqs.get(request_id)
+            if req is not None and req.state not in TERMINAL:
+                self.scene.late(request_id)
+                req.is_late = True
         elif kind == "expire":
-            self._expire(request_id)
+            assert self.scene.expire() == self.model.expire()
         elif kind == "retire":
-            self._retire(worker)
-        elif kind == "migrate":
-            self._migrate(stage, "0" if number == 0 else "1", 3 - number)
+            self.model.retire(worker)
+            assert self.scene.retire(worker) is Verdict.OK
         elif kind == "publish":
             self._publish(behind=number % 2)
         elif kind == "route":
@@ -364,20 +303,58 @@ class ProtocolMachine(RuleBasedStateMachine):
     @invariant()
     def the_server_agrees_with_the_model(self) -> None:
         check(self.scene)
-        reads = self.scene.reads
-        records: list[Any] = self.scene.door.run_many([reads.record(i) for i in self.reqs])
-        outputs: list[Any] = self.scene.door.run_many([reads.output(i) for i in self.reqs])
-        for (request_id, req), record, entries in zip(self.reqs.items(), records, outputs, strict=True):
-            found = (record.state, record.epoch, record.offset, record.crashes, record.stage or "")
-            assert found == (req.state, req.epoch, req.offset, req.crashes, req.stage), request_id
-            shown = [entry.token_ids for entry in entries]
+        reads, queues = self.scene.reads, ("0", "1", SOLO_STAGE, *PERSONAL)
+        ids, leases = list(self.reqs), list(self.model.leases)
+        answers: list[Any] = self.scene.door.run_many(
+            [
+                *(reads.record(i) for i in ids),
+                *(reads.output(i) for i in ids),
+                *(_story(self.scene, i) for i in ids),
+                *(reads.queue_ids(stage, limit=1000) for stage in queues),
+                *(_members(self.scene, worker) for worker in leases),
+                reads.incarnations(),
+                reads.counts(),
+            ]
+        )
+        found = iter(answers)
+        for request_id in ids:
+            self._record_agrees(request_id, next(found))
+        for request_id in ids:
+            shown = [entry.token_ids for entry in next(found)]
             before = self.seen.get(request_id, [])
             assert shown[: len(before)] == before, "what a client has read never changes"
             self.seen[request_id] = shown
-        for stage in ("0", "1", SOLO_STAGE):
-            assert self.scene.waiting(stage) == self._waiting(stage)
-        assert {w for w, _ in self.scene.door.run(reads.incarnations())} == set(self.leases)
-        for worker in self.leases:
-            assert {m.decode() for m in self.scene.raw.smembers(self.scene.keys.held(worker))} == self._held(
-                worker
-            )
+        for request_id in ids:
+            req, (ledger, is_moved, kv) = self.reqs[request_id], next(found)
+            assert ledger == req.ledger, request_id
+            assert is_moved == req.is_moved, request_id
+            assert kv == req.kv, request_id
+        for stage in queues:
+            assert next(found) == self.model.waiting(stage)
+        for worker in leases:
+            assert next(found) == self.model.held(worker)
+        assert {worker for worker, _ in next(found)} == set(leases)
+        counts = next(found)
+        for name in ("handovers", "steals_running", "steals_waiting", "resumes"):
+            assert int(counts.get(name, 0)) == self.model.counts[name], name
+
+    def _record_agrees(self, request_id: str, record: Any) -> None:
+        req = self.reqs[request_id]
+        found = (record.state, record.epoch, record.offset, record.crashes, record.stage or "")
+        assert found == (req.state, req.epoch, req.offset, req.crashes, req.stage), request_id
+
+
+def _story(scene: Scene, request_id: str) -> Call[tuple[list[str], bool, str]]:
+    """What the ledger tells of a request, whether it waits for a token after a move, its ticket."""
+    args = ("HMGET", scene.keys.request(request_id), "ledger", "moved_ms", "kv")
+
+    def parse(row: list[bytes | None]) -> tuple[list[str], bool, str]:
+        lines = [json.loads(line)["what"] for line in (row[0] or b"").splitlines()]
+        return lines, row[1] is not None, (row[2] or b"").decode()
+
+    return Call(None, (), args, parse)
+
+
+def _members(scene: Scene, worker: str) -> Call[set[str]]:
+    """Ids under the lease of a worker."""
+    return Call(None, (), ("SMEMBERS", scene.keys.held(worker)), lambda reply: {m.decode() for m in reply})

@@ -198,3 +198,4 @@ def test_a_message_reaches_a_live_worker_only(scene: Scene) -> None:
     assert scene.door.run(scene.calls.ask("w3:x", message="{}")) is Verdict.LOST
     assert scene.raw.xlen(scene.keys.control("w2:x")) == 1
     assert not scene.raw.exists(scene.keys.control("w3:x"))
+    check(scene)
