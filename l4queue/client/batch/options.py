@@ -12,8 +12,8 @@ from l4queue.errors import InvalidRequest
 __all__ = ("DEFAULT_MAX_IN_FLIGHT", "DEFAULT_MAX_TOKENS", "DEFAULT_PRIORITY", "BatchOptions", "batch_options")
 
 DEFAULT_PRIORITY = 100
-"""The last class: with the default step of 30 s any request of priority 0 that arrives within 50 minutes is
-served before it. After that it has waited long enough."""
+"""The last class: a request of priority 0 that arrives up to half of `L4_STARVATION_BOUND_S` (5 minutes) later is
+served first, and the engine, too, takes a batch last. After that it has waited for long enough."""
 DEFAULT_MAX_TOKENS = 256
 DEFAULT_MAX_IN_FLIGHT = 4096
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from math import ceil
+
 __all__ = ("Window",)
 
 _START = 256
 _LEAST = 16
-_GROWTH = 2.0
-_SHRINK = 0.7
+_FIRST_GROWTH, _GROWTH, _SHRINK = 2.0, 1.1, 0.9
 
 
 class Window:
@@ -15,7 +16,8 @@ class Window:
 
     What waits in a queue for long gains nothing: the workers are busy anyway. It ages, though, and the age of a
     request counts against the head start of interactive ones; and it fills the backlog for everybody. The
-    window changes once in a round trip: after as many ended as were in flight when it last changed.
+    window changes once in a round trip: after as many ended as were in flight when it last changed. It doubles
+    until it was too large for the first time, then it moves by a tenth.
     """
 
     def __init__(self, *, most: int, target_wait_s: float = 20.0) -> None:
@@ -24,6 +26,7 @@ class Window:
         self.size = min(_START, most)
         self._left_in_round = self.size
         self._waits_s: list[float] = []
+        self._growth = _FIRST_GROWTH
 
     def ended(self, wait_s: float, *, in_flight: int) -> None:
         """One request has ended that had waited so long for a worker."""
@@ -34,7 +37,8 @@ class Window:
         mean_s = sum(self._waits_s) / len(self._waits_s)
         if mean_s > self._target_wait_s:
             self.size = max(min(_LEAST, self._most), int(self.size * _SHRINK))
+            self._growth = _GROWTH
         elif mean_s < self._target_wait_s / 2:
-            self.size = min(self._most, int(self.size * _GROWTH))
+            self.size = min(self._most, ceil(self.size * self._growth))
         self._left_in_round = max(1, min(in_flight, self.size))
         self._waits_s.clear()

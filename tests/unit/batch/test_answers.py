@@ -1,0 +1,98 @@
+"""Answer lines in the shapes that OpenAI's batch API gives."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from l4queue.client.batch.answers import (
+    duplicate_line,
+    invalid_line,
+    is_about_a_line,
+    outcome_line,
+    refused_line,
+    success_line,
+)
+from l4queue.client.batch.lines import CHAT_URL, COMPLETIONS_URL
+from l4queue.errors import InvalidRequest
+from l4queue.models import RequestState
+from l4queue.protocol.records import OutputEntry, RequestRecord
+
+OUTPUTS = (
+    OutputEntry(upto=2, token_ids=(5, 6), text="Grü\n"),
+    OutputEntry(upto=3, token_ids=(7,), text="ße\u2028"),
+    OutputEntry(upto=3, text="!", state=RequestState.DONE),
+)
+
+
+def record(state: RequestState, **facts: Any) -> RequestRecord:
+    return RequestRecord(request_id="k1", state=state, submitted_ms=7_500, prompt_tokens=4, offset=3, **facts)
+
+
+def read(line: bytes) -> dict[str, Any]:
+    assert line.endswith(b"\n")
+    assert line.count(b"\n") == 1
+    found: dict[str, Any] = json.loads(line)
+    assert set(found) == {"id", "custom_id", "response", "error"}
+    return found
+
+
+@pytest.mark.parametrize(
+    ("url", "kind", "prefix", "where"),
+    [(CHAT_URL, "chat.completion", "chatcmpl-", "message"), (COMPLETIONS_URL, "text_completion", "cmpl-", "text")],
+)
+def test_a_success_has_the_body_of_its_api(url: str, kind: str, prefix: str, where: str) -> None:
+    """All of the text, the counts, the reason."""
+    done = record(RequestState.DONE, finish_reason="stop")
+    found = read(success_line(done, OUTPUTS, custom_id="a", url=url, model="m"))
+
+    text = "Grü\nße\u2028!"
+    choice = {"index": 0, "logprobs": None, "finish_reason": "stop"}
+    choice[where] = {"role": "assistant", "content": text} if where == "message" else text
+    body = {
+        "id": prefix + "k1",
+        "object": kind,
+        "created": 7,
+        "model": "m",
+        "choices": [choice],
+        "usage": {"prompt_tokens": 4, "completion_tokens": 3, "total_tokens": 7},
+    }
+    response = {"status_code": 200, "request_id": "k1", "body": body}
+    assert found == {"id": "batch_req_k1", "custom_id": "a", "response": response, "error": None}
+
+
+@pytest.mark.parametrize(
+    ("field", "status", "kind"), [("prompt", 400, "invalid_request_error"), (None, 500, "server_error")]
+)
+def test_a_failure_is_a_response_with_an_error_body(field: str | None, status: int, kind: str) -> None:
+    """400 where the input was at fault."""
+    found = read(outcome_line(record(RequestState.FAILED, error="why", field=field), custom_id="a"))
+    assert found["error"] is None
+    assert found["response"]["status_code"] == status
+    expected = {"message": "why", "type": kind, "param": field, "code": None}
+    assert found["response"]["body"] == {"error": expected}
+    assert is_about_a_line(found) is None
+
+
+@pytest.mark.parametrize("state", ["cancelled", "expired", "dead"])
+def test_other_ends_are_errors_without_a_response(state: str) -> None:
+    """Nobody answered."""
+    found = read(outcome_line(record(RequestState(state), error="why"), custom_id="a"))
+    assert (found["response"], found["error"]) == (None, {"code": f"request_{state}", "message": "why"})
+
+
+def test_lines_that_were_never_sent_say_why() -> None:
+    """A refused body like a refused request; a broken or repeated line by its number."""
+    refused = read(refused_line(InvalidRequest("too hot", field="temperature"), request_id="r", custom_id="a"))
+    error = refused["response"]["body"]["error"]
+    assert (error["message"], error["param"], refused["custom_id"]) == ("too hot", "temperature", "a")
+    assert is_about_a_line(refused) is None
+
+    broken = read(invalid_line(InvalidRequest("not JSON", field="line"), number=7))
+    assert (broken["custom_id"], broken["error"]["code"], is_about_a_line(broken)) == (None, "invalid_line", 7)
+
+    repeated = read(duplicate_line("a", number=9, first=2))
+    assert (repeated["custom_id"], repeated["error"]["message"]) == ("a", "line 2 has this custom_id already")
+    assert is_about_a_line(repeated) == 9

@@ -1,0 +1,130 @@
+"""Lines of a batch file: what becomes a request, and what is refused with the name of the field."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from l4queue.client.batch.lines import CHAT_URL, COMPLETIONS_URL, BatchLine, custom_id_of, parse_line
+from l4queue.errors import InvalidRequest
+
+CHAT = {"messages": [{"role": "user", "content": "hi"}]}
+
+
+def parse(line: Any, *, max_tokens: int = 7, priority: int = 100) -> BatchLine:
+    raw = line if isinstance(line, bytes) else json.dumps(line).encode()
+    return parse_line(raw, max_tokens=max_tokens, priority=priority, idempotency_key="k")
+
+
+def body(**fields: Any) -> dict[str, Any]:
+    return {"custom_id": "a", "body": {**CHAT, **fields}}
+
+
+def test_a_chat_line_is_a_request_with_the_defaults_of_the_batch() -> None:
+    """What the body leaves open comes from the batch; the key is the one given."""
+    line = parse({"custom_id": "a", "method": "POST", "url": CHAT_URL, "body": {**CHAT, "model": "m"}})
+
+    assert (line.custom_id, line.url, line.model) == ("a", CHAT_URL, "m")
+    assert line.spec.messages is not None
+    assert [(m.role, m.content) for m in line.spec.messages] == [("user", "hi")]
+    assert (line.spec.params.max_tokens, line.spec.priority, line.spec.idempotency_key) == (7, 100, "k")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text", "token_ids"),
+    [("x", "x", None), (["x"], "x", None), ([1, 2], None, (1, 2)), ([[1, 2]], None, (1, 2)), ([5], None, (5,))],
+)
+def test_a_completion_line_has_one_prompt(prompt: Any, text: str | None, token_ids: Any) -> None:
+    """As text, as token ids, or as a list of one of them; without a URL the body tells."""
+    line = parse({"custom_id": "a", "body": {"prompt": prompt}})
+    assert (line.url, line.spec.prompt, line.spec.token_ids) == (COMPLETIONS_URL, text, token_ids)
+
+
+def test_the_parameters_of_both_apis_are_passed_on() -> None:
+    """Whole numbers do for fractions, one stop string for a list; null is as good as absent."""
+    line = parse(
+        body(
+            max_completion_tokens=9, temperature=0, top_p=1, stop="\n", seed=3, frequency_penalty=1, top_k=4,
+            priority=-5, n=1, stream=False, logprobs=None, user="u", response_format={"type": "text"}, tools=[],
+        )
+    )  # fmt: skip
+
+    params = line.spec.params
+    assert (params.max_tokens, params.temperature, params.top_p, params.stop) == (9, 0.0, 1.0, ("\n",))
+    assert (params.seed, params.frequency_penalty, params.top_k, line.spec.priority) == (3, 1.0, 4, -5)
+
+
+def test_text_parts_of_a_message_are_joined() -> None:
+    """Other parts cannot be computed."""
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    line = parse({"custom_id": "a", "body": {"messages": [{"role": "user", "content": parts}]}})
+    assert line.spec.messages is not None
+    assert line.spec.messages[0].content == "a\nb"
+
+
+@pytest.mark.parametrize(
+    ("line", "field"),
+    [
+        (b"nonsense", "line"),
+        (b"[1]", "line"),
+        (b'{"custom_id": "\xff"}', "line"),
+        (b"[" * 100_000, "line"),
+        ({"body": CHAT}, "custom_id"),
+        ({"custom_id": 5, "body": CHAT}, "custom_id"),
+        ({"custom_id": "", "body": CHAT}, "custom_id"),
+        (b'{"custom_id": "\\ud800", "body": {"prompt": "x"}}', "custom_id"),
+        ({"custom_id": "a"}, "body"),
+        ({"custom_id": "a", "method": "GET", "body": CHAT}, "method"),
+        ({"custom_id": "a", "url": "/v1/embeddings", "body": {"input": "x"}}, "url"),
+        ({"custom_id": "a", "url": CHAT_URL, "body": {}}, "messages"),
+        ({"custom_id": "a", "url": CHAT_URL, "body": {**CHAT, "prompt": "x"}}, "prompt"),
+        ({"custom_id": "a", "body": {"prompt": ["x", "y"]}}, "prompt"),
+        ({"custom_id": "a", "body": {"prompt": [True]}}, "prompt"),
+        ({"custom_id": "a", "body": {"prompt": ""}}, "prompt"),
+        ({"custom_id": "a", "body": {"messages": ["x"]}}, "messages.0"),
+        ({"custom_id": "a", "body": {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}},
+         "messages.0.content"),
+        ({"custom_id": "a", "body": {"messages": [{"role": "assistant", "content": "", "tool_calls": [1]}]}},
+         "messages.0.tool_calls"),
+        (body(n=2), "n"),
+        (body(stream=True), "stream"),
+        (body(tools=[{}]), "tools"),
+        (body(temperature="hot"), "temperature"),
+        (body(max_tokens=0), "max_tokens"),
+        (body(max_tokens=True), "max_tokens"),
+        (body(nonsense=1), "nonsense"),
+        (body(idempotency_key="mine"), "idempotency_key"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_run_names_its_field(line: Any, field: str) -> None:
+    """One bad line says what is wrong with it."""
+    with pytest.raises(InvalidRequest) as caught:
+        parse(line)
+    assert caught.value.field == field
+
+
+@given(st.binary(max_size=60) | st.from_type(dict).map(lambda d: repr(d).encode()))
+def test_no_line_does_worse_than_be_refused(raw: bytes) -> None:
+    """Whatever stands in the file."""
+    with suppress(InvalidRequest):
+        assert custom_id_of(raw) == parse(raw).custom_id
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+NAMES = st.sampled_from(("messages", "prompt", "temperature", "stop", "n", "tools", "logit_bias", "model", "seed"))
+
+
+@given(st.dictionaries(NAMES, JSON), st.none() | JSON | st.sampled_from((CHAT_URL, COMPLETIONS_URL)))
+def test_no_body_does_worse_than_be_refused(fields: dict[str, Any], url: Any) -> None:
+    """A valid line around anything."""
+    with suppress(InvalidRequest):
+        assert parse({"custom_id": "a", "url": url, "body": fields}).custom_id == "a"
