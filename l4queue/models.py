@@ -289,6 +289,7 @@ class WorkerLoad:
     num_running: int = 0
     num_waiting_in_engine: int = 0
     context_tokens: int = 0
+    pending_prefill_tokens: int = 0  # of prompts that have no token yet
     kv_used_tokens: int = 0
     kv_capacity_tokens: int = 0
     max_running: int = 0

@@ -60,9 +60,8 @@ class Intake:
     def room(self) -> Room:
         """What may be taken now, by the policy."""
         state, info = self._state, self._state.engine_info
-        pending = sum(s.grant.prompt_tokens for s in state.sessions.values() if s.awaits_first_token)
         limits = RoomLimits(prefill_tokens=_PREFILL_STEPS * info.max_batched_tokens)
-        return room_of(state.load(), cost=state.cost, limits=limits, pending_prefill_tokens=pending)
+        return room_of(state.load(), cost=state.cost, limits=limits, pending_prefill_tokens=state.pending_prefill_tokens)
 
     async def _take_personal(self) -> int:
         """What was handed over or pushed to this worker, up to its slots: whoever sent it looked at the room."""

@@ -177,6 +177,11 @@ class WorkerState:
             )
             self.observer.request_cancelled(view)
 
+    @property
+    def pending_prefill_tokens(self) -> int:
+        """Prompt tokens of the requests here that have no token yet."""
+        return sum(s.length_tokens for s in list(self.sessions.values()) if s.awaits_first_token)
+
     def range_text(self, stage: int) -> str:
         """The range of a stage as people write it."""
         if stage >= len(self.plan.stages):
@@ -207,6 +212,7 @@ class WorkerState:
             num_running=len(self.sessions),
             num_waiting_in_engine=stats.num_waiting,
             context_tokens=sum(session.length_tokens for session in list(self.sessions.values())),
+            pending_prefill_tokens=self.pending_prefill_tokens,
             kv_used_tokens=stats.kv_used_tokens,
             kv_capacity_tokens=info.kv_capacity_tokens if info else 0,
             max_running=self.max_running,

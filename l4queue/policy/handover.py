@@ -87,4 +87,5 @@ def least_loaded(
 
 
 def _busy_ms(load: WorkerLoad, cost: StepCost) -> float:
-    return decode_step_ms(load.num_running + load.num_waiting_in_engine, load.context_tokens, cost=cost)
+    step_ms = decode_step_ms(load.num_running + load.num_waiting_in_engine, load.context_tokens, cost=cost)
+    return step_ms + cost.pi_ms * load.pending_prefill_tokens
