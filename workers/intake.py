@@ -61,7 +61,8 @@ class Intake:
         """What may be taken now, by the policy."""
         state, info = self._state, self._state.engine_info
         limits = RoomLimits(prefill_tokens=_PREFILL_STEPS * info.max_batched_tokens)
-        return room_of(state.load(), cost=state.cost, limits=limits, pending_prefill_tokens=state.pending_prefill_tokens)
+        pending = state.pending_prefill_tokens
+        return room_of(state.load(), cost=state.cost, limits=limits, pending_prefill_tokens=pending)
 
     async def _take_personal(self) -> int:
         """What was handed over or pushed to this worker, up to its slots: whoever sent it looked at the room."""

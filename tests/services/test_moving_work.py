@@ -65,7 +65,7 @@ async def _ledger(pipeline: Pipeline, request_id: str) -> list[dict[str, Any]]:
 
 async def test_a_growing_request_travels_through_all_stages(redis_url: str, namespace: str) -> None:
     """Three stages: cut twice at token boundaries; the stream a client reads is that of one uncut run."""
-    async with open_pipeline(redis_url, namespace, steal_from="none") as pipeline:
+    async with open_pipeline(redis_url, namespace, steal_from="none", max_running=32) as pipeline:
         await _travel(pipeline)
 
 
@@ -86,7 +86,7 @@ async def _travel(pipeline: Pipeline) -> None:
             number += 1
         return number
 
-    crowds = [asyncio.create_task(crowd(length)) for length in (5,) * 10 + (60,) * 5]
+    crowds = [asyncio.create_task(crowd(length)) for length in (5,) * 20 + (60,) * 4]
     handle = await pipeline.client.enqueue("hello", max_tokens=300, ignore_eos=True)
 
     streamed = [token async for chunk in handle.stream(timeout=20) for token in chunk.token_ids]
