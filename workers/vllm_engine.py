@@ -19,10 +19,14 @@ from workers.engine import (
     FinishReason,
     StepRecord,
 )
+from workers.kv.desk import Desk, model_fingerprint
+from workers.kv.movable import kv_bytes_per_token
+from workers.kv.store import SegmentStore
 from workers.step_watch import StepWatch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
 __all__ = ("VllmEngine",)
 
@@ -37,7 +41,9 @@ _REASONS = {
 class VllmEngine:
     """`AsyncLLM` with chunked prefill, prefix caching and priority scheduling.
 
-    `cpu_kv_cache_gib` sizes the cache of the CPU build; on a GPU `gpu_memory_share` does.
+    `cpu_kv_cache_gib` sizes the cache of the CPU build; on a GPU `gpu_memory_share` does. With a `kv_directory`,
+    requests are handed over with their KV through segments there, at most `kv_handover_bytes` of them; all
+    engines of the host that name the same directory exchange with each other. Without, vLLM gets no connector.
     """
 
     def __init__(
@@ -52,6 +58,8 @@ class VllmEngine:
         gpu_memory_share: float = 0.9,
         cpu_cores: str = "",
         cpu_kv_cache_gib: int = 1,
+        kv_directory: Path | None = None,
+        kv_handover_bytes: int = 1 << 30,
     ) -> None:
         self._model = model
         self._max_model_len = max_model_len
@@ -62,6 +70,9 @@ class VllmEngine:
         self._gpu_memory_share = gpu_memory_share
         self._cpu_cores = cpu_cores
         self._cpu_kv_cache_gib = cpu_kv_cache_gib
+        self._desk: Desk | None = None
+        if kv_directory is not None and kv_handover_bytes > 0 and tensor_parallel == 1:
+            self._desk = Desk(SegmentStore(kv_directory, limit_bytes=kv_handover_bytes))
         self._llm: Any = None
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._out: list[EngineOutput] = []
@@ -70,6 +81,7 @@ class VllmEngine:
         self._watch = StepWatch()
         self._health: asyncio.Task[None] | None = None
         self._kv_capacity_tokens = 0
+        self._kv_bytes_per_token = 0
 
     async def start(self) -> EngineInfo:
         """Load the model; tens of seconds."""
@@ -97,9 +109,11 @@ class VllmEngine:
         }
         if self._max_batched_tokens is not None:
             arguments["max_num_batched_tokens"] = self._max_batched_tokens
+        if self._desk is not None:
+            arguments["kv_transfer_config"] = self._transfer_config(self._desk, vllm.__version__)
         try:
             self._llm = AsyncLLM.from_engine_args(
-                AsyncEngineArgs(**arguments), stat_loggers=[_logger_factory(self._watch)]
+                AsyncEngineArgs(**arguments), stat_loggers=[_logger_factory(self._watch, self._desk)]
             )
         except (OSError, ValueError, RuntimeError) as error:
             raise ConfigError(f"vLLM cannot start with model {self._model!r}: {error}") from error
@@ -107,6 +121,7 @@ class VllmEngine:
         config = self._llm.vllm_config
         cache = config.cache_config
         self._kv_capacity_tokens = int(cache.num_gpu_blocks or 0) * int(cache.block_size or 0)
+        self._kv_bytes_per_token = kv_bytes_per_token(config) if self._desk is not None else 0
         return EngineInfo(
             name="vllm",
             model=self._model,
@@ -116,6 +131,7 @@ class VllmEngine:
             max_running=int(config.scheduler_config.max_num_seqs),
             max_batched_tokens=int(config.scheduler_config.max_num_batched_tokens),
             eos_token_ids=frozenset(self._eos_token_ids()),
+            kv_bytes_per_token=self._kv_bytes_per_token,
         )
 
     async def add(self, request: EngineRequest) -> None:
@@ -137,13 +153,16 @@ class VllmEngine:
         self._out = [output for output in self._out if output.request_id not in gone]
 
     async def cut(self, request_id: str) -> Cut | None:
-        """Stop it; its KV is not kept."""
+        """Abort it with its blocks kept, and wait until they are copied."""
         if self._dead is not None:
             raise EngineDied(self._dead)
         if request_id not in self._tasks:
             return None
+        ticket = self._desk.begin_cut(request_id) if self._desk is not None and self._kv_bytes_per_token else ""
         await self.abort([request_id])
-        return Cut()
+        if self._desk is None or not ticket:
+            return Cut()
+        return Cut(kv=await self._desk.finish_cut(ticket))
 
     async def outputs(self) -> list[EngineOutput]:
         """All that came out since the last call, at least one."""
@@ -157,13 +176,16 @@ class VllmEngine:
 
     def stats(self) -> EngineStats:
         """Load as of the last step."""
-        watch = self._watch
+        watch, desk = self._watch, self._desk
         return EngineStats(
             num_running=watch.num_running,
             num_waiting=watch.num_waiting,
             kv_used_tokens=round(watch.kv_share * self._kv_capacity_tokens),
             num_steps=watch.num_steps,
             last_step_ms=watch.last_step_ms,
+            num_kv_loads=desk.num_loads if desk else 0,
+            num_kv_misses=desk.num_misses if desk else 0,
+            kv_loaded_bytes=desk.loaded_bytes if desk else 0,
         )
 
     def step_records(self) -> list[StepRecord]:
@@ -190,6 +212,8 @@ class VllmEngine:
         try:
             prompt = tokens_input(list(request.token_ids))
             params = _sampling_params(request)
+            if self._desk is not None:
+                params.extra_args = {"kv_transfer_params": self._desk.admit(request_id, request.kv)}
             self._watch.arrived(request_id, num_tokens=num_tokens, priority=request.priority)
             async for out in self._llm.generate(prompt, params, request_id, priority=request.priority):
                 done = out.outputs[0]
@@ -198,6 +222,8 @@ class VllmEngine:
                     return
                 num_tokens += len(done.token_ids)
                 self._watch.grew(request_id, length_tokens=num_tokens)
+                if self._desk is not None:
+                    self._desk.started(request_id)
                 self._put(_output(request_id, done))
         except EngineDeadError as error:
             self._died(str(error))
@@ -209,17 +235,23 @@ class VllmEngine:
             self._put(refusal)
         finally:
             self._watch.left(request_id)
+            if self._desk is not None:
+                self._desk.left(request_id)
             if self._tasks.get(request_id) is asyncio.current_task():
                 del self._tasks[request_id]
 
     async def _watch_health(self) -> None:
         """See the core's end also while no request runs that would be told."""
-        while not self._llm.errored:  # noqa: ASYNC110  a flag of vLLM's that nobody signals
+        while not self._llm.errored:
             await asyncio.sleep(_HEALTH_INTERVAL_S)
+            if self._desk is not None:
+                self._desk.sweep(asyncio.get_running_loop().time())
         self._died("")
 
     def _died(self, why: str) -> None:
         self._dead = self._dead or why or "the engine core died"
+        if self._desk is not None:
+            self._desk.engine_died()
         self._ready.set()
 
     def _put(self, output: EngineOutput) -> None:
@@ -227,6 +259,11 @@ class VllmEngine:
             self._tasks.pop(output.request_id, None)  # whoever reads this may use the id again
         self._out.append(output)
         self._ready.set()
+
+    def _transfer_config(self, desk: Desk, version: str) -> Any:
+        from vllm.config import KVTransferConfig
+
+        return KVTransferConfig(**desk.connector_config(model_fingerprint(self._model, self._dtype, version)))
 
     def _eos_token_ids(self) -> set[int]:
         found: set[int] = set()
@@ -246,7 +283,7 @@ def _output(request_id: str, done: Any) -> EngineOutput:
     return EngineOutput(request_id=request_id, token_ids=tuple(done.token_ids), finish_reason=reason, error=error)
 
 
-def _logger_factory(watch: StepWatch) -> Callable[[Any, int], Any]:
+def _logger_factory(watch: StepWatch, desk: Desk | None) -> Callable[[Any, int], Any]:
     from vllm.v1.metrics.loggers import StatLoggerBase
 
     class Logger(StatLoggerBase):  # type: ignore[misc] # vLLM is imported late and untyped
@@ -259,6 +296,8 @@ def _logger_factory(watch: StepWatch) -> Callable[[Any, int], Any]:
             self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0
         ) -> None:
             watch.record(scheduler_stats, iteration_stats)
+            if desk is not None and scheduler_stats is not None and scheduler_stats.kv_connector_stats:
+                desk.take(scheduler_stats.kv_connector_stats)
 
         def log_engine_initialized(self) -> None:
             """Nothing to say."""

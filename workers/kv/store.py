@@ -1,0 +1,215 @@
+"""The directory of segments that the engines of one host share: bounded, self-cleaning, safe against crashes.
+
+`<ticket>.kv` is a finished segment, `<ticket>.part` one that is being written (its writer holds a lock on it, so
+that whoever sweeps knows a dead one's), `<ticket>.cut` says that the request with this ticket is to be kept.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import secrets
+import stat
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from l4queue.errors import ConfigError
+
+__all__ = ("PartFile", "SegmentStore", "default_directory", "is_ticket", "new_ticket")
+
+_TICKET = re.compile(r"[0-9a-f]{24}")
+_SHARED_MEMORY = Path("/dev/shm")
+_LOCK_WAIT_S = 0.2
+_LOCK_RETRY_S = 0.002
+_MARK_TTL_S = 60.0
+
+
+def new_ticket() -> str:
+    """A ticket that nobody can guess."""
+    return secrets.token_hex(12)
+
+
+def is_ticket(text: str) -> bool:
+    """Whether this can be a ticket. What comes from Redis must not name other files."""
+    return _TICKET.fullmatch(text) is not None
+
+
+def default_directory(namespace: str) -> Path:
+    """A directory in shared memory where there is any, else with the temporary files, of this user alone."""
+    has_memory = _SHARED_MEMORY.is_dir() and os.access(_SHARED_MEMORY, os.W_OK)
+    base = _SHARED_MEMORY if has_memory else Path(tempfile.gettempdir())
+    return base / f"l4queue-kv-{os.geteuid()}-{namespace}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartFile:
+    """A segment being written, of the right size already. Its lock ends with the file descriptor."""
+
+    ticket: str
+    fd: int
+
+
+class SegmentStore:
+    """One directory of segments. Any number of processes may use it at once.
+
+    At most `limit_bytes` lie in it: the oldest segments go first. Nothing lies longer than `ttl_s`.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        limit_bytes: int,
+        ttl_s: float = 60.0,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.directory = directory
+        self.limit_bytes = limit_bytes
+        self.ttl_s = ttl_s
+        self._clock = clock
+        try:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            found = directory.lstat()
+        except OSError as error:
+            raise ConfigError(f"KV hand-over: {directory} cannot be used: {error.strerror}") from error
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
+            raise ConfigError(f"KV hand-over: {directory} is not a directory of this user alone; remove it")
+
+    def path(self, ticket: str) -> Path:
+        """Where the finished segment of a ticket lies."""
+        return self.directory / f"{ticket}.kv"
+
+    def create(self, ticket: str, total_bytes: int) -> PartFile | None:
+        """Begin a segment of this size; makes room by dropping the oldest. None where it finds no place.
+
+        OSError when the file system refuses.
+        """
+        if total_bytes > self.limit_bytes:
+            return None
+        with self._locked() as has_lock:
+            if not has_lock:
+                return None
+            self._sweep()
+            self._make_room(total_bytes)
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+            fd = os.open(self._part(ticket), flags, 0o600)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.ftruncate(fd, total_bytes)  # counts from now on; the memory is taken as it is written
+            except BaseException:
+                os.close(fd)
+                raise
+            return PartFile(ticket=ticket, fd=fd)
+
+    def publish(self, part: PartFile) -> None:
+        """Make a written segment visible, at once and whole. OSError when it was swept away meanwhile."""
+        try:
+            os.rename(self._part(part.ticket), self.path(part.ticket))
+        finally:
+            os.close(part.fd)
+
+    def discard(self, part: PartFile) -> None:
+        """Give up a segment that was begun."""
+        _unlink(self._part(part.ticket))
+        os.close(part.fd)
+
+    def remove(self, ticket: str) -> None:
+        """Remove a finished segment, used or of no use."""
+        _unlink(self.path(ticket))
+
+    def mark(self, ticket: str) -> None:
+        """Say that the request of this ticket is being cut. OSError when the file system refuses."""
+        os.close(os.open(self._mark(ticket), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
+
+    def take_mark(self, ticket: str) -> bool:
+        """Whether the request was to be cut; says so once."""
+        return _unlink(self._mark(ticket))
+
+    def sweep(self) -> None:
+        """Remove what is too old and what dead writers have left, unless somebody is at it already."""
+        with self._locked(wait_s=0.0) as has_lock:
+            if has_lock:
+                self._sweep()
+
+    def _part(self, ticket: str) -> Path:
+        return self.directory / f"{ticket}.part"
+
+    def _mark(self, ticket: str) -> Path:
+        return self.directory / f"{ticket}.cut"
+
+    @contextmanager
+    def _locked(self, *, wait_s: float = _LOCK_WAIT_S) -> Iterator[bool]:
+        """Hold the directory's lock; False when somebody has it for too long (stopped, perhaps)."""
+        fd = os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            yield _lock(fd, wait_s=wait_s)
+        finally:
+            os.close(fd)
+
+    def _sweep(self) -> None:
+        now_s = self._clock()
+        for path, found in self._entries():
+            age_s = now_s - found.st_mtime
+            is_old = age_s > (_MARK_TTL_S if path.suffix == ".cut" else self.ttl_s)
+            if is_old or (path.suffix == ".part" and _is_abandoned(path)):
+                _unlink(path)
+
+    def _make_room(self, total_bytes: int) -> None:
+        entries = [(path, found) for path, found in self._entries() if path.suffix != ".cut"]
+        used = sum(found.st_size for _, found in entries)
+        finished = [(path, found) for path, found in entries if path.suffix == ".kv"]
+        for path, found in sorted(finished, key=lambda entry: entry[1].st_mtime_ns):
+            if used + total_bytes <= self.limit_bytes:
+                return
+            _unlink(path)
+            used -= found.st_size
+        if used + total_bytes > self.limit_bytes:
+            raise OSError(f"{used} bytes are being written, no room for {total_bytes}")
+
+    def _entries(self) -> Iterator[tuple[Path, os.stat_result]]:
+        with os.scandir(self.directory) as entries:
+            for entry in entries:
+                path = Path(entry.path)
+                if path.suffix in (".kv", ".part", ".cut") and is_ticket(path.stem):
+                    try:
+                        yield path, entry.stat(follow_symlinks=False)
+                    except FileNotFoundError:
+                        continue
+
+
+def _lock(fd: int, *, wait_s: float) -> bool:
+    deadline_s = time.monotonic() + wait_s
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline_s:
+                return False
+            time.sleep(_LOCK_RETRY_S)
+        else:
+            return True
+
+
+def _is_abandoned(path: Path) -> bool:
+    """Whether nobody writes this any more."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        return _lock(fd, wait_s=0.0)
+    finally:
+        os.close(fd)
+
+
+def _unlink(path: Path) -> bool:
+    try:
+        path.unlink()
+    except FileNotFoundError:
+        return False
+    return True
