@@ -56,9 +56,6 @@ class Batch:
     def __len__(self) -> int:
         return len(self._known)
 
-    def __contains__(self, request_id: str) -> bool:
-        return request_id in self._known
-
     @property
     def num_running(self) -> int:
         """Requests that hold KV blocks."""
@@ -74,12 +71,16 @@ class Batch:
         """KV tokens taken, in whole blocks, promised to prefills included."""
         return self._blocks_used * BLOCK_TOKENS
 
-    def add(self, request: EngineRequest) -> None:
-        """Let a request wait for admission. ValueError for an id that is there already."""
+    def add(self, request: EngineRequest, *, loaded_tokens: int = 0) -> None:
+        """Let a request wait for admission; `loaded_tokens` of it have their KV already and are not prefilled.
+
+        ValueError for an id that is there already.
+        """
         if request.request_id in self._known:
             raise ValueError(f"request {request.request_id} is in the engine already")
         self._number += 1
         entry = self._known[request.request_id] = _Entry(request, self._number)
+        entry.loaded = loaded_tokens
         heappush(self._waiting, entry)
 
     def abort(self, request_ids: Iterable[str]) -> None:
@@ -90,6 +91,13 @@ class Batch:
         if any(entry in gone for entry in self._waiting):
             self._waiting = [entry for entry in self._waiting if entry not in gone]
             heapify(self._waiting)
+
+    def progress(self, request_id: str) -> tuple[EngineRequest, int] | None:
+        """A request and how many of its tokens have their KV in the cache: all but the last one generated."""
+        entry = self._known.get(request_id)
+        if entry is None:
+            return None
+        return entry.request, entry.length - (entry.to_prefill or 1) if entry in self._running else 0
 
     def schedule(self) -> BatchShape:
         """Decide the next step; its shape is empty when there is nothing to compute."""
@@ -108,7 +116,7 @@ class Batch:
                 break
             entry = heappop(self._waiting)
             running[entry] = None
-            entry.to_prefill = entry.length
+            entry.to_prefill = entry.length - entry.loaded
             entry.blocks = blocks
             self._blocks_used += blocks
             budget -= self._give(entry, budget, chunks)
@@ -145,6 +153,7 @@ class Batch:
         while self._blocks_used > self._blocks_total and len(self._running) > 1:
             victim = max(self._running)
             self._leave(victim)
+            victim.loaded = 0
             heappush(self._waiting, victim)
             self.num_preempted += 1
             has_preempted = True
@@ -164,7 +173,7 @@ class Batch:
 class _Entry:
     """One request in a batch."""
 
-    __slots__ = ("_hash", "_key", "blocks", "left", "length", "num_generated", "request", "to_prefill")
+    __slots__ = ("_hash", "_key", "blocks", "left", "length", "loaded", "num_generated", "request", "to_prefill")
 
     def __init__(self, request: EngineRequest, number: int) -> None:
         self.request = request
@@ -172,6 +181,7 @@ class _Entry:
         self.left = request.max_tokens
         self.num_generated = 0
         self.to_prefill = 0
+        self.loaded = 0
         self.blocks = 0
         self._hash = crc32(array("q", request.token_ids).tobytes())
         self._key = (request.priority, number)

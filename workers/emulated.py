@@ -23,6 +23,7 @@ from workers.engine import (
     FinishReason,
     StepRecord,
 )
+from workers.kv.emulation import covered_tokens, make_ticket
 
 __all__ = ("EmulatedEngine",)
 
@@ -36,15 +37,31 @@ class EmulatedEngine:
 
     Generates exactly `max_tokens` unless one of the request's `stop_token_ids` comes up. A next token depends
     on all the ids before it: resumed from prompt and generated ids, a request goes on as if never cut.
+
+    With a bandwidth, KV moves as `l4queue.policy.prices.MovePrice` has it: a request with a ticket waits for its
+    bytes, off the batch, and then prefills only what the ticket does not cover. Nothing is copied.
     """
 
     def __init__(
-        self, cost: StepCost, *, speed: float = 1.0, max_model_len: int = 131_072, name: str = ""
+        self,
+        cost: StepCost,
+        *,
+        speed: float = 1.0,
+        max_model_len: int = 131_072,
+        name: str = "",
+        kv_bytes_per_s: float = 0.0,
+        kv_bytes_per_token: int = 131_072,
     ) -> None:
         self._cost = replace(cost, kv_capacity_tokens=cost.kv_capacity_tokens or _DEFAULT_KV_TOKENS)
         self._speed = speed
         self._max_model_len = max_model_len
         self._name = name
+        self._kv_bytes_per_s = kv_bytes_per_s
+        self._kv_bytes_per_token = kv_bytes_per_token
+        self._arriving: dict[str, asyncio.TimerHandle] = {}
+        self._num_kv_loads = 0
+        self._num_kv_misses = 0
+        self._kv_loaded_bytes = 0
         self._batch = Batch(self._cost)
         self._out: list[EngineOutput] = []
         self._ready = asyncio.Event()
@@ -66,14 +83,16 @@ class EmulatedEngine:
             kv_capacity_tokens=self._cost.kv_capacity_tokens,
             max_running=self._cost.max_num_seqs,
             max_batched_tokens=self._cost.max_batched_tokens,
+            kv_bytes_per_token=self._kv_bytes_per_token if self._kv_bytes_per_s else 0,
         )
 
     async def add(self, request: EngineRequest) -> None:
         """Admit a request; one that can never be computed is refused through `outputs`."""
+        if request.request_id in self._arriving:
+            raise ValueError(f"request {request.request_id} is in the engine already")
         why = self._why_not(request)
         if why is None:
-            self._batch.add(request)
-            self._work.set()
+            self._receive(request)
             return
         refusal = EngineOutput(
             request_id=request.request_id, token_ids=(), finish_reason=FinishReason.ERROR, error=why
@@ -84,14 +103,20 @@ class EmulatedEngine:
         """Forget requests at once, with what they have not handed out."""
         gone = set(request_ids)
         self._batch.abort(gone)
+        for request_id in gone & self._arriving.keys():
+            self._arriving.pop(request_id).cancel()
         self._out = [output for output in self._out if output.request_id not in gone]
 
     async def cut(self, request_id: str) -> Cut | None:
-        """Stop it; its KV is not kept."""
-        if request_id not in self._batch:
+        """Forget it; the ticket says how far it was."""
+        progress = self._batch.progress(request_id)
+        if progress is None and request_id not in self._arriving:
             return None
         await self.abort([request_id])
-        return Cut()
+        if progress is None or not self._kv_bytes_per_s:
+            return Cut()
+        request, num_tokens = progress
+        return Cut(kv=make_ticket(request.token_ids, num_tokens=num_tokens))
 
     async def outputs(self) -> list[EngineOutput]:
         """All that came out since the last call, at least one."""
@@ -107,10 +132,13 @@ class EmulatedEngine:
         """Load now."""
         return EngineStats(
             num_running=self._batch.num_running,
-            num_waiting=self._batch.num_waiting,
+            num_waiting=self._batch.num_waiting + len(self._arriving),
             kv_used_tokens=self._batch.kv_used_tokens,
             num_steps=self._num_steps,
             last_step_ms=self._last_step_ms,
+            num_kv_loads=self._num_kv_loads,
+            num_kv_misses=self._num_kv_misses,
+            kv_loaded_bytes=self._kv_loaded_bytes,
         )
 
     def step_records(self) -> list[StepRecord]:
@@ -121,9 +149,35 @@ class EmulatedEngine:
 
     async def stop(self) -> None:
         """End stepping."""
+        for arrival in self._arriving.values():
+            arrival.cancel()
+        self._arriving.clear()
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
+
+    def _receive(self, request: EngineRequest) -> None:
+        """Let it wait for a seat, after the time that its KV takes to come."""
+        has_ticket = bool(request.kv and self._kv_bytes_per_s)
+        num_tokens = covered_tokens(request.kv, request.token_ids) if has_ticket else 0
+        if not num_tokens:
+            self._num_kv_misses += bool(request.kv)
+            self._batch.add(request)
+            self._work.set()
+            return
+        if self._batch.progress(request.request_id) is not None:
+            raise ValueError(f"request {request.request_id} is in the engine already")
+        num_bytes = num_tokens * self._kv_bytes_per_token
+        delay_s = num_bytes / self._kv_bytes_per_s * self._speed
+        loop = asyncio.get_running_loop()
+        self._arriving[request.request_id] = loop.call_later(delay_s, self._arrive, request, num_tokens)
+        self._num_kv_loads += 1
+        self._kv_loaded_bytes += num_bytes
+
+    def _arrive(self, request: EngineRequest, num_tokens: int) -> None:
+        del self._arriving[request.request_id]
+        self._batch.add(request, loaded_tokens=num_tokens)
+        self._work.set()
 
     async def _step_for_ever(self) -> None:
         loop = asyncio.get_running_loop()
