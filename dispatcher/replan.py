@@ -7,11 +7,10 @@ import json
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 
+from dispatcher.router import cost_in_force
 from l4queue.config import Settings
 from l4queue.models import Plan, RequestState, Routing
 from l4queue.planner import Decision, PlannerSettings, Snapshot
-from l4queue.policy.coefficients import load_coefficients
-from l4queue.policy.cost import StepCost
 from l4queue.policy.histogram import Buckets, Counts, difference, merge, with_backlog
 from l4queue.policy.partition import PartitionProblem
 from l4queue.policy.plan_json import plan_to_json
@@ -130,7 +129,7 @@ async def _observe(door: AsyncDoor, settings: Settings, overview: Overview) -> t
         loads=overview.workers,
         demand=counts.demand(),
         backlog=await _backlog(door, reads, overview, buckets),
-        cost=_cost(overview, settings),
+        cost=cost_in_force(overview, settings),
         buckets=buckets,
     )
     return snapshot, memory
@@ -183,14 +182,6 @@ async def _backlog(
                 bucket = buckets.index(length)
                 found[bucket] = found.get(bucket, 0.0) + weight
     return tuple(sorted((bucket, round(number)) for bucket, number in found.items()))
-
-
-def _cost(overview: Overview, settings: Settings) -> StepCost:
-    """The cost model in force: the median worker's own, once one has measured itself, else the file's."""
-    known = sorted((StepCost(**cost) for cost in overview.costs if cost), key=lambda c: c.alpha_ms)
-    if known:
-        return known[len(known) // 2]
-    return load_coefficients(settings.emulated_gpu, settings.emulated_model)
 
 
 def _log_line(decision: Decision) -> str:

@@ -10,21 +10,23 @@ from dataclasses import dataclass
 
 from pydantic import ValidationError
 
+from dispatcher.router import Router
 from dispatcher.tokenizer import Counted, PromptTokenizer, Refusal
 from l4queue.config import Settings
 from l4queue.models import Plan, RequestBody, RequestState, SamplingParams
-from l4queue.policy import queue_order
 from l4queue.policy.histogram import Buckets
 from l4queue.policy.plan_json import plan_from_json
 from l4queue.protocol.calls import Call, Calls, Verdict
 from l4queue.protocol.door import AsyncDoor
 from l4queue.protocol.inbox import Inbox
 from l4queue.protocol.keys import Keys
+from l4queue.protocol.overview import read_overview_async
 from l4queue.protocol.reads import InboxBody, Reads, StreamEntry
 
 __all__ = ("Dispatcher",)
 
 log = logging.getLogger("l4queue.dispatcher")
+_LOOK_S = 0.25
 _MAX_DELIVERIES = 3  # an entry that ended two dispatchers is refused by the third
 
 
@@ -52,7 +54,13 @@ class Dispatcher:
         self._buckets = Buckets.log_spaced(settings.max_model_len)
         self._stopping = asyncio.Event()
         self._rounded_s = time.monotonic()
-        self.plan = Plan.one_stage()
+        self._router = Router(settings)
+        self._looked_s = 0.0
+
+    @property
+    def plan(self) -> Plan:
+        """The plan that this dispatcher routes by."""
+        return self._router.plan
 
     @property
     def idle_s(self) -> float:
@@ -106,7 +114,7 @@ class Dispatcher:
             if not _is_readable(v)
         ]
         replies = await self._door.run_many([self._reads.plan(), *(self._reads.body(i) for _, i in readable)])
-        self._follow(*replies[0])
+        await self._follow(*replies[0])
         arrivals = []
         for (entry_id, request_id), body in zip(readable, replies[1:], strict=True):
             if body is None or body.state != RequestState.SUBMITTED:  # gone, cancelled, or routed by another
@@ -151,29 +159,28 @@ class Dispatcher:
     def _route(self, arrival: _Arrival, answer: Counted, checked: tuple[SamplingParams, int]) -> Call[Verdict]:
         params, priority = checked
         prompt_tokens = len(answer.token_ids)
-        score = queue_order.score(
-            arrival.body.submitted_ms,
-            prompt_tokens,
-            priority=priority,
-            ageing_tokens_per_s=self.settings.ageing_tokens_per_s,
-            priority_step_s=self.settings.priority_step_s,
-            starvation_bound_s=self.settings.starvation_bound_s,
-        )
+        place = self._router.place(prompt_tokens, submitted_ms=arrival.body.submitted_ms, priority=priority)
         return self._calls.route(
             arrival.request_id,
             entry_id=arrival.entry_id,
-            stage=str(self.plan.stage_of(prompt_tokens)),
-            score=score,
+            stage=place.stage,
+            score=place.score,
             token_ids=answer.token_ids,
             max_tokens=params.max_tokens,
             plan_version=self.plan.version,
             bucket=self._buckets.index(prompt_tokens),
+            why=place.why,
         )
 
-    def _follow(self, version: int, body: str | None) -> None:
+    async def _follow(self, version: int, body: str | None) -> None:
+        """Route by the plan in force, and by loads that are not much older than a worker's heartbeat."""
         if body is not None and version != self.plan.version:
-            self.plan = plan_from_json(body)
+            self._router.follow(plan_from_json(body))
+            self._looked_s = 0.0
             log.info("plan", extra={"plan_version": version, "num_stages": len(self.plan.stages)})
+        if self._router.wants_loads and time.monotonic() - self._looked_s >= _LOOK_S:
+            self._router.see(await read_overview_async(self._door, self.settings.namespace))
+            self._looked_s = time.monotonic()
 
 
 def _is_readable(values: dict[bytes, bytes]) -> bool:

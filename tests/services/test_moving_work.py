@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
-from l4queue.models import StagePlan
+from l4queue.models import Plan, Routing, StagePlan
 from l4queue.policy.cost import StepCost
+from l4queue.policy.plan_json import plan_to_json
+from l4queue.protocol.calls import Calls, Verdict
 from l4queue.protocol.keys import Keys
 from l4queue.protocol.reads import Reads
 from tests.services.pipeline import COST, MAX_LEN, Pipeline, open_pipeline, true, until
@@ -132,3 +134,42 @@ async def test_a_newcomer_joins_the_stage_that_lacks_workers(pipeline: Pipeline)
     newcomer = pipeline.start("new")
     assert (await handle.result(timeout=10)).output_tokens == 4
     assert newcomer.state.stage == 1
+
+
+async def _publish_routing(pipeline: Pipeline, routing: Routing, *stages: StagePlan) -> None:
+    plan = Plan(version=1, stages=stages, routing=routing)
+    calls = Calls(Keys(pipeline.settings.namespace))
+    verdict = await pipeline.door.run(calls.publish(expected_version=0, version=1, body=plan_to_json(plan)))
+    assert verdict is Verdict.OK
+
+
+async def test_a_router_pushes_in_turn_and_nobody_steals(pipeline: Pipeline) -> None:
+    """Under round robin each worker gets every second request and keeps it; those of one that leaves go to the others."""
+    for name in ("w0", "w1"):
+        pipeline.start(name, speed=1.0, cost=CROWDED)
+    await until(lambda: true(all(w.state.outlook.others() for w, _ in pipeline.workers.values())))
+    await _publish_routing(pipeline, Routing.ROUND_ROBIN, *_stages((0, None, ("w0", "w1"))))
+    handles = []
+    for index in range(20):  # the even ones are long, the odd ones short: a queue would spread them
+        length = 60 if index % 2 == 0 else 2
+        handles.append(await pipeline.client.enqueue(f"{index:02d}", max_tokens=length, ignore_eos=True))
+    workers = [(await handle.result(timeout=20)).worker for handle in handles]
+    assert set(workers[::2]) != set(workers[1::2])
+    assert len(set(workers[::2])) == len(set(workers[1::2])) == 1
+    counts = (await pipeline.client.overview()).counts
+    assert counts.get("steals_running", 0) == counts.get("steals_waiting", 0) == counts.get("handovers", 0) == 0
+
+    handles = [await pipeline.client.enqueue("a", max_tokens=60, ignore_eos=True) for _ in range(40)]
+    await pipeline.running("w0", 2)
+    await pipeline.stop("w0")
+    assert {(await handle.result(timeout=20)).output_tokens for handle in handles} == {60}
+
+
+async def test_two_pools_split_by_prompt_length(pipeline: Pipeline) -> None:
+    """Short prompts to one worker, long ones to the other."""
+    for name in ("w0", "w1"):
+        pipeline.start(name)
+    await until(lambda: true(all(w.state.outlook.others() for w, _ in pipeline.workers.values())))
+    await _publish_routing(pipeline, Routing.TWO_POOL, *_stages((0, 40, ("w0",)), (40, None, ("w1",))))
+    handles = [(n, await pipeline.client.enqueue("b" * n, max_tokens=2)) for n in (5, 60, 39, 40, 5)]
+    assert [(await h.result(timeout=10)).worker for n, h in handles] == ["w0", "w1", "w0", "w1", "w0"]
