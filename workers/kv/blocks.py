@@ -80,8 +80,8 @@ class TensorRows:
     """A cache anywhere, in any layout with blocks along dimension 0; on a GPU, copies on a stream of their own."""
 
     def __init__(self, layers: Sequence[torch.Tensor]) -> None:
-        self._layers = list(layers)
-        self._word = _WORDS[layers[0].element_size()]
+        word = _WORDS[layers[0].element_size()]
+        self._layers = [layer.view(word) for layer in layers]  # not every operation knows every float
         self.num_layers = len(layers)
         self.block_bytes = layers[0][0].numel() * layers[0].element_size()
         self._stream = torch.cuda.Stream(layers[0].device) if layers[0].is_cuda else None
@@ -89,7 +89,7 @@ class TensorRows:
     def gather(self, layer: int, block_ids: Sequence[int]) -> Rows:
         with torch.cuda.stream(self._stream):
             blocks = self._layers[layer].index_select(0, self._index(block_ids))
-            rows: Rows = blocks.view(self._word).flatten(1).cpu().numpy().view(np.uint8)
+            rows: Rows = blocks.flatten(1).cpu().numpy().view(np.uint8)
         return rows
 
     def scatter(self, layer: int, block_ids: Sequence[int], rows: Rows) -> None:
