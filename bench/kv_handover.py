@@ -3,7 +3,8 @@
     python -m bench.kv_handover [--dtype float32] [--cuts 60] [--lengths 128,1000,...] [--repeats 5] [--model DIR]
 
 `soak` cuts random requests at random points, moves them to and fro, breaks some of the segments on the way, and
-compares with uncut runs, token by token. `timing` holds cut and load against prefilling again on an idle engine.
+compares with uncut runs, token by token. Beside it stands what the data type does by itself: the uncut run once
+more, its prompt in the prefix cache by then. `timing` holds cut and load against prefilling again on an idle engine.
 One engine per core. vLLM writes its own lines to the standard output, so the figures go to a file: `--json FILE`.
 """
 
@@ -97,13 +98,20 @@ async def soak(
     pair: list[Running], directory: Path, *, num_cuts: int, max_prompt: int, rng: np.random.Generator
 ) -> dict[str, object]:
     """Chains of cuts. Every chain must give the tokens of the uncut run."""
-    cuts = with_kv = broken = different = num_requests = 0
+    cuts = with_kv = broken = num_requests = 0
+    different = {"all_loaded": 0, "some_prefilled": 0, "uncut_again": 0}
+    chains = {"all_loaded": 0, "some_prefilled": 0}
     lengths: list[int] = []
     while cuts < num_cuts:
-        ids = prompt(rng, int(np.exp(rng.uniform(np.log(16), np.log(max_prompt)))))
+        is_long = rng.random() < 0.25
+        low = max_prompt / 2 if is_long else 16
+        ids = prompt(rng, int(np.exp(rng.uniform(np.log(low), np.log(max_prompt)))))
         num_requests += 1
         await pair[0].add(ids, OUTPUT_TOKENS)
         whole = await pair[0].read(at_least=OUTPUT_TOKENS)
+        await pair[0].add(ids, OUTPUT_TOKENS)
+        different["uncut_again"] += await pair[0].read(at_least=OUTPUT_TOKENS) != whole
+        broken_before = broken
         output: list[int] = []
         kv = ""
         points = sorted(int(p) for p in rng.choice(np.arange(1, OUTPUT_TOKENS - 8), size=3, replace=False))
@@ -127,12 +135,15 @@ async def soak(
             there = pair[len(points) % 2]
             await there.add(ids + output, OUTPUT_TOKENS - len(output), kv=kv)
             output += await there.read(at_least=OUTPUT_TOKENS - len(output))
-        different += output != whole
+        kind = "all_loaded" if broken == broken_before else "some_prefilled"
+        chains[kind] += 1
+        different[kind] += output != whole
     return {
         "requests": num_requests,
         "cuts": cuts,
         "with_kv": with_kv,
         "broken_on_purpose": broken,
+        "chains": chains,
         "outputs_that_differ": different,
         "length_tokens": [min(lengths), int(statistics.median(lengths)), max(lengths)],
         "loads": [running.engine.stats().num_kv_loads for running in pair],
