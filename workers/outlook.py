@@ -47,7 +47,7 @@ class Outlook:
     def others(self, *, stage: int | None = None) -> list[WorkerLoad]:
         """The other workers, of one stage or of all."""
         found = self.overview.workers if self.overview else ()
-        return [w for w in found if w.worker_id != self._worker_id and stage in (None, w.stage)]
+        return [w for w in found if w.worker_id != self._worker_id and stage in (None, self._stage_of(w))]
 
     @property
     def num_waiting(self) -> int:
@@ -68,3 +68,8 @@ class Outlook:
             chosen = stage_for_newcomer(plan, self.others(), queues=self.stage_loads(cost=cost))
             self._newcomer = (plan.version, chosen.stage)
         return self._newcomer[1]
+
+    def _stage_of(self, worker: WorkerLoad) -> int:
+        """By the plan, even if the worker's latest news is older than that."""
+        known = self.overview.plan.stage_of_worker(worker.worker_id) if self.overview else None
+        return worker.stage if known is None else known

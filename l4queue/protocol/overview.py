@@ -55,14 +55,18 @@ async def read_overview_async(door: AsyncDoor, namespace: str) -> Overview:
 
 
 def stage_loads(overview: Overview, *, expected_output_tokens: float, cost: StepCost) -> list[StageLoad]:
-    """The load of every stage of the plan, by what its workers published and what waits for it."""
+    """The load of every stage of the plan, by what its workers published and what waits for it.
+
+    A worker counts for the stage that the plan gives it, even if its latest news is older than the plan.
+    """
     loads = []
+    known = {i: index for index, stage in enumerate(overview.plan.stages) for i in stage.worker_ids}
     for index in range(len(overview.plan.stages)):
         queue = overview.queues.get(str(index))
         loads.append(
             stage_load(
                 index,
-                [worker for worker in overview.workers if worker.stage == index],
+                [w for w in overview.workers if known.get(w.worker_id, w.stage) == index],
                 queued_requests=queue.num_requests if queue else 0,
                 queued_tokens=queue.tokens if queue else 0,
                 expected_output_tokens=expected_output_tokens,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -77,18 +76,11 @@ async def _travel(pipeline: Pipeline) -> None:
     await pipeline.publish(*_stages((0, 40, ("w0",)), (40, 120, ("w1",)), (120, None, ("w2",))))
     await until(lambda: true(all(w.state.plan.version for w, _ in pipeline.workers.values())))
     await until(lambda: true(all(len(w.state.outlook.others()) == 2 for w, _ in pipeline.workers.values())))
-    ended = asyncio.Event()
-
-    async def crowd(length: int) -> int:
-        """Keeps one more request in the stage of this length until the test is over."""
-        number = 0
-        while not ended.is_set():
-            other = await pipeline.client.enqueue("x" * length, max_tokens=20, ignore_eos=True)
-            assert (await other.result(timeout=10)).output_tokens == 20
-            number += 1
-        return number
-
-    crowds = [asyncio.create_task(crowd(length)) for length in (5,) * 20 + (60,) * 4]
+    # crowds that stay: a penalty pins a request to its worker
+    stays = {"max_tokens": 600, "ignore_eos": True, "presence_penalty": 0.5}
+    crowd = [await pipeline.client.enqueue("x" * length, **stays) for length in (5,) * 16 + (60,) * 6]
+    await pipeline.running("w0", 16)
+    await pipeline.running("w1", 6)
     handle = await pipeline.client.enqueue("hello", max_tokens=300, ignore_eos=True)
 
     streamed = [token async for chunk in handle.stream(timeout=20) for token in chunk.token_ids]
@@ -100,8 +92,8 @@ async def _travel(pipeline: Pipeline) -> None:
     moves = [(line["what"], line.get("to") or line.get("worker", "")) for line in lines]
     assert [m for m in moves if m[0] == "hand-over"] == [("hand-over", "@w1"), ("hand-over", "@w2")], moves
     assert all(line["benefit_ms"] > line["cost_ms"] for line in lines if line["what"] == "hand-over")
-    ended.set()
-    assert all(await asyncio.gather(*crowds))
+    for other in crowd:
+        assert await other.cancel()
     told = [event.what for event in await handle.explain()]
     assert told[:4] == ["accepted", "routed", "taken", "first token"]
     assert told[4:] == ["hand-over", "taken", "resumed", "hand-over", "taken", "resumed", "done"]
@@ -144,7 +136,7 @@ async def _publish_routing(pipeline: Pipeline, routing: Routing, *stages: StageP
 
 
 async def test_a_router_pushes_in_turn_and_nobody_steals(pipeline: Pipeline) -> None:
-    """Under round robin each worker gets every second request and keeps it; those of one that leaves go to the others."""
+    """Under round robin each gets every second request and keeps it; those of one that leaves go to others."""
     for name in ("w0", "w1"):
         pipeline.start(name, speed=1.0, cost=CROWDED)
     await until(lambda: true(all(w.state.outlook.others() for w, _ in pipeline.workers.values())))
@@ -173,3 +165,4 @@ async def test_two_pools_split_by_prompt_length(pipeline: Pipeline) -> None:
     await _publish_routing(pipeline, Routing.TWO_POOL, *_stages((0, 40, ("w0",)), (40, None, ("w1",))))
     handles = [(n, await pipeline.client.enqueue("b" * n, max_tokens=2)) for n in (5, 60, 39, 40, 5)]
     assert [(await h.result(timeout=10)).worker for n, h in handles] == ["w0", "w1", "w0", "w1", "w0"]
+
