@@ -153,6 +153,8 @@ class ProtocolMachine(RuleBasedStateMachine):
         self, *, worker: str, stage: str, home: str, anywhere: bool, most: int, lost: bool, again: bool
     ) -> None:
         """A worker takes where something waits, its own queue included; it may lose the reply and ask again."""
+        if not anywhere:  # whoever has something in its own queue comes first
+            worker = next((name for name in NAMES if self.model.waiting(personal_stage(name))), worker)
         choice = (personal_stage(worker), SOLO_STAGE, stage, "0", "1")
         waiting = [s for s in choice if self.model.waiting(s)]
         if waiting and not anywhere:
@@ -325,10 +327,9 @@ class ProtocolMachine(RuleBasedStateMachine):
             assert shown[: len(before)] == before, "what a client has read never changes"
             self.seen[request_id] = shown
         for request_id in ids:
-            req, (ledger, is_moved, kv) = self.reqs[request_id], next(found)
+            req, (ledger, is_moved, kv, came_from, score) = self.reqs[request_id], next(found)
             assert ledger == req.ledger, request_id
-            assert is_moved == req.is_moved, request_id
-            assert kv == req.kv, request_id
+            assert (is_moved, kv, came_from, score) == (req.is_moved, req.kv, req.came_from, req.score), request_id
         for stage in queues:
             assert next(found) == self.model.waiting(stage)
         for worker in leases:
@@ -344,13 +345,14 @@ class ProtocolMachine(RuleBasedStateMachine):
         assert found == (req.state, req.epoch, req.offset, req.crashes, req.stage), request_id
 
 
-def _story(scene: Scene, request_id: str) -> Call[tuple[list[str], bool, str]]:
-    """What the ledger tells of a request, whether it waits for a token after a move, its ticket."""
-    args = ("HMGET", scene.keys.request(request_id), "ledger", "moved_ms", "kv")
+def _story(scene: Scene, request_id: str) -> Call[tuple[list[str], bool, str, str, float]]:
+    """What the ledger tells, whether a move still lacks its first token, ticket, the worker before, place."""
+    args = ("HMGET", scene.keys.request(request_id), "ledger", "moved_ms", "kv", "from", "score")
 
-    def parse(row: list[bytes | None]) -> tuple[list[str], bool, str]:
+    def parse(row: list[bytes | None]) -> tuple[list[str], bool, str, str, float]:
         lines = [json.loads(line)["what"] for line in (row[0] or b"").splitlines()]
-        return lines, row[1] is not None, (row[2] or b"").decode()
+        kv, came_from, score = (value or b"" for value in row[2:])
+        return lines, row[1] is not None, kv.decode(), came_from.decode(), float(score or 0)
 
     return Call(None, (), args, parse)
 

@@ -48,7 +48,7 @@ def test_a_hand_over_goes_to_one_worker_with_progress_and_ticket(scene: Scene) -
     grant = scene.grant("w2:x", stage="@w2", own_stage="1")
 
     assert (grant.epoch, grant.offset, grant.kv, grant.came_from) == (2, 3, "seg-1", "w1")
-    assert grant.stage == "1", "from now on it belongs to the stage of its new worker"
+    assert grant.stage == scene.record().stage == "1", "from now on it belongs to the stage of its new worker"
     assert scene.emit("a", "w2:x", epoch=2, offset=3, num=2) is Verdict.OK
     assert scene.settle("a", "w2:x", epoch=2, offset=5, num=1) is Verdict.OK
     assert scene.shown() == [(1000, 1001, 1002), (2003, 2004), (2005,), ()]
