@@ -108,6 +108,8 @@ lock: $(BIN)/uv ## resolve pyproject.toml again and write requirements/*.txt
 	$(LOCK) pyproject.toml requirements/torch-cpu.in $(SERVICES) --extra cpu \
 	  --excludes requirements/without-cuda.in -o requirements/cpu.txt >/dev/null
 	$(LOCK) pyproject.toml -c requirements/cpu.txt -o requirements/base.txt >/dev/null
+	$(LOCK) pyproject.toml --extra dispatcher --extra worker -c requirements/cpu.txt \
+	  -o requirements/services.txt >/dev/null
 	$(LOCK) pyproject.toml --extra dev -c requirements/cpu.txt -o requirements/dev.txt >/dev/null
 	$(LOCK) pyproject.toml requirements/gpu.in $(SERVICES) --extra gpu -o requirements/gpu.txt >/dev/null
 
