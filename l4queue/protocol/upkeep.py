@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from l4queue.config import Settings
 from l4queue.models import Plan
+from l4queue.policy.plan_json import plan_from_json
 from l4queue.protocol.calls import Call, Calls, Reaped
 from l4queue.protocol.door import AsyncDoor
 from l4queue.protocol.keys import Keys, is_personal, personal_stage
@@ -61,9 +62,12 @@ class Upkeep:
             grace_ms=lease_ms,
             max_crashes=self._settings.max_crashes,
         )
-        reaped, expired, backlog, incarnations = await self._door.run_many(
-            [reap, self._calls.expire(limit=_LIMIT), self._reads.backlog(), self._reads.incarnations()]
+        looks = (self._reads.plan(), self._reads.backlog(), self._reads.incarnations())
+        reaped, expired, (version, body), backlog, incarnations = await self._door.run_many(
+            [reap, self._calls.expire(limit=_LIMIT), *looks]
         )
+        if body is not None and version > plan.version:  # who routes nothing for a while has an old one
+            plan = plan_from_json(body)
         alive = {personal_stage(name.rpartition(":")[0]) for name, _ in incarnations}
         gone = [s for s, tokens in backlog.items() if int(tokens) > 0 and _is_gone(s, plan, alive)]
         highs = [stage.high_tokens for stage in plan.stages if stage.high_tokens is not None]

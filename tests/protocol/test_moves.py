@@ -9,12 +9,13 @@ import pytest
 
 from l4queue.config import Settings
 from l4queue.models import Plan, RequestState, StagePlan
+from l4queue.policy.plan_json import plan_to_json
 from l4queue.protocol.calls import Move, MoveKind, Verdict
 from l4queue.protocol.door import AsyncDoor
 from l4queue.protocol.keys import personal_stage
 from l4queue.protocol.upkeep import Upkeep
 from tests.protocol.consistency import check
-from tests.protocol.scene import Scene
+from tests.protocol.scene import PROMPT_TOKENS, Scene
 
 S = RequestState
 HANDOVER = Move(kind=MoveKind.HANDOVER, benefit_ms=12.5, cost_ms=2.0, kv="seg-1")
@@ -79,6 +80,43 @@ def test_the_gap_of_a_move_is_counted_once(scene: Scene) -> None:
         assert scene.emit(epoch=2, offset=offset, num=1) is Verdict.OK
     assert scene.counts()["resumes"] == 1
     assert [line["what"] for line in _ledger(scene)] == ["steal", "taken", "resumed"]
+
+
+def test_the_end_may_be_the_first_that_a_new_worker_writes(scene: Scene) -> None:
+    """It ends the gap of the move as well."""
+    scene.bring(S.RUNNING)
+    scene.emit(num=1)
+    scene.release(move=HANDOVER)
+    scene.grant()
+    assert scene.settle(epoch=2, offset=1, num=2) is Verdict.OK
+    assert scene.counts()["resumes"] == 1
+    assert [line["what"] for line in _ledger(scene)] == ["hand-over", "taken", "resumed"]
+
+
+def test_a_suspect_is_not_stolen_from_anybody(scene: Scene) -> None:
+    """Whichever stage the worker belongs to that runs it alone."""
+    scene.bring(S.RUNNING)
+    scene.crash()
+    scene.grant()
+    scene.crash()
+    assert scene.grant(stage="solo", own_stage="1").stage == "solo"
+    assert "steals_waiting" not in scene.counts()
+    assert [line["what"] for line in _ledger(scene)] == ["lost", "taken", "lost", "taken"]
+
+
+def test_own_queues_leave_no_trace(scene: Scene) -> None:
+    """Names of workers come and go without end: what an empty queue leaves behind would pile up."""
+    scene.bring(S.RUNNING)
+    for epoch, name in enumerate(("w2", "w3", "gone"), start=1):
+        scene.register(name)
+        worker = "w1" if epoch == 1 else ("w2", "w3")[epoch - 2]
+        assert scene.release(worker=worker, epoch=epoch, stage=personal_stage(name)) is Verdict.OK
+        if name != "gone":
+            scene.grant(name, stage=personal_stage(name), own_stage="0")
+    assert scene.backlog() == {"0": 0, "@gone": PROMPT_TOKENS}
+    assert scene.cancel()[0] is Verdict.OK
+    assert scene.backlog() == {"0": 0}
+    check(scene)
 
 
 def test_a_ticket_is_good_for_one_move(scene: Scene) -> None:
@@ -158,6 +196,23 @@ async def test_upkeep_saves_what_waits_for_a_worker_that_is_gone(scene: Scene, r
     check(scene)
 
 
+async def test_upkeep_goes_by_the_plan_in_force(scene: Scene, redis_url: str) -> None:
+    """A process that has heard of no new plan for long does not take the waiting out of its stages."""
+    settings = Settings(namespace=scene.keys.namespace, redis_url=redis_url)
+    door = AsyncDoor(settings.redis_url)
+    upkeep = Upkeep(settings=settings, door=door)
+    assert scene.publish(0, 1, plan_to_json(_plan(2))) is Verdict.OK
+    for request_id, stage in (("a", "1"), ("b", "2")):
+        scene.submit(request_id)
+        scene.route(request_id, stage=stage)
+
+    report = await upkeep.run_once(Plan.one_stage())
+
+    assert report.num_migrated == 1
+    assert [scene.waiting(s) for s in ("0", "1", "2")] == [[], ["a", "b"], []]
+    await door.close()
+
+
 @pytest.mark.parametrize("number", [1, 450])
 async def test_a_new_plan_takes_the_waiting_along(scene: Scene, redis_url: str, number: int) -> None:
     """Each request waits in the stage of its length afterwards, in its old order; page by page."""
@@ -177,7 +232,7 @@ async def test_a_new_plan_takes_the_waiting_along(scene: Scene, redis_url: str, 
                 max_tokens=1,
                 plan_version=0,
                 bucket=0,
-            )  # fmt: skip
+            )
         )
 
     moved = await upkeep.reroute(_plan(3, 6))

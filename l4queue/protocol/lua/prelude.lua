@@ -23,11 +23,14 @@ local function enqueue(id, stage, score, tokens)
 end
 
 -- Takes a request out of a stage queue; nothing happens when it is not there. An empty queue has no backlog,
--- whatever was added to it: a drift cannot last.
+-- whatever was added to it: a drift cannot last. The own queues of workers leave no trace, since names of workers
+-- come and go without end.
 local function dequeue(id, stage, tokens)
   if redis.call('ZREM', P .. 'q:' .. stage, id) == 0 then return end
   if redis.call('EXISTS', P .. 'q:' .. stage) == 1 then
     redis.call('HINCRBY', P .. 'backlog', stage, 0 - tokens)
+  elseif string.sub(stage, 1, 1) == '@' then
+    redis.call('HDEL', P .. 'backlog', stage)
   else
     redis.call('HSET', P .. 'backlog', stage, 0)
   end
