@@ -1,0 +1,247 @@
+"""A deployment in real processes under fire: who runs, where faults strike, when it is over."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import signal
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from l4queue.protocol.door import AsyncDoor
+from l4queue.protocol.keys import Keys
+from l4queue.protocol.reads import Reads
+from l4queue.protocol.scripts import all_scripts
+from tests.chaos.faults import Fuse, Kind, Point, Side
+from tests.chaos.nursery import Nursery
+from tests.chaos.roles import fuse_to
+
+__all__ = ("MOVES", "SCRIPTS", "Storm", "all_points", "open_storm", "tally")
+
+MOVES = ("handovers", "steals_waiting", "steals_running")
+# how many calls of each script a role lets pass at most before it is struck: about one to three seconds' worth
+SCRIPTS: dict[str, dict[str, int]] = {
+    "worker": {
+        "take": 25,
+        "emit": 80,
+        "settle": 8,
+        "release": 3,
+        "renew": 6,
+        "ask": 2,
+        "reap": 10,
+        "expire": 10,
+        "migrate": 1,
+        "retire": 1,
+    },
+    "dispatcher": {"route": 15, "refuse": 2, "reap": 10, "expire": 10, "repair": 40, "forget": 4, "migrate": 1},
+    "planner": {"publish": 3, "migrate": 3},
+    "client": {"submit": 20, "cancel": 2},
+}
+WORKERS = ("w0", "w1", "w2", "w3")
+_TERM_S = 2.0
+_CALM_S = 90.0
+
+
+def all_points(kind: Kind | None = None) -> list[Point]:
+    """Every cut point: each script of each role, before and after, by death and by a lost reply."""
+    return [
+        Point(role, script, side, each)
+        for role, scripts in SCRIPTS.items()
+        for script in scripts
+        for side in Side
+        for each in Kind
+        if kind in (None, each)
+    ]
+
+
+def tally(journal: Path) -> Counter[Point]:
+    """How often each point was struck."""
+    found: Counter[Point] = Counter()
+    if journal.exists():
+        for line in journal.read_text().splitlines():
+            role, script, side, kind = line.split()
+            found[Point(role, script, Side(side), Kind(kind))] += 1
+    return found
+
+
+class Storm:
+    """Keeps a deployment running whose processes kill themselves at chosen points, and starts them again.
+
+    Points in `wanted` are armed first, until each was struck; then all in turn.
+    """
+
+    def __init__(
+        self, nursery: Nursery, redis_url: str, *, namespace: str, folder: Path, seed: int, wanted: Iterable[Point]
+    ) -> None:
+        self.nursery = nursery
+        self.seed = seed
+        self.journal = folder / f"{namespace}.strikes"
+        self.wanted = set(wanted)
+        self.crashes: list[str] = []  # ends that no fault explains
+        self._folder = folder
+        self._namespace = namespace
+        self._redis_url = redis_url
+        self._rng = random.Random(seed)
+        self._is_calm = False
+        self._jobs: dict[str, tuple[str, dict[str, Any]]] = {}
+        self._ending: set[str] = set()
+        self._ended: dict[str, asyncio.Event] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._number = 0
+        self.num_terminated = 0
+
+    # files ------------------------------------------------------------------------------------------
+    @property
+    def endings(self) -> list[dict[str, Any]]:
+        """What the clients wrote down of each wish that ended."""
+        rows = []
+        for path in sorted(self._folder.glob(f"{self._namespace}-c*.endings")):
+            rows += [json.loads(line) for line in path.read_text().splitlines()]
+        return rows
+
+    @property
+    def made(self) -> list[int]:
+        """Numbers of all wishes that a client may have made."""
+        found: list[int] = []
+        for index in range(2):
+            path = self._folder / f"{self._namespace}-c{index}.made"
+            if path.exists():
+                found += range(index, int(path.read_text()), 2)
+        return found
+
+    # running ----------------------------------------------------------------------------------------
+    async def begin(self, *, settings: dict[str, Any] | None = None, planner_s: float = 3.0) -> None:
+        """Start everybody: four workers of the plans, one under ever new names, and all the others."""
+        common = {
+            "settings": {"redis_url": self._redis_url, "namespace": self._namespace} | (settings or {}),
+            "journal": str(self.journal),
+            "seed": self.seed,
+        }
+        for name in WORKERS:
+            self._jobs[name] = ("worker", common | {"worker_id": name})
+        self._jobs["x"] = ("worker", common | {"worker_id": "x"})
+        for name in ("d0", "d1"):
+            self._jobs[name] = ("dispatcher", common | {"name": name})
+        if planner_s:
+            self._jobs["p0"] = ("planner", common | {"worker_ids": WORKERS, "period_s": planner_s})
+        for index in range(2):
+            stem = self._folder / f"{self._namespace}-c{index}"
+            files = {"endings": f"{stem}.endings", "made": f"{stem}.made"}
+            pace = {"first": index, "step": 2, "most": 20, "pause_s": 0.02, "burst_s": 2.5}
+            self._jobs[f"c{index}"] = ("client", common | files | pace)
+        self._spawn(self._watch())
+        for name in self._jobs:
+            await self._start(name)
+        self._spawn(self._terminate_now_and_then())
+
+    async def until(self, is_enough: Any, *, at_least_s: float, at_most_s: float) -> float:
+        """Let it go on until enough has happened; how long that took, s."""
+        began_s = time.monotonic()
+        while (past_s := time.monotonic() - began_s) < at_most_s:
+            if past_s >= at_least_s and await is_enough():
+                break
+            await asyncio.sleep(0.25)
+        return past_s
+
+    async def calm(self) -> None:
+        """No more faults; clients see all their wishes end, then everybody leaves in order."""
+        self._is_calm = True
+        for name in [n for n, (role, _) in self._jobs.items() if role == "client"]:
+            await self._leave(name)
+        for wave in ("planner", "worker", "dispatcher"):
+            if wave == "dispatcher":  # workers that died in the last moment are still to be reaped
+                await self._until_nobody_is_registered()
+            leaving = [n for n, (role, _) in self._jobs.items() if role == wave]
+            await asyncio.gather(*(self._leave(name) for name in leaving))
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _until_nobody_is_registered(self) -> None:
+        reads, door = Reads(Keys(self._namespace)), AsyncDoor(self._redis_url)
+        async with asyncio.timeout(_CALM_S):
+            while await door.run(reads.incarnations()):  # noqa: ASYNC110 - nobody signals it
+                await asyncio.sleep(0.1)
+        await door.close()
+
+    async def _leave(self, name: str) -> None:
+        """SIGTERM, repeated should it have died of an armed fault meanwhile, until it ended well."""
+        async with asyncio.timeout(_CALM_S):
+            while True:
+                event = self._ended[name] = asyncio.Event()
+                self._ending.add(name)
+                if self.nursery.send(name, signal.SIGTERM):
+                    await event.wait()
+                    if name not in self._jobs:
+                        return
+                else:
+                    await asyncio.sleep(0.1)
+
+    async def _start(self, name: str) -> None:
+        role, job = self._jobs[name]
+        if name == "x":  # a worker that nobody knows: its own queue is orphaned with it
+            self._number += 1
+            job = job | {"worker_id": f"x{self._number}"}
+        await self.nursery.start(name, role, job | {"fuses": [fuse_to(f) for f in self._fuses(role)]})
+
+    def _fuses(self, role: str) -> list[Fuse]:
+        """Points not struck yet, and a few others."""
+        if self._is_calm:
+            return []
+        struck = tally(self.journal)
+        new = [p for p in self.wanted if p.role == role and not struck[p]]
+        old = [p for p in all_points() if p.role == role]
+        points = set(new) | set(self._rng.sample(old, 3))
+        return [Fuse(p, self._rng.randint(1, SCRIPTS[role][p.script])) for p in sorted(points)]
+
+    async def _watch(self) -> None:
+        while True:
+            name, _, status = await self.nursery.ended.get()
+            if status not in (0, -signal.SIGKILL):
+                self.crashes.append(f"{name} ended with {status}")
+            is_leaving = self._is_calm and status == 0 and name in self._ending
+            if is_leaving:
+                del self._jobs[name]
+            else:
+                self._spawn(self._again(name))
+            if name in self._ended:
+                self._ended[name].set()
+
+    async def _again(self, name: str) -> None:
+        if not self._is_calm:  # at times it stays away for longer than a lease
+            await asyncio.sleep(self._rng.choice((0.0, 0.1, 0.3, 1.5)))
+        await self._start(name)
+
+    async def _terminate_now_and_then(self) -> None:
+        """Workers are also asked to leave, in order: that is when they give back and retire."""
+        while not self._is_calm:
+            await asyncio.sleep(_TERM_S * self._rng.uniform(0.5, 1.5))
+            self.num_terminated += self.nursery.send(self._rng.choice((*WORKERS, "x")), signal.SIGTERM)
+
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+@asynccontextmanager
+async def open_storm(
+    redis_url: str, *, namespace: str, folder: Path, seed: int, wanted: Sequence[Point] = ()
+) -> AsyncIterator[tuple[Storm, AsyncDoor, Reads]]:
+    """A storm that has not begun, and a look at its Redis; afterwards nothing is left running."""
+    nursery = Nursery(folder)
+    await nursery.open()
+    door = AsyncDoor(redis_url)
+    for one in all_scripts():  # a script that is missing at the first call would not have run when it is struck
+        await door.client.script_load(one.source)
+    try:
+        storm = Storm(nursery, redis_url, namespace=namespace, folder=folder, seed=seed, wanted=wanted)
+        yield storm, door, Reads(Keys(namespace))
+    finally:
+        await nursery.close()
+        await door.close()
