@@ -60,6 +60,9 @@ class Settings(BaseSettings):
     )
     cpu_cores_per_worker: int = Field(1, ge=1, description="cores that a CPU engine takes by devices_dir")
     gpu_memory_share: float = Field(0.9, gt=0, le=1, description="share of the GPU's memory that vLLM takes")
+    kv_handover_bytes: int = Field(
+        1 << 30, ge=0, description="most shared memory for the KV of handed-over requests, bytes; 0: prefill again"
+    )
     dtype: str = Field("auto", description="weights of the vLLM engine: auto, float32, bfloat16, ...")
     max_running: int = Field(64, ge=1, description="most requests at once in one engine")
     lease_s: float = Field(5.0, gt=0.2, description="a silent worker loses its requests after, s")
@@ -70,6 +73,9 @@ class Settings(BaseSettings):
     emulated_gpu: str = Field("h100", description="coefficients of the emulated engine")
     emulated_model: str = Field("llama-3.1-8b", description="coefficients of the emulated engine")
     emulated_speed: float = Field(1.0, ge=0, description="time factor of the emulated engine; 0: no model time")
+    emulated_kv_bytes_per_s: float = Field(
+        0.0, ge=0, description="KV hand-over of the emulated engine, bytes/s; 0: prefill again"
+    )
 
     replan_interval_s: float = Field(10.0, gt=0, description="period of the planner, s")
     demand_half_life_s: float = Field(120.0, gt=0, description="traffic older than this has half its weight, s")
