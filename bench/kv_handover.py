@@ -3,8 +3,9 @@
     python -m bench.kv_handover [--dtype float32] [--cuts 60] [--lengths 128,1000,...] [--repeats 5] [--model DIR]
 
 `soak` cuts random requests at random points, moves them to and fro, breaks some of the segments on the way, and
-compares with uncut runs, token by token. Beside it stands what the data type does by itself: the uncut run once
-more, its prompt in the prefix cache by then. `timing` holds cut and load against prefilling again on an idle engine.
+compares with an uncut run, token by token: one whose prompt is in the prefix cache, as it is for the request that
+is cut. Beside it stands what the data type does by itself: that run against one that prefilled the prompt.
+`timing` holds cut and load against prefilling again on an idle engine.
 One engine per core. vLLM writes its own lines to the standard output, so the figures go to a file: `--json FILE`.
 """
 
@@ -95,7 +96,13 @@ def break_segment(path: Path, fault: str, rng: np.random.Generator) -> None:
 
 
 async def soak(
-    pair: list[Running], directory: Path, *, num_cuts: int, max_prompt: int, rng: np.random.Generator
+    pair: list[Running],
+    directory: Path,
+    *,
+    num_cuts: int,
+    max_prompt: int,
+    faults: float,
+    rng: np.random.Generator,
 ) -> dict[str, object]:
     """Chains of cuts. Every chain must give the tokens of the uncut run."""
     cuts = with_kv = broken = num_requests = 0
@@ -108,9 +115,10 @@ async def soak(
         ids = prompt(rng, int(np.exp(rng.uniform(np.log(low), np.log(max_prompt)))))
         num_requests += 1
         await pair[0].add(ids, OUTPUT_TOKENS)
-        whole = await pair[0].read(at_least=OUTPUT_TOKENS)
+        first = await pair[0].read(at_least=OUTPUT_TOKENS)
         await pair[0].add(ids, OUTPUT_TOKENS)
-        different["uncut_again"] += await pair[0].read(at_least=OUTPUT_TOKENS) != whole
+        whole = await pair[0].read(at_least=OUTPUT_TOKENS)
+        different["uncut_again"] += first != whole
         broken_before = broken
         output: list[int] = []
         kv = ""
@@ -128,7 +136,7 @@ async def soak(
             kv = cut.kv
             with_kv += bool(kv)
             lengths.append(len(ids) + len(output))
-            if kv and rng.random() < 0.25:
+            if kv and rng.random() < faults:
                 broken += 1
                 break_segment(directory / f"{kv}.kv", str(rng.choice(FAULTS)), rng)
         if len(output) < OUTPUT_TOKENS:
@@ -236,7 +244,12 @@ async def run(options: argparse.Namespace, scratch: Path) -> dict[str, object]:
         report["kv_bytes_per_token"] = info.kv_bytes_per_token
         if options.cuts:
             report["soak"] = await soak(
-                pair, directory, num_cuts=options.cuts, max_prompt=options.max_prompt, rng=rng
+                pair,
+                directory,
+                num_cuts=options.cuts,
+                max_prompt=options.max_prompt,
+                faults=options.faults,
+                rng=rng,
             )
         if options.lengths:
             lengths = sorted(int(part) for part in options.lengths.split(","))
@@ -258,6 +271,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--cuts", type=int, default=60)
     parser.add_argument("--max-prompt", type=int, default=12_000)
+    parser.add_argument("--faults", type=float, default=0.25)
     parser.add_argument("--lengths", default="128,256,512,1000,2000,4000,8000,12000")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seed", type=int, default=1)
