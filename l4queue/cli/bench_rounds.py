@@ -1,0 +1,239 @@
+"""Rounds of `bench serve`: the same arrivals under one routing after the other, on the same running engines."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from l4queue.errors import ServiceUnavailable
+from l4queue.models import Plan, RequestState, Routing, StagePlan
+from l4queue.policy.coefficients import load_coefficients
+from l4queue.policy.cost import StepCost
+from l4queue.policy.plan_json import plan_to_json
+from l4queue.protocol.calls import Calls, Verdict
+from l4queue.protocol.door import AsyncDoor
+from l4queue.protocol.keys import Keys
+from l4queue.sim.metrics import Measured, SimResult, summarize
+from l4queue.sim.runner import Setting
+from l4queue.sim.tuning import tune_two_pool
+
+if TYPE_CHECKING:
+    from l4queue.client import AsyncClient, AsyncHandle
+    from l4queue.config import Settings
+    from l4queue.protocol.overview import Overview
+    from l4queue.protocol.records import RequestRecord
+    from l4queue.sim.trace import Trace
+
+__all__ = ("Round", "Rounds", "Sample", "pooled")
+
+_SAMPLE_S = 0.5
+_BATCH = 256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """The deployment at one moment of a round: seconds since its first arrival; requests by worker id."""
+
+    at_s: float
+    running: dict[str, int]
+    waiting: int
+    plan: Plan
+    num_moves: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Round:
+    """One routing under the whole trace. `late_s` is by how much the load generator was late at worst."""
+
+    policy: str
+    number: int
+    measured: Measured
+    result: SimResult
+    samples: tuple[Sample, ...]
+    late_s: float
+
+
+@dataclass(kw_only=True)
+class Rounds:
+    """Drives a deployment that is running. `warmup_s` of the arrivals are served but not counted."""
+
+    client: AsyncClient
+    settings: Settings
+    trace: Trace
+    warmup_s: float
+    seed: int
+    vocabulary: int = 2000
+    on_progress: Callable[[int], None] = lambda _: None
+    _l4: tuple[StagePlan, ...] | None = field(default=None, init=False)
+    _door: AsyncDoor | None = field(default=None, init=False)
+
+    async def run(self, policies: Sequence[str], *, number: int) -> AsyncIterator[Round]:
+        """One round: every policy once, in an order that turns by one from round to round."""
+        self._door = AsyncDoor(self.settings.redis_url)
+        try:
+            turned = [policies[(number + i) % len(policies)] for i in range(len(policies))]
+            for policy in turned:
+                yield await self._serve(policy, number)
+        finally:
+            await self._door.close()
+
+    async def _serve(self, policy: str, number: int) -> Round:
+        await self._switch(Routing(policy))
+        before = await self.client.overview()
+        async with self._sampling() as samples:
+            handles, late_s = await self._send()
+            for done, _ in enumerate([h async for h in self.client.as_completed(handles)], 1):
+                self.on_progress(done)
+        after = await self.client.overview()
+        if policy == Routing.L4:
+            self._l4 = after.plan.stages
+        records = await asyncio.gather(*(handle.status() for handle in handles))
+        counted = [r for r, at in zip(records, self.trace.arrival_s, strict=True) if at >= self.warmup_s]
+        failed = [r for r in counted if r.state is not RequestState.DONE]
+        if failed:
+            raise ServiceUnavailable(f"{len(failed)} requests did not end as done, the first: {failed[0].error}")
+        measured = _measured(counted)
+        result = summarize(
+            policy,
+            measured,
+            num_handovers=_gained(before, after, "handovers"),
+            num_steals=_gained(before, after, "steals_waiting") + _gained(before, after, "steals_running"),
+        )
+        return Round(
+            policy=policy,
+            number=number,
+            measured=measured,
+            result=result,
+            samples=tuple(samples),
+            late_s=late_s,
+        )
+
+    async def _send(self) -> tuple[list[AsyncHandle], float]:
+        """Open loop: each request leaves at its time, whatever became of the others."""
+        rng = np.random.default_rng([self.seed, 1])
+        lengths = self.trace.input_tokens
+        prompts = [rng.integers(10, self.vocabulary, int(n)).tolist() for n in lengths]
+        start_s, late_s = time.monotonic(), 0.0
+        sending: list[asyncio.Task[AsyncHandle]] = []
+        for prompt, at_s, output in zip(prompts, self.trace.arrival_s, self.trace.output_tokens, strict=True):
+            wait_s = start_s + float(at_s) - time.monotonic()
+            if wait_s > 0:
+                await asyncio.sleep(wait_s)
+            late_s = max(late_s, -wait_s)
+            enqueue = self.client.enqueue(
+                token_ids=prompt, max_tokens=int(output), ignore_eos=True, temperature=0.0
+            )
+            sending.append(asyncio.create_task(enqueue))
+        return list(await asyncio.gather(*sending)), late_s
+
+    @asynccontextmanager
+    async def _sampling(self) -> AsyncIterator[list[Sample]]:
+        samples: list[Sample] = []
+        start_s = time.monotonic()
+
+        async def sample() -> None:
+            while True:
+                samples.append(_sample(await self.client.overview(), at_s=time.monotonic() - start_s))
+                await asyncio.sleep(_SAMPLE_S)
+
+        task = asyncio.create_task(sample())
+        try:
+            yield samples
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    async def _switch(self, routing: Routing) -> None:
+        """Publish the plan of this routing; whoever publishes meanwhile only makes us try again."""
+        assert self._door is not None
+        calls = Calls(Keys(self.settings.namespace))
+        for _ in range(20):
+            overview = await self.client.overview()
+            stages = await asyncio.to_thread(self._stages, routing, overview)
+            version = overview.plan.version
+            plan = Plan(
+                version=version + 1,
+                stages=stages,
+                routing=routing,
+                reason=f"bench: {routing}",
+                created_ms=overview.now_ms,
+            )
+            call = calls.publish(expected_version=version, version=version + 1, body=plan_to_json(plan))
+            if await self._door.run(call) is not Verdict.STALE:
+                return
+        raise ServiceUnavailable("somebody else keeps publishing plans here; stop other planners or benchmarks")
+
+    def _stages(self, routing: Routing, overview: Overview) -> tuple[StagePlan, ...]:
+        ids = tuple(sorted(worker.worker_id for worker in overview.workers))
+        one = (StagePlan(low_tokens=0, high_tokens=None, num_workers=len(ids), worker_ids=ids),)
+        if routing is Routing.L4 and self._l4 is not None:
+            served = {i for stage in self._l4 for i in stage.worker_ids}
+            return self._l4 if served == set(ids) else one
+        if routing is not Routing.TWO_POOL:
+            return one
+        costs = sorted((StepCost(**cost) for cost in overview.costs if cost), key=lambda c: c.pi_ms)
+        file = load_coefficients(self.settings.emulated_gpu, self.settings.emulated_model)
+        setting = Setting(cost=costs[len(costs) // 2] if costs else file, num_instances=len(ids))
+        tuned = tune_two_pool(self.trace, setting)
+        if not 0 < tuned.num_short < len(ids):
+            return one
+        short, long = ids[: tuned.num_short], ids[tuned.num_short :]
+        edge = tuned.threshold_tokens
+        return (
+            StagePlan(low_tokens=0, high_tokens=edge, num_workers=len(short), worker_ids=short),
+            StagePlan(low_tokens=edge, high_tokens=None, num_workers=len(long), worker_ids=long),
+        )
+
+
+def pooled(rounds: Sequence[Round]) -> tuple[SimResult, Measured]:
+    """All rounds of one policy as one: figures over all their requests, moves added up."""
+    parts = [r.measured for r in rounds]
+    together = Measured(
+        **{name: np.concatenate([getattr(part, name) for part in parts]) for name in Measured.__slots__}
+    )
+    result = summarize(
+        rounds[0].policy,
+        together,
+        num_handovers=sum(r.result.num_handovers for r in rounds),
+        num_steals=sum(r.result.num_steals for r in rounds),
+    )
+    seconds = sum(len(r.measured.e2e_s) / r.result.throughput_rps for r in rounds)
+    fields: dict[str, Any] = {name: getattr(result, name) for name in SimResult.__slots__}
+    return SimResult(**{**fields, "throughput_rps": len(together.e2e_s) / seconds}), together
+
+
+def _measured(records: Sequence[RequestRecord]) -> Measured:
+    """By the server's clock: from acceptance to the first token and to the stored outcome."""
+    accepted = np.array([r.submitted_ms for r in records], dtype=float) / 1000
+    finish = np.array([r.finished_ms or 0 for r in records], dtype=float) / 1000
+    first = np.array([r.first_token_ms or 0 for r in records], dtype=float) / 1000
+    return Measured(
+        arrival_s=accepted,
+        finish_s=finish,
+        e2e_s=finish - accepted,
+        ttft_s=first - accepted,
+        tpot_s=np.array([np.nan if r.tpot_ms is None else r.tpot_ms / 1000 for r in records]),
+        prompt_tokens=np.array([r.prompt_tokens or 0 for r in records], dtype=float),
+        output_tokens=np.array([r.offset for r in records], dtype=float),
+    )
+
+
+def _sample(overview: Overview, *, at_s: float) -> Sample:
+    names = ("handovers", "steals_waiting", "steals_running")
+    return Sample(
+        at_s=at_s,
+        running={load.worker_id: load.num_running for load in overview.workers},
+        waiting=overview.inbox + sum(queue.num_requests for queue in overview.queues.values()),
+        plan=overview.plan,
+        num_moves=sum(overview.counts.get(name, 0) for name in names),
+    )
+
+
+def _gained(before: Overview, after: Overview, name: str) -> int:
+    return after.counts.get(name, 0) - before.counts.get(name, 0)
