@@ -165,4 +165,3 @@ async def test_two_pools_split_by_prompt_length(pipeline: Pipeline) -> None:
     await _publish_routing(pipeline, Routing.TWO_POOL, *_stages((0, 40, ("w0",)), (40, None, ("w1",))))
     handles = [(n, await pipeline.client.enqueue("b" * n, max_tokens=2)) for n in (5, 60, 39, 40, 5)]
     assert [(await h.result(timeout=10)).worker for n, h in handles] == ["w0", "w1", "w0", "w1", "w0"]
-
