@@ -1,0 +1,86 @@
+"""`l4queue bench serve` as its user runs it, on emulated engines."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from l4queue.cli.bench_traffic import bench_trace, small_mix
+from l4queue.errors import ConfigError
+from l4queue.sim.metrics import SimResult
+
+pytestmark = [pytest.mark.services, pytest.mark.timeout(240)]
+POLICIES = ("round-robin", "two-pool", "l4")
+
+
+def test_every_policy_serves_the_same_arrivals_and_reports_the_keys_of_simulate(
+    tmp_path: Path, redis_executable: str
+) -> None:
+    """Interleaved rounds, JSON for programs, plots for people."""
+    assert redis_executable
+    options = ("--engine", "emulated", "--workers", "2", "--policy", ",".join(POLICIES), "--rounds", "2")
+    load = ("--workload", "mixed", "--rate", "20", "--duration-s", "3", "--warmup-s", "1", "--seed", "3")
+    files = ("--data-dir", str(tmp_path / "data"), "--plot", str(tmp_path / "plots"))
+    command = [str(Path(sys.executable).with_name("l4queue")), "bench", "serve", *options, *load, *files, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=220, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    said = json.loads(done.stdout)
+
+    trace = bench_trace(None, "mixed", rate=20.0, duration_s=4.0, seed=3)
+    counted = int((trace.arrival_s >= 1.0).sum())
+    assert [entry["policy"] for entry in said["results"]] == list(POLICIES)
+    for entry in said["results"]:
+        assert set(SimResult.__slots__) <= set(entry)
+        assert entry["num_requests"] == 2 * counted
+        assert [one["round"] for one in entry["rounds"]] == [0, 1]
+        assert entry["classes"]["long"]["num_requests"] == 2 * int(
+            ((trace.input_tokens >= 1024) & (trace.arrival_s >= 1.0)).sum()
+        )
+        assert 0.0 < entry["mean_e2e_s"] <= entry["p99_e2e_s"] < 60.0
+    for entry in said["results"][:2]:
+        assert entry["num_handovers"] == entry["num_steals"] == 0, "a router moves nothing"
+    assert said["results"][0]["ratio_to_round-robin"] == {"mean_e2e": 1.0, "p99_e2e": 1.0}
+    assert said["setting"]["seed"] == 3
+    assert said["machine"]["cores"] >= 1
+    assert {file.name for file in (tmp_path / "plots").iterdir()} == {
+        "latency_cdf.png", "load_over_time.png", "plan_over_time.png"
+    }  # fmt: skip
+
+
+def test_the_mixes_are_what_they_say(tmp_path: Path) -> None:
+    """Shares and lengths of `mixed`; `flip` turns over; a trace is cut to the duration; bad input is named."""
+    mixed = bench_trace(None, "mixed", rate=50.0, duration_s=100.0, seed=1)
+    is_long = mixed.input_tokens > 256
+    assert 0.08 < is_long.mean() < 0.12
+    assert set(mixed.output_tokens[is_long]) == {64}
+    assert mixed.input_tokens[is_long].min() >= 3000
+    assert mixed.input_tokens.max() <= 6000
+    assert mixed.rate_rps == pytest.approx(50.0, rel=0.1)
+    flip = bench_trace(None, "flip", rate=50.0, duration_s=90.0, seed=1)
+    shares = [
+        (flip.input_tokens[(flip.arrival_s >= a) & (flip.arrival_s < a + 30)] > 256).mean() for a in (0, 30, 60)
+    ]
+    assert shares[1] > 3 * shares[0]
+    assert shares[1] > 3 * shares[2]
+    file = tmp_path / "t.csv"
+    file.write_text("arrival_s,input_tokens,output_tokens\n" + "".join(f"{i},10,2\n" for i in range(20)))
+    assert len(bench_trace(file, "mixed", rate=None, duration_s=10.0, seed=0)) == 10
+    with pytest.raises(ConfigError, match="lasts"):
+        bench_trace(file, "mixed", rate=None, duration_s=100.0, seed=0)
+    with pytest.raises(ConfigError, match="unknown"):
+        bench_trace(None, "nonsense", rate=None, duration_s=1.0, seed=0)
+
+
+def test_a_mix_is_the_same_for_the_same_seed() -> None:
+    """Nothing but the generator decides."""
+    import numpy as np
+
+    one, two = (
+        small_mix(rate=5.0, duration_s=20.0, share_long=0.2, rng=np.random.default_rng(4)) for _ in range(2)
+    )
+    assert (one.arrival_s == two.arrival_s).all()
+    assert (one.input_tokens == two.input_tokens).all()
