@@ -130,6 +130,7 @@ def _tell(**facts: object) -> None:
 def _live(role: Any, wanted: dict[str, Any], folder: Path) -> None:
     """The child: its output goes to a file; it never returns."""
     code = 1
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # until its role knows how to leave
     try:
         handle = os.open(folder / f"{wanted['name']}.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         os.dup2(handle, 1)

@@ -164,6 +164,24 @@ def run_planner(job: dict[str, Any]) -> None:
     asyncio.run(serve())
 
 
+def run_replanner(job: dict[str, Any]) -> None:
+    """The real planner, once in each period."""
+    settings = _begin(job)
+
+    async def serve() -> None:
+        stopping = asyncio.Event()
+        _on_term(stopping.set)
+        while not stopping.is_set():
+            await replanning.replan_once(settings)
+            try:
+                async with asyncio.timeout(settings.replan_interval_s):
+                    await stopping.wait()
+            except TimeoutError:
+                continue
+
+    asyncio.run(serve())
+
+
 # clients ------------------------------------------------------------------------------------------
 def run_client(job: dict[str, Any]) -> None:
     """Makes wishes first, first + step, ... in bursts, follows each stream, writes down what ended and how.
@@ -242,5 +260,6 @@ ROLES: dict[str, Callable[[dict[str, Any]], None]] = {
     "worker": run_worker,
     "dispatcher": run_dispatcher,
     "planner": run_planner,
+    "replanner": run_replanner,
     "client": run_client,
 }

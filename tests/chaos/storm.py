@@ -44,6 +44,7 @@ SCRIPTS: dict[str, dict[str, int]] = {
 }
 WORKERS = ("w0", "w1", "w2", "w3")
 _TERM_S = 2.0
+_BLACKOUT_S = 12.0
 _CALM_S = 90.0
 
 
@@ -87,10 +88,11 @@ class Storm:
         self._namespace = namespace
         self._redis_url = redis_url
         self._rng = random.Random(seed)
-        self._is_calm = False
+        self._is_calm = self._is_quiet = False
+        self._present: set[str] = set()
+        self._dark_until_s = 0.0
         self._jobs: dict[str, tuple[str, dict[str, Any]]] = {}
         self._ending: set[str] = set()
-        self._ended: dict[str, asyncio.Event] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._number = 0
         self.num_terminated = 0
@@ -117,27 +119,60 @@ class Storm:
     # running ----------------------------------------------------------------------------------------
     async def begin(self, *, settings: dict[str, Any] | None = None, planner_s: float = 3.0) -> None:
         """Start everybody: four workers of the plans, one under ever new names, and all the others."""
+        self.cast(settings=settings, planner_s=planner_s)
+        for name in list(self._jobs):
+            await self.launch(name)
+        self._spawn(self._terminate_now_and_then())
+        self._spawn(self._black_out_now_and_then())
+
+    def cast(
+        self,
+        *,
+        settings: dict[str, Any] | None = None,
+        planner_s: float = 3.0,
+        most: int = 20,
+        is_quiet: bool = False,
+    ) -> None:
+        """Say who there will be; `launch` starts one. Quiet: no faults but those that a test sends itself.
+
+        A client has `most` wishes open at a time.
+        """
+        self._is_quiet = is_quiet
         common = {
             "settings": {"redis_url": self._redis_url, "namespace": self._namespace} | (settings or {}),
             "journal": str(self.journal),
             "seed": self.seed,
         }
-        for name in WORKERS:
+        for name in (*WORKERS, "x"):
             self._jobs[name] = ("worker", common | {"worker_id": name})
-        self._jobs["x"] = ("worker", common | {"worker_id": "x"})
         for name in ("d0", "d1"):
             self._jobs[name] = ("dispatcher", common | {"name": name})
-        if planner_s:
-            self._jobs["p0"] = ("planner", common | {"worker_ids": WORKERS, "period_s": planner_s})
+        self._jobs["p0"] = ("planner", common | {"worker_ids": WORKERS, "period_s": planner_s})
+        self._jobs["r0"] = ("replanner", common)
         for index in range(2):
             stem = self._folder / f"{self._namespace}-c{index}"
             files = {"endings": f"{stem}.endings", "made": f"{stem}.made"}
-            pace = {"first": index, "step": 2, "most": 20, "pause_s": 0.02, "burst_s": 2.5}
+            pace = {"first": index, "step": 2, "most": most, "pause_s": 0.02, "burst_s": 2.5}
             self._jobs[f"c{index}"] = ("client", common | files | pace)
+        if not is_quiet:
+            del self._jobs["r0"]
         self._spawn(self._watch())
-        for name in self._jobs:
+
+    async def launch(self, *names: str) -> None:
+        """Start these; whoever ends is started again."""
+        for name in names:
+            self._present.add(name)
             await self._start(name)
-        self._spawn(self._terminate_now_and_then())
+
+    def kill(self, *names: str) -> None:
+        """SIGKILL; they do not come back."""
+        for name in names:
+            self._present.discard(name)
+            self.nursery.send(name, signal.SIGKILL)
+
+    async def leave(self, *names: str) -> None:
+        """SIGTERM, until they have ended well; they do not come back."""
+        await asyncio.gather(*(self._leave(name) for name in names))
 
     async def until(self, is_enough: Any, *, at_least_s: float, at_most_s: float) -> float:
         """Let it go on until enough has happened; how long that took, s."""
@@ -151,13 +186,10 @@ class Storm:
     async def calm(self) -> None:
         """No more faults; clients see all their wishes end, then everybody leaves in order."""
         self._is_calm = True
-        for name in [n for n, (role, _) in self._jobs.items() if role == "client"]:
-            await self._leave(name)
-        for wave in ("planner", "worker", "dispatcher"):
+        for wave in ("client", "planner", "replanner", "worker", "dispatcher"):
             if wave == "dispatcher":  # workers that died in the last moment are still to be reaped
                 await self._until_nobody_is_registered()
-            leaving = [n for n, (role, _) in self._jobs.items() if role == wave]
-            await asyncio.gather(*(self._leave(name) for name in leaving))
+            await self.leave(*(n for n in self._present if self._jobs[n][0] == wave))
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -170,17 +202,13 @@ class Storm:
         await door.close()
 
     async def _leave(self, name: str) -> None:
-        """SIGTERM, repeated should it have died of an armed fault meanwhile, until it ended well."""
+        """Repeated, should it have died of an armed fault meanwhile."""
         async with asyncio.timeout(_CALM_S):
-            while True:
-                event = self._ended[name] = asyncio.Event()
-                self._ending.add(name)
-                if self.nursery.send(name, signal.SIGTERM):
-                    await event.wait()
-                    if name not in self._jobs:
-                        return
-                else:
-                    await asyncio.sleep(0.1)
+            self._ending.add(name)
+            while name in self._present:
+                self.nursery.send(name, signal.SIGTERM)
+                await asyncio.sleep(0.1)
+        self._ending.discard(name)
 
     async def _start(self, name: str) -> None:
         role, job = self._jobs[name]
@@ -191,11 +219,12 @@ class Storm:
 
     def _fuses(self, role: str) -> list[Fuse]:
         """Points not struck yet, and a few others."""
-        if self._is_calm:
+        if self._is_calm or self._is_quiet:
             return []
         struck = tally(self.journal)
         new = [p for p in self.wanted if p.role == role and not struck[p]]
-        old = [p for p in all_points() if p.role == role]
+        lethal = any(p.kind is Kind.KILL for p in new)  # who dies of something else meets no new point
+        old = [p for p in all_points(Kind.CUT if lethal else None) if p.role == role]
         points = set(new) | set(self._rng.sample(old, 3))
         return [Fuse(p, self._rng.randint(1, SCRIPTS[role][p.script])) for p in sorted(points)]
 
@@ -204,17 +233,16 @@ class Storm:
             name, _, status = await self.nursery.ended.get()
             if status not in (0, -signal.SIGKILL):
                 self.crashes.append(f"{name} ended with {status}")
-            is_leaving = self._is_calm and status == 0 and name in self._ending
-            if is_leaving:
-                del self._jobs[name]
-            else:
+            if status == 0 and name in self._ending:
+                self._present.discard(name)
+            elif name in self._present:
                 self._spawn(self._again(name))
-            if name in self._ended:
-                self._ended[name].set()
 
     async def _again(self, name: str) -> None:
         if not self._is_calm:  # at times it stays away for longer than a lease
             await asyncio.sleep(self._rng.choice((0.0, 0.1, 0.3, 1.5)))
+            if self._jobs[name][0] == "worker":
+                await asyncio.sleep(max(0.0, self._dark_until_s - time.monotonic()))
         await self._start(name)
 
     async def _terminate_now_and_then(self) -> None:
@@ -222,6 +250,17 @@ class Storm:
         while not self._is_calm:
             await asyncio.sleep(_TERM_S * self._rng.uniform(0.5, 1.5))
             self.num_terminated += self.nursery.send(self._rng.choice((*WORKERS, "x")), signal.SIGTERM)
+
+    async def _black_out_now_and_then(self) -> None:
+        """All workers die, the later ones while they hand over to the dead: upkeep is left to the dispatchers."""
+        while not self._is_calm:
+            await asyncio.sleep(_BLACKOUT_S * self._rng.uniform(0.5, 1.5))
+            first, second = ("w0", "w1", "x"), ("w2", "w3")
+            self._dark_until_s = time.monotonic() + 3.0
+            for part in (first, second):
+                for name in part:
+                    self.nursery.send(name, signal.SIGKILL)
+                await asyncio.sleep(0.5)
 
     def _spawn(self, work: Any) -> None:
         task = asyncio.ensure_future(work)

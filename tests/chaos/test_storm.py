@@ -1,0 +1,55 @@
+"""The guarantees hold while processes die and replies are lost around every script, with all moves on."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from tests.chaos.faults import Kind
+from tests.chaos.storm import MOVES, SCRIPTS, all_points, open_storm, tally
+from tests.chaos.verdict import judge
+from tests.conftest import SEED
+from tests.protocol.server import RedisServer
+
+pytestmark = pytest.mark.services
+_NUM_SAMPLED = 30
+_RARE = ("migrate", "refuse", "cancel")  # may take longer than this test has
+
+
+@pytest.mark.timeout(180)
+async def test_nothing_is_lost_doubled_or_changed_in_a_storm(
+    redis_server: RedisServer, namespace: str, tmp_path: Path
+) -> None:
+    """Another sample of cut points with each printed seed; `make chaos` strikes at all of them, for long."""
+    rng = random.Random(SEED)
+    common = [p for p in all_points() if p.kind is Kind.KILL and p.script in ("take", "emit", "release", "settle")]
+    often = [p for p in all_points() if p.script not in _RARE]
+    wanted = {*rng.sample(often, _NUM_SAMPLED), *common}
+    url = redis_server.url
+    async with open_storm(url, namespace=namespace, folder=tmp_path, seed=SEED, wanted=list(wanted)) as opened:
+        storm, door, reads = opened
+        await storm.begin()
+
+        async def has_seen_all() -> bool:
+            counts = await door.run(reads.counts())
+            has_moved = all(int(counts.get(name, 0)) > 0 for name in MOVES)
+            return has_moved and wanted <= tally(storm.journal).keys()
+
+        await storm.until(has_seen_all, at_least_s=12.0, at_most_s=75.0)
+        await storm.calm()
+        verdict, struck = judge(storm, url, namespace), tally(storm.journal)
+
+    assert verdict.errors == ()
+    assert verdict.num_requests >= 50
+    assert verdict.num_resumed > 0
+    assert all(verdict.moves.values()), verdict.moves
+    assert wanted <= struck.keys(), f"never struck: {sorted(wanted - struck.keys())}"
+
+
+def test_every_script_is_struck_by_somebody() -> None:
+    """A script that is added is added to the storm as well."""
+    from l4queue.protocol.scripts import all_scripts
+
+    assert {one.name for one in all_scripts()} == {name for scripts in SCRIPTS.values() for name in scripts}
