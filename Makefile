@@ -20,7 +20,7 @@ RUNTIME = $(VENV)/.installed-$(ENGINE)
 DEV = $(VENV)/.installed-dev-$(ENGINE)
 CODE := l4queue dispatcher workers tests bench docs
 
-.PHONY: help demo up install dev system test test-fast lint format docs lock clean
+.PHONY: help demo up install dev system test test-fast chaos lint format docs lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,9 @@ test: $(DEV) system ## the whole test suite
 
 test-fast: $(DEV) ## tests that need no service, no engine and no browser
 	$(BIN)/python -m pytest -m 'not services and not vllm and not browser' $(ARGS)
+
+chaos: $(DEV) system ## processes that die around every script, for long: make chaos ARGS='--seed 7 --duration 3600'
+	$(BIN)/python -m tests.chaos $(ARGS)
 
 lint: $(DEV) ## style, types, import contracts, sizes, generated docs
 	$(BIN)/ruff check $(wildcard $(CODE))
