@@ -10,11 +10,11 @@ from l4queue.config import Settings
 from l4queue.models import Plan, StagePlan, WorkerLoad
 from l4queue.policy.assign import assign, scale_counts
 from l4queue.policy.cost import StepCost
-from l4queue.policy.histogram import Buckets, Demand, with_backlog
+from l4queue.policy.histogram import Buckets, Demand, with_backlog, with_unfinished
 from l4queue.policy.partition import Partition, PartitionProblem
 from l4queue.policy.steady_state import PartitionSettings
 
-__all__ = ("Candidate", "Decision", "PlannerSettings", "Snapshot", "plan", "score_by_model")
+__all__ = ("Candidate", "Decision", "PlannerSettings", "Snapshot", "expected_demand", "plan", "score_by_model")
 
 Score = Callable[[Plan], float]
 """Predicted objective of a plan, lower is better; for shadow scoring."""
@@ -48,7 +48,7 @@ class PlannerSettings:
     min_life_ms: int = 20_000
     move_gain: float = 0.02
     min_class_gain: float = 0.02
-    min_stage_gain: float = 0.01
+    min_stage_gain: float = 0.03
     patience: float = 1.15
     partition: PartitionSettings = field(default_factory=PartitionSettings)
 
@@ -104,7 +104,7 @@ def plan(snapshot: Snapshot, settings: PlannerSettings, *, score: Score | None =
     if not workers:
         return Decision(publish=False, plan=present, reason="no workers")
     has_changed = {w.worker_id for w in workers} != {i for s in present.stages for i in s.worker_ids}
-    demand = with_backlog(snapshot.demand, snapshot.backlog, buckets=snapshot.buckets)
+    demand = expected_demand(snapshot)
     if demand.is_empty:
         return _without_traffic(snapshot, workers, has_changed=has_changed)
     problem = PartitionProblem(
@@ -131,9 +131,16 @@ def plan(snapshot: Snapshot, settings: PlannerSettings, *, score: Score | None =
     return _publish(snapshot, best, candidates, problem, reason=f"gain {gain:.1%}")
 
 
+def expected_demand(snapshot: Snapshot) -> Demand:
+    """What the workers have to expect: the rates seen, the steps that running requests still make, the backlog."""
+    running = sum(load.num_running for load in snapshot.loads)
+    demand = with_unfinished(snapshot.demand, running)
+    return with_backlog(demand, snapshot.backlog, buckets=snapshot.buckets)
+
+
 def score_by_model(snapshot: Snapshot, settings: PlannerSettings) -> Score:
     """The closed form as a scoring function: the objective of any plan on the snapshot's demand."""
-    demand = with_backlog(snapshot.demand, snapshot.backlog, buckets=snapshot.buckets)
+    demand = expected_demand(snapshot)
 
     def score(candidate: Plan) -> float:
         counts = [s.num_workers for s in candidate.stages]

@@ -21,7 +21,17 @@ import numpy.typing as npt
 
 from l4queue.errors import ConfigError
 
-__all__ = ("Buckets", "Counts", "Demand", "counts_of", "difference", "growth_fields", "merge", "with_backlog")
+__all__ = (
+    "Buckets",
+    "Counts",
+    "Demand",
+    "counts_of",
+    "difference",
+    "growth_fields",
+    "merge",
+    "with_backlog",
+    "with_unfinished",
+)
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 
@@ -322,4 +332,23 @@ def with_backlog(demand: Demand, queued: Iterable[tuple[int, int]], *, buckets: 
         context_tokens_per_s=demand.context_tokens_per_s * mixed
         + unseen * mean_output * (middle + mean_output / 2),
         window_s=demand.window_s,
+    )
+
+
+def with_unfinished(demand: Demand, num_running: int) -> Demand:
+    """Demand in which the steps that running requests have yet to make count as well.
+
+    Prompts are counted when they come, decode steps when they are made, so that a system that fills up shows too
+    few steps for its arrivals. Requests that run are half done on average: the A arrivals of the window
+    account for the steps of A - N/2. Over a long window, in which as many were running at the start, the
+    difference is small; at most the steps are doubled.
+    """
+    arrived = float(demand.arrivals_per_s.sum()) * demand.window_s
+    if arrived <= 0.0:
+        return demand
+    factor = 1.0 / max(0.5, 1.0 - num_running / 2.0 / arrived)
+    return replace(
+        demand,
+        decode_steps_per_s=demand.decode_steps_per_s * factor,
+        context_tokens_per_s=demand.context_tokens_per_s * factor,
     )

@@ -12,7 +12,7 @@ from l4queue.errors import ConfigError
 from l4queue.policy.cost import StepCost
 from l4queue.policy.histogram import Buckets, Demand
 from l4queue.policy.search import Split, best_splits
-from l4queue.policy.steady_state import PartitionSettings, RangeTerms, range_terms, stage_cost
+from l4queue.policy.steady_state import PartitionSettings, RangeTerms, prefill_waits, range_terms, stage_cost
 
 __all__ = ("Partition", "PartitionProblem", "StagePrediction", "partition")
 
@@ -129,16 +129,19 @@ class PartitionProblem:
         terms, edges = self.terms, self.buckets.edges
         load = float(terms.load[i, j])
         slow = m / (m - load) if m > load else float("inf")
-        steps = float(terms.step_rate[i, j])
+        wait_ms = float(terms.wait_ms[i, j])
+        wait_ms *= prefill_waits(float(terms.prefill[i, j]), m) if wait_ms else 1.0
+        steps, entries = float(terms.step_rate[i, j]), float(terms.entries[i, j])
+        own_ms = steps * terms.alpha_ms + entries * wait_ms
         capacity = m * self.cost.kv_capacity_tokens
         return StagePrediction(
             low_tokens=edges[i],
             high_tokens=edges[j] if j < len(edges) else None,
             num_workers=m,
             rho=load / m if m else float("inf"),
-            step_ms=terms.alpha_ms * slow,
-            ttft_ms=float(terms.ttft_ms[i, j]) * slow,
-            in_flight=steps * terms.alpha_ms / 1000.0 * slow if steps else 0.0,
+            step_ms=(own_ms / steps if steps else terms.alpha_ms) * slow,
+            ttft_ms=float(terms.ttft_ms[i, j]) + wait_ms,
+            in_flight=own_ms / 1000.0 * slow if steps else 0.0,
             kv_share=float(terms.kv_ms[i, j]) / 1000.0 * slow / capacity if capacity else 0.0,
         )
 

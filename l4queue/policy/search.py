@@ -175,8 +175,17 @@ class _Pruned:
         low_cost = self._cost(everything, low) + price * low
         high_cost = self._cost(everything, high) + price * high
         take_low = low_cost <= high_cost
-        cost = np.where(self.is_open, np.where(take_low, low_cost, high_cost), np.inf)
-        return cost, np.where(take_low, low, high)
+        total, at = np.where(take_low, low_cost, high_cost), np.where(take_low, low, high)
+        # `ideal` leaves out the wait for prefill, which only asks for more: the sum is convex, so climb from there
+        climbing = np.flatnonzero(self.is_open & (self.terms.wait[self.i, self.j] > 0.0) & (at < self.m))
+        while climbing.size:
+            more = self._cost(climbing, at[climbing] + 1.0) + price * (at[climbing] + 1.0)
+            better = more < total[climbing]
+            climbing, more = climbing[better], more[better]
+            at[climbing] += 1.0
+            total[climbing] = more
+            climbing = climbing[at[climbing] < self.m]
+        return np.where(self.is_open, total, np.inf), at
 
     def _matrix(self, values: Floats) -> Floats:
         full = np.full((self.b + 1, self.b + 1), np.inf)

@@ -1,17 +1,26 @@
-"""The closed form of a stage: m workers that share the work of a length range as a processor does.
+"""The closed form of a stage: m workers that serve a length range, prefill first, decodes as a shared processor.
 
-Per second the requests of a range make d decode steps over s context tokens and bring W ms of prefill. One
-worker offers 1000 ms. In units of workers the load is
+Per second the requests of a range make d decode steps over s context tokens and bring λ prompts of w ms of
+prefill. One worker offers 1000 ms. In units of workers the load is
 
-    R = (β·d + γ·s + σ·skew + f·W + hand-over work) / 1000        ρ = R/m
+    R = (β·d + γ·s + σ·skew + f·Σλw + hand-over work) / 1000        ρ = R/m
 
-and, by Little's law with the n = D·t requests that decode at a rate D per worker, t = α + (β + γL)·n + prefill
-gives t = α/(1-ρ). A piece of prefill work w takes (α+w)/(1-ρ). So the requests in flight in a range are
+*Decoding.* By Little's law with the n = D·t requests that decode at a rate D per worker, t = α + (β + γL)·n +
+prefill gives t = α/(1-ρ).
 
-    N = K·m/(m-R)    K = Σ α·d + ttft_weight·Σ λ·(α+w) + hand-over delay, all per second, in requests
+*Prefill* goes before decodes, in chunks that fill a step: a prompt takes α + w, and what is being prefilled when
+it comes. With one queue for m workers that wait is that of M/G/m (Sakasegawa, 1977):
 
-which is mean latency × rate. R and K are sums over buckets, so prefix sums give them for any range at once.
+    W = Λ₂/(2Λ₁) · (P/m)^(√(2(m+1))-1) / (m-P)         Λ₁ = Σλw, Λ₂ = Σλw², P = fΛ₁/1000
+
+*Both.* A request meets the same backlog when it begins to decode, and as the lower class of a priority queue it
+gets past it at the rate that is left: W/(1-ρ). So the requests in flight in a range are
+
+    N = K·m/(m-R) + C + λW·(1 + m/(m-R))       K = Σ α·d,   C = Σ λ·(α+w) + hand-over delay
+
+which is mean latency × rate. R, K, C, λ, Λ₁ and Λ₂ are sums over buckets: prefix sums give them for any range.
 KV tokens in use are proportional to 1/(1-ρ) too, so the cache bound is linear in m: m ≥ R + (s·α + ...)/C.
+docs/simulator.md has the error of this form against the simulation.
 """
 
 from __future__ import annotations
@@ -28,7 +37,7 @@ from l4queue.policy.cost import StepCost
 from l4queue.policy.histogram import Buckets, Demand
 from l4queue.policy.prices import MovePrice
 
-__all__ = ("Objective", "PartitionSettings", "RangeTerms", "range_terms", "stage_cost")
+__all__ = ("Objective", "PartitionSettings", "RangeTerms", "prefill_waits", "range_terms", "stage_cost")
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 
@@ -52,8 +61,8 @@ class PartitionSettings:
 
     objective: Objective = Objective.BALANCED
     max_stages: int = 4
-    #: the reading of weights and caches hides under prefill, so prefill weighs less than alone
-    prefill_overlap: float = 0.87
+    #: f, what prefill weighs in the load: below 1 where less of it than the cost model says adds to a step
+    prefill_overlap: float = 1.0
     #: what a ms of waiting for the first token counts, in ms of latency
     ttft_weight: float = 1.0
     #: share of the KV cache kept free
@@ -83,13 +92,19 @@ class PartitionSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class RangeTerms:
-    """R, K and bounds of every range [i, j) of buckets, as (B+1)×(B+1) matrices; only i < j has a meaning.
+    """R, K, C and bounds of every range [i, j) of buckets, as (B+1)×(B+1) matrices; only i < j has a meaning.
 
-    `least` is the smallest number of workers (a real number) with which the range keeps its bounds.
+    `least` is the smallest number of workers (a real number) with which the range keeps its bounds. `prefill` is P
+    in workers, `wait` is λΛ₂/2Λ₁ in the unit of the objective, `wait_ms` Λ₂/2Λ₁ of one request.
     """
 
     load: Floats
     weight: Floats
+    constant: Floats
+    prefill: Floats
+    wait: Floats
+    wait_ms: Floats
+    entries: Floats
     least: Floats
     requests: Floats
     ttft_ms: Floats
@@ -112,18 +127,21 @@ def range_terms(
         demand = demand.by_arrival(buckets)
     per_bucket = _Amounts.of(demand, buckets=buckets, cost=cost, settings=settings)
     load = _ranges(per_bucket.load) + _skew_load(demand, cost=cost, quantile=settings.skew_quantile)
-    weight = _ranges(per_bucket.weight)
+    constant = _ranges(per_bucket.constant)
+    first, second = _ranges(per_bucket.prefill_ms), _ranges(per_bucket.prefill_ms2)
+    entries = _ranges(demand.arrivals_per_s)
     steps = _ranges(demand.decode_steps_per_s)
     kv_ms = _ranges(per_bucket.kv_ms)
-    inflow = np.append(demand.crossings_per_s(buckets), 0.0)[:, None]
     if settings.moves_requests:
+        inflow = np.append(demand.crossings_per_s(buckets), 0.0)[:, None]
         price = settings.move_price
-        edges = buckets.edges
-        work = np.array([price.work_ms(e, cost) for e in edges] + [0.0])[:, None]
-        delay = np.array([price.delay_ms(e, cost) for e in edges] + [0.0])[:, None]
+        work = np.array([price.work_ms(e, cost) for e in buckets.edges] + [0.0])[:, None]
+        delay = np.array([price.delay_ms(e, cost) for e in buckets.edges] + [0.0])[:, None]
         load = load + inflow * work / 1000.0
+        first, second, entries = first + inflow * work, second + inflow * work**2, entries + inflow
         if settings.objective in (Objective.MEAN, Objective.BALANCED):
-            weight = weight + inflow * delay / 1000.0
+            constant = constant + inflow * delay / 1000.0
+    wait_ms = _ratio(second, 2.0 * first)
     capacity = cost.kv_capacity_tokens * (1.0 - settings.kv_margin)
     least = load / settings.max_rho
     if capacity > 0.0:
@@ -135,7 +153,12 @@ def range_terms(
         least = _with_bounds(least, load, given, buckets=buckets, settings=settings, num_workers=num_workers)
     return RangeTerms(
         load=load,
-        weight=weight,
+        weight=_ranges(per_bucket.weight),
+        constant=constant,
+        prefill=first / 1000.0,
+        wait=entries * wait_ms * per_bucket.wait_unit,
+        wait_ms=wait_ms,
+        entries=entries,
         least=least,
         requests=requests,
         ttft_ms=_ratio(_ranges(per_bucket.first_token_ms), _ranges(demand.arrivals_per_s)),
@@ -155,21 +178,42 @@ def stage_cost(
     """
     load, least = terms.load[i, j], terms.least[i, j]
     ok = (m >= 1.0) & (m >= least * (1.0 - 1e-12)) & (m > load)
-    slow = np.where(ok, m / np.where(ok, m - load, 1.0), np.inf)
+    slow = np.where(ok, m / np.where(ok, m - load, 1.0), 1.0)
+    waits = np.where(ok, _waits(terms.prefill[i, j], np.where(ok, m, np.inf)), 0.0)
     if settings.objective is not Objective.GOODPUT:
-        return np.where(ok, terms.weight[i, j] * np.where(ok, slow, 0.0), np.inf)
-    tpot = np.where(ok, slow, 0.0) * terms.alpha_ms / settings.slo_tpot_ms
-    ttft = np.where(ok, slow, 0.0) * terms.ttft_ms[i, j] / settings.slo_ttft_ms
+        value = terms.weight[i, j] * slow + terms.constant[i, j] + terms.wait[i, j] * waits * (1.0 + slow)
+        return np.where(ok, value, np.inf)
+    tpot = slow * terms.alpha_ms / settings.slo_tpot_ms
+    ttft = (terms.ttft_ms[i, j] + terms.wait_ms[i, j] * waits) / settings.slo_ttft_ms
     met = 1.0 / ((1.0 + tpot**4) * (1.0 + ttft**4))
     return np.where(ok, terms.requests[i, j] * (1.0 - met), np.inf)
 
 
+def prefill_waits(prefill: float, m: int) -> float:
+    """What a prompt waits for prefill begun before it, in units of Λ₂/2Λ₁: zero without any prefill."""
+    return float(_waits(np.array(prefill), np.array(float(m)))) if m > prefill else float("inf")
+
+
+def _waits(prefill: Floats, m: Floats) -> Floats:
+    """(P/m)^(√(2(m+1))-1)/(m-P), for m > P."""
+    with np.errstate(divide="ignore"):
+        share = np.log(prefill / m)
+    return np.asarray(np.exp(share * (np.sqrt(2.0 * m + 2.0) - 1.0)) / (m - prefill))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Amounts:
-    """Per bucket and second: load (workers), weight (requests), shares of requests, KV·ms, ms to first token."""
+    """Per bucket, a second: load (workers), K, C (requests), Λ₁, Λ₂, shares of requests, KV·ms, ms to first token.
+
+    `wait_unit` turns requests times ms of waiting per second into the unit of K and C.
+    """
 
     load: Floats
     weight: Floats
+    constant: Floats
+    wait_unit: float
+    prefill_ms: Floats
+    prefill_ms2: Floats
     requests: Floats
     kv_ms: Floats
     first_token_ms: Floats
@@ -187,12 +231,16 @@ class _Amounts:
         shares = steps * (total / total_steps) if total_steps > 0.0 else rate
         if settings.objective is Objective.NORMALIZED:
             mean_output = max(1.0, total_steps / total) if total > 0.0 else 1.0
-            weight = shares * cost.alpha_ms + settings.ttft_weight * first_ms / mean_output
+            weight, unit = shares * cost.alpha_ms, settings.ttft_weight / mean_output
         else:
-            weight = (steps * cost.alpha_ms + settings.ttft_weight * first_ms) / 1000.0
+            weight, unit = steps * cost.alpha_ms / 1000.0, settings.ttft_weight / 1000.0
         return cls(
             load=(decode_ms + rate * prefill_ms) / 1000.0,
             weight=weight,
+            constant=first_ms * unit,
+            wait_unit=unit,
+            prefill_ms=rate * prefill_ms,
+            prefill_ms2=rate * prefill_ms**2,
             requests=shares,
             kv_ms=context * cost.alpha_ms + first_ms * prompt / 2,
             first_token_ms=first_ms,

@@ -30,6 +30,8 @@ __all__ = (
     "steal_waiting",
 )
 
+_IDLE_PREFILL_SHARE = 0.125
+
 
 class StealFrom(StrEnum):
     """Which siblings a worker may steal waiting requests from: the dial between mean and tail."""
@@ -197,14 +199,18 @@ def ask(
     cost: StepCost,
     limits: StealLimits | None = None,
 ) -> Ask | None:
-    """Ask for running requests; None if something waits, or it drains, moves enough already or cools down."""
+    """Ask for running requests; None if something waits, or it drains, moves enough already or cools down.
+
+    Prefill pending that fills more than an eighth of a step counts as waiting: decodes would stand behind it.
+    """
     limits = limits or StealLimits()
     cooling = last_move_ms is not None and now_ms - last_move_ms < limits.cool_down_ms
     slots = (load.max_running or cost.max_num_seqs) - load.num_running - load.num_waiting_in_engine
     slots = min(slots, limits.max_moves - moves_in_flight)
     capacity = load.kv_capacity_tokens or cost.kv_capacity_tokens
     room = capacity - load.kv_used_tokens if capacity else 2**62
-    if num_waiting_anywhere or load.is_draining or cooling or slots < 1 or room < 1:
+    is_prefilling = load.pending_prefill_tokens > cost.max_batched_tokens * _IDLE_PREFILL_SHARE
+    if num_waiting_anywhere or is_prefilling or load.is_draining or cooling or slots < 1 or room < 1:
         return None
     return Ask(
         worker_id=load.worker_id,
@@ -218,17 +224,24 @@ def ask(
 def choose_victim(
     asker: WorkerLoad, siblings: Sequence[WorkerLoad], *, cost: StepCost, limits: StealLimits | None = None
 ) -> WorkerLoad | None:
-    """Whom to ask for running requests: the sibling with the longest decode step, if that is overloaded.
+    """Whom to ask for running requests: an overloaded sibling, the least busy asker that with the longest step.
 
-    Overloaded is a step `overload_ratio` times as long as the asker's with one request more. Ties by id.
+    Overloaded is a step `overload_ratio` times as long as the asker's with one request more. The k-th least busy
+    of all workers asks the k-th busiest of the overloaded ones (round again where these are fewer), so that
+    several idle workers do not all ask the same. Ties by id.
     """
     limits = limits or StealLimits()
     mean = asker.context_tokens / asker.num_running if asker.num_running else 0.0
     own_ms = decode_step_ms(asker.num_running + 1, asker.context_tokens + mean, cost=cost)
     able = [s for s in siblings if s.worker_id != asker.worker_id and s.num_running >= 2 and not s.is_draining]
-    steps = {s.worker_id: decode_step_ms(s.num_running, s.context_tokens, cost=cost) for s in able}
+    steps = {s.worker_id: decode_step_ms(s.num_running, s.context_tokens, cost=cost) for s in (asker, *siblings)}
     slow = [s for s in able if steps[s.worker_id] >= limits.overload_ratio * own_ms]
-    return min(slow, key=lambda s: (-steps[s.worker_id], s.worker_id), default=None)
+    if not slow:
+        return None
+    own = (steps[asker.worker_id], asker.worker_id)
+    rank = sum((steps[s.worker_id], s.worker_id) < own for s in siblings if not s.is_draining)
+    slow.sort(key=lambda s: (-steps[s.worker_id], s.worker_id))
+    return slow[rank % len(slow)]
 
 
 def bid(

@@ -125,9 +125,18 @@ class Cluster:
         self._wake(instance)
 
     def send(self, request: SimRequest, target: Instance) -> None:
-        """Move a released request to another engine, by KV transfer or by prefilling again."""
+        """Hand a released request over to another engine, by KV transfer or by prefilling again."""
         self.num_handovers += 1
         request.num_handovers += 1
+        self._transfer(request, target)
+
+    def steal(self, request: SimRequest, target: Instance) -> None:
+        """As `send`, for a running request that an idle engine has asked for."""
+        self.num_steals += 1
+        request.num_steals += 1
+        self._transfer(request, target)
+
+    def _transfer(self, request: SimRequest, target: Instance) -> None:
         if self.transfer.bandwidth_bytes_per_s is None:
             request.has_kv = False
             self.push(request, target)

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-import numpy as np
-
 from l4queue.errors import ConfigError
-from l4queue.models import Plan, WorkerLoad
-from l4queue.planner import Decision, PlannerSettings, Snapshot, plan
-from l4queue.policy import queue_order
-from l4queue.policy.handover import decide_handover
-from l4queue.policy.histogram import Buckets, Counts, counts_of, merge, with_backlog
+from l4queue.models import Plan
+from l4queue.planner import Decision, PlannerSettings, Snapshot, expected_demand, plan
+from l4queue.policy.handover import decide_handover, least_loaded
 from l4queue.policy.loads import StageLoad, stage_load
 from l4queue.policy.partition import PartitionProblem
 from l4queue.policy.prices import MovePrice
@@ -21,17 +16,27 @@ from l4queue.policy.refine import refine
 from l4queue.policy.route import route
 from l4queue.policy.steady_state import Objective, PartitionSettings
 from l4queue.policy.steal import StealLimits, steal_waiting
-from l4queue.sim.central import AGEING_TOKENS_PER_S, Pool, backlog_ms
+from l4queue.sim.central import Pool, backlog_ms
 from l4queue.sim.instance import Instance
 from l4queue.sim.policy import Policy
 from l4queue.sim.request import SimRequest
+from l4queue.sim.running import Move, RunningSteals
+from l4queue.sim.traffic import Traffic
+from l4queue.sim.views import load_of, score_of, worker_id
 
 __all__ = ("INGREDIENTS", "L4", "L4Options")
 
-INGREDIENTS = ("hand-over", "stealing", "refinement", "late-binding", "skew", "classes", "shadow")
-_MAX_TOKENS = 262_144
-_FIRST_GUESS_TOKENS = 256.0
-_SAMPLE = 3000
+INGREDIENTS = (
+    "hand-over",
+    "stealing",
+    "running-steals",
+    "refinement",
+    "late-binding",
+    "skew",
+    "skew-in-planner",
+    "classes",
+    "shadow",
+)
 _ALARM_GROWTH = 1.5
 
 
@@ -78,20 +83,11 @@ class L4(Policy):
         self._fixed = fixed
         self._prove = prove if "shadow" not in options.without else None
         self._scored_s: float | None = None
-        self.recent: deque[SimRequest] = deque(maxlen=_SAMPLE)
         self.plans: list[tuple[float, Plan]] = []
         self.end_s = 0.0
         self._has = {name: name not in options.without for name in INGREDIENTS}
-        self._buckets = Buckets.log_spaced(_MAX_TOKENS)
-        self._counts = Counts.zero(self._buckets)
-        self._prompts: list[int] = []
-        self._grown: list[tuple[int, int]] = []
-        self._seen: dict[SimRequest, int] = {}
-        self._outputs: deque[int] = deque(maxlen=_SAMPLE)
-        self._sorted_outputs = np.zeros(0)
-        self._planned_s = 0.0
+        self.traffic = Traffic(half_life_s=options.half_life_s)
         self._refined_s = 0.0
-        self._arrived = 0
 
     def attach(self, cluster) -> None:  # type: ignore[no-untyped-def] # as in the base
         """Begin with one stage for everybody."""
@@ -101,6 +97,9 @@ class L4(Policy):
             kv_bytes_per_token=cluster.transfer.kv_bytes_per_token,
         )
         self._price = price
+        knows_skew = self._has["skew-in-planner"]
+        self._planner_cost = cluster.cost if knows_skew else replace(cluster.cost, sigma_ms=0.0)
+        self._running = RunningSteals(cost=cluster.cost, price=price, limits=self.options.steal)
         self._settings = PlannerSettings(
             min_gain=self.options.min_gain,
             min_life_ms=round(self.options.min_life_s * 1000),
@@ -122,7 +121,7 @@ class L4(Policy):
 
     def on_arrival(self, request: SimRequest, now_s: float) -> None:
         """Route by the prompt's length."""
-        self._prompts.append(request.prompt_tokens)
+        self.traffic.arrived(request)
         stage = route(request.prompt_tokens, self.plan).stage
         request.stage = stage
         pool = self._pools[stage]
@@ -150,44 +149,47 @@ class L4(Policy):
     def on_finished(self, instance: Instance, requests: Sequence[SimRequest], now_s: float) -> None:
         """Learn from lengths that are known now."""
         self.end_s = now_s
-        for request in requests:
-            self._outputs.append(request.generated)
-            self.recent.append(request)
-            self._grown.append((self._seen.pop(request, request.prompt_tokens), request.length))
+        self.traffic.finished(requests)
+        self._running.forget(requests)
 
     def on_alarm(self, instance: Instance, request: SimRequest, now_s: float) -> None:
         """It has outgrown its stage: move it if that pays, else look again when it has grown much further."""
         if instance.stage + 1 >= len(self._pools):
             return
         length = instance.length_of(request)
-        others = self._pools[instance.stage + 1].instances
-        target = min(others, key=backlog_ms) if others else None
+        stage = max(instance.stage + 1, self.plan.stage_of(length))
+        others = {worker_id(i): i for i in self._pools[stage].instances}
+        there = least_loaded([load_of(i) for i in others.values()], cost=self.cluster.cost)
         decision = decide_handover(
             length,
             high_tokens=self.plan.stages[instance.stage].high_tokens,
-            expected_remaining_tokens=self._expected_remaining(length - request.prompt_tokens),
-            here=_load(instance),
-            there=None if target is None else _load(target),
+            expected_remaining_tokens=self.traffic.outputs.expected_remaining(length - request.prompt_tokens),
+            here=load_of(instance),
+            there=there,
             cost=self.cluster.cost,
             price=self._price,
         )
-        if decision.is_move and target is not None:
-            self.cluster.ask_back(request, instance, target)
+        if decision.is_move and there is not None:
+            self.cluster.ask_back(request, instance, Move(target=others[there.worker_id], is_steal=False))
         else:
             instance.watch(request, length_tokens=int(length * _ALARM_GROWTH) + 1)
 
     def on_removed(self, instance: Instance, request: SimRequest, tag: object, now_s: float) -> None:
         """Released: on to its new engine."""
-        assert isinstance(tag, Instance)
-        request.stage = tag.stage
+        assert isinstance(tag, Move)
+        request.stage = tag.target.stage
         request.watch_tokens = None
-        self.cluster.send(request, tag)
-        self._watch(tag, request)
+        send = self.cluster.steal if tag.is_steal else self.cluster.send
+        send(request, tag.target)
+        self._watch(tag.target, request)
 
     def _watch(self, instance: Instance, request: SimRequest) -> None:
+        """Look at it when it outgrows the range; one that was stolen beyond it, when it has grown much further."""
         high = self.plan.stages[instance.stage].high_tokens
         if self._has["hand-over"] and high is not None:
-            instance.watch(request, length_tokens=high)
+            length = instance.length_of(request)
+            was_beyond = length >= high and request in self._running.stolen
+            instance.watch(request, length_tokens=int(length * _ALARM_GROWTH) + 1 if was_beyond else high)
 
     # ---------------------------------------------------------------- stealing
 
@@ -201,12 +203,12 @@ class L4(Policy):
             return
         loads = self._stage_loads()
         decision = steal_waiting(
-            _load(thief),
+            load_of(thief),
             own=loads[thief.stage],
             siblings=loads,
             head_tokens={i: pool.head.length for i, pool in enumerate(self._pools) if len(pool)},
             max_requests=thief.cost.max_num_seqs - thief.num_requests,
-            expected_output_tokens=self._mean_output,
+            expected_output_tokens=self.traffic.outputs.mean_tokens,
             cost=self.cluster.cost,
             limits=self.options.steal,
         )
@@ -221,14 +223,25 @@ class L4(Policy):
             self.cluster.num_steals += 1
             self.cluster.push(request, thief)
 
+    def _steal_running(self, now_s: float) -> None:
+        """Engines with nothing to pull anywhere ask overloaded ones for requests that run."""
+        moves = self._running.moves(
+            self.cluster.instances,
+            num_waiting=self.num_queued,
+            now_s=now_s,
+            expected_remaining=self.traffic.outputs.expected_remaining,
+        )
+        for request, source, target in moves:
+            self.cluster.ask_back(request, source, Move(target=target, is_steal=True))
+
     def _stage_loads(self) -> list[StageLoad]:
         return [
             stage_load(
                 index,
-                [_load(instance) for instance in pool.instances],
+                [load_of(instance) for instance in pool.instances],
                 queued_requests=len(pool),
                 queued_tokens=pool.queued_tokens,
-                expected_output_tokens=self._mean_output,
+                expected_output_tokens=self.traffic.outputs.mean_tokens,
                 cost=self.cluster.cost,
             )
             for index, pool in enumerate(self._pools)
@@ -241,7 +254,7 @@ class L4(Policy):
         self.end_s = now_s
         if self._fixed is not None:
             pass
-        elif now_s - self._planned_s >= self.options.replan_s:
+        elif now_s - self.traffic.learned_s >= self.options.replan_s:
             self._replan(now_s)
         elif self._has["refinement"] and now_s - self._refined_s >= self.options.refine_s:
             self._refine(now_s)
@@ -249,21 +262,26 @@ class L4(Policy):
             pool.place(self.cluster.push)
             if len(pool) and self._has["stealing"]:
                 self._wake_thieves(stage)
+        if self._has["running-steals"]:
+            self._steal_running(now_s)
 
     def _replan(self, now_s: float) -> None:
-        self._learn(now_s)
-        snapshot = Snapshot(
-            now_ms=round(now_s * 1000),
-            plan=self.plan,
-            loads=tuple(_load(instance) for instance in self.cluster.instances),
-            demand=self._counts.demand(),
-            backlog=self._backlog(),
-            cost=self.cluster.cost,
-            buckets=self._buckets,
-        )
-        decision = self._decide(snapshot, now_s)
+        self.traffic.learn(self.cluster.instances, now_s)
+        decision = self._decide(self.snapshot(now_s), now_s)
         if decision.publish:
             self._adopt(decision.plan)
+
+    def snapshot(self, now_s: float) -> Snapshot:
+        """All that the planner may know now."""
+        return Snapshot(
+            now_ms=round(now_s * 1000),
+            plan=self.plan,
+            loads=tuple(load_of(instance) for instance in self.cluster.instances),
+            demand=self.traffic.counts.demand(),
+            backlog=self._backlog(),
+            cost=self._planner_cost,
+            buckets=self.traffic.buckets,
+        )
 
     def _decide(self, snapshot: Snapshot, now_s: float) -> Decision:
         """By the closed form; with shadow scoring, what it proposes is published only after a replay.
@@ -282,42 +300,23 @@ class L4(Policy):
 
     def _refine(self, now_s: float) -> None:
         self._refined_s = now_s
-        if len(self._pools) < 2 or self._counts.observed_s <= 0.0:
+        if len(self._pools) < 2 or self.traffic.counts.observed_s <= 0.0:
             return
-        demand = with_backlog(self._counts.demand(), self._backlog(), buckets=self._buckets)
         problem = PartitionProblem(
-            demand,
+            expected_demand(self.snapshot(now_s)),
             len(self.cluster.instances),
-            buckets=self._buckets,
-            cost=self.cluster.cost,
+            buckets=self.traffic.buckets,
+            cost=self._planner_cost,
             settings=self._settings.partition,
         )
         refined = refine(self.plan, problem).plan
         if refined is not None:
             self._adopt(refined)
 
-    def _learn(self, now_s: float) -> None:
-        """Fold what happened since the last round into the decayed counters."""
-        elapsed_s = now_s - self._planned_s
-        self._planned_s = now_s
-        for instance in self.cluster.instances:
-            for request, length in instance.decoding_lengths():
-                seen = self._seen.get(request, request.prompt_tokens)
-                if length > seen:
-                    self._grown.append((seen, length))
-                    self._seen[request] = length
-        buckets, grown = self._buckets, np.array(self._grown, dtype=np.float64).reshape(-1, 2)
-        arrived = counts_of(buckets, self._prompts, np.zeros(len(self._prompts)), observed_s=elapsed_s)
-        steps = counts_of(buckets, grown[:, 0], grown[:, 1] - grown[:, 0])
-        fresh = replace(arrived, decode_steps=steps.decode_steps, context_tokens=steps.context_tokens)
-        self._counts = merge(self._counts.decay(elapsed_s, half_life_s=self.options.half_life_s), fresh)
-        self._prompts, self._grown = [], []
-        self._sorted_outputs = np.sort(np.array(self._outputs, dtype=np.float64))
-
     def _backlog(self) -> tuple[tuple[int, int], ...]:
         found: dict[int, int] = {}
         for request in self._queued():
-            bucket = self._buckets.index(request.length)
+            bucket = self.traffic.buckets.index(request.length)
             found[bucket] = found.get(bucket, 0) + 1
         return tuple(sorted(found.items()))
 
@@ -329,13 +328,13 @@ class L4(Policy):
         waiting = list(self._queued()) if self.plans else []
         self.plan = new
         self.plans.append((self.end_s, new))
-        by_id = {_worker_id(instance): instance for instance in self.cluster.instances}
+        by_id = {worker_id(instance): instance for instance in self.cluster.instances}
         self._pools = []
         for index, stage in enumerate(new.stages):
             members = [by_id[worker_id] for worker_id in stage.worker_ids]
             for instance in members:
                 instance.stage = index
-            self._pools.append(Pool(members, score=_score))
+            self._pools.append(Pool(members, score=score_of))
         for request in waiting:
             request.stage = route(request.length, new).stage
             self._pools[request.stage].put(request)
@@ -343,20 +342,10 @@ class L4(Policy):
             for request, _ in list(instance.decoding_lengths()):
                 self._watch(instance, request)
 
-    @property
-    def _mean_output(self) -> float:
-        known = self._sorted_outputs
-        return float(known.mean()) if known.size else _FIRST_GUESS_TOKENS
-
-    def _expected_remaining(self, generated: int) -> float:
-        """Mean of what requests that got as far as this one went on to generate, tokens."""
-        longer = self._sorted_outputs[np.searchsorted(self._sorted_outputs, generated, side="right") :]
-        return float(longer.mean()) - generated if longer.size else 0.0
-
 
 def _with_ids(plan: Plan, instances: Sequence[Instance]) -> Plan:
     """The plan with engines assigned in order; one stage takes all."""
-    ids = [_worker_id(instance) for instance in instances]
+    ids = [worker_id(instance) for instance in instances]
     if len(plan.stages) == 1:
         return replace(plan, stages=(replace(plan.stages[0], num_workers=len(ids), worker_ids=tuple(ids)),))
     stages = []
@@ -364,26 +353,3 @@ def _with_ids(plan: Plan, instances: Sequence[Instance]) -> Plan:
         mine, ids = ids[: stage.num_workers], ids[stage.num_workers :]
         stages.append(replace(stage, worker_ids=tuple(mine)))
     return replace(plan, stages=tuple(stages))
-
-
-def _score(request: SimRequest) -> float:
-    return queue_order.score(
-        request.arrival_s * 1000.0, request.prompt_tokens, ageing_tokens_per_s=AGEING_TOKENS_PER_S
-    )
-
-
-def _worker_id(instance: Instance) -> str:
-    return f"{instance.index:04d}"
-
-
-def _load(instance: Instance) -> WorkerLoad:
-    return WorkerLoad(
-        worker_id=_worker_id(instance),
-        stage=instance.stage,
-        num_running=instance.num_running,
-        num_waiting_in_engine=instance.num_waiting,
-        context_tokens=instance.context_tokens,
-        kv_used_tokens=instance.kv_used_tokens,
-        kv_capacity_tokens=instance.cost.kv_capacity_tokens,
-        max_running=instance.cost.max_num_seqs,
-    )

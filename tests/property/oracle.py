@@ -64,20 +64,46 @@ def stage_objective(
     ):
         return math.inf
     flow = _inflow(demand, i, buckets) if settings.moves_requests else 0.0
+    wait_ms, per_request = _wait(demand, i, j, m, flow, buckets=buckets, cost=cost, settings=settings)
     if settings.objective is Objective.GOODPUT:
         arrivals, all_steps = sum(demand.arrivals_per_s), sum(demand.decode_steps_per_s)
         requests = steps * arrivals / all_steps
         rate = sum(demand.arrivals_per_s[i:j])
         tpot = slow * cost.alpha_ms / settings.slo_tpot_ms
-        ttft = slow * (first_ms / rate if rate > 0 else 0.0) / settings.slo_ttft_ms
+        ttft = ((first_ms / rate if rate > 0 else 0.0) + per_request) / settings.slo_ttft_ms
         return requests * (1 - 1 / (1 + tpot**4) / (1 + ttft**4))
     if settings.objective is Objective.NORMALIZED:
         arrivals, all_steps = sum(demand.arrivals_per_s), sum(demand.decode_steps_per_s)
         shares = steps * arrivals / all_steps
         mean_output = max(1.0, all_steps / arrivals)
-        return slow * (shares * cost.alpha_ms + settings.ttft_weight * first_ms / mean_output)
+        late = settings.ttft_weight * (first_ms + wait_ms * (1 + slow)) / mean_output
+        return slow * shares * cost.alpha_ms + late
     delay = settings.move_price.delay_ms(buckets.edges[i], cost)
-    return slow * (steps * cost.alpha_ms + settings.ttft_weight * first_ms + flow * delay) / 1000.0
+    late = settings.ttft_weight * (first_ms + wait_ms * (1 + slow))
+    return (slow * steps * cost.alpha_ms + late + flow * delay) / 1000.0
+
+
+def _wait(
+    demand: Demand,
+    i: int,
+    j: int,
+    m: int,
+    flow: float,
+    *,
+    buckets: Buckets,
+    cost: StepCost,
+    settings: PartitionSettings,
+) -> tuple[float, float]:
+    """Wait for prefill by Sakasegawa's form of M/G/m: of all that enter the range a second, and of one, ms."""
+    pieces = [(_rate(demand, b), _prefill_ms(demand, b, cost, settings)) for b in range(i, j)]
+    pieces.append((flow, settings.move_price.work_ms(buckets.edges[i], cost)))
+    first = sum(rate * w for rate, w in pieces)
+    if first <= 0:
+        return 0.0, 0.0
+    busy = first / 1000.0 / m
+    queue = busy ** (math.sqrt(2 * (m + 1)) - 1) / (m * (1 - busy))
+    one = sum(rate * w * w for rate, w in pieces) / (2 * first) * queue
+    return sum(rate for rate, _ in pieces) * one, one
 
 
 def _load(

@@ -25,7 +25,7 @@ def traffic(name: str, *, num_requests: int, rate_rps: float, seed: int = 1) -> 
     return trace.scaled(rate_rps / trace.rate_rps)
 
 
-@pytest.mark.parametrize("without", [(), *((name,) for name in INGREDIENTS), ("hand-over", "stealing")])
+@pytest.mark.parametrize("without", [(), *((name,) for name in INGREDIENTS), ("running-steals", "stealing")])
 @pytest.mark.parametrize("bandwidth", [None, 50e9])
 def test_every_request_ends_whole_whatever_is_switched_off(
     without: tuple[str, ...], bandwidth: float | None
@@ -54,8 +54,10 @@ def test_every_request_ends_whole_whatever_is_switched_off(
     assert all(r.arrival_s <= r.first_token_s <= r.finish_s for r in requests)  # type: ignore[operator]
     if "hand-over" in without:
         assert cluster.num_handovers == 0
-    if "stealing" in without:
+    if {"stealing", "running-steals"} <= set(without):
         assert cluster.num_steals == 0
+    elif "stealing" in without:
+        assert sum(request.num_steals for request in requests) == cluster.num_steals > 0
 
 
 def test_classes_pay_on_a_long_tailed_mix() -> None:
@@ -89,6 +91,46 @@ def test_the_same_seed_gives_the_same_figures() -> None:
     again = run_policy(make_policy("l4", trace=trace, setting=setting), trace, setting).result
 
     assert first == again
+
+
+def test_an_idle_engine_takes_running_requests_of_an_overloaded_one() -> None:
+    """Thirty long decodes on one of two engines, nothing waits: the other asks, the mean falls by a tenth."""
+    stages = (
+        StagePlan(low_tokens=0, high_tokens=4096, num_workers=1),
+        StagePlan(low_tokens=4096, high_tokens=None, num_workers=1),
+    )
+    trace = Trace(
+        name="all long",
+        arrival_s=np.zeros(30),
+        input_tokens=np.full(30, 8000),
+        output_tokens=np.full(30, 1000),
+    )
+    setting = Setting(cost=COST, num_instances=2, transfer=Transfer(bandwidth_bytes_per_s=50e9))
+    found = []
+    for without in (frozenset[str](), frozenset({"running-steals"})):
+        policy = L4(L4Options(without=without | {"stealing"}), fixed=Plan(version=1, stages=stages))
+        found.append(run_policy(policy, trace, setting).result)
+
+    assert found[0].num_steals > 0 == found[1].num_steals
+    assert found[0].mean_e2e_s < 0.9 * found[1].mean_e2e_s
+
+
+def test_the_planner_may_ignore_a_skew_that_the_engine_has() -> None:
+    """Without `skew-in-planner` the plan is made for σ = 0; the engine's steps keep the term."""
+    policy = make_policy(
+        "l4",
+        trace=traffic("mixed", num_requests=10, rate_rps=1.0),
+        setting=Setting(cost=COST, num_instances=2),
+        options=L4Options(without=frozenset({"skew-in-planner"})),
+    )
+    cluster = Cluster([], cost=COST, num_instances=2, policy=policy, rng=np.random.default_rng(0))
+
+    policy.attach(cluster)
+
+    assert isinstance(policy, L4)
+    assert COST.sigma_ms > 0.0
+    assert policy.snapshot(0.0).cost.sigma_ms == 0.0
+    assert cluster.instances[0].cost.sigma_ms == COST.sigma_ms
 
 
 def test_a_replay_refuses_a_plan_that_starves_the_long() -> None:

@@ -1,0 +1,62 @@
+"""What simulated L4 has learned of its traffic: decayed counters, the latest outputs, the latest finished."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from l4queue.policy.histogram import Buckets, Counts, counts_of, merge
+from l4queue.policy.outputs import OutputLengths
+from l4queue.sim.instance import Instance
+from l4queue.sim.request import SimRequest
+
+__all__ = ("Traffic",)
+
+_MAX_TOKENS = 262_144
+_SAMPLE = 3000
+
+
+class Traffic:
+    """Counters as the live system keeps them. Nothing in here looks at the output length of what still runs."""
+
+    def __init__(self, *, half_life_s: float) -> None:
+        self.buckets = Buckets.log_spaced(_MAX_TOKENS)
+        self.counts = Counts.zero(self.buckets)
+        self.recent: deque[SimRequest] = deque(maxlen=_SAMPLE)
+        self.learned_s = 0.0
+        self._half_life_s = half_life_s
+        self._prompts: list[int] = []
+        self._grown: list[tuple[int, int]] = []
+        self._seen: dict[SimRequest, int] = {}
+        self.outputs = OutputLengths(size=_SAMPLE)
+
+    def arrived(self, request: SimRequest) -> None:
+        """Count a prompt."""
+        self._prompts.append(request.prompt_tokens)
+
+    def finished(self, requests: Sequence[SimRequest]) -> None:
+        """Lengths that are known now."""
+        self.outputs.add(request.generated for request in requests)
+        for request in requests:
+            self.recent.append(request)
+            self._grown.append((self._seen.pop(request, request.prompt_tokens), request.length))
+
+    def learn(self, instances: Sequence[Instance], now_s: float) -> None:
+        """Fold what happened since the last round into the decayed counters."""
+        elapsed_s = now_s - self.learned_s
+        self.learned_s = now_s
+        for instance in instances:
+            for request, length in instance.decoding_lengths():
+                seen = self._seen.get(request, request.prompt_tokens)
+                if length > seen:
+                    self._grown.append((seen, length))
+                    self._seen[request] = length
+        buckets, grown = self.buckets, np.array(self._grown, dtype=np.float64).reshape(-1, 2)
+        arrived = counts_of(buckets, self._prompts, np.zeros(len(self._prompts)), observed_s=elapsed_s)
+        steps = counts_of(buckets, grown[:, 0], grown[:, 1] - grown[:, 0])
+        fresh = replace(arrived, decode_steps=steps.decode_steps, context_tokens=steps.context_tokens)
+        self.counts = merge(self.counts.decay(elapsed_s, half_life_s=self._half_life_s), fresh)
+        self._prompts, self._grown = [], []

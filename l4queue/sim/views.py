@@ -1,0 +1,38 @@
+"""What the live system's policy functions are shown of simulated engines and requests."""
+
+from __future__ import annotations
+
+from l4queue.models import WorkerLoad
+from l4queue.policy import queue_order
+from l4queue.sim.central import AGEING_TOKENS_PER_S
+from l4queue.sim.instance import Instance
+from l4queue.sim.request import SimRequest
+
+__all__ = ("load_of", "score_of", "worker_id")
+
+
+def worker_id(instance: Instance) -> str:
+    """Name of an engine in plans; names sort as the engines do."""
+    return f"{instance.index:04d}"
+
+
+def load_of(instance: Instance) -> WorkerLoad:
+    """The load that the engine's worker would publish."""
+    return WorkerLoad(
+        worker_id=worker_id(instance),
+        stage=instance.stage,
+        num_running=instance.num_running,
+        num_waiting_in_engine=instance.num_waiting,
+        context_tokens=instance.context_tokens,
+        pending_prefill_tokens=instance.pending_tokens,
+        kv_used_tokens=instance.kv_used_tokens,
+        kv_capacity_tokens=instance.cost.kv_capacity_tokens,
+        max_running=instance.cost.max_num_seqs,
+    )
+
+
+def score_of(request: SimRequest) -> float:
+    """Place of a request in its stage's queue."""
+    return queue_order.score(
+        request.arrival_s * 1000.0, request.prompt_tokens, ageing_tokens_per_s=AGEING_TOKENS_PER_S
+    )
