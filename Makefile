@@ -20,7 +20,7 @@ RUNTIME = $(VENV)/.installed-$(ENGINE)
 DEV = $(VENV)/.installed-dev-$(ENGINE)
 CODE := l4queue dispatcher workers tests bench docs
 
-.PHONY: help demo up install dev system test test-fast chaos lint format docs lock clean
+.PHONY: help demo up install dev system test test-fast test-compose chaos lint format docs lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +43,9 @@ test-fast: $(DEV) ## tests that need no service, no engine and no browser
 
 chaos: $(DEV) system ## processes that die around every script, for long: make chaos ARGS='--seed 7 --duration 3600'
 	$(BIN)/python -m tests.chaos $(ARGS)
+
+test-compose: $(DEV) ## docker-compose.yml in a real daemon: scaled, crashed, taken down; ARGS='emulated --keep'
+	$(BIN)/python -m tests.compose.run $(ARGS)
 
 lint: $(DEV) ## style, types, import contracts, sizes, generated docs
 	$(BIN)/ruff check $(wildcard $(CODE))
