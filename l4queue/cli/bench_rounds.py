@@ -61,7 +61,11 @@ class Round:
 
 @dataclass(kw_only=True)
 class Rounds:
-    """Drives a deployment that is running. `warmup_s` of the arrivals are served but not counted."""
+    """Drives a deployment that is running. `warmup_s` of the arrivals are served but not counted.
+
+    Arrivals and lengths are the same in every run, the tokens of the prompts never are: what one run left in the
+    engines' prefix caches must not make the next one faster.
+    """
 
     client: AsyncClient
     settings: Settings
@@ -72,6 +76,7 @@ class Rounds:
     on_progress: Callable[[int], None] = lambda _: None
     _l4: tuple[StagePlan, ...] | None = field(default=None, init=False)
     _door: AsyncDoor | None = field(default=None, init=False)
+    _num_runs: int = field(default=0, init=False)
 
     async def run(self, policies: Sequence[str], *, number: int) -> AsyncIterator[Round]:
         """One round: every policy once, in an order that turns by one from round to round."""
@@ -88,7 +93,9 @@ class Rounds:
         before = await self.client.overview()
         async with self._sampling() as samples:
             handles, late_s = await self._send()
-            for done, _ in enumerate([h async for h in self.client.as_completed(handles)], 1):
+            done = 0
+            async for _ in self.client.as_completed(handles):
+                done += 1
                 self.on_progress(done)
         after = await self.client.overview()
         if policy == Routing.L4:
@@ -116,7 +123,8 @@ class Rounds:
 
     async def _send(self) -> tuple[list[AsyncHandle], float]:
         """Open loop: each request leaves at its time, whatever became of the others."""
-        rng = np.random.default_rng([self.seed, 1])
+        self._num_runs += 1
+        rng = np.random.default_rng([self.seed, self._num_runs])
         lengths = self.trace.input_tokens
         prompts = [rng.integers(10, self.vocabulary, int(n)).tolist() for n in lengths]
         start_s, late_s = time.monotonic(), 0.0
