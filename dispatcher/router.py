@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -51,8 +52,13 @@ class Router:
         """Route by this plan from now on."""
         self.plan, self._loads = plan, None
 
-    def see(self, overview: Overview) -> None:
-        """Take in what the workers have to do now."""
+    @property
+    def wants_fresh_loads(self) -> bool:
+        """Whether it has to look before every round: a router knows at any time what it has not got back."""
+        return self.plan.routing in PUSHING
+
+    def see(self, overview: Overview, *, held: Mapping[str, int] | None = None) -> None:
+        """Take in what the workers have to do now; `held` has the requests that each incarnation runs by now."""
         cost, counts = cost_in_force(overview, self._settings), overview.counts
         done = counts.get("done", 0)
         expected = counts.get("output_tokens", 0) / done if done else _FIRST_GUESS_TOKENS
@@ -62,9 +68,10 @@ class Router:
         for load in overview.workers:
             if not load.is_draining:
                 queue = overview.queues.get(personal_stage(load.worker_id))
+                num_running = (held or {}).get(load.incarnation, load.num_running)
                 self._workers[load.worker_id] = Outstanding(
                     worker_id=load.worker_id,
-                    num_requests=load.num_running + (queue.num_requests if queue else 0),
+                    num_requests=num_running + (queue.num_requests if queue else 0),
                     tokens=load.context_tokens + (queue.tokens if queue else 0),
                 )
 

@@ -210,6 +210,10 @@ class Reads:
         """Waiting requests of one stage."""
         return Call(None, (), ("ZCARD", self.keys.queue(stage)), int)
 
+    def num_held(self, incarnation: str) -> Call[int]:
+        """Requests that a worker incarnation runs at this very moment; its published load is older."""
+        return Call(None, (), ("SCARD", self.keys.held(incarnation)), int)
+
     def queue_ids(self, stage: str, *, limit: int) -> Call[list[str]]:
         """The first waiting ids of a stage, in serving order."""
         args = ("ZRANGE", self.keys.queue(stage), 0, limit - 1)

@@ -165,3 +165,23 @@ async def test_two_pools_split_by_prompt_length(pipeline: Pipeline) -> None:
     await _publish_routing(pipeline, Routing.TWO_POOL, *_stages((0, 40, ("w0",)), (40, None, ("w1",))))
     handles = [(n, await pipeline.client.enqueue("b" * n, max_tokens=2)) for n in (5, 60, 39, 40, 5)]
     assert [(await h.result(timeout=10)).worker for n, h in handles] == ["w0", "w1", "w0", "w1", "w0"]
+
+
+async def test_the_least_loaded_is_so_by_what_it_runs_now(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sent one by one, each taken at once: no worker gets two more than the other, whatever it told last."""
+    monkeypatch.setattr("dispatcher.service._LOOK_S", 0.0)  # published loads would be seen afresh each time
+    for name in ("w0", "w1"):
+        pipeline.start(name, speed=1.0, cost=CROWDED)
+    await until(lambda: true(all(w.state.outlook.others() for w, _ in pipeline.workers.values())))
+    await _publish_routing(pipeline, Routing.LEAST_LOADED, *_stages((0, None, ("w0", "w1"))))
+    for index in range(1, 9):
+        await pipeline.client.enqueue("a", max_tokens=1900, ignore_eos=True)
+
+        async def all_run(number: int = index) -> bool:
+            return sum(len(worker.active()) for worker, _ in pipeline.workers.values()) == number
+
+        await until(all_run)
+        numbers = sorted(len(worker.active()) for worker, _ in pipeline.workers.values())
+        assert numbers[1] - numbers[0] <= 1
