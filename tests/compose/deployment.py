@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import secrets
 import time
+from base64 import b64encode
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
-from urllib.request import HTTPBasicAuthHandler, HTTPPasswordMgrWithDefaultRealm, Request, build_opener, urlopen
+from urllib.request import Request, urlopen
 
 from l4queue.cli.embedded import free_port
 from l4queue.config import Settings
@@ -147,11 +148,12 @@ class Deployment:
     def flower(self, path: str, *, password: str | None = None) -> tuple[int, str]:
         """Status and body of a page of Flower."""
         url = f"http://127.0.0.1:{self.flower_port}{path}"
-        manager = HTTPPasswordMgrWithDefaultRealm()
-        manager.add_password(None, url, "operator", password or "")
-        opener = build_opener(HTTPBasicAuthHandler(manager)).open if password is not None else urlopen
+        request = Request(url)
+        if password is not None:
+            login = b64encode(f"operator:{password}".encode()).decode()
+            request.add_header("Authorization", f"Basic {login}")
         try:
-            with opener(Request(url), timeout=20) as reply:
+            with urlopen(request, timeout=20) as reply:
                 return reply.status, reply.read().decode()
         except HTTPError as error:
             return error.code, ""
