@@ -62,6 +62,7 @@ format: $(DEV) ## let ruff rewrite what it can
 
 docs: $(RUNTIME) ## write the generated pages of docs/
 	$(BIN)/python docs/generate_settings.py
+	$(BIN)/python docker/env_example.py
 	$(BIN)/python docs/generate_states.py
 
 # What the tests use beside Python: Redis and a browser. On Debian as root it is installed.
