@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -70,11 +70,16 @@ class PartitionProblem:
         self.buckets = buckets
         self.cost = cost
         self.settings = settings
-        self.demand_scale = _servable_share(demand, num_workers, buckets=buckets, cost=cost, settings=settings)
-        self.demand = demand.scaled(self.demand_scale) if self.demand_scale < 1.0 else demand
+        self.demand = demand
         self.terms: RangeTerms = range_terms(
-            self.demand, buckets=buckets, cost=cost, settings=settings, num_workers=num_workers
+            demand, buckets=buckets, cost=cost, settings=settings, num_workers=num_workers
         )
+        self.demand_scale = _servable_share(self.terms, num_workers, cost=cost, settings=settings)
+        if self.demand_scale < 1.0:
+            self.demand = demand.scaled(self.demand_scale)
+            self.terms = range_terms(
+                self.demand, buckets=buckets, cost=cost, settings=settings, num_workers=num_workers
+            )
         self.one_stage_objective = self.objective((0, len(buckets)), (num_workers,))
 
     def candidates(self, *, method: str = "auto") -> tuple[Partition, ...]:
@@ -117,7 +122,7 @@ class PartitionProblem:
         """Objective of neighbouring stages given by bucket numbers; infinite where a bound is not kept."""
         i, j = np.array(bounds[:-1]), np.array(bounds[1:])
         return float(
-            stage_cost(self.terms, i, j, np.array(workers, dtype=np.float64), settings=self.settings).sum()
+            stage_cost(self.terms.of(i, j), np.array(workers, dtype=np.float64), settings=self.settings).sum()
         )
 
     def strain(self, bounds: Sequence[int], workers: Sequence[int]) -> float:
@@ -164,11 +169,13 @@ def partition(
     )
 
 
-def _servable_share(
-    demand: Demand, num_workers: int, *, buckets: Buckets, cost: StepCost, settings: PartitionSettings
-) -> float:
+def _servable_share(terms: RangeTerms, num_workers: int, *, cost: StepCost, settings: PartitionSettings) -> float:
     """Largest share of the demand that one stage serves at `OVERLOAD_RHO` and within its other bounds."""
-    plain = replace(settings, max_rho=min(settings.max_rho, OVERLOAD_RHO), moves_requests=False)
-    terms = range_terms(demand, buckets=buckets, cost=cost, settings=plain, num_workers=num_workers)
-    least = float(terms.least[0, -1])
+    load, steps, kv_ms = (float(m[0, -1]) for m in (terms.load, terms.step_rate, terms.kv_ms))
+    capacity = cost.kv_capacity_tokens * (1.0 - settings.kv_margin)
+    least = load / min(settings.max_rho, OVERLOAD_RHO)
+    if capacity > 0.0:
+        least = max(least, load + kv_ms / 1000.0 / capacity)
+    if cost.max_num_seqs > 0:
+        least = max(least, load + steps * cost.alpha_ms / 1000.0 / cost.max_num_seqs)
     return 1.0 if least <= num_workers else num_workers / least * (1.0 - 1e-9)

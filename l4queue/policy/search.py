@@ -72,9 +72,8 @@ def best_splits(
 
 def _one_stage(terms: RangeTerms, num_workers: int, *, settings: PartitionSettings) -> Split:
     b = terms.num_buckets
-    cost = stage_cost(
-        terms, np.array([0]), np.array([b]), np.array([num_workers], dtype=np.float64), settings=settings
-    )
+    whole = terms.of(np.array([0]), np.array([b]))
+    cost = stage_cost(whole, np.array([num_workers], dtype=np.float64), settings=settings)
     return Split(bounds=(0, b), workers=(num_workers,), cost=float(cost[0]))
 
 
@@ -87,7 +86,7 @@ def _dense(terms: RangeTerms, num_workers: int, kmax: int, *, settings: Partitio
     g = np.full((m + 1, b + 1, b + 1), np.inf)
     i, j = np.triu_indices(b + 1, 1)
     counts = np.arange(m + 1, dtype=np.float64)[:, None]
-    g[:, i, j] = stage_cost(terms, i[None, :], j[None, :], counts, settings=settings)
+    g[:, i, j] = stage_cost(terms.of(i[None, :], j[None, :]), counts, settings=settings)
     levels = [np.ascontiguousarray(g[:, 0, :].T)]  # f_1[j][m]
     splits: list[Split] = []
     for k in range(2, kmax + 1):
@@ -137,19 +136,24 @@ class _Pruned:
     """The search with a price per worker; holds the arrays that its steps share."""
 
     def __init__(self, terms: RangeTerms, num_workers: int, kmax: int, *, settings: PartitionSettings) -> None:
-        self.terms, self.m, self.kmax, self.settings = terms, num_workers, kmax, settings
+        self.m, self.kmax, self.settings = num_workers, kmax, settings
         self.b = terms.num_buckets
         self.i, self.j = np.triu_indices(self.b + 1, 1)
-        load, least = terms.load[self.i, self.j], terms.least[self.i, self.j]
+        self.whole = (terms.weight[0, -1] or terms.requests[0, -1], terms.load[0, -1])
+        self.terms = terms = terms.of(self.i, self.j)
+        self.known: dict[float, tuple[Floats, Floats]] = {}
+        load, least = terms.load, terms.least
         lowest = np.maximum(1.0, np.ceil(least * (1.0 - 1e-12)))
         self.lowest = np.where(lowest > load, lowest, np.floor(load) + 1.0)
         self.load = load
-        self.root = np.sqrt(terms.weight[self.i, self.j] * load)
+        self.root = np.sqrt(terms.weight * load)
         self.is_open = self.lowest <= num_workers
+        self.waits = terms.wait > 0.0
         self.table: Floats | None = None
         if settings.objective is Objective.GOODPUT:
             counts = np.arange(num_workers + 1, dtype=np.float64)[None, :]
-            self.table = stage_cost(terms, self.i[:, None], self.j[:, None], counts, settings=settings)
+            everything = np.arange(len(self.i))[:, None]
+            self.table = stage_cost(terms.of(everything), counts, settings=settings)
 
     def splits(self) -> list[Split]:
         return [self._split(k) for k in range(2, self.kmax + 1)]
@@ -161,7 +165,7 @@ class _Pruned:
         return self._exact(k, price, best)
 
     def _cost(self, pairs: Ints, m: Floats) -> Floats:
-        return stage_cost(self.terms, self.i[pairs], self.j[pairs], m, settings=self.settings)
+        return stage_cost(self.terms.of(pairs), m, settings=self.settings)
 
     def _priced(self, price: float) -> tuple[Floats, Floats]:
         """min over m of g + price·m for each range, and the m that gives it; infinite where none fits."""
@@ -170,14 +174,13 @@ class _Pruned:
             at = total.argmin(axis=1)
             return total[np.arange(len(at)), at], at.astype(np.float64)
         ideal = np.clip(self.load + self.root / np.sqrt(price), self.lowest, self.m)
-        everything = np.arange(len(self.i))
         low, high = np.maximum(np.floor(ideal), self.lowest), np.minimum(np.ceil(ideal), self.m)
-        low_cost = self._cost(everything, low) + price * low
-        high_cost = self._cost(everything, high) + price * high
+        low_cost = stage_cost(self.terms, low, settings=self.settings) + price * low
+        high_cost = stage_cost(self.terms, high, settings=self.settings) + price * high
         take_low = low_cost <= high_cost
         total, at = np.where(take_low, low_cost, high_cost), np.where(take_low, low, high)
         # `ideal` leaves out the wait for prefill, which only asks for more: the sum is convex, so climb from there
-        climbing = np.flatnonzero(self.is_open & (self.terms.wait[self.i, self.j] > 0.0) & (at < self.m))
+        climbing = np.flatnonzero(self.is_open & self.waits & ((low == high) | ~take_low) & (at < self.m))
         while climbing.size:
             more = self._cost(climbing, at[climbing] + 1.0) + price * (at[climbing] + 1.0)
             better = more < total[climbing]
@@ -186,6 +189,18 @@ class _Pruned:
             total[climbing] = more
             climbing = climbing[at[climbing] < self.m]
         return np.where(self.is_open, total, np.inf), at
+
+    def _best_at(self, price: float) -> tuple[Floats, Floats]:
+        """Least priced cost as a matrix, and the workers that give it by pair; kept, for each k begins alike."""
+        if price not in self.known:
+            cost, at = self._priced(price)
+            self.known[price] = (self._matrix(cost), at)
+        return self.known[price]
+
+    def _pairs(self, bounds: tuple[int, ...]) -> Ints:
+        """Numbers of the ranges between neighbouring bounds."""
+        size = self.b + 1
+        return np.array([i * size - i * (i + 1) // 2 + j - i - 1 for i, j in itertools.pairwise(bounds)])
 
     def _matrix(self, values: Floats) -> Floats:
         full = np.full((self.b + 1, self.b + 1), np.inf)
@@ -222,13 +237,12 @@ class _Pruned:
         tried: set[tuple[int, ...]] = set()
         for _ in range(16):
             price = float(np.sqrt(low * high))
-            cost, at = self._priced(price)
-            h = self._matrix(cost)
+            h, at = self._best_at(price)
             rows = self._forward(h, k)
             if not np.isfinite(rows[k][self.b]):
                 return price, None
             bounds = _walk_back(rows, h, k, self.b)
-            asked = self._matrix(at)[list(bounds[:-1]), list(bounds[1:])]
+            asked = at[self._pairs(bounds)]
             if bounds not in tried:
                 tried.add(bounds)
                 plan = self._repaired(bounds, asked)
@@ -241,15 +255,13 @@ class _Pruned:
         return float(np.sqrt(low * high)), best
 
     def _first_price(self) -> float:
-        load = float(self.terms.load[0, self.b])
-        weight = float(self.terms.weight[0, self.b]) or float(self.terms.requests[0, self.b])
+        weight, load = (float(x) for x in self.whole)
         spare = max(self.m - load, 0.5)
         return max(weight * max(load, 1e-3) / spare**2, 1e-12)
 
     def _repaired(self, bounds: tuple[int, ...], asked: Floats) -> Split | None:
         """Worker counts made to sum up: in proportion first, then one at a time, then by swaps that help."""
-        size = self.b + 1
-        pairs = np.array([i * size - i * (i + 1) // 2 + j - i - 1 for i, j in itertools.pairwise(bounds)])
+        pairs = self._pairs(bounds)
         lowest = self.lowest[pairs]
         spare = self.m - float(lowest.sum())
         if spare < 0:
@@ -304,7 +316,7 @@ class _Pruned:
         m = np.arange(1, self.m + 1, dtype=np.float64)
         rows: list[tuple[Ints, Ints, Floats]] = []
         for part in np.array_split(np.arange(len(pairs)), max(1, len(pairs) // 512)):
-            cost = self._cost(pairs[part][:, None], np.broadcast_to(m, (len(part), self.m)))
+            cost = self._cost(pairs[part][:, None], m[None, :])
             row, column = np.nonzero(cost + price * m <= slack[part][:, None])
             rows.append((part[row], column + 1, cost[row, column]))
         row = np.concatenate([r[0] for r in rows])

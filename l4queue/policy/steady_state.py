@@ -25,8 +25,9 @@ docs/simulator.md has the error of this form against the simulation.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
+from math import inf
 from typing import TypeAlias
 
 import numpy as np
@@ -40,6 +41,7 @@ from l4queue.policy.prices import MovePrice
 __all__ = ("Objective", "PartitionSettings", "RangeTerms", "prefill_waits", "range_terms", "stage_cost")
 
 Floats: TypeAlias = npt.NDArray[np.float64]
+Ints: TypeAlias = npt.NDArray[np.intp]
 
 
 class Objective(StrEnum):
@@ -111,11 +113,22 @@ class RangeTerms:
     step_rate: Floats
     kv_ms: Floats
     alpha_ms: float
+    #: whole workers that keep the bounds, and log P: derived, kept because every evaluation needs them
+    fewest: Floats
+    log_prefill: Floats
+
+    def of(self, *index: Ints) -> RangeTerms:
+        """The terms of some ranges, in the shape of the indices: i and j, or places among those picked before."""
+        picked = {name: getattr(self, name)[index] for name in _MATRICES}
+        return RangeTerms(alpha_ms=self.alpha_ms, **picked)
 
     @property
     def num_buckets(self) -> int:
         """Number of buckets."""
         return len(self.load) - 1
+
+
+_MATRICES = tuple(f.name for f in fields(RangeTerms) if f.name != "alpha_ms")
 
 
 def range_terms(
@@ -165,40 +178,43 @@ def range_terms(
         step_rate=steps,
         kv_ms=kv_ms,
         alpha_ms=cost.alpha_ms,
+        fewest=np.maximum(1.0, least * (1.0 - 1e-12)),
+        log_prefill=_log(first / 1000.0),
     )
 
 
-def stage_cost(
-    terms: RangeTerms, i: npt.NDArray[np.intp], j: npt.NDArray[np.intp], m: Floats, *, settings: PartitionSettings
-) -> Floats:
-    """Objective of stages over the ranges [i, j) with m workers; infinite where a bound is not kept.
+def stage_cost(terms: RangeTerms, m: Floats, *, settings: PartitionSettings) -> Floats:
+    """Objective of stages over the ranges of `terms` with m workers; infinite where a bound is not kept.
 
     `goodput` counts misses: a latency with mean x meets a limit with probability 1/(1 + (x/limit)⁴), the
     log-logistic law; both limits must be met. An empty range costs nothing with one worker or more.
     """
-    load, least = terms.load[i, j], terms.least[i, j]
-    ok = (m >= 1.0) & (m >= least * (1.0 - 1e-12)) & (m > load)
-    slow = np.where(ok, m / np.where(ok, m - load, 1.0), 1.0)
-    waits = np.where(ok, _waits(terms.prefill[i, j], np.where(ok, m, np.inf)), 0.0)
+    ok = (m >= terms.fewest) & (m > terms.load)
+    slow = m / np.maximum(m - np.where(ok, terms.load, 0.0), 1e-9)
+    rest = np.maximum(m - np.where(ok, terms.prefill, 0.0), 1e-9)
+    waits = _waits(terms.log_prefill, m, rest)
     if settings.objective is not Objective.GOODPUT:
-        value = terms.weight[i, j] * slow + terms.constant[i, j] + terms.wait[i, j] * waits * (1.0 + slow)
+        value = terms.weight * slow + terms.constant + terms.wait * waits * (1.0 + slow)
         return np.where(ok, value, np.inf)
     tpot = slow * terms.alpha_ms / settings.slo_tpot_ms
-    ttft = (terms.ttft_ms[i, j] + terms.wait_ms[i, j] * waits) / settings.slo_ttft_ms
+    ttft = (terms.ttft_ms + terms.wait_ms * waits) / settings.slo_ttft_ms
     met = 1.0 / ((1.0 + tpot**4) * (1.0 + ttft**4))
-    return np.where(ok, terms.requests[i, j] * (1.0 - met), np.inf)
+    return np.where(ok, terms.requests * (1.0 - met), np.inf)
 
 
 def prefill_waits(prefill: float, m: int) -> float:
     """What a prompt waits for prefill begun before it, in units of Λ₂/2Λ₁: zero without any prefill."""
-    return float(_waits(np.array(prefill), np.array(float(m)))) if m > prefill else float("inf")
+    if prefill <= 0.0:
+        return 0.0
+    return (
+        float(_waits(np.log([prefill]), np.array([float(m)]), np.array([m - prefill]))[0]) if m > prefill else inf
+    )
 
 
-def _waits(prefill: Floats, m: Floats) -> Floats:
-    """(P/m)^(√(2(m+1))-1)/(m-P), for m > P."""
-    with np.errstate(divide="ignore"):
-        share = np.log(prefill / m)
-    return np.asarray(np.exp(share * (np.sqrt(2.0 * m + 2.0) - 1.0)) / (m - prefill))
+def _waits(log_prefill: Floats, m: Floats, rest: Floats) -> Floats:
+    """(P/m)^(√(2(m+1))-1)/(m-P), of log P and m - P > 0; at most 1/(m-P), also where no such m can be."""
+    power = np.minimum(log_prefill - np.log(np.maximum(m, 1e-9)), 0.0) * (np.sqrt(2.0 * m + 2.0) - 1.0)
+    return np.asarray(np.exp(power) / rest)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -251,6 +267,10 @@ def _ranges(per_bucket: Floats) -> Floats:
     """Sums over [i, j) for all i ≤ j."""
     total = np.concatenate(([0.0], np.cumsum(per_bucket)))
     return np.asarray(np.maximum(0.0, total[None, :] - total[:, None]))
+
+
+def _log(values: Floats) -> Floats:
+    return np.asarray(np.where(values > 0.0, np.log(np.where(values > 0.0, values, 1.0)), -np.inf))
 
 
 def _ratio(top: Floats, bottom: Floats) -> Floats:
