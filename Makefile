@@ -71,6 +71,7 @@ system:
 	command -v redis-server >/dev/null || missing+=(redis-server); \
 	command -v chromium >/dev/null || missing+=(chromium); \
 	command -v chromedriver >/dev/null || missing+=(chromium-driver); \
+	python3 -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null || missing+=(libnuma1); \
 	if [ $${#missing[@]} -eq 0 ]; then exit 0; fi; \
 	if [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then \
 	  echo "error: the tests need $${missing[*]}; install them, on Debian with: sudo apt-get install $${missing[*]}" >&2; exit 1; fi; \

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 from collections.abc import Collection
@@ -17,6 +18,7 @@ __all__ = (
     "cores_of_worker",
     "engine_build",
     "list_gpus",
+    "missing_library",
     "parse_gpus",
     "whole_cores",
 )
@@ -79,6 +81,17 @@ def engine_build() -> EngineBuild | None:
             return EngineBuild(kind=kind, version=version(package))
         except PackageNotFoundError:
             continue
+    return None
+
+
+def missing_library(build: EngineBuild) -> str | None:
+    """What vLLM's CPU build links to and no Python package brings, if it is missing, and how to get it."""
+    if build.kind != "cpu":
+        return None
+    try:
+        ctypes.CDLL("libnuma.so.1")
+    except OSError:
+        return "vLLM's CPU build needs libnuma.so.1; on Debian: apt-get install libnuma1"
     return None
 
 

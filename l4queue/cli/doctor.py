@@ -159,6 +159,8 @@ def _check_redis(settings: Settings) -> list[Check]:
 
 
 def _check_engine(settings: Settings, build: EngineBuild | None) -> Check:
+    from l4queue.hardware import missing_library
+
     if settings.engine != "vllm":
         return Check(name="engine", verdict=Verdict.OK, detail=f"emulated ({settings.emulated_gpu})")
     if build is None:
@@ -168,6 +170,10 @@ def _check_engine(settings: Settings, build: EngineBuild | None) -> Check:
             detail="vLLM is not installed",
             advice="make install, or pip install 'l4queue[gpu]', or set L4_ENGINE=emulated",
         )
+    missing = missing_library(build)
+    if missing is not None:
+        what, _, advice = missing.partition("; ")
+        return Check(name="engine", verdict=Verdict.FAIL, detail=what, advice=advice)
     failure = _run_python("import vllm; vllm.AsyncEngineArgs")
     if failure is not None:
         return Check(

@@ -16,7 +16,7 @@ from l4queue.cli.logs import FileLog, Log
 from l4queue.cli.supervisor import ChildSpec, RestartPolicy, Supervisor
 from l4queue.config import Settings, load_settings
 from l4queue.errors import ConfigError, L4QueueError
-from l4queue.hardware import Gpu, cores_of_worker, engine_build, list_gpus
+from l4queue.hardware import Gpu, cores_of_worker, engine_build, list_gpus, missing_library
 from l4queue.protocol.door import AsyncDoor
 from l4queue.protocol.overview import read_overview_async
 from l4queue.tiny import cache_directory
@@ -141,6 +141,9 @@ class Stack:
             raise ConfigError(
                 "vLLM is not installed; `make install`, or `pip install 'l4queue[gpu]'`, or use --engine emulated"
             )
+        missing = missing_library(build)
+        if missing is not None:
+            raise ConfigError(missing)
         gpus = list_gpus() if build.kind == "gpu" else []
         needed = (self.options.workers or 1) * self.settings.tensor_parallel
         if build.kind == "gpu" and len(gpus) < needed:

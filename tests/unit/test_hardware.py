@@ -5,10 +5,18 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from l4queue.hardware import available_memory_bytes, cores_of_worker, parse_gpus, whole_cores
+from l4queue.hardware import (
+    EngineBuild,
+    available_memory_bytes,
+    cores_of_worker,
+    missing_library,
+    parse_gpus,
+    whole_cores,
+)
 
 TABLE = """0, GPU-aaaa, NVIDIA H100 80GB HBM3, 81559, 80994
 1, GPU-bbbb, NVIDIA H100 80GB HBM3, 81559, 100
@@ -61,3 +69,16 @@ def test_two_threads_of_a_core_are_one_core(tmp_path: Path) -> None:
     assert whole_cores({0, 1, 4, 5, 2, 3, 9}, topology=tmp_path) == {0: 0, 1: 1, 2: 2, 9: 9}
     assert whole_cores([5, 4, 3], topology=tmp_path) == {2: 3, 0: 4, 1: 5}
     assert set(whole_cores(os.sched_getaffinity(0)).values()) <= os.sched_getaffinity(0)
+
+
+def test_a_missing_library_of_the_cpu_build_is_named_with_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it every worker fails in a traceback of vLLM's; the GPU build does not need it."""
+    cpu, gpu = EngineBuild(kind="cpu", version="0"), EngineBuild(kind="gpu", version="0")
+
+    def load(name: str) -> None:
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr("ctypes.CDLL", load)
+
+    assert "apt-get install libnuma1" in str(missing_library(cpu))
+    assert missing_library(gpu) is None
