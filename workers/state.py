@@ -25,7 +25,9 @@ from workers.session import Session, TextFactory
 
 __all__ = ("WorkerState",)
 
-_KV_BYTES_PER_S = 1e9  # through shared memory, written and read
+# measured on two CPU engines, writing and reading together: docs/kv-handover.md
+_KV_BYTES_PER_S = 0.5e9
+_KV_FIXED_MS = 27.0
 
 
 class WorkerState:
@@ -139,8 +141,11 @@ class WorkerState:
         """What moving a running request costs: its target prefills it again, or reads its KV cache."""
         if not self.engine_info.can_move_kv:
             return MovePrice()
+        is_emulated = self.settings.engine == "emulated"
         return MovePrice(
-            bandwidth_bytes_per_s=_KV_BYTES_PER_S, kv_bytes_per_token=self.engine_info.kv_bytes_per_token
+            bandwidth_bytes_per_s=self.settings.emulated_kv_bytes_per_s if is_emulated else _KV_BYTES_PER_S,
+            kv_bytes_per_token=self.engine_info.kv_bytes_per_token,
+            fixed_ms=_KV_FIXED_MS,
         )
 
     async def drop(self, sessions: Iterable[Session]) -> None:
