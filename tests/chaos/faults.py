@@ -45,7 +45,7 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Fuse:
-    """Strike there at the n-th call from now on, counted in this process; once."""
+    """Strike there at the n-th call of this process, or the next that no other fuse takes; once."""
 
     point: Point
     nth: int
@@ -66,7 +66,7 @@ class Faults:
                 continue
             self._seen[call.script] += 1
             for fuse in self._fuses:
-                if fuse.point.script == call.script and self._seen[call.script] == fuse.nth:
+                if fuse.point.script == call.script and self._seen[call.script] >= fuse.nth:
                     self._fuses.remove(fuse)
                     return index + (fuse.point.side is Side.AFTER), fuse.point
         return None

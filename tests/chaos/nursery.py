@@ -94,6 +94,7 @@ class Nursery:
 def _serve(folder: Path) -> None:
     from tests.chaos import roles  # all that the children need is imported before the first is forked
 
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # a child's waits until its role can leave
     names: dict[int, str] = {}
     selector, rest = selectors.DefaultSelector(), b""
     selector.register(0, selectors.EVENT_READ)
@@ -130,7 +131,6 @@ def _tell(**facts: object) -> None:
 def _live(role: Any, wanted: dict[str, Any], folder: Path) -> None:
     """The child: its output goes to a file; it never returns."""
     code = 1
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # until its role knows how to leave
     try:
         handle = os.open(folder / f"{wanted['name']}.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         os.dup2(handle, 1)

@@ -71,6 +71,7 @@ def _begin(job: dict[str, Any]) -> Settings:
 
 def _on_term(stop: Callable[[], None]) -> None:
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
 # workers ------------------------------------------------------------------------------------------

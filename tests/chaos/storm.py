@@ -95,7 +95,7 @@ class Storm:
         self._ending: set[str] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._number = 0
-        self.num_terminated = 0
+        self._dismissed: set[int] = set()
 
     # files ------------------------------------------------------------------------------------------
     @property
@@ -194,6 +194,13 @@ class Storm:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
+    def _dismiss(self, name: str) -> None:
+        """SIGTERM, once to each process."""
+        pid = self.nursery.pids.get(name)
+        if pid is not None and pid not in self._dismissed:
+            self._dismissed.add(pid)
+            self.nursery.send(name, signal.SIGTERM)
+
     async def _until_nobody_is_registered(self) -> None:
         reads, door = Reads(Keys(self._namespace)), AsyncDoor(self._redis_url)
         async with asyncio.timeout(_CALM_S):
@@ -206,7 +213,7 @@ class Storm:
         async with asyncio.timeout(_CALM_S):
             self._ending.add(name)
             while name in self._present:
-                self.nursery.send(name, signal.SIGTERM)
+                self._dismiss(name)
                 await asyncio.sleep(0.1)
         self._ending.discard(name)
 
@@ -225,7 +232,7 @@ class Storm:
         new = [p for p in self.wanted if p.role == role and not struck[p]]
         lethal = any(p.kind is Kind.KILL for p in new)  # who dies of something else meets no new point
         old = [p for p in all_points(Kind.CUT if lethal else None) if p.role == role]
-        points = set(new) | set(self._rng.sample(old, 3))
+        points = set(new) | set(self._rng.sample(old, min(5, len(old))))
         return [Fuse(p, self._rng.randint(1, SCRIPTS[role][p.script])) for p in sorted(points)]
 
     async def _watch(self) -> None:
@@ -249,7 +256,7 @@ class Storm:
         """Workers are also asked to leave, in order: that is when they give back and retire."""
         while not self._is_calm:
             await asyncio.sleep(_TERM_S * self._rng.uniform(0.5, 1.5))
-            self.num_terminated += self.nursery.send(self._rng.choice((*WORKERS, "x")), signal.SIGTERM)
+            self._dismiss(self._rng.choice((*WORKERS, "x")))
 
     async def _black_out_now_and_then(self) -> None:
         """All workers die, the later ones while they hand over to the dead: upkeep is left to the dispatchers."""
