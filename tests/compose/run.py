@@ -23,13 +23,17 @@ from tests.compose.traffic import Mix, Traffic
 
 PLANNING = {"L4_REPLAN_INTERVAL_S": "3", "L4_PLAN_MIN_LIFE_S": "3"}
 EMULATED = Mix(per_s=12.0, prompt_tokens=(16, 6000), max_tokens=(8, 400))
+ENGINE_START_S = 900.0
+"""vLLM on CPU is up in half a minute on an idle machine, and takes minutes on a busy one."""
 VLLM = Mix(per_s=1.5, prompt_tokens=(16, 1500), max_tokens=(8, 96))
 
 
-def follow_the_workers(deployment: Deployment, traffic: Traffic, number: int) -> None:
+def follow_the_workers(traffic: Traffic, number: int, *, timeout_s: float = 180.0) -> None:
     """Leases and plan have so many workers."""
     until(
-        lambda: len(traffic.client.overview().workers) == number, f"{number} worker(s) hold a lease", timeout_s=180
+        lambda: len(traffic.client.overview().workers) == number,
+        f"{number} worker(s) hold a lease",
+        timeout_s=timeout_s,
     )
 
     def planned() -> int:
@@ -82,10 +86,10 @@ def emulated(environment: Mapping[str, str], folder: Path, images: BaseImages) -
         traffic = Traffic(deployment.settings, EMULATED, seed=1)
         traffic.start()
         traffic.wait_accepted(100)
-        follow_the_workers(deployment, traffic, 1)
+        follow_the_workers(traffic, 1)
         heading("scale 1 → 4 under load")
         deployment.up(workers=4)
-        follow_the_workers(deployment, traffic, 4)
+        follow_the_workers(traffic, 4)
         deployment.wait_healthy(workers=4)
         traffic.wait_accepted(200)
         check_flower(deployment, workers=4)
@@ -97,11 +101,11 @@ def emulated(environment: Mapping[str, str], folder: Path, images: BaseImages) -
         traffic.wait_accepted(50)
         kill_redis(deployment)
         deployment.wait_healthy(workers=4)
-        follow_the_workers(deployment, traffic, 4)
+        follow_the_workers(traffic, 4)
         deployment.compose("restart", "redis")
         say("compose restart redis")
         deployment.wait_healthy(workers=4)
-        follow_the_workers(deployment, traffic, 4)
+        follow_the_workers(traffic, 4)
         traffic.wait_accepted(100)
         heading("scale 4 → 2 under load")
         scale_down(deployment, traffic, workers=2)
@@ -125,13 +129,13 @@ def vllm(environment: Mapping[str, str], folder: Path, images: BaseImages) -> No
     try:
         deployment.build()
         deployment.up(workers=1)
-        deployment.wait_healthy(workers=1, timeout_s=400)
+        deployment.wait_healthy(workers=1, timeout_s=ENGINE_START_S)
         traffic = Traffic(deployment.settings, VLLM, seed=2)
         traffic.start()
         traffic.wait_accepted(20)
         heading("scale 1 → 2, then 3 on two cores' worth of work")
         deployment.up(workers=2)
-        follow_the_workers(deployment, traffic, 2)
+        follow_the_workers(traffic, 2, timeout_s=ENGINE_START_S)
         cores = re.findall(r"took CPU ([\d,]+)", deployment.logs("worker"))
         check(len(cores) == 2 and len(set(cores)) == 2, f"the workers took different cores: {sorted(cores)}")
         check_flower(deployment, workers=2)
@@ -143,7 +147,7 @@ def vllm(environment: Mapping[str, str], folder: Path, images: BaseImages) -> No
         victim = deployment.containers("worker")[0]["Id"]
         deployment.docker("kill", victim)
         say(f"docker kill {victim[:12]}, which stays down")
-        follow_the_workers(deployment, traffic, 2 if num_cores == 2 else 1)
+        follow_the_workers(traffic, 2 if num_cores == 2 else 1, timeout_s=ENGINE_START_S)
         traffic.wait_accepted(20)
         heading("the account")
         traffic.finish(timeout_s=400)
@@ -173,7 +177,7 @@ def scale_down(deployment: Deployment, traffic: Traffic, *, workers: int) -> Non
     deployment.up(workers=workers)
     codes = deployment.exit_codes("worker", since_s=since_s)
     check(codes == [0, 0], f"two workers drained and ended with code 0: {codes}")
-    follow_the_workers(deployment, traffic, workers)
+    follow_the_workers(traffic, workers)
 
 
 def check_client_image(deployment: Deployment) -> None:
