@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, replace
 from dispatcher.router import cost_in_force
 from l4queue.config import Settings
 from l4queue.models import Plan, RequestState, Routing
-from l4queue.planner import Decision, PlannerSettings, Snapshot
-from l4queue.policy.histogram import Buckets, Counts, difference, merge, with_backlog
+from l4queue.planner import Decision, PlannerSettings, Snapshot, expected_demand
+from l4queue.policy.histogram import Buckets, Counts, difference, merge
 from l4queue.policy.partition import PartitionProblem
 from l4queue.policy.plan_json import plan_to_json
 from l4queue.policy.refine import refine
@@ -87,7 +87,7 @@ async def _refine(door: AsyncDoor, settings: Settings) -> str:
     if memory.observed_s <= 0.0:
         return "nothing seen yet"
     problem = PartitionProblem(
-        with_backlog(snapshot.demand, snapshot.backlog, buckets=snapshot.buckets),
+        expected_demand(snapshot),
         len(overview.workers),
         buckets=snapshot.buckets,
         cost=snapshot.cost,

@@ -12,6 +12,7 @@ from l4queue.policy.assign import assign, scale_counts
 from l4queue.policy.cost import StepCost
 from l4queue.policy.histogram import Buckets, Demand, with_backlog, with_unfinished
 from l4queue.policy.partition import Partition, PartitionProblem
+from l4queue.policy.proposals import proposals
 from l4queue.policy.steady_state import PartitionSettings
 
 __all__ = ("Candidate", "Decision", "PlannerSettings", "Snapshot", "expected_demand", "plan", "score_by_model")
@@ -111,7 +112,8 @@ def plan(snapshot: Snapshot, settings: PlannerSettings, *, score: Score | None =
         demand, len(workers), buckets=snapshot.buckets, cost=snapshot.cost, settings=settings.partition
     )
     current = _current(snapshot, problem, workers, settings=settings, score=score)
-    fresh = [_candidate(p, present, workers, score=score) for p in problem.candidates()]
+    parts = _partitions(problem, is_replayed=score is not None)
+    fresh = [_candidate(p, present, workers, score=score) for p in parts]
     best = _best(fresh, settings=settings)
     candidates = tuple(fresh) if current is None else (*fresh, current)
     if has_changed or current is None:
@@ -129,6 +131,14 @@ def plan(snapshot: Snapshot, settings: PlannerSettings, *, score: Score | None =
         reason = f"gain {gain:.1%}, but the plan is only {age_ms} ms old"
         return Decision(publish=False, plan=present, reason=reason, candidates=candidates)
     return _publish(snapshot, best, candidates, problem, reason=f"gain {gain:.1%}")
+
+
+def _partitions(problem: PartitionProblem, *, is_replayed: bool) -> list[Partition]:
+    """The best by the closed form, and what else a replay may find better; each split once."""
+    parts = [*problem.candidates(), *(proposals(problem) if is_replayed else ())]
+    return list({tuple((s.low_tokens, s.num_workers) for s in p.stages): p for p in reversed(parts)}.values())[
+        ::-1
+    ]
 
 
 def expected_demand(snapshot: Snapshot) -> Demand:
@@ -286,6 +296,8 @@ def _publish(
         details={
             "demand_scale": round(problem.demand_scale, 6),
             "num_moves": chosen.num_moves,
+            # the closed form would refuse it: a replay found it good, and only a replay may take it back
+            "is_proven": chosen.scored is not None and chosen.objective == float("inf"),
             "stages": [
                 {
                     "rho": round(s.rho, 6),

@@ -27,8 +27,10 @@ def refine(plan: Plan, problem: PartitionProblem, *, min_gain: float = 0.01) -> 
     observed now, backlog included, and the number of workers of the plan. While a stage is overrun, the
     boundary moves to where it is less so. The objective falls strictly, so repeated use settles; a pair for
     which neither side pays is a fixed point. Boundaries off the bucket edges count as on the nearest edge.
-    A plan of one stage, or with a stage without workers, is left alone.
+    A plan of one stage, or with a stage without workers, is left alone; so is one that only a replay found good.
     """
+    if plan.details.get("is_proven"):
+        return Refinement(plan=None, gain=0.0, reason="proven by replay against the closed form")
     workers = [s.num_workers for s in plan.stages]
     buckets = problem.buckets
     bounds = [buckets.edge_near(s.low_tokens) for s in plan.stages] + [len(buckets)]

@@ -110,6 +110,10 @@ def decide(snapshot: Snapshot, settings: PlannerSettings, score: Callable[[Plan]
     """The planner's decision, proved by replay; without one, classes must promise MIN_UNPROVEN_GAIN."""
     if score is not None:
         return plan(snapshot, settings, score=score)
+    known = {load.worker_id for load in snapshot.loads}
+    has_changed = known != {i for stage in snapshot.plan.stages for i in stage.worker_ids}
+    if snapshot.plan.details.get("is_proven") and not has_changed:
+        return Decision(publish=False, plan=snapshot.plan, reason="proven by replay: kept until the next one")
     decision = plan(snapshot, settings)
     proposed = decision.plan
     if not decision.publish or len(proposed.stages) == 1 or len(snapshot.plan.stages) > 1:
@@ -119,8 +123,7 @@ def decide(snapshot: Snapshot, settings: PlannerSettings, score: Callable[[Plan]
     gain = 1.0 - proposed.objective / proposed.objective_one_stage
     if gain >= MIN_UNPROVEN_GAIN or len(snapshot.loads) < 2:
         return decision
-    known = {load.worker_id for load in snapshot.loads}
-    if known != {i for stage in snapshot.plan.stages for i in stage.worker_ids}:
+    if has_changed:
         return plan(snapshot, replace(settings, partition=replace(settings.partition, max_stages=1)))
     reason = f"gain {gain:.1%} of classes is too little to try them unproven"
     return replace(decision, publish=False, plan=snapshot.plan, reason=reason)
