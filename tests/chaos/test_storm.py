@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
 
@@ -13,7 +14,10 @@ from tests.chaos.verdict import judge
 from tests.conftest import SEED
 from tests.protocol.server import RedisServer
 
-pytestmark = pytest.mark.services
+pytestmark = [
+    pytest.mark.services,
+    pytest.mark.skipif("L4_TEST_CHAOS" not in os.environ, reason="asked for with L4_TEST_CHAOS=1"),
+]
 _NUM_SAMPLED = 30
 _RARE = ("migrate", "refuse", "cancel")  # may take longer than this test has
 

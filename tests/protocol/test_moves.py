@@ -177,6 +177,32 @@ def test_an_expired_request_is_not_computed(scene: Scene) -> None:
     check(scene)
 
 
+def test_waiting_requests_move_by_their_lengths(scene: Scene) -> None:
+    """A boundary belongs to the upper stage; what is right stays as it is; the head can be left out."""
+    for score, (request_id, num) in enumerate((("a", 4), ("b", 2), ("c", 3), ("d", 4))):
+        scene.submit(request_id)
+        scene.route(request_id, token_ids=[1] * num, score=float(score))
+    answer = scene.door.run(scene.calls.migrate(source="0", highs=(3,), limit=2, skip=1))
+    assert (answer.num_moved, answer.num_seen) == (1, 2)
+    assert (scene.waiting("0"), scene.waiting("1")) == (["a", "b", "d"], ["c"])
+    answer = scene.door.run(scene.calls.migrate(source="0", highs=(3,), limit=9))
+    assert (answer.num_moved, answer.num_seen) == (2, 3)
+    assert (scene.waiting("0"), scene.waiting("1")) == (["b"], ["a", "c", "d"])
+    assert _ledger(scene, "b") == []
+    assert _ledger(scene, "c") == [{"what": "rerouted", "from": "0", "to": "1"}]
+    check(scene)
+
+
+@pytest.mark.parametrize(("num_sharers", "num_taken"), [(1, 6), (2, 2), (3, 1), (100, 1)])
+def test_sharers_leave_work_to_each_other(scene: Scene, num_sharers: int, num_taken: int) -> None:
+    """Each takes half its share at a time, and at least one."""
+    for request_id in "abcdef":
+        scene.submit(request_id)
+        scene.route(request_id)
+    scene.register()
+    assert len(scene.take(num_sharers=num_sharers).grants) == num_taken
+
+
 async def test_upkeep_saves_what_waits_for_a_worker_that_is_gone(scene: Scene, redis_url: str) -> None:
     """It goes to the stage of its length; what waits for the living stays."""
     settings = Settings(namespace=scene.keys.namespace, redis_url=redis_url)

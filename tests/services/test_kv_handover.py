@@ -20,7 +20,7 @@ from workers.kv.store import new_ticket
 from workers.tiny import build_tiny_model
 from workers.vllm_engine import VllmEngine
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(240), pytest.mark.asyncio(loop_scope="module")]
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900), pytest.mark.asyncio(loop_scope="module")]
 
 MAX_MODEL_LEN = 8192
 MAX_BATCHED_TOKENS = 512
