@@ -147,6 +147,12 @@ def vllm(environment: Mapping[str, str], folder: Path, images: BaseImages) -> No
         victim = deployment.containers("worker")[0]["Id"]
         deployment.docker("kill", victim)
         say(f"docker kill {victim[:12]}, which stays down")
+        name = f"worker@{victim[:12]}"
+        until(
+            lambda: all(load.worker_id != name for load in traffic.client.overview().workers),
+            "its lease has run out",
+            timeout_s=60,
+        )
         follow_the_workers(traffic, 2 if num_cores == 2 else 1, timeout_s=ENGINE_START_S)
         traffic.wait_accepted(20)
         heading("the account")
