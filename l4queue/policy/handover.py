@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from l4queue.models import WorkerLoad
+from l4queue.models import Plan, WorkerLoad
 from l4queue.policy.cost import StepCost
 from l4queue.policy.loads import decode_step_ms
 from l4queue.policy.prices import MovePrice
 
-__all__ = ("Handover", "decide_handover", "least_loaded")
+__all__ = ("Handover", "decide_handover", "least_loaded", "look_again_at", "next_stage")
 
 _EQUAL = 0.05  # loads within 5 % of the least count as equal: they are half a second old anyway
+_LOOK_AGAIN = 1.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,3 +90,13 @@ def least_loaded(
 def _busy_ms(load: WorkerLoad, cost: StepCost) -> float:
     step_ms = decode_step_ms(load.num_running + load.num_waiting_in_engine, load.context_tokens, cost=cost)
     return step_ms + cost.pi_ms * load.pending_prefill_tokens
+
+
+def look_again_at(length_tokens: int) -> int:
+    """The length at which a request that was not worth moving is thought about again: half as long again."""
+    return int(length_tokens * _LOOK_AGAIN) + 1
+
+
+def next_stage(stage: int, length_tokens: int, plan: Plan) -> int:
+    """Where a request goes that has outgrown `stage`: to the stage of its length, at least one further."""
+    return max(stage + 1, plan.stage_of(length_tokens))

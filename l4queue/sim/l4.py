@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from l4queue.errors import ConfigError
 from l4queue.models import Plan
 from l4queue.planner import Decision, PlannerSettings, Snapshot, expected_demand, plan
-from l4queue.policy.handover import decide_handover, least_loaded
+from l4queue.policy.handover import decide_handover, least_loaded, look_again_at, next_stage
 from l4queue.policy.loads import StageLoad, stage_load
 from l4queue.policy.partition import PartitionProblem
 from l4queue.policy.prices import MovePrice
@@ -37,7 +37,6 @@ INGREDIENTS = (
     "classes",
     "shadow",
 )
-_ALARM_GROWTH = 1.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,7 +156,7 @@ class L4(Policy):
         if instance.stage + 1 >= len(self._pools):
             return
         length = instance.length_of(request)
-        stage = max(instance.stage + 1, self.plan.stage_of(length))
+        stage = next_stage(instance.stage, length, self.plan)
         others = {worker_id(i): i for i in self._pools[stage].instances}
         there = least_loaded([load_of(i) for i in others.values()], cost=self.cluster.cost)
         decision = decide_handover(
@@ -172,7 +171,7 @@ class L4(Policy):
         if decision.is_move and there is not None:
             self.cluster.ask_back(request, instance, Move(target=others[there.worker_id], is_steal=False))
         else:
-            instance.watch(request, length_tokens=int(length * _ALARM_GROWTH) + 1)
+            instance.watch(request, length_tokens=look_again_at(length))
 
     def on_removed(self, instance: Instance, request: SimRequest, tag: object, now_s: float) -> None:
         """Released: on to its new engine."""
@@ -189,7 +188,7 @@ class L4(Policy):
         if self._has["hand-over"] and high is not None:
             length = instance.length_of(request)
             was_beyond = length >= high and request in self._running.stolen
-            instance.watch(request, length_tokens=int(length * _ALARM_GROWTH) + 1 if was_beyond else high)
+            instance.watch(request, length_tokens=look_again_at(length) if was_beyond else high)
 
     # ---------------------------------------------------------------- stealing
 
@@ -331,7 +330,7 @@ class L4(Policy):
         by_id = {worker_id(instance): instance for instance in self.cluster.instances}
         self._pools = []
         for index, stage in enumerate(new.stages):
-            members = [by_id[worker_id] for worker_id in stage.worker_ids]
+            members = [by_id[name] for name in stage.worker_ids]
             for instance in members:
                 instance.stage = index
             self._pools.append(Pool(members, score=score_of))
