@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from l4queue.models import RequestState, Routing
 from l4queue.policy.room import Room, RoomLimits, room_of
-from l4queue.policy.steal import StealFrom, StealLimits, steal_waiting
+from l4queue.policy.steal import steal_waiting
 from l4queue.protocol.calls import Verdict
 from l4queue.protocol.keys import SOLO_STAGE, personal_stage
 from l4queue.protocol.records import Grant, Outcome, OutputEntry
@@ -61,8 +61,7 @@ class Intake:
         """What may be taken now, by the policy."""
         state, info = self._state, self._state.engine_info
         limits = RoomLimits(prefill_tokens=_PREFILL_STEPS * info.max_batched_tokens)
-        pending = state.pending_prefill_tokens
-        return room_of(state.load(), cost=state.cost, limits=limits, pending_prefill_tokens=pending)
+        return room_of(state.load(), cost=state.cost, limits=limits)
 
     async def _take_personal(self) -> int:
         """What was handed over or pushed to this worker, up to its slots: whoever sent it looked at the room."""
@@ -116,7 +115,7 @@ class Intake:
             max_requests=room.num_requests,
             expected_output_tokens=outlook.outputs.mean_tokens,
             cost=state.cost,
-            limits=StealLimits(steal_from=StealFrom(state.settings.steal_from)),
+            limits=state.steal_limits,
         )
         if decision.stage is None:
             return 0

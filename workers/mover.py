@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from dataclasses import asdict
 
 from l4queue.models import Routing
-from l4queue.policy.handover import decide_handover, least_loaded
-from l4queue.policy.steal import Ask, RunningRequest, StealFrom, StealLimits, ask, bid, choose_victim, match
+from l4queue.policy.handover import decide_handover, least_loaded, look_again_at, next_stage
+from l4queue.policy.steal import Ask, RunningRequest, ask, bid, choose_victim, match
 from l4queue.protocol.calls import Move, MoveKind
 from l4queue.protocol.keys import personal_stage
 from workers.session import Session
@@ -20,7 +20,6 @@ from workers.writer import Writer
 __all__ = ("Mover",)
 
 log = logging.getLogger("l4queue.worker")
-_LOOK_AGAIN = 1.5  # what was not worth moving is thought about again when it is so many times as long
 
 
 class Mover:
@@ -29,7 +28,6 @@ class Mover:
     def __init__(self, state: WorkerState, writer: Writer) -> None:
         self._state = state
         self._writer = writer
-        self._limits = StealLimits(steal_from=StealFrom(state.settings.steal_from))
         self._moves: set[asyncio.Task[None]] = set()
         self._last_steal_ms: int | None = None
         self._last_ask_ms: int | None = None
@@ -45,17 +43,15 @@ class Mover:
             watch = session.watch_tokens
             if watch is None or session.length_tokens < watch or not session.may_move:
                 continue
-            if self._state.plan.routing is Routing.L4 and len(self._moves) < self._limits.max_moves:
+            if self._state.plan.routing is Routing.L4 and len(self._moves) < self._state.steal_limits.max_moves:
                 self._consider(session)
 
     async def ask_once(self) -> None:
         """With room and nothing waiting anywhere: ask the most overloaded sibling for running requests."""
         state, outlook = self._state, self._state.outlook
-        if state.plan.routing is not Routing.L4 or self._limits.steal_from is StealFrom.NONE:
+        if state.plan.routing is not Routing.L4:
             return
-        own, others = state.load(), outlook.others()
-        if self._limits.steal_from is StealFrom.SHORTER:
-            others = [other for other in others if other.stage <= own.stage]
+        own = state.load()
         request = ask(
             own,
             num_waiting_anywhere=outlook.num_waiting,
@@ -63,9 +59,9 @@ class Mover:
             last_move_ms=self._last_ask_ms,
             now_ms=_now_ms(),
             cost=state.cost,
-            limits=self._limits,
+            limits=state.steal_limits,
         )
-        victim = choose_victim(own, others, cost=state.cost, limits=self._limits)
+        victim = choose_victim(own, outlook.others(), cost=state.cost, limits=state.steal_limits)
         if request is None or victim is None:
             return
         self._last_ask_ms = _now_ms()
@@ -83,13 +79,13 @@ class Mover:
             last_move_ms=self._last_steal_ms,
             now_ms=_now_ms(),
             cost=state.cost,
-            price=self._state.move_price,
-            limits=self._limits,
+            price=state.move_price,
+            limits=state.steal_limits,
         )
         by_id = {session.request_id: session for session in state.sessions.values()}
         bids = {offer.request_id: offer for offer in offers}
         moving = {state.worker_id: len(self._moves)}
-        for transfer in match([request], offers, moves_in_flight=moving, limits=self._limits):
+        for transfer in match([request], offers, moves_in_flight=moving, limits=state.steal_limits):
             offer = bids[transfer.request_id]
             move = Move(kind=MoveKind.STEAL, benefit_ms=offer.benefit_ms, cost_ms=offer.cost_ms)
             self._last_steal_ms = _now_ms()
@@ -101,7 +97,7 @@ class Mover:
 
     def _consider(self, session: Session) -> None:
         state = self._state
-        stage = max(state.stage + 1, state.plan.stage_of(session.length_tokens))
+        stage = next_stage(state.stage, session.length_tokens, state.plan)
         siblings = state.outlook.others(stage=stage)
         there = least_loaded(siblings, cost=state.cost, holders=(session.came_from,))
         decision = decide_handover(
@@ -111,10 +107,10 @@ class Mover:
             here=state.load(),
             there=there,
             cost=state.cost,
-            price=self._state.move_price,
+            price=state.move_price,
         )
         if not decision.is_move or there is None:
-            session.watch_tokens = int(session.length_tokens * _LOOK_AGAIN) + 1
+            session.watch_tokens = look_again_at(session.length_tokens)
             return
         state.num_handed_over += 1
         move = Move(kind=MoveKind.HANDOVER, benefit_ms=decision.benefit_ms, cost_ms=decision.cost_ms)

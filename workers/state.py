@@ -13,6 +13,7 @@ from l4queue.models import Plan, RequestState, WorkerLoad
 from l4queue.policy.calibrate import Calibrator
 from l4queue.policy.cost import StepCost
 from l4queue.policy.prices import MovePrice
+from l4queue.policy.steal import StealFrom, StealLimits
 from l4queue.protocol.calls import Calls, Verdict
 from l4queue.protocol.door import AsyncDoor
 from l4queue.protocol.keys import Keys
@@ -57,6 +58,7 @@ class WorkerState:
         self.info: EngineInfo | None = None
         self.calibrator = Calibrator(prior=cost)
         self.outlook = Outlook(settings=settings, door=self.door, worker_id=worker_id)
+        self.steal_limits = StealLimits(steal_from=StealFrom(settings.steal_from))
         self.num_finished = 0
         self.num_stolen = 0
         self.num_handed_over = 0

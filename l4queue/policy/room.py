@@ -60,9 +60,7 @@ class Pull:
     reason: str
 
 
-def room_of(
-    load: WorkerLoad, *, cost: StepCost, limits: RoomLimits | None = None, pending_prefill_tokens: int = 0
-) -> Room:
+def room_of(load: WorkerLoad, *, cost: StepCost, limits: RoomLimits | None = None) -> Room:
     """Room of a worker by its load. A worker with nothing to do has room for one request whatever its size.
 
     The capacity is the worker's own when it says one, else the cost model's; zero in both means no bound.
@@ -72,7 +70,7 @@ def room_of(
     growth = max(1, round(limits.growth_tokens))
     max_running = load.max_running or cost.max_num_seqs
     capacity = load.kv_capacity_tokens or cost.kv_capacity_tokens
-    prefill = (limits.prefill_tokens or cost.max_batched_tokens) - pending_prefill_tokens
+    prefill = (limits.prefill_tokens or cost.max_batched_tokens) - load.pending_prefill_tokens
     slots = max_running - busy
     free = _free_tokens(load, capacity, busy=busy, limits=limits)
     if load.is_draining:

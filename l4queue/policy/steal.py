@@ -30,11 +30,11 @@ __all__ = (
     "steal_waiting",
 )
 
-_IDLE_PREFILL_SHARE = 0.125
+_IDLE_PREFILL_SHARE = 0.125  # of a step: more pending prefill than this would hold decodes up
 
 
 class StealFrom(StrEnum):
-    """Which siblings a worker may steal waiting requests from: the dial between mean and tail."""
+    """Which siblings a worker may steal from: the dial between mean and tail."""
 
     #: any: a short stage may take long requests, at a price
     ANY = "any"
@@ -228,9 +228,13 @@ def choose_victim(
 
     Overloaded is a step `overload_ratio` times as long as the asker's with one request more. The k-th least busy
     of all workers asks the k-th busiest of the overloaded ones (round again where these are fewer), so that
-    several idle workers do not all ask the same. Ties by id.
+    several idle workers do not all ask the same. Ties by id. `steal_from` bounds whom one may ask.
     """
     limits = limits or StealLimits()
+    if limits.steal_from is StealFrom.NONE:
+        return None
+    if limits.steal_from is StealFrom.SHORTER:
+        siblings = [s for s in siblings if s.stage <= asker.stage]
     mean = asker.context_tokens / asker.num_running if asker.num_running else 0.0
     own_ms = decode_step_ms(asker.num_running + 1, asker.context_tokens + mean, cost=cost)
     able = [s for s in siblings if s.worker_id != asker.worker_id and s.num_running >= 2 and not s.is_draining]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from l4queue.policy.cost import StepCost
 from l4queue.policy.prices import MovePrice
-from l4queue.policy.steal import Ask, Bid, RunningRequest, StealFrom, StealLimits, ask, bid, choose_victim, match
+from l4queue.policy.steal import Ask, Bid, RunningRequest, StealLimits, ask, bid, choose_victim, match
 from l4queue.sim.instance import Instance
 from l4queue.sim.request import SimRequest
 from l4queue.sim.views import load_of, worker_id
@@ -55,7 +55,7 @@ class RunningSteals:
         expected_remaining: Callable[[int], float],
     ) -> list[tuple[SimRequest, Instance, Instance]]:
         """Running requests to move now: request, from, to. None while anything waits in a queue."""
-        if num_waiting or self._limits.steal_from is StealFrom.NONE:
+        if num_waiting:
             return []
         now_ms = round(now_s * 1000)
         self._in_flight = {r: m for r, m in self._in_flight.items() if r.join_base == m[2]}
@@ -97,8 +97,7 @@ class RunningSteals:
             )
             if request is None:
                 continue
-            others = [o for o in loads.values() if self._may_steal(load.stage, o.stage)]
-            victim = choose_victim(load, others, cost=self._cost, limits=self._limits)
+            victim = choose_victim(load, tuple(loads.values()), cost=self._cost, limits=self._limits)
             if victim is None:
                 continue
             asks.append(request)
@@ -118,9 +117,6 @@ class RunningSteals:
                 limits=self._limits,
             )
         return bids, asks, running
-
-    def _may_steal(self, own: int, other: int) -> bool:
-        return self._limits.steal_from is StealFrom.ANY or other <= own
 
     def _running(
         self, victim: Instance, running: dict[str, SimRequest], expected_remaining: Callable[[int], float]

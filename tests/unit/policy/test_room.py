@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -39,7 +41,7 @@ def test_what_is_pulled_fits_and_is_the_head_of_the_queue(running, used, lengths
     load = _load(num_running=running, kv_used_tokens=used if running else 0, context_tokens=used)
     waiting = [Waiting(request_id=str(i), length_tokens=n) for i, n in enumerate(lengths)]
 
-    room = room_of(load, cost=COST, limits=limits, pending_prefill_tokens=pending)
+    room = room_of(replace(load, pending_prefill_tokens=pending), cost=COST, limits=limits)
     pull = choose(room, waiting)
 
     taken = lengths[: pull.num_requests]
@@ -74,7 +76,7 @@ def test_each_reason_for_no_room_is_named() -> None:
     """Draining, slots, prefill, cache, step time."""
     assert room_of(_load(is_draining=True), cost=COST).reason == "draining"
     assert room_of(_load(num_running=64), cost=COST).reason == "all slots taken"
-    assert room_of(_load(num_running=1), cost=COST, pending_prefill_tokens=9000).reason == "prefill pending"
+    assert room_of(_load(num_running=1, pending_prefill_tokens=9000), cost=COST).reason == "prefill pending"
     assert room_of(_load(num_running=1, kv_used_tokens=99_000), cost=COST).reason == "cache full"
     slow = RoomLimits(max_step_ms=8.0)
     assert room_of(_load(num_running=50, context_tokens=50_000), cost=COST, limits=slow).reason == "step time"
