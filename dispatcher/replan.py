@@ -7,7 +7,6 @@ import json
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 
-from dispatcher.router import cost_in_force
 from l4queue.config import Settings
 from l4queue.models import Plan, RequestState, Routing
 from l4queue.planner import Decision, PlannerSettings, Snapshot, expected_demand
@@ -18,7 +17,7 @@ from l4queue.policy.refine import refine
 from l4queue.protocol.calls import Calls, Verdict
 from l4queue.protocol.door import AsyncDoor
 from l4queue.protocol.keys import Keys
-from l4queue.protocol.overview import Overview, read_overview_async
+from l4queue.protocol.overview import Overview, cost_in_force, read_overview_async
 from l4queue.protocol.reads import FinishedRequest, Reads
 from l4queue.protocol.upkeep import Upkeep
 from l4queue.sim.shadow import Arrival, decide, make_scorer

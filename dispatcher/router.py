@@ -10,15 +10,13 @@ from typing import Any
 from l4queue.config import Settings
 from l4queue.models import Plan, Routing
 from l4queue.policy import queue_order
-from l4queue.policy.coefficients import load_coefficients
-from l4queue.policy.cost import StepCost
 from l4queue.policy.loads import StageLoad
 from l4queue.policy.push import PUSHING, Outstanding, push
 from l4queue.policy.route import route
 from l4queue.protocol.keys import personal_stage
-from l4queue.protocol.overview import Overview, stage_loads
+from l4queue.protocol.overview import Overview, cost_in_force, stage_loads
 
-__all__ = ("Place", "Router", "cost_in_force")
+__all__ = ("Place", "Router")
 
 _FIRST_GUESS_TOKENS = 128.0
 _MAX_ALTERNATIVES = 4
@@ -48,16 +46,16 @@ class Router:
         """Whether its decisions depend on what workers have to do."""
         return len(self.plan.stages) > 1 or self.plan.routing in PUSHING
 
-    def follow(self, plan: Plan) -> None:
-        """Route by this plan from now on."""
-        self.plan, self._loads = plan, None
-
     @property
     def wants_fresh_loads(self) -> bool:
         """Whether it has to look before every round: a router knows at any time what it has not got back."""
         return self.plan.routing in PUSHING
 
-    def see(self, overview: Overview, *, held: Mapping[str, int] | None = None) -> None:
+    def follow(self, plan: Plan) -> None:
+        """Route by this plan from now on."""
+        self.plan, self._loads = plan, None
+
+    def see(self, overview: Overview, *, held: Mapping[str, int]) -> None:
         """Take in what the workers have to do now; `held` has the requests that each incarnation runs by now."""
         cost, counts = cost_in_force(overview, self._settings), overview.counts
         done = counts.get("done", 0)
@@ -68,7 +66,7 @@ class Router:
         for load in overview.workers:
             if not load.is_draining:
                 queue = overview.queues.get(personal_stage(load.worker_id))
-                num_running = (held or {}).get(load.incarnation, load.num_running)
+                num_running = held.get(load.incarnation, load.num_running)
                 self._workers[load.worker_id] = Outstanding(
                     worker_id=load.worker_id,
                     num_requests=num_running + (queue.num_requests if queue else 0),
@@ -108,14 +106,6 @@ class Router:
             known, num_requests=known.num_requests + 1, tokens=known.tokens + prompt_tokens
         )
         return Place(stage=personal_stage(chosen.worker_id), score=float(submitted_ms))
-
-
-def cost_in_force(overview: Overview, settings: Settings) -> StepCost:
-    """The cost model in force: the median worker's own, once one has measured itself, else the file's."""
-    known = sorted((StepCost(**cost) for cost in overview.costs if cost), key=lambda c: c.alpha_ms)
-    if known:
-        return known[len(known) // 2]
-    return load_coefficients(settings.emulated_gpu, settings.emulated_model)
 
 
 def _stage(stage: int, drains: dict[int, float | None]) -> dict[str, Any]:

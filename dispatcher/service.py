@@ -178,18 +178,17 @@ class Dispatcher:
             self._router.follow(plan_from_json(body))
             self._looked_s = 0.0
             log.info("plan", extra={"plan_version": version, "num_stages": len(self.plan.stages)})
-        if self._router.wants_fresh_loads:
+        is_old = time.monotonic() - self._looked_s >= _LOOK_S
+        if self._router.wants_fresh_loads or (self._router.wants_loads and is_old):
             await self._look()
-        elif self._router.wants_loads and time.monotonic() - self._looked_s >= _LOOK_S:
-            self._router.see(await read_overview_async(self._door, self.settings.namespace))
-            self._looked_s = time.monotonic()
 
     async def _look(self) -> None:
-        """See queues and running requests as they are now: what a worker took lately is not in its load yet."""
+        """See queues and loads; for a pushing router also what workers took since they last told their load."""
         overview = await read_overview_async(self._door, self.settings.namespace)
-        names = [load.incarnation for load in overview.workers]
+        names = [load.incarnation for load in overview.workers] if self._router.wants_fresh_loads else []
         held = await self._door.run_many([self._reads.num_held(name) for name in names])
         self._router.see(overview, held=dict(zip(names, held, strict=True)))
+        self._looked_s = time.monotonic()
 
 
 def _is_readable(values: dict[bytes, bytes]) -> bool:

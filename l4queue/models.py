@@ -264,6 +264,11 @@ class Plan:
         stage = StagePlan(low_tokens=0, high_tokens=None, num_workers=num_workers)
         return cls(version=version, stages=(stage,), reason=reason)
 
+    @property
+    def highs(self) -> tuple[int, ...]:
+        """Upper ends of all stages but the last, ascending, tokens."""
+        return tuple(stage.high_tokens for stage in self.stages if stage.high_tokens is not None)
+
     def stage_of(self, length_tokens: int) -> int:
         """Index of the stage whose range holds the length; a boundary belongs to the upper stage."""
         for index, stage in enumerate(self.stages):

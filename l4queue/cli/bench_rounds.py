@@ -13,12 +13,11 @@ import numpy as np
 
 from l4queue.errors import ServiceUnavailable
 from l4queue.models import Plan, RequestState, Routing, StagePlan
-from l4queue.policy.coefficients import load_coefficients
-from l4queue.policy.cost import StepCost
 from l4queue.policy.plan_json import plan_to_json
 from l4queue.protocol.calls import Calls, Verdict
 from l4queue.protocol.door import AsyncDoor
 from l4queue.protocol.keys import Keys
+from l4queue.protocol.overview import cost_in_force
 from l4queue.sim.metrics import Measured, SimResult, summarize
 from l4queue.sim.runner import Setting
 from l4queue.sim.tuning import tune_two_pool
@@ -185,9 +184,7 @@ class Rounds:
             return self._l4 if served == set(ids) else one
         if routing is not Routing.TWO_POOL:
             return one
-        costs = sorted((StepCost(**cost) for cost in overview.costs if cost), key=lambda c: c.pi_ms)
-        file = load_coefficients(self.settings.emulated_gpu, self.settings.emulated_model)
-        setting = Setting(cost=costs[len(costs) // 2] if costs else file, num_instances=len(ids))
+        setting = Setting(cost=cost_in_force(overview, self.settings), num_instances=len(ids))
         tuned = tune_two_pool(self.trace, setting)
         if not 0 < tuned.num_short < len(ids):
             return one

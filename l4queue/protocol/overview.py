@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from l4queue.config import Settings
 from l4queue.models import Plan, WorkerLoad
+from l4queue.policy.coefficients import load_coefficients
 from l4queue.policy.cost import StepCost
 from l4queue.policy.loads import StageLoad, stage_load
 from l4queue.policy.plan_json import plan_from_json
@@ -14,7 +16,7 @@ from l4queue.protocol.door import AsyncDoor, Door
 from l4queue.protocol.keys import SOLO_STAGE, Keys
 from l4queue.protocol.reads import Reads, WorkerView
 
-__all__ = ("Overview", "QueueView", "read_overview", "read_overview_async", "stage_loads")
+__all__ = ("Overview", "QueueView", "cost_in_force", "read_overview", "read_overview_async", "stage_loads")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +76,14 @@ def stage_loads(overview: Overview, *, expected_output_tokens: float, cost: Step
             )
         )
     return loads
+
+
+def cost_in_force(overview: Overview, settings: Settings) -> StepCost:
+    """The cost model in force: the median worker's own, once one has measured itself, else the file's."""
+    known = sorted((StepCost(**cost) for cost in overview.costs if cost), key=lambda c: c.alpha_ms)
+    if known:
+        return known[len(known) // 2]
+    return load_coefficients(settings.emulated_gpu, settings.emulated_model)
 
 
 def _first(keys: Keys) -> list[Call[Any]]:

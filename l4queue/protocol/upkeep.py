@@ -70,8 +70,7 @@ class Upkeep:
             plan = plan_from_json(body)
         alive = {personal_stage(name.rpartition(":")[0]) for name, _ in incarnations}
         gone = [s for s, tokens in backlog.items() if int(tokens) > 0 and _is_gone(s, plan, alive)]
-        highs = [stage.high_tokens for stage in plan.stages if stage.high_tokens is not None]
-        moves = [self._calls.migrate(source=s, highs=highs, limit=_LIMIT) for s in gone]
+        moves = [self._calls.migrate(source=s, highs=plan.highs, limit=_LIMIT) for s in gone]
         report = UpkeepReport(
             num_requeued=reaped.num_requeued,
             num_dead=reaped.num_dead,
@@ -85,14 +84,13 @@ class Upkeep:
 
     async def reroute(self, plan: Plan) -> int:
         """Move what waits to the stages where it belongs by a new plan; how many moved."""
-        highs = [stage.high_tokens for stage in plan.stages if stage.high_tokens is not None]
         backlog = await self._door.run(self._reads.backlog())
         total = 0
         for source in sorted(s for s, tokens in backlog.items() if s.isdigit() and int(tokens) > 0):
             skip, num_seen = 0, _LIMIT
             while num_seen == _LIMIT:
                 answer = await self._door.run(
-                    self._calls.migrate(source=source, highs=highs, limit=_LIMIT, skip=skip)
+                    self._calls.migrate(source=source, highs=plan.highs, limit=_LIMIT, skip=skip)
                 )
                 total, num_seen = total + answer.num_moved, answer.num_seen
                 skip += answer.num_seen - answer.num_moved
