@@ -38,11 +38,12 @@ class Outlook:
         num_workers = len(self.overview.workers) if self.overview else 0
         return max(_INTERVAL_S, num_workers / _WORKERS_PER_S)
 
-    async def refresh(self) -> None:
+    async def refresh(self) -> Overview:
         """Look at plan, workers and queues, and at what has finished since the last look."""
-        self.overview = await read_overview_async(self._door, self._namespace)
+        self.overview = overview = await read_overview_async(self._door, self._namespace)
         self._finished_id, lengths = await self._door.run(self._reads.output_lengths(after=self._finished_id))
         self.outputs.add(lengths)
+        return overview
 
     def others(self, *, stage: int | None = None) -> list[WorkerLoad]:
         """The other workers, of one stage or of all."""

@@ -91,10 +91,7 @@ class Worker:
 
     async def _serve(self) -> None:
         state = self.state
-        version, body = await state.door.run(state.reads.plan())
-        if body is not None and version:
-            state.plan = plan_from_json(body)
-        await state.outlook.refresh()
+        state.plan = (await state.outlook.refresh()).plan
         await state.lease.begin()
         failure = await self._run_loops()
         async with asyncio.timeout(self.settings.drain_s):
@@ -194,9 +191,8 @@ class Worker:
         state, outlook = self.state, self.state.outlook
         while True:
             await asyncio.sleep(outlook.interval_s)
-            await outlook.refresh()
-            if outlook.overview is not None:
-                self._adopt(outlook.overview.plan)  # the listener may have begun just after it was published
+            overview = await outlook.refresh()
+            self._adopt(overview.plan)  # the listener may have begun just after it was published
             await self._mover.ask_once()
             self._intake.personal_due = True  # a wake-up may have been missed
             if outlook.num_waiting:
