@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from l4queue.cli.progress import progress_bars
+
 if TYPE_CHECKING:
     from rich.progress import Progress
 
@@ -115,7 +117,7 @@ async def _run(study: _Study, options: StackOptions) -> tuple[list[Round], dict[
 
     async with Stack(options) as stack:
         await stack.ready()
-        with _progress(options.quiet) as progress:
+        with progress_bars(options.quiet, width=8) as progress:
             return await _all_rounds(stack, study, progress)
 
 
@@ -144,14 +146,6 @@ async def _all_rounds(stack: Stack, study: _Study, progress: Progress) -> tuple[
         overview = await client.overview()
     costs = [cost for cost in overview.costs if cost]
     return done, {"model": Path(stack.settings.model).name, "cost_of_a_worker": costs[0] if costs else None}
-
-
-def _progress(quiet: bool) -> Progress:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description:>8}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=Console(stderr=True), disable=quiet)
 
 
 def register(app: typer.Typer) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from l4queue.cli.bench_rounds import Round, pooled
-from l4queue.sim.plots import require_matplotlib
+from l4queue.sim.plots import require_matplotlib, save_figure
 
 if TYPE_CHECKING:
     from l4queue.sim.metrics import Measured
@@ -129,19 +129,11 @@ def plot_rounds(directory: Path, rounds: Sequence[Round]) -> list[Path]:
     plt = require_matplotlib()
     directory.mkdir(parents=True, exist_ok=True)
     grouped = by_policy(rounds)
-    files = [_save(plt, _cdf(plt, grouped), directory / "latency_cdf.png")]
-    files.append(_save(plt, _loads(plt, grouped), directory / "load_over_time.png"))
-    for mine in (grouped.get("l4"),):
-        if mine:
-            files.append(_save(plt, _plans(plt, mine[-1]), directory / "plan_over_time.png"))
+    files = [save_figure(plt, _cdf(plt, grouped), directory / "latency_cdf.png")]
+    files.append(save_figure(plt, _loads(plt, grouped), directory / "load_over_time.png"))
+    if "l4" in grouped:
+        files.append(save_figure(plt, _plans(plt, grouped["l4"][-1]), directory / "plan_over_time.png"))
     return files
-
-
-def _save(plt: Any, figure: Any, path: Path) -> Path:
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-    return path
 
 
 def _cdf(plt: Any, grouped: Mapping[str, Sequence[Round]]) -> Any:

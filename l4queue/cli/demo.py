@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from l4queue.cli.progress import progress_bars
+
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
@@ -130,7 +132,7 @@ async def _drive(stack: Any, prompts: Sequence[Prompt], *, rate: float, seed: in
 
     async with AsyncClient(stack.redis_url, settings=stack.settings) as client:
         started_s = time.monotonic()
-        with _progress(quiet) as progress:
+        with progress_bars(quiet, width=6) as progress:
             results = await _replay(client, prompts, rate=rate, seed=seed, progress=progress)
         wall_s = time.monotonic() - started_s
         overview = await client.overview()
@@ -193,14 +195,6 @@ async def _show_plans(client: AsyncClient, progress: Progress) -> None:
             shown = plan.version
             progress.console.print(f"plan {plan.version}: {_ranges(plan)}  ({plan.reason})", highlight=False)
         await asyncio.sleep(1.0)
-
-
-def _progress(quiet: bool) -> Progress:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description:>6}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=Console(stderr=True), disable=quiet)
 
 
 def _print(reports: Sequence[ClassReport], plan: Plan, *, wall_s: float, flower_url: str | None) -> None:

@@ -12,7 +12,7 @@ from l4queue.errors import ConfigError
 from l4queue.sim.l4 import L4
 from l4queue.sim.runner import Run
 
-__all__ = ("plot_runs", "require_matplotlib")
+__all__ = ("plot_runs", "require_matplotlib", "save_figure")
 
 Curves = Mapping[str, Sequence[tuple[float, float]]]
 
@@ -34,17 +34,18 @@ def plot_runs(directory: Path, runs: Sequence[Run], *, curves: Curves | None = N
     `curves` (policy → (load, mean latency s)), latency against load. Returns the files."""
     plt = require_matplotlib()
     directory.mkdir(parents=True, exist_ok=True)
-    files = [_save(_latency_cdf(plt, runs), directory / "latency_cdf.png", plt)]
-    files.append(_save(_instance_load(plt, runs), directory / "instance_load.png", plt))
+    files = [save_figure(plt, _latency_cdf(plt, runs), directory / "latency_cdf.png")]
+    files.append(save_figure(plt, _instance_load(plt, runs), directory / "instance_load.png"))
     for run in runs:
         if isinstance(run.policy, L4):
-            files.append(_save(_plans(plt, run.policy), directory / "plan_over_time.png", plt))
+            files.append(save_figure(plt, _plans(plt, run.policy), directory / "plan_over_time.png"))
     if curves:
-        files.append(_save(_load_curves(plt, curves), directory / "latency_by_load.png", plt))
+        files.append(save_figure(plt, _load_curves(plt, curves), directory / "latency_by_load.png"))
     return files
 
 
-def _save(figure: Any, path: Path, plt: Any) -> Path:
+def save_figure(plt: Any, figure: Any, path: Path) -> Path:
+    """Write a figure as PNG and close it; returns the file."""
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
