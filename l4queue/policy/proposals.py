@@ -25,9 +25,8 @@ def proposals(problem: PartitionProblem) -> tuple[Partition, ...]:
     """At most eight partitions into two stages, for fleets of up to `MOST_WORKERS`; none for larger ones.
 
     Boundaries lie in the widest gap of the lengths and where given shares of the requests, or of the work, are
-    below; workers are in proportion to the
-    work, so that a stage may be more than full: on a small fleet it lives by what others steal from it. Their
-    objective may therefore be infinite.
+    below. Workers are in proportion to the work, so that a stage may be more than full: on a small fleet it lives
+    by what others steal from it. Their objective may therefore be infinite.
     """
     workers, buckets = problem.num_workers, problem.buckets
     if not 2 <= workers <= MOST_WORKERS or len(buckets) < 2:
