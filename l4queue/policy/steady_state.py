@@ -3,7 +3,7 @@
 Per second the requests of a range make d decode steps over s context tokens and bring λ prompts of w ms of
 prefill. One worker offers 1000 ms. In units of workers the load is
 
-    R = (β·d + γ·s + σ·skew + f·Σλw + hand-over work) / 1000        ρ = R/m
+    R = (β·d + γ·s + σ·skew + Σλw + hand-over work) / 1000        ρ = R/m
 
 *Decoding.* By Little's law with the n = D·t requests that decode at a rate D per worker, t = α + (β + γL)·n +
 prefill gives t = α/(1-ρ).
@@ -11,7 +11,7 @@ prefill gives t = α/(1-ρ).
 *Prefill* goes before decodes, in chunks that fill a step: a prompt takes α + w, and what is being prefilled when
 it comes. With one queue for m workers that wait is that of M/G/m (Sakasegawa, 1977):
 
-    W = Λ₂/(2Λ₁) · (P/m)^(√(2(m+1))-1) / (m-P)         Λ₁ = Σλw, Λ₂ = Σλw², P = fΛ₁/1000
+    W = Λ₂/(2Λ₁) · (P/m)^(√(2(m+1))-1) / (m-P)         Λ₁ = Σλw, Λ₂ = Σλw², P = Λ₁/1000
 
 *Both.* A request meets the same backlog when it begins to decode, and as the lower class of a priority queue it
 gets past it at the rate that is left: W/(1-ρ). So the requests in flight in a range are
@@ -63,8 +63,6 @@ class PartitionSettings:
 
     objective: Objective = Objective.BALANCED
     max_stages: int = 4
-    #: f, what prefill weighs in the load: below 1 where less of it than the cost model says adds to a step
-    prefill_overlap: float = 1.0
     #: what a ms of waiting for the first token counts, in ms of latency
     ttft_weight: float = 1.0
     #: share of the KV cache kept free
@@ -238,7 +236,7 @@ class _Amounts:
     def of(cls, demand: Demand, *, buckets: Buckets, cost: StepCost, settings: PartitionSettings) -> _Amounts:
         rate = demand.arrivals_per_s
         prompt = np.where(rate > 0.0, demand.prompt_tokens_per_s / np.where(rate > 0.0, rate, 1.0), 0.0)
-        prefill_ms = settings.prefill_overlap * prompt * (cost.pi_ms + cost.psi_ms * prompt / 2)
+        prefill_ms = prompt * (cost.pi_ms + cost.psi_ms * prompt / 2)
         first_ms = rate * (cost.alpha_ms + prefill_ms)
         steps, context = demand.decode_steps_per_s, demand.context_tokens_per_s
         decode_ms = cost.beta_ms * steps + cost.gamma_ms * context

@@ -48,11 +48,9 @@ def stage_objective(
     slow = m / (m - load)  # 1/(1-ρ)
     steps = sum(demand.decode_steps_per_s[i:j])
     context = sum(demand.context_tokens_per_s[i:j])
-    first_ms = sum(
-        _rate(demand, b) * (cost.alpha_ms + _prefill_ms(demand, b, cost, settings)) for b in range(i, j)
-    )
+    first_ms = sum(_rate(demand, b) * (cost.alpha_ms + _prefill_ms(demand, b, cost)) for b in range(i, j))
     kv = context * cost.alpha_ms * slow / 1000.0 + slow / 1000.0 * sum(
-        _rate(demand, b) * _prompt(demand, b) / 2 * (cost.alpha_ms + _prefill_ms(demand, b, cost, settings))
+        _rate(demand, b) * _prompt(demand, b) / 2 * (cost.alpha_ms + _prefill_ms(demand, b, cost))
         for b in range(i, j)
     )
     if kv > m * cost.kv_capacity_tokens * (1 - settings.kv_margin) * (1 + 1e-9):
@@ -95,7 +93,7 @@ def _wait(
     settings: PartitionSettings,
 ) -> tuple[float, float]:
     """Wait for prefill by Sakasegawa's form of M/G/m: of all that enter the range a second, and of one, ms."""
-    pieces = [(_rate(demand, b), _prefill_ms(demand, b, cost, settings)) for b in range(i, j)]
+    pieces = [(_rate(demand, b), _prefill_ms(demand, b, cost)) for b in range(i, j)]
     pieces.append((flow, settings.move_price.work_ms(buckets.edges[i], cost)))
     first = sum(rate * w for rate, w in pieces)
     if first <= 0:
@@ -112,7 +110,7 @@ def _load(
     work = sum(
         cost.beta_ms * demand.decode_steps_per_s[b]
         + cost.gamma_ms * demand.context_tokens_per_s[b]
-        + _rate(demand, b) * _prefill_ms(demand, b, cost, settings)
+        + _rate(demand, b) * _prefill_ms(demand, b, cost)
         for b in range(i, j)
     )
     if settings.moves_requests:
@@ -157,8 +155,8 @@ def _prompt(demand: Demand, b: int) -> float:
     return float(demand.prompt_tokens_per_s[b] / demand.arrivals_per_s[b]) if demand.arrivals_per_s[b] else 0.0
 
 
-def _prefill_ms(demand: Demand, b: int, cost: StepCost, settings: PartitionSettings) -> float:
-    return settings.prefill_overlap * (cost.pi_ms * _prompt(demand, b) + cost.psi_ms * _prompt(demand, b) ** 2 / 2)
+def _prefill_ms(demand: Demand, b: int, cost: StepCost) -> float:
+    return cost.pi_ms * _prompt(demand, b) + cost.psi_ms * _prompt(demand, b) ** 2 / 2
 
 
 def _inflow(demand: Demand, b: int, buckets: Buckets) -> float:
