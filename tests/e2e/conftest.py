@@ -11,6 +11,11 @@ from pathlib import Path
 import pytest
 
 from l4queue import Client, Settings
+from l4queue.models import Plan, StagePlan
+from l4queue.policy.plan_json import plan_to_json
+from l4queue.protocol.calls import Calls, Verdict
+from l4queue.protocol.door import Door
+from l4queue.protocol.keys import Keys
 from tests.protocol.server import DURABLE, RedisServer
 from tests.services.processes import Processes, free_port, until
 
@@ -34,6 +39,21 @@ class Deployment:
     def start_worker(self, number: int) -> int:
         """Start worker `number` on its own core; returns its process id."""
         return self.processes.worker(f"worker-{number}", cpu_cores=str(number % (os.cpu_count() or 1))).pid
+
+    def publish(self, *stages: StagePlan) -> None:
+        """Publish a plan for the workers that are there. Planners that run may replace it."""
+        with self.client() as client:
+            overview = client.overview()
+        version = overview.plan.version
+        assert {i for stage in stages for i in stage.worker_ids} == {w.worker_id for w in overview.workers}
+        body = plan_to_json(Plan(version=version + 1, stages=stages))
+        calls = Calls(Keys(self.settings.namespace))
+        door = Door(self.settings.redis_url)
+        try:
+            call = calls.publish(expected_version=version, version=version + 1, body=body)
+            assert door.run(call) is Verdict.OK
+        finally:
+            door.close()
 
     def await_workers(self, number: int, *, timeout_s: float = 240.0) -> None:
         """Wait until so many workers serve."""

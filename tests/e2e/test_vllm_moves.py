@@ -8,11 +8,7 @@ from threading import Event, Thread
 
 import pytest
 
-from l4queue.models import Plan, StagePlan
-from l4queue.policy.plan_json import plan_to_json
-from l4queue.protocol.calls import Calls, Verdict
-from l4queue.protocol.door import Door
-from l4queue.protocol.keys import Keys
+from l4queue.models import StagePlan
 from tests.e2e.conftest import Deployment, deploy
 from tests.services.processes import until
 
@@ -32,28 +28,12 @@ def moving(
         yield started
 
 
-def _publish(deployment: Deployment, *stages: StagePlan) -> None:
-    with deployment.client() as client:
-        version = client.overview().plan.version
-        workers = {w.worker_id for w in client.overview().workers}
-    calls = Calls(Keys(deployment.settings.namespace))
-    body = plan_to_json(Plan(version=version + 1, stages=stages))
-    door = Door(deployment.settings.redis_url)
-    try:
-        call = calls.publish(expected_version=version, version=version + 1, body=body)
-        assert door.run(call) is Verdict.OK
-    finally:
-        door.close()
-    assert {i for stage in stages for i in stage.worker_ids} == workers
-
-
 def test_a_long_conversation_grows_through_the_stages_and_reads_as_if_uncut(moving: Deployment) -> None:
     """Its stage is crowded, the next one calm: it is handed over; ids and text are those of an uncut run."""
     with moving.client() as client:
         uncut = client.enqueue("Once upon a time", **GROWING).result(timeout=120)
         assert not uncut.resumed
-        _publish(
-            moving,
+        moving.publish(
             StagePlan(low_tokens=0, high_tokens=64, num_workers=1, worker_ids=("worker-0",)),
             StagePlan(low_tokens=64, high_tokens=None, num_workers=1, worker_ids=("worker-1",)),
         )

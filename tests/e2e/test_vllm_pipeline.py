@@ -17,6 +17,7 @@ from l4queue import RequestState, Result
 from l4queue.cli.workload import measured_chars_per_token, mixed_prompts
 from l4queue.client import Chunk
 from l4queue.errors import InvalidRequest, RequestFailed, RequestTooLong
+from l4queue.models import StagePlan
 from tests.e2e.conftest import MAX_MODEL_LEN, Deployment
 from tests.services.processes import until
 
@@ -118,7 +119,15 @@ def test_a_prompt_that_just_fits_is_served(deployment: Deployment) -> None:
 
 
 def test_killing_one_of_two_workers_loses_and_changes_nothing(deployment: Deployment) -> None:
-    """SIGKILL one worker while 64 requests run: all finish as if nothing had happened, streams included."""
+    """SIGKILL one worker while 64 requests run: all finish as if nothing had happened, streams included.
+
+    Without planners, on one stage: with classes short requests alone would all be one worker's.
+    """
+    for number in range(2):
+        deployment.processes.stop(f"beat-{number}")
+        deployment.processes.stop(f"planner-{number}")
+    workers = ("worker-0", "worker-1")
+    deployment.publish(StagePlan(low_tokens=0, high_tokens=None, num_workers=2, worker_ids=workers))
     prompts = [f"Line {number} of a list that" for number in range(64)]
     options = {"max_tokens": 160, "temperature": 0.0, "ignore_eos": True}
     with deployment.client() as client:
