@@ -7,12 +7,14 @@ import json
 import logging
 from collections.abc import Iterable
 from dataclasses import asdict
+from typing import NoReturn
 
 from l4queue.models import Routing
 from l4queue.policy.handover import decide_handover, least_loaded, look_again_at, next_stage
 from l4queue.policy.steal import Ask, RunningRequest, ask, bid, choose_victim, match
 from l4queue.protocol.calls import Move, MoveKind
 from l4queue.protocol.keys import personal_stage
+from workers.chores import Chores
 from workers.session import Session
 from workers.state import WorkerState
 from workers.writer import Writer
@@ -28,7 +30,7 @@ class Mover:
     def __init__(self, state: WorkerState, writer: Writer) -> None:
         self._state = state
         self._writer = writer
-        self._moves: set[asyncio.Task[None]] = set()
+        self._moves = Chores()
         self._last_steal_ms: int | None = None
         self._last_ask_ms: int | None = None
 
@@ -93,7 +95,11 @@ class Mover:
 
     async def finish(self) -> None:
         """Wait for the moves in progress."""
-        await asyncio.gather(*self._moves, return_exceptions=True)
+        await self._moves.finish()
+
+    async def failure(self) -> NoReturn:
+        """Wait for a move that fails, and raise what it raised: its request stands still until given back."""
+        await self._moves.failure()
 
     def _consider(self, session: Session) -> None:
         state = self._state
@@ -118,12 +124,10 @@ class Mover:
 
     def _begin(self, session: Session, target_id: str, move: Move) -> None:
         session.is_moving = True
-        task = asyncio.create_task(self._move(session, target_id, move))
-        self._moves.add(task)
-        task.add_done_callback(self._moves.discard)
+        self._moves.start(self._move(session, target_id, move))
 
     async def _move(self, session: Session, target_id: str, move: Move) -> None:
-        """Cut, write, release. Whatever fails on the way leaves the request here for the drain or the reaper."""
+        """Cut, write, release. What fails on the way ends the worker, which gives the request back."""
         state = self._state
         cut = await state.cut(session)
         if cut is None:  # its end is on the way, or the engine's

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from typing import Any
 
 from pydantic import JsonValue
@@ -15,6 +15,7 @@ from l4queue.policy.cost import StepCost
 from l4queue.policy.histogram import Buckets, growth_fields
 from l4queue.policy.plan_json import plan_from_json
 from l4queue.protocol.upkeep import Upkeep
+from workers.chores import Chores
 from workers.engine import Engine, EngineDied, EngineOutput
 from workers.intake import Intake
 from workers.listener import Listener
@@ -55,6 +56,7 @@ class Worker:
         self._writer = Writer(self.state)
         self._intake = Intake(self.state, self._writer)
         self._mover = Mover(self.state, self._writer)
+        self._chores = Chores()
         self._buckets = Buckets.log_spaced(settings.max_model_len)
         self._stopping = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -96,6 +98,7 @@ class Worker:
         failure = await self._run_loops()
         async with asyncio.timeout(self.settings.drain_s):
             await self._mover.finish()
+            await self._chores.finish()
             await self._writer.give_back(blame=isinstance(failure, EngineDied))
             await state.lease.end()
         if failure is not None:
@@ -113,13 +116,15 @@ class Worker:
             on_message=self._mover.answer,
             on_plan=self._on_plan,
         )
-        loops = (
+        loops: tuple[Coroutine[Any, Any, object], ...] = (
             self._take_for_ever(),
             self._write_for_ever(),
             state.lease.keep(self._on_lost),
             listener.run(lambda: (str(state.stage), state.lease.incarnation)),
             self._keep_up(),
             self._look_around(),
+            self._mover.failure(),
+            self._chores.failure(),
             self._stopping.wait(),
         )
         tasks = [asyncio.create_task(loop) for loop in loops]
@@ -205,7 +210,7 @@ class Worker:
 
     def _on_cancel(self, request_ids: Sequence[str]) -> None:
         wanted = set(request_ids)
-        self._background(self.state.drop([s for s in self.state.sessions.values() if s.request_id in wanted]))
+        self._chores.start(self.state.drop([s for s in self.state.sessions.values() if s.request_id in wanted]))
 
     def _on_plan(self, body: str) -> None:
         self._adopt(plan_from_json(body))
@@ -220,24 +225,16 @@ class Worker:
         state.nudge.set()
 
     def _on_lost(self) -> None:
-        self._background(self.state.drop(list(self.state.sessions.values())))
+        self._chores.start(self.state.drop(list(self.state.sessions.values())))
 
     def _cancel(self, request_id: str) -> None:
-        self._background(self.state.cancel(request_id))
-
-    def _background(self, work: Any) -> None:
-        task = asyncio.ensure_future(work)
-        _PENDING.add(task)
-        task.add_done_callback(_PENDING.discard)
+        self._chores.start(self.state.cancel(request_id))
 
     def _threadsafe(self, function: Any, *args: Any) -> None:
         if self._loop is None:
             function(*args)
         elif not self._loop.is_closed():
             self._loop.call_soon_threadsafe(function, *args)
-
-
-_PENDING: set[asyncio.Future[Any]] = set()  # the loop itself keeps only weak references to tasks
 
 
 async def _cancel_all(tasks: Sequence[asyncio.Task[Any]]) -> None:

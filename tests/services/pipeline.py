@@ -18,6 +18,7 @@ from l4queue.protocol.door import AsyncDoor
 from l4queue.protocol.keys import Keys
 from l4queue.protocol.upkeep import Upkeep
 from workers.emulated import EmulatedEngine
+from workers.engine import Engine
 from workers.observer import NullObserver
 from workers.text import no_text
 from workers.worker import Worker
@@ -50,11 +51,19 @@ class Pipeline:
     door: AsyncDoor
     workers: dict[str, tuple[Worker, asyncio.Task[None]]] = field(default_factory=dict)
 
-    def start(self, name: str, *, speed: float = 0.0, cost: StepCost = COST) -> Worker:
-        """Start a worker."""
+    def start(
+        self,
+        name: str,
+        *,
+        speed: float = 0.0,
+        cost: StepCost = COST,
+        make_engine: Callable[..., Engine] = EmulatedEngine,
+    ) -> Worker:
+        """Start a worker. KV moves as the settings say."""
+        kv_bytes_per_s = self.settings.emulated_kv_bytes_per_s
         worker = Worker(
             settings=self.settings,
-            engine=EmulatedEngine(cost, speed=speed, max_model_len=MAX_LEN),
+            engine=make_engine(cost, speed=speed, max_model_len=MAX_LEN, kv_bytes_per_s=kv_bytes_per_s),
             observer=NullObserver(),
             worker_id=name,
             text=no_text,
@@ -107,7 +116,14 @@ async def until(condition: Callable[[], Awaitable[bool]], *, timeout_s: float = 
 @asynccontextmanager
 async def open_pipeline(redis_url: str, namespace: str, **more: object) -> AsyncIterator[Pipeline]:
     """Dispatcher, upkeep and client with short leases."""
-    values = {"lease_s": 0.6, "max_running": 16, "drain_s": 5.0, "max_model_len": MAX_LEN, **more}
+    values = {
+        "lease_s": 0.6,
+        "max_running": 16,
+        "drain_s": 5.0,
+        "max_model_len": MAX_LEN,
+        "engine": "emulated",
+        **more,
+    }
     settings = Settings(redis_url=redis_url, namespace=namespace, **values)  # type: ignore[arg-type]
     door = AsyncDoor(redis_url, retry_s=None)
     dispatcher = Dispatcher(settings=settings, door=door, tokenizer=ByteTokenizer(), name="d")  # type: ignore[arg-type]

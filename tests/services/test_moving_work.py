@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from l4queue import AsyncHandle
 from l4queue.models import Plan, Routing, StagePlan
 from l4queue.policy.cost import StepCost
 from l4queue.policy.plan_json import plan_to_json
@@ -17,6 +19,7 @@ from l4queue.protocol.keys import Keys
 from l4queue.protocol.reads import Reads
 from tests.services.pipeline import COST, MAX_LEN, Pipeline, open_pipeline, true, until
 from workers.emulated import EmulatedEngine
+from workers.engine import Cut
 
 pytestmark = pytest.mark.services
 # every request in a batch costs the others a lot, a prefill next to nothing: moving pays at once
@@ -100,6 +103,67 @@ async def _travel(pipeline: Pipeline) -> None:
     counts = (await pipeline.client.overview()).counts
     assert counts["handovers"] >= 2
     assert counts["live"] == 0
+
+
+async def _outgrow(pipeline: Pipeline, num_tokens: int) -> AsyncHandle:
+    """A request that will outgrow the crowded stage of w0 while w1 idles."""
+    await pipeline.publish(*_stages((0, 40, ("w0",)), (40, None, ("w1",))))
+    await until(lambda: true(all(w.state.plan.version for w, _ in pipeline.workers.values())))
+    await until(lambda: true(all(w.state.outlook.others() for w, _ in pipeline.workers.values())))
+    stays = {"max_tokens": 600, "ignore_eos": True, "presence_penalty": 0.5}
+    for _ in range(12):
+        await pipeline.client.enqueue("x" * 5, **stays)
+    await pipeline.running("w0", 12)
+    return await pipeline.client.enqueue("hello", max_tokens=num_tokens, ignore_eos=True)
+
+
+async def test_the_kv_cache_moves_with_the_request_where_engines_can_move_it(
+    redis_url: str, namespace: str
+) -> None:
+    """The ticket travels through Redis, nothing is prefilled again, the decision weighed the transfer."""
+    rate = 1e9
+    async with open_pipeline(
+        redis_url, namespace, steal_from="none", max_running=32, emulated_kv_bytes_per_s=rate
+    ) as pipeline:
+        target = [pipeline.start(name, speed=1.0, cost=CROWDED) for name in ("w0", "w1")][1]
+        handle = await _outgrow(pipeline, 300)
+        assert (await handle.result(timeout=20)).token_ids == await _uncut("hello", 300)
+        (moved,) = [line for line in await _ledger(pipeline, handle.id) if line["what"] == "hand-over"]
+        assert moved["kv"]
+        length_tokens = len("hello") + moved["offset"]
+        stats = target.state.engine.stats()
+        assert (stats.num_kv_loads, stats.num_kv_misses) == (1, 0)
+        assert target.stats()["kv_loads"] == 1
+        # a token or two may be computed between decision and cut
+        price = target.state.move_price
+        costs = [price.delay_ms(length_tokens - late, CROWDED) for late in range(4)]
+        assert price.bandwidth_bytes_per_s == rate
+        assert any(moved["cost_ms"] == pytest.approx(cost, abs=0.001) for cost in costs), (moved, costs)
+
+
+class CutFails(EmulatedEngine):
+    """Breaks where a move begins."""
+
+    async def cut(self, request_id: str) -> Cut | None:
+        raise RuntimeError("the engine cannot be cut")
+
+
+async def test_a_move_that_fails_ends_its_worker_and_the_request_goes_on_elsewhere(
+    redis_url: str, namespace: str
+) -> None:
+    """The request is given back at once: it does not stand still under a lease that is renewed."""
+    async with open_pipeline(redis_url, namespace, steal_from="none", max_running=32, lease_s=30.0) as pipeline:
+        pipeline.start("w0", speed=1.0, cost=CROWDED, make_engine=CutFails)
+        pipeline.start("w1", speed=1.0, cost=CROWDED)
+        handle = await _outgrow(pipeline, 300)
+        _, failing = pipeline.workers.pop("w0")
+        with pytest.raises(RuntimeError, match="cannot be cut"):
+            async with asyncio.timeout(20):
+                await failing
+        pipeline.start("w0")  # whoever runs the workers starts it again
+        assert (await handle.result(timeout=20)).token_ids == await _uncut("hello", 300)
+        told = [line["what"] for line in await _ledger(pipeline, handle.id)]
+        assert next(what for what in told if what in ("released", "hand-over")) == "released"
 
 
 async def test_a_newcomer_with_nothing_to_do_gets_running_requests(pipeline: Pipeline) -> None:
