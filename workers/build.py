@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+from pathlib import Path
+
 from l4queue.config import Settings
-from l4queue.policy.coefficients import load_coefficients
-from l4queue.policy.cost import StepCost
+from l4queue.errors import ConfigError
+from l4queue.policy.coefficients import CoefficientFile, read_coefficients
 from l4queue.tiny import cache_directory
 from workers.emulated import EmulatedEngine
 from workers.engine import Engine
+from workers.kv.store import SegmentStore, default_directory
 from workers.observer import Observer
 from workers.session import TextFactory
 from workers.text import no_text, text_factory
@@ -15,7 +19,9 @@ from workers.tiny import build_tiny_model
 from workers.vllm_engine import VllmEngine
 from workers.worker import Worker
 
-__all__ = ("make_worker", "model_path")
+__all__ = ("kv_directory", "make_worker", "model_path")
+
+log = logging.getLogger("l4queue.worker")
 
 
 def model_path(settings: Settings) -> str:
@@ -27,25 +33,43 @@ def model_path(settings: Settings) -> str:
 
 def make_worker(settings: Settings, observer: Observer) -> Worker:
     """The worker of this process; ConfigError says what is missing."""
-    cost = load_coefficients(settings.emulated_gpu, settings.emulated_model)
-    engine, text = _engine(settings, cost)
+    coefficients = read_coefficients(settings.emulated_gpu, settings.emulated_model)
+    engine, text = _engine(settings, coefficients)
     return Worker(
         settings=settings,
         engine=engine,
         observer=observer,
         worker_id=settings.worker_name,
         text=text,
-        cost=cost,
+        cost=coefficients.cost,
     )
 
 
-def _engine(settings: Settings, cost: StepCost) -> tuple[Engine, TextFactory]:
+def kv_directory(settings: Settings) -> Path | None:
+    """Where engines of this host exchange KV; None: nowhere, requests that move are prefilled again.
+
+    A directory that cannot be used is said once and costs nothing but that.
+    """
+    if not settings.kv_handover_bytes:
+        return None
+    directory = default_directory(settings.namespace)
+    try:
+        SegmentStore(directory, limit_bytes=settings.kv_handover_bytes)
+    except ConfigError as error:
+        log.warning("requests that move are prefilled again: %s", error)
+        return None
+    return directory
+
+
+def _engine(settings: Settings, coefficients: CoefficientFile) -> tuple[Engine, TextFactory]:
     if settings.engine == "emulated":
         emulated = EmulatedEngine(
-            cost,
+            coefficients.cost,
             speed=settings.emulated_speed,
             max_model_len=settings.max_model_len,
             name=f"{settings.emulated_model} on {settings.emulated_gpu}",
+            kv_bytes_per_s=settings.emulated_kv_bytes_per_s,
+            kv_bytes_per_token=coefficients.kv_bytes_per_token,
         )
         return emulated, text_factory(settings.tokenizer) if settings.tokenizer else no_text
     path = model_path(settings)
@@ -58,5 +82,7 @@ def _engine(settings: Settings, cost: StepCost) -> tuple[Engine, TextFactory]:
         gpu_memory_share=settings.gpu_memory_share,
         cpu_cores=settings.cpu_cores,
         cpu_kv_cache_gib=settings.cpu_kv_cache_gib,
+        kv_directory=kv_directory(settings),
+        kv_handover_bytes=settings.kv_handover_bytes,
     )
     return engine, text_factory(settings.tokenizer or path)

@@ -143,11 +143,12 @@ class WorkerState:
         """What moving a running request costs: its target prefills it again, or reads its KV cache."""
         if not self.engine_info.can_move_kv:
             return MovePrice()
-        is_emulated = self.settings.engine == "emulated"
+        kv_bytes_per_token = self.engine_info.kv_bytes_per_token
+        if self.settings.engine == "emulated":  # as the simulator has it
+            bandwidth = self.settings.emulated_kv_bytes_per_s
+            return MovePrice(bandwidth_bytes_per_s=bandwidth, kv_bytes_per_token=kv_bytes_per_token)
         return MovePrice(
-            bandwidth_bytes_per_s=self.settings.emulated_kv_bytes_per_s if is_emulated else _KV_BYTES_PER_S,
-            kv_bytes_per_token=self.engine_info.kv_bytes_per_token,
-            fixed_ms=_KV_FIXED_MS,
+            bandwidth_bytes_per_s=_KV_BYTES_PER_S, kv_bytes_per_token=kv_bytes_per_token, fixed_ms=_KV_FIXED_MS
         )
 
     async def drop(self, sessions: Iterable[Session]) -> None:
@@ -233,7 +234,7 @@ class WorkerState:
         """A snapshot for dashboards."""
         if self.info is None:
             return {"worker": self.worker_id, "engine": "loading", "model": self.settings.model}
-        load = self.load()
+        load, engine = self.load(), self.engine.stats()
         return {
             "worker": self.worker_id,
             "engine": f"{load.engine} {self.info.version}",
@@ -249,5 +250,7 @@ class WorkerState:
             "finished": load.num_finished,
             "stolen": self.num_stolen,
             "handed_over": self.num_handed_over,
+            "kv_loads": engine.num_kv_loads,
+            "kv_misses": engine.num_kv_misses,
             "draining": load.is_draining,
         }

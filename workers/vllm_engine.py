@@ -110,6 +110,7 @@ class VllmEngine:
         if self._max_batched_tokens is not None:
             arguments["max_num_batched_tokens"] = self._max_batched_tokens
         if self._desk is not None:
+            self._desk.open()
             arguments["kv_transfer_config"] = self._transfer_config(self._desk, vllm.__version__)
         try:
             self._llm = AsyncLLM.from_engine_args(
@@ -202,6 +203,8 @@ class VllmEngine:
             # its output handler reports the end of the core as an error, also when the end is asked for
             logging.getLogger("vllm").setLevel(logging.CRITICAL)
             await asyncio.to_thread(llm.shutdown)
+        if self._desk is not None:
+            self._desk.close()
 
     async def _follow(self, request: EngineRequest) -> None:
         from vllm.inputs import tokens_input

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from workers.kv.store import SegmentStore, new_ticket
+from workers.kv.tenancy import Tenancy, enter
 
 __all__ = ("Desk", "model_fingerprint")
 
@@ -29,6 +30,7 @@ class Desk:
 
     def __init__(self, store: SegmentStore) -> None:
         self._store = store
+        self._tenancy: Tenancy | None = None
         self._tickets: dict[str, str] = {}
         self._started: set[str] = set()
         self._waiting: dict[str, asyncio.Future[bool]] = {}
@@ -36,6 +38,21 @@ class Desk:
         self.num_loads = 0
         self.num_misses = 0
         self.loaded_bytes = 0
+
+    def open(self) -> None:
+        """Use the directory from now on; what engines that were killed have left there goes."""
+        try:
+            self._tenancy = enter(self._store.directory)
+        except OSError as error:
+            log.warning("KV that killed engines have left in %s stays there: %s", self._store.directory, error)
+
+    def close(self) -> None:
+        """The engine is gone: so is the directory, when no other uses it."""
+        try:
+            if self._tenancy is not None:
+                self._tenancy.leave()
+        except OSError as error:
+            log.warning("KV stays in %s: %s", self._store.directory, error)
 
     def connector_config(self, fingerprint: str) -> dict[str, Any]:
         """Arguments of vLLM's `KVTransferConfig` for the connector in the engine's processes."""
@@ -111,7 +128,10 @@ class Desk:
         """Now and then, remove old segments and those of dead writers."""
         if now_s - self._swept_s >= _SWEEP_EVERY_S:
             self._swept_s = now_s
-            self._store.sweep()
+            try:
+                self._store.sweep()
+            except OSError as error:  # removed by somebody: cuts go without KV, everything else goes on
+                log.warning("%s cannot be swept: %s", self._store.directory, error)
 
 
 def model_fingerprint(model: str, *facts: object) -> str:
