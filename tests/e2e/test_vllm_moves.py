@@ -2,41 +2,82 @@
 
 from __future__ import annotations
 
+import signal
+import uuid
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from shutil import rmtree
 from threading import Event, Thread
+from typing import Any
 
 import pytest
 
+from l4queue import Client, Handle, Result
 from l4queue.models import StagePlan
 from tests.e2e.conftest import Deployment, deploy
 from tests.services.processes import until
+from workers.app import make_app, node_name
+from workers.kv.store import default_directory
 
 pytestmark = [pytest.mark.vllm, pytest.mark.services, pytest.mark.timeout(600)]
 GROWING = {"max_tokens": 400, "temperature": 0.0, "ignore_eos": True}
+STORY = "Once upon a time"
+PROMPTS = [STORY, *(f"Chapter {number} of a story that" for number in range(20))]
 CROWD = 12
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Moving:
+    """A deployment whose short requests are worker 0's, and what uncut runs gave."""
+
+    deployment: Deployment
+    uncut: dict[str, Result]
+    directory: Path
+
+    def engine(self, number: int) -> dict[str, Any]:
+        """What a worker tells of its engine."""
+        name = node_name(f"worker-{number}")
+        app = make_app(self.deployment.settings)
+        return until(lambda: (app.control.inspect([name], timeout=2.0).stats() or {}).get(name), name)
+
+    def grow(self, client: Client) -> list[Handle]:
+        """Requests that all outgrow the first stage; together they crowd it."""
+        return client.enqueue_many(PROMPTS[1:], **GROWING)
+
+    def check(self, handles: list[Handle]) -> None:
+        """All end as if never cut."""
+        for prompt, handle in zip(PROMPTS[1:], handles, strict=True):
+            result = handle.result(timeout=120)
+            assert result.token_ids == self.uncut[prompt].token_ids
+            assert result.text == self.uncut[prompt].text
+
+
 @pytest.fixture(scope="module")
-def moving(
-    redis_executable: str, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Deployment]:
+def moving(redis_executable: str, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Moving]:
     """Two workers without a planner: the test publishes the plans. Only hand-over moves what runs."""
-    folder = tmp_path_factory.mktemp("moving")
-    with deploy(redis_executable, tiny_model, folder, steal_from="none", max_running=32) as started:
+    folder, namespace = tmp_path_factory.mktemp("moving"), f"moving-{uuid.uuid4().hex[:8]}"
+    options = {"steal_from": "none", "max_running": 32, "lease_s": 8.0, "namespace": namespace}
+    with deploy(redis_executable, tiny_model, folder, **options) as started:
         started.await_workers(2)
-        yield started
-
-
-def test_a_long_conversation_grows_through_the_stages_and_reads_as_if_uncut(moving: Deployment) -> None:
-    """Its stage is crowded, the next one calm: it is handed over; ids and text are those of an uncut run."""
-    with moving.client() as client:
-        uncut = client.enqueue("Once upon a time", **GROWING).result(timeout=120)
-        assert not uncut.resumed
-        moving.publish(
+        with started.client() as client:
+            uncut = [handle.result(timeout=240) for handle in client.enqueue_many(PROMPTS, **GROWING)]
+        assert not any(result.resumed for result in uncut)
+        started.publish(
             StagePlan(low_tokens=0, high_tokens=64, num_workers=1, worker_ids=("worker-0",)),
             StagePlan(low_tokens=64, high_tokens=None, num_workers=1, worker_ids=("worker-1",)),
         )
+        yield Moving(
+            deployment=started,
+            uncut=dict(zip(PROMPTS, uncut, strict=True)),
+            directory=default_directory(namespace),
+        )
+    rmtree(default_directory(namespace), ignore_errors=True)  # workers that had to be killed leave it
+
+
+def test_a_long_conversation_grows_through_the_stages_and_reads_as_if_uncut(moving: Moving) -> None:
+    """Its stage is crowded, the next one calm: it goes there with its KV; ids and text are the uncut run's."""
+    with moving.deployment.client() as client:
         ended = Event()
 
         def crowd() -> None:
@@ -54,17 +95,51 @@ def test_a_long_conversation_grows_through_the_stages_and_reads_as_if_uncut(movi
             "a crowd in the first stage",
             timeout_s=60,
         )
-        handle = client.enqueue("Once upon a time", **GROWING)
+        handle = client.enqueue(STORY, **GROWING)
         chunks = list(handle.stream(timeout=240))
         ended.set()
         for thread in threads:
             thread.join(120)
 
-        result = handle.result(timeout=10)
+        result, uncut = handle.result(timeout=10), moving.uncut[STORY]
         assert result.token_ids == uncut.token_ids
         assert result.text == uncut.text == "".join(chunk.text for chunk in chunks)
-        story = [event.what for event in handle.explain()]
+        events = handle.explain()
+        story = [event.what for event in events]
         assert story[:4] == ["accepted", "routed", "taken", "first token"]
         assert story[4:7] == ["hand-over", "taken", "resumed"], story
         assert story[-1] == "done"
+        assert "with its KV cache" in events[4].text
         assert handle.status().worker == "worker-1"
+    engine = moving.engine(1)
+    assert engine["kv_loads"] >= 1
+    assert engine["kv_misses"] == 0
+
+
+def test_damaged_segments_and_a_source_killed_amid_its_moves_change_nothing(moving: Moving) -> None:
+    """The last test. The target is stopped while requests wait for it: one bit of each segment changes, worker 0
+    dies. What is damaged or was never sent is computed again; with worker 1 the last KV leaves shared memory.
+    """
+    processes = moving.deployment.processes
+    misses = moving.engine(1)["kv_misses"]
+    with moving.deployment.client() as client:
+        before = client.overview().counts["handovers"]
+        processes.signal("worker-1", signal.SIGSTOP)
+        try:
+            handles = moving.grow(client)
+            until(lambda: client.overview().counts["handovers"] > before, "a hand-over", timeout_s=6)
+            for path in moving.directory.glob("*.kv"):
+                data = bytearray(path.read_bytes())
+                data[len(data) * 3 // 4] ^= 1
+                path.write_bytes(data)
+            processes.stop("worker-0", signal.SIGKILL)
+        finally:
+            processes.signal("worker-1", signal.SIGCONT)
+        moving.deployment.await_workers(1)
+        moving.deployment.publish(
+            StagePlan(low_tokens=0, high_tokens=None, num_workers=1, worker_ids=("worker-1",))
+        )
+        moving.check(handles)
+        assert moving.engine(1)["kv_misses"] > misses
+    processes.stop("worker-1", timeout_s=40)
+    assert not moving.directory.exists()

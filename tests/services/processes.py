@@ -94,6 +94,10 @@ class Processes:
         except subprocess.TimeoutExpired:
             raise AssertionError(f"{name} did not end within {timeout_s} s:\n{self.log(name)[-3000:]}") from None
 
+    def signal(self, name: str, number: int) -> None:
+        """Send a signal; the process goes on, or stops for a while."""
+        self._running[name].send_signal(number)
+
     def close(self) -> None:
         """Kill what still runs."""
         for process in self._running.values():
