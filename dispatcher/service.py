@@ -27,7 +27,7 @@ __all__ = ("Dispatcher",)
 
 log = logging.getLogger("l4queue.dispatcher")
 _LOOK_S = 0.25
-_MAX_DELIVERIES = 3  # an entry that ended two dispatchers is refused by the third
+_MAX_DELIVERIES = 3  # so many dispatchers may end while they work on an entry: the next one refuses it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,24 +86,28 @@ class Dispatcher:
     async def adopt_once(self) -> int:
         """Clear what dispatchers left behind that died or hang.
 
-        An entry that was tried before is tried alone, so that only a culprit can end this dispatcher too;
-        the first one that ended too many of them is refused.
+        An entry that was tried before is tried alone, so that only a culprit can end this dispatcher too; one
+        that ended too many of them is refused.
         """
-        entries = await self._inbox.adopt(
+        entry_ids = await self._inbox.adopt(
             min_idle_s=self.settings.dispatcher_claim_idle_s, count=self.settings.dispatcher_batch
         )
-        times = dict(await self._inbox.deliveries(entries))
-        poison = next((e for e in entries if times.get(e[0], 1) > _MAX_DELIVERIES), None)
-        if poison is not None:
-            request_id = poison[1].get(b"i", b"?").decode(errors="replace")
-            error = f"{_MAX_DELIVERIES} dispatchers ended while counting it"
-            await self._door.run(
-                self._calls.refuse(request_id, entry_id=poison[0].decode(), error=error, field="prompt")
-            )
-        for entry in entries:
-            if entry is not poison:
+        for entry_id in entry_ids:
+            claimed = await self._inbox.claim(entry_id)
+            if claimed is None:
+                continue
+            entry, num_deliveries = claimed
+            if num_deliveries > _MAX_DELIVERIES:
+                await self._refuse_poison(entry)
+            else:
                 await self.handle([entry])
-        return len(entries)
+        return len(entry_ids)
+
+    async def _refuse_poison(self, entry: StreamEntry) -> None:
+        request_id = entry[1].get(b"i", b"?").decode(errors="replace")
+        error = f"{_MAX_DELIVERIES} dispatchers ended while counting it"
+        call = self._calls.refuse(request_id, entry_id=entry[0].decode(), error=error, field="prompt")
+        await self._door.run(call)
 
     async def handle(self, entries: Sequence[StreamEntry]) -> int:
         """Count and route these entries; refusals end in `failed` with the field at fault."""

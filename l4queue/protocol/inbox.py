@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 from typing import Any
 
 from redis.exceptions import RedisError, ResponseError
@@ -37,27 +36,31 @@ class Inbox:
             return await self._mend(error)
         return parse_entries(reply[0][1]) if reply else []
 
-    async def adopt(self, *, min_idle_s: float, count: int) -> list[StreamEntry]:
-        """Entries that another dispatcher read and did not clear within `min_idle_s`."""
+    async def adopt(self, *, min_idle_s: float, count: int) -> list[bytes]:
+        """Ids of entries that another dispatcher read and did not clear within `min_idle_s`; they are ours now.
+
+        Not counted as a delivery yet: that is `claim`, one by one, so that an end of this dispatcher counts
+        against the entry that it was working on and no other.
+        """
         try:
             reply: Any = await self._door.client.xautoclaim(
-                self._key, _GROUP, self._consumer, int(min_idle_s * 1000), "0-0", count=count
+                self._key, _GROUP, self._consumer, int(min_idle_s * 1000), "0-0", count=count, justid=True
             )
-        except RedisError as error:
-            return await self._mend(error)
-        return parse_entries(reply[1])
-
-    async def deliveries(self, entries: Sequence[StreamEntry]) -> list[tuple[bytes, int]]:
-        """How often each of these pending entries was delivered, ours included."""
-        if not entries:
-            return []
-        low, high = entries[0][0], entries[-1][0]
-        try:
-            rows: Any = await self._door.client.xpending_range(self._key, _GROUP, low, high, len(entries) * 4)
         except RedisError as error:
             await self._mend(error)
             return []
-        return [(row["message_id"], row["times_delivered"]) for row in rows]
+        return list(reply)
+
+    async def claim(self, entry_id: bytes) -> tuple[StreamEntry, int] | None:
+        """An adopted entry and how often it was delivered, this time included; None when it is cleared by now."""
+        try:
+            reply: Any = await self._door.client.xclaim(self._key, _GROUP, self._consumer, 0, [entry_id])
+            rows: Any = await self._door.client.xpending_range(self._key, _GROUP, entry_id, entry_id, 1)
+        except RedisError as error:
+            await self._mend(error)
+            return None
+        entries = parse_entries(reply)
+        return (entries[0], int(rows[0]["times_delivered"])) if entries and rows else None
 
     async def leave(self) -> None:
         """Forget this consumer if nothing is pending for it; its name would stay in the group otherwise."""

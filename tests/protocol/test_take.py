@@ -130,6 +130,18 @@ def test_entries_of_another_stage_or_of_nobody_are_cleared_away(scene: Scene) ->
     check(scene)
 
 
+def test_what_is_too_late_does_not_use_up_the_take(scene: Scene) -> None:
+    """Nor do stale entries: whoever may take two requests gets two that can run, and the late ones end."""
+    scene.register()
+    _queue(scene, *((f"late{i}", i, 1) for i in range(9)), ("a", 20, 1), ("b", 21, 1), ("c", 22, 1))
+    for i in range(9):
+        scene.raw.hset(scene.keys.request(f"late{i}"), "deadline_ms", 1)
+
+    assert _taken(scene, max_requests=2) == ["a", "b"]
+    assert {scene.state(f"late{i}") for i in range(9)} == {RequestState.EXPIRED}
+    check(scene)
+
+
 def test_epochs_rise_by_one_with_each_lease(scene: Scene) -> None:
     """The fencing token never repeats, whoever takes it and why ever it came back."""
     scene.bring(S.QUEUED)

@@ -39,38 +39,48 @@ local stolen = not solo and not personal and ARGV[11] ~= ARGV[7]
 local most = solo and math.min(1, ARGV[3]) or ARGV[3]
 local sharers = tonumber(ARGV[10])
 if sharers > 1 then most = math.min(most, math.ceil(redis.call('ZCARD', KEYS[1]) / (2 * sharers))) end
-for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', '+inf', 'LIMIT', 0, most)) do
-  local rk = P .. 'req:' .. id
-  local v = redis.call('HMGET', rk, unpack(FIELDS))
-  if v[1] ~= 'queued' or v[12] ~= ARGV[7] then
-    dequeue(id, ARGV[7], 0)
-  elseif v[11] and tonumber(v[11]) <= now then
-    settle(id, 'expired', '', {'error', 'its deadline passed while it was queued'})
-  else
-    local tokens = tonumber(v[7]) + tonumber(v[6])
-    room = room - tokens - ARGV[5]
-    if #list > 0 and prefill <= 0 or room < 0 and (#list > 0 or ARGV[9] ~= '1') then break end
-    prefill = prefill - tokens
-    dequeue(id, ARGV[7], tokens)
-    redis.call('SADD', KEYS[3], id)
-    v[3] = int(v[3] + 1)
-    redis.call('HSET', rk, 'state', 'running', 'owner', ARGV[1], 'worker', ARGV[6], 'epoch', v[3])
-    redis.call('HSETNX', rk, 'started_ms', int(now))
-    if personal then
-      redis.call('HSET', rk, 'stage', ARGV[11])
-      v[12] = ARGV[11]
+local passes, is_full = 0, false
+repeat  -- again for those that were only dropped; bounded, as nobody else is served meanwhile
+  local gone = 0
+  for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', '+inf', 'LIMIT', 0, most - #list)) do
+    local rk = P .. 'req:' .. id
+    local v = redis.call('HMGET', rk, unpack(FIELDS))
+    if v[1] ~= 'queued' or v[12] ~= ARGV[7] then
+      dequeue(id, ARGV[7], 0)
+      gone = gone + 1
+    elseif v[11] and tonumber(v[11]) <= now then
+      settle(id, 'expired', '', {'error', 'its deadline passed while it was queued'})
+      gone = gone + 1
+    else
+      local tokens = tonumber(v[7]) + tonumber(v[6])
+      room = room - tokens - ARGV[5]
+      if #list > 0 and prefill <= 0 or room < 0 and (#list > 0 or ARGV[9] ~= '1') then
+        is_full = true
+        break
+      end
+      prefill = prefill - tokens
+      dequeue(id, ARGV[7], tokens)
+      redis.call('SADD', KEYS[3], id)
+      v[3] = int(v[3] + 1)
+      redis.call('HSET', rk, 'state', 'running', 'owner', ARGV[1], 'worker', ARGV[6], 'epoch', v[3])
+      redis.call('HSETNX', rk, 'started_ms', int(now))
+      if personal then
+        redis.call('HSET', rk, 'stage', ARGV[11])
+        v[12] = ARGV[11]
+      end
+      if stolen then
+        redis.call('HINCRBY', P .. 'counts', 'steals_waiting', 1)
+        note(rk, {what = 'stolen', worker = ARGV[6], from = ARGV[7], to = ARGV[11], benefit_ms = tonumber(ARGV[12]),
+          cost_ms = tonumber(ARGV[13])})
+      elseif v[3] ~= '1' then
+        note(rk, {what = 'taken', worker = ARGV[6], from = ARGV[7]})
+      end
+      if solo then redis.call('HSET', KEYS[2], 'alone', id) end
+      list[#list + 1] = id .. ',' .. v[3]
+      grant(id, v)
     end
-    if stolen then
-      redis.call('HINCRBY', P .. 'counts', 'steals_waiting', 1)
-      note(rk, {what = 'stolen', worker = ARGV[6], from = ARGV[7], to = ARGV[11], benefit_ms = tonumber(ARGV[12]),
-        cost_ms = tonumber(ARGV[13])})
-    elseif v[3] ~= '1' then
-      note(rk, {what = 'taken', worker = ARGV[6], from = ARGV[7]})
-    end
-    if solo then redis.call('HSET', KEYS[2], 'alone', id) end
-    list[#list + 1] = id .. ',' .. v[3]
-    grant(id, v)
   end
-end
+  passes = passes + 1
+until gone == 0 or is_full or #list >= tonumber(most) or passes == 16
 redis.call('HSET', KEYS[2], 'nonce', ARGV[2], 'grants', table.concat(list, ' '))
 return out
