@@ -59,7 +59,8 @@ def serve(
 
     round-robin, least-loaded and two-pool push each request to a worker's own queue when it arrives, as a router
     does (two-pool is tuned on these arrivals by simulation); central and central-sjf are one queue from which
-    workers take; l4 is all of l4queue. Arrivals are open loop; times are those of the server.
+    workers take; l4 is all of l4queue, and runs once uncounted before the rounds, as its planner learns from what
+    it has seen. Arrivals are open loop; times are those of the server.
     """
     from l4queue.cli.bench_report import machine, plot_rounds, report, table
     from l4queue.cli.bench_traffic import bench_trace
@@ -124,9 +125,11 @@ async def _run(study: _Study, options: StackOptions) -> tuple[list[Round], dict[
 async def _all_rounds(stack: Stack, study: _Study, progress: Progress) -> tuple[list[Round], dict[str, Any]]:
     from l4queue.cli.bench_rounds import Rounds
     from l4queue.client import AsyncClient
+    from l4queue.models import Routing
 
     done: list[Round] = []
-    total = progress.add_task("rounds", total=study.num_rounds * len(study.policies))
+    is_learning = Routing.L4 in study.policies
+    total = progress.add_task("runs", total=study.num_rounds * len(study.policies) + is_learning)
     bar = progress.add_task("requests", total=len(study.arrivals))
     async with AsyncClient(stack.redis_url, settings=stack.settings) as client:
         driver = Rounds(
@@ -137,6 +140,9 @@ async def _all_rounds(stack: Stack, study: _Study, progress: Progress) -> tuple[
             seed=study.seed,
             on_progress=lambda number: progress.update(bar, completed=number),
         )
+        if is_learning:
+            await driver.rehearse()
+            progress.advance(total)
         for number in range(study.num_rounds):
             async for one in driver.run(study.policies, number=number):
                 done.append(one)

@@ -50,13 +50,24 @@ def report(rounds: Sequence[Round], policies: Sequence[str]) -> list[dict[str, A
             for r in grouped[policy]
         ]
         results.append({**result.to_dict(), "classes": _classes(measured), "rounds": each})
-    first = results[0]
     for entry in results:
-        entry["ratio_to_" + first["policy"]] = {
-            "mean_e2e": entry["mean_e2e_s"] / first["mean_e2e_s"],
-            "p99_e2e": entry["p99_e2e_s"] / first["p99_e2e_s"],
-        }
+        entry["ratio_to_" + results[0]["policy"]] = _ratios(entry, results[0])
     return results
+
+
+def _ratios(entry: Mapping[str, Any], first: Mapping[str, Any]) -> dict[str, float | None]:
+    """By class as well: the mean of all says little of the few that are long. None where a class is empty."""
+    mine, its = entry["classes"], first["classes"]
+    return {
+        "mean_e2e": entry["mean_e2e_s"] / first["mean_e2e_s"],
+        "p99_e2e": entry["p99_e2e_s"] / first["p99_e2e_s"],
+        "short_tpot": _ratio(mine["short"]["mean_tpot_s"], its["short"]["mean_tpot_s"]),
+        "long_mean_e2e": _ratio(mine["long"]["mean_e2e_s"], its["long"]["mean_e2e_s"]),
+    }
+
+
+def _ratio(value: float | None, reference: float | None) -> float | None:
+    return value / reference if value is not None and reference else None
 
 
 def _classes(measured: Measured) -> dict[str, Any]:
@@ -98,7 +109,8 @@ def table(results: Sequence[Mapping[str, Any]]) -> Any:
     from rich.table import Table
 
     shown = Table(box=SIMPLE_HEAD, pad_edge=False)
-    names = ("policy", "n", "mean s", "ratio", "p99 s", "ratio", "short s", "TPOT ms", "long s", "moves")
+    names = ("policy", "n", "mean s", "ratio", "p99 s", "ratio", "short s", "TPOT ms", "ratio", "long s", "ratio",
+             "moves")  # fmt: skip
     for name in names:
         shown.add_column(name, justify="left" if name == "policy" else "right", no_wrap=name == "policy")
     first = results[0]["policy"]
@@ -114,7 +126,9 @@ def table(results: Sequence[Mapping[str, Any]]) -> Any:
             f"{ratio['p99_e2e']:.2f}",
             _number(short["mean_e2e_s"], 1.0, 3),
             _number(short["mean_tpot_s"], 1000.0, 1),
+            _number(ratio["short_tpot"], 1.0, 2),
             _number(long["mean_e2e_s"], 1.0, 2),
+            _number(ratio["long_mean_e2e"], 1.0, 2),
             str(entry["num_handovers"] + entry["num_steals"]),
         )
     return shown

@@ -77,13 +77,23 @@ class Rounds:
     _door: AsyncDoor | None = field(default=None, init=False)
     _num_runs: int = field(default=0, init=False)
 
+    async def rehearse(self) -> None:
+        """Let the planner see the traffic once under l4: two-pool is tuned on it as well, by simulation."""
+        async with self._connected():
+            await self._serve(Routing.L4, -1)
+
     async def run(self, policies: Sequence[str], *, number: int) -> AsyncIterator[Round]:
         """One round: every policy once, in an order that turns by one from round to round."""
-        self._door = AsyncDoor(self.settings.redis_url)
-        try:
+        async with self._connected():
             turned = [policies[(number + i) % len(policies)] for i in range(len(policies))]
             for policy in turned:
                 yield await self._serve(policy, number)
+
+    @asynccontextmanager
+    async def _connected(self) -> AsyncIterator[None]:
+        self._door = AsyncDoor(self.settings.redis_url)
+        try:
+            yield
         finally:
             await self._door.close()
 
