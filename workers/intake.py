@@ -59,9 +59,14 @@ class Intake:
 
     def room(self) -> Room:
         """What may be taken now, by the policy."""
-        state, info = self._state, self._state.engine_info
-        limits = RoomLimits(prefill_tokens=_PREFILL_STEPS * info.max_batched_tokens)
-        return room_of(state.load(), cost=state.cost, limits=limits)
+        state, info, outlook = self._state, self._state.engine_info, self._state.outlook
+        is_ours = state.plan.routing is Routing.L4
+        limits = RoomLimits(
+            prefill_tokens=_PREFILL_STEPS * info.max_batched_tokens,
+            remaining_tokens=outlook.outputs.mean_tokens if is_ours else None,
+        )
+        waiting = outlook.num_queued(state.stage) / state.num_sharers
+        return room_of(state.load(), cost=state.cost, limits=limits, num_waiting=waiting)
 
     async def _take_personal(self) -> int:
         """What was handed over or pushed to this worker, up to its slots: whoever sent it looked at the room."""
@@ -91,6 +96,7 @@ class Intake:
             own_stage=str(state.stage),
             benefit_ms=price[0],
             cost_ms=price[1],
+            longest_tokens=room.longest_tokens,
         )
         taken = await state.door.run(call)
         if taken.verdict is Verdict.LOST:  # the next heartbeat begins a new incarnation

@@ -57,6 +57,11 @@ class Outlook:
             return 0
         return self.overview.inbox + sum(queue.num_requests for queue in self.overview.queues.values())
 
+    def num_queued(self, stage: int) -> int:
+        """Requests that wait in the queue of a stage."""
+        queue = self.overview.queues.get(str(stage)) if self.overview else None
+        return queue.num_requests if queue else 0
+
     def stage_loads(self, *, cost: StepCost) -> list[StageLoad]:
         """The load of every stage of the plan, by what its workers published and what waits for it."""
         if self.overview is None:

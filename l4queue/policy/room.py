@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from l4queue.models import WorkerLoad
 from l4queue.policy.cost import StepCost
+from l4queue.policy.loads import decode_step_ms
 
-__all__ = ("Pull", "Room", "RoomLimits", "Waiting", "choose", "room_of")
+__all__ = ("UNBOUNDED_TOKENS", "Pull", "Room", "RoomLimits", "Waiting", "bearable_prefill_ms", "choose", "room_of")
+
+UNBOUNDED_TOKENS = 2**53
+"""No bound: the largest whole number that Lua, JSON and floats hold exactly."""
+_PATIENCE = 4.0
+"""At most a fifth of the engine's time is given up. Of 1, 3, 4, 5, 6 in simulation: below 3 the long prompts of
+mooncake_conversation empty batches on H100 that would fill again; from 5 on less is won on CPU engines."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,6 +27,8 @@ class RoomLimits:
     reserved, but at least `min_reserve` and at most `max_reserve` of the cache, since not all grow at once.
     `prefill_tokens` bounds the prompts that wait for their prefill inside the engine, where nobody can steal,
     cancel cheaply or overtake; None: one step's token budget. `max_step_ms` bounds the decode step, if set.
+    `remaining_tokens` is what a running request still generates on average: where it is set, a prompt whose
+    prefill would hold up what runs for longer than that needs to end waits for it (`bearable_prefill_ms`).
     """
 
     growth_tokens: float = 256.0
@@ -26,13 +36,15 @@ class RoomLimits:
     max_reserve: float = 0.25
     prefill_tokens: int | None = None
     max_step_ms: float | None = None
+    remaining_tokens: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Room:
     """What may be pulled: at most so many requests with together so many tokens, each with room to grow.
 
-    `prefill_tokens` is soft: the request that exceeds it is still taken, none after it.
+    `prefill_tokens` is soft: the request that exceeds it is still taken, none after it. No request longer than
+    `longest_tokens` is, unless it is the first of an idle worker.
     """
 
     num_requests: int
@@ -41,6 +53,7 @@ class Room:
     growth_tokens: int
     is_idle: bool
     reason: str
+    longest_tokens: int = UNBOUNDED_TOKENS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,10 +73,42 @@ class Pull:
     reason: str
 
 
-def room_of(load: WorkerLoad, *, cost: StepCost, limits: RoomLimits | None = None) -> Room:
+def bearable_prefill_ms(
+    num_running: int, context_tokens: int, *, remaining_tokens: float, num_waiting: float, cost: StepCost
+) -> float:
+    """The shortest prefill that had better wait until n running requests have ended, ms: shortest remaining first.
+
+    What runs needs D to end: remaining · H(n) · step, with H the harmonic number, for remaining lengths without
+    memory. A prefill of P ms admitted now delays each of the n by P (a step with a chunk of it takes as long as
+    the chunk); admitted when they have ended it is late by D, and so are the others of the q that wait: it should
+    wait where n·P > q·D. A batch that empties wastes the engine, though, for about D out of D + P: it may only
+    where P > _PATIENCE·D. With nothing running the bound is that of one request that has just begun.
+    """
+    n = max(1, num_running)
+    harmonic = math.log(n) + 0.5772 + 0.5 / n if n > 1 else 1.0
+    ends_ms = remaining_tokens * harmonic * decode_step_ms(n, context_tokens, cost=cost)
+    return ends_ms * max(_PATIENCE, num_waiting / n)
+
+
+def _longest_tokens(prefill_ms: float, cost: StepCost) -> int:
+    """The longest prompt with at most this prefill: the root of π·L + ψ·L²/2."""
+    if cost.psi_ms > 0.0:
+        root = math.sqrt(cost.pi_ms * cost.pi_ms + 2.0 * cost.psi_ms * prefill_ms)
+        found = (root - cost.pi_ms) / cost.psi_ms
+    elif cost.pi_ms > 0.0:
+        found = prefill_ms / cost.pi_ms
+    else:
+        return UNBOUNDED_TOKENS
+    return int(min(found, UNBOUNDED_TOKENS))
+
+
+def room_of(
+    load: WorkerLoad, *, cost: StepCost, limits: RoomLimits | None = None, num_waiting: float = 0.0
+) -> Room:
     """Room of a worker by its load. A worker with nothing to do has room for one request whatever its size.
 
     The capacity is the worker's own when it says one, else the cost model's; zero in both means no bound.
+    `num_waiting` is the worker's share of the requests in the queue it pulls from.
     """
     limits = limits or RoomLimits()
     busy = load.num_running + load.num_waiting_in_engine
@@ -92,6 +137,7 @@ def room_of(load: WorkerLoad, *, cost: StepCost, limits: RoomLimits | None = Non
         growth_tokens=growth,
         is_idle=busy == 0 and slots > 0,
         reason=reason,
+        longest_tokens=_bound_by_running(load, busy=busy, num_waiting=num_waiting, cost=cost, limits=limits),
     )
 
 
@@ -106,6 +152,9 @@ def choose(room: Room, waiting: Sequence[Waiting]) -> Pull:
         if taken and prefill >= room.prefill_tokens:
             reason = "prefill budget"
             break
+        if request.length_tokens > room.longest_tokens and not (room.is_idle and taken == 0):
+            reason = "what runs ends first"
+            break
         needs = request.length_tokens + room.growth_tokens
         if tokens + needs > room.kv_tokens and not (room.is_idle and taken == 0):
             reason = "cache"
@@ -114,6 +163,17 @@ def choose(room: Room, waiting: Sequence[Waiting]) -> Pull:
         tokens += needs
         prefill += request.length_tokens
     return Pull(num_requests=taken, tokens=tokens, reason=reason)
+
+
+def _bound_by_running(
+    load: WorkerLoad, *, busy: int, num_waiting: float, cost: StepCost, limits: RoomLimits
+) -> int:
+    if limits.remaining_tokens is None:
+        return UNBOUNDED_TOKENS
+    bearable_ms = bearable_prefill_ms(
+        busy, load.context_tokens, remaining_tokens=limits.remaining_tokens, num_waiting=num_waiting, cost=cost
+    )
+    return _longest_tokens(bearable_ms, cost)
 
 
 def _free_tokens(load: WorkerLoad, capacity: int, *, busy: int, limits: RoomLimits) -> int:

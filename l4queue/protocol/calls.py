@@ -210,19 +210,21 @@ class Calls:
         own_stage: str | None = None,
         benefit_ms: float = 0.0,
         cost_ms: float = 0.0,
+        longest_tokens: int = 2**53,
     ) -> Call[Taken]:
         """Lease waiting requests while they fit `room_tokens`, each with `reserve_tokens` to grow.
 
-        The request that exceeds `prefill_tokens` is the last; an idle worker's first one always fits. The
-        same rule as `l4queue.policy.room.choose`. Of several sharers each takes half its share at a time.
-        What is taken from another stage than `own_stage` counts as stolen, for the predicted benefit and cost.
+        The request that exceeds `prefill_tokens` is the last, one longer than `longest_tokens` is not taken; an
+        idle worker's first one always fits. The same rule as `l4queue.policy.room.choose`. Of several sharers
+        each takes half its share at a time. What is taken from another stage than `own_stage` counts as stolen,
+        for the predicted benefit and cost.
         """
         k = self.keys
         keys = (k.queue(stage), k.worker(incarnation), k.held(incarnation), k.workers)
         room = (max_requests, room_tokens, reserve_tokens)
         args = (incarnation, nonce, *room, worker_id, stage, prefill_tokens, int(is_idle), num_sharers)
         home = (stage if own_stage is None else own_stage, f"{benefit_ms:.3f}", f"{cost_ms:.3f}")
-        return Call("take", keys, args + home, _taken)
+        return Call("take", keys, (*args, *home, longest_tokens), _taken)
 
     def emit(
         self, request_id: str, *, incarnation: str, epoch: int, offset: int, token_ids: Sequence[int], text: str

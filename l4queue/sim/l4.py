@@ -21,6 +21,7 @@ from l4queue.sim.instance import Instance
 from l4queue.sim.policy import Policy
 from l4queue.sim.request import SimRequest
 from l4queue.sim.running import Move, RunningSteals
+from l4queue.sim.stage_pool import StagePool
 from l4queue.sim.traffic import Traffic
 from l4queue.sim.views import load_of, score_of, worker_id
 
@@ -36,6 +37,7 @@ INGREDIENTS = (
     "skew-in-planner",
     "classes",
     "shadow",
+    "finish-first",
 )
 
 
@@ -333,13 +335,18 @@ class L4(Policy):
             members = [by_id[name] for name in stage.worker_ids]
             for instance in members:
                 instance.stage = index
-            self._pools.append(Pool(members, score=score_of))
+            self._pools.append(self._make_pool(members))
         for request in waiting:
             request.stage = route(request.length, new).stage
             self._pools[request.stage].put(request)
         for instance in self.cluster.instances:
             for request, _ in list(instance.decoding_lengths()):
                 self._watch(instance, request)
+
+    def _make_pool(self, members: Sequence[Instance]) -> Pool:
+        if self._has["finish-first"]:
+            return StagePool(members, score=score_of, outputs=self.traffic.outputs)
+        return Pool(members, score=score_of)
 
 
 def _with_ids(plan: Plan, instances: Sequence[Instance]) -> Plan:

@@ -177,6 +177,7 @@ def test_room_is_used_as_the_policy_decides(scene: Scene, case: int) -> None:
             growth_tokens=int(rng.integers(0, 4)),
             is_idle=bool(rng.integers(2)),
             reason="any",
+            longest_tokens=int(rng.integers(2, 12)),
         )
         expected = [w.request_id for w in waiting[: choose(room, waiting).num_requests]]
 
@@ -188,6 +189,7 @@ def test_room_is_used_as_the_policy_decides(scene: Scene, case: int) -> None:
             reserve_tokens=room.growth_tokens,
             prefill_tokens=room.prefill_tokens,
             is_idle=room.is_idle,
+            longest_tokens=room.longest_tokens,
         )
 
         assert [g.request_id for g in taken.grants] == expected, room

@@ -31,7 +31,7 @@ def test_every_request_ends_whole_whatever_is_switched_off(
     without: tuple[str, ...], bandwidth: float | None
 ) -> None:
     """After each event: arrived = finished + in engines + in queues + in transit; outputs are complete."""
-    trace = traffic("mixed", num_requests=400, rate_rps=40.0)
+    trace = traffic("mixed", num_requests=400, rate_rps=30.0)
     requests = trace.requests()
 
     def conserved(cluster: Cluster) -> None:

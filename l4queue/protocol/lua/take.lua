@@ -8,6 +8,7 @@
 --       so that whoever wakes first leaves work to the others
 --       11 the taker's own stage: what it takes from another one is stolen; what was queued for this worker alone
 --       (@<worker id>) belongs to its stage from now on  12 predicted benefit (ms)  13 predicted cost (ms) of stealing
+--       14 longest request to take (tokens), but for the first of an idle worker
 -- A request whose deadline has passed ends as expired instead of being computed.
 -- Returns {'LOST'} when the incarnation is not registered or its lease has run out (what it takes then would
 --         be reaped and blamed at once; a replay is answered all the same), else {'OK', grant...} where a grant is
@@ -34,6 +35,7 @@ if w[3] and redis.call('SISMEMBER', KEYS[3], w[3]) == 1 then return out end
 if solo and redis.call('SCARD', KEYS[3]) > 0 then return out end
 redis.call('HDEL', KEYS[2], 'alone')
 local room, prefill, now, list = tonumber(ARGV[4]), tonumber(ARGV[8]), now_ms(), {}
+local longest = tonumber(ARGV[14])
 local personal = string.sub(ARGV[7], 1, 1) == '@'
 local stolen = not solo and not personal and ARGV[11] ~= ARGV[7]
 local most = solo and math.min(1, ARGV[3]) or ARGV[3]
@@ -54,7 +56,8 @@ repeat  -- again for those that were only dropped; bounded, as nobody else is se
     else
       local tokens = tonumber(v[7]) + tonumber(v[6])
       room = room - tokens - ARGV[5]
-      if #list > 0 and prefill <= 0 or room < 0 and (#list > 0 or ARGV[9] ~= '1') then
+      local first = #list == 0 and ARGV[9] == '1'
+      if #list > 0 and prefill <= 0 or not first and (room < 0 or tokens > longest) then
         is_full = true
         break
       end

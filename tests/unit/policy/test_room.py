@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from l4queue.models import WorkerLoad
 from l4queue.policy.cost import StepCost
-from l4queue.policy.room import RoomLimits, Waiting, choose, room_of
+from l4queue.policy.loads import decode_step_ms
+from l4queue.policy.room import RoomLimits, Waiting, bearable_prefill_ms, choose, room_of
 
 COST = StepCost(
     alpha_ms=7.0,
@@ -101,3 +102,48 @@ def test_a_worker_without_known_capacity_uses_the_cost_models_and_none_means_no_
     busy = _load(num_running=1, kv_capacity_tokens=0)
     limits = RoomLimits(max_step_ms=100.0)
     assert room_of(busy, cost=free, limits=limits).num_requests == 63
+
+
+@given(
+    st.integers(0, 60),
+    st.integers(0, 500_000),
+    st.floats(1, 5000),
+    st.integers(0, 300),
+    st.integers(1, 200_000),
+)
+def test_a_prompt_waits_exactly_where_what_runs_cannot_bear_its_prefill(
+    running, context, remaining, num_waiting, length
+) -> None:
+    """The bound in tokens that a worker gives to Redis says what the bound in time of the simulator says."""
+    cost = replace(COST, kv_capacity_tokens=0)
+    load = _load(num_running=running, context_tokens=context, kv_capacity_tokens=0)
+    limits = RoomLimits(remaining_tokens=remaining, prefill_tokens=10**9)
+    room = room_of(load, cost=cost, limits=limits, num_waiting=num_waiting)
+    bearable = bearable_prefill_ms(
+        running, context, remaining_tokens=remaining, num_waiting=num_waiting, cost=cost
+    )
+
+    taken = choose(room, [Waiting(request_id="a", length_tokens=length)]).num_requests
+
+    is_near = abs(cost.prefill_ms(length) - bearable) <= cost.prefill_ms(1) + 1e-3 * bearable
+    may = running == 0 or cost.prefill_ms(length) <= bearable
+    assert bool(taken) == may or is_near or running >= 64
+
+
+@given(st.integers(1, 60), st.integers(0, 100_000), st.floats(1, 1000), st.integers(0, 1000))
+def test_short_prompts_never_wait_and_a_long_queue_fills_the_batch(
+    running, context, remaining, num_waiting
+) -> None:
+    """What is bearable is at least four times what one request needs to end, and rises with the queue."""
+    one = remaining * decode_step_ms(running, context, cost=COST)
+    bearable = [
+        bearable_prefill_ms(running, context, remaining_tokens=remaining, num_waiting=q, cost=COST)
+        for q in (num_waiting, num_waiting + running * 5 + 1)
+    ]
+    assert 4.0 * one <= bearable[0] <= bearable[1]
+
+
+def test_without_an_expectation_prompts_of_any_length_are_taken() -> None:
+    """As the routings that l4 is compared with do."""
+    pull = choose(room_of(_load(num_running=1), cost=COST), [Waiting(request_id="a", length_tokens=90_000)])
+    assert pull.num_requests == 1
