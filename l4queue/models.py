@@ -303,6 +303,7 @@ class WorkerLoad:
     is_draining: bool = False
     engine: str = ""
     num_finished: int = 0
+    num_preemptions: int = 0  # requests that the engine put back for want of KV blocks
 
     @property
     def kv_share(self) -> float:

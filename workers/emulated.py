@@ -136,6 +136,7 @@ class EmulatedEngine:
             kv_used_tokens=self._batch.kv_used_tokens,
             num_steps=self._num_steps,
             last_step_ms=self._last_step_ms,
+            num_preemptions=self._batch.num_preempted,
             num_kv_loads=self._num_kv_loads,
             num_kv_misses=self._num_kv_misses,
             kv_loaded_bytes=self._kv_loaded_bytes,

@@ -98,8 +98,8 @@ class EngineInfo:
 class EngineStats:
     """What an engine is doing now. `num_steps` only grows: the proof of progress that renews the lease.
 
-    The KV counters grow too: requests that loaded their KV, those that had a ticket and were prefilled all the
-    same, and bytes read.
+    So do the other counters: requests that the engine put back for want of KV blocks, those that loaded their KV,
+    those that had a ticket and were prefilled all the same, and bytes read.
     """
 
     num_running: int
@@ -107,6 +107,7 @@ class EngineStats:
     kv_used_tokens: int
     num_steps: int
     last_step_ms: float
+    num_preemptions: int = 0
     num_kv_loads: int = 0
     num_kv_misses: int = 0
     kv_loaded_bytes: int = 0

@@ -228,6 +228,7 @@ class WorkerState:
             is_draining=self.is_draining,
             engine=info.name if info else "",
             num_finished=self.num_finished,
+            num_preemptions=stats.num_preemptions,
         )
 
     def stats(self) -> dict[str, JsonValue]:

@@ -36,6 +36,7 @@ class StepWatch:
         self.kv_share = 0.0
         self.num_steps = 0
         self.last_step_ms = 0.0
+        self.num_preemptions = 0
         self._num_arrived = 0
         self._decoding: dict[str, int] = {}  # length up to the last token that was seen, tokens
         self._prefills: dict[str, _Prefill] = {}
@@ -76,6 +77,7 @@ class StepWatch:
         self.last_step_ms = details.elapsed_ms
         cached_tokens = 0
         if iteration_stats is not None:
+            self.num_preemptions += iteration_stats.num_preempted_reqs
             cached_tokens = iteration_stats.prompt_token_stats.cached_tokens
             if gaps_s := iteration_stats.inter_token_latencies_iter:
                 # From token to token of one request on the core's clock: the model and what vLLM does around it.

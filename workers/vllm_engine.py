@@ -184,6 +184,7 @@ class VllmEngine:
             kv_used_tokens=round(watch.kv_share * self._kv_capacity_tokens),
             num_steps=watch.num_steps,
             last_step_ms=watch.last_step_ms,
+            num_preemptions=watch.num_preemptions,
             num_kv_loads=desk.num_loads if desk else 0,
             num_kv_misses=desk.num_misses if desk else 0,
             kv_loaded_bytes=desk.loaded_bytes if desk else 0,

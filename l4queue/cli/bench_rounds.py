@@ -120,6 +120,7 @@ class Rounds:
             measured,
             num_handovers=_gained(before, after, "handovers"),
             num_steals=_gained(before, after, "steals_waiting") + _gained(before, after, "steals_running"),
+            num_preemptions=_num_preemptions(after) - _num_preemptions(before),
         )
         return Round(
             policy=policy,
@@ -217,6 +218,7 @@ def pooled(rounds: Sequence[Round]) -> tuple[SimResult, Measured]:
         together,
         num_handovers=sum(r.result.num_handovers for r in rounds),
         num_steals=sum(r.result.num_steals for r in rounds),
+        num_preemptions=sum(r.result.num_preemptions for r in rounds),
     )
     seconds = sum(len(r.measured.e2e_s) / r.result.throughput_rps for r in rounds)
     fields: dict[str, Any] = {name: getattr(result, name) for name in SimResult.__slots__}
@@ -248,6 +250,10 @@ def _sample(overview: Overview, *, at_s: float) -> Sample:
         plan=overview.plan,
         num_moves=sum(overview.counts.get(name, 0) for name in names),
     )
+
+
+def _num_preemptions(overview: Overview) -> int:
+    return sum(load.num_preemptions for load in overview.workers)
 
 
 def _gained(before: Overview, after: Overview, name: str) -> int:

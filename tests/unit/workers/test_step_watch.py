@@ -38,10 +38,12 @@ def statistics(*, prefill: int = 0, decodes: int = 0, generated: int | None = No
     )
 
 
-def iteration(*, cached: int = 0, gaps_s: tuple[float, ...] = ()) -> Any:
+def iteration(*, cached: int = 0, gaps_s: tuple[float, ...] = (), preempted: int = 0) -> Any:
     """vLLM's IterationStats of one step, as far as they are read."""
     return SimpleNamespace(
-        prompt_token_stats=SimpleNamespace(cached_tokens=cached), inter_token_latencies_iter=list(gaps_s)
+        prompt_token_stats=SimpleNamespace(cached_tokens=cached),
+        inter_token_latencies_iter=list(gaps_s),
+        num_preempted_reqs=preempted,
     )
 
 
@@ -139,3 +141,11 @@ def test_reports_without_a_step_change_nothing() -> None:
 
     assert watch.num_steps == 0
     assert watch.take_records() == []
+
+
+def test_what_the_engine_puts_back_is_counted() -> None:
+    """For ever: it only grows."""
+    watch = StepWatch()
+    for preempted in (2, 0, 1):
+        watch.record(statistics(decodes=1), iteration(preempted=preempted))
+    assert watch.num_preemptions == 3
