@@ -193,6 +193,18 @@ def test_waiting_requests_move_by_their_lengths(scene: Scene) -> None:
     check(scene)
 
 
+def test_what_was_generated_counts_when_waiting_requests_move(scene: Scene) -> None:
+    """Three prompt tokens and two of its own: it belongs where requests of five tokens do."""
+    scene.bring(S.QUEUED)
+    scene.register()
+    scene.grant()
+    scene.emit(num=2)
+    scene.release()
+    scene.door.run(scene.calls.migrate(source="0", highs=(5,), limit=9))
+    assert scene.waiting("1") == ["a"]
+    check(scene)
+
+
 @pytest.mark.parametrize(("num_sharers", "num_taken"), [(1, 6), (2, 2), (3, 1), (100, 1)])
 def test_sharers_leave_work_to_each_other(scene: Scene, num_sharers: int, num_taken: int) -> None:
     """Each takes half its share at a time, and at least one."""

@@ -25,9 +25,8 @@ def _chosen() -> list[Mutant]:
     """All with `L4_TEST_MUTANTS=all`; else another sample with each printed seed."""
     if os.environ.get("L4_TEST_MUTANTS") == "all":
         return list(MUTANTS)
-    quick = [m for m in MUTANTS if m.script != "migrate"]  # some of those are found by slower tests alone
-    picks = np.random.default_rng(SEED).choice(len(quick), size=_NUM_QUICK, replace=False)
-    return [quick[i] for i in sorted(int(p) for p in picks)]
+    picks = np.random.default_rng(SEED).choice(len(MUTANTS), size=_NUM_QUICK, replace=False)
+    return [MUTANTS[i] for i in sorted(int(p) for p in picks)]
 
 
 @pytest.mark.timeout(90)
