@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from functools import cache
+from typing import Any
 
 from celery import Celery
+from celery.signals import worker_init
 
 from dispatcher.tasks import REFINE, REPLAN, add_tasks
 from l4queue.config import Settings, celery_settings, load_settings
 
 __all__ = ("make_app",)
+
+_NICENESS = 10
 
 
 def make_app(settings: Settings) -> Celery:
@@ -43,6 +48,12 @@ def make_app(settings: Settings) -> Celery:
     )
     add_tasks(app, settings)
     return app
+
+
+@worker_init.connect
+def _stand_back(**_: Any) -> None:
+    """A replay takes seconds of a core: on a machine that it shares with engines, those go first."""
+    os.nice(_NICENESS)
 
 
 @cache
