@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
+from pydantic import Field, JsonValue, field_validator, model_validator
+
+from l4queue.sampling import SamplingParams, Strict
 
 __all__ = (
     "CONTINUATIONS",
@@ -98,65 +100,14 @@ CONTINUATIONS = frozenset({_S.SUBMITTED, _S.QUEUED, _S.RUNNING})
 """States from which a request still moves."""
 
 
-class _Strict(BaseModel):
-    """Strict input: no coercion, no unknown fields, no NaN or infinity."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class ChatMessage(_Strict):
+class ChatMessage(Strict):
     """One chat message; the model's own template renders the list."""
 
     role: Literal["system", "user", "assistant", "tool", "developer"]
     content: str = Field(max_length=MAX_PROMPT_BYTES)
 
 
-class SamplingParams(_Strict):
-    """How to generate. Names, ranges and meanings are vLLM's; unknown names are refused."""
-
-    max_tokens: int = Field(default=256, ge=1, le=1_000_000, description="most tokens to generate")
-    min_tokens: int = Field(default=0, ge=0, description="no end of sequence before this many tokens")
-    temperature: float = Field(default=1.0, ge=0.0, le=100.0, description="0 is greedy")
-    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
-    top_k: int = Field(default=0, ge=0, description="0 considers every token")
-    min_p: float = Field(default=0.0, ge=0.0, le=1.0)
-    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
-    stop: tuple[str, ...] = Field(default=(), max_length=16, description="text that ends the output")
-    stop_token_ids: tuple[int, ...] = Field(default=(), max_length=64)
-    ignore_eos: bool = False
-    presence_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
-    frequency_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
-    repetition_penalty: float = Field(default=1.0, gt=0.0, le=10.0)
-
-    @field_validator("stop", "stop_token_ids", mode="before")
-    @classmethod
-    def _lists_are_tuples(cls, value: object) -> object:
-        return tuple(value) if isinstance(value, list) else value
-
-    @field_validator("stop")
-    @classmethod
-    def _stop_strings_are_short(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if any(not text or len(text) > 256 for text in value):
-            raise ValueError("each stop string must have 1 to 256 characters")
-        return value
-
-    @model_validator(mode="after")
-    def _min_within_max(self) -> SamplingParams:
-        if self.min_tokens > self.max_tokens:
-            raise ValueError(f"min_tokens {self.min_tokens} exceeds max_tokens {self.max_tokens}")
-        return self
-
-    @property
-    def is_pinned(self) -> bool:
-        """Whether a resume by recompute would change the distribution.
-
-        Output penalties count generated tokens only; after a resume these are part of the prompt. Such a
-        request is never handed over, streams nothing before its end and restarts from zero after a crash.
-        """
-        return self.presence_penalty != 0.0 or self.frequency_penalty != 0.0 or self.repetition_penalty != 1.0
-
-
-class RequestBody(_Strict):
+class RequestBody(Strict):
     """What of a request travels as JSON beside its prompt."""
 
     params: SamplingParams = SamplingParams()

@@ -212,6 +212,8 @@ class EmulatedEngine:
         length = len(request.token_ids) + request.max_tokens
         if not request.token_ids:
             return "the prompt is empty"
+        if request.params.structured_outputs is not None:
+            return "structured_outputs need a model: the emulated engine has none"
         if length > self._max_model_len:
             return f"prompt and output of {length} tokens exceed the model's {self._max_model_len}"
         if length > self._cost.kv_capacity_tokens:

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from l4queue.sampling import StructuredOutputs
+
 __all__ = ("VllmEngine",)
 
 _HEALTH_INTERVAL_S = 0.5
@@ -327,9 +329,20 @@ def _sampling_params(request: EngineRequest) -> Any:
         presence_penalty=params.presence_penalty,
         frequency_penalty=params.frequency_penalty,
         repetition_penalty=params.repetition_penalty,
+        structured_outputs=_structured_outputs(params.structured_outputs),
         detokenize=False,  # the worker makes the text, so that it survives a change of worker
         output_kind=RequestOutputKind.DELTA,
     )
+
+
+def _structured_outputs(given: StructuredOutputs | None) -> Any:
+    """As vLLM's. Nothing in it is checked here: `generate` does before the engine core sees it."""
+    if given is None:
+        return None
+    from vllm.sampling_params import StructuredOutputsParams
+
+    choice = None if given.choice is None else list(given.choice)
+    return StructuredOutputsParams(json=given.json_schema, regex=given.regex, choice=choice)
 
 
 def _prepare_environment(*, kv_cache_gib: int, cores: str, model: str) -> None:

@@ -29,6 +29,7 @@ from l4queue.protocol.calls import Call, Calls, SubmitReply, Verdict
 from l4queue.protocol.keys import Keys
 from l4queue.protocol.reads import Reads, StreamEntry
 from l4queue.protocol.records import OutputEntry, RequestRecord, pack_ids
+from l4queue.sampling import NOT_OFFERED
 
 __all__ = (
     "Chunk",
@@ -98,7 +99,7 @@ def build_spec(prompt: str | None = None, **options: Any) -> RequestSpec:
             if value is not None:
                 sampling[name] = value
         else:
-            raise InvalidRequest("unknown parameter", field=name)
+            raise InvalidRequest(NOT_OFFERED.get(name, "unknown parameter"), field=name)
     try:
         params = SamplingParams.model_validate(sampling)
         return RequestSpec.model_validate({**fields, "params": params})

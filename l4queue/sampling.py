@@ -1,0 +1,174 @@
+"""How to generate: sampling parameters under vLLM's names, strictly checked. Pure."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
+
+__all__ = ("NOT_OFFERED", "SamplingParams", "Strict", "StructuredOutputs")
+
+NOT_OFFERED: Mapping[str, str] = MappingProxyType(
+    {
+        "n": "a request has one output: enqueue it n times, with a seed each if it has one",
+        "best_of": "a request has one output: enqueue several with logprobs and keep the best",
+        "use_beam_search": "beam search is not offered",
+        "logit_bias": "is not offered; stop_token_ids, min_tokens and structured_outputs are",
+        "allowed_token_ids": "is not offered; structured_outputs with choice or regex is",
+        "bad_words": "is not offered; structured_outputs with regex is",
+        "prompt_logprobs": "is not offered; logprobs of the generated tokens are",
+        "echo": "is not offered: the client has the prompt",
+        "guided_json": "is called structured_outputs={'json': ...}",
+        "guided_regex": "is called structured_outputs={'regex': ...}",
+        "guided_choice": "is called structured_outputs={'choice': [...]}",
+        "response_format": "is called structured_outputs={'json': schema}",
+        "max_new_tokens": "is called max_tokens",
+        "min_new_tokens": "is called min_tokens",
+        "do_sample": "is called temperature: 0 is greedy",
+    }
+)
+"""Well-known parameters of other interfaces that are refused, with what to do instead."""
+MAX_SCHEMA_CHARS = 65_536
+"""Longest JSON schema accepted, characters of its JSON: what an engine compiles in well under a second."""
+_MAX_NESTING = 64  # vLLM's bound
+
+
+class Strict(BaseModel):
+    """Strict input: no coercion, no unknown fields, no NaN or infinity."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class StructuredOutputs(Strict):
+    """What the output must look like: exactly one of a JSON schema, a regular expression, a list of texts.
+
+    A subset of vLLM's `StructuredOutputsParams`, under its names. What kinds of schema and expression work is
+    for the engine to say, before it computes anything.
+    """
+
+    model_config = ConfigDict(validate_by_name=True, validate_by_alias=True, serialize_by_alias=True)
+
+    json_schema: dict[str, JsonValue] | str | None = Field(default=None, alias="json", description="JSON schema")
+    regex: str | None = Field(default=None, max_length=4096, description="the whole output matches")
+    choice: tuple[str, ...] | None = Field(default=None, min_length=1, max_length=1000, description="one of these")
+
+    @field_validator("choice", mode="before")
+    @classmethod
+    def _list_is_tuple(cls, value: object) -> object:
+        return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("choice")
+    @classmethod
+    def _choices_are_texts(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if value is not None and any(not 1 <= len(text) <= 1000 for text in value):
+            raise ValueError("each choice must have 1 to 1000 characters")
+        return value
+
+    @field_validator("regex")
+    @classmethod
+    def _regex_is_text(cls, value: str | None) -> str | None:
+        if value is not None and "\x00" in value:
+            raise ValueError("has a NUL character")
+        return value
+
+    @field_validator("json_schema")
+    @classmethod
+    def _schema_is_an_object_of_bounded_size(
+        cls, value: dict[str, JsonValue] | str | None
+    ) -> dict[str, JsonValue] | str | None:
+        if value is None:
+            return None
+        try:
+            text = value if isinstance(value, str) else json.dumps(value)
+            schema = json.loads(text) if len(text) <= MAX_SCHEMA_CHARS else None
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"is not JSON: {error}") from None
+        if schema is None:
+            raise ValueError(f"has {len(text)} characters; at most {MAX_SCHEMA_CHARS} are accepted")
+        if not isinstance(schema, dict):
+            raise ValueError("must be a JSON object: a schema")
+        if not _is_nested_at_most(schema, _MAX_NESTING):
+            raise ValueError(f"is nested deeper than {_MAX_NESTING} levels")
+        return value
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> StructuredOutputs:
+        given = [name for name in ("json_schema", "regex", "choice") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError("give exactly one of json, regex, choice")
+        return self
+
+
+class SamplingParams(Strict):
+    """How to generate. Names, ranges and meanings are vLLM's; unknown names are refused."""
+
+    max_tokens: int = Field(default=256, ge=1, le=1_000_000, description="most tokens to generate")
+    min_tokens: int = Field(default=0, ge=0, description="no end of sequence before this many tokens")
+    temperature: float = Field(default=1.0, ge=0.0, le=100.0, description="0 is greedy")
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    top_k: int = Field(default=0, ge=0, description="0 considers every token")
+    min_p: float = Field(default=0.0, ge=0.0, le=1.0)
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
+    stop: tuple[str, ...] = Field(default=(), max_length=16, description="text that ends the output")
+    stop_token_ids: tuple[int, ...] = Field(default=(), max_length=64)
+    ignore_eos: bool = False
+    presence_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
+    frequency_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
+    repetition_penalty: float = Field(default=1.0, gt=0.0, le=10.0)
+    structured_outputs: StructuredOutputs | None = Field(default=None, description="what the output must match")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _what_is_not_offered_is_said(cls, values: object) -> object:
+        for name in values if isinstance(values, dict) else ():
+            if name in NOT_OFFERED:
+                raise ValueError(f"{name}: {NOT_OFFERED[name]}")
+        return values
+
+    @field_validator("stop", "stop_token_ids", mode="before")
+    @classmethod
+    def _lists_are_tuples(cls, value: object) -> object:
+        return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("stop")
+    @classmethod
+    def _stop_strings_are_short(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if any(not text or len(text) > 256 for text in value):
+            raise ValueError("each stop string must have 1 to 256 characters")
+        return value
+
+    @model_validator(mode="after")
+    def _min_within_max(self) -> SamplingParams:
+        if self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens {self.min_tokens} exceeds max_tokens {self.max_tokens}")
+        return self
+
+    @model_validator(mode="after")
+    def _a_constraint_says_the_end(self) -> SamplingParams:
+        if self.structured_outputs is not None and (self.ignore_eos or self.min_tokens):
+            raise ValueError("structured_outputs end by themselves: leave out ignore_eos and min_tokens")
+        return self
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether a resume by recompute would change what may be generated.
+
+        Output penalties count generated tokens only, and a grammar begins with the first one; after a resume
+        these are part of the prompt. Such a request is never handed over, streams nothing before its end and
+        restarts from zero after a crash.
+        """
+        return (
+            self.presence_penalty != 0.0
+            or self.frequency_penalty != 0.0
+            or self.repetition_penalty != 1.0
+            or self.structured_outputs is not None
+        )
+
+
+def _is_nested_at_most(value: object, levels: int) -> bool:
+    children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    if children is None:
+        return True
+    return levels > 0 and all(_is_nested_at_most(child, levels - 1) for child in children)
