@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 
 from l4queue.models import RequestBody, RequestState, SamplingParams
 from l4queue.protocol.records import Grant, Outcome, OutputEntry, unpack_ids
 from workers.engine import EngineOutput, EngineRequest, FinishReason
 from workers.text import TextStream
 
-__all__ = ("Session", "TextFactory", "Write")
+__all__ = ("Session", "TextFactory", "Write", "resumed_seed")
 
 _PREVIEW_CHARS = 120
 
@@ -27,6 +28,16 @@ class Write:
     token_ids: tuple[int, ...]
     text: str
     outcome: Outcome | None
+
+
+def resumed_seed(seed: int, num_resumed: int) -> int:
+    """The seed with which a request goes on after `num_resumed` tokens, in [0, 2^63).
+
+    An engine seeds its generator where a request enters it. The same seed again would repeat the random numbers of
+    the first tokens for the next ones. This one repeats none, and the same cut gives the same tokens.
+    """
+    digest = blake2b(f"{seed}:{num_resumed}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
 
 
 class Session:
@@ -116,14 +127,17 @@ class Session:
 
     def engine_request(self) -> EngineRequest:
         """What the engine is to compute: the rest of the output."""
+        params, num_resumed = self.params, len(self.output_ids)
+        if params.seed is not None and num_resumed:
+            params = params.model_copy(update={"seed": resumed_seed(params.seed, num_resumed)})
         return EngineRequest(
             request_id=self.engine_id,
             token_ids=self.prompt_ids + self.output_ids,
             max_tokens=self.remaining_tokens,
-            min_tokens=max(0, self.params.min_tokens - len(self.output_ids)),
-            params=self.params,
+            min_tokens=max(0, self.params.min_tokens - num_resumed),
+            params=params,
             priority=self.priority,
-            num_resumed=len(self.output_ids),
+            num_resumed=num_resumed,
             kv=self.grant.kv,
         )
 
