@@ -32,6 +32,8 @@ NOT_OFFERED: Mapping[str, str] = MappingProxyType(
 """Well-known parameters of other interfaces that are refused, with what to do instead."""
 MAX_SCHEMA_CHARS = 65_536
 """Longest JSON schema accepted, characters of its JSON: what an engine compiles in well under a second."""
+MAX_LOGPROBS = 2**20
+"""Most logprobs of one request, (logprobs + 1) · max_tokens: 8 MiB in Redis."""
 _MAX_NESTING = 64  # vLLM's bound
 
 
@@ -117,6 +119,7 @@ class SamplingParams(Strict):
     presence_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
     frequency_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
     repetition_penalty: float = Field(default=1.0, gt=0.0, le=10.0)
+    logprobs: int | None = Field(default=None, ge=0, le=20, description="of each token and so many most probable")
     structured_outputs: StructuredOutputs | None = Field(default=None, description="what the output must match")
 
     @model_validator(mode="before")
@@ -143,6 +146,13 @@ class SamplingParams(Strict):
     def _min_within_max(self) -> SamplingParams:
         if self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens {self.min_tokens} exceeds max_tokens {self.max_tokens}")
+        return self
+
+    @model_validator(mode="after")
+    def _logprobs_are_bounded(self) -> SamplingParams:
+        if self.logprobs is not None and (self.logprobs + 1) * self.max_tokens > MAX_LOGPROBS:
+            most = MAX_LOGPROBS // (self.logprobs + 1)
+            raise ValueError(f"logprobs {self.logprobs} of {self.max_tokens} max_tokens; at most of {most}")
         return self
 
     @model_validator(mode="after")

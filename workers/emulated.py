@@ -214,6 +214,8 @@ class EmulatedEngine:
             return "the prompt is empty"
         if request.params.structured_outputs is not None:
             return "structured_outputs need a model: the emulated engine has none"
+        if request.params.logprobs is not None:
+            return "logprobs need a model: the emulated engine has none"
         if length > self._max_model_len:
             return f"prompt and output of {length} tokens exceed the model's {self._max_model_len}"
         if length > self._cost.kv_capacity_tokens:

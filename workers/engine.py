@@ -8,6 +8,7 @@ from enum import StrEnum
 from typing import Protocol
 
 from l4queue.models import SamplingParams
+from l4queue.protocol.records import TokenLogprobs
 
 __all__ = (
     "Cut",
@@ -53,12 +54,13 @@ class EngineRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOutput:
-    """New tokens of one request (possibly none, with a finish reason)."""
+    """New tokens of one request (possibly none, with a finish reason), with `logprobs` each when asked for."""
 
     request_id: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None = None
     error: str | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

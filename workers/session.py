@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 
 from l4queue.models import RequestBody, RequestState, SamplingParams
-from l4queue.protocol.records import Grant, Outcome, OutputEntry, unpack_ids
+from l4queue.protocol.records import Grant, Outcome, OutputEntry, TokenLogprobs, unpack_ids
 from workers.engine import EngineOutput, EngineRequest, FinishReason
 from workers.text import TextStream
 
@@ -28,6 +28,7 @@ class Write:
     token_ids: tuple[int, ...]
     text: str
     outcome: Outcome | None
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 def resumed_seed(seed: int, num_resumed: int) -> int:
@@ -74,6 +75,7 @@ class Session:
         self._text = make_text(body.params)
         self._text.prime(self.prompt_ids)
         self._pending_text: list[str] = []
+        self._pending_logprobs: list[TokenLogprobs] = []
         self._outcome: Outcome | None = None
         self.ended_by_text = False
         self.text_preview = ""
@@ -157,6 +159,8 @@ class Session:
             piece = self._text.feed(output.token_ids)
             self.output_ids.extend(output.token_ids[: piece.num_tokens])
             self._pending_text.append(piece.text)
+            if output.logprobs:
+                self._pending_logprobs.extend(output.logprobs[: piece.num_tokens])
             if len(self.text_preview) < _PREVIEW_CHARS:
                 self.text_preview = (self.text_preview + piece.text)[:_PREVIEW_CHARS]
             if piece.stopped:
@@ -172,8 +176,13 @@ class Session:
         if self._outcome is None and (not new or self.params.is_pinned):
             return None
         text, self._pending_text = "".join(self._pending_text), []
+        logprobs: tuple[TokenLogprobs, ...] = ()
+        if self._pending_logprobs:
+            logprobs, self._pending_logprobs = tuple(self._pending_logprobs), []
         offset, self.committed = self.committed, len(self.output_ids)
-        return Write(session=self, offset=offset, token_ids=new, text=text, outcome=self._outcome)
+        return Write(
+            session=self, offset=offset, token_ids=new, text=text, outcome=self._outcome, logprobs=logprobs
+        )
 
     def _end(self, reason: FinishReason) -> None:
         held = "" if self._text.stopped else self._text.flush()

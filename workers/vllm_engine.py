@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from l4queue.errors import ConfigError
+from l4queue.protocol.records import TokenLogprobs
 from workers.engine import (
     Cut,
     EngineDied,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = ("VllmEngine",)
 
 _HEALTH_INTERVAL_S = 0.5
+_LEAST_LOGPROB = -9999.0  # for -inf, which JSON has not: as vLLM's server has it
 _REASONS = {
     "stop": FinishReason.STOP,
     "length": FinishReason.LENGTH,
@@ -282,11 +284,28 @@ class VllmEngine:
 
 def _output(request_id: str, done: Any) -> EngineOutput:
     """One of vLLM's `CompletionOutput`s as ours."""
+    logprobs = _logprobs(done.logprobs, len(done.token_ids)) if done.logprobs else ()
     if done.finish_reason is None:
-        return EngineOutput(request_id=request_id, token_ids=tuple(done.token_ids))
+        return EngineOutput(request_id=request_id, token_ids=tuple(done.token_ids), logprobs=logprobs)
     reason = _REASONS.get(done.finish_reason, FinishReason.ERROR)
     error = f"vLLM ended it: {done.finish_reason}" if reason is FinishReason.ERROR else None
-    return EngineOutput(request_id=request_id, token_ids=tuple(done.token_ids), finish_reason=reason, error=error)
+    return EngineOutput(
+        request_id=request_id,
+        token_ids=tuple(done.token_ids),
+        finish_reason=reason,
+        error=error,
+        logprobs=logprobs,
+    )
+
+
+def _logprobs(flat: Any, num_tokens: int) -> tuple[TokenLogprobs, ...]:
+    """Of vLLM's `FlatLogprobs`: for each position the token itself, then the most probable ones."""
+    width = len(flat.token_ids) // num_tokens
+    pairs = [
+        (token, max(value, _LEAST_LOGPROB)) for token, value in zip(flat.token_ids, flat.logprobs, strict=True)
+    ]
+    rows = (pairs[start : start + width] for start in range(0, len(pairs), width))
+    return tuple(TokenLogprobs(token_id=row[0][0], logprob=row[0][1], top=tuple(row[1:])) for row in rows)
 
 
 def _logger_factory(watch: StepWatch, desk: Desk | None) -> Callable[[Any, int], Any]:
@@ -329,6 +348,8 @@ def _sampling_params(request: EngineRequest) -> Any:
         presence_penalty=params.presence_penalty,
         frequency_penalty=params.frequency_penalty,
         repetition_penalty=params.repetition_penalty,
+        logprobs=params.logprobs,
+        flat_logprobs=params.logprobs is not None,
         structured_outputs=_structured_outputs(params.structured_outputs),
         detokenize=False,  # the worker makes the text, so that it survives a change of worker
         output_kind=RequestOutputKind.DELTA,

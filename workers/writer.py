@@ -99,6 +99,7 @@ class Writer:
                 offset=write.offset,
                 token_ids=write.token_ids,
                 text=write.text,
+                logprobs=write.logprobs,
             )
         return state.calls.settle(
             session.request_id,
@@ -108,6 +109,7 @@ class Writer:
             token_ids=write.token_ids,
             text=write.text,
             outcome=write.outcome,
+            logprobs=write.logprobs,
         )
 
     def _settled(self, session: Session, outcome: Outcome) -> None:

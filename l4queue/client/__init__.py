@@ -4,5 +4,16 @@ from l4queue.client.aio import AsyncClient, AsyncHandle
 from l4queue.client.batch import BatchProgress, BatchSummary
 from l4queue.client.compose import Chunk, Result
 from l4queue.client.sync import Client, Handle
+from l4queue.protocol.records import TokenLogprobs
 
-__all__ = ("AsyncClient", "AsyncHandle", "BatchProgress", "BatchSummary", "Chunk", "Client", "Handle", "Result")
+__all__ = (
+    "AsyncClient",
+    "AsyncHandle",
+    "BatchProgress",
+    "BatchSummary",
+    "Chunk",
+    "Client",
+    "Handle",
+    "Result",
+    "TokenLogprobs",
+)

@@ -28,7 +28,7 @@ from l4queue.models import RequestBody, RequestSpec, RequestState, SamplingParam
 from l4queue.protocol.calls import Call, Calls, SubmitReply, Verdict
 from l4queue.protocol.keys import Keys
 from l4queue.protocol.reads import Reads, StreamEntry
-from l4queue.protocol.records import OutputEntry, RequestRecord, pack_ids
+from l4queue.protocol.records import OutputEntry, RequestRecord, TokenLogprobs, pack_ids
 from l4queue.sampling import NOT_OFFERED
 
 __all__ = (
@@ -50,16 +50,23 @@ _BYTES_PER_TOKEN = 4  # estimate for admission only; the dispatcher counts
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chunk:
-    """New output. `offset` tokens exist after it: pass it as `after` to go on from here."""
+    """New output. `offset` tokens exist after it: pass it as `after` to go on from here.
+
+    `logprobs` has one for each of the tokens, or is None when they were not asked for.
+    """
 
     text: str
     token_ids: tuple[int, ...]
     offset: int
+    logprobs: tuple[TokenLogprobs, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """The stored outcome of a finished request. Times are by the server's clock, s."""
+    """The stored outcome of a finished request. Times are by the server's clock, s.
+
+    `logprobs` has one for each token, or is None when they were not asked for.
+    """
 
     request_id: str
     text: str
@@ -74,6 +81,7 @@ class Result:
     tpot_s: float | None
     e2e_s: float
     metadata: dict[str, JsonValue] | None
+    logprobs: tuple[TokenLogprobs, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,9 +182,12 @@ class Composer:
         check_outcome(record)
         texts: list[str] = []
         token_ids: list[int] = []
+        logprobs: list[TokenLogprobs] = []
         for chunk in chunks:
             texts.append(chunk.text)
             token_ids.extend(chunk.token_ids)
+            logprobs.extend(chunk.logprobs or ())
+        body = json.loads(record.body)
         tpot_ms, ttft_ms = record.tpot_ms, record.ttft_ms
         return Result(
             request_id=record.request_id,
@@ -191,7 +202,8 @@ class Composer:
             ttft_s=None if ttft_ms is None else ttft_ms / 1000,
             tpot_s=None if tpot_ms is None else tpot_ms / 1000,
             e2e_s=(record.e2e_ms or 0) / 1000,
-            metadata=json.loads(record.body).get("metadata"),
+            metadata=body.get("metadata"),
+            logprobs=tuple(logprobs) if "logprobs" in body.get("params", {}) else None,
         )
 
 
@@ -218,7 +230,8 @@ class Follower:
             self.offset = entry.upto
             self.ended = entry.state
             if entry.text or entry.token_ids:
-                chunks.append(Chunk(text=entry.text, token_ids=entry.token_ids, offset=entry.upto))
+                new = Chunk(text=entry.text, token_ids=entry.token_ids, offset=entry.upto, logprobs=entry.logprobs)
+                chunks.append(new)
         return chunks
 
 

@@ -8,7 +8,7 @@ from enum import StrEnum
 from typing import Any, Generic, TypeVar
 
 from l4queue.protocol.keys import Keys
-from l4queue.protocol.records import Grant, Outcome, pack_ids
+from l4queue.protocol.records import Grant, Outcome, TokenLogprobs, pack_ids, pack_logprobs
 
 __all__ = ("Arg", "Call", "Calls", "Migrated", "Move", "MoveKind", "Reaped", "SubmitReply", "Taken", "Verdict")
 
@@ -227,11 +227,21 @@ class Calls:
         return Call("take", keys, (*args, *home, longest_tokens), _taken)
 
     def emit(
-        self, request_id: str, *, incarnation: str, epoch: int, offset: int, token_ids: Sequence[int], text: str
+        self,
+        request_id: str,
+        *,
+        incarnation: str,
+        epoch: int,
+        offset: int,
+        token_ids: Sequence[int],
+        text: str,
+        logprobs: Sequence[TokenLogprobs] = (),
     ) -> Call[Verdict]:
-        """Append tokens that follow the first `offset` ones."""
+        """Append tokens that follow the first `offset` ones, with one of `logprobs` each if there are any."""
         k = self.keys
-        args = (incarnation, epoch, offset, len(token_ids), pack_ids(token_ids), text)
+        args: tuple[Arg, ...] = (incarnation, epoch, offset, len(token_ids), pack_ids(token_ids), text)
+        if logprobs:
+            args += (pack_logprobs(logprobs),)
         return Call("emit", (k.request(request_id), k.output(request_id)), args, _verdict)
 
     def settle(
@@ -244,12 +254,15 @@ class Calls:
         token_ids: Sequence[int],
         text: str,
         outcome: Outcome,
+        logprobs: Sequence[TokenLogprobs] = (),
     ) -> Call[Verdict]:
         """Write the outcome together with the last tokens and the text held back until now."""
         k = self.keys
         last = (offset, len(token_ids), pack_ids(token_ids), text)
         end = (outcome.held_text, outcome.state.value, outcome.finish_reason, outcome.error, outcome.field)
-        args = (request_id, incarnation, epoch, *last, *end)
+        args: tuple[Arg, ...] = (request_id, incarnation, epoch, *last, *end)
+        if logprobs:
+            args += (pack_logprobs(logprobs),)
         return Call("settle", (k.request(request_id), k.output(request_id)), args, _verdict)
 
     def release(

@@ -10,7 +10,17 @@ from typing import Any
 
 from l4queue.models import RequestState
 
-__all__ = ("Grant", "Outcome", "OutputEntry", "RequestRecord", "pack_ids", "unpack_ids")
+__all__ = (
+    "Grant",
+    "Outcome",
+    "OutputEntry",
+    "RequestRecord",
+    "TokenLogprobs",
+    "pack_ids",
+    "pack_logprobs",
+    "unpack_ids",
+    "unpack_logprobs",
+)
 
 _ID_TYPE = "I"  # 4 bytes on every platform CPython supports
 
@@ -30,6 +40,46 @@ def unpack_ids(data: bytes) -> list[int]:
     if sys.byteorder == "big":
         unpacked.byteswap()
     return unpacked.tolist()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLogprobs:
+    """The logarithm of the probability of one generated token, and of those that were the most probable.
+
+    `top` has as many (token id, logprob) as were asked for, most probable first; the token itself may be one.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+def pack_logprobs(rows: Sequence[TokenLogprobs]) -> bytes:
+    """All ids, row by row, then all logprobs as floats of 32 bits: 8 bytes for a token and for each of its `top`.
+
+    ValueError when the rows have not as many `top` each.
+    """
+    if len({len(row.top) for row in rows}) > 1:
+        raise ValueError("rows of logprobs differ in length")
+    ids = [token for row in rows for token in (row.token_id, *(token for token, _ in row.top))]
+    values = array("f", [value for row in rows for value in (row.logprob, *(value for _, value in row.top))])
+    if sys.byteorder == "big":
+        values.byteswap()
+    return pack_ids(ids) + values.tobytes()
+
+
+def unpack_logprobs(data: bytes, num_tokens: int) -> tuple[TokenLogprobs, ...]:
+    """The inverse of `pack_logprobs` for so many tokens. ValueError when the length is not one of theirs."""
+    if not num_tokens or len(data) % (8 * num_tokens):
+        raise ValueError(f"{len(data)} bytes are not the logprobs of {num_tokens} tokens")
+    half, width = len(data) // 2, len(data) // (8 * num_tokens)
+    values = array("f")
+    values.frombytes(data[half:])
+    if sys.byteorder == "big":
+        values.byteswap()
+    pairs = list(zip(unpack_ids(data[:half]), values, strict=True))
+    rows = (pairs[start : start + width] for start in range(0, len(pairs), width))
+    return tuple(TokenLogprobs(token_id=row[0][0], logprob=row[0][1], top=tuple(row[1:])) for row in rows)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,16 +139,19 @@ class OutputEntry:
     token_ids: tuple[int, ...] = ()
     text: str = ""
     state: RequestState | None = None
+    logprobs: tuple[TokenLogprobs, ...] | None = None
 
     @classmethod
     def parse(cls, entry_id: bytes, values: Mapping[bytes, bytes]) -> OutputEntry:
         """From one stream entry, whose id begins with the token offset after it."""
-        state = values.get(b"e")
+        state, logprobs = values.get(b"e"), values.get(b"l")
+        token_ids = tuple(unpack_ids(values.get(b"t", b"")))
         return cls(
             upto=int(entry_id.partition(b"-")[0]),
-            token_ids=tuple(unpack_ids(values.get(b"t", b""))),
+            token_ids=token_ids,
             text=values.get(b"x", b"").decode(),
             state=RequestState(state.decode()) if state else None,
+            logprobs=None if logprobs is None else unpack_logprobs(logprobs, len(token_ids)),
         )
 
 

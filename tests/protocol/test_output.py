@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from l4queue.models import RequestState
 from l4queue.protocol.calls import Verdict
+from l4queue.protocol.records import Outcome, TokenLogprobs
 from tests.protocol.consistency import check
 from tests.protocol.scene import Scene
 
@@ -123,6 +126,27 @@ def test_a_request_that_ends_with_its_first_token_has_its_time(scene: Scene) -> 
     record = scene.record()
     assert record.first_token_ms is not None
     assert record.e2e_ms is not None
+
+
+def test_logprobs_are_written_with_their_tokens_and_only_if_there_are_any(scene: Scene) -> None:
+    """By emit and by settle; a repeated emit adds none. What was not asked for takes no room."""
+    scene.bring(RUNNING)
+    rows = [
+        TokenLogprobs(token_id=1000 + i, logprob=-i / 4, top=((1000 + i, -i / 4), (7, -9.5))) for i in range(4)
+    ]
+    owner: dict[str, Any] = {"incarnation": "w1", "epoch": 1, "text": "a"}
+    first = scene.calls.emit("a", **owner, offset=0, token_ids=[1000, 1001], logprobs=rows[:2])
+    done = Outcome(state=RequestState.DONE)
+    assert [scene.door.run(first), scene.door.run(first)] == [Verdict.OK, Verdict.DUP]
+    assert scene.emit(offset=2, num=1) is Verdict.OK
+    scene.door.run(scene.calls.settle("a", **owner, offset=3, token_ids=[1003], logprobs=rows[3:], outcome=done))
+
+    entries = scene.door.run(scene.reads.output("a"))
+
+    assert [entry.logprobs for entry in entries] == [tuple(rows[:2]), None, (rows[3],), None]
+    fields = [set(values) for _, values in scene.raw.xrange(scene.keys.output("a"))]
+    assert fields == [{b"t", b"x", b"l"}, {b"t", b"x"}, {b"t", b"x", b"l"}, {b"e", b"x"}]
+    check(scene)
 
 
 def test_text_survives_as_it_was(scene: Scene) -> None:

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from l4queue.client.compose import build_spec
 from l4queue.errors import InvalidRequest
 from l4queue.models import RequestBody, SamplingParams
+from l4queue.protocol.records import TokenLogprobs, pack_logprobs, unpack_logprobs
 from l4queue.sampling import MAX_SCHEMA_CHARS, NOT_OFFERED
 
 PERSON = {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}
@@ -83,6 +84,46 @@ def test_a_constraint_that_cannot_be_one_is_refused(given: dict[str, Any], words
     with pytest.raises(InvalidRequest, match=words) as caught:
         build_spec("a", structured_outputs=given)
     assert caught.value.field.startswith("structured_outputs")
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"logprobs": -1}, "greater than"),
+        ({"logprobs": 21}, "less than"),
+        ({"logprobs": True}, "integer"),
+        ({"logprobs": 20, "max_tokens": 49_933}, "at most of 49932"),
+    ],
+)
+def test_logprobs_are_bounded(given: dict[str, Any], words: str) -> None:
+    """In number for each token, and in all."""
+    with pytest.raises(InvalidRequest, match=words):
+        build_spec("a", **given)
+    assert build_spec("a", logprobs=20, max_tokens=49_932).params.logprobs == 20
+    assert build_spec("a", logprobs=0, max_tokens=1_000_000).params.logprobs == 0
+
+
+@pytest.mark.parametrize("num_top", [0, 1, 20])
+def test_packed_logprobs_are_the_same_again(num_top: int) -> None:
+    """Ids exactly, values as floats of 32 bits; 8 bytes each."""
+    rows = tuple(
+        TokenLogprobs(token_id=2**32 - 1 - i, logprob=-i / 8, top=tuple((k, -k / 2) for k in range(num_top)))
+        for i in range(5)
+    )
+    data = pack_logprobs(rows)
+
+    assert len(data) == 5 * (num_top + 1) * 8
+    assert unpack_logprobs(data, 5) == rows
+
+
+def test_logprobs_that_cannot_be_are_errors() -> None:
+    """Rows of different lengths, bytes that are not whole rows."""
+    rows = [TokenLogprobs(token_id=1, logprob=0.0), TokenLogprobs(token_id=1, logprob=0.0, top=((1, 0.0),))]
+    with pytest.raises(ValueError, match="differ in length"):
+        pack_logprobs(rows)
+    for data, num_tokens in ((b"x" * 12, 1), (b"x" * 8, 2), (b"x" * 8, 0)):
+        with pytest.raises(ValueError, match="not the logprobs"):
+            unpack_logprobs(data, num_tokens)
 
 
 @pytest.mark.parametrize("more", [{"ignore_eos": True}, {"min_tokens": 1}])

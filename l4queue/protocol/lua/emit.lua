@@ -1,6 +1,7 @@
 -- Appends generated tokens to the output stream of a running request. The entry id is the token offset.
 -- KEYS  1 req:<id>  2 out:<id> (stream)
 -- ARGV  1 incarnation  2 epoch  3 offset before  4 number of tokens  5 packed ids  6 text
+--       7 packed logprobs (only when asked for)
 -- Returns 'OK' | 'DUP' | 'HAVE:<offset>' (partly there) | 'GAP:<offset>' (earlier ones are missing) | 'FENCED'
 local v = redis.call('HMGET', KEYS[1], 'state', 'owner', 'epoch', 'offset', 'first_token_ms', 'moved_ms')
 if not is_owner(v, ARGV[1], ARGV[2]) then return 'FENCED' end
@@ -10,7 +11,11 @@ if from < have then return 'HAVE:' .. v[4] end
 if from > have then return 'GAP:' .. v[4] end
 redis.call('HDEL', KEYS[1], '-')
 resumed(KEYS[1], v[6])
-redis.call('XADD', KEYS[2], int(upto) .. '-0', 't', ARGV[5], 'x', ARGV[6])
+if ARGV[7] then
+  redis.call('XADD', KEYS[2], int(upto) .. '-0', 't', ARGV[5], 'x', ARGV[6], 'l', ARGV[7])
+else
+  redis.call('XADD', KEYS[2], int(upto) .. '-0', 't', ARGV[5], 'x', ARGV[6])
+end
 if v[5] then
   redis.call('HSET', KEYS[1], 'offset', int(upto))
 else

@@ -10,7 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from l4queue.models import RequestBody, RequestState, SamplingParams
-from l4queue.protocol.records import Grant, Outcome, OutputEntry, pack_ids
+from l4queue.protocol.records import (
+    Grant,
+    Outcome,
+    OutputEntry,
+    TokenLogprobs,
+    pack_ids,
+    pack_logprobs,
+    unpack_logprobs,
+)
 from l4queue.tiny import make_tiny_tokenizer
 from workers.engine import EngineOutput, EngineRequest, FinishReason
 from workers.session import Session, resumed_seed
@@ -44,12 +52,20 @@ class Wanted:
         assert write.offset == self.offset
         if write.token_ids:
             upto = write.offset + len(write.token_ids)
-            self.entries.append(OutputEntry(upto=upto, token_ids=write.token_ids, text=write.text))
+            packed = pack_logprobs(write.logprobs)  # as it travels
+            logprobs = unpack_logprobs(packed, len(write.token_ids)) if packed else None
+            entry = OutputEntry(upto=upto, token_ids=write.token_ids, text=write.text, logprobs=logprobs)
+            self.entries.append(entry)
         self.outcome = write.outcome
 
     @property
     def offset(self) -> int:
         return self.entries[-1].upto if self.entries else 0
+
+    @property
+    def logprobs(self) -> list[TokenLogprobs]:
+        """Of all tokens, in order."""
+        return [row for entry in self.entries for row in entry.logprobs or ()]
 
     @property
     def whole(self) -> tuple[tuple[int, ...], str, str]:
@@ -85,6 +101,11 @@ def open_session(tokenizer: Any, params: SamplingParams, wanted: Wanted, *, epoc
     return session
 
 
+def logprobs_at(place: int, token: int) -> TokenLogprobs:
+    """What the engine says of the token there: no place has those of another."""
+    return TokenLogprobs(token_id=token, logprob=-float(place), top=((token, -float(place)), (7, -place - 0.5)))
+
+
 def generate(request: EngineRequest, source: Sequence[int], num_tokens: int) -> list[EngineOutput]:
     """At most so many steps of an engine that would write `source` behind the prompt, by the engine's rules."""
     outputs = []
@@ -95,7 +116,15 @@ def generate(request: EngineRequest, source: Sequence[int], num_tokens: int) -> 
         reason = FinishReason.STOP if ends and number >= request.min_tokens else None
         if reason is None and number >= request.max_tokens:
             reason = FinishReason.LENGTH
-        outputs.append(EngineOutput(request_id=request.request_id, token_ids=(token,), finish_reason=reason))
+        asked = request.params.logprobs is not None
+        outputs.append(
+            EngineOutput(
+                request_id=request.request_id,
+                token_ids=(token,),
+                finish_reason=reason,
+                logprobs=(logprobs_at(done + number, token),) if asked else (),
+            )
+        )
         if reason is not None:
             break
     return outputs
@@ -132,18 +161,25 @@ def run(
         stop=st.lists(st.sampled_from(["<END>", "\n\n", "好 <", "👩‍👧", "end of"]), max_size=2).map(tuple),
         stop_token_ids=st.lists(st.integers(0, 7), max_size=1).map(tuple),
         ignore_eos=st.booleans(),
+        logprobs=st.sampled_from([None, 2]),
     ),
     leases=st.lists(st.tuples(st.integers(0, 12), st.integers(0, 3)), max_size=8),
 )
 def test_cut_anywhere_it_ends_as_if_uncut(
     tokenizer: Any, begin: int, eos_at: int, params: SamplingParams, leases: list[tuple[int, int]]
 ) -> None:
-    """max_tokens, min_tokens, stop strings and tokens over the cut, characters of many tokens, lost writes."""
+    """max_tokens, min_tokens, stop strings and tokens over the cut, characters of many tokens, lost writes.
+
+    Logprobs: one for each token that is kept, none lost or doubled.
+    """
     source = (tokenizer.encode(TEXT).ids * 2)[begin : begin + 80]
     source.insert(eos_at, EOS)
     params = params.model_copy(update={"stop_token_ids": tuple(source[i * 5] for i in params.stop_token_ids)})
 
-    assert run(tokenizer, params, source, leases).whole == run(tokenizer, params, source, []).whole
+    cut = run(tokenizer, params, source, leases)
+    assert cut.whole == run(tokenizer, params, source, []).whole
+    told = [logprobs_at(place, token) for place, token in enumerate(cut.whole[0], start=1)]
+    assert cut.logprobs == (told if params.logprobs is not None else [])
 
 
 @pytest.mark.parametrize("cut", range(1, 12))
