@@ -69,6 +69,36 @@ def test_a_hand_over_goes_to_one_worker_with_progress_and_ticket(scene: Scene) -
     check(scene)
 
 
+@pytest.mark.parametrize("ending", [S.CANCELLED, S.EXPIRED])
+@pytest.mark.parametrize("point", ["cut", "released", "taken"])
+def test_an_ending_amid_a_move_is_the_only_one(scene: Scene, ending: RequestState, point: str) -> None:
+    """Whoever has the request at that moment, or nobody: what was shown stays, and nothing follows it."""
+    scene.bring(S.RUNNING)
+    scene.register("w2:x")
+    assert scene.emit(num=3) is Verdict.OK  # the last tokens before the cut
+    if point != "cut":
+        assert scene.release(stage=personal_stage("w2"), move=HANDOVER) is Verdict.OK
+    if point == "taken":
+        scene.grant("w2:x", stage="@w2", own_stage="1")
+    if ending is S.CANCELLED:
+        assert scene.cancel() == (Verdict.OK, None)
+    else:
+        scene.overdue()
+        assert scene.expire() == 1
+
+    assert scene.state() is ending
+    assert scene.release(stage=personal_stage("w2"), move=HANDOVER) is Verdict.FENCED
+    assert scene.take("w2:x", stage="@w2", own_stage="1").grants == ()
+    for worker, epoch in (("w1", 1), ("w2:x", 2)):
+        assert scene.emit("a", worker, epoch, 3) is Verdict.FENCED
+        assert scene.settle("a", worker, epoch, 3) is Verdict.FENCED
+    assert scene.shown() == [(1000, 1001, 1002), ()]
+    owner = {"cut": "w1", "taken": "w2:x"}.get(point)
+    told = {name: scene.raw.xlen(scene.keys.control(name)) for name in ("w1", "w2:x")}
+    assert told == {name: int(name == owner) for name in told}
+    check(scene)
+
+
 def test_the_gap_of_a_move_is_counted_once(scene: Scene) -> None:
     """With the first tokens after it, not with later ones."""
     scene.bring(S.RUNNING)

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 
 from l4queue import AsyncHandle
+from l4queue.errors import RequestCancelled, RequestExpired
 from l4queue.models import Plan, Routing, StagePlan
 from l4queue.policy.cost import StepCost
 from l4queue.policy.plan_json import plan_to_json
-from l4queue.protocol.calls import Calls, Verdict
+from l4queue.protocol.calls import Call, Calls, Verdict
 from l4queue.protocol.keys import Keys
 from l4queue.protocol.reads import Reads
 from tests.services.pipeline import COST, MAX_LEN, Pipeline, open_pipeline, true, until
@@ -42,7 +43,8 @@ def _stages(*ranges: tuple[int, int | None, tuple[str, ...]]) -> tuple[StagePlan
 
 async def _uncut(prompt: str, max_tokens: int, cost: StepCost = COST) -> tuple[int, ...]:
     """What one engine generates without any move."""
-    from workers.engine import EngineRequest, SamplingParams
+    from l4queue.models import SamplingParams
+    from workers.engine import EngineRequest
 
     engine = EmulatedEngine(cost, speed=0.0, max_model_len=MAX_LEN)
     await engine.start()
@@ -164,6 +166,57 @@ async def test_a_move_that_fails_ends_its_worker_and_the_request_goes_on_elsewhe
         assert (await handle.result(timeout=20)).token_ids == await _uncut("hello", 300)
         told = [line["what"] for line in await _ledger(pipeline, handle.id)]
         assert next(what for what in told if what in ("released", "hand-over")) == "released"
+
+
+class CutWaits(EmulatedEngine):
+    """Stands still where the request is cut and not yet released."""
+
+    def __init__(self, *args: Any, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self.has_cut, self.may_go_on = asyncio.Event(), asyncio.Event()
+
+    async def cut(self, request_id: str) -> Cut | None:
+        made = await super().cut(request_id)
+        self.has_cut.set()
+        await self.may_go_on.wait()
+        return made
+
+
+@pytest.mark.parametrize("ending", [RequestCancelled, RequestExpired])
+async def test_a_request_that_ends_while_it_moves_has_ended(
+    redis_url: str, namespace: str, ending: type[Exception]
+) -> None:
+    """Its worker is between cut and release: it drops the request, nobody else gets it, the workers serve on."""
+    async with open_pipeline(redis_url, namespace, steal_from="none", max_running=32) as pipeline:
+        source = pipeline.start("w0", speed=1.0, cost=CROWDED, make_engine=CutWaits)
+        target = pipeline.start("w1", speed=1.0, cost=CROWDED)
+        engine = source.state.engine
+        assert isinstance(engine, CutWaits)
+        handle = await _outgrow(pipeline, 300)
+        async with asyncio.timeout(20):
+            await engine.has_cut.wait()
+        if ending is RequestCancelled:
+            assert await handle.cancel()
+        else:  # its deadline has passed: upkeep sees it
+            deadlines = Keys(namespace).deadlines
+            await pipeline.door.run(Call(None, (), ("ZADD", deadlines, 1, handle.id), int))
+        read: list[int] = []
+        with pytest.raises(ending):
+            await _read(handle, read)
+        engine.may_go_on.set()
+        await until(lambda: true(all(s.request_id != handle.id for s in source.state.sessions.values())))
+
+        assert 0 < len(read) < 300
+        assert tuple(read) == (await _uncut("hello", 300))[: len(read)]
+        assert all(line["what"] != "hand-over" for line in await _ledger(pipeline, handle.id))
+        assert not target.active()
+        after = await pipeline.client.enqueue("y" * 60, max_tokens=4)
+        assert (await after.result(timeout=10)).worker == "w1"
+
+
+async def _read(handle: AsyncHandle, ids: list[int]) -> None:
+    async for chunk in handle.stream(timeout=20):
+        ids += chunk.token_ids
 
 
 async def test_a_newcomer_with_nothing_to_do_gets_running_requests(pipeline: Pipeline) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import selectors
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -136,7 +137,10 @@ async def test_what_can_never_be_computed_is_refused_alone() -> None:
     await engine.add(request("cache", [1] * 1590, 11))
     await engine.add(request("model", [1] * 1991, 10))
     await engine.add(request("empty", [], 10))
-    out = await collect(engine, 4)
+    for name, value in (("logprobs", 1), ("structured_outputs", {"choice": ["a"]})):
+        asked = replace(request(name, [1], 10), params=SamplingParams.model_validate({name: value}))
+        await engine.add(asked)
+    out = await collect(engine, 6)
     await engine.stop()
 
     errors = {name: outputs[-1].error for name, outputs in out.items()}
@@ -144,6 +148,8 @@ async def test_what_can_never_be_computed_is_refused_alone() -> None:
     assert "KV cache" in str(errors["cache"])
     assert "model" in str(errors["model"])
     assert "empty" in str(errors["empty"])
+    for name in ("logprobs", "structured_outputs"):
+        assert errors[name] == f"{name} need a model: the emulated engine has none"
     assert all(outputs[-1].finish_reason is FinishReason.ERROR for name, outputs in out.items() if name != "fits")
     assert len(out["fits"]) == 10
 
