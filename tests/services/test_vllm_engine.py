@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import shutil
 import signal
-from collections.abc import AsyncIterator, Iterable
-from dataclasses import dataclass
+from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -16,7 +17,9 @@ import pytest
 import pytest_asyncio
 
 from l4queue.models import SamplingParams
-from workers.engine import EngineDied, EngineInfo, EngineOutput, EngineRequest, FinishReason
+from tests.services.served import GREEDY, Served, reference, reference_logprobs
+from workers.engine import EngineDied, FinishReason
+from workers.session import resumed_seed
 from workers.tiny import build_tiny_model
 from workers.vllm_engine import VllmEngine
 
@@ -25,7 +28,6 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(240), pytest.mark.asyncio(lo
 MAX_MODEL_LEN = 4096
 MAX_BATCHED_TOKENS = 512
 MAX_RUNNING = 16
-GREEDY = SamplingParams(temperature=0.0, ignore_eos=True)
 EOS_PROMPT = list(range(300, 340))
 EOS_AT = 10
 
@@ -33,67 +35,6 @@ EOS_AT = 10
 def prompt(seed: int, num_tokens: int) -> list[int]:
     """Token ids that no other seed gives."""
     return [int(token) for token in np.random.default_rng(seed).integers(10, 8000, num_tokens)]
-
-
-def reference(model: Path, ids: list[int], num_tokens: int) -> list[int]:
-    """The greedy continuation by transformers."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    with torch.inference_mode():
-        llama = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-        out = llama.generate(
-            torch.tensor([ids]), max_new_tokens=num_tokens, do_sample=False, eos_token_id=None, pad_token_id=2
-        )
-    return [int(token) for token in out[0][len(ids) :]]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Served:
-    """The running engine."""
-
-    engine: VllmEngine
-    info: EngineInfo
-    expected: list[int]
-
-    async def add(
-        self,
-        name: str,
-        ids: list[int],
-        max_tokens: int,
-        *,
-        params: SamplingParams = GREEDY,
-        priority: int = 0,
-        min_tokens: int = 0,
-    ) -> None:
-        """Start a request."""
-        await self.engine.add(
-            EngineRequest(
-                request_id=name,
-                token_ids=ids,
-                max_tokens=max_tokens,
-                min_tokens=min_tokens,
-                params=params,
-                priority=priority,
-            )
-        )
-
-    async def collect(self, names: Iterable[str]) -> dict[str, tuple[list[int], EngineOutput]]:
-        """Wait for the end of these; the tokens and the last output of each, in order of their ends."""
-        left = {name: list[int]() for name in names}
-        ended: dict[str, tuple[list[int], EngineOutput]] = {}
-        while left:
-            for output in await self.engine.outputs():
-                tokens = left[output.request_id]
-                tokens.extend(output.token_ids)
-                if output.finish_reason is not None:
-                    ended[output.request_id] = (left.pop(output.request_id), output)
-        return ended
-
-    async def one(self, ids: list[int], max_tokens: int, **more: object) -> tuple[list[int], EngineOutput]:
-        """A request alone."""
-        await self.add("one", ids, max_tokens, **more)  # type: ignore[arg-type]
-        return (await self.collect(["one"]))["one"]
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -250,6 +191,110 @@ async def test_an_urgent_request_overtakes_those_that_wait(served: Served) -> No
     order = list(await served.collect(names))
 
     assert order.index("urgent") < min(order.index(f"waits-{index}") for index in range(4))
+
+
+WARM = {
+    "type": "object",
+    "properties": {"is_warm": {"type": "boolean"}},
+    "required": ["is_warm"],
+    "additionalProperties": False,
+}
+
+
+def is_warm_or_not(text: str) -> bool:
+    """Whether a text is JSON of that schema."""
+    return json.loads(text) in ({"is_warm": True}, {"is_warm": False})
+
+
+async def test_structured_outputs_are_what_was_asked_for(served: Served) -> None:
+    """Of a model that writes noise otherwise (much space in JSON too); a free neighbour is not touched."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(served.info.model)
+    asked: dict[str, tuple[dict[str, Any], Any]] = {
+        "choice": ({"choice": ["yes", "no", "perhaps"]}, lambda text: text in ("yes", "no", "perhaps")),
+        "regex": ({"regex": "[0-9]{4}-[a-c]+z"}, re.compile("[0-9]{4}-[a-c]+z").fullmatch),
+        "json": ({"json": WARM}, is_warm_or_not),
+        "text": ({"json": json.dumps(WARM)}, is_warm_or_not),
+    }
+    await served.add("free", EOS_PROMPT, 8)
+    for name, (constraint, _) in asked.items():
+        for seed in range(4):
+            params = SamplingParams.model_validate({"structured_outputs": constraint, "seed": seed})
+            await served.add(f"{name}-{seed}", EOS_PROMPT, 2000, params=params)
+    ended = await served.collect(["free", *(f"{name}-{seed}" for name in asked for seed in range(4))])
+
+    assert ended.pop("free")[0] == served.expected[:8]
+    for name, (tokens, last) in ended.items():
+        *kept, end = tokens
+        assert (last.finish_reason, end in served.info.eos_token_ids) == (FinishReason.STOP, True), name
+        text = tokenizer.decode(kept)
+        assert asked[name.partition("-")[0]][1](text), (name, text)
+    assert len({tuple(tokens) for tokens, _ in ended.values()}) > 4
+
+
+@pytest.mark.parametrize(
+    ("constraint", "words"),
+    [
+        ({"regex": "[a-z"}, "unclosed"),
+        ({"json": {"type": "nonsense"}}, "nonsense"),
+        ({"regex": "(?<=a)b"}, "look-around"),
+    ],
+)
+async def test_a_constraint_that_cannot_be_kept_is_refused_alone(
+    served: Served, constraint: dict[str, Any], words: str
+) -> None:
+    """It says why; the engine goes on, and the next constraint is kept."""
+    await served.add("good", EOS_PROMPT, 8)
+    params = SamplingParams.model_validate({"structured_outputs": constraint})
+    await served.add("bad", EOS_PROMPT, 8, params=params)
+    ended = await served.collect(["good", "bad"])
+
+    assert ended["good"][0] == served.expected[:8]
+    tokens, last = ended["bad"]
+    assert (tokens, last.finish_reason) == ([], FinishReason.ERROR)
+    assert words in (last.error or "")
+    params = SamplingParams.model_validate({"structured_outputs": {"choice": ["a"]}})
+    assert (await served.one(EOS_PROMPT, 8, params=params))[1].finish_reason is FinishReason.STOP
+
+
+@pytest.mark.parametrize("cut", [1, 9])
+async def test_a_seeded_request_goes_on_with_other_random_numbers(served: Served, cut: int) -> None:
+    """The same seed, and the same cut, give the same tokens; the rest does not draw as the beginning did."""
+    params = SamplingParams(seed=11, ignore_eos=True)
+    whole, _ = await served.one(EOS_PROMPT, 24, params=params)
+    assert (await served.one(EOS_PROMPT, 24, params=params))[0] == whole
+    rests = {}
+    for name, seed in (("first", 11), ("derived", resumed_seed(11, cut)), ("again", resumed_seed(11, cut))):
+        resumed = params.model_copy(update={"seed": seed})
+        rests[name], _ = await served.one(EOS_PROMPT + whole[:cut], 24 - cut, params=resumed)
+
+    assert rests["derived"] == rests["again"] != rests["first"]
+
+
+async def test_logprobs_are_the_model_s_and_go_on_after_a_cut(served: Served) -> None:
+    """One for each token, with the most probable ones in order; against transformers, cut and uncut."""
+    params = GREEDY.model_copy(update={"logprobs": 5})
+    tokens, _ = await served.one(EOS_PROMPT, 24, params=params)
+    rows = served.logprobs["one"]
+    values = reference_logprobs(Path(served.info.model), EOS_PROMPT, tokens)
+    assert tokens == served.expected + tokens[2 * EOS_AT :]
+    assert [row.token_id for row in rows] == tokens
+    for row, told in zip(rows, values, strict=True):
+        assert row.top[0] == (row.token_id, row.logprob), "greedy takes the most probable one"
+        assert row.logprob == pytest.approx(told[row.token_id], abs=1e-3)
+        assert [value for _, value in row.top] == pytest.approx(sorted(told, reverse=True)[:5], abs=1e-3)
+        assert all(value == pytest.approx(told[token], abs=1e-3) for token, value in row.top)
+
+    await served.one(EOS_PROMPT + tokens[:7], 17, params=params)
+    for row, uncut in zip(served.logprobs["one"], rows[7:], strict=True):
+        assert row.token_id == uncut.token_id
+        assert row.logprob == pytest.approx(uncut.logprob, abs=1e-3)
+
+    await served.one(EOS_PROMPT, 9, params=SamplingParams(logprobs=0, seed=3, ignore_eos=True))
+    assert [len(row.top) for row in served.logprobs["one"]] == [0] * 9
+    await served.one(EOS_PROMPT, 9)
+    assert served.logprobs["one"] == []
 
 
 def signal_core(number: signal.Signals) -> None:
