@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from l4queue import Client, Handle, Result
+from l4queue.errors import RequestFailed
 from l4queue.models import StagePlan
 from tests.e2e.conftest import Deployment, deploy
 from tests.services.processes import until
@@ -21,7 +22,7 @@ from workers.app import make_app, node_name
 from workers.kv.store import default_directory
 
 pytestmark = [pytest.mark.vllm, pytest.mark.services, pytest.mark.timeout(600)]
-GROWING = {"max_tokens": 400, "temperature": 0.0, "ignore_eos": True}
+GROWING = {"max_tokens": 400, "temperature": 0.0, "ignore_eos": True, "logprobs": 1}
 STORY = "Once upon a time"
 PROMPTS = [STORY, *(f"Chapter {number} of a story that" for number in range(20))]
 CROWD = 12
@@ -51,6 +52,17 @@ class Moving:
             result = handle.result(timeout=120)
             assert result.token_ids == self.uncut[prompt].token_ids
             assert result.text == self.uncut[prompt].text
+            check_logprobs(result, self.uncut[prompt])
+
+
+def check_logprobs(result: Result, uncut: Result) -> None:
+    """One for each token, in order, and as those of an uncut run but for the rounding of another batch."""
+    assert result.logprobs is not None
+    assert uncut.logprobs is not None
+    assert [row.token_id for row in result.logprobs] == list(result.token_ids)
+    for row, other in zip(result.logprobs, uncut.logprobs, strict=True):
+        assert len(row.top) == 1
+        assert row.logprob == pytest.approx(other.logprob, abs=1e-3)
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +116,8 @@ def test_a_long_conversation_grows_through_the_stages_and_reads_as_if_uncut(movi
         result, uncut = handle.result(timeout=10), moving.uncut[STORY]
         assert result.token_ids == uncut.token_ids
         assert result.text == uncut.text == "".join(chunk.text for chunk in chunks)
+        check_logprobs(result, uncut)
+        assert tuple(row for chunk in chunks for row in chunk.logprobs or ()) == result.logprobs
         events = handle.explain()
         story = [event.what for event in events]
         assert story[:4] == ["accepted", "routed", "taken", "first token"]
@@ -114,6 +128,21 @@ def test_a_long_conversation_grows_through_the_stages_and_reads_as_if_uncut(movi
     engine = moving.engine(1)
     assert engine["kv_loads"] >= 1
     assert engine["kv_misses"] == 0
+
+
+def test_a_constraint_is_kept_and_a_bad_one_is_a_failed_request(moving: Moving) -> None:
+    """Pinned: nothing is shown before the end. Who asks for what cannot be is told why; the next one is served."""
+    with moving.deployment.client() as client:
+        bad = client.enqueue(STORY, max_tokens=8, structured_outputs={"regex": "[a-z"})
+        with pytest.raises(RequestFailed, match="unclosed"):
+            bad.result(timeout=60)
+        choices = {"choice": ["red", "green", "blue"]}
+        handles = [client.enqueue(STORY, seed=seed, structured_outputs=choices) for seed in range(6)]
+        for handle in handles:
+            chunks = list(handle.stream(timeout=60))
+            assert len(chunks) == 1
+            assert chunks[0].text in choices["choice"]
+            assert handle.result(timeout=10).finish_reason == "stop"
 
 
 def test_damaged_segments_and_a_source_killed_amid_its_moves_change_nothing(moving: Moving) -> None:
