@@ -50,7 +50,7 @@ def make_app(settings: Settings) -> Celery:
     return app
 
 
-@worker_init.connect
+@worker_init.connect  # type: ignore[untyped-decorator] # Celery has no types
 def _stand_back(**_: Any) -> None:
     """A replay takes seconds of a core: on a machine that it shares with engines, those go first."""
     os.nice(_NICENESS)
