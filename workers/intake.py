@@ -115,7 +115,7 @@ class Intake:
             return 0
         decision = steal_waiting(
             state.load(),
-            own=replace(own, queued_requests=0, queued_tokens=0),  # just found empty
+            own=replace(own, queued_requests=0, queued_tokens=0),  # nothing there that could be taken
             siblings=loads,
             head_tokens={},
             max_requests=room.num_requests,
@@ -123,8 +123,8 @@ class Intake:
             cost=state.cost,
             limits=state.steal_limits,
         )
-        if decision.stage is None:
-            return 0
+        if decision.stage is None or await state.door.run(state.reads.queue_length(str(state.stage))) > 0:
+            return 0  # what waits here is only too long to begin now: stealing would put it off further
         price = (decision.benefit_ms, decision.cost_ms)
         taken = await self._take(
             str(decision.stage), replace(room, num_requests=decision.num_requests), price=price
