@@ -95,8 +95,8 @@ class Pair:
     directory: Path
 
     def segments(self) -> list[str]:
-        """What lies in the directory, but for the lock."""
-        return sorted({path.name for path in self.directory.iterdir()} - {"lock"})
+        """What lies in the directory, but for the locks."""
+        return sorted({path.name for path in self.directory.iterdir()} - {"lock", "tenants"})
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
