@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,6 +23,25 @@ if TYPE_CHECKING:
 __all__ = ("register",)
 
 DEFAULT_POLICIES = "round-robin,least-loaded,two-pool,central,central-sjf,l4"
+_TOLD_SETTINGS = (
+    "durability",
+    "max_model_len",
+    "max_running",
+    "emit_interval_ms",
+    "emulated_gpu",
+    "emulated_model",
+    "emulated_speed",
+    "emulated_kv_bytes_per_s",
+    "hand_over",
+    "steal_from",
+    "replan_interval_s",
+    "refine_interval_s",
+    "demand_half_life_s",
+    "plan_min_gain",
+    "plan_min_life_s",
+    "max_stages",
+)
+"""What the JSON says of the deployment's settings: all that a simulation of the same run needs."""
 
 
 def serve(
@@ -31,6 +51,9 @@ def serve(
     *,
     engine: Annotated[str, typer.Option(help="vllm or emulated.")] = "vllm",
     workers: Annotated[int, typer.Option(min=1, help="How many workers.")] = 2,
+    workers_per_process: Annotated[
+        int, typer.Option(min=1, help="Emulated workers that share a process: many of them on few cores.")
+    ] = 1,
     model: Annotated[str, typer.Option(help="Model path; tiny builds a small random-weight Llama.")] = "tiny",
     policy: Annotated[
         str, typer.Option(help="Comma-separated; the first is what ratios refer to.")
@@ -45,9 +68,15 @@ def serve(
     rate: Annotated[
         float | None, typer.Option(min=0.01, help="Requests per second; a trace keeps its own.")
     ] = None,
+    rate_scale: Annotated[
+        float | None, typer.Option(min=1e-6, help="Play a trace this many times as fast as it was recorded.")
+    ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="How many times each policy is run.")] = 3,
     duration_s: Annotated[float, typer.Option(min=1.0, help="Counted part of each run.")] = 60.0,
     warmup_s: Annotated[float, typer.Option(min=0.0, help="Served before it, not counted.")] = 15.0,
+    rehearse: Annotated[
+        bool, typer.Option(help="Run l4 once uncounted before the rounds, for its planner to learn.")
+    ] = True,
     seed: Annotated[int, typer.Option(min=0, help="Seed of arrivals, lengths and prompts.")] = 0,
     data_dir: Annotated[Path, typer.Option(help="Where Redis keeps its data and logs go.")] = Path(
         ".l4queue-bench"
@@ -60,7 +89,7 @@ def serve(
     round-robin, least-loaded and two-pool push each request to a worker's own queue when it arrives, as a router
     does (two-pool is tuned on these arrivals by simulation); central and central-sjf are one queue from which
     workers take; l4 is all of l4queue, and runs once uncounted before the rounds, as its planner learns from what
-    it has seen. Arrivals are open loop; times are those of the server.
+    it has seen (--no-rehearse: it begins with nothing). Arrivals are open loop; times are those of the server.
     """
     from l4queue.cli.bench_report import machine, plot_rounds, report, table
     from l4queue.cli.bench_traffic import bench_trace
@@ -77,16 +106,32 @@ def serve(
         raise ConfigError("--policy names no policy")
     if plot is not None:
         require_matplotlib()
-    arrivals = bench_trace(trace, workload, rate=rate, duration_s=warmup_s + duration_s, seed=seed)
-    study = _Study(arrivals=arrivals, policies=policies, num_rounds=rounds, warmup_s=warmup_s, seed=seed)
+    arrivals = bench_trace(
+        trace, workload, rate=rate, rate_scale=rate_scale, duration_s=warmup_s + duration_s, seed=seed
+    )
+    study = _Study(
+        arrivals=arrivals,
+        policies=policies,
+        num_rounds=rounds,
+        warmup_s=warmup_s,
+        seed=seed,
+        rehearses=rehearse and Routing.L4 in policies,
+    )
     options = StackOptions(
-        workers=workers, engine=engine, model=model, data_dir=data_dir, flower=False, quiet=as_json
+        workers=workers,
+        workers_per_process=workers_per_process,
+        engine=engine,
+        model=model,
+        data_dir=data_dir,
+        flower=False,
+        quiet=as_json,
     )
     done, described = asyncio.run(_run(study, options))
     results = report(done, policies)
     files = plot_rounds(plot, done) if plot is not None else []
     setting = {"engine": engine, "num_workers": workers, "workload": arrivals.name, "rate_rps": arrivals.rate_rps}
     setting |= {"rounds": rounds, "duration_s": duration_s, "warmup_s": warmup_s, "seed": seed, **described}
+    setting |= {"rate_scale": rate_scale, "rehearsed": study.rehearses}
     if as_json:
         print(json.dumps({"setting": setting, "machine": machine(), "results": results}))
         return
@@ -96,7 +141,8 @@ def serve(
     console.print(table(results))
     console.print("short and long: prompts below and from 1,024 tokens; moves: hand-overs and steals")
     about = {**setting, **machine()}
-    about.pop("cost_of_a_worker")
+    for name in ("cost_of_a_worker", "settings"):
+        about.pop(name)
     console.print(", ".join(f"{name} {value}" for name, value in about.items()), highlight=False)
     for file in files:
         console.print(f"wrote {file}")
@@ -111,6 +157,7 @@ class _Study:
     num_rounds: int
     warmup_s: float
     seed: int
+    rehearses: bool
 
 
 async def _run(study: _Study, options: StackOptions) -> tuple[list[Round], dict[str, Any]]:
@@ -124,12 +171,11 @@ async def _run(study: _Study, options: StackOptions) -> tuple[list[Round], dict[
 
 async def _all_rounds(stack: Stack, study: _Study, progress: Progress) -> tuple[list[Round], dict[str, Any]]:
     from l4queue.cli.bench_rounds import Rounds
+    from l4queue.cli.cpu_time import cpu_seconds
     from l4queue.client import AsyncClient
-    from l4queue.models import Routing
 
     done: list[Round] = []
-    is_learning = Routing.L4 in study.policies
-    total = progress.add_task("runs", total=study.num_rounds * len(study.policies) + is_learning)
+    total = progress.add_task("runs", total=study.num_rounds * len(study.policies) + study.rehearses)
     bar = progress.add_task("requests", total=len(study.arrivals))
     async with AsyncClient(stack.redis_url, settings=stack.settings) as client:
         driver = Rounds(
@@ -139,8 +185,11 @@ async def _all_rounds(stack: Stack, study: _Study, progress: Progress) -> tuple[
             warmup_s=study.warmup_s,
             seed=study.seed,
             on_progress=lambda number: progress.update(bar, completed=number),
+            cpu_s=lambda: cpu_seconds(
+                {"bench": os.getpid(), **{name: child.pid for name, child in stack.supervisor.children.items()}}
+            ),
         )
-        if is_learning:
+        if study.rehearses:
             await driver.rehearse()
             progress.advance(total)
         for number in range(study.num_rounds):
@@ -151,7 +200,9 @@ async def _all_rounds(stack: Stack, study: _Study, progress: Progress) -> tuple[
                 progress.console.print(text + f"p99 {one.result.p99_e2e_s:.2f} s", highlight=False)
         overview = await client.overview()
     costs = [cost for cost in overview.costs if cost]
-    return done, {"model": Path(stack.settings.model).name, "cost_of_a_worker": costs[0] if costs else None}
+    cost = costs[0] if costs else None
+    settings = stack.settings.model_dump(mode="json", include=set(_TOLD_SETTINGS))
+    return done, {"model": Path(stack.settings.model).name, "cost_of_a_worker": cost, "settings": settings}
 
 
 def register(app: typer.Typer) -> None:

@@ -45,14 +45,34 @@ def report(rounds: Sequence[Round], policies: Sequence[str]) -> list[dict[str, A
                 "mean_e2e_s": r.result.mean_e2e_s,
                 "p99_e2e_s": r.result.p99_e2e_s,
                 "late_s": round(r.late_s, 4),
+                "cpu_cores": {name: round(cores, 3) for name, cores in r.cpu_cores.items()},
+                "plans": _plan_changes(r),
                 **_classes(r.measured),
             }
             for r in grouped[policy]
         ]
-        results.append({**result.to_dict(), "classes": _classes(measured), "rounds": each})
+        quantiles = {
+            name: [
+                round(float(value), 5) for value in np.quantile(getattr(measured, name), np.linspace(0, 1, 101))
+            ]
+            for name in ("e2e_s", "ttft_s")
+        }
+        entry = {**result.to_dict(), "mean_ttft_s": float(measured.ttft_s.mean()), "quantiles": quantiles}
+        results.append({**entry, "classes": _classes(measured), "rounds": each})
     for entry in results:
         entry["ratio_to_" + results[0]["policy"]] = _ratios(entry, results[0])
     return results
+
+
+def _plan_changes(one: Round) -> list[dict[str, Any]]:
+    """When the plan changed, as sampled: boundaries and workers of each stage."""
+    found: list[dict[str, Any]] = []
+    for sample in one.samples:
+        stages = sample.plan.stages
+        split = {"boundaries": [s.low_tokens for s in stages[1:]], "workers": [s.num_workers for s in stages]}
+        if not found or any(found[-1][name] != value for name, value in split.items()):
+            found.append({"at_s": round(sample.at_s, 1), **split})
+    return found
 
 
 def _ratios(entry: Mapping[str, Any], first: Mapping[str, Any]) -> dict[str, float | None]:

@@ -48,7 +48,11 @@ class Sample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Round:
-    """One routing under the whole trace. `late_s` is by how much the load generator was late at worst."""
+    """One routing under the whole trace.
+
+    `late_s` is by how much the load generator was late at worst, `cpu_cores` how many cores each process kept
+    busy on average: where that is near one, the process held up what it was to measure.
+    """
 
     policy: str
     number: int
@@ -56,6 +60,7 @@ class Round:
     result: SimResult
     samples: tuple[Sample, ...]
     late_s: float
+    cpu_cores: dict[str, float]
 
 
 @dataclass(kw_only=True)
@@ -63,7 +68,7 @@ class Rounds:
     """Drives a deployment that is running. `warmup_s` of the arrivals are served but not counted.
 
     Arrivals and lengths are the same in every run, the tokens of the prompts never are: what one run left in the
-    engines' prefix caches must not make the next one faster.
+    engines' prefix caches must not make the next one faster. `cpu_s` tells the CPU time of each process so far, s.
     """
 
     client: AsyncClient
@@ -73,6 +78,7 @@ class Rounds:
     seed: int
     vocabulary: int = 2000
     on_progress: Callable[[int], None] = lambda _: None
+    cpu_s: Callable[[], dict[str, float]] = dict
     _l4: tuple[StagePlan, ...] | None = field(default=None, init=False)
     _door: AsyncDoor | None = field(default=None, init=False)
     _num_runs: int = field(default=0, init=False)
@@ -99,17 +105,17 @@ class Rounds:
 
     async def _serve(self, policy: str, number: int) -> Round:
         await self._switch(Routing(policy))
-        before = await self.client.overview()
+        before, cpu_before, began_s = await self.client.overview(), self.cpu_s(), time.monotonic()
         async with self._sampling() as samples:
             handles, late_s = await self._send()
             done = 0
             async for _ in self.client.as_completed(handles):
                 done += 1
                 self.on_progress(done)
-        after = await self.client.overview()
+        after, cpu_after, took_s = await self.client.overview(), self.cpu_s(), time.monotonic() - began_s
         if policy == Routing.L4:
             self._l4 = after.plan.stages
-        records = await asyncio.gather(*(handle.status() for handle in handles))
+        records = await _records(handles)
         counted = [r for r, at in zip(records, self.trace.arrival_s, strict=True) if at >= self.warmup_s]
         failed = [r for r in counted if r.state is not RequestState.DONE]
         if failed:
@@ -129,17 +135,18 @@ class Rounds:
             result=result,
             samples=tuple(samples),
             late_s=late_s,
+            cpu_cores={name: (used - cpu_before.get(name, 0.0)) / took_s for name, used in cpu_after.items()},
         )
 
     async def _send(self) -> tuple[list[AsyncHandle], float]:
         """Open loop: each request leaves at its time, whatever became of the others."""
         self._num_runs += 1
         rng = np.random.default_rng([self.seed, self._num_runs])
-        lengths = self.trace.input_tokens
-        prompts = [rng.integers(10, self.vocabulary, int(n)).tolist() for n in lengths]
+        trace = self.trace
         start_s, late_s = time.monotonic(), 0.0
         sending: list[asyncio.Task[AsyncHandle]] = []
-        for prompt, at_s, output in zip(prompts, self.trace.arrival_s, self.trace.output_tokens, strict=True):
+        for length, at_s, output in zip(trace.input_tokens, trace.arrival_s, trace.output_tokens, strict=True):
+            prompt = rng.integers(10, self.vocabulary, int(length)).tolist()  # now: all at once fill the memory
             wait_s = start_s + float(at_s) - time.monotonic()
             if wait_s > 0:
                 await asyncio.sleep(wait_s)
@@ -205,6 +212,14 @@ class Rounds:
             StagePlan(low_tokens=0, high_tokens=edge, num_workers=len(short), worker_ids=short),
             StagePlan(low_tokens=edge, high_tokens=None, num_workers=len(long), worker_ids=long),
         )
+
+
+async def _records(handles: Sequence[AsyncHandle]) -> list[RequestRecord]:
+    """Few at a time: each look waits for a connection of its own."""
+    found: list[RequestRecord] = []
+    for first in range(0, len(handles), _BATCH):
+        found += await asyncio.gather(*(handle.status() for handle in handles[first : first + _BATCH]))
+    return found
 
 
 def pooled(rounds: Sequence[Round]) -> tuple[SimResult, Measured]:

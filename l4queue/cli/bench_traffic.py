@@ -19,13 +19,24 @@ FLIP_SHARES = (0.03, 0.25, 0.03)
 """Shares of long prompts in the thirds of `flip`; the rate changes so that the prompt tokens per second stay."""
 
 
-def bench_trace(path: Path | None, workload: str, *, rate: float | None, duration_s: float, seed: int) -> Trace:
-    """Arrivals for `duration_s` seconds. ConfigError for an unknown workload, or a trace that ends before."""
+def bench_trace(
+    path: Path | None,
+    workload: str,
+    *,
+    rate: float | None,
+    duration_s: float,
+    seed: int,
+    rate_scale: float | None = None,
+) -> Trace:
+    """Arrivals for `duration_s` seconds. ConfigError for an unknown workload, or a trace that ends before.
+
+    A trace is played at `rate`, or `rate_scale` times as fast as it was recorded, or as it is.
+    """
+    if rate_scale is not None and (path is None or rate is not None):
+        raise ConfigError("--rate-scale goes with a trace and without --rate")
     if path is not None:
         trace = read_trace(path)
-        if rate is not None:
-            trace = trace.scaled(rate / trace.rate_rps)
-        trace = trace.scaled(1.0)
+        trace = trace.scaled(rate_scale or (rate / trace.rate_rps if rate is not None else 1.0))
         kept = int(np.searchsorted(trace.arrival_s, duration_s))
         if kept < 1 or float(trace.arrival_s[-1]) < 0.9 * duration_s:
             raise ConfigError(f"{path}: the trace lasts {trace.arrival_s[-1]:.0f} s, not {duration_s:.0f} s")

@@ -32,9 +32,13 @@ _WORKER_MARGIN_S = 20.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StackOptions:
-    """What to run; None leaves it to the settings or to what this machine has."""
+    """What to run; None leaves it to the settings or to what this machine has.
+
+    `workers_per_process` above 1 is for emulated engines only: fewer processes on few cores.
+    """
 
     workers: int | None = None
+    workers_per_process: int = 1
     dispatchers: int = 1
     engine: str | None = None
     model: str | None = None
@@ -105,6 +109,11 @@ class Stack:
         self._door = AsyncDoor(self.redis_url, retry_s=0.0)
         for spec in self._service_specs():
             self.supervisor.add(spec)
+        if (size := self.options.workers_per_process) > 1:
+            names = [f"worker-{index}" for index in range(num_workers)]
+            for first in range(0, num_workers, size):
+                self.supervisor.add(self._fleet_spec(f"fleet-{first // size}", names[first : first + size]))
+            return
         for index in range(num_workers):
             self.supervisor.add(self._worker_spec(index, num_workers=num_workers, gpus=gpus))
 
@@ -136,6 +145,8 @@ class Stack:
     def _check_hardware(self) -> list[Gpu]:
         if self.settings.engine != "vllm":
             return []
+        if self.options.workers_per_process > 1:
+            raise ConfigError("several workers in one process are for --engine emulated only")
         build = engine_build()
         if build is None:
             raise ConfigError(
@@ -263,22 +274,32 @@ class Stack:
             name=name,
             argv=(sys.executable, "-m", "workers"),
             env=env,
-            is_ready=self._worker_serves(name),
+            is_ready=self._workers_serve(name),
             stop_order=_STOP_WORKERS,
             stop_s=self.settings.drain_s + _WORKER_MARGIN_S,
         )
 
-    def _worker_serves(self, worker_id: str) -> Callable[[], Awaitable[bool]]:
-        async def has_lease() -> bool:
+    def _fleet_spec(self, name: str, worker_ids: list[str]) -> ChildSpec:
+        return ChildSpec(
+            name=name,
+            argv=(sys.executable, "-m", "workers.fleet", *worker_ids),
+            env={**self._environment(), "L4_WORKER_ID": name},
+            is_ready=self._workers_serve(*worker_ids),
+            stop_order=_STOP_WORKERS,
+            stop_s=self.settings.drain_s + _WORKER_MARGIN_S,
+        )
+
+    def _workers_serve(self, *worker_ids: str) -> Callable[[], Awaitable[bool]]:
+        async def have_leases() -> bool:
             if self._door is None:
                 return False
             try:
                 overview = await read_overview_async(self._door, self.settings.namespace)
             except L4QueueError:  # Redis is away or loading; the supervisor asks again
                 return False
-            return any(load.worker_id == worker_id for load in overview.workers)
+            return {load.worker_id for load in overview.workers}.issuperset(worker_ids)
 
-        return has_lease
+        return have_leases
 
 
 async def _flower_answers(port: int) -> bool:

@@ -1,0 +1,93 @@
+"""Several workers in one process: `python -m workers.fleet ID...`, for many emulated engines on few cores.
+
+Each is a whole worker: its own id, lease, incarnation, engine and connections; nothing is decided for two of
+them together. They share an event loop and one Celery node.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+import warnings
+from collections.abc import Sequence
+
+from celery.platforms import SecurityWarning
+from pydantic import JsonValue
+
+from l4queue.config import Settings, load_settings
+from l4queue.errors import ConfigError, L4QueueError
+from workers.__main__ import serve
+from workers.build import make_worker
+from workers.guard import guard_descendants
+from workers.host import WorkerLike
+from workers.observer import Observer, RequestView
+
+__all__ = ("Fleet", "main", "make_fleet")
+
+_FAILED = 1
+_SUMMED = ("running", "max_running", "context_tokens", "finished", "stolen", "handed_over")
+
+
+class Fleet:
+    """Workers that begin and end together: the first that fails ends all, in good order."""
+
+    def __init__(self, workers: Sequence[WorkerLike]) -> None:
+        self._workers = tuple(workers)
+
+    async def run(self) -> None:
+        """Run all until stopped. Raises what the first that failed has raised, once the others have drained."""
+        tasks = [asyncio.create_task(worker.run()) for worker in self._workers]
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        self.request_stop()
+        await asyncio.wait(tasks)
+        for task in tasks:
+            task.result()
+
+    def request_stop(self) -> None:
+        """End `run` soon, as each worker does."""
+        for worker in self._workers:
+            worker.request_stop()
+
+    def request_cancel(self, request_id: str) -> None:
+        """Cancel a request wherever it is: one worker sees to it."""
+        self._workers[0].request_cancel(request_id)
+
+    def stats(self) -> dict[str, JsonValue]:
+        """Sums over the workers, and the figures of each by its id."""
+        each = [worker.stats() for worker in self._workers]
+        sums: dict[str, JsonValue] = {name: sum(_number(one.get(name)) for one in each) for name in _SUMMED}
+        return {**sums, "engine": each[0].get("engine"), "workers": {str(one.get("worker")): one for one in each}}
+
+    def active(self) -> list[RequestView]:
+        """The requests running in any of them."""
+        return [view for worker in self._workers for view in worker.active()]
+
+
+def make_fleet(settings: Settings, observer: Observer, *, worker_ids: Sequence[str]) -> Fleet:
+    """One emulated worker for each id; ConfigError for another engine, which needs a process of its own."""
+    if settings.engine != "emulated":
+        raise ConfigError(f"engine {settings.engine}: one process holds one engine, unless it is emulated")
+    return Fleet([make_worker(settings.model_copy(update={"worker_id": name}), observer) for name in worker_ids])
+
+
+def main(worker_ids: Sequence[str]) -> int:
+    """Entry point; `L4_WORKER_ID` names the Celery node."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    warnings.simplefilter("ignore", SecurityWarning)  # of root, because of pickle: which is off here
+    guard_descendants()
+    try:
+        if not worker_ids or len(set(worker_ids)) < len(worker_ids):
+            raise ConfigError("name the workers of this process, each once: python -m workers.fleet ID...")
+        return serve(load_settings(), make=lambda s, observer: make_fleet(s, observer, worker_ids=worker_ids))
+    except L4QueueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return _FAILED
+
+
+def _number(value: JsonValue) -> float:
+    return value if isinstance(value, int | float) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
