@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +53,49 @@ def test_every_policy_serves_the_same_arrivals_and_reports_the_keys_of_simulate(
     }  # fmt: skip
 
 
+def test_a_run_of_many_workers_in_few_processes_can_be_held_against_the_simulator(
+    tmp_path: Path, redis_executable: str
+) -> None:
+    """A trace at a scaled rate, three whole workers in two processes, the planner without a rehearsal."""
+    assert redis_executable
+    file = tmp_path / "t.csv"
+    rows = (f"{i / 10},{50 + 40 * (i % 7)},{5 + i % 5}\n" for i in range(80))
+    file.write_text("arrival_s,input_tokens,output_tokens\n" + "".join(rows))
+    fleet = ("--engine", "emulated", "--workers", "3", "--workers-per-process", "2", "--no-rehearse")
+    load = ("--rate-scale", "4", "--duration-s", "1.5", "--warmup-s", "0.5", "--rounds", "1")
+    l4queue = str(Path(sys.executable).with_name("l4queue"))
+    command = [l4queue, "bench", "serve", str(file), *fleet, *load, "--policy", "least-loaded,l4", "--json"]
+    environment = {**os.environ, "L4_MAX_RUNNING": "256"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    said = json.loads(done.stdout)
+    assert said["setting"]["rate_rps"] == pytest.approx(40.0)
+    assert said["setting"]["settings"]["max_running"] == 256
+    assert not said["setting"]["rehearsed"]
+    for entry in said["results"]:
+        assert entry["num_requests"] == 60
+        assert {"bench", "redis", "fleet-0", "fleet-1"} <= set(entry["rounds"][0]["cpu_cores"])
+        assert entry["rounds"][0]["plans"][0] == {"at_s": 0.0, "boundaries": [], "workers": [3]}
+
+    (tmp_path / "run.json").write_text(done.stdout)
+    script = Path(__file__).parents[2] / "bench" / "live_validation.py"
+    compare = [
+        sys.executable,
+        str(script),
+        "compare",
+        str(file),
+        str(tmp_path / "run.json"),
+        "--img",
+        str(tmp_path),
+    ]
+    done = subprocess.run(compare, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [line.split("|")[2].strip() for line in done.stdout.splitlines()[2:7]] == [
+        "live", "simulated", "live", "simulated", "engines race"
+    ]  # fmt: skip
+    assert (tmp_path / "live-validation.png").stat().st_size > 10_000
+
+
 def test_the_mixes_are_what_they_say(tmp_path: Path) -> None:
     """Shares and lengths of `mixed`; `flip` turns over; a trace is cut to the duration; bad input is named."""
     mixed = bench_trace(None, "mixed", rate=50.0, duration_s=100.0, seed=1)
@@ -70,6 +114,12 @@ def test_the_mixes_are_what_they_say(tmp_path: Path) -> None:
     file = tmp_path / "t.csv"
     file.write_text("arrival_s,input_tokens,output_tokens\n" + "".join(f"{i},10,2\n" for i in range(20)))
     assert len(bench_trace(file, "mixed", rate=None, duration_s=10.0, seed=0)) == 10
+    twice = bench_trace(file, "mixed", rate=None, rate_scale=2.0, duration_s=9.5, seed=0)
+    assert list(twice.arrival_s) == [i / 2 for i in range(19)]
+    with pytest.raises(ConfigError, match="--rate-scale"):
+        bench_trace(None, "mixed", rate=None, rate_scale=2.0, duration_s=10.0, seed=0)
+    with pytest.raises(ConfigError, match="--rate-scale"):
+        bench_trace(file, "mixed", rate=3.0, rate_scale=2.0, duration_s=10.0, seed=0)
     with pytest.raises(ConfigError, match="lasts"):
         bench_trace(file, "mixed", rate=None, duration_s=100.0, seed=0)
     with pytest.raises(ConfigError, match="unknown"):
