@@ -9,7 +9,8 @@
 has, prints both with the deviation of the live figure from the simulated one, and can write the plot and the block
 between the `live` marks of a document. Policies whose workers take from queues are simulated twice: as the
 simulator has it, where of several engines with room the one that gets through its batch soonest takes an arrival,
-and with engines that race for it, as woken workers do.
+and with engines that race for it, as woken workers do. Live, requests that arrive at one instant reach the queue
+in any order: `--orders N` simulates N of them and tells the least and the greatest figure.
 """
 
 from __future__ import annotations
@@ -128,12 +129,16 @@ class RacingL4(L4):
 
 @dataclass(frozen=True)
 class Case:
-    """One policy: figures by dotted key, live, simulated, and simulated with a race where workers take."""
+    """One policy: figures by dotted key, live, simulated, and simulated with a race where workers take.
+
+    `orders` has the last of these (what is simulated, for a router) for other orders of simultaneous arrivals.
+    """
 
     policy: str
     live: Mapping[str, Any]
     simulated: Mapping[str, Any]
     racing: Mapping[str, Any] | None
+    orders: tuple[Mapping[str, Any], ...]
 
 
 def merge(out: Path, paths: Sequence[Path]) -> None:
@@ -148,7 +153,7 @@ def merge(out: Path, paths: Sequence[Path]) -> None:
     out.write_text("arrival_s,input_tokens,output_tokens\n" + "".join(rows))
 
 
-def compare(trace_file: Path, run: Mapping[str, Any]) -> list[Case]:
+def compare(trace_file: Path, run: Mapping[str, Any], *, num_orders: int = 0) -> list[Case]:
     """Every policy of the run beside its simulations."""
     setting = run["setting"]
     speed = setting["settings"]["emulated_speed"] or 1.0
@@ -156,18 +161,26 @@ def compare(trace_file: Path, run: Mapping[str, Any]) -> list[Case]:
     trace = bench_trace(
         trace_file, "", rate=None, rate_scale=setting["rate_scale"], duration_s=seconds, seed=setting["seed"]
     )
-    cases = []
-    for live in run["results"]:
-        policy, racing = (_policy(live, setting, speed=speed, races=races) for races in (False, True))
-        cases.append(
-            Case(
-                policy=live["policy"],
-                live=live,
-                simulated=_simulate(policy, trace, setting, speed=speed),
-                racing=None if type(racing) is Pushed else _simulate(racing, trace, setting, speed=speed),
-            )
+
+    def simulated(live: Mapping[str, Any], *, races: bool, played: Trace = trace) -> dict[str, Any]:
+        return _simulate(_policy(live, setting, speed=speed, races=races), played, setting, speed=speed)
+
+    return [
+        Case(
+            policy=live["policy"],
+            live=live,
+            simulated=simulated(live, races=False),
+            racing=None if live["policy"] in PUSHING else simulated(live, races=True),
+            orders=tuple(simulated(live, races=True, played=_reordered(trace, seed=n)) for n in range(num_orders)),
         )
-    return cases
+        for live in run["results"]
+    ]
+
+
+def _reordered(trace: Trace, *, seed: int) -> Trace:
+    """Requests that arrive at one instant in another order."""
+    order = np.lexsort((np.random.default_rng(seed).random(len(trace)), trace.arrival_s))
+    return trace.select(order)
 
 
 def _policy(live: Mapping[str, Any], setting: Mapping[str, Any], *, speed: float, races: bool) -> Policy:
@@ -253,12 +266,24 @@ def table(cases: Sequence[Case]) -> str:
             moves = "+".join(str(entry[key]) for key in MOVES)
             first = case.policy if entry is case.live else ""
             lines.append(f"| {first} | {label} | " + " | ".join(cells) + f" | {moves} | {entry['num_requests']} |")
+        if case.orders:
+            cells = [_range(case.orders, key, digits) for _, key, digits in FIGURES]
+            lines.append(f"| | {len(case.orders)} orders | " + " | ".join(cells) + " | | |")
     return "\n".join(lines)
+
+
+def _range(entries: Sequence[Mapping[str, Any]], key: str, digits: int) -> str:
+    values = [_figure(entry, key) for entry in entries]
+    return f"{min(values):.{digits}f}–{max(values):.{digits}f}"
 
 
 def _cell(entry: Mapping[str, Any], live: Mapping[str, Any], key: str, digits: int) -> str:
     text = f"{_figure(entry, key):.{digits}f}"
     return text if entry is live else f"{text} ({100 * (_figure(live, key) / _figure(entry, key) - 1):+.0f})"
+
+
+def _label(case: Case) -> str:
+    return f"{case.policy}, {case.live['num_requests']} requests"
 
 
 def plot(cases: Sequence[Case], file: Path) -> Path:
@@ -268,7 +293,7 @@ def plot(cases: Sequence[Case], file: Path) -> Path:
     share = np.linspace(0, 1, 101)
     for index, case in enumerate(cases):
         for axis, key in zip(axes, ("e2e_s", "ttft_s"), strict=True):
-            axis.plot(case.live["quantiles"][key], share, color=f"C{index}", label=case.policy)
+            axis.plot(case.live["quantiles"][key], share, color=f"C{index}", label=_label(case))
             axis.plot(case.simulated["quantiles"][key], share, color=f"C{index}", ls="--")
     for axis, label in zip(axes, ("end to end, s", "time to first token, s"), strict=True):
         axis.set(xscale="log", xlabel=label)
@@ -291,12 +316,17 @@ def main() -> None:
     comparing.add_argument("runs", type=Path, nargs="+")
     comparing.add_argument("--img", type=Path, help="directory for the plot")
     comparing.add_argument("--doc", type=Path, help="document whose `live` block is written anew")
+    comparing.add_argument("--orders", type=int, default=0, help="orders of simultaneous arrivals to simulate")
     comparing.add_argument("--plans", action="store_true", help="print how the plans of l4 changed")
     given = parser.parse_args()
     if given.command == "merge":
         merge(given.out, given.traces)
         return
-    cases = [case for file in given.runs for case in compare(given.trace, json.loads(file.read_text()))]
+    cases = [
+        case
+        for file in given.runs
+        for case in compare(given.trace, json.loads(file.read_text()), num_orders=given.orders)
+    ]
     text = table(cases)
     print(text)
     if given.plans:
