@@ -28,6 +28,7 @@ import numpy as np
 from l4queue.cli.bench_traffic import bench_trace
 from l4queue.models import Plan, Routing, StagePlan
 from l4queue.policy.coefficients import read_coefficients
+from l4queue.policy.plan_json import split_of
 from l4queue.policy.push import PUSHING, Outstanding, push
 from l4queue.sim.central import Central, CentralSjf, Pool
 from l4queue.sim.cluster import Transfer
@@ -237,11 +238,7 @@ def _simulate(policy: Policy, trace: Trace, setting: Mapping[str, Any], *, speed
     result: SimResult = summarize(policy.name, measured, **moves)
     levels = np.linspace(0, 1, 101)
     quantiles = {name: np.quantile(getattr(measured, name), levels).tolist() for name in ("e2e_s", "ttft_s")}
-    plans = [
-        {"at_s": at_s * speed, "boundaries": [s.low_tokens for s in p.stages[1:]],
-         "workers": [s.num_workers for s in p.stages]}
-        for at_s, p in getattr(policy, "plans", [])
-    ]  # fmt: skip
+    plans = [{"at_s": at_s * speed, **split_of(p.stages)} for at_s, p in getattr(policy, "plans", [])]
     more = {"mean_ttft_s": float(measured.ttft_s.mean()), "quantiles": quantiles, "plans": plans}
     return {**result.to_dict(), **more}
 

@@ -12,7 +12,7 @@ from l4queue.models import Plan, RequestState, Routing
 from l4queue.planner import Decision, PlannerSettings, Snapshot, expected_demand
 from l4queue.policy.histogram import Buckets, Counts, difference, merge
 from l4queue.policy.partition import PartitionProblem
-from l4queue.policy.plan_json import plan_to_json
+from l4queue.policy.plan_json import plan_to_json, split_of
 from l4queue.policy.refine import refine
 from l4queue.protocol.calls import Calls, Verdict
 from l4queue.protocol.door import AsyncDoor
@@ -186,8 +186,7 @@ async def _backlog(
 def _log_line(decision: Decision) -> str:
     considered = [
         {
-            "boundaries": [s.low_tokens for s in candidate.stages[1:]],
-            "workers": [s.num_workers for s in candidate.stages],
+            **split_of(candidate.stages),
             "objective": candidate.objective if candidate.objective < float("inf") else None,
             "scored": candidate.scored,
             "moves": candidate.num_moves,

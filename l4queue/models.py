@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, JsonValue, field_validator, model_validator
 
-from l4queue.sampling import SamplingParams, Strict
+from l4queue.sampling import LIST_AS_TUPLE, SamplingParams, Strict
 
 __all__ = (
     "CONTINUATIONS",
@@ -119,15 +119,10 @@ class RequestSpec(RequestBody):
     """One request as its user wrote it. Exactly one of `prompt`, `messages`, `token_ids` is set."""
 
     prompt: str | None = Field(default=None)
-    messages: tuple[ChatMessage, ...] | None = Field(default=None, max_length=10_000)
-    token_ids: tuple[int, ...] | None = Field(default=None, max_length=2_000_000)
+    messages: Annotated[tuple[ChatMessage, ...] | None, LIST_AS_TUPLE] = Field(default=None, max_length=10_000)
+    token_ids: Annotated[tuple[int, ...] | None, LIST_AS_TUPLE] = Field(default=None, max_length=2_000_000)
     deadline_s: float | None = Field(default=None, gt=0.0, le=30 * 86_400.0)
     idempotency_key: str | None = Field(default=None, min_length=1, max_length=512)
-
-    @field_validator("messages", "token_ids", mode="before")
-    @classmethod
-    def _lists_are_tuples(cls, value: object) -> object:
-        return tuple(value) if isinstance(value, list) else value
 
     @field_validator("prompt")
     @classmethod

@@ -12,6 +12,7 @@ from l4queue.policy.assign import assign, scale_counts
 from l4queue.policy.cost import StepCost
 from l4queue.policy.histogram import Buckets, Demand, with_backlog, with_unfinished
 from l4queue.policy.partition import Partition, PartitionProblem
+from l4queue.policy.plan_json import split_of
 from l4queue.policy.proposals import proposals
 from l4queue.policy.steady_state import PartitionSettings
 
@@ -309,8 +310,7 @@ def _publish(
             ],
             "candidates": [
                 {
-                    "boundaries": [s.low_tokens for s in c.stages[1:]],
-                    "workers": [s.num_workers for s in c.stages],
+                    **split_of(c.stages),
                     "objective": _finite(c.objective),
                     "scored": None if c.scored is None else _finite(c.scored),
                     "is_current": c.is_current,

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, field_validator, model_validator
 
-__all__ = ("NOT_OFFERED", "SamplingParams", "Strict", "StructuredOutputs")
+__all__ = ("LIST_AS_TUPLE", "NOT_OFFERED", "SamplingParams", "Strict", "StructuredOutputs")
 
 NOT_OFFERED: Mapping[str, str] = MappingProxyType(
     {
@@ -35,6 +36,8 @@ MAX_SCHEMA_CHARS = 65_536
 MAX_LOGPROBS = 2**20
 """Most logprobs of one request, (logprobs + 1) · max_tokens: 8 MiB in Redis."""
 _MAX_NESTING = 64  # vLLM's bound
+LIST_AS_TUPLE = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
+"""For fields that JSON, or a user, gives as a list: strict checking would refuse it."""
 
 
 class Strict(BaseModel):
@@ -54,12 +57,9 @@ class StructuredOutputs(Strict):
 
     json_schema: dict[str, JsonValue] | str | None = Field(default=None, alias="json", description="JSON schema")
     regex: str | None = Field(default=None, max_length=4096, description="the whole output matches")
-    choice: tuple[str, ...] | None = Field(default=None, min_length=1, max_length=1000, description="one of these")
-
-    @field_validator("choice", mode="before")
-    @classmethod
-    def _list_is_tuple(cls, value: object) -> object:
-        return tuple(value) if isinstance(value, list) else value
+    choice: Annotated[tuple[str, ...] | None, LIST_AS_TUPLE] = Field(
+        default=None, min_length=1, max_length=1000, description="one of these"
+    )
 
     @field_validator("choice")
     @classmethod
@@ -113,8 +113,10 @@ class SamplingParams(Strict):
     top_k: int = Field(default=0, ge=0, description="0 considers every token")
     min_p: float = Field(default=0.0, ge=0.0, le=1.0)
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
-    stop: tuple[str, ...] = Field(default=(), max_length=16, description="text that ends the output")
-    stop_token_ids: tuple[int, ...] = Field(default=(), max_length=64)
+    stop: Annotated[tuple[str, ...], LIST_AS_TUPLE] = Field(
+        default=(), max_length=16, description="text that ends the output"
+    )
+    stop_token_ids: Annotated[tuple[int, ...], LIST_AS_TUPLE] = Field(default=(), max_length=64)
     ignore_eos: bool = False
     presence_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
     frequency_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
@@ -129,11 +131,6 @@ class SamplingParams(Strict):
             if name in NOT_OFFERED:
                 raise ValueError(f"{name}: {NOT_OFFERED[name]}")
         return values
-
-    @field_validator("stop", "stop_token_ids", mode="before")
-    @classmethod
-    def _lists_are_tuples(cls, value: object) -> object:
-        return tuple(value) if isinstance(value, list) else value
 
     @field_validator("stop")
     @classmethod

@@ -24,7 +24,7 @@ from workers.host import EngineHost, EngineThread, ExitGuard, RequestHeart, Work
 from workers.observer import Observer
 from workers.panel import install_panel
 
-__all__ = ("main", "serve")
+__all__ = ("launch", "main", "serve")
 
 log = logging.getLogger("l4queue.worker")
 _MARGIN_S = 10.0
@@ -97,16 +97,21 @@ def _controller(app: Celery, **steps_given: Any) -> Any:
     )
 
 
-def main() -> int:
-    """Entry point; the exit code is not zero when the engine failed or the drain did not end in time."""
+def launch(start: Callable[[], int]) -> int:
+    """Set this process up for `serve`, which `start` calls, and return its exit code; our errors in one line."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     warnings.simplefilter("ignore", SecurityWarning)  # of root, because of pickle: which is off here
     guard_descendants()
     try:
-        return serve(take_devices(load_settings()))
+        return start()
     except L4QueueError as error:
         print(f"error: {error}", file=sys.stderr)
         return _FAILED
+
+
+def main() -> int:
+    """Entry point; the exit code is not zero when the engine failed or the drain did not end in time."""
+    return launch(lambda: serve(take_devices(load_settings())))
 
 
 def _keep_logging(**_: Any) -> None:

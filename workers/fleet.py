@@ -7,25 +7,20 @@ them together. They share an event loop and one Celery node.
 from __future__ import annotations
 
 import asyncio
-import logging
 import sys
-import warnings
 from collections.abc import Sequence
 
-from celery.platforms import SecurityWarning
 from pydantic import JsonValue
 
 from l4queue.config import Settings, load_settings
-from l4queue.errors import ConfigError, L4QueueError
-from workers.__main__ import serve
+from l4queue.errors import ConfigError
+from workers.__main__ import launch, serve
 from workers.build import make_worker
-from workers.guard import guard_descendants
 from workers.host import WorkerLike
 from workers.observer import Observer, RequestView
 
 __all__ = ("Fleet", "main", "make_fleet")
 
-_FAILED = 1
 _SUMMED = ("running", "max_running", "context_tokens", "finished", "stolen", "handed_over")
 
 
@@ -73,16 +68,13 @@ def make_fleet(settings: Settings, observer: Observer, *, worker_ids: Sequence[s
 
 def main(worker_ids: Sequence[str]) -> int:
     """Entry point; `L4_WORKER_ID` names the Celery node."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    warnings.simplefilter("ignore", SecurityWarning)  # of root, because of pickle: which is off here
-    guard_descendants()
-    try:
-        if not worker_ids or len(set(worker_ids)) < len(worker_ids):
-            raise ConfigError("name the workers of this process, each once: python -m workers.fleet ID...")
-        return serve(load_settings(), make=lambda s, observer: make_fleet(s, observer, worker_ids=worker_ids))
-    except L4QueueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return _FAILED
+    return launch(lambda: _serve(worker_ids))
+
+
+def _serve(worker_ids: Sequence[str]) -> int:
+    if not worker_ids or len(set(worker_ids)) < len(worker_ids):
+        raise ConfigError("name the workers of this process, each once: python -m workers.fleet ID...")
+    return serve(load_settings(), make=lambda s, observer: make_fleet(s, observer, worker_ids=worker_ids))
 
 
 def _number(value: JsonValue) -> float:

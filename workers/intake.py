@@ -11,7 +11,7 @@ from dataclasses import replace
 from pydantic import ValidationError
 
 from l4queue.models import RequestState, Routing
-from l4queue.policy.room import Room, RoomLimits, room_of
+from l4queue.policy.room import UNBOUNDED_TOKENS, Room, RoomLimits, room_of
 from l4queue.policy.steal import steal_waiting
 from l4queue.protocol.calls import Verdict
 from l4queue.protocol.keys import SOLO_STAGE, personal_stage
@@ -26,7 +26,12 @@ log = logging.getLogger("l4queue.worker")
 _SOLO_PATIENCE_S = 5.0
 _PREFILL_STEPS = 2  # prompts of two steps wait in the engine: it never runs dry, and little is out of reach
 _IDLE_ROOM = Room(
-    num_requests=1, kv_tokens=2**53, prefill_tokens=2**53, growth_tokens=0, is_idle=True, reason="runs alone"
+    num_requests=1,
+    kv_tokens=UNBOUNDED_TOKENS,
+    prefill_tokens=UNBOUNDED_TOKENS,
+    growth_tokens=0,
+    is_idle=True,
+    reason="runs alone",
 )
 
 
@@ -88,7 +93,7 @@ class Intake:
             worker_id=state.worker_id,
             nonce=uuid.uuid4().hex,
             max_requests=room.num_requests,
-            room_tokens=min(room.kv_tokens, 2**53),
+            room_tokens=min(room.kv_tokens, UNBOUNDED_TOKENS),
             reserve_tokens=room.growth_tokens,
             prefill_tokens=room.prefill_tokens,
             is_idle=room.is_idle,

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from l4queue.errors import ConfigError
-from l4queue.protocol.records import TokenLogprobs
+from l4queue.protocol.records import TokenLogprobs, logprob_rows
 from workers.engine import (
     Cut,
     EngineDied,
@@ -304,8 +304,7 @@ def _logprobs(flat: Any, num_tokens: int) -> tuple[TokenLogprobs, ...]:
     pairs = [
         (token, max(value, _LEAST_LOGPROB)) for token, value in zip(flat.token_ids, flat.logprobs, strict=True)
     ]
-    rows = (pairs[start : start + width] for start in range(0, len(pairs), width))
-    return tuple(TokenLogprobs(token_id=row[0][0], logprob=row[0][1], top=tuple(row[1:])) for row in rows)
+    return logprob_rows(pairs, width=width)
 
 
 def _logger_factory(watch: StepWatch, desk: Desk | None) -> Callable[[Any, int], Any]:

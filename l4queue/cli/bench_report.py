@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from l4queue.cli.bench_rounds import Round, pooled
+from l4queue.policy.plan_json import split_of
 from l4queue.sim.plots import require_matplotlib, save_figure
 
 if TYPE_CHECKING:
@@ -68,8 +69,7 @@ def _plan_changes(one: Round) -> list[dict[str, Any]]:
     """When the plan changed, as sampled: boundaries and workers of each stage."""
     found: list[dict[str, Any]] = []
     for sample in one.samples:
-        stages = sample.plan.stages
-        split = {"boundaries": [s.low_tokens for s in stages[1:]], "workers": [s.num_workers for s in stages]}
+        split = split_of(sample.plan.stages)
         if not found or any(found[-1][name] != value for name, value in split.items()):
             found.append({"at_s": round(sample.at_s, 1), **split})
     return found

@@ -1,10 +1,10 @@
-"""CPU time of processes, from Linux's /proc; elsewhere nothing is known and nothing is said."""
+"""CPU time of the processes of a deployment."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
-from pathlib import Path
+
+import psutil
 
 __all__ = ("cpu_seconds",)
 
@@ -13,10 +13,11 @@ def cpu_seconds(processes: Mapping[str, int | None]) -> dict[str, float]:
     """CPU time so far, s, by name, of the process ids that exist; without that of children."""
     found = {}
     for name, pid in processes.items():
-        try:
-            text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-        except OSError:
+        if pid is None:
             continue
-        fields = text.rpartition(")")[2].split()  # the command before it may hold anything, brackets too
-        found[name] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        try:
+            times = psutil.Process(pid).cpu_times()
+        except psutil.Error:
+            continue
+        found[name] = times.user + times.system
     return found

@@ -270,20 +270,20 @@ class Stack:
         elif "VLLM_CPU_OMP_THREADS_BIND" not in os.environ:
             cores = cores_of_worker(index, num_workers=num_workers, cores=sorted(os.sched_getaffinity(0)))
             env["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
-        return ChildSpec(
-            name=name,
-            argv=(sys.executable, "-m", "workers"),
-            env=env,
-            is_ready=self._workers_serve(name),
-            stop_order=_STOP_WORKERS,
-            stop_s=self.settings.drain_s + _WORKER_MARGIN_S,
-        )
+        return self._serving_spec(name, "workers", env=env, worker_ids=[name])
 
     def _fleet_spec(self, name: str, worker_ids: list[str]) -> ChildSpec:
+        env = {**self._environment(), "L4_WORKER_ID": name}
+        return self._serving_spec(name, "workers.fleet", *worker_ids, env=env, worker_ids=worker_ids)
+
+    def _serving_spec(
+        self, name: str, module: str, *arguments: str, env: dict[str, str], worker_ids: list[str]
+    ) -> ChildSpec:
+        """A process that is ready when its workers have their leases, and may take its time to drain."""
         return ChildSpec(
             name=name,
-            argv=(sys.executable, "-m", "workers.fleet", *worker_ids),
-            env={**self._environment(), "L4_WORKER_ID": name},
+            argv=(sys.executable, "-m", module, *arguments),
+            env=env,
             is_ready=self._workers_serve(*worker_ids),
             stop_order=_STOP_WORKERS,
             stop_s=self.settings.drain_s + _WORKER_MARGIN_S,

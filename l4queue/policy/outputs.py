@@ -17,6 +17,7 @@ class OutputLengths:
     def __init__(self, *, size: int = 3000) -> None:
         self._recent: deque[int] = deque()
         self._sorted: list[int] = []
+        self._total = 0
         self._sums: list[float] | None = None
         self._size = size
 
@@ -28,15 +29,17 @@ class OutputLengths:
         for length in lengths:
             self._recent.append(length)
             insort(self._sorted, length)
+            self._total += length
             if len(self._recent) > self._size:
                 oldest = self._recent.popleft()
                 del self._sorted[bisect_right(self._sorted, oldest) - 1]
+                self._total -= oldest
             self._sums = None
 
     @property
     def mean_tokens(self) -> float:
         """Mean output; a guess before the first."""
-        return self._upwards()[0] / len(self._sorted) if self._sorted else _FIRST_GUESS_TOKENS
+        return self._total / len(self._sorted) if self._sorted else _FIRST_GUESS_TOKENS
 
     def expected_remaining(self, generated: int, *, limit: int | None = None) -> float:
         """Mean of what those that got further than `generated` went on to generate, at most `limit`, tokens.

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
 from l4queue.errors import ConfigError
 from l4queue.models import Plan, Routing, StagePlan
 
-__all__ = ("check_plan", "plan_from_json", "plan_to_json")
+__all__ = ("check_plan", "plan_from_json", "plan_to_json", "split_of")
 
 _PLAN_FIELDS = {f.name for f in fields(Plan)}
 _STAGE_FIELDS = {f.name for f in fields(StagePlan)}
+
+
+def split_of(stages: Sequence[StagePlan]) -> dict[str, list[int]]:
+    """Boundaries and workers of stages, as decision logs and reports tell them."""
+    return {"boundaries": [s.low_tokens for s in stages[1:]], "workers": [s.num_workers for s in stages]}
 
 
 def plan_to_json(plan: Plan) -> str:

@@ -76,7 +76,7 @@ class Pull:
 def bearable_prefill_ms(
     num_running: int, context_tokens: int, *, remaining_tokens: float, num_waiting: float, cost: StepCost
 ) -> float:
-    """The shortest prefill that had better wait until n running requests have ended, ms: shortest remaining first.
+    """The longest prefill that may begin beside n running requests, ms: shortest remaining first.
 
     What runs needs D to end: remaining · H(n) · step, with H the harmonic number, for remaining lengths without
     memory. A prefill of P ms admitted now delays each of the n by P (a step with a chunk of it takes as long as

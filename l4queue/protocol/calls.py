@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Generic, TypeVar
 
+from l4queue.policy.room import UNBOUNDED_TOKENS
 from l4queue.protocol.keys import Keys
 from l4queue.protocol.records import Grant, Outcome, TokenLogprobs, pack_ids, pack_logprobs
 
@@ -99,6 +100,11 @@ class Reaped:
     num_requeued: int
     num_dead: int
     was_graced: bool
+
+
+def _packed(logprobs: Sequence[TokenLogprobs]) -> tuple[bytes, ...]:
+    """The last argument of a write; none where none were asked for, which is nearly always."""
+    return (pack_logprobs(logprobs),) if logprobs else ()
 
 
 def _verdict(reply: bytes) -> Verdict:
@@ -202,15 +208,15 @@ class Calls:
         worker_id: str,
         nonce: str,
         max_requests: int,
-        room_tokens: int = 2**53,
+        room_tokens: int = UNBOUNDED_TOKENS,
         reserve_tokens: int = 0,
-        prefill_tokens: int = 2**53,
+        prefill_tokens: int = UNBOUNDED_TOKENS,
         is_idle: bool = True,
         num_sharers: int = 1,
         own_stage: str | None = None,
         benefit_ms: float = 0.0,
         cost_ms: float = 0.0,
-        longest_tokens: int = 2**53,
+        longest_tokens: int = UNBOUNDED_TOKENS,
     ) -> Call[Taken]:
         """Lease waiting requests while they fit `room_tokens`, each with `reserve_tokens` to grow.
 
@@ -239,9 +245,15 @@ class Calls:
     ) -> Call[Verdict]:
         """Append tokens that follow the first `offset` ones, with one of `logprobs` each if there are any."""
         k = self.keys
-        args: tuple[Arg, ...] = (incarnation, epoch, offset, len(token_ids), pack_ids(token_ids), text)
-        if logprobs:
-            args += (pack_logprobs(logprobs),)
+        args: tuple[Arg, ...] = (
+            incarnation,
+            epoch,
+            offset,
+            len(token_ids),
+            pack_ids(token_ids),
+            text,
+            *_packed(logprobs),
+        )
         return Call("emit", (k.request(request_id), k.output(request_id)), args, _verdict)
 
     def settle(
@@ -260,9 +272,7 @@ class Calls:
         k = self.keys
         last = (offset, len(token_ids), pack_ids(token_ids), text)
         end = (outcome.held_text, outcome.state.value, outcome.finish_reason, outcome.error, outcome.field)
-        args: tuple[Arg, ...] = (request_id, incarnation, epoch, *last, *end)
-        if logprobs:
-            args += (pack_logprobs(logprobs),)
+        args: tuple[Arg, ...] = (request_id, incarnation, epoch, *last, *end, *_packed(logprobs))
         return Call("settle", (k.request(request_id), k.output(request_id)), args, _verdict)
 
     def release(

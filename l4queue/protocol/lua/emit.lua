@@ -11,11 +11,7 @@ if from < have then return 'HAVE:' .. v[4] end
 if from > have then return 'GAP:' .. v[4] end
 redis.call('HDEL', KEYS[1], '-')
 resumed(KEYS[1], v[6])
-if ARGV[7] then
-  redis.call('XADD', KEYS[2], int(upto) .. '-0', 't', ARGV[5], 'x', ARGV[6], 'l', ARGV[7])
-else
-  redis.call('XADD', KEYS[2], int(upto) .. '-0', 't', ARGV[5], 'x', ARGV[6])
-end
+append(KEYS[2], upto, ARGV[5], ARGV[6], ARGV[7])
 if v[5] then
   redis.call('HSET', KEYS[1], 'offset', int(upto))
 else

@@ -13,6 +13,15 @@ local function int(n)
   return string.format('%.0f', n)
 end
 
+-- Appends tokens to an output stream; the entry id is the offset after them. `logprobs` only where asked for.
+local function append(out, upto, ids, text, logprobs)
+  if logprobs then
+    redis.call('XADD', out, int(upto) .. '-0', 't', ids, 'x', text, 'l', logprobs)
+  else
+    redis.call('XADD', out, int(upto) .. '-0', 't', ids, 'x', text)
+  end
+end
+
 -- Puts a request into a stage queue and wakes its waiting workers. `tokens` is its current length.
 local function enqueue(id, stage, score, tokens)
   if redis.call('ZADD', P .. 'q:' .. stage, score, id) == 1 then

@@ -12,11 +12,7 @@ local have, upto = tonumber(v[4]), ARGV[4] + ARGV[5]
 if upto ~= have then
   if tonumber(ARGV[4]) ~= have then return 'GAP:' .. v[4] end
   redis.call('SREM', P .. 'held:' .. ARGV[2], ARGV[1])
-  if ARGV[13] then
-    redis.call('XADD', KEYS[2], int(upto) .. '-0', 't', ARGV[6], 'x', ARGV[7], 'l', ARGV[13])
-  else
-    redis.call('XADD', KEYS[2], int(upto) .. '-0', 't', ARGV[6], 'x', ARGV[7])
-  end
+  append(KEYS[2], upto, ARGV[6], ARGV[7], ARGV[13])
   redis.call('HSET', KEYS[1], 'offset', int(upto))
   resumed(KEYS[1], v[7])
   if not v[5] then redis.call('HSET', KEYS[1], 'first_token_ms', int(now_ms())) end

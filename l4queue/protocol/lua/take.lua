@@ -41,12 +41,33 @@ local stolen = not solo and not personal and ARGV[11] ~= ARGV[7]
 local most = solo and math.min(1, ARGV[3]) or ARGV[3]
 local sharers = tonumber(ARGV[10])
 if sharers > 1 then most = math.min(most, math.ceil(redis.call('ZCARD', KEYS[1]) / (2 * sharers))) end
+local function lease(id, v, tokens)
+  local rk = P .. 'req:' .. id
+  dequeue(id, ARGV[7], tokens)
+  redis.call('SADD', KEYS[3], id)
+  v[3] = int(v[3] + 1)
+  redis.call('HSET', rk, 'state', 'running', 'owner', ARGV[1], 'worker', ARGV[6], 'epoch', v[3])
+  redis.call('HSETNX', rk, 'started_ms', int(now))
+  if personal then
+    redis.call('HSET', rk, 'stage', ARGV[11])
+    v[12] = ARGV[11]
+  end
+  if stolen then
+    redis.call('HINCRBY', P .. 'counts', 'steals_waiting', 1)
+    note(rk, {what = 'stolen', worker = ARGV[6], from = ARGV[7], to = ARGV[11], benefit_ms = tonumber(ARGV[12]),
+      cost_ms = tonumber(ARGV[13])})
+  elseif v[3] ~= '1' then
+    note(rk, {what = 'taken', worker = ARGV[6], from = ARGV[7]})
+  end
+  if solo then redis.call('HSET', KEYS[2], 'alone', id) end
+  list[#list + 1] = id .. ',' .. v[3]
+  grant(id, v)
+end
 local passes, is_full = 0, false
 repeat  -- again for those that were only dropped; bounded, as nobody else is served meanwhile
   local gone = 0
   for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', '+inf', 'LIMIT', 0, most - #list)) do
-    local rk = P .. 'req:' .. id
-    local v = redis.call('HMGET', rk, unpack(FIELDS))
+    local v = redis.call('HMGET', P .. 'req:' .. id, unpack(FIELDS))
     if v[1] ~= 'queued' or v[12] ~= ARGV[7] then
       dequeue(id, ARGV[7], 0)
       gone = gone + 1
@@ -57,30 +78,10 @@ repeat  -- again for those that were only dropped; bounded, as nobody else is se
       local tokens = tonumber(v[7]) + tonumber(v[6])
       room = room - tokens - ARGV[5]
       local first = #list == 0 and ARGV[9] == '1'
-      if #list > 0 and prefill <= 0 or not first and (room < 0 or tokens > longest) then
-        is_full = true
-        break
-      end
+      is_full = #list > 0 and prefill <= 0 or not first and (room < 0 or tokens > longest)
+      if is_full then break end
       prefill = prefill - tokens
-      dequeue(id, ARGV[7], tokens)
-      redis.call('SADD', KEYS[3], id)
-      v[3] = int(v[3] + 1)
-      redis.call('HSET', rk, 'state', 'running', 'owner', ARGV[1], 'worker', ARGV[6], 'epoch', v[3])
-      redis.call('HSETNX', rk, 'started_ms', int(now))
-      if personal then
-        redis.call('HSET', rk, 'stage', ARGV[11])
-        v[12] = ARGV[11]
-      end
-      if stolen then
-        redis.call('HINCRBY', P .. 'counts', 'steals_waiting', 1)
-        note(rk, {what = 'stolen', worker = ARGV[6], from = ARGV[7], to = ARGV[11], benefit_ms = tonumber(ARGV[12]),
-          cost_ms = tonumber(ARGV[13])})
-      elseif v[3] ~= '1' then
-        note(rk, {what = 'taken', worker = ARGV[6], from = ARGV[7]})
-      end
-      if solo then redis.call('HSET', KEYS[2], 'alone', id) end
-      list[#list + 1] = id .. ',' .. v[3]
-      grant(id, v)
+      lease(id, v, tokens)
     end
   end
   passes = passes + 1

@@ -98,6 +98,6 @@ def test_only_emulated_engines_share_a_process() -> None:
 def test_workers_without_a_name_of_their_own_are_refused(
     worker_ids: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("workers.fleet.guard_descendants", lambda: None)  # it would guard the tests' own group
+    monkeypatch.setattr("workers.__main__.guard_descendants", lambda: None)  # it would guard the tests' own group
     assert main(worker_ids) == 1
     assert "each once" in capsys.readouterr().err
