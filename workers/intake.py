@@ -11,7 +11,7 @@ from dataclasses import replace
 from pydantic import ValidationError
 
 from l4queue.models import RequestState, Routing
-from l4queue.policy.room import UNBOUNDED_TOKENS, Room, RoomLimits, room_of
+from l4queue.policy.room import UNBOUNDED_TOKENS, Room, RoomLimits, give_way_ms, room_of
 from l4queue.policy.steal import steal_waiting
 from l4queue.protocol.calls import Verdict
 from l4queue.protocol.keys import SOLO_STAGE, personal_stage
@@ -72,6 +72,13 @@ class Intake:
         )
         waiting = outlook.num_queued(state.stage) / state.num_sharers
         return room_of(state.load(), cost=state.cost, limits=limits, num_waiting=waiting)
+
+    def give_way_s(self) -> float:
+        """How long to let other workers of the stage go first; what waits for this one alone waits no longer."""
+        state = self._state
+        if self.personal_due or state.num_sharers < 2:
+            return 0.0
+        return give_way_ms(state.load(), cost=state.cost) / 1000
 
     async def _take_personal(self) -> int:
         """What was handed over or pushed to this worker, up to its slots: whoever sent it looked at the room."""

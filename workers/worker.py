@@ -141,14 +141,14 @@ class Worker:
     async def _take_for_ever(self) -> None:
         while True:
             self.state.nudge.clear()
-            if await self._intake.pull_once() == 0:
-                try:
-                    # Not wait_for: in Python 3.11 it swallows a cancellation that meets a nudge, and the drain
-                    # would wait for this loop for ever.
-                    async with asyncio.timeout(_IDLE_S):
-                        await self.state.nudge.wait()
-                except TimeoutError:
-                    continue
+            has_taken = await self._intake.pull_once() > 0
+            try:
+                # Not wait_for: in Python 3.11 it swallows a cancellation that meets a nudge, and the drain
+                # would wait for this loop for ever.
+                async with asyncio.timeout(self._intake.give_way_s() if has_taken else _IDLE_S):
+                    await self.state.nudge.wait()
+            except TimeoutError:
+                continue
 
     async def _write_for_ever(self) -> None:
         """Write what comes out: at once when somebody waits for it, else in batches of the emit interval."""
@@ -206,7 +206,9 @@ class Worker:
     def _on_wake(self, is_personal: bool) -> None:
         if is_personal:
             self._intake.personal_due = True
-        self.state.nudge.set()
+            self.state.nudge.set()
+        else:
+            asyncio.get_running_loop().call_later(self._intake.give_way_s(), self.state.nudge.set)
 
     def _on_cancel(self, request_ids: Sequence[str]) -> None:
         wanted = set(request_ids)

@@ -10,13 +10,26 @@ from l4queue.models import WorkerLoad
 from l4queue.policy.cost import StepCost
 from l4queue.policy.loads import decode_step_ms
 
-__all__ = ("UNBOUNDED_TOKENS", "Pull", "Room", "RoomLimits", "Waiting", "bearable_prefill_ms", "choose", "room_of")
+__all__ = (
+    "UNBOUNDED_TOKENS",
+    "Pull",
+    "Room",
+    "RoomLimits",
+    "Waiting",
+    "bearable_prefill_ms",
+    "choose",
+    "give_way_ms",
+    "room_of",
+)
 
 UNBOUNDED_TOKENS = 2**53
 """No bound: the largest whole number that Lua, JSON and floats hold exactly."""
 _PATIENCE = 4.0
 """At most a fifth of the engine's time is given up. Of 1, 3, 4, 5, 6 in simulation: below 3 the long prompts of
 mooncake_conversation empty batches on H100 that would fill again; from 5 on less is won on CPU engines."""
+_GIVE_WAY_SHARE, _GIVE_WAY_MOST_MS = 0.25, 25.0
+"""Well above the jitter of a wake-up where engines differ by a few ms, and never as long as the step that a
+newcomer waits for anyhow."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +101,17 @@ def bearable_prefill_ms(
     harmonic = math.log(n) + 0.5772 + 0.5 / n if n > 1 else 1.0
     ends_ms = remaining_tokens * harmonic * decode_step_ms(n, context_tokens, cost=cost)
     return ends_ms * max(_PATIENCE, num_waiting / n)
+
+
+def give_way_ms(load: WorkerLoad, *, cost: StepCost) -> float:
+    """How long to let others go first when something arrives in a shared queue: in proportion to the own batch.
+
+    All workers with room are woken at once. The one that gets through its batch soonest should take the request,
+    and with these pauses it does, though nobody knows what the others do now. An idle worker waits for nobody.
+    """
+    busy = load.num_running + load.num_waiting_in_engine
+    batch_ms = cost.beta_ms * busy + cost.gamma_ms * load.context_tokens + cost.pi_ms * load.pending_prefill_tokens
+    return min(_GIVE_WAY_SHARE * batch_ms, _GIVE_WAY_MOST_MS)
 
 
 def _longest_tokens(prefill_ms: float, cost: StepCost) -> int:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from l4queue.models import WorkerLoad
 from l4queue.policy.cost import StepCost
 from l4queue.policy.loads import decode_step_ms
-from l4queue.policy.room import RoomLimits, Waiting, bearable_prefill_ms, choose, room_of
+from l4queue.policy.room import RoomLimits, Waiting, bearable_prefill_ms, choose, give_way_ms, room_of
 
 COST = StepCost(
     alpha_ms=7.0,
@@ -147,3 +147,26 @@ def test_without_an_expectation_prompts_of_any_length_are_taken() -> None:
     """As the routings that l4 is compared with do."""
     pull = choose(room_of(_load(num_running=1), cost=COST), [Waiting(request_id="a", length_tokens=90_000)])
     assert pull.num_requests == 1
+
+
+@given(
+    running=st.tuples(st.integers(0, 256), st.integers(0, 256)),
+    context=st.tuples(st.integers(0, 10**6), st.integers(0, 10**6)),
+    pending=st.tuples(st.integers(0, 10**5), st.integers(0, 10**5)),
+)
+def test_the_one_that_gets_through_its_batch_sooner_never_gives_way_for_longer(running, context, pending) -> None:
+    loads = [
+        _load(num_running=n, num_waiting_in_engine=0, context_tokens=c, pending_prefill_tokens=p)
+        for n, c, p in zip(running, context, pending, strict=True)
+    ]
+    steps = [decode_step_ms(x.num_running, x.context_tokens, cost=COST) for x in loads]
+    steps = [s + COST.pi_ms * x.pending_prefill_tokens for s, x in zip(steps, loads, strict=True)]
+    pauses = [give_way_ms(x, cost=COST) for x in loads]
+    if all(running) and steps[0] < steps[1]:
+        assert pauses[0] <= pauses[1]
+    assert all(0.0 <= pause <= 25.0 for pause in pauses)
+
+
+def test_an_idle_worker_gives_way_to_nobody() -> None:
+    idle = _load(num_running=0, num_waiting_in_engine=0, context_tokens=0, pending_prefill_tokens=0)
+    assert give_way_ms(idle, cost=COST) == 0.0
