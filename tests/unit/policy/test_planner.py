@@ -116,6 +116,21 @@ def test_a_young_plan_is_left_its_time() -> None:
     assert grown.plan.version == 2
 
 
+def test_a_plan_lives_as_long_as_its_traffic_had_been_seen() -> None:
+    """One made after two seconds may go after two; one made before a change may go at once."""
+    changed = _demand(80.0, long_share=0.02, seed=1)
+    first_ms = _later().plan.created_ms
+
+    early = [
+        plan(_later(demand=changed, now_ms=first_ms + age, changed_ms=first_ms - 2000), SETTINGS)
+        for age in (1900, 2000)
+    ]
+    turned = plan(_later(demand=changed, now_ms=first_ms + 1, changed_ms=first_ms), SETTINGS)
+
+    assert [decision.publish for decision in early] == [False, True]
+    assert turned.publish
+
+
 def test_narrow_traffic_falls_back_to_one_stage() -> None:
     """Where all requests are alike classes do not pay."""
     same = Demand.of_requests(BUCKETS, [1000] * 500, [100] * 500, duration_s=6.0)
