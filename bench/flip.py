@@ -1,6 +1,6 @@
 """How soon the ranges follow traffic whose mix turns over, by simulation: few long prompts, many, few again.
 
-    python bench/flip.py [--instances 2,16] [--load 0.75] [--duration 360] [--seeds 3]
+    python bench/flip.py [--instances 2,16] [--load 0.8] [--duration 240] [--seeds 3]
 
 The trace is `bench serve --workload flip` at a rate that loads the instances (Llama-3.1-8B on H100) so far that
 they have something to gain. For each part: planning periods until the ranges are about those of a deployment that
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from math import log2
 
 import numpy as np
@@ -19,6 +20,7 @@ import numpy as np
 from l4queue.cli.bench_traffic import bench_trace
 from l4queue.models import Plan
 from l4queue.policy.coefficients import read_coefficients
+from l4queue.policy.cost import StepCost
 from l4queue.sim.capacity import capacity_rps
 from l4queue.sim.cluster import Transfer
 from l4queue.sim.l4 import L4, L4Options
@@ -53,21 +55,28 @@ def is_like(plan: Plan, wanted: Plan, num_instances: int) -> bool:
     )
 
 
+def slowed(cost: StepCost, factor: float) -> StepCost:
+    """An engine whose steps take so many times as long: a small one, with fewer requests a period."""
+    names = ("alpha_ms", "beta_ms", "gamma_ms", "pi_ms", "psi_ms", "sigma_ms")
+    return replace(cost, **{name: getattr(cost, name) * factor for name in names})
+
+
 def l4_run(trace: Trace, setting: Setting) -> Run:
     """l4 with its defaults."""
     return run_policy(make_policy("l4", trace=trace, setting=setting), trace, setting)
 
 
-def follow(num_instances: int, *, load: float, duration_s: float, seed: int) -> list[str]:
+def follow(num_instances: int, *, slower: float, load: float, duration_s: float, seed: int) -> list[str]:
     """One row for each part."""
     coefficients = read_coefficients(GPU, MODEL)
     transfer = Transfer(bandwidth_bytes_per_s=50e9, kv_bytes_per_token=coefficients.kv_bytes_per_token)
-    setting = Setting(cost=coefficients.cost, num_instances=num_instances, transfer=transfer)
+    cost = slowed(coefficients.cost, slower)
+    setting = Setting(cost=cost, num_instances=num_instances, transfer=transfer)
     third_s = duration_s / PARTS
     probe = bench_trace(None, "flip", rate=50.0, duration_s=600.0, seed=seed)
     rates = [
         load
-        * capacity_rps(part_of(probe, i, 200.0), coefficients.cost, num_instances=num_instances)
+        * capacity_rps(part_of(probe, i, 200.0), cost, num_instances=num_instances)
         / part_of(probe, i, 200.0).rate_rps
         * 50.0
         for i in range(PARTS)
@@ -108,17 +117,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--instances", default="2,16")
-    parser.add_argument("--load", type=float, default=0.75)
-    parser.add_argument("--duration", type=float, default=360.0)
+    parser.add_argument("--slower", default="20,1", help="times an H100's step time, for each of these fleets")
+    parser.add_argument("--load", type=float, default=0.8)
+    parser.add_argument("--duration", type=float, default=240.0)
     parser.add_argument("--seeds", type=int, default=3)
     given = parser.parse_args(arguments)
     print(
         "| instances | seed | part | requests/s | periods | first third, s | rest, s | alone, s | wanted | plans |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|")
-    for number in given.instances.split(","):
+    for number, slower in zip(given.instances.split(","), given.slower.split(","), strict=True):
         for seed in range(given.seeds):
-            rows = follow(int(number), load=given.load, duration_s=given.duration, seed=seed)
+            rows = follow(int(number), slower=float(slower), load=given.load, duration_s=given.duration, seed=seed)
             print("\n".join(rows), flush=True)
 
 

@@ -188,13 +188,15 @@ async def _learn(door: AsyncDoor, settings: Settings, overview: Overview) -> _Kn
         then = Counts.from_fields(buckets, memory.raw)
         before = memory.learned(buckets)
         gained = difference(Counts.from_fields(buckets, raw), then, elapsed_s=elapsed_s)
+    num_unfinished = sum(load.num_running + load.num_waiting_in_engine for load in overview.workers)
+    num_unfinished += sum(queue.num_requests for queue in overview.queues.values())
     work = work_ms(merge(before.counts, gained), buckets=buckets, cost=cost)
     return _Known(
         learned=learn(before, gained, now_s=now_s, half_life_s=settings.demand_half_life_s, work=work),
         raw=raw,
         buckets=buckets,
         cost=cost,
-        is_early=is_early_round(before, gained, work=work),
+        is_early=is_early_round(before, gained, num_unfinished=num_unfinished, work=work),
     )
 
 

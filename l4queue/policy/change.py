@@ -33,8 +33,10 @@ FEWEST = 20.0
 """Requests that a round has or should have had: with fewer a single burst would look like a change."""
 DRIFT_SIGMAS, DRIFT_SHARE = 3.0, 0.05
 """Enough to think again, not to forget."""
-ENOUGH_WORK = 50.0
+ENOUGH_WORK = 10.0
 """Requests of equal work that tell as much as those seen; with fewer, shares of the work are mostly chance."""
+MOST_UNFINISHED = 0.75
+"""While more of what came is still there, hardly a step has been made of the outputs to come."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,13 +118,16 @@ def with_decision(learned: Learned) -> Learned:
     return replace(learned, decided=learned.counts, since=nothing)
 
 
-def is_early_round(before: Learned, gained: Counts, *, work: Floats) -> bool:
+def is_early_round(before: Learned, gained: Counts, *, num_unfinished: int, work: Floats) -> bool:
     """Whether planning should not wait for its period: nothing was known before, and what came tells enough.
 
-    That is when shares of the work are more than chance: (Σ n·w)² / Σ n·w² ≥ `ENOUGH_WORK`.
+    That is when shares of the work are more than chance, (Σ n·w)² / Σ n·w² ≥ `ENOUGH_WORK`, and at most
+    `MOST_UNFINISHED` of the requests wait or run.
     """
     squares = float((gained.arrivals * work**2).sum())
     if squares <= 0.0 or float(before.counts.arrivals.sum()) > 0.0:
+        return False
+    if num_unfinished > MOST_UNFINISHED * float(gained.arrivals.sum()):
         return False
     return float((gained.arrivals * work).sum()) ** 2 >= ENOUGH_WORK * squares
 

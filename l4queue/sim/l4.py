@@ -253,9 +253,7 @@ class L4(Policy):
         self.end_s = now_s
         if self._fixed is not None:
             pass
-        elif now_s - self.traffic.learned_s >= self.options.replan_s or self.traffic.is_early_round(
-            now_s, cost=self._planner_cost
-        ):
+        elif now_s - self.traffic.learned_s >= self.options.replan_s or self._is_early(now_s):
             self._replan(now_s)
         elif self._has["refinement"] and now_s - self._refined_s >= self.options.refine_s:
             self._refine(now_s)
@@ -265,6 +263,10 @@ class L4(Policy):
                 self._wake_thieves(stage)
         if self._has["running-steals"]:
             self._steal_running(now_s)
+
+    def _is_early(self, now_s: float) -> bool:
+        there = sum(instance.num_requests for instance in self.cluster.instances) + self.num_queued
+        return self.traffic.is_early_round(now_s, num_unfinished=there, cost=self._planner_cost)
 
     def _replan(self, now_s: float) -> None:
         self.traffic.learn(self.cluster.instances, now_s, cost=self.cluster.cost)

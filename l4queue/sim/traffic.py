@@ -69,12 +69,13 @@ class Traffic:
         self.learned = learn(self.learned, fresh, now_s=now_s, half_life_s=self._half_life_s, work=work)
         self._prompts, self._grown = [], []
 
-    def is_early_round(self, now_s: float, *, cost: StepCost) -> bool:
+    def is_early_round(self, now_s: float, *, num_unfinished: int, cost: StepCost) -> bool:
         """Whether planning should not wait for its period."""
         if self.learned_s:
             return False
         fresh = self._arrived(now_s)
-        return is_early_round(self.learned, fresh, work=work_ms(fresh, buckets=self.buckets, cost=cost))
+        work = work_ms(fresh, buckets=self.buckets, cost=cost)
+        return is_early_round(self.learned, fresh, num_unfinished=num_unfinished, work=work)
 
     def _arrived(self, elapsed_s: float) -> Counts:
         return counts_of(self.buckets, self._prompts, np.zeros(len(self._prompts)), observed_s=elapsed_s)

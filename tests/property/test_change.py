@@ -112,16 +112,19 @@ def test_a_silence_is_forgotten_with_the_first_arrivals() -> None:
 
 
 def test_planning_is_early_only_before_anything_is_known_and_when_enough_came() -> None:
-    """A few prompts, or one that is all the work, do not tell enough."""
+    """A few prompts, or one that is all the work, do not tell enough; nor while most are still there."""
     nothing = Learned.nothing(BUCKETS, now_s=0.0)
     few = counts_of(BUCKETS, [200] * 5, [10] * 5, observed_s=1.0)
     many = counts_of(BUCKETS, [200] * 500, [10] * 500, observed_s=1.0)
     one = counts_of(BUCKETS, [10] * 50 + [100_000], [1] * 51, observed_s=1.0)
 
-    def is_early(before: Learned, gained: Counts) -> bool:
-        return is_early_round(before, gained, work=work_ms(gained, buckets=BUCKETS, cost=COST))
+    def is_early(before: Learned, gained: Counts, num_unfinished: int = 0) -> bool:
+        work = work_ms(gained, buckets=BUCKETS, cost=COST)
+        return is_early_round(before, gained, num_unfinished=num_unfinished, work=work)
 
     assert is_early(nothing, many)
+    assert is_early(nothing, many, 375)
+    assert not is_early(nothing, many, 376)
     assert not is_early(nothing, few)
     assert not is_early(nothing, one)
     assert not is_early(nothing, Counts.zero(BUCKETS))

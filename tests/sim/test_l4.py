@@ -194,7 +194,7 @@ def test_a_replay_that_is_broken_off_was_much_worse_and_says_so(objective: str) 
 
 
 def test_after_a_change_a_replay_is_of_what_came_since() -> None:
-    """Short prompts for a while, then long ones: few of these are known, so as many are drawn as a replay needs."""
+    """Short prompts, then long ones: few of these are known, so as many are drawn as a replay needs."""
     buckets = Buckets.log_spaced(131_072)
     rng = np.random.default_rng(0)
     before = [Arrival(arrival_s=0.1 * i, input_tokens=100, output_tokens=20, e2e_s=0.5) for i in range(400)]
