@@ -81,7 +81,7 @@ def learn(before: Learned, gained: Counts, *, now_s: float, half_life_s: float, 
     """
     if gained.observed_s <= 0.0:
         return replace(before, counts=merge(before.counts, gained), since=merge(before.since, gained))
-    if float(before.counts.arrivals.sum()) <= 0.0 and float(gained.arrivals.sum()) > 0.0:
+    if _is_silence(before.counts) and float(gained.arrivals.sum()) > 0.0:
         return Learned(counts=gained, since=gained, begun_s=now_s - gained.observed_s)
     factor = 0.5 ** (gained.observed_s / half_life_s)
     noise = Noise(statistic=before.noise.statistic * factor, degrees=before.noise.degrees * factor)
@@ -125,7 +125,7 @@ def is_early_round(before: Learned, gained: Counts, *, num_unfinished: int, work
     `MOST_UNFINISHED` of the requests wait or run.
     """
     squares = float((gained.arrivals * work**2).sum())
-    if squares <= 0.0 or float(before.counts.arrivals.sum()) > 0.0:
+    if squares <= 0.0 or not _is_silence(before.counts):
         return False
     if num_unfinished > MOST_UNFINISHED * float(gained.arrivals.sum()):
         return False
@@ -146,6 +146,11 @@ def difference_of(a: Counts, b: Counts, *, work: Floats) -> float:
     one, two = _cells(a.arrivals * work) / a.observed_s, _cells(b.arrivals * work) / b.observed_s
     total = float((one + two).sum())
     return float(np.abs(one - two).sum()) / total if total > 0.0 else 0.0
+
+
+def _is_silence(counts: Counts) -> bool:
+    """Whether nothing is remembered, or not even one request any more."""
+    return float(counts.arrivals.sum()) < 1.0
 
 
 def _differs(a: Counts, b: Counts, noise: Noise, *, work: Floats, sigmas: float, share: float) -> bool:
