@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from l4queue.cli.bench_traffic import bench_trace
 from l4queue.errors import ConfigError
 from l4queue.models import Plan, StagePlan
 from l4queue.policy.coefficients import load_coefficients
@@ -14,6 +15,7 @@ from l4queue.sim.l4 import INGREDIENTS, L4, L4Options
 from l4queue.sim.policies import make_policy
 from l4queue.sim.replay import Arrival, Changed, make_scorer
 from l4queue.sim.runner import Setting, run_policy
+from l4queue.sim.shadow import prove_recent
 from l4queue.sim.trace import Trace
 from l4queue.sim.workload import make_workload
 
@@ -213,6 +215,28 @@ def test_after_a_change_a_replay_is_of_what_came_since() -> None:
     assert drawn(one) > 3.0 * known(one)
     assert drawn(one) == again(one)
     assert make_scorer(before[:50], cost=COST, num_instances=2, changed=changed) is None
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_is_known_follows_a_turn_of_the_mix_within_two_rounds(seed: int) -> None:
+    """3, 25 and 3 % long prompts: two periods after each turn the planner's demand is that of the new mix."""
+    known: dict[float, float] = {}
+
+    class Watched(L4):
+        def _replan(self, now_s: float) -> None:
+            super()._replan(now_s)
+            counts = self.traffic.counts
+            long = counts.arrivals[self.traffic.buckets.index(1024) :].sum()
+            known[round(now_s)] = float(long / counts.arrivals.sum())
+
+    trace = bench_trace(None, "flip", rate=20.0, duration_s=300.0, seed=seed)
+    setting = Setting(cost=COST, num_instances=4)
+
+    run_policy(Watched(L4Options(), prove=prove_recent), trace, setting)
+
+    assert max(share for at_s, share in known.items() if 20 <= at_s <= 100) < 0.08
+    assert min(share for at_s, share in known.items() if 121 <= at_s <= 200) > 0.12
+    assert max(share for at_s, share in known.items() if 221 <= at_s <= 300) < 0.08
 
 
 def test_few_arrivals_give_no_score() -> None:
