@@ -1,14 +1,15 @@
 """What a planner has learned of its traffic, whether that has changed, and whether there is something to decide.
 
-Arrivals of the latest round, n₁ in T₁ seconds, are held against what is remembered, n₀ in T₀, octave by octave of
-prompt length. If both came at one rate λ = (n₁+n₀)/(T₁+T₀), twice the log of the likelihood ratio
+Arrivals of the latest round, n₁ in T₁ seconds, are held against what is remembered, n₀ in T₀: the shorter ones
+that bring half of the work, and the longer ones that bring the other half. If both came at one rate
+λ = (n₁+n₀)/(T₁+T₀), twice the log of the likelihood ratio
 
     G = 2·Σ n₁·ln(n₁/λT₁) + n₀·ln(n₀/λT₀)
 
-is a χ² of as many degrees as there are octaves, for Poisson arrivals. Real ones come in bursts: G per degree over
-the rounds before tells how many times more they vary (at least once), and the ratio of the two is held against
-Fisher's F. A change must also matter: the share of the work that is not common to both, Σ w·|λ₁-λ₀| / Σ w·(λ₁+λ₀)
-with w the engine time of a request, has to exceed a bound; and a handful of requests proves nothing.
+is a χ² of two degrees, for Poisson arrivals. Real ones come in bursts: G per degree over the rounds before tells
+how many times more they vary (at least once), and the ratio of the two is held against Fisher's F. A change must
+also matter: the share of the work that is not common to both, Σ w·|λ₁-λ₀| / Σ w·(λ₁+λ₀) over octaves, with w the
+engine time of a request, has to exceed a bound; and a handful of requests proves nothing.
 """
 
 from __future__ import annotations
@@ -27,15 +28,17 @@ __all__ = ("Learned", "Noise", "difference_of", "is_due", "is_early_round", "lea
 Floats: TypeAlias = npt.NDArray[np.float64]
 
 _CELL_BUCKETS = 4
-CHANGE_SIGMAS, CHANGE_SHARE = 4.0, 0.15
-"""A change: as unlikely as four standard deviations of a normal law, and 15 % of the work not common to both."""
-FEWEST = 20.0
-"""Requests that a round has or should have had: with fewer a single burst would look like a change."""
+_PRIOR_DEGREES = 10.0
+"""Before anything is known arrivals are taken to be Poisson, as firmly as if that had been seen in five rounds."""
+CHANGE_SIGMAS, CHANGE_SHARE = 3.5, 0.15
+"""A change: as unlikely as 3.5 standard deviations of a normal law, and 15 % of the work not common to both."""
+FEWEST = 10.0
+"""Bursts that a round has or should have had: with fewer a single one would look like a change."""
 DRIFT_SIGMAS, DRIFT_SHARE = 3.0, 0.05
 """Enough to think again, not to forget."""
 ENOUGH_WORK = 10.0
 """Requests of equal work that tell as much as those seen; with fewer, shares of the work are mostly chance."""
-MOST_UNFINISHED = 0.75
+MOST_UNFINISHED = 0.5
 """While more of what came is still there, hardly a step has been made of the outputs to come."""
 
 
@@ -49,7 +52,12 @@ class Noise:
     @property
     def factor(self) -> float:
         """How many times more than Poisson arrivals these vary from round to round."""
-        return max(1.0, self.statistic / self.degrees) if self.degrees > 0.0 else 1.0
+        return max(1.0, (self.statistic + _PRIOR_DEGREES) / self.known_degrees)
+
+    @property
+    def known_degrees(self) -> float:
+        """Degrees of freedom of the factor, those taken for granted included."""
+        return self.degrees + _PRIOR_DEGREES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -86,7 +94,7 @@ def learn(before: Learned, gained: Counts, *, now_s: float, half_life_s: float, 
     factor = 0.5 ** (gained.observed_s / half_life_s)
     noise = Noise(statistic=before.noise.statistic * factor, degrees=before.noise.degrees * factor)
     if before.counts.observed_s > 0.0:
-        statistic, degrees = _likelihood_ratio(gained, before.counts)
+        statistic, degrees = _likelihood_ratio(gained, before.counts, work=work)
         if before.noise.degrees > 0.0 and _differs(
             gained, before.counts, before.noise, work=work, sigmas=CHANGE_SIGMAS, share=CHANGE_SHARE
         ):
@@ -157,17 +165,21 @@ def _differs(a: Counts, b: Counts, noise: Noise, *, work: Floats, sigmas: float,
     if difference_of(a, b, work=work) <= share:
         return False
     expected = float(b.arrivals.sum()) * a.observed_s / b.observed_s
-    if max(float(a.arrivals.sum()), expected) < FEWEST:
+    if max(float(a.arrivals.sum()), expected) < FEWEST * noise.factor:
         return False
-    statistic, degrees = _likelihood_ratio(a, b)
-    return degrees > 0 and _sigmas(statistic / degrees / noise.factor, degrees, noise.degrees) > sigmas
+    statistic, degrees = _likelihood_ratio(a, b, work=work)
+    return degrees > 0 and _sigmas(statistic / degrees / noise.factor, degrees, noise.known_degrees) > sigmas
 
 
-def _likelihood_ratio(a: Counts, b: Counts) -> tuple[float, int]:
+def _likelihood_ratio(a: Counts, b: Counts, *, work: Floats) -> tuple[float, int]:
     """G and its degrees of freedom, for counts seen for some time each."""
-    n, m = _cells(a.arrivals), _cells(b.arrivals)
+    below = np.cumsum((a.arrivals / a.observed_s + b.arrivals / b.observed_s) * work)
+    halves = [0, int(np.searchsorted(below, below[-1] / 2)) + 1]
+    if halves[1] >= len(below):
+        halves = [0]
+    n, m = np.add.reduceat(a.arrivals, halves), np.add.reduceat(b.arrivals, halves)
     rate = (n + m) / (a.observed_s + b.observed_s)
-    statistic = 2.0 * float(_times_log(n, rate * a.observed_s) + _times_log(m, rate * b.observed_s))
+    statistic = 2.0 * (_times_log(n, rate * a.observed_s) + _times_log(m, rate * b.observed_s))
     return max(0.0, statistic), int((n + m >= 0.5).sum())
 
 
@@ -184,8 +196,6 @@ def _times_log(number: Floats, expected: Floats) -> float:
 
 def _sigmas(ratio: float, above: float, below: float) -> float:
     """A value of Fisher's F with so many degrees as standard deviations of a normal law (Paulson, 1942)."""
-    if below < 1.0:
-        return 0.0
     root = ratio ** (1 / 3)
     a, b = 2.0 / (9.0 * above), 2.0 / (9.0 * below)
     return float(((1.0 - b) * root - (1.0 - a)) / np.sqrt(b * root * root + a))

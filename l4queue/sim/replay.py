@@ -115,7 +115,9 @@ class _Replays:
         try:
             found = run_policy(policy, self._trace, self._setting).result
         except _ClearlyWorseError:
-            return self._best_mean_s * policy.curve[-1] / self._best_curve[len(policy.curve) - 1]
+            at = len(policy.curve) - 1
+            heading_s = self._best_mean_s * policy.curve[at] / self._best_curve[at]
+            return max(heading_s, policy.spent_s / len(self._trace))
         if self._one is None:
             self._one = found
         value = self._value(found, self._one)
@@ -123,7 +125,7 @@ class _Replays:
             self._best_s, self._best_mean_s, self._best_curve = value, found.mean_e2e_s, policy.curve
             # one without an overrun of its own is better as soon as its latencies are below the best one's score
             allowed = _CLEARLY_WORSE * value / found.mean_e2e_s
-            self._limits = [allowed * area for area in policy.curve]
+            self._limits = [*(allowed * area for area in policy.curve), _CLEARLY_WORSE * value * len(self._trace)]
         return value
 
     def _value(self, found: SimResult, one: SimResult) -> float:
@@ -148,6 +150,7 @@ class _Watched(L4):
         self, options: L4Options, *, fixed: Plan, num_requests: int, limits: Sequence[float] | None
     ) -> None:
         super().__init__(options, fixed=fixed)
+        self.spent_s = 0.0
         self.curve: list[float] = []
         self._limits = limits
         self._every = max(1, num_requests // _NUM_CHECKS)
@@ -155,23 +158,27 @@ class _Watched(L4):
         self._ended_s = self._came_s = 0.0
 
     def on_arrival(self, request: SimRequest, now_s: float) -> None:
-        """Every sixteenth of the record: what has been spent, and whether that is too much."""
+        """Every sixteenth of the record: what has been spent, and whether that is too much by now."""
         self._arrived += 1
         self._inside += 1
         self._came_s += now_s
         if self._arrived % self._every == 0:
-            self.curve.append(self._ended_s + self._inside * now_s - self._came_s)
+            self.spent_s = self._ended_s + self._inside * now_s - self._came_s
+            self.curve.append(self.spent_s)
             at = len(self.curve)
-            if self._limits is not None and at >= _FIRST_CHECK and self.curve[-1] > self._limits[at - 1]:
+            if self._limits is not None and at >= _FIRST_CHECK and self.spent_s > self._limits[at - 1]:
                 raise _ClearlyWorseError
         super().on_arrival(request, now_s)
 
     def on_finished(self, instance: Instance, requests: Sequence[SimRequest], now_s: float) -> None:
-        """These spend no more."""
+        """These spend no more; whether all have spent too much already."""
         for request in requests:
             self._inside -= 1
             self._came_s -= request.arrival_s
             self._ended_s += now_s - request.arrival_s
+        self.spent_s = self._ended_s + self._inside * now_s - self._came_s
+        if self._limits is not None and len(self.curve) >= _FIRST_CHECK and self.spent_s > self._limits[-1]:
+            raise _ClearlyWorseError
         super().on_finished(instance, requests, now_s)
 
 

@@ -122,8 +122,8 @@ def test_planning_is_early_only_before_anything_is_known_and_when_enough_came() 
         return is_early_round(before, gained, num_unfinished=num_unfinished, work=work)
 
     assert is_early(nothing, many)
-    assert is_early(nothing, many, 375)
-    assert not is_early(nothing, many, 376)
+    assert is_early(nothing, many, 250)
+    assert not is_early(nothing, many, 251)
     assert not is_early(nothing, few)
     assert not is_early(nothing, one)
     assert not is_early(nothing, Counts.zero(BUCKETS))
@@ -132,7 +132,7 @@ def test_planning_is_early_only_before_anything_is_known_and_when_enough_came() 
 
 
 def test_how_much_traffic_varies_is_at_least_as_much_as_chance() -> None:
-    """Fewer than a degree's worth tells nothing."""
+    """Ten degrees of Poisson arrivals are taken for granted."""
     assert Noise().factor == 1.0
     assert Noise(statistic=1.0, degrees=10.0).factor == 1.0
-    assert Noise(statistic=50.0, degrees=10.0).factor == 5.0
+    assert Noise(statistic=90.0, degrees=10.0).factor == 5.0
