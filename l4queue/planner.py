@@ -148,12 +148,9 @@ def plan(snapshot: Snapshot, settings: PlannerSettings, *, score: Score | None =
 
 
 def is_young(snapshot: Snapshot, settings: PlannerSettings) -> bool:
-    """Whether the plan has not lived its time: as long as its traffic had been seen, at most `min_life_ms`.
-
-    So a first plan made on little can soon be mended, and one made before a change has lived long enough.
-    """
+    """Whether the plan has not lived its time; one that was made before traffic changed has."""
     created_ms = snapshot.plan.created_ms
-    return snapshot.now_ms - created_ms < min(settings.min_life_ms, created_ms - snapshot.changed_ms)
+    return snapshot.now_ms - created_ms < settings.min_life_ms and created_ms > snapshot.changed_ms
 
 
 def _partitions(problem: PartitionProblem, *, is_replayed: bool) -> list[Partition]:

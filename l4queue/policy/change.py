@@ -30,8 +30,8 @@ Floats: TypeAlias = npt.NDArray[np.float64]
 _CELL_BUCKETS = 4
 _PRIOR_DEGREES = 10.0
 """Before anything is known arrivals are taken to be Poisson, as firmly as if that had been seen in five rounds."""
-CHANGE_SIGMAS, CHANGE_SHARE = 3.5, 0.15
-"""A change: as unlikely as 3.5 standard deviations of a normal law, and 15 % of the work not common to both."""
+CHANGE_SIGMAS, CHANGE_SHARE = 4.0, 0.15
+"""A change: as unlikely as four standard deviations of a normal law, and 15 % of the work not common to both."""
 FEWEST = 10.0
 """Bursts that a round has or should have had: with fewer a single one would look like a change."""
 DRIFT_SIGMAS, DRIFT_SHARE = 3.0, 0.05
