@@ -201,7 +201,6 @@ def _policy(live: Mapping[str, Any], setting: Mapping[str, Any], *, speed: float
         half_life_s=settings["demand_half_life_s"] / speed,
         min_life_s=settings["plan_min_life_s"] / speed,
         min_gain=settings["plan_min_gain"],
-        shadow_s=settings["replan_interval_s"] / speed,  # the live planner replays every time
     )
     policy = (RacingL4 if races else L4)(options, prove=prove_recent)
     policy.traffic.recent = deque(maxlen=_RECENT)

@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, replace
 from l4queue.config import Settings
 from l4queue.models import Plan, RequestState, Routing
 from l4queue.planner import Decision, PlannerSettings, Snapshot, expected_demand
+from l4queue.policy.change import Learned, Noise, is_early_round, learn, with_decision, work_ms
+from l4queue.policy.cost import StepCost
 from l4queue.policy.histogram import Buckets, Counts, difference, merge
 from l4queue.policy.partition import PartitionProblem
 from l4queue.policy.plan_json import plan_to_json, split_of
@@ -20,7 +22,8 @@ from l4queue.protocol.keys import Keys
 from l4queue.protocol.overview import Overview, cost_in_force, read_overview_async
 from l4queue.protocol.reads import FinishedRequest, Reads
 from l4queue.protocol.upkeep import Upkeep
-from l4queue.sim.shadow import Arrival, decide, make_scorer
+from l4queue.sim.replay import Arrival, Changed, make_scorer
+from l4queue.sim.shadow import decide, why_settled
 
 __all__ = ("refine_once", "replan_once")
 
@@ -30,16 +33,68 @@ _RECENT = 1000  # finished requests that a proposed plan is replayed on
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Memory:
-    """What a planner remembers from its last round: the counters then, and what it had learned (decayed)."""
+    """What a planner remembers from its last round: the counters then, and what it had learned.
+
+    Counters are fields as in Redis; `decided` is None while nothing has been decided on a replay.
+    """
 
     at_ms: int
     raw: dict[str, int]
-    learned: dict[str, int]
-    observed_s: float
+    counts: dict[str, int]
+    counts_s: float
+    since: dict[str, int]
+    since_s: float
+    decided: dict[str, int] | None
+    decided_s: float
+    noise: tuple[float, float]
+    begun_s: float
 
     @classmethod
     def parse(cls, text: str | None) -> _Memory | None:
-        return None if text is None else cls(**json.loads(text))
+        """None where nothing is remembered, or only what an older release would understand."""
+        try:
+            return None if text is None else cls(**json.loads(text))
+        except TypeError:
+            return None
+
+    @classmethod
+    def of(cls, learned: Learned, *, raw: dict[str, int], at_ms: int) -> _Memory:
+        decided = learned.decided
+        return cls(
+            at_ms=at_ms,
+            raw=raw,
+            counts=learned.counts.to_fields(),
+            counts_s=learned.counts.observed_s,
+            since=learned.since.to_fields(),
+            since_s=learned.since.observed_s,
+            decided=None if decided is None else decided.to_fields(),
+            decided_s=0.0 if decided is None else decided.observed_s,
+            noise=(learned.noise.statistic, learned.noise.degrees),
+            begun_s=learned.begun_s,
+        )
+
+    def learned(self, buckets: Buckets) -> Learned:
+        """The inverse of `of`."""
+        statistic, degrees = self.noise
+        read = Counts.from_fields
+        return Learned(
+            counts=read(buckets, self.counts, observed_s=self.counts_s),
+            since=read(buckets, self.since, observed_s=self.since_s),
+            decided=None if self.decided is None else read(buckets, self.decided, observed_s=self.decided_s),
+            noise=Noise(statistic=statistic, degrees=degrees),
+            begun_s=self.begun_s,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Known:
+    """What is known of the traffic now; `is_early`: the next round of planning should not be waited for."""
+
+    learned: Learned
+    raw: dict[str, int]
+    buckets: Buckets
+    cost: StepCost
+    is_early: bool
 
 
 async def replan_once(settings: Settings) -> str:
@@ -66,9 +121,15 @@ async def _replan(door: AsyncDoor, settings: Settings) -> str:
     overview = await read_overview_async(door, settings.namespace)
     if overview.plan.routing is not Routing.L4:
         return f"routing is {overview.plan.routing}: nothing to plan"
-    snapshot, memory = await _observe(door, settings, overview)
-    recent = await door.run(reads.finished(count=_RECENT))
-    decision = await asyncio.to_thread(_decide, snapshot, settings, recent)
+    known = await _learn(door, settings, overview)
+    snapshot, learned = await _snapshot(door, settings, overview, known), known.learned
+    settled = why_settled(snapshot, PlannerSettings.of(settings), learned)
+    if settled is not None:
+        decision = Decision(publish=False, plan=overview.plan, reason=settled)
+    else:
+        recent = await door.run(reads.finished(count=_RECENT))
+        decision, learned = await asyncio.to_thread(_decide, snapshot, settings, recent, learned)
+    memory = _Memory.of(learned, raw=known.raw, at_ms=overview.now_ms)
     await door.run_many([calls.remember(json.dumps(asdict(memory))), calls.log_decision(_log_line(decision))])
     if not decision.publish:
         return decision.reason
@@ -78,18 +139,20 @@ async def _replan(door: AsyncDoor, settings: Settings) -> str:
 async def _refine(door: AsyncDoor, settings: Settings) -> str:
     overview = await read_overview_async(door, settings.namespace)
     plan = overview.plan
-    if plan.routing is not Routing.L4 or len(plan.stages) < 2:
+    if plan.routing is not Routing.L4:
+        return f"routing is {plan.routing}: nothing to refine"
+    known = await _learn(door, settings, overview)
+    if known.is_early:
+        return await _replan(door, settings)
+    if len(plan.stages) < 2 or known.learned.counts.observed_s <= 0.0:
         return "nothing to refine"
     if sum(len(stage.worker_ids) for stage in plan.stages) != len(overview.workers):
         return "workers come or go: the planner's turn"
-    snapshot, memory = await _observe(door, settings, overview)
-    if memory.observed_s <= 0.0:
-        return "nothing seen yet"
     problem = PartitionProblem(
-        expected_demand(snapshot),
+        expected_demand(await _snapshot(door, settings, overview, known)),
         len(overview.workers),
-        buckets=snapshot.buckets,
-        cost=snapshot.cost,
+        buckets=known.buckets,
+        cost=known.cost,
         settings=PlannerSettings.of(settings).partition,
     )
     refined = refine(plan, problem)
@@ -110,31 +173,50 @@ async def _publish(door: AsyncDoor, settings: Settings, new: Plan, *, replaces: 
     return f"plan {new.version}: {new.reason}"
 
 
-async def _observe(door: AsyncDoor, settings: Settings, overview: Overview) -> tuple[Snapshot, _Memory]:
-    """What the deployment looks like to the planner, and what it is to remember."""
+async def _learn(door: AsyncDoor, settings: Settings, overview: Overview) -> _Known:
+    """Add what the counters gained since the last round of planning to what was remembered then."""
     reads = Reads(Keys(settings.namespace))
-    raw, remembered = await door.run_many([reads.histogram(), reads.planner_memory()])
-    buckets = Buckets.log_spaced(settings.max_model_len)
-    counts, memory = _learn(
-        {name: int(value) for name, value in raw.items()},
-        _Memory.parse(remembered),
+    fields, remembered = await door.run_many([reads.histogram(), reads.planner_memory()])
+    raw = {name: int(value) for name, value in fields.items()}
+    memory = _Memory.parse(remembered)
+    buckets, cost = Buckets.log_spaced(settings.max_model_len), cost_in_force(overview, settings)
+    now_s = overview.now_ms / 1000
+    if memory is None:
+        before, gained = Learned.nothing(buckets, now_s=now_s), Counts.zero(buckets)
+    else:
+        elapsed_s = max(0.0, (overview.now_ms - memory.at_ms) / 1000)
+        then = Counts.from_fields(buckets, memory.raw)
+        before = memory.learned(buckets)
+        gained = difference(Counts.from_fields(buckets, raw), then, elapsed_s=elapsed_s)
+    num_unfinished = sum(load.num_running + load.num_waiting_in_engine for load in overview.workers)
+    num_unfinished += sum(queue.num_requests for queue in overview.queues.values())
+    work = work_ms(merge(before.counts, gained), buckets=buckets, cost=cost)
+    return _Known(
+        learned=learn(before, gained, now_s=now_s, half_life_s=settings.demand_half_life_s, work=work),
+        raw=raw,
         buckets=buckets,
-        now_ms=overview.now_ms,
-        half_life_s=settings.demand_half_life_s,
+        cost=cost,
+        is_early=is_early_round(before, gained, num_unfinished=num_unfinished, work=work),
     )
-    snapshot = Snapshot(
+
+
+async def _snapshot(door: AsyncDoor, settings: Settings, overview: Overview, known: _Known) -> Snapshot:
+    """What the deployment looks like to the planner."""
+    return Snapshot(
         now_ms=overview.now_ms,
         plan=overview.plan,
         loads=overview.workers,
-        demand=counts.demand(),
-        backlog=await _backlog(door, reads, overview, buckets),
-        cost=cost_in_force(overview, settings),
-        buckets=buckets,
+        demand=known.learned.counts.demand(),
+        backlog=await _backlog(door, settings, overview, known.buckets),
+        cost=known.cost,
+        buckets=known.buckets,
+        changed_ms=round(known.learned.begun_s * 1000),
     )
-    return snapshot, memory
 
 
-def _decide(snapshot: Snapshot, settings: Settings, finished: Sequence[FinishedRequest]) -> Decision:
+def _decide(
+    snapshot: Snapshot, settings: Settings, finished: Sequence[FinishedRequest], learned: Learned
+) -> tuple[Decision, Learned]:
     """By the closed form; what it proposes is published only if a replay of recent traffic agrees."""
     arrivals = [
         Arrival(
@@ -146,30 +228,17 @@ def _decide(snapshot: Snapshot, settings: Settings, finished: Sequence[FinishedR
         for request in finished
         if request.state == RequestState.DONE
     ]
-    score = make_scorer(arrivals, cost=snapshot.cost, num_instances=len(snapshot.loads))
-    return decide(snapshot, PlannerSettings.of(settings), score)
-
-
-def _learn(
-    raw: dict[str, int], memory: _Memory | None, *, buckets: Buckets, now_ms: int, half_life_s: float
-) -> tuple[Counts, _Memory]:
-    """Add what the counters gained since the last round to what was learned, after forgetting some of it."""
-    now = Counts.from_fields(buckets, raw)
-    if memory is None:
-        learned = Counts.zero(buckets)
-    else:
-        elapsed_s = max(0.0, (now_ms - memory.at_ms) / 1000)
-        old = Counts.from_fields(buckets, memory.learned, observed_s=memory.observed_s)
-        gained = difference(now, Counts.from_fields(buckets, memory.raw), elapsed_s=elapsed_s)
-        learned = merge(old.decay(elapsed_s, half_life_s=half_life_s), gained)
-    kept = _Memory(at_ms=now_ms, raw=raw, learned=learned.to_fields(), observed_s=learned.observed_s)
-    return learned, kept
+    changed = Changed(begun_s=learned.begun_s, demand=snapshot.demand, buckets=snapshot.buckets)
+    score = make_scorer(arrivals, cost=snapshot.cost, num_instances=len(snapshot.loads), changed=changed)
+    decision = decide(snapshot, PlannerSettings.of(settings), score)
+    return decision, learned if score is None else with_decision(learned)
 
 
 async def _backlog(
-    door: AsyncDoor, reads: Reads, overview: Overview, buckets: Buckets
+    door: AsyncDoor, settings: Settings, overview: Overview, buckets: Buckets
 ) -> tuple[tuple[int, int], ...]:
     """Waiting requests by length bucket; long queues are sampled from their head."""
+    reads = Reads(Keys(settings.namespace))
     stages = [stage for stage, queue in overview.queues.items() if queue.num_requests]
     ids = await door.run_many([reads.queue_ids(stage, limit=_BACKLOG_SAMPLE) for stage in stages])
     found: dict[int, float] = {}

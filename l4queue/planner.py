@@ -16,7 +16,16 @@ from l4queue.policy.plan_json import split_of
 from l4queue.policy.proposals import proposals
 from l4queue.policy.steady_state import PartitionSettings
 
-__all__ = ("Candidate", "Decision", "PlannerSettings", "Snapshot", "expected_demand", "plan", "score_by_model")
+__all__ = (
+    "Candidate",
+    "Decision",
+    "PlannerSettings",
+    "Snapshot",
+    "expected_demand",
+    "is_young",
+    "plan",
+    "score_by_model",
+)
 
 Score = Callable[[Plan], float]
 """Predicted objective of a plan, lower is better; for shadow scoring."""
@@ -24,7 +33,10 @@ Score = Callable[[Plan], float]
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Snapshot:
-    """All that a decision depends on. `backlog` holds pairs of length bucket and waiting requests."""
+    """All that a decision depends on. `backlog` holds pairs of length bucket and waiting requests.
+
+    `changed_ms` is when the traffic changed last, or when it was seen first.
+    """
 
     now_ms: int
     plan: Plan
@@ -33,6 +45,7 @@ class Snapshot:
     backlog: tuple[tuple[int, int], ...] = ()
     cost: StepCost
     buckets: Buckets
+    changed_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,11 +140,17 @@ def plan(snapshot: Snapshot, settings: PlannerSettings, *, score: Score | None =
     if gain <= needed:
         reason = f"gain {gain:.1%} does not exceed {needed:.1%}"
         return Decision(publish=False, plan=present, reason=reason, candidates=candidates)
-    age_ms = snapshot.now_ms - present.created_ms
-    if age_ms < settings.min_life_ms:
+    if is_young(snapshot, settings):
+        age_ms = snapshot.now_ms - present.created_ms
         reason = f"gain {gain:.1%}, but the plan is only {age_ms} ms old"
         return Decision(publish=False, plan=present, reason=reason, candidates=candidates)
     return _publish(snapshot, best, candidates, problem, reason=f"gain {gain:.1%}")
+
+
+def is_young(snapshot: Snapshot, settings: PlannerSettings) -> bool:
+    """Whether the plan has not lived its time; one that was made before traffic changed has."""
+    created_ms = snapshot.plan.created_ms
+    return snapshot.now_ms - created_ms < settings.min_life_ms and created_ms > snapshot.changed_ms
 
 
 def _partitions(problem: PartitionProblem, *, is_replayed: bool) -> list[Partition]:

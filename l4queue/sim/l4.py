@@ -52,7 +52,6 @@ class L4Options:
     half_life_s: float = 120.0
     min_life_s: float = 20.0
     min_gain: float = 0.05
-    shadow_s: float = 30.0
     steal: StealLimits = field(default_factory=StealLimits)
 
     @classmethod
@@ -83,7 +82,6 @@ class L4(Policy):
         self.options = options
         self._fixed = fixed
         self._prove = prove if "shadow" not in options.without else None
-        self._scored_s: float | None = None
         self.plans: list[tuple[float, Plan]] = []
         self.end_s = 0.0
         self._has = {name: name not in options.without for name in INGREDIENTS}
@@ -255,7 +253,7 @@ class L4(Policy):
         self.end_s = now_s
         if self._fixed is not None:
             pass
-        elif now_s - self.traffic.learned_s >= self.options.replan_s:
+        elif now_s - self.traffic.learned_s >= self.options.replan_s or self._is_early(now_s):
             self._replan(now_s)
         elif self._has["refinement"] and now_s - self._refined_s >= self.options.refine_s:
             self._refine(now_s)
@@ -266,9 +264,13 @@ class L4(Policy):
         if self._has["running-steals"]:
             self._steal_running(now_s)
 
+    def _is_early(self, now_s: float) -> bool:
+        there = sum(instance.num_requests for instance in self.cluster.instances) + self.num_queued
+        return self.traffic.is_early_round(now_s, num_unfinished=there, cost=self._planner_cost)
+
     def _replan(self, now_s: float) -> None:
-        self.traffic.learn(self.cluster.instances, now_s)
-        decision = self._decide(self.snapshot(now_s), now_s)
+        self.traffic.learn(self.cluster.instances, now_s, cost=self.cluster.cost)
+        decision = self._decide(self.snapshot(now_s))
         if decision.publish:
             self._adopt(decision.plan)
 
@@ -282,21 +284,16 @@ class L4(Policy):
             backlog=self._backlog(),
             cost=self._planner_cost,
             buckets=self.traffic.buckets,
+            changed_ms=round(self.traffic.learned.begun_s * 1000),
         )
 
-    def _decide(self, snapshot: Snapshot, now_s: float) -> Decision:
-        """By the closed form; with shadow scoring, what it proposes is published only after a replay.
-
-        A replay costs as much as a short simulation, so there is one per `shadow_s` at most; in between the
-        plan in force stays.
-        """
+    def _decide(self, snapshot: Snapshot) -> Decision:
+        """By the closed form; with shadow scoring, what it proposes is published only after a replay."""
         if self._prove is None:
             return plan(snapshot, self._settings)
-        if self._scored_s is not None and now_s - self._scored_s < self.options.shadow_s:
-            return Decision(publish=False, plan=self.plan, reason="between two replays")
         decision, was_replayed = self._prove(self, snapshot, self._settings)
         if was_replayed:
-            self._scored_s = now_s
+            self.traffic.decided()
         return decision
 
     def _refine(self, now_s: float) -> None:

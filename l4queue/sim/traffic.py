@@ -1,4 +1,4 @@
-"""What simulated L4 has learned of its traffic: decayed counters, the latest outputs, the latest finished."""
+"""What simulated L4 knows of its traffic: what it has learned, the latest outputs, the latest finished."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from dataclasses import replace
 
 import numpy as np
 
+from l4queue.policy.change import Learned, is_early_round, learn, with_decision, work_ms
+from l4queue.policy.cost import StepCost
 from l4queue.policy.histogram import Buckets, Counts, counts_of, merge
 from l4queue.policy.outputs import OutputLengths
 from l4queue.sim.instance import Instance
@@ -24,7 +26,7 @@ class Traffic:
 
     def __init__(self, *, half_life_s: float) -> None:
         self.buckets = Buckets.log_spaced(_MAX_TOKENS)
-        self.counts = Counts.zero(self.buckets)
+        self.learned = Learned.nothing(self.buckets, now_s=0.0)
         self.recent: deque[SimRequest] = deque(maxlen=_SAMPLE)
         self.learned_s = 0.0
         self._half_life_s = half_life_s
@@ -44,8 +46,13 @@ class Traffic:
             self.recent.append(request)
             self._grown.append((self._seen.pop(request, request.prompt_tokens), request.length))
 
-    def learn(self, instances: Sequence[Instance], now_s: float) -> None:
-        """Fold what happened since the last round into the decayed counters."""
+    @property
+    def counts(self) -> Counts:
+        """What the demand is read from."""
+        return self.learned.counts
+
+    def learn(self, instances: Sequence[Instance], now_s: float, *, cost: StepCost) -> None:
+        """Add what happened since the last round to what was learned."""
         elapsed_s = now_s - self.learned_s
         self.learned_s = now_s
         for instance in instances:
@@ -55,8 +62,24 @@ class Traffic:
                     self._grown.append((seen, length))
                     self._seen[request] = length
         buckets, grown = self.buckets, np.array(self._grown, dtype=np.float64).reshape(-1, 2)
-        arrived = counts_of(buckets, self._prompts, np.zeros(len(self._prompts)), observed_s=elapsed_s)
+        arrived = self._arrived(elapsed_s)
         steps = counts_of(buckets, grown[:, 0], grown[:, 1] - grown[:, 0])
         fresh = replace(arrived, decode_steps=steps.decode_steps, context_tokens=steps.context_tokens)
-        self.counts = merge(self.counts.decay(elapsed_s, half_life_s=self._half_life_s), fresh)
+        work = work_ms(merge(self.counts, fresh), buckets=buckets, cost=cost)
+        self.learned = learn(self.learned, fresh, now_s=now_s, half_life_s=self._half_life_s, work=work)
         self._prompts, self._grown = [], []
+
+    def is_early_round(self, now_s: float, *, num_unfinished: int, cost: StepCost) -> bool:
+        """Whether planning should not wait for its period."""
+        if self.learned_s:
+            return False
+        fresh = self._arrived(now_s)
+        work = work_ms(fresh, buckets=self.buckets, cost=cost)
+        return is_early_round(self.learned, fresh, num_unfinished=num_unfinished, work=work)
+
+    def _arrived(self, elapsed_s: float) -> Counts:
+        return counts_of(self.buckets, self._prompts, np.zeros(len(self._prompts)), observed_s=elapsed_s)
+
+    def decided(self) -> None:
+        """A decision was made on what is known now."""
+        self.learned = with_decision(self.learned)

@@ -116,6 +116,18 @@ def test_a_young_plan_is_left_its_time() -> None:
     assert grown.plan.version == 2
 
 
+def test_a_plan_made_before_a_change_of_traffic_may_go_at_once() -> None:
+    """However young it is; one made after the change is left its time."""
+    changed = _demand(80.0, long_share=0.02, seed=1)
+    made_ms = _later().plan.created_ms
+
+    before = plan(_later(demand=changed, now_ms=made_ms + 1, changed_ms=made_ms), SETTINGS)
+    after = plan(_later(demand=changed, now_ms=made_ms + 1, changed_ms=made_ms - 1), SETTINGS)
+
+    assert before.publish
+    assert not after.publish
+
+
 def test_narrow_traffic_falls_back_to_one_stage() -> None:
     """Where all requests are alike classes do not pay."""
     same = Demand.of_requests(BUCKETS, [1000] * 500, [100] * 500, duration_s=6.0)
