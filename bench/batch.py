@@ -132,14 +132,19 @@ async def memory(stack: Stack, folder: Path, *, num_lines: int) -> dict[str, Any
     """Peak memory of the client, of Redis beside it, and the rate."""
     write_lines(folder / "in.jsonl", num_lines)
     batch = Batch(folder, stack.redis_url)
-    peaks = {"client": 0, "redis": 0}
+    peaks, parts = {"client": 0, "redis": 0}, dict[int, float]()
     started_s = time.perf_counter()
     process = batch.start()
     pids = {"client": process.pid, "redis": stack.supervisor.children["redis"].pid}
+    answers = Lines(batch.out)
 
     def watch() -> None:
         for name, pid in pids.items():
             peaks[name] = max(peaks[name], resident_bytes(pid))
+        percent = 100 * answers.count() // num_lines
+        parts.update(
+            {at: peaks["client"] / 2**20 for at in (10, 25, 50, 75, 99) if at <= percent and at not in parts}
+        )
 
     code = await ended(process, watch)
     return {
@@ -147,10 +152,29 @@ async def memory(stack: Stack, folder: Path, *, num_lines: int) -> dict[str, Any
         "input_bytes": (folder / "in.jsonl").stat().st_size,
         "exit_code": code,
         "wall_s": time.perf_counter() - started_s,
+        "peak_client_mib_at_percent": parts,
         "peak_client_mib": peaks["client"] / 2**20,
         "peak_redis_mib": peaks["redis"] / 2**20,
         "last_run": batch.summary(),
     }
+
+
+class Lines:
+    """Counts the lines of a file that grows, reading each byte once."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._offset, self._count = path, 0, 0
+
+    def count(self) -> int:
+        """Lines by now."""
+        if not self._path.exists():
+            return 0
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            while chunk := file.read(1 << 20):
+                self._count += chunk.count(b"\n")
+                self._offset += len(chunk)
+        return self._count
 
 
 def resident_bytes(pid: int) -> int:

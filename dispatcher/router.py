@@ -88,6 +88,7 @@ class Router:
             priority_step_s=settings.priority_step_s,
             starvation_bound_s=settings.starvation_bound_s,
         )
+        score = queue_order.in_class(score, priority=priority, background_priority=settings.background_priority)
         chosen = route(prompt_tokens, self.plan, loads=self._loads)
         if len(self.plan.stages) == 1:
             return Place(stage="0", score=score)
