@@ -128,21 +128,24 @@ def give_back(
 
     Going on elsewhere or later costs a prefill of the length so far; going on here costs every step until its end
     β + γ·length. So while steps are beyond the bound those go back whose end is farther away than their prefill is
-    worth. While slots are short of those kept for newcomers the others go, too, those that gain most first. One
-    always stays, the one that would gain least.
+    worth. While slots or cache are short of what is kept for newcomers the others go, too, those that gain most
+    first. One always stays, the one that would gain least.
     """
     free = sorted((r for r in running if not r.is_fixed), key=lambda r: (-_gain_ms(r, cost), r.request_id))
     if len(free) == len(running):
         free = free[:-1]
     missing = _kept_slots(load, cost, limits) - _free_slots(load, cost)
+    capacity = load.kv_capacity_tokens or cost.kv_capacity_tokens
+    missing_tokens = load.kv_used_tokens - (1.0 - limits.free_share) * capacity if capacity else 0.0
     step_ms, allowed_ms = _step_ms(running, cost), limits.slowdown * _empty_step_ms(cost)
     is_slow = step_ms > limits.tolerance * allowed_ms
     gone: list[str] = []
     for request in free:
         relieves = is_slow and step_ms > allowed_ms and _gain_ms(request, cost) > 0.0
-        if not relieves and len(gone) >= missing:
+        if not relieves and len(gone) >= missing and missing_tokens <= 0.0:
             break
         gone.append(request.request_id)
+        missing_tokens -= request.length_tokens
         step_ms -= request.step_ms(cost)
     return tuple(gone)
 

@@ -46,6 +46,8 @@ def score(
     its prompt, so x is overtaken only by what arrives within that time (`longest_overtaking_ms`), a finite set.
     Lower priority values are served first, as in vLLM; each class is a head start of `priority_step_s`.
 
+    Background requests (`in_class`) may be passed over for as long as others come, but not beyond the bound.
+
     The bound holds for every pair: nothing that arrives `starvation_bound_s` later is served first, however
     long the prompt or low the class, since no offset lies outside ± half the bound.
     """

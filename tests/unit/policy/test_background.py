@@ -28,7 +28,8 @@ EMPTY_MS = COST.alpha_ms + COST.beta_ms
 
 
 def _load(num_running: int, context_tokens: int, **changes: object) -> WorkerLoad:
-    values = {"worker_id": "w", "kv_capacity_tokens": 400_000, "max_running": 64, "kv_used_tokens": context_tokens}
+    used = min(context_tokens, 400_000)
+    values = {"worker_id": "w", "kv_capacity_tokens": 400_000, "max_running": 64, "kv_used_tokens": used}
     return WorkerLoad(
         num_running=num_running,
         context_tokens=context_tokens,
@@ -147,8 +148,9 @@ def test_in_the_long_run_steps_and_prefills_together_stay_within_the_bound() -> 
         max_size=64,
     ),
     st.integers(0, 64),
+    st.integers(0, 400_000),
 )
-def test_giving_back_frees_slots_keeps_one_and_spares_what_would_lose(rows, others) -> None:
+def test_giving_back_frees_slots_keeps_one_and_spares_what_would_lose(rows, others, used) -> None:
     """Those kept for newcomers become free as far as there is background; fixed ones stay; never all go."""
     running = [
         RunningBackground(
@@ -160,7 +162,7 @@ def test_giving_back_frees_slots_keeps_one_and_spares_what_would_lose(rows, othe
         )
         for i, (n, left, a, fixed) in enumerate(rows)
     ]
-    load = _load(len(running) + others, 0)
+    load = _load(len(running) + others, used)
 
     gone = give_back(load, running, cost=COST, limits=LIMITS)
 
@@ -170,10 +172,13 @@ def test_giving_back_frees_slots_keeps_one_and_spares_what_would_lose(rows, othe
     free = max(0, 64 - load.num_running)
     can_go = len(running) - max(1, len(fixed))
     assert free + len(gone) >= min(16, free + can_go)
-    if len(gone) > max(0, 16 - free):  # more than the slots need: for the step's sake
+    by_id = {r.request_id: r for r in running}
+    before_tokens = used - sum(by_id[i].length_tokens for i in gone[:-1])
+    assert used - sum(by_id[i].length_tokens for i in gone) <= 300_000 or len(gone) == can_go
+    if len(gone) > max(0, 16 - free) and before_tokens <= 300_000:  # more than they need: for the step's sake
         slow_ms = sum(r.step_ms(COST) for r in running)
         assert slow_ms > LIMITS.slowdown * EMPTY_MS * LIMITS.tolerance
-        last = next(r for r in running if r.request_id == gone[-1])
+        last = by_id[gone[-1]]
         pays_ms = last.expected_remaining_tokens * last.step_ms(COST)
         assert last.awaits_prefill or pays_ms > COST.prefill_ms(last.length_tokens)
 
