@@ -64,7 +64,7 @@ def test_no_class_and_no_prompt_is_overtaken_beyond_the_starvation_bound(arrival
 
 @given(st.integers(0, 4 * 10**12), PROMPTS, st.integers(-100, 100), st.integers(-100, 101))
 def test_the_class_can_be_told_from_the_score_and_the_place_too(arrival, prompt, priority, threshold) -> None:
-    """For 100 years of the clock: background lies beyond, and without its mark it has its place among all others."""
+    """For 100 years of the clock: background lies beyond; without its mark it has its place among all others."""
     plain = score(arrival, prompt, ageing_tokens_per_s=RATE, priority=priority)
 
     marked = in_class(plain, priority=priority, background_priority=threshold)
