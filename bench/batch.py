@@ -199,7 +199,7 @@ async def latency(stack: Stack, folder: Path, given: argparse.Namespace) -> dict
         found["without"] = spread(await interactive(client, seconds=seconds, rate=rate))
         batch = Batch(folder, stack.redis_url, *options)
         process = batch.start()
-        await reached(batch, process, 200)
+        await reached(batch, process, 64)
         await asyncio.sleep(stack.settings.background_quiet_s + 5.0)  # it opens up, as overnight
         found["batch_alone_lines_per_s"] = await pace(batch, 20.0)
         found["first_10_s"] = spread(await interactive(client, seconds=10.0, rate=rate))
