@@ -61,7 +61,8 @@ class Router:
         done = counts.get("done", 0)
         expected = counts.get("output_tokens", 0) / done if done else _FIRST_GUESS_TOKENS
         if overview.plan.version == self.plan.version:
-            self._loads = stage_loads(overview, expected_output_tokens=expected, cost=cost)
+            quiet_ms = self._settings.background_quiet_s * 1000
+            self._loads = stage_loads(overview, expected_output_tokens=expected, cost=cost, quiet_ms=quiet_ms)
         self._workers = {}
         for load in overview.workers:
             if not load.is_draining:

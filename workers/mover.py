@@ -56,7 +56,7 @@ class Mover:
         own = state.load()
         request = ask(
             own,
-            num_waiting_anywhere=outlook.num_waiting,
+            num_waiting_anywhere=outlook.num_in_play,
             moves_in_flight=len(self._moves),
             last_move_ms=self._last_ask_ms,
             now_ms=_now_ms(),

@@ -220,6 +220,11 @@ class Reads:
         """When a request that is not background last came to this stage, by the server's clock, ms."""
         return Call(None, (), ("HGET", self.keys.foreground, stage), lambda r: None if r is None else int(r))
 
+    def all_foreground_ms(self) -> Call[dict[str, int]]:
+        """The same of every stage that one came to."""
+        args = ("HGETALL", self.keys.foreground)
+        return Call(None, (), args, lambda r: {stage: int(at_ms) for stage, at_ms in _hash(r).items()})
+
     def num_held(self, incarnation: str) -> Call[int]:
         """Requests that a worker incarnation runs at this very moment; its published load is older."""
         return Call(None, (), ("SCARD", self.keys.held(incarnation)), int)

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from l4queue.models import RequestState
+from l4queue.policy.cost import StepCost
 from l4queue.policy.queue_order import BACKGROUND
 from l4queue.policy.room import BackgroundRoom, Room, Waiting, choose
 from l4queue.protocol.calls import Verdict
+from l4queue.protocol.overview import QueueView, read_overview, stage_loads
 from l4queue.protocol.records import Hold
 from tests.conftest import SEED
 from tests.protocol.consistency import check
@@ -328,3 +330,24 @@ def test_only_what_is_not_background_is_noted_and_only_for_stages(scene: Scene) 
     assert scene.door.run(scene.reads.foreground_ms("0")) is None
     assert scene.door.run(scene.reads.num_foreground("0")) == 0
     assert scene.door.run(scene.reads.num_foreground("1")) == 1
+
+
+def test_what_is_held_back_is_out_of_play_for_those_who_weigh_queues(scene: Scene) -> None:
+    """Else a batch that waits would look like a stage that drains for ever, worth stealing from at any price."""
+    _background(scene, ("b1", 1, 30), ("b2", 2, 30))
+    cost = StepCost(alpha_ms=7.0, beta_ms=0.0, gamma_ms=0.0, pi_ms=1.0, psi_ms=0.0)
+
+    def looks(quiet_ms: float) -> tuple[QueueView | None, int, int]:
+        found = read_overview(scene.door, scene.keys.namespace)
+        (load,) = stage_loads(found, expected_output_tokens=0.0, cost=cost, quiet_ms=quiet_ms)
+        return found.queues["0"], load.queued_requests, load.queued_tokens
+
+    assert looks(60_000.0)[1:] == (2, 60), "nobody else has come"
+    scene.submit("a")
+    scene.route("a", token_ids=[1] * 3)
+
+    queue, number, tokens = looks(60_000.0)
+    assert queue is not None
+    assert (queue.num_requests, queue.tokens, queue.num_foreground) == (3, 63, 1)
+    assert (number, tokens) == (1, 21), "in proportion"
+    assert looks(0.0)[1:] == (3, 63)
