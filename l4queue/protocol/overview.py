@@ -21,7 +21,7 @@ __all__ = ("Overview", "QueueView", "cost_in_force", "read_overview", "read_over
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QueueView:
-    """What waits in one stage queue; `num_foreground` of it is not background, and such came at `foreground_ms`."""
+    """What waits in a stage queue; `num_foreground` of it is not background, last seen at `foreground_ms`."""
 
     num_requests: int
     tokens: int
