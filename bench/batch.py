@@ -132,14 +132,19 @@ async def memory(stack: Stack, folder: Path, *, num_lines: int) -> dict[str, Any
     """Peak memory of the client, of Redis beside it, and the rate."""
     write_lines(folder / "in.jsonl", num_lines)
     batch = Batch(folder, stack.redis_url)
-    peaks = {"client": 0, "redis": 0}
+    peaks, parts = {"client": 0, "redis": 0}, dict[int, float]()
     started_s = time.perf_counter()
     process = batch.start()
     pids = {"client": process.pid, "redis": stack.supervisor.children["redis"].pid}
+    answers = Lines(batch.out)
 
     def watch() -> None:
         for name, pid in pids.items():
             peaks[name] = max(peaks[name], resident_bytes(pid))
+        percent = 100 * answers.count() // num_lines
+        parts.update(
+            {at: peaks["client"] / 2**20 for at in (10, 25, 50, 75, 99) if at <= percent and at not in parts}
+        )
 
     code = await ended(process, watch)
     return {
@@ -147,10 +152,29 @@ async def memory(stack: Stack, folder: Path, *, num_lines: int) -> dict[str, Any
         "input_bytes": (folder / "in.jsonl").stat().st_size,
         "exit_code": code,
         "wall_s": time.perf_counter() - started_s,
+        "peak_client_mib_at_percent": parts,
         "peak_client_mib": peaks["client"] / 2**20,
         "peak_redis_mib": peaks["redis"] / 2**20,
         "last_run": batch.summary(),
     }
+
+
+class Lines:
+    """Counts the lines of a file that grows, reading each byte once."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._offset, self._count = path, 0, 0
+
+    def count(self) -> int:
+        """Lines by now."""
+        if not self._path.exists():
+            return 0
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            while chunk := file.read(1 << 20):
+                self._count += chunk.count(b"\n")
+                self._offset += len(chunk)
+        return self._count
 
 
 def resident_bytes(pid: int) -> int:
@@ -162,21 +186,22 @@ def resident_bytes(pid: int) -> int:
     return int(text.split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-async def latency(
-    stack: Stack, folder: Path, *, seconds: float, rate: float, batch_words: int, options: Sequence[str]
-) -> dict[str, Any]:
+async def latency(stack: Stack, folder: Path, given: argparse.Namespace) -> dict[str, Any]:
     """The same interactive arrivals without and with a batch that never ends meanwhile.
 
     `first_10_s` are those that come first after a time in which the batch had the workers for itself.
     """
-    write_lines(folder / "in.jsonl", 200_000, words=batch_words, max_tokens=200)
+    seconds, rate, options = given.seconds, given.rate, given.option
+    write_lines(folder / "in.jsonl", 200_000, words=given.batch_words, max_tokens=given.batch_tokens)
     found: dict[str, Any] = {"seconds": seconds, "rate_per_s": rate, "options": list(options)}
     async with AsyncClient(stack.redis_url, settings=stack.settings) as client:
         await interactive(client, seconds=10.0, rate=rate)
         found["without"] = spread(await interactive(client, seconds=seconds, rate=rate))
         batch = Batch(folder, stack.redis_url, *options)
         process = batch.start()
-        await reached(batch, process, 200)
+        await reached(batch, process, 64)
+        await asyncio.sleep(stack.settings.background_quiet_s + 5.0)  # it opens up, as overnight
+        found["batch_alone_lines_per_s"] = await pace(batch, 20.0)
         found["first_10_s"] = spread(await interactive(client, seconds=10.0, rate=rate))
         before, started_s = batch.num_answers(), time.perf_counter()
         found["with"] = spread(await interactive(client, seconds=seconds, rate=rate))
@@ -185,6 +210,13 @@ async def latency(
         found["exit_code"] = await ended(process)
     found["ratio"] = {k: found["with"][k] / found["without"][k] for k in found["with"] if k.endswith("_ms")}
     return found
+
+
+async def pace(batch: Batch, seconds: float) -> float:
+    """Lines a second by now."""
+    before, started_s = batch.num_answers(), time.perf_counter()
+    await asyncio.sleep(seconds)
+    return (batch.num_answers() - before) / (time.perf_counter() - started_s)
 
 
 async def interactive(client: AsyncClient, *, seconds: float, rate: float) -> list[Result]:
@@ -232,7 +264,10 @@ def environment(**values: str) -> Any:
 async def measure(given: argparse.Namespace) -> dict[str, Any]:
     """Start a deployment and run what was asked for in it."""
     speed = "1" if given.what == "latency" else "0"
-    with tempfile.TemporaryDirectory() as place, environment(emulated_speed=speed):
+    changes = {"emulated_speed": speed}
+    if given.unheld:
+        changes["background_priority"] = "1000"  # nothing is background: as before there was such a class
+    with tempfile.TemporaryDirectory() as place, environment(**changes):
         folder = Path(place)
         options = StackOptions(
             workers=given.workers, engine="emulated", model="tiny", flower=False, data_dir=folder, quiet=True
@@ -244,16 +279,10 @@ async def measure(given: argparse.Namespace) -> dict[str, Any]:
             elif given.what == "memory":
                 found = await memory(stack, folder, num_lines=given.lines or 1_000_000)
             else:
-                found = await latency(
-                    stack,
-                    folder,
-                    seconds=given.seconds,
-                    rate=given.rate,
-                    batch_words=given.batch_words,
-                    options=given.option,
-                )
+                found = await latency(stack, folder, given)
     machine = f"{os.cpu_count()} cores, {platform.platform()}, Python {platform.python_version()}"
-    return {"what": given.what, "workers": given.workers, **found, "machine": machine}
+    case = {"what": given.what, "workers": given.workers, "unheld": given.unheld}
+    return {**case, **found, "machine": machine}
 
 
 def main() -> None:
@@ -265,6 +294,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--rate", type=float, default=6.0, help="interactive requests per second")
     parser.add_argument("--batch-words", type=int, default=150, help="words of a prompt of the batch")
+    parser.add_argument("--batch-tokens", type=int, default=200, help="tokens that each line generates")
+    parser.add_argument("--unheld", action="store_true", help="workers do not hold the batch back")
     parser.add_argument("--option", action="append", default=[], help="passed to the batch command")
     print(json.dumps(asyncio.run(measure(parser.parse_args())), indent=1))
 

@@ -61,7 +61,8 @@ class Router:
         done = counts.get("done", 0)
         expected = counts.get("output_tokens", 0) / done if done else _FIRST_GUESS_TOKENS
         if overview.plan.version == self.plan.version:
-            self._loads = stage_loads(overview, expected_output_tokens=expected, cost=cost)
+            quiet_ms = self._settings.background_quiet_s * 1000
+            self._loads = stage_loads(overview, expected_output_tokens=expected, cost=cost, quiet_ms=quiet_ms)
         self._workers = {}
         for load in overview.workers:
             if not load.is_draining:
@@ -88,6 +89,7 @@ class Router:
             priority_step_s=settings.priority_step_s,
             starvation_bound_s=settings.starvation_bound_s,
         )
+        score = queue_order.in_class(score, priority=priority, background_priority=settings.background_priority)
         chosen = route(prompt_tokens, self.plan, loads=self._loads)
         if len(self.plan.stages) == 1:
             return Place(stage="0", score=score)

@@ -46,6 +46,16 @@ class Settings(BaseSettings):
         600.0, gt=0, description="nothing that arrives so much later is served first, whatever its priority, s"
     )
 
+    background_priority: int = Field(
+        100, description="requests of this priority and beyond are background: held back beside others"
+    )
+    background_slowdown: float = Field(
+        0.2, ge=0, description="share by which background requests may slow down others in an engine"
+    )
+    background_quiet_s: float = Field(
+        10.0, ge=0, description="so long after the last other request the background has a worker for itself, s"
+    )
+
     worker_id: str = Field("", description="stable name of this worker; empty: worker@host")
     engine: Literal["vllm", "emulated"] = Field("vllm", description="engine of the workers")
     cpu_cores: str = Field("", description="cores of the CPU engine, such as 0-3; empty: vLLM chooses")

@@ -15,7 +15,8 @@ from l4queue.policy.room import UNBOUNDED_TOKENS, Room, RoomLimits, give_way_ms,
 from l4queue.policy.steal import steal_waiting
 from l4queue.protocol.calls import Verdict
 from l4queue.protocol.keys import SOLO_STAGE, personal_stage
-from l4queue.protocol.records import Grant, Outcome, OutputEntry
+from l4queue.protocol.records import Grant, Hold, Outcome, OutputEntry
+from workers.background import BackgroundWork
 from workers.session import Session
 from workers.state import WorkerState
 from workers.writer import Writer
@@ -41,6 +42,7 @@ class Intake:
     def __init__(self, state: WorkerState, writer: Writer) -> None:
         self._state = state
         self._writer = writer
+        self._background = BackgroundWork(state, writer)
         self._solo_since_s: float | None = None
         self.personal_due = True  # something may wait for this worker alone
 
@@ -57,10 +59,12 @@ class Intake:
             return 1
         if await self._must_make_way():
             return 0
+        await self._background.make_way()
         room = self.room()
         if room.num_requests == 0:
             return 0
-        return await self._take(str(state.stage), room) or await self._steal(room)
+        hold = self._background.hold(room)
+        return await self._take(str(state.stage), room, hold=hold) or await self._steal(room, hold)
 
     def room(self) -> Room:
         """What may be taken now, by the policy."""
@@ -91,7 +95,13 @@ class Intake:
         return await self._take(personal_stage(state.worker_id), room, num_sharers=1)
 
     async def _take(
-        self, stage: str, room: Room, *, num_sharers: int | None = None, price: tuple[float, float] = (0.0, 0.0)
+        self,
+        stage: str,
+        room: Room,
+        *,
+        hold: Hold | None = None,
+        num_sharers: int | None = None,
+        price: tuple[float, float] = (0.0, 0.0),
     ) -> int:
         state = self._state
         call = state.calls.take(
@@ -109,14 +119,16 @@ class Intake:
             benefit_ms=price[0],
             cost_ms=price[1],
             longest_tokens=room.longest_tokens,
+            hold=hold or self._background.no_hold,
         )
         taken = await state.door.run(call)
         if taken.verdict is Verdict.LOST:  # the next heartbeat begins a new incarnation
             return 0
+        self._background.began(taken.grants)
         await self.start(taken.grants)
         return len(taken.grants)
 
-    async def _steal(self, room: Room) -> int:
+    async def _steal(self, room: Room, hold: Hold) -> int:
         """Take waiting requests of a sibling stage if the policy says that it pays."""
         state, outlook = self._state, self._state.outlook
         if len(state.plan.stages) < 2 or state.plan.routing is not Routing.L4:
@@ -135,11 +147,11 @@ class Intake:
             cost=state.cost,
             limits=state.steal_limits,
         )
-        if decision.stage is None or await state.door.run(state.reads.queue_length(str(state.stage))) > 0:
+        if decision.stage is None or await state.door.run(state.reads.num_foreground(str(state.stage))) > 0:
             return 0  # what waits here is only too long to begin now: stealing would put it off further
         price = (decision.benefit_ms, decision.cost_ms)
         taken = await self._take(
-            str(decision.stage), replace(room, num_requests=decision.num_requests), price=price
+            str(decision.stage), replace(room, num_requests=decision.num_requests), hold=hold, price=price
         )
         state.num_stolen += taken
         return taken

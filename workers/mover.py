@@ -56,7 +56,7 @@ class Mover:
         own = state.load()
         request = ask(
             own,
-            num_waiting_anywhere=outlook.num_waiting,
+            num_waiting_anywhere=outlook.num_in_play,
             moves_in_flight=len(self._moves),
             last_move_ms=self._last_ask_ms,
             now_ms=_now_ms(),
@@ -109,7 +109,7 @@ class Mover:
         decision = decide_handover(
             session.length_tokens,
             high_tokens=state.high_tokens,
-            expected_remaining_tokens=self._expected_remaining(session),
+            expected_remaining_tokens=state.expected_remaining(session),
             here=state.load(),
             there=there,
             cost=state.cost,
@@ -153,16 +153,9 @@ class Mover:
         return RunningRequest(
             request_id=session.request_id,
             length_tokens=session.length_tokens,
-            expected_remaining_tokens=self._expected_remaining(session),
+            expected_remaining_tokens=self._state.expected_remaining(session),
             came_from=session.came_from or None,
         )
-
-    def _expected_remaining(self, session: Session) -> float:
-        """All of it where nothing else can end the output; else by what others went on to generate."""
-        params, left = session.params, session.remaining_tokens
-        if params.ignore_eos and not params.stop and not params.stop_token_ids:
-            return float(left)
-        return self._state.outlook.outputs.expected_remaining(len(session.output_ids), limit=left)
 
 
 def _now_ms() -> int:

@@ -24,6 +24,7 @@ class Outlook:
 
     def __init__(self, *, settings: Settings, door: AsyncDoor, worker_id: str) -> None:
         self._namespace = settings.namespace
+        self._quiet_ms = settings.background_quiet_s * 1000
         self._door = door
         self._reads = Reads(Keys(settings.namespace))
         self._worker_id = worker_id
@@ -57,16 +58,25 @@ class Outlook:
             return 0
         return self.overview.inbox + sum(queue.num_requests for queue in self.overview.queues.values())
 
+    @property
+    def num_in_play(self) -> int:
+        """Requests that wait anywhere, without those of the background that are held back."""
+        if self.overview is None:
+            return 0
+        queues = [self.overview.in_play(stage, quiet_ms=self._quiet_ms) for stage in self.overview.queues]
+        return self.overview.inbox + sum(queue.num_requests for queue in queues if queue is not None)
+
     def num_queued(self, stage: int) -> int:
-        """Requests that wait in the queue of a stage."""
-        queue = self.overview.queues.get(str(stage)) if self.overview else None
+        """Requests in play that wait in the queue of a stage."""
+        queue = self.overview.in_play(str(stage), quiet_ms=self._quiet_ms) if self.overview else None
         return queue.num_requests if queue else 0
 
     def stage_loads(self, *, cost: StepCost) -> list[StageLoad]:
         """The load of every stage of the plan, by what its workers published and what waits for it."""
         if self.overview is None:
             return []
-        return stage_loads(self.overview, expected_output_tokens=self.outputs.mean_tokens, cost=cost)
+        expected = self.outputs.mean_tokens
+        return stage_loads(self.overview, expected_output_tokens=expected, cost=cost, quiet_ms=self._quiet_ms)
 
     def newcomer_stage(self, plan: Plan, *, cost: StepCost) -> int:
         """Where a worker that the plan does not know is needed most; it stays there until the next plan."""

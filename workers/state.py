@@ -190,6 +190,13 @@ class WorkerState:
         """Prompt tokens of the requests here that have no token yet."""
         return sum(s.length_tokens for s in list(self.sessions.values()) if s.awaits_first_token)
 
+    def expected_remaining(self, session: Session) -> float:
+        """Tokens it still generates: all where nothing else ends the output, else by what others went on to."""
+        params, left = session.params, session.remaining_tokens
+        if params.ignore_eos and not params.stop and not params.stop_token_ids:
+            return float(left)
+        return self.outlook.outputs.expected_remaining(len(session.output_ids), limit=left)
+
     def range_text(self, stage: int) -> str:
         """The range of a stage as people write it."""
         if stage >= len(self.plan.stages):

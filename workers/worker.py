@@ -99,7 +99,9 @@ class Worker:
         async with asyncio.timeout(self.settings.drain_s):
             await self._mover.finish()
             await self._chores.finish()
-            await self._writer.give_back(blame=isinstance(failure, EngineDied))
+            has_died = isinstance(failure, EngineDied)
+            why = "engine died" if has_died else "worker stops"
+            await self._writer.give_back(list(state.sessions.values()), why=why, blame=has_died)
             await state.lease.end()
         if failure is not None:
             raise failure

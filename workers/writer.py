@@ -51,15 +51,14 @@ class Writer:
                 lost.append(write.session)
         await self._state.drop(lost)
 
-    async def give_back(self, *, blame: bool) -> None:
-        """Return every running request with its progress: at a stop without blame, after a crash with it."""
+    async def give_back(self, sessions: Sequence[Session], *, why: str, blame: bool = False) -> None:
+        """Return these running requests with their progress; after a crash of the engine with blame."""
         state = self._state
-        sessions = list(state.sessions.values())
         if not sessions:
             return
         await state.abort(sessions)
         await self.flush(sessions)
-        left = list(state.sessions.values())
+        left = [session for session in sessions if session.engine_id in state.sessions]
         calls = [
             state.calls.release(
                 session.request_id,
@@ -71,9 +70,9 @@ class Writer:
         ]
         await state.door.run_many(calls)
         for session in left:
-            state.sessions.pop(session.engine_id, None)
-            state.observer.request_moved(state.view(session), why="engine died" if blame else "worker stops")
-        log.info("gave back %d requests", len(left))
+            if state.sessions.pop(session.engine_id, None) is not None:
+                state.observer.request_moved(state.view(session), why=why)
+        log.info("gave back %d requests: %s", len(left), why)
 
     async def refuse(self, grant: Grant, outcome: Outcome) -> None:
         """Settle a request that cannot even start."""

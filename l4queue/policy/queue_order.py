@@ -2,7 +2,28 @@
 
 from __future__ import annotations
 
-__all__ = ("longest_overtaking_ms", "score")
+__all__ = ("BACKGROUND", "background_overdue_ms", "in_class", "longest_overtaking_ms", "score")
+
+BACKGROUND = 2.0**50
+"""Added to the score of background requests. It is far beyond any clock, and leaves eighths of a ms exact."""
+
+
+def in_class(score: float, *, priority: int, background_priority: int) -> float:
+    """The score that carries the class: BACKGROUND more for a request of `background_priority` or beyond.
+
+    So the two classes lie apart in one sorted set, and a worker that takes none of the background looks at none.
+    The order among what may be taken is that of the scores without it.
+    """
+    return score + BACKGROUND if priority >= background_priority else score
+
+
+def background_overdue_ms(starvation_bound_s: float) -> float:
+    """How long after its score a background request counts as any other, so that the bound holds for it, too.
+
+    Its score is at most half the bound after its arrival. What arrives the whole bound later finds it overdue, and
+    of a higher score is served after it.
+    """
+    return starvation_bound_s * 500.0
 
 
 def score(
@@ -24,6 +45,8 @@ def score(
     arrival(x) + prompt(x)·ms_per_token + (priority(x) - priority(y))·step has a score above that of x whatever
     its prompt, so x is overtaken only by what arrives within that time (`longest_overtaking_ms`), a finite set.
     Lower priority values are served first, as in vLLM; each class is a head start of `priority_step_s`.
+
+    Background requests (`in_class`) may be passed over for as long as others come, but not beyond the bound.
 
     The bound holds for every pair: nothing that arrives `starvation_bound_s` later is served first, however
     long the prompt or low the class, since no offset lies outside ± half the bound.

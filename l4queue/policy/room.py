@@ -12,6 +12,7 @@ from l4queue.policy.loads import decode_step_ms
 
 __all__ = (
     "UNBOUNDED_TOKENS",
+    "BackgroundRoom",
     "Pull",
     "Room",
     "RoomLimits",
@@ -75,15 +76,29 @@ class Waiting:
 
     request_id: str
     length_tokens: int
+    is_background: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackgroundRoom:
+    """At most so many background requests, none longer than `longest_tokens` but the first of an idle worker."""
+
+    num_requests: int
+    longest_tokens: int
+    reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pull:
-    """How many of the waiting requests to take, from the head, and what stopped it."""
+    """Which of the waiting requests to take, and what stopped it: from the head, but for background ones."""
 
-    num_requests: int
+    request_ids: tuple[str, ...]
     tokens: int
     reason: str
+
+    @property
+    def num_requests(self) -> int:
+        return len(self.request_ids)
 
 
 def bearable_prefill_ms(
@@ -165,28 +180,42 @@ def room_of(
     )
 
 
-def choose(room: Room, waiting: Sequence[Waiting]) -> Pull:
-    """Take from the head while there is room. Never skips: the next in order must not starve behind small ones."""
-    taken = tokens = prefill = 0
+def choose(room: Room, waiting: Sequence[Waiting], *, background: BackgroundRoom | None = None) -> Pull:
+    """Take in this order while there is room: the rule of the script `take`.
+
+    Never skips: the next in order must not starve behind small ones. Only a background request that may not be
+    taken is passed over, and so are those behind it. `background` None: as all others.
+    """
+    taken: list[str] = []
+    tokens = prefill = 0
+    number = room.num_requests if background is None else background.num_requests
+    longest = UNBOUNDED_TOKENS if background is None else background.longest_tokens
     reason = room.reason if room.num_requests == 0 else "queue empty"
     for request in waiting:
-        if taken >= room.num_requests:
+        if len(taken) >= room.num_requests:
             reason = room.reason if room.num_requests == 0 else "slots"
             break
+        if request.is_background and number <= 0:
+            continue
+        needs, is_first = request.length_tokens + room.growth_tokens, room.is_idle and not taken
+        stop = None
         if taken and prefill >= room.prefill_tokens:
-            reason = "prefill budget"
+            stop = "prefill budget"
+        elif request.length_tokens > room.longest_tokens and not is_first:
+            stop = "what runs ends first"
+        elif tokens + needs > room.kv_tokens and not is_first:
+            stop = "cache"
+        if request.is_background and (stop or (request.length_tokens > longest and not is_first)):
+            number = 0
+            continue
+        if stop:
+            reason = stop
             break
-        if request.length_tokens > room.longest_tokens and not (room.is_idle and taken == 0):
-            reason = "what runs ends first"
-            break
-        needs = request.length_tokens + room.growth_tokens
-        if tokens + needs > room.kv_tokens and not (room.is_idle and taken == 0):
-            reason = "cache"
-            break
-        taken += 1
+        taken.append(request.request_id)
         tokens += needs
         prefill += request.length_tokens
-    return Pull(num_requests=taken, tokens=tokens, reason=reason)
+        number -= request.is_background
+    return Pull(request_ids=tuple(taken), tokens=tokens, reason=reason)
 
 
 def _bound_by_running(

@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 
 from l4queue.policy.room import UNBOUNDED_TOKENS
 from l4queue.protocol.keys import Keys
-from l4queue.protocol.records import Grant, Outcome, TokenLogprobs, pack_ids, pack_logprobs
+from l4queue.protocol.records import NO_HOLD, Grant, Hold, Outcome, TokenLogprobs, pack_ids, pack_logprobs
 
 __all__ = ("Arg", "Call", "Calls", "Migrated", "Move", "MoveKind", "Reaped", "SubmitReply", "Taken", "Verdict")
 
@@ -217,20 +217,22 @@ class Calls:
         benefit_ms: float = 0.0,
         cost_ms: float = 0.0,
         longest_tokens: int = UNBOUNDED_TOKENS,
+        hold: Hold = NO_HOLD,
     ) -> Call[Taken]:
         """Lease waiting requests while they fit `room_tokens`, each with `reserve_tokens` to grow.
 
         The request that exceeds `prefill_tokens` is the last, one longer than `longest_tokens` is not taken; an
         idle worker's first one always fits. The same rule as `l4queue.policy.room.choose`. Of several sharers
-        each takes half its share at a time. What is taken from another stage than `own_stage` counts as stolen,
-        for the predicted benefit and cost.
+        each takes half its share of each class at a time. What is taken from another stage than `own_stage` counts
+        as stolen, for the predicted benefit and cost.
         """
         k = self.keys
         keys = (k.queue(stage), k.worker(incarnation), k.held(incarnation), k.workers)
         room = (max_requests, room_tokens, reserve_tokens)
         args = (incarnation, nonce, *room, worker_id, stage, prefill_tokens, int(is_idle), num_sharers)
         home = (stage if own_stage is None else own_stage, f"{benefit_ms:.3f}", f"{cost_ms:.3f}")
-        return Call("take", keys, (*args, *home, longest_tokens), _taken)
+        held = (round(hold.for_ms), hold.max_requests, hold.longest_tokens, round(hold.overdue_ms))
+        return Call("take", keys, (*args, *home, longest_tokens, *held), _taken)
 
     def emit(
         self,

@@ -44,6 +44,10 @@ class Keys:
         return self.prefix + "backlog"
 
     @property
+    def foreground(self) -> str:
+        return self.prefix + "foreground"
+
+    @property
     def hist(self) -> str:
         return self.prefix + "hist"
 

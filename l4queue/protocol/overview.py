@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from l4queue.config import Settings
@@ -21,10 +21,19 @@ __all__ = ("Overview", "QueueView", "cost_in_force", "read_overview", "read_over
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QueueView:
-    """What waits in one stage queue."""
+    """What waits in a stage queue; `num_foreground` of it is not background, last seen at `foreground_ms`."""
 
     num_requests: int
     tokens: int
+    num_foreground: int = 0
+    foreground_ms: int | None = None
+
+    def in_play(self, *, now_ms: int, quiet_ms: float) -> QueueView:
+        """Without the background while it is held back; the tokens in proportion."""
+        if self.foreground_ms is None or now_ms - self.foreground_ms >= quiet_ms or not self.num_requests:
+            return self
+        tokens = round(self.tokens * self.num_foreground / self.num_requests)
+        return replace(self, num_requests=self.num_foreground, tokens=tokens)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +47,11 @@ class Overview:
     queues: dict[str, QueueView]
     inbox: int
     counts: dict[str, int]
+
+    def in_play(self, stage: str, *, quiet_ms: float) -> QueueView | None:
+        """What waits in a queue and may be taken: background only after `quiet_ms` without other requests."""
+        queue = self.queues.get(stage)
+        return None if queue is None else queue.in_play(now_ms=self.now_ms, quiet_ms=quiet_ms)
 
 
 def read_overview(door: Door, namespace: str) -> Overview:
@@ -56,15 +70,19 @@ async def read_overview_async(door: AsyncDoor, namespace: str) -> Overview:
     return _assemble(first, second)
 
 
-def stage_loads(overview: Overview, *, expected_output_tokens: float, cost: StepCost) -> list[StageLoad]:
+def stage_loads(
+    overview: Overview, *, expected_output_tokens: float, cost: StepCost, quiet_ms: float
+) -> list[StageLoad]:
     """The load of every stage of the plan, by what its workers published and what waits for it.
+
+    Background counts only where no other request came for `quiet_ms`: until then it is held back.
 
     A worker counts for the stage that the plan gives it, even if its latest news is older than the plan.
     """
     loads = []
     known = {i: index for index, stage in enumerate(overview.plan.stages) for i in stage.worker_ids}
     for index in range(len(overview.plan.stages)):
-        queue = overview.queues.get(str(index))
+        queue = overview.in_play(str(index), quiet_ms=quiet_ms)
         loads.append(
             stage_load(
                 index,
@@ -95,24 +113,31 @@ def _first(keys: Keys) -> list[Call[Any]]:
         reads.backlog(),
         reads.counts(),
         reads.inbox_length(),
+        reads.all_foreground_ms(),
     ]
 
 
 def _second(keys: Keys, first: list[Any]) -> list[Call[Any]]:
     reads = Reads(keys)
-    _, _, incarnations, backlog, _, _ = first
-    calls = [reads.worker(name, expires_ms) for name, expires_ms in incarnations]
-    return calls + [reads.queue_length(stage) for stage in backlog]
+    _, _, incarnations, backlog, _, _, _ = first
+    calls: list[Call[Any]] = [reads.worker(name, expires_ms) for name, expires_ms in incarnations]
+    calls += [reads.queue_length(stage) for stage in backlog]
+    return calls + [reads.num_foreground(stage) for stage in backlog]
 
 
 def _assemble(first: list[Any], second: list[Any]) -> Overview:
-    now_ms, (version, body), incarnations, backlog, counts, inbox = first
+    now_ms, (version, body), incarnations, backlog, counts, inbox, came_ms = first
     num_workers = len(incarnations)
     views: list[WorkerView] = [view for view in second[:num_workers] if view is not None]
-    lengths = second[num_workers:]
+    lengths, others = second[num_workers:][: len(backlog)], second[num_workers:][len(backlog) :]
     queues = {
-        stage: QueueView(num_requests=length, tokens=max(0, int(tokens)))
-        for (stage, tokens), length in zip(backlog.items(), lengths, strict=True)
+        stage: QueueView(
+            num_requests=length,
+            tokens=max(0, int(tokens)),
+            num_foreground=other,
+            foreground_ms=came_ms.get(stage),
+        )
+        for (stage, tokens), length, other in zip(backlog.items(), lengths, others, strict=True)
         if length or stage != SOLO_STAGE
     }
     alive = sorted((v for v in views if v.expires_ms > now_ms), key=lambda v: (v.worker_id, v.incarnation))

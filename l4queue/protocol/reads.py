@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from l4queue.models import WorkerLoad
+from l4queue.policy.queue_order import BACKGROUND
 from l4queue.protocol.calls import Call
 from l4queue.protocol.keys import Keys
 from l4queue.protocol.records import OutputEntry, RequestRecord
@@ -209,6 +210,20 @@ class Reads:
     def queue_length(self, stage: str) -> Call[int]:
         """Waiting requests of one stage."""
         return Call(None, (), ("ZCARD", self.keys.queue(stage)), int)
+
+    def num_foreground(self, stage: str) -> Call[int]:
+        """Waiting requests of one stage but for background ones."""
+        args = ("ZCOUNT", self.keys.queue(stage), "-inf", f"({BACKGROUND:.0f}")
+        return Call(None, (), args, int)
+
+    def foreground_ms(self, stage: str) -> Call[int | None]:
+        """When a request that is not background last came to this stage, by the server's clock, ms."""
+        return Call(None, (), ("HGET", self.keys.foreground, stage), lambda r: None if r is None else int(r))
+
+    def all_foreground_ms(self) -> Call[dict[str, int]]:
+        """The same of every stage that one came to."""
+        args = ("HGETALL", self.keys.foreground)
+        return Call(None, (), args, lambda r: {stage: int(at_ms) for stage, at_ms in _hash(r).items()})
 
     def num_held(self, incarnation: str) -> Call[int]:
         """Requests that a worker incarnation runs at this very moment; its published load is older."""

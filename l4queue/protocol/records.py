@@ -9,9 +9,12 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from l4queue.models import RequestState
+from l4queue.policy.room import UNBOUNDED_TOKENS
 
 __all__ = (
+    "NO_HOLD",
     "Grant",
+    "Hold",
     "Outcome",
     "OutputEntry",
     "RequestRecord",
@@ -88,6 +91,24 @@ def logprob_rows(pairs: Sequence[tuple[int, float]], *, width: int) -> tuple[Tok
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Hold:
+    """How `take` treats background requests.
+
+    While another request came to the taker's stage less than `for_ms` ago it takes at most `max_requests` of them,
+    none longer than `longest_tokens`. One that has waited `overdue_ms` longer than its place in the order says
+    counts as any other.
+    """
+
+    for_ms: float = 0.0
+    max_requests: int = 0
+    longest_tokens: int = UNBOUNDED_TOKENS
+    overdue_ms: float = 0.0
+
+
+NO_HOLD = Hold()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Grant:
     """A lease on one request: what a worker needs to compute it from `offset` on."""
 
@@ -104,6 +125,7 @@ class Grant:
     stage: str
     came_from: str = ""  # the worker that had it before
     kv: str = ""  # ticket of its KV cache, from a hand-over
+    is_background: bool = False  # nobody waits for it; one that has waited for too long is no longer background
 
     @classmethod
     def parse(cls, row: Sequence[bytes]) -> Grant:
@@ -122,6 +144,7 @@ class Grant:
             stage=row[10].decode(),
             came_from=row[11].decode(),
             kv=row[12].decode(),
+            is_background=row[13] == b"1",
         )
 
 

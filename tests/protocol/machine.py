@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from l4queue.models import TERMINAL, RequestState
+from l4queue.policy.queue_order import BACKGROUND
 from l4queue.protocol.calls import Call, Move, MoveKind, Verdict
 from l4queue.protocol.door import Door
 from l4queue.protocol.keys import SOLO_STAGE, personal_stage
-from l4queue.protocol.records import Outcome
+from l4queue.protocol.records import Hold, Outcome
 from tests.protocol.consistency import check
 from tests.protocol.model import MAX_CRASHES, Held, Lease, Model, Req
 from tests.protocol.scene import Scene
@@ -27,6 +28,9 @@ WORKERS = st.sampled_from(NAMES)
 STAGES = st.sampled_from(["0", "1"])
 COUNTS = st.sampled_from([1, 2, 3, 0])
 RARELY = st.sampled_from([False, False, False, True])
+PLACES = st.sampled_from([0.0, 1.0, 2.0, 3.0, BACKGROUND, BACKGROUND + 1.0, BACKGROUND + 2.0])
+TIMES_MS = st.sampled_from([10**13, 10**13, 10**13, 0])  # longer ago than any score, and now
+HOLDS = st.builds(Hold, for_ms=TIMES_MS, max_requests=st.sampled_from([0, 0, 1, 2]), overdue_ms=TIMES_MS)
 SHIFTS = st.sampled_from([0, 0, 0, 0, -1, 1])
 TARGETS = st.sampled_from(["", "", "0", "1", *PERSONAL])
 HIGHS = st.sampled_from([(), (0,), (3,), (4,), (5,)])
@@ -70,12 +74,12 @@ class ProtocolMachine(RuleBasedStateMachine):
         charge=st.integers(1, 30),
         digest=st.sampled_from(["", "x"]),
         stage=st.sampled_from(["0", "1", "0", "1", *PERSONAL]),
-        score=st.integers(0, 3),
+        score=PLACES,
         again=RARELY,
         waits=RARELY,
     )
     def arrive(
-        self, *, data: st.DataObject, charge: int, digest: str, stage: str, score: int, again: bool, waits: bool
+        self, *, data: st.DataObject, charge: int, digest: str, stage: str, score: float, again: bool, waits: bool
     ) -> None:
         """A request comes in, or once more; most are routed at once (some pushed to one worker), some twice."""
         request_id = f"r{len(self.reqs)}"
@@ -117,7 +121,7 @@ class ProtocolMachine(RuleBasedStateMachine):
         return f"r{data.draw(st.integers(0, max(0, len(self.reqs) - 1)))}"
 
     # dispatchers --------------------------------------------------------------------------------
-    def _route(self, request_id: str, stage: str, score: int, *, tokens: int, refuse: bool = False) -> None:
+    def _route(self, request_id: str, stage: str, score: float, *, tokens: int, refuse: bool = False) -> None:
         req, entry = self.reqs.get(request_id), self.entries.get(request_id, "1-1")
         is_first = req is not None and req.state is S.SUBMITTED
         expected = Verdict.OK if is_first else Verdict.DUP
@@ -133,6 +137,8 @@ class ProtocolMachine(RuleBasedStateMachine):
         if is_first and req is not None:
             req.state, req.stage, req.score = S.QUEUED, stage, float(score)
             req.tokens, req.charge = tokens, tokens + 6
+            if score < BACKGROUND and stage not in PERSONAL:
+                self.model.foreground.add(stage)
 
     # workers ------------------------------------------------------------------------------------
     @initialize()
@@ -148,9 +154,27 @@ class ProtocolMachine(RuleBasedStateMachine):
             lease = leases.setdefault(worker, Lease())
             lease.is_lapsed, lease.graces = False, 0
 
-    @rule(worker=WORKERS, stage=STAGES, home=STAGES, anywhere=RARELY, most=COUNTS, lost=RARELY, again=RARELY)
+    @rule(
+        worker=WORKERS,
+        stage=STAGES,
+        home=STAGES,
+        anywhere=RARELY,
+        most=COUNTS,
+        hold=HOLDS,
+        lost=RARELY,
+        again=RARELY,
+    )
     def take(
-        self, *, worker: str, stage: str, home: str, anywhere: bool, most: int, lost: bool, again: bool
+        self,
+        *,
+        worker: str,
+        stage: str,
+        home: str,
+        anywhere: bool,
+        most: int,
+        hold: Hold,
+        lost: bool,
+        again: bool,
     ) -> None:
         """A worker takes where something waits, its own queue included; it may lose the reply and ask again."""
         if not anywhere:  # whoever has something in its own queue comes first
@@ -160,19 +184,27 @@ class ProtocolMachine(RuleBasedStateMachine):
         if waiting and not anywhere:
             stage = waiting[0]
         self.num_nonces += 1
-        self._take(worker, stage, most, nonce=f"n{self.num_nonces}", home=home, is_lost=lost)
+        self._take(worker, stage, most, nonce=f"n{self.num_nonces}", home=home, hold=hold, is_lost=lost)
         lease = self.model.leases.get(worker)
         if again and lease is not None and lease.nonce:
-            self._take(worker, stage, 3, nonce=lease.nonce, home=home, is_lost=False)
+            self._take(worker, stage, 3, nonce=lease.nonce, home=home, hold=hold, is_lost=False)
 
-    def _take(self, worker: str, stage: str, most: int, *, nonce: str, home: str, is_lost: bool) -> None:
-        expected = self.model.take(worker, stage, most, nonce=nonce, home=home)
-        taken = self.scene.take(worker, stage, nonce=nonce, max_requests=most, own_stage=home)
+    def _take(
+        self, worker: str, stage: str, most: int, *, nonce: str, home: str, hold: Hold, is_lost: bool
+    ) -> None:
+        expected = self.model.take(worker, stage, most, nonce=nonce, home=home, hold=hold)
+        taken = self.scene.take(worker, stage, nonce=nonce, max_requests=most, own_stage=home, hold=hold)
         if expected is None:
             assert taken.verdict is Verdict.LOST
             return
-        told = [(i, e, r.offset, r.stage, r.kv, r.came_from) for i, e in expected for r in (self.reqs[i],)]
-        found = [(g.request_id, g.epoch, g.offset, g.stage, g.kv, g.came_from) for g in taken.grants]
+        told = [
+            (i, e, r.offset, r.stage, r.kv, r.came_from, hold.overdue_ms > 0 and r.score >= BACKGROUND)
+            for i, e in expected
+            for r in (self.reqs[i],)
+        ]
+        found = [
+            (g.request_id, g.epoch, g.offset, g.stage, g.kv, g.came_from, g.is_background) for g in taken.grants
+        ]
         assert found == told
         if not is_lost:
             self.grants += [Held(g.request_id, worker, g.epoch, g.offset) for g in taken.grants]

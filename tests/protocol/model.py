@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from l4queue.models import TERMINAL, RequestState
+from l4queue.policy.queue_order import BACKGROUND
 from l4queue.protocol.calls import Move, MoveKind, Verdict
 from l4queue.protocol.keys import SOLO_STAGE, is_personal
+from l4queue.protocol.records import NO_HOLD, Hold
 
 __all__ = ("MAX_CRASHES", "MAX_GRACES", "Held", "Lease", "Model", "Req")
 
@@ -68,12 +70,21 @@ class Model:
         self.reqs: dict[str, Req] = {}
         self.leases: dict[str, Lease] = {}
         self.counts: Counter[str] = Counter()
+        self.foreground: set[str] = set()  # stages to which a request came that is not background
 
     # looking ------------------------------------------------------------------------------------
     def waiting(self, stage: str) -> list[str]:
         """Ids in one queue, in serving order."""
         here = [(r.score, i) for i, r in self.reqs.items() if r.state is S.QUEUED and r.stage == stage]
         return [i for _, i in sorted(here)]
+
+    def in_order(self, stage: str) -> list[str]:
+        """The same as a worker goes through them: background requests in their place by arrival."""
+        places = {i: (self.reqs[i].score, 0, i) for i in self.waiting(stage)}
+        for i, (score, _, _) in places.items():
+            if score >= BACKGROUND:
+                places[i] = (score - BACKGROUND, 1, i)
+        return sorted(places, key=lambda i: places[i])
 
     def held(self, worker: str) -> set[str]:
         """Ids under a worker's lease."""
@@ -169,8 +180,13 @@ class Model:
         return num_moved, len(seen)
 
     # going on -----------------------------------------------------------------------------------
-    def take(self, worker: str, stage: str, most: int, *, nonce: str, home: str) -> list[tuple[str, int]] | None:
-        """Grants (id, epoch) of a worker whose own stage is `home`; None: it has no lease."""
+    def take(
+        self, worker: str, stage: str, most: int, *, nonce: str, home: str, hold: Hold = NO_HOLD
+    ) -> list[tuple[str, int]] | None:
+        """Grants (id, epoch) of a worker whose own stage is `home`; None: it has no lease.
+
+        All scores lie long ago: `hold.overdue_ms` is either nothing, or longer than any time that has passed.
+        """
         lease = self.leases.get(worker)
         if lease is None:
             return None
@@ -183,10 +199,19 @@ class Model:
             return []
         lease.alone = None
         lease.nonce, lease.granted = nonce, []
-        for request_id in self.waiting(stage)[: min(most, 1) if stage == SOLO_STAGE else most]:
+        most = min(most, 1) if stage == SOLO_STAGE else most
+        is_holding = hold.overdue_ms > 0 and hold.for_ms > 0 and home in self.foreground
+        background = hold.max_requests if is_holding else most
+        for request_id in self.in_order(stage):
+            is_background = hold.overdue_ms > 0 and self.reqs[request_id].score >= BACKGROUND
+            if len(lease.granted) >= most:
+                break
+            if is_background and background <= 0:
+                continue
             if self.reqs[request_id].is_late:
                 self.end(request_id, S.EXPIRED)
                 continue
+            background -= is_background
             lease.granted.append((request_id, self._grant(request_id, worker, stage, home)))
             lease.alone = request_id if stage == SOLO_STAGE else None
         return lease.granted

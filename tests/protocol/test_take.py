@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from l4queue.models import RequestState
-from l4queue.policy.room import Room, Waiting, choose
+from l4queue.policy.cost import StepCost
+from l4queue.policy.queue_order import BACKGROUND
+from l4queue.policy.room import BackgroundRoom, Room, Waiting, choose
 from l4queue.protocol.calls import Verdict
+from l4queue.protocol.overview import QueueView, read_overview, stage_loads
+from l4queue.protocol.records import Hold
 from tests.conftest import SEED
 from tests.protocol.consistency import check
 from tests.protocol.scene import Scene
@@ -167,9 +173,11 @@ def test_room_is_used_as_the_policy_decides(scene: Scene, case: int) -> None:
         waiting = []
         for i in range(int(rng.integers(0, 7))):
             request_id, tokens = f"{turn}-{i}", int(rng.integers(1, 9))
+            is_background = bool(rng.integers(2))
+            score = float(i) + (BACKGROUND if is_background else 0.0)
             scene.submit(request_id, max_live_tokens=10**9)
-            scene.route(request_id, stage=stage, score=float(i), token_ids=[1] * tokens)
-            waiting.append(Waiting(request_id=request_id, length_tokens=tokens))
+            scene.route(request_id, stage=stage, score=score, token_ids=[1] * tokens)
+            waiting.append(Waiting(request_id=request_id, length_tokens=tokens, is_background=is_background))
         room = Room(
             num_requests=int(rng.integers(0, 6)),
             kv_tokens=int(rng.integers(0, 30)),
@@ -179,7 +187,11 @@ def test_room_is_used_as_the_policy_decides(scene: Scene, case: int) -> None:
             reason="any",
             longest_tokens=int(rng.integers(2, 12)),
         )
-        expected = [w.request_id for w in waiting[: choose(room, waiting).num_requests]]
+        background = BackgroundRoom(
+            num_requests=int(rng.integers(0, 4)), longest_tokens=int(rng.integers(1, 12)), reason="any"
+        )
+        came = any(not w.is_background for w in waiting)
+        expected = list(choose(room, waiting, background=background if came else None).request_ids)
 
         taken = scene.take(
             worker,
@@ -190,7 +202,152 @@ def test_room_is_used_as_the_policy_decides(scene: Scene, case: int) -> None:
             prefill_tokens=room.prefill_tokens,
             is_idle=room.is_idle,
             longest_tokens=room.longest_tokens,
+            hold=Hold(
+                for_ms=60_000,
+                max_requests=background.num_requests,
+                longest_tokens=background.longest_tokens,
+                overdue_ms=10**13,
+            ),
         )
 
         assert [g.request_id for g in taken.grants] == expected, room
     check(scene)
+
+
+HELD = Hold(for_ms=60_000.0, overdue_ms=60_000.0)
+"""While another request came within a minute: no background request, but for those a minute overdue."""
+
+
+def _now_ms(scene: Scene) -> float:
+    return float(scene.door.run(scene.reads.server_time_ms()))
+
+
+def _background(scene: Scene, *requests: tuple[str, float, int]) -> None:
+    now_ms = _now_ms(scene)
+    _queue(scene, *((request_id, BACKGROUND + now_ms + score, tokens) for request_id, score, tokens in requests))
+
+
+def test_background_is_held_back_only_while_others_come_to_the_stage(scene: Scene) -> None:
+    """Nobody else has ever come: all of it. Another came just now: none. Another came to another stage: all."""
+    scene.register()
+    _background(scene, ("b1", 1, 1), ("b2", 2, 1))
+    assert _taken(scene, hold=HELD, max_requests=1) == ["b1"]
+    scene.submit("a")
+    scene.route("a", score=1.0)
+
+    assert _taken(scene, hold=HELD) == ["a"]
+    assert _taken(scene, hold=HELD) == []
+    assert _taken(scene, hold=replace(HELD, max_requests=1)) == ["b2"]
+    _background(scene, ("b3", 1, 1))
+    assert _taken(scene, hold=HELD, own_stage="1") == ["b3"], "what counts is the taker's own stage"
+    check(scene)
+
+
+def test_background_that_is_held_back_holds_up_nobody(scene: Scene) -> None:
+    """Not by its place at the head, nor by its length, nor by its share of what may be taken."""
+    scene.register()
+    _background(scene, *((f"b{i}", -1000.0 - i, 50) for i in range(9)))
+    _queue(scene, ("a", _now_ms(scene), 1), ("c", _now_ms(scene) + 5, 1))
+
+    for hold in (HELD, replace(HELD, max_requests=9, longest_tokens=49)):
+        assert _taken(scene, max_requests=1, is_idle=False, hold=hold)[0] in "ac"
+    assert _taken(scene, hold=HELD) == []
+    assert scene.backlog()["0"] == 450
+    check(scene)
+
+
+def test_background_that_finds_no_room_holds_up_nobody_either(scene: Scene) -> None:
+    """An ordinary request that does not fit ends the take; a background one is passed over."""
+    scene.register()
+    _background(scene, ("b", -1000.0, 50))
+    _queue(scene, ("a", _now_ms(scene), 1))
+
+    full = {"is_idle": False, "room_tokens": 20, "reserve_tokens": 1}
+    assert _taken(scene, **full) == [], "overdue: it counts as an ordinary one"
+    assert _taken(scene, **full, hold=Hold(overdue_ms=60_000.0)) == ["a"]
+    check(scene)
+
+
+def test_the_order_of_both_classes_is_by_score_without_the_class(scene: Scene) -> None:
+    """Background has its place among all others; ties go to the others."""
+    scene.register()
+    now_ms = _now_ms(scene)
+    _background(scene, ("b1", 10, 1), ("b2", 30, 1), ("b3", 30, 1))
+    _queue(scene, ("a1", now_ms + 5, 1), ("a2", now_ms + 30, 1), ("a3", now_ms + 99, 1))
+    now_ms = _now_ms(scene) - now_ms  # the clock went on between the two
+
+    assert _taken(scene) in (["a1", "b1", "a2", "b2", "b3", "a3"], ["a1", "a2", "b1", "b2", "b3", "a3"])
+
+
+def test_overdue_background_is_served_as_all_others(scene: Scene) -> None:
+    """It counts as none, is taken in its place, and is not told to be background any more."""
+    scene.register()
+    _background(scene, ("late", -60_001.0, 1), ("soon", -30_000.0, 1))
+    _queue(scene, ("a", _now_ms(scene), 1))
+
+    taken = scene.take(hold=HELD)
+
+    assert [(g.request_id, g.is_background) for g in taken.grants] == [("late", False), ("a", False)]
+    assert [(g.request_id, g.is_background) for g in scene.take(hold=replace(HELD, max_requests=1)).grants] == [
+        ("soon", True)
+    ]
+    check(scene)
+
+
+def test_dropped_entries_do_not_let_background_overtake(scene: Scene) -> None:
+    """Whoever may take two gets the first two in order, also when what came before them is only cleared away."""
+    scene.register()
+    now_ms = _now_ms(scene)
+    _background(scene, ("b", 20, 1))
+    _queue(scene, ("gone", now_ms + 1, 1), ("a1", now_ms + 2, 1), ("a2", now_ms + 3, 1))
+    scene.raw.hset(scene.keys.request("gone"), "deadline_ms", 1)
+
+    assert _taken(scene, max_requests=2) == ["a1", "a2"]
+
+
+def test_sharers_leave_each_other_work_of_each_class(scene: Scene) -> None:
+    """A long queue of background is no reason to take all of the others."""
+    scene.register()
+    _background(scene, *((f"b{i}", i, 1) for i in range(8)))
+    _queue(scene, *((f"a{i}", float(i), 1) for i in range(4)))
+
+    assert _taken(scene, num_sharers=2, hold=HELD) == ["a0"]
+    assert _taken(scene, num_sharers=2, hold=replace(HELD, max_requests=9)) == ["a1", "b0", "b1"]
+
+
+def test_only_what_is_not_background_is_noted_and_only_for_stages(scene: Scene) -> None:
+    """What is pushed to one worker says nothing of a stage; names of workers would fill the hash."""
+    _background(scene, ("b", 1, 1))
+    scene.submit("p")
+    scene.route("p", stage="@w1")
+    assert scene.raw.hgetall(scene.keys.foreground) == {}
+
+    before_ms = _now_ms(scene)
+    scene.submit("a")
+    scene.route("a", stage="1")
+
+    assert before_ms <= (scene.door.run(scene.reads.foreground_ms("1")) or 0) <= _now_ms(scene)
+    assert scene.door.run(scene.reads.foreground_ms("0")) is None
+    assert scene.door.run(scene.reads.num_foreground("0")) == 0
+    assert scene.door.run(scene.reads.num_foreground("1")) == 1
+
+
+def test_what_is_held_back_is_out_of_play_for_those_who_weigh_queues(scene: Scene) -> None:
+    """Else a batch that waits would look like a stage that drains for ever, worth stealing from at any price."""
+    _background(scene, ("b1", 1, 30), ("b2", 2, 30))
+    cost = StepCost(alpha_ms=7.0, beta_ms=0.0, gamma_ms=0.0, pi_ms=1.0, psi_ms=0.0)
+
+    def looks(quiet_ms: float) -> tuple[QueueView | None, int, int]:
+        found = read_overview(scene.door, scene.keys.namespace)
+        (load,) = stage_loads(found, expected_output_tokens=0.0, cost=cost, quiet_ms=quiet_ms)
+        return found.queues["0"], load.queued_requests, load.queued_tokens
+
+    assert looks(60_000.0)[1:] == (2, 60), "nobody else has come"
+    scene.submit("a")
+    scene.route("a", token_ids=[1] * 3)
+
+    queue, number, tokens = looks(60_000.0)
+    assert queue is not None
+    assert (queue.num_requests, queue.tokens, queue.num_foreground) == (3, 63, 1)
+    assert (number, tokens) == (1, 21), "in proportion"
+    assert looks(0.0)[1:] == (3, 63)

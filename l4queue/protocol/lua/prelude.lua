@@ -3,6 +3,8 @@
 -- A server out of memory refuses a script's first command that needs memory, but not those after a write
 -- that needs none: scripts that drain the queue therefore begin with ZREM, SREM or DEL.
 local P = string.match(KEYS[1], '^{[^}]*}:')
+-- Scores from here on are those of background requests: l4queue/policy/queue_order.py.
+local BACKGROUND = 2 ^ 50
 
 local function now_ms()
   local t = redis.call('TIME')

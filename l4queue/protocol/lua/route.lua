@@ -3,6 +3,7 @@
 -- KEYS  1 in (stream)  2 req:<id>  3 hist
 -- ARGV  1 id  2 inbox entry id  3 stage  4 score (lower is served first)  5 prompt_tokens  6 max_tokens
 --       7 packed token ids  8 plan version  9 length bucket  10 why this stage (JSON, '' = nothing to say)
+-- Notes when a request that is not background last came to the stage: workers then hold back the others.
 -- Returns 'OK' | 'DUP'
 redis.call('XACK', KEYS[1], 'd', ARGV[2])
 redis.call('XDEL', KEYS[1], ARGV[2])
@@ -16,6 +17,9 @@ redis.call('HINCRBY', P .. 'counts', 'live_tokens', int(charge - v[2]))
 redis.call('HINCRBY', P .. 'counts', 'prompt_tokens', ARGV[5])
 redis.call('HINCRBY', KEYS[3], 'a:' .. ARGV[9], 1)
 redis.call('HINCRBY', KEYS[3], 'p:' .. ARGV[9], ARGV[5])
+if tonumber(ARGV[4]) < BACKGROUND and string.sub(ARGV[3], 1, 1) ~= '@' then
+  redis.call('HSET', P .. 'foreground', ARGV[3], int(now_ms()))
+end
 if ARGV[10] ~= '' then redis.call('HSET', KEYS[2], 'why', ARGV[10]) end
 enqueue(ARGV[1], ARGV[3], ARGV[4], tonumber(ARGV[5]))
 return 'OK'

@@ -5,7 +5,13 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from l4queue.policy.queue_order import longest_overtaking_ms, score
+from l4queue.policy.queue_order import (
+    BACKGROUND,
+    background_overdue_ms,
+    in_class,
+    longest_overtaking_ms,
+    score,
+)
 
 TIMES = st.integers(0, 10**7)
 PROMPTS = st.integers(0, 200_000)
@@ -54,3 +60,28 @@ def test_no_class_and_no_prompt_is_overtaken_beyond_the_starvation_bound(arrival
     late = score(arrival + 60_001, other, ageing_tokens_per_s=RATE, priority=q, starvation_bound_s=60.0)
 
     assert late > mine
+
+
+@given(st.integers(0, 4 * 10**12), PROMPTS, st.integers(-100, 100), st.integers(-100, 101))
+def test_the_class_can_be_told_from_the_score_and_the_place_too(arrival, prompt, priority, threshold) -> None:
+    """For 100 years of the clock: background lies beyond; without its mark it has its place among all others."""
+    plain = score(arrival, prompt, ageing_tokens_per_s=RATE, priority=priority)
+
+    marked = in_class(plain, priority=priority, background_priority=threshold)
+
+    is_background = priority >= threshold
+    assert (marked >= BACKGROUND - 300_000) == is_background
+    assert abs(marked - (BACKGROUND if is_background else 0.0) - plain) <= 0.125
+
+
+@given(TIMES, PROMPTS, PROMPTS, st.integers(-100, 100), st.floats(1.0, 3600.0))
+def test_what_arrives_the_bound_later_finds_background_overdue_and_comes_after_it(
+    arrival, prompt, other, p, bound_s
+) -> None:
+    """However long it was held back, the starvation bound is that of all others."""
+    mine = score(arrival, prompt, ageing_tokens_per_s=RATE, priority=100, starvation_bound_s=bound_s)
+    late_ms = arrival + bound_s * 1000.0 + 1.0
+    late = score(late_ms, other, ageing_tokens_per_s=RATE, priority=p, starvation_bound_s=bound_s)
+
+    assert mine + background_overdue_ms(bound_s) <= late_ms
+    assert mine < late
