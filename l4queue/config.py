@@ -117,7 +117,8 @@ class Settings(BaseSettings):
             database = 0
         else:
             database = int(parts.path.strip("/"))
-        return urlunsplit(parts._replace(path=f"/{database + 1}"))
+        options = "&".join(part for part in parts.query.split("&") if not part.startswith("replicas="))
+        return urlunsplit(parts._replace(path=f"/{database + 1}", query=options))
 
 
 def load_settings(**overrides: Any) -> Settings:

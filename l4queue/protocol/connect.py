@@ -11,7 +11,7 @@ import threading
 import time
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, urlencode, urlsplit
 
 import redis
 import redis.asyncio as aredis
@@ -95,8 +95,8 @@ def parse_url(url: str) -> Address:
         service = path.pop(0)
     if way == "cluster" and path not in ([], ["0"]):
         raise ConfigError("L4_REDIS_URL: a cluster has database 0 only")
-    plain_path = parts.path if not way else "/" + "/".join(path)
-    plain = urlunsplit((scheme, f"{credentials}{at}{hosts}", plain_path, urlencode(options), ""))
+    plain = f"{scheme}://{credentials}{at}{hosts}/{'/'.join(path)}" if way else url.partition("?")[0]
+    plain += f"?{urlencode(options)}" if options else ""
     return Address(
         plain_url=plain, way=way, places=places, service=service, replicas=int(replicas), sentinel_login=login
     )

@@ -37,7 +37,8 @@ RETRYABLE = (
     rx.AskError,  # the slot is on its way to another node
 )
 _OUT_OF_MEMORY = "command not allowed when used memory"  # Redis 6.2 wraps it in the text of a script's error
-_PASSING = ("LOADING", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "READONLY", "NOREPLICAS", "BUSY ")
+_PASSING = ("LOADING", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "READONLY", "NOREPLICAS", "UNBLOCKED", "BUSY ")
+_IN_SCRIPT = ("-READONLY ", "-NOREPLICAS ")  # Redis 6.2 wraps these, too
 _CONFIRM_MS = 1000
 _PASSWORD = re.compile(r"(password=)[^&]*")
 
@@ -83,8 +84,11 @@ def first_missing(replies: Sequence[Any]) -> int | None:
 
 def is_passing(error: Exception) -> bool:
     """Whether trying again later can help: connection trouble, loading, failover, scripts flushed again."""
-    return isinstance(error, (*RETRYABLE, rx.NoScriptError)) or (
-        isinstance(error, rx.ResponseError) and str(error).startswith(_PASSING)
+    if isinstance(error, (*RETRYABLE, rx.NoScriptError)):
+        return True
+    text = str(error)
+    return isinstance(error, rx.ResponseError) and (
+        text.startswith(_PASSING) or any(word in text for word in _IN_SCRIPT)
     )
 
 
@@ -106,6 +110,8 @@ def explain(error: Exception, url: str) -> ServiceUnavailable:
         return ServerFull(f"Redis at {where} is at its memory limit; raise maxmemory or let the queue drain")
     if "MISCONF" in text:
         return ServiceUnavailable(f"Redis at {where} cannot write its AOF (disk full?): {text}")
+    if "NOREPLICAS" in text:
+        return ServiceUnavailable(f"Redis at {where} lacks the replicas of min-replicas-to-write")
     if isinstance(error, rx.AuthenticationError):
         return ServiceUnavailable(f"Redis at {where} refuses the credentials in L4_REDIS_URL")
     if is_passing(error):

@@ -106,11 +106,9 @@ class Cluster:
     """Three nodes without replicas; each owns a third of the slots and keeps its data over a restart."""
 
     def __init__(self, binary: str, folder: Path) -> None:
-        self.nodes = []
-        for name in ("n1", "n2", "n3"):
-            (folder / name).mkdir()
-            options = ("--cluster-enabled", "yes", "--cluster-node-timeout", str(_NODE_TIMEOUT_MS), *DURABLE)
-            self.nodes.append(RedisServer(binary, folder / name, options))
+        self._binary = binary
+        self._folder = folder
+        self.nodes = [self._node(name) for name in ("n1", "n2", "n3")]
 
     def start(self) -> None:
         """All up and agreed on the slots."""
@@ -118,7 +116,6 @@ class Cluster:
             node.start()
             bounds = (number * _NUM_SLOTS // 3, (number + 1) * _NUM_SLOTS // 3)
             self._ask(node, "CLUSTER", "ADDSLOTS", *range(*bounds))
-            self._ask(node, "CONFIG", "SET", "cluster-announce-ip", "127.0.0.1")
         for node in self.nodes[1:]:
             self._ask(self.nodes[0], "CLUSTER", "MEET", "127.0.0.1", node.port)
         until(lambda: all(b"cluster_state:ok" in self._info(n) for n in self.nodes), "the cluster is up")
@@ -134,21 +131,29 @@ class Cluster:
         places = ",".join(f"127.0.0.1:{node.port}" for node in nodes or self.nodes)
         return f"redis+cluster://{places}"
 
-    def hand_slot(self, key: str, *, source: RedisServer, target: RedisServer) -> None:
-        """Move a slot with all that is in it, as `redis-cli --cluster reshard` does."""
-        slot = self._ask(source, "CLUSTER", "KEYSLOT", key)
-        ids = {node.port: self._ask(node, "CLUSTER", "MYID").decode() for node in (source, target)}
-        self._ask(target, "CLUSTER", "SETSLOT", slot, "IMPORTING", ids[source.port])
-        self._ask(source, "CLUSTER", "SETSLOT", slot, "MIGRATING", ids[target.port])
-        while keys := self._ask(source, "CLUSTER", "GETKEYSINSLOT", slot, 100):
-            self._ask(source, "MIGRATE", "127.0.0.1", target.port, "", 0, 5000, "KEYS", *keys)
-        for node in (target, source):
-            self._ask(node, "CLUSTER", "SETSLOT", slot, "NODE", ids[target.port])
+    def move(self, owner: RedisServer) -> RedisServer:
+        """Give what a node owns to a new one, as an operator does: a replica first, then CLUSTER FAILOVER."""
+        heir = self._node("heir").start()
+        self.nodes.append(heir)
+        self._ask(heir, "CLUSTER", "MEET", "127.0.0.1", owner.port)
+        owner_id = self._ask(owner, "CLUSTER", "MYID").decode()
+        until(lambda: owner_id in self._ask(heir, "CLUSTER", "NODES").decode(), "it knows the owner")
+        self._ask(heir, "CLUSTER", "REPLICATE", owner_id)
+        until(lambda: self._ask(heir, "ROLE")[3:4] == [b"connected"], "it is in step")
+        self._ask(heir, "CLUSTER", "FAILOVER")
+        until(lambda: self._ask(heir, "ROLE")[0] == b"master", "it is the owner")
+        return heir
 
     def close(self) -> None:
         """Kill all."""
         for node in self.nodes:
             node.kill()
+
+    def _node(self, name: str) -> RedisServer:
+        (self._folder / name).mkdir()
+        timeout = ("--cluster-node-timeout", str(_NODE_TIMEOUT_MS), "--cluster-announce-ip", "127.0.0.1")
+        options = ("--cluster-enabled", "yes", *timeout, "--repl-diskless-sync-delay", "0", *DURABLE)
+        return RedisServer(self._binary, self._folder / name, options)
 
     def _info(self, node: RedisServer) -> bytes:
         return bytes(self._ask(node, "CLUSTER", "INFO"))

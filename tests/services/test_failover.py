@@ -1,4 +1,4 @@
-"""Redis fails over under load: Sentinel's primary killed, a cluster's node restarted, its slot moved."""
+"""Redis fails over under load: Sentinel's primary killed, a cluster's node restarted and relieved."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from l4queue.errors import UnknownRequest
+from l4queue.errors import ServiceUnavailable, UnknownRequest
 from l4queue.models import TERMINAL, RequestState
-from l4queue.protocol.calls import Call
+from l4queue.protocol.calls import Call, Verdict
 from l4queue.protocol.door import AsyncDoor, Door
 from l4queue.protocol.keys import Keys
 from l4queue.protocol.reads import Reads
@@ -18,6 +18,8 @@ from tests.chaos.storm import WORKERS, Storm, open_storm
 from tests.chaos.verdict import judge
 from tests.chaos.wishes import expected
 from tests.conftest import SEED
+from tests.protocol.scene import Scene
+from tests.protocol.server import VOLATILE, RedisServer
 from tests.services.pipeline import Pipeline, open_pipeline, until
 from tests.services.redis_sets import Cluster, Sentinels, open_cluster, open_sentinels
 
@@ -111,24 +113,43 @@ async def test_what_the_replica_lacked_is_computed_again_or_unknown(sentinels: S
             assert (record.state, record.crashes) == (RequestState.DONE, 0)
 
 
-async def test_a_cluster_serves_while_a_node_restarts_and_the_slot_moves(
+async def test_a_cluster_serves_while_a_node_restarts_and_another_takes_over(
     cluster: Cluster, namespace: str, tmp_path: Path
 ) -> None:
-    """Found from a node that does not own it; SIGKILL of the owner, then all keys on another node, under load."""
+    """Found from nodes that do not own the slot; SIGKILL of the owner, then its replica takes over, under load."""
     keys = Keys(namespace)
     owner = cluster.owner(keys.prefix)
-    other, third = (node for node in cluster.nodes if node is not owner)
-    url = cluster.url(other, owner)
+    others = [node for node in cluster.nodes if node is not owner]
+    url = cluster.url(*others)
     async with open_storm(url, namespace=namespace, folder=tmp_path, seed=SEED) as (storm, door, reads):
         await _begin(storm, door, reads)
         await asyncio.to_thread(owner.restart)
         await _more_done(door, reads, 40)
-        await asyncio.to_thread(cluster.hand_slot, keys.prefix, source=owner, target=third)
+        heir = await asyncio.to_thread(cluster.move, owner)
         await _more_done(door, reads, 40)
         await storm.calm()
-        verdict = judge(storm, third.url, namespace)
+        verdict = judge(storm, heir.url, namespace)
     assert verdict.errors == ()
-    assert _blamed(third.url, namespace) == []
+    assert _blamed(heir.url, namespace) == []
+
+
+def test_calls_wait_for_the_replicas_that_redis_demands(redis_executable: str, tmp_path: Path) -> None:
+    """min-replicas-to-write: refused while there is none, accepted as soon as one follows."""
+    folders = [tmp_path / name for name in ("primary", "replica")]
+    for folder in folders:
+        folder.mkdir()
+    demands = (*VOLATILE, "--min-replicas-to-write", "1", "--repl-diskless-sync-delay", "0")
+    primary = RedisServer(redis_executable, folders[0], demands).start()
+    replica = RedisServer(redis_executable, folders[1], ("--replicaof", "127.0.0.1", str(primary.port)))
+    hasty, patient = Door(primary.url, retry_s=0.2), Door(primary.url, retry_s=20.0)
+    try:
+        with pytest.raises(ServiceUnavailable, match="lacks the replicas"):
+            Scene(hasty, "few").submit("a")
+        replica.start()
+        assert Scene(patient, "few").submit("a").verdict is Verdict.OK
+    finally:
+        for server in (replica, primary):
+            server.kill()
 
 
 async def _has_tokens(pipeline: Pipeline, *request_ids: str) -> bool:
