@@ -1,9 +1,10 @@
 """Memory in Redis of one waiting and one finished request.
 
-    python bench/redis_memory.py [--requests 2000]
+    python bench/redis_memory.py [--requests 256]
 
-A redis-server of its own; client, dispatcher and worker (emulated, without model time) in this process. What is
-shown is the growth of `used_memory`, divided by the number of requests.
+A redis-server of its own; client, dispatcher and worker in this process. The engine is emulated at the pace of an
+H100 and its text is that of the tiny model, so output is written as often and in such pieces as it would be. What
+is shown is the growth of `used_memory`, divided by the number of requests.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ from l4queue.cli.embedded import EmbeddedRedis
 from l4queue.policy.coefficients import read_coefficients
 from l4queue.protocol.calls import Call
 from l4queue.protocol.door import AsyncDoor
+from l4queue.tiny import build_tiny_tokenizer, cache_directory
 from workers.emulated import EmulatedEngine
 from workers.observer import NullObserver
-from workers.text import no_text
+from workers.text import text_factory
 from workers.worker import Worker
 
-CASES = ((100, 100), (1000, 200), (8000, 500), (32_000, 500))  # prompt and output tokens
+CASES = ((100, 100), (1000, 100), (1000, 500), (8000, 500))  # prompt and output tokens
 MAX_LEN = 65_536
 
 
@@ -46,6 +48,7 @@ async def measure(url: str, *, prompt_tokens: int, output_tokens: int, num_reque
         redis_url=url,
         namespace=f"m{prompt_tokens}",
         max_model_len=MAX_LEN,
+        max_running=256,
         max_backlog_tokens=10**12,
         max_backlog_bytes=10**12,
     )
@@ -55,10 +58,10 @@ async def measure(url: str, *, prompt_tokens: int, output_tokens: int, num_reque
     cost = read_coefficients("h100", "llama-3.1-8b").cost
     worker = Worker(
         settings=settings,
-        engine=EmulatedEngine(cost, speed=0.0, max_model_len=MAX_LEN),
+        engine=EmulatedEngine(cost, speed=1.0, max_model_len=MAX_LEN),
         observer=NullObserver(),
         worker_id="w",
-        text=no_text,
+        text=text_factory(str(build_tiny_tokenizer(cache_directory()))),
         cost=cost,
     )
     async with AsyncClient(settings=settings) as client:
@@ -84,7 +87,7 @@ async def measure(url: str, *, prompt_tokens: int, output_tokens: int, num_reque
 def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--requests", type=int, default=2000)
+    parser.add_argument("--requests", type=int, default=256)
     given = parser.parse_args()
     print("| prompt tokens | output tokens | waiting, bytes | finished, bytes |\n|---|---|---|---|")
     for prompt_tokens, output_tokens in CASES:
@@ -92,7 +95,7 @@ def main() -> None:
             tempfile.TemporaryDirectory() as folder,
             EmbeddedRedis(Path(folder), durability="fast", port=0) as redis,
         ):
-            number = min(given.requests, 8_000_000 // prompt_tokens)
+            number = given.requests
             waiting, finished = asyncio.run(
                 measure(redis.url, prompt_tokens=prompt_tokens, output_tokens=output_tokens, num_requests=number)
             )

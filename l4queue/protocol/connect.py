@@ -193,7 +193,12 @@ class _Locator:
             believed = self.whereabouts.believed()
             if believed is not None:
                 return believed
-            return self.whereabouts.is_at(self._sentinel.discover_master(self.whereabouts.address.service))
+            try:
+                found = self._sentinel.discover_master(self.whereabouts.address.service)
+            finally:  # a question in months: no connection waits for the next
+                for one in self._sentinel.sentinels:
+                    one.close()
+            return self.whereabouts.is_at(found)
 
 
 class _AsyncLocator:
@@ -211,7 +216,10 @@ class _AsyncLocator:
             believed = self.whereabouts.believed()
             if believed is not None:
                 return believed
-            found = await self._sentinel.discover_master(self.whereabouts.address.service)
+            try:
+                found = await self._sentinel.discover_master(self.whereabouts.address.service)
+            finally:
+                await self._sentinel.aclose()
             return self.whereabouts.is_at(found)
 
 

@@ -140,6 +140,8 @@ class Cluster:
         until(lambda: owner_id in self._ask(heir, "CLUSTER", "NODES").decode(), "it knows the owner")
         self._ask(heir, "CLUSTER", "REPLICATE", owner_id)
         until(lambda: self._ask(heir, "ROLE")[3:4] == [b"connected"], "it is in step")
+        known = self._ask(heir, "CLUSTER", "MYID").decode() + " "
+        until(lambda: all(self._is_replica(known, node) for node in self.nodes), "all know it as a replica")
         self._ask(heir, "CLUSTER", "FAILOVER")
         until(lambda: self._ask(heir, "ROLE")[0] == b"master", "it is the owner")
         return heir
@@ -148,6 +150,10 @@ class Cluster:
         """Kill all."""
         for node in self.nodes:
             node.kill()
+
+    def _is_replica(self, node_id: str, by: RedisServer) -> bool:
+        lines = self._ask(by, "CLUSTER", "NODES").decode().splitlines()
+        return any(line.startswith(node_id) and "slave" in line for line in lines)
 
     def _node(self, name: str) -> RedisServer:
         (self._folder / name).mkdir()

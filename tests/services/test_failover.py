@@ -56,7 +56,7 @@ async def _more_done(door: AsyncDoor, reads: Reads, number: int) -> None:
 
 async def _begin(storm: Storm, door: AsyncDoor, reads: Reads) -> None:
     """Four workers, two dispatchers, a planner and two clients at work."""
-    storm.cast(is_quiet=True)
+    storm.cast(is_quiet=True, most=8)
     await storm.launch(*WORKERS, "d0", "d1", "p0", "c0", "c1")
     await _more_done(door, reads, 40)
 
