@@ -20,6 +20,7 @@ import redis.exceptions as rx
 import redis.sentinel
 from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import NoBackoff
+from redis.connection import parse_url as parse_options
 from redis.retry import Retry
 
 from l4queue.errors import ConfigError
@@ -56,12 +57,8 @@ class Address:
     places: tuple[Place, ...] = ()
     service: str = ""
     replicas: int = 0
+    is_tls: bool = False
     sentinel_login: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def is_tls(self) -> bool:
-        """Whether connections are encrypted."""
-        return self.plain_url.startswith("rediss:")
 
 
 def parse_url(url: str) -> Address:
@@ -95,10 +92,17 @@ def parse_url(url: str) -> Address:
         service = path.pop(0)
     if way == "cluster" and path not in ([], ["0"]):
         raise ConfigError("L4_REDIS_URL: a cluster has database 0 only")
-    plain = f"{scheme}://{credentials}{at}{hosts}/{'/'.join(path)}" if way else url.partition("?")[0]
+    # For redis-py a scheme chooses the class of connections; it is ours where the place has to be found first.
+    plain = f"redis://{credentials}{at}{hosts}/{'/'.join(path)}" if way else url.partition("?")[0]
     plain += f"?{urlencode(options)}" if options else ""
     return Address(
-        plain_url=plain, way=way, places=places, service=service, replicas=int(replicas), sentinel_login=login
+        plain_url=plain,
+        way=way,
+        places=places,
+        service=service,
+        replicas=int(replicas),
+        is_tls=scheme == "rediss",
+        sentinel_login=login,
     )
 
 
@@ -160,10 +164,17 @@ class _Whereabouts:
         if place in self.address.places:
             self._turn = self.address.places.index(place) + 1
 
+    def nobody_knows(self) -> rx.ConnectionError:
+        """What is raised when no sentinel answers with a primary; the library's own text tells all its options."""
+        return rx.ConnectionError(f"no sentinel knows the primary of {self.address.service!r}")
+
     def sentinel_options(self) -> dict[str, Any]:
         """How to talk to a sentinel."""
-        timeouts = {"socket_timeout": 1.0, "socket_connect_timeout": 1.0}
-        return {**timeouts, **self.address.sentinel_login, "ssl": self.address.is_tls}
+        common = {"socket_timeout": 1.0, "socket_connect_timeout": 1.0, **self.address.sentinel_login}
+        if not self.address.is_tls:
+            return common
+        given = parse_options(self.address.plain_url)  # type: ignore[no-untyped-call]  # redis-py has none here
+        return {**common, "ssl": True, **{k: v for k, v in given.items() if k.startswith("ssl_")}}
 
 
 def _mislead(connection: Any, error: rx.ResponseError) -> str | None:
@@ -195,6 +206,8 @@ class _Locator:
                 return believed
             try:
                 found = self._sentinel.discover_master(self.whereabouts.address.service)
+            except rx.ConnectionError:
+                raise self.whereabouts.nobody_knows() from None
             finally:  # a question in months: no connection waits for the next
                 for one in self._sentinel.sentinels:
                     one.close()
@@ -218,6 +231,8 @@ class _AsyncLocator:
                 return believed
             try:
                 found = await self._sentinel.discover_master(self.whereabouts.address.service)
+            except rx.ConnectionError:
+                raise self.whereabouts.nobody_knows() from None
             finally:
                 await self._sentinel.aclose()
             return self.whereabouts.is_at(found)

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import datetime
+import ipaddress
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import redis
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 
 from tests.protocol.server import DURABLE, VOLATILE, RedisServer
 from tests.services.processes import until
 
-__all__ = ("Cluster", "Sentinels", "open_cluster", "open_sentinels")
+__all__ = ("Cluster", "Sentinels", "has_tls", "make_certificate", "open_cluster", "open_sentinels")
 
 SERVICE = "queue"
 _DOWN_AFTER_MS = 600
@@ -195,3 +201,36 @@ def open_cluster(binary: str, folder: Path) -> Iterator[Cluster]:
         yield opened
     finally:
         opened.close()
+
+
+def has_tls(binary: str) -> bool:
+    """Whether this redis-server was built with TLS."""
+    return b"tls-ca-cert-file" in Path(binary).read_bytes()
+
+
+def make_certificate(folder: Path) -> tuple[str, str]:
+    """A certificate of 127.0.0.1 that vouches for itself, and its key: two files."""
+    key, now = ec.generate_private_key(ec.SECP256R1()), datetime.datetime.now(datetime.UTC)
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "l4queue")])
+    built = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now - datetime.timedelta(hours=1))
+        .not_valid_after(now + datetime.timedelta(hours=1))
+        .add_extension(
+            x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False
+        )
+        .sign(key, hashes.SHA256())
+    )
+    files = folder / "certificate.pem", folder / "key.pem"
+    files[0].write_bytes(built.public_bytes(serialization.Encoding.PEM))
+    secret = (
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.NoEncryption(),
+    )
+    files[1].write_bytes(key.private_bytes(*secret))
+    return str(files[0]), str(files[1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,8 @@ from tests.conftest import SEED
 from tests.protocol.scene import Scene
 from tests.protocol.server import VOLATILE, RedisServer
 from tests.services.pipeline import Pipeline, open_pipeline, until
-from tests.services.redis_sets import Cluster, Sentinels, open_cluster, open_sentinels
+from tests.services.processes import free_port
+from tests.services.redis_sets import Cluster, Sentinels, has_tls, make_certificate, open_cluster, open_sentinels
 
 pytestmark = [pytest.mark.services, pytest.mark.timeout(120)]
 
@@ -150,6 +152,49 @@ def test_calls_wait_for_the_replicas_that_redis_demands(redis_executable: str, t
     finally:
         for server in (replica, primary):
             server.kill()
+
+
+async def test_passwords_and_certificates_reach_all(redis_executable: str, tmp_path: Path) -> None:
+    """TLS only, a password for the primary, another for the sentinel, a database that is not the first."""
+    if not has_tls(redis_executable):
+        pytest.skip("this redis-server was built without TLS")
+    certificate, key = make_certificate(tmp_path)
+    files = ("--tls-cert-file", certificate, "--tls-key-file", key, "--tls-ca-cert-file", certificate)
+    common = (*files, "--tls-auth-clients", "no", "--tls-replication", "yes", "--port", "0")
+    ports = [free_port(), free_port()]
+    config = tmp_path / "sentinel.conf"
+    config.write_text(f"sentinel monitor queue 127.0.0.1 {ports[0]} 1\nsentinel auth-pass queue secret\n")
+    commands = (
+        (redis_executable, *common, "--tls-port", str(ports[0]), "--requirepass", "secret", "--save", ""),
+        (
+            redis_executable,
+            str(config),
+            "--sentinel",
+            *common,
+            "--tls-port",
+            str(ports[1]),
+            "--requirepass",
+            "other",
+        ),
+    )
+    options = f"sentinel_password=other&ssl_ca_certs={certificate}"
+    url = f"rediss+sentinel://:secret@127.0.0.1:{ports[1]}/queue/3?{options}"
+    set_one = Call(None, (), ("SET", "{t}:a", "1"), bool)
+    database = Call(None, (), ("CLIENT", "INFO"), lambda reply: b" db=3 " in reply)
+    async with AsyncExitStack() as stack:
+        for command in commands:
+            server = await asyncio.create_subprocess_exec(
+                *command, cwd=tmp_path, stdout=asyncio.subprocess.DEVNULL
+            )
+            stack.push_async_callback(server.wait)
+            stack.callback(server.kill)
+        door, blocking = AsyncDoor(url, retry_s=10.0), Door(url, retry_s=10.0)
+        assert await door.run_many([set_one, database]) == [True, True]
+        assert await asyncio.to_thread(blocking.run_many, [set_one, database]) == [True, True]
+        with pytest.raises(ServiceUnavailable, match="no sentinel knows the primary of 'other'"):
+            Door(url.replace("/queue/", "/other/"), retry_s=0.0).run(set_one)
+        await door.close()
+        blocking.close()
 
 
 async def _has_tokens(pipeline: Pipeline, *request_ids: str) -> bool:
