@@ -146,8 +146,8 @@ class Cluster:
         until(lambda: owner_id in self._ask(heir, "CLUSTER", "NODES").decode(), "it knows the owner")
         self._ask(heir, "CLUSTER", "REPLICATE", owner_id)
         until(lambda: self._ask(heir, "ROLE")[3:4] == [b"connected"], "it is in step")
-        known = self._ask(heir, "CLUSTER", "MYID").decode() + " "
-        until(lambda: all(self._is_replica(known, node) for node in self.nodes), "all know it as a replica")
+        heir_id = self._ask(heir, "CLUSTER", "MYID").decode()
+        until(lambda: all(self._follows(heir_id, owner_id, by=node) for node in self.nodes), "all know what it is")
         self._ask(heir, "CLUSTER", "FAILOVER")
         until(lambda: self._ask(heir, "ROLE")[0] == b"master", "it is the owner")
         return heir
@@ -157,9 +157,9 @@ class Cluster:
         for node in self.nodes:
             node.kill()
 
-    def _is_replica(self, node_id: str, by: RedisServer) -> bool:
-        lines = self._ask(by, "CLUSTER", "NODES").decode().splitlines()
-        return any(line.startswith(node_id) and "slave" in line for line in lines)
+    def _follows(self, replica_id: str, owner_id: str, *, by: RedisServer) -> bool:
+        rows = [line.split() for line in self._ask(by, "CLUSTER", "NODES").decode().splitlines()]
+        return any(row[0] == replica_id and row[3] == owner_id for row in rows)
 
     def _node(self, name: str) -> RedisServer:
         (self._folder / name).mkdir()

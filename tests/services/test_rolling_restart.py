@@ -38,7 +38,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
 }
 TWO_DISPATCHERS = "L4_TEST_TWO_DISPATCHERS" in os.environ  # to measure what a second one saves
 CALM_S = float(os.environ.get("L4_TEST_CALM_S", "1"))
-RATE_PER_S = 8.0
+RATE_PER_S = 5.0
 
 
 @dataclass
@@ -55,7 +55,7 @@ class Load:
         rng = random.Random(SEED)
         async with asyncio.TaskGroup() as group:
             while not stopping.is_set():
-                length = rng.choices((rng.randint(10, 200), rng.randint(1000, 4000)), weights=(9, 1))[0]
+                length = rng.choices((rng.randint(10, 200), rng.randint(400, 1000)), weights=(9, 1))[0]
                 group.create_task(self._one(f"{len(self.ids)}:".ljust(length, "x"), rng.randint(20, 200)))
                 await asyncio.sleep(rng.expovariate(RATE_PER_S))
 
