@@ -42,6 +42,12 @@ async def used_bytes(door: AsyncDoor) -> int:
     return await door.run(Call(None, (), ("INFO", "memory"), parse))
 
 
+async def routed(client: AsyncClient) -> None:
+    """Wait until nothing is in the inbox."""
+    while (await client.overview()).inbox:  # noqa: ASYNC110 - nobody signals it
+        await asyncio.sleep(0.1)
+
+
 async def measure(url: str, *, prompt_tokens: int, output_tokens: int, num_requests: int) -> tuple[float, float]:
     """Bytes of a waiting and of a finished request."""
     settings = Settings(
@@ -65,13 +71,15 @@ async def measure(url: str, *, prompt_tokens: int, output_tokens: int, num_reque
         cost=cost,
     )
     async with AsyncClient(settings=settings) as client:
-        before = await used_bytes(door)
         ids = [7 + n % 1000 for n in range(prompt_tokens)]
-        requests = [{"token_ids": ids, "max_tokens": output_tokens, "ignore_eos": True}] * num_requests
+        request = {"token_ids": ids, "max_tokens": output_tokens, "ignore_eos": True}
         routing = asyncio.create_task(dispatcher.run())
-        handles = await client.enqueue_many(requests)
-        while (await client.overview()).inbox:  # noqa: ASYNC110 - nobody signals it
-            await asyncio.sleep(0.1)
+        warm = await client.enqueue_many([request | {"max_tokens": 1}] * 256)  # scripts and buffers are there then
+        await routed(client)
+        await asyncio.gather(*(handle.cancel() for handle in warm))
+        before = await used_bytes(door)
+        handles = await client.enqueue_many([request] * num_requests)
+        await routed(client)
         waiting = await used_bytes(door) - before
         serving = asyncio.create_task(worker.run())
         async for _ in client.as_completed(handles, timeout=600):
