@@ -19,7 +19,10 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="L4_", env_file=".env", extra="ignore", frozen=True)
 
-    redis_url: str = Field("redis://127.0.0.1:6379/0", description="Redis or Valkey that holds the queue")
+    redis_url: str = Field(
+        "redis://127.0.0.1:6379/0",
+        description="Redis or Valkey that holds the queue; Sentinel and Cluster: docs/failover.md",
+    )
     celery_broker_url: str = Field(
         "", description="broker for control tasks and Flower events; empty: the next database of redis_url"
     )
@@ -115,11 +118,17 @@ class Settings(BaseSettings):
         if self.celery_broker_url:
             return self.celery_broker_url
         parts = urlsplit(self.redis_url)
+        if "+" in parts.scheme:
+            raise ConfigError(
+                "L4_CELERY_BROKER_URL: name a Redis of its own for Celery's control messages, which go neither "
+                "through Sentinel nor to a cluster: docs/failover.md"
+            )
         if parts.scheme == "unix" or not parts.path.strip("/").isdigit():
             database = 0
         else:
             database = int(parts.path.strip("/"))
-        return urlunsplit(parts._replace(path=f"/{database + 1}"))
+        options = "&".join(part for part in parts.query.split("&") if not part.startswith("replicas="))
+        return urlunsplit(parts._replace(path=f"/{database + 1}", query=options))
 
 
 def load_settings(**overrides: Any) -> Settings:

@@ -17,6 +17,7 @@ from l4queue.protocol.calls import Verdict
 from l4queue.protocol.keys import SOLO_STAGE, personal_stage
 from l4queue.protocol.records import Grant, Hold, Outcome, OutputEntry
 from workers.background import BackgroundWork
+from workers.rollback import Rollback
 from workers.session import Session
 from workers.state import WorkerState
 from workers.writer import Writer
@@ -39,10 +40,11 @@ _IDLE_ROOM = Room(
 class Intake:
     """Takes from the own queue, then from siblings. `pull_once` returns how many requests it took."""
 
-    def __init__(self, state: WorkerState, writer: Writer) -> None:
+    def __init__(self, state: WorkerState, writer: Writer, rollback: Rollback) -> None:
         self._state = state
         self._writer = writer
         self._background = BackgroundWork(state, writer)
+        self._rollback = rollback
         self._solo_since_s: float | None = None
         self.personal_due = True  # something may wait for this worker alone
 
@@ -178,7 +180,7 @@ class Intake:
         ended = []
         for grant in grants:
             session = await self._open(grant, earlier.get(grant.request_id, []))
-            if session is None:
+            if session is None or await self._rollback.is_second(session):
                 continue
             state.sessions[session.engine_id] = session
             session.watch_tokens = state.high_tokens

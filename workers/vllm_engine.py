@@ -111,6 +111,8 @@ class VllmEngine:
             "tensor_parallel_size": self._tensor_parallel,
             "gpu_memory_utilization": self._gpu_memory_share,
         }
+        if current_platform.is_cpu() and self._tensor_parallel == 1 and _bind_threads():
+            arguments["distributed_executor_backend"] = "uni"
         if self._max_batched_tokens is not None:
             arguments["max_num_batched_tokens"] = self._max_batched_tokens
         if self._desk is not None:
@@ -376,3 +378,22 @@ def _prepare_environment(*, kv_cache_gib: int, cores: str, model: str) -> None:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", cores)
     if os.path.isdir(model):
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def _bind_threads() -> bool:
+    """Let the engine core compute with the model's threads on its cores; False where these are not stated.
+
+    By default vLLM's CPU build gives the model a process of its own. The engine core then spins while it waits for
+    each step and, where every core belongs to an engine, takes a quarter of a core from the neighbour. The build
+    allows one process only under VLLM_ENABLE_V1_MULTIPROCESSING=0 (AsyncLLM's core is a process all the same) and
+    sets its OpenMP variables only for the other way, so they are set here: after torch was imported, for the
+    threads of this process are not to be bound.
+    """
+    cores = os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "")
+    numbers = [int(part) for part in cores.split(",") if part.isdigit()]
+    if not numbers or cores != ",".join(map(str, numbers)):
+        return False
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("OMP_NUM_THREADS", str(len(numbers)))
+    os.environ.setdefault("GOMP_CPU_AFFINITY", " ".join(map(str, numbers)))
+    return os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"

@@ -21,6 +21,7 @@ from workers.intake import Intake
 from workers.listener import Listener
 from workers.mover import Mover
 from workers.observer import Observer, RequestView
+from workers.rollback import Rollback
 from workers.session import Session, TextFactory
 from workers.state import WorkerState
 from workers.writer import Writer
@@ -54,7 +55,8 @@ class Worker:
         )
         self._engine = engine
         self._writer = Writer(self.state)
-        self._intake = Intake(self.state, self._writer)
+        self._rollback = Rollback(self.state)
+        self._intake = Intake(self.state, self._writer, self._rollback)
         self._mover = Mover(self.state, self._writer)
         self._chores = Chores()
         self._buckets = Buckets.log_spaced(settings.max_model_len)
@@ -143,6 +145,7 @@ class Worker:
     async def _take_for_ever(self) -> None:
         while True:
             self.state.nudge.clear()
+            await self._rollback.look()
             has_taken = await self._intake.pull_once() > 0
             try:
                 # Not wait_for: in Python 3.11 it swallows a cancellation that meets a nudge, and the drain

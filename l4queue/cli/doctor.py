@@ -121,9 +121,12 @@ def _check_redis(settings: Settings) -> list[Check]:
     from l4queue.cli.server import read_server
     from l4queue.errors import ServiceUnavailable
     from l4queue.protocol.door import Door
+    from l4queue.protocol.keys import Keys
+    from l4queue.protocol.reads import Reads
 
     door = Door(settings.redis_url, retry_s=_REDIS_TRY_S)
     try:
+        door.run(Reads(Keys(settings.namespace)).inbox_length())  # in a cluster: to the node that has our keys
         facts = read_server(door)
     except ServiceUnavailable as error:
         is_set = "redis_url" in settings.model_fields_set

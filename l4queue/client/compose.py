@@ -225,7 +225,8 @@ class Follower:
             entry = OutputEntry.parse(entry_id, values)
             start = entry.upto - len(entry.token_ids)
             if start < self.offset < entry.upto:
-                raise InvalidRequest(f"{self.offset} is inside the chunk ({start}, {entry.upto}]", field="after")
+                inside = f"{self.offset} is inside the chunk ({start}, {entry.upto}]"
+                raise InvalidRequest(f"{inside}; read it again from the start", field="after")
             self.last_id = entry_id.decode()
             self.offset = entry.upto
             self.ended = entry.state

@@ -9,18 +9,17 @@ from typing import Any, TypeVar
 
 import redis
 import redis.asyncio as aredis
-from redis.asyncio.retry import Retry as AsyncRetry
-from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
-from redis.retry import Retry
 
 from l4queue.protocol.calls import Call
+from l4queue.protocol.connect import connect, connect_async, parse_url
 from l4queue.protocol.reads import StreamEntry, parse_entries
 from l4queue.protocol.scripts import all_scripts
 from l4queue.protocol.wire import (
-    CONNECT,
     backoff_s,
     command,
+    confirmation,
+    confirmed,
     explain,
     first_missing,
     is_passing,
@@ -44,12 +43,11 @@ class Door:
     def __init__(self, url: str, *, retry_s: float = 10.0, max_connections: int = 64) -> None:
         self.url = url
         self.retry_s = retry_s
+        address = parse_url(url)
         pool, waiters = redis.BlockingConnectionPool, redis.ConnectionPool
-        common = {**CONNECT, "retry": Retry(NoBackoff(), 0)}
-        commands = pool.from_url(url, socket_timeout=_SOCKET_TIMEOUT_S, max_connections=max_connections, **common)
-        self._client: Any = redis.Redis(connection_pool=commands)
-        waits = waiters.from_url(url, socket_timeout=_MAX_BLOCK_S + 5.0, max_connections=_MAX_WAITERS, **common)
-        self._waiter: Any = redis.Redis(connection_pool=waits)
+        self._client = connect(address, pool=pool, timeout_s=_SOCKET_TIMEOUT_S, most=max_connections)
+        self._waiter = connect(address, pool=waiters, timeout_s=_MAX_BLOCK_S + 5.0, most=_MAX_WAITERS)
+        self._replicas = address.replicas
 
     def run(self, call: Call[T]) -> T:
         """Execute one call."""
@@ -94,7 +92,8 @@ class Door:
         return replies
 
     def _send(self, calls: Sequence[Call[Any]]) -> list[Any]:
-        if len(calls) == 1:
+        wait = confirmation(calls, self._replicas)
+        if len(calls) == 1 and wait is None:
             try:
                 return [self._client.execute_command(*command(calls[0]))]
             except redis.exceptions.NoScriptError as error:
@@ -102,7 +101,10 @@ class Door:
         with self._client.pipeline(transaction=False) as pipe:
             for call in calls:
                 pipe.execute_command(*command(call))
-            return list(pipe.execute(raise_on_error=False))
+            if wait is not None:
+                pipe.execute_command(*wait)
+            replies = list(pipe.execute(raise_on_error=False))
+        return replies if wait is None else confirmed(replies, self._replicas)
 
     def close(self) -> None:
         """Close all connections; safe to call twice."""
@@ -119,12 +121,11 @@ class AsyncDoor:
     def __init__(self, url: str, *, retry_s: float | None = 10.0, max_connections: int = 64) -> None:
         self.url = url
         self.retry_s = retry_s
+        address = parse_url(url)
         pool, waiters = aredis.BlockingConnectionPool, aredis.ConnectionPool
-        common = {**CONNECT, "retry": AsyncRetry(NoBackoff(), 0)}
-        commands = pool.from_url(url, socket_timeout=_SOCKET_TIMEOUT_S, max_connections=max_connections, **common)
-        self.client: Any = aredis.Redis(connection_pool=commands)
-        waits = waiters.from_url(url, socket_timeout=_MAX_BLOCK_S + 5.0, max_connections=_MAX_WAITERS, **common)
-        self._waiter: Any = aredis.Redis(connection_pool=waits)
+        self.client = connect_async(address, pool=pool, timeout_s=_SOCKET_TIMEOUT_S, most=max_connections)
+        self._waiter = connect_async(address, pool=waiters, timeout_s=_MAX_BLOCK_S + 5.0, most=_MAX_WAITERS)
+        self._replicas = address.replicas
 
     async def run(self, call: Call[T]) -> T:
         """Execute one call."""
@@ -170,7 +171,8 @@ class AsyncDoor:
         return replies
 
     async def _send(self, calls: Sequence[Call[Any]]) -> list[Any]:
-        if len(calls) == 1:
+        wait = confirmation(calls, self._replicas)
+        if len(calls) == 1 and wait is None:
             try:
                 return [await self.client.execute_command(*command(calls[0]))]
             except redis.exceptions.NoScriptError as error:
@@ -178,7 +180,10 @@ class AsyncDoor:
         async with self.client.pipeline(transaction=False) as pipe:
             for call in calls:
                 pipe.execute_command(*command(call))
-            return list(await pipe.execute(raise_on_error=False))
+            if wait is not None:
+                pipe.execute_command(*wait)
+            replies = list(await pipe.execute(raise_on_error=False))
+        return replies if wait is None else confirmed(replies, self._replicas)
 
     async def close(self) -> None:
         """Close all connections; safe to call twice."""

@@ -229,6 +229,11 @@ class Reads:
         """Requests that a worker incarnation runs at this very moment; its published load is older."""
         return Call(None, (), ("SCARD", self.keys.held(incarnation)), int)
 
+    def held(self, incarnation: str) -> Call[set[str]]:
+        """Ids under this lease."""
+        args = ("SMEMBERS", self.keys.held(incarnation))
+        return Call(None, (), args, lambda reply: {member.decode() for member in reply})
+
     def queue_ids(self, stage: str, *, limit: int) -> Call[list[str]]:
         """The first waiting ids of a stage, in serving order."""
         args = ("ZRANGE", self.keys.queue(stage), 0, limit - 1)

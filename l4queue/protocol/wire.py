@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 from urllib.parse import urlsplit
@@ -13,11 +14,12 @@ from l4queue.protocol.calls import Arg, Call
 from l4queue.protocol.scripts import script
 
 __all__ = (
-    "CONNECT",
     "RETRYABLE",
     "ServerFull",
     "backoff_s",
     "command",
+    "confirmation",
+    "confirmed",
     "explain",
     "first_missing",
     "is_passing",
@@ -25,18 +27,20 @@ __all__ = (
     "redacted",
 )
 
-RETRYABLE = (rx.ConnectionError, rx.TimeoutError, rx.BusyLoadingError, rx.ReadOnlyError)
+RETRYABLE = (
+    rx.ConnectionError,
+    rx.TimeoutError,
+    rx.BusyLoadingError,
+    rx.ReadOnlyError,
+    rx.ClusterDownError,  # and MASTERDOWN
+    rx.TryAgainError,
+    rx.AskError,  # the slot is on its way to another node
+)
 _OUT_OF_MEMORY = "command not allowed when used memory"  # Redis 6.2 wraps it in the text of a script's error
-_PASSING = ("LOADING", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "READONLY", "BUSY ")
-
-CONNECT: dict[str, Any] = {
-    # Library defaults retry writes silently and change the reply shapes; both are decided here instead.
-    "decode_responses": False,
-    "protocol": 2,
-    "socket_connect_timeout": 5.0,
-    "socket_keepalive": True,
-    "retry_on_timeout": False,
-}
+_PASSING = ("LOADING", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "READONLY", "NOREPLICAS", "UNBLOCKED", "BUSY ")
+_IN_SCRIPT = ("-READONLY ", "-NOREPLICAS ")  # Redis 6.2 wraps these, too
+_CONFIRM_MS = 1000
+_PASSWORD = re.compile(r"(password=)[^&]*")
 
 
 class ServerFull(ServiceUnavailable):
@@ -50,6 +54,26 @@ def command(call: Call[Any]) -> tuple[Arg, ...]:
     return ("EVALSHA", script(call.script).sha, len(call.keys), *call.keys, *call.args)
 
 
+def confirmation(calls: Sequence[Call[Any]], replicas: int) -> tuple[Arg, ...] | None:
+    """The command that waits until replicas have what these calls write; None where none is wanted."""
+    if replicas and any(call.script is not None for call in calls):
+        return ("WAIT", replicas, _CONFIRM_MS)
+    return None
+
+
+def confirmed(replies: list[Any], replicas: int) -> list[Any]:
+    """The replies without that of `confirmation`, which is the last; an error that passes when too few have it.
+
+    The calls have run then, and running them again is harmless.
+    """
+    found = replies.pop()
+    if isinstance(found, Exception):
+        raise found
+    if found < replicas:
+        raise rx.TimeoutError(f"{found} of {replicas} replicas have what was written")
+    return replies
+
+
 def first_missing(replies: Sequence[Any]) -> int | None:
     """Index of the first reply that says NOSCRIPT: the server has restarted or flushed its scripts.
 
@@ -60,8 +84,11 @@ def first_missing(replies: Sequence[Any]) -> int | None:
 
 def is_passing(error: Exception) -> bool:
     """Whether trying again later can help: connection trouble, loading, failover, scripts flushed again."""
-    return isinstance(error, (*RETRYABLE, rx.NoScriptError)) or (
-        isinstance(error, rx.ResponseError) and str(error).startswith(_PASSING)
+    if isinstance(error, (*RETRYABLE, rx.NoScriptError)):
+        return True
+    text = str(error)
+    return isinstance(error, rx.ResponseError) and (
+        text.startswith(_PASSING) or any(word in text for word in _IN_SCRIPT)
     )
 
 
@@ -83,6 +110,8 @@ def explain(error: Exception, url: str) -> ServiceUnavailable:
         return ServerFull(f"Redis at {where} is at its memory limit; raise maxmemory or let the queue drain")
     if "MISCONF" in text:
         return ServiceUnavailable(f"Redis at {where} cannot write its AOF (disk full?): {text}")
+    if "NOREPLICAS" in text:
+        return ServiceUnavailable(f"Redis at {where} lacks the replicas of min-replicas-to-write")
     if isinstance(error, rx.AuthenticationError):
         return ServiceUnavailable(f"Redis at {where} refuses the credentials in L4_REDIS_URL")
     if is_passing(error):
@@ -91,12 +120,11 @@ def explain(error: Exception, url: str) -> ServiceUnavailable:
 
 
 def redacted(url: str) -> str:
-    """The URL without its password."""
+    """The URL without its passwords."""
     parts = urlsplit(url)
-    if parts.password is None:
-        return url
-    host = parts.hostname or ""
-    return parts._replace(netloc=f"***@{host}:{parts.port or 6379}").geturl()
+    credentials, at, hosts = parts.netloc.rpartition("@")
+    shown = f"***{at}{hosts}" if ":" in credentials else parts.netloc
+    return parts._replace(netloc=shown, query=_PASSWORD.sub(r"\1***", parts.query)).geturl()
 
 
 def backoff_s() -> Iterator[float]:

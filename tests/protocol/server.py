@@ -16,6 +16,7 @@ __all__ = ("DURABLE", "VOLATILE", "RedisServer", "redis_binary")
 VOLATILE = ("--appendonly", "no")
 DURABLE = ("--appendonly", "yes", "--appendfsync", "always")
 _START_S = 20.0
+_MAX_PORT = 55_535
 
 
 def redis_binary() -> str | None:
@@ -31,9 +32,12 @@ def redis_binary() -> str | None:
 class RedisServer:
     """One redis-server child. `url` names its database 0; the port stays the same over restarts."""
 
-    def __init__(self, binary: str, folder: Path, options: tuple[str, ...] = VOLATILE) -> None:
+    def __init__(
+        self, binary: str, folder: Path, options: tuple[str, ...] = VOLATILE, *, head: tuple[str, ...] = ()
+    ) -> None:
         self._binary = binary
         self._folder = folder
+        self._head = head  # a configuration file, `--sentinel`
         self._options = options
         self._process: subprocess.Popen[bytes] | None = None
         self.port = _free_port()
@@ -41,10 +45,14 @@ class RedisServer:
 
     def start(self) -> RedisServer:
         """Start it and return when it answers."""
-        listen = ("--bind", "127.0.0.1", "--port", str(self.port), "--dir", str(self._folder), "--save", "")
+        listen = ("--bind", "127.0.0.1", "--port", str(self.port), "--dir", str(self._folder))
+        if "--sentinel" not in self._head:
+            listen += ("--save", "")
         log = ("--logfile", str(self._folder / "redis.log"))
         self._process = subprocess.Popen(
-            (self._binary, *listen, *log, *self._options), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            (self._binary, *self._head, *listen, *log, *self._options),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
         deadline = time.monotonic() + _START_S
         with redis.Redis(port=self.port) as client:
@@ -78,6 +86,10 @@ class RedisServer:
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """One that leaves room for the bus of a cluster's node, 10,000 above."""
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = int(probe.getsockname()[1])
+        if port <= _MAX_PORT:
+            return port
