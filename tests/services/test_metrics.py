@@ -37,6 +37,8 @@ WORKERS = ("w0", "w1", "w2")
 BOUNDARY_TOKENS = 64
 HTTP_ROLES = ("exporter", "dispatcher", "dispatcher-2", *WORKERS)
 
+NAME = re.compile(r"`(l4queue_[a-z0-9_]+)`")
+
 Samples = dict[tuple[str, ...], float]
 
 
@@ -244,6 +246,17 @@ def test_refusals_rejections_and_redeliveries_are_counted(deployment: Deployment
     for handle in handles:
         handle.result(timeout=60)
     until(lambda: len(deployment.client.overview().workers) == 3, "w1 is back", timeout_s=60)
+
+
+def test_the_manual_names_every_metric_and_no_other(deployment: Deployment) -> None:
+    """As Prometheus stores it: counters end in _total."""
+    served = set()
+    for role in ("exporter", "dispatcher", "w0"):
+        for family in text_string_to_metric_families(deployment.text(role)):
+            served.add(family.name + "_total" if family.type == "counter" else family.name)
+    manual = (MONITORING.parent / "docs" / "monitoring.md").read_text("utf-8")
+    named = {name for row in manual.splitlines() if row.startswith("| `l4queue_") for name in NAME.findall(row)}
+    assert named == {name for name in served if name.startswith("l4queue_")}
 
 
 @pytest.mark.parametrize("role", ["exporter", "dispatcher", "w0"])
