@@ -103,8 +103,21 @@ class Source(Protocol):
     def collect(self) -> Iterable[Metric]: ...
 
 
+class _Undescribed:
+    """A source whose families are not known before they are collected: else it would be asked when registered."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+
+    def describe(self) -> Iterable[Metric]:
+        return ()
+
+    def collect(self) -> Iterable[Metric]:
+        return self._source.collect()
+
+
 class MetricsServer:
-    """Serves what its sources collect, with the usual figures of the process, at every path.
+    """Serves what its sources collect, with the process's own figures and those of vLLM where it runs.
 
     `with MetricsServer(settings, source): ...`; it does nothing when `metrics_port` is 0. ConfigError when the
     port is taken: processes on one host need ports of their own.
@@ -112,26 +125,23 @@ class MetricsServer:
 
     def __init__(self, settings: Settings, *sources: Source) -> None:
         self._settings = settings
-        self._sources = sources
+        self._sources = [_Undescribed(source) for source in sources]
 
     def __enter__(self) -> MetricsServer:
         host, port = self._settings.metrics_host, self._settings.metrics_port
         if not port:
             return self
-        from prometheus_client import CollectorRegistry, GCCollector, ProcessCollector, start_http_server
+        from prometheus_client import REGISTRY, start_http_server
 
-        registry = CollectorRegistry(auto_describe=False)
-        ProcessCollector(registry=registry)
-        GCCollector(registry=registry)
-        for source in self._sources:
-            registry.register(source)  # type: ignore[arg-type] # anything with `collect` does
         try:
-            self._server, self._thread = start_http_server(port, host, registry)
+            self._server, self._thread = start_http_server(port, host)
         except OSError as error:
             raise ConfigError(
                 f"L4_METRICS_PORT: cannot listen on {host}:{port} ({error.strerror or error}); "
                 "each process of a host needs a port of its own, 0 for none"
             ) from None
+        for source in self._sources:
+            REGISTRY.register(source)  # type: ignore[arg-type] # as good as a Collector
         log.info("metrics at http://%s:%d/metrics", host, port)
         return self
 
@@ -139,6 +149,10 @@ class MetricsServer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._settings.metrics_port:
+            from prometheus_client import REGISTRY
+
+            for source in self._sources:
+                REGISTRY.unregister(source)  # type: ignore[arg-type] # as above
             self._server.shutdown()
             self._server.server_close()
             self._thread.join()
