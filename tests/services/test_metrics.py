@@ -232,14 +232,16 @@ def test_refusals_rejections_and_redeliveries_are_counted(deployment: Deployment
     until(
         lambda: growth("l4queue_dispatcher_requests_refused_total", "too_long") == 1, "the dispatcher refused it"
     )
-    with pytest.raises(QueueFull):
-        deployment.client.enqueue_many(["x" * 20] * 5, max_tokens=100_000)
-    assert growth("l4queue_requests_rejected_total") >= 1
 
     handles = deployment.client.enqueue_many(["x" * 20] * 16, max_tokens=600, ignore_eos=True)
     until(
         lambda: deployment.samples("w1")["l4queue_worker_running_requests", "w1"] > 0, "w1 runs some", timeout_s=30
     )
+    with Client(settings=deployment.settings.model_copy(update={"max_backlog_tokens": 1})) as narrow:
+        for _ in range(2):
+            with pytest.raises(QueueFull):
+                narrow.enqueue("x" * 20, max_tokens=4)
+    assert growth("l4queue_requests_rejected_total") == 2
     deployment.processes.stop("w1", signal.SIGKILL)
     until(lambda: growth("l4queue_requests_requeued_total", "lost") > 0, "its requests went back", timeout_s=30)
     deployment.start_worker("w1")
