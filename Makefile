@@ -55,6 +55,7 @@ lint: $(DEV) ## style, types, import contracts, sizes, generated docs
 	$(BIN)/python tests/sizes.py l4queue dispatcher workers
 	$(BIN)/python docs/generate_settings.py --check
 	$(BIN)/python docs/generate_states.py --check
+	$(BIN)/python docs/generate_dashboard.py --check
 
 format: $(DEV) ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix $(wildcard $(CODE))
@@ -64,13 +65,15 @@ docs: $(RUNTIME) ## write the generated pages of docs/
 	$(BIN)/python docs/generate_settings.py
 	$(BIN)/python docker/env_example.py
 	$(BIN)/python docs/generate_states.py
+	$(BIN)/python docs/generate_dashboard.py
 
-# What the tests use beside Python: Redis and a browser. On Debian as root it is installed.
+# What the tests use beside Python: Redis, a browser, Prometheus. On Debian as root it is installed.
 system:
 	@missing=(); \
 	command -v redis-server >/dev/null || missing+=(redis-server); \
 	command -v chromium >/dev/null || missing+=(chromium); \
 	command -v chromedriver >/dev/null || missing+=(chromium-driver); \
+	command -v promtool >/dev/null || missing+=(prometheus); \
 	python3 -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null || missing+=(libnuma1); \
 	if [ $${#missing[@]} -eq 0 ]; then exit 0; fi; \
 	if [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then \

@@ -13,6 +13,7 @@ from dispatcher.service import Dispatcher
 from dispatcher.tokenizer import PromptTokenizer
 from l4queue.config import Settings, load_settings
 from l4queue.errors import L4QueueError, ServiceUnavailable
+from l4queue.metrics import MetricsServer
 from l4queue.protocol.door import AsyncDoor
 from l4queue.protocol.health import dispatcher_alive
 from l4queue.protocol.upkeep import Upkeep
@@ -54,15 +55,16 @@ async def serve(settings: Settings) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
-    log.info("dispatcher %s ready: tokenizer %s, limit %d tokens", name, path, settings.max_model_len)
-    routing = asyncio.create_task(dispatcher.run())
-    upkeep = asyncio.create_task(keep_up(dispatcher, Upkeep(settings=settings, door=door), door, stopping))
-    stop = asyncio.create_task(stopping.wait())
     try:
-        await asyncio.wait({routing, upkeep, stop}, return_when=asyncio.FIRST_COMPLETED)
-        dispatcher.request_stop()
-        stopping.set()
-        await asyncio.gather(routing, upkeep)
+        with MetricsServer(settings, dispatcher.figures):
+            log.info("dispatcher %s ready: tokenizer %s, limit %d tokens", name, path, settings.max_model_len)
+            routing = asyncio.create_task(dispatcher.run())
+            upkeep = asyncio.create_task(keep_up(dispatcher, Upkeep(settings=settings, door=door), door, stopping))
+            stop = asyncio.create_task(stopping.wait())
+            await asyncio.wait({routing, upkeep, stop}, return_when=asyncio.FIRST_COMPLETED)
+            dispatcher.request_stop()
+            stopping.set()
+            await asyncio.gather(routing, upkeep)
     finally:
         await door.close()
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from pydantic import ValidationError
 
+from dispatcher.metrics import RouterFigures
 from dispatcher.router import Router
 from dispatcher.tokenizer import Counted, PromptTokenizer, Refusal
 from l4queue.config import Settings
@@ -56,6 +57,7 @@ class Dispatcher:
         self._rounded_s = time.monotonic()
         self._router = Router(settings)
         self._looked_s = 0.0
+        self.figures = RouterFigures()
 
     @property
     def plan(self) -> Plan:
@@ -108,15 +110,18 @@ class Dispatcher:
         error = f"{_MAX_DELIVERIES} dispatchers ended while counting it"
         call = self._calls.refuse(request_id, entry_id=entry[0].decode(), error=error, field="prompt")
         await self._door.run(call)
+        self.figures.refused["poison"] += 1
 
     async def handle(self, entries: Sequence[StreamEntry]) -> int:
         """Count and route these entries; refusals end in `failed` with the field at fault."""
+        begun_s = time.monotonic()
         readable = [(e.decode(), v[b"i"].decode()) for e, v in entries if _is_readable(v)]
         calls: list[Call[Verdict]] = [
             self._calls.refuse("?", entry_id=e.decode(), error="unreadable inbox entry", raw=repr(v).encode())
             for e, v in entries
             if not _is_readable(v)
         ]
+        self.figures.refused["unreadable"] += len(calls)
         replies = await self._door.run_many([self._reads.plan(), *(self._reads.body(i) for _, i in readable)])
         await self._follow(*replies[0])
         arrivals = []
@@ -126,9 +131,12 @@ class Dispatcher:
             else:
                 arrivals.append(_Arrival(entry_id=entry_id, request_id=request_id, body=body))
         prompts = [(arrival.body.kind, arrival.body.prompt) for arrival in arrivals]
+        counted_s = time.monotonic()
         counted = await asyncio.to_thread(self._tokenizer.count, prompts) if prompts else []
+        self.figures.counting.add(time.monotonic() - counted_s)
         calls.extend(self._decide(arrival, answer) for arrival, answer in zip(arrivals, counted, strict=True))
         await self._door.run_many(calls)
+        self.figures.rounds.add(time.monotonic() - begun_s)
         return len(calls)
 
     def _decide(self, arrival: _Arrival, answer: Counted | Refusal) -> Call[Verdict]:
@@ -137,6 +145,7 @@ class Dispatcher:
             if not isinstance(checked, Refusal):
                 return self._route(arrival, answer, checked)
             answer = checked
+        self.figures.refused[answer.reason] += 1
         log.info("refused", extra={"request_id": arrival.request_id, "field": answer.field})
         return self._calls.refuse(
             arrival.request_id,
@@ -164,6 +173,7 @@ class Dispatcher:
         params, priority = checked
         prompt_tokens = len(answer.token_ids)
         place = self._router.place(prompt_tokens, submitted_ms=arrival.body.submitted_ms, priority=priority)
+        self.figures.count_routed(place.stage)
         return self._calls.route(
             arrival.request_id,
             entry_id=arrival.entry_id,

@@ -20,6 +20,8 @@ FIXED = {
     "devices_dir": "a volume that all workers of the machine share",
     "cpu_cores": "each worker takes cores of its own; see L4_CPU_CORES_PER_WORKER",
     "flower_port": "see FLOWER_PORT",
+    "metrics_port": "9400 in every container; only Prometheus reaches it",
+    "metrics_host": "0.0.0.0: the network of the containers",
     "kv_handover_bytes": "0: containers share no memory, so requests that move are prefilled again",
     "worker_id": "each replica is worker@<container>",
 }

@@ -107,6 +107,11 @@ class Settings(BaseSettings):
     )
     flower_show_prompts: bool = Field(False, description="show prompt text in Flower; off by default")
 
+    metrics_port: int = Field(
+        0, ge=0, le=65535, description="port of Prometheus metrics, of each process its own; 0: none"
+    )
+    metrics_host: str = Field("127.0.0.1", description="address that metrics listen on; 0.0.0.0: all")
+
     @property
     def worker_name(self) -> str:
         """The stable name of a worker in this process: its setting, else worker@host."""

@@ -15,12 +15,14 @@ from pydantic import JsonValue
 
 from l4queue.config import Settings, load_settings
 from l4queue.errors import L4QueueError
+from l4queue.metrics import MetricsServer
 from workers.app import QUEUE, make_app, node_name, task_name
 from workers.build import make_worker
 from workers.events import EventSender
 from workers.gpus import take_devices
 from workers.guard import guard_descendants
 from workers.host import EngineHost, EngineThread, ExitGuard, RequestHeart, WorkerLike
+from workers.metrics import WorkerMetrics
 from workers.observer import Observer
 from workers.panel import install_panel
 
@@ -64,15 +66,16 @@ def serve(
     signals.setup_logging.connect(_keep_logging, weak=False)
     install_panel(engine, hostname=node, task_name=name)
     controller = _controller(app, hostname=node, engine=engine, drain_s=drain_s, figures=figures)
-    sender.start()
-    try:
-        controller.start()
-    finally:
-        guard.arm(drain_s + _EXIT_S)
-        engine.request_stop()
-        is_drained = celery_state.should_terminate is None and engine.join(drain_s)
-        sender.close()
-        guard.arm(_EXIT_S)
+    with MetricsServer(settings, WorkerMetrics(engine.figures, sender.stats)):
+        sender.start()
+        try:
+            controller.start()
+        finally:
+            guard.arm(drain_s + _EXIT_S)
+            engine.request_stop()
+            is_drained = celery_state.should_terminate is None and engine.join(drain_s)
+            sender.close()
+            guard.arm(_EXIT_S)
     if not is_drained:
         guard.end_now()
     log.info("worker %s ended", node)

@@ -16,6 +16,7 @@ from l4queue.config import Settings, load_settings
 from l4queue.errors import ConfigError
 from workers.__main__ import launch, serve
 from workers.build import make_worker
+from workers.figures import WorkerFigures
 from workers.host import WorkerLike
 from workers.observer import Observer, RequestView
 
@@ -53,6 +54,10 @@ class Fleet:
         each = [worker.stats() for worker in self._workers]
         sums: dict[str, JsonValue] = {name: sum(_number(one.get(name)) for one in each) for name in _SUMMED}
         return {**sums, "engine": each[0].get("engine"), "workers": {str(one.get("worker")): one for one in each}}
+
+    def figures(self) -> list[WorkerFigures]:
+        """Of each worker."""
+        return [figures for worker in self._workers for figures in worker.figures()]
 
     def active(self) -> list[RequestView]:
         """The requests running in any of them."""

@@ -20,6 +20,7 @@ from celery.worker import heartbeat
 from celery.worker import state as celery_state
 from pydantic import JsonValue
 
+from workers.figures import WorkerFigures
 from workers.observer import RequestView
 
 __all__ = ("EngineHost", "EngineThread", "ExitGuard", "RequestHeart", "WorkerLike")
@@ -39,6 +40,8 @@ class WorkerLike(Protocol):
     def request_cancel(self, request_id: str) -> None: ...
 
     def stats(self) -> dict[str, JsonValue]: ...
+
+    def figures(self) -> list[WorkerFigures]: ...
 
     def active(self) -> list[RequestView]: ...
 
@@ -111,6 +114,10 @@ class EngineThread:
     def stats(self) -> dict[str, JsonValue]:
         """The worker's figures; before it is built only that it loads."""
         return {"engine": "loading"} if self._worker is None else self._worker.stats()
+
+    def figures(self) -> list[WorkerFigures]:
+        """The figures of the workers here, for metrics; none before they serve."""
+        return [] if self._worker is None else self._worker.figures()
 
     def active(self) -> list[RequestView]:
         """The requests running here."""

@@ -19,6 +19,7 @@ from l4queue.protocol.door import AsyncDoor
 from l4queue.protocol.keys import Keys
 from l4queue.protocol.reads import Reads
 from workers.engine import Cut, Engine, EngineDied, EngineInfo
+from workers.figures import StepMeter, WorkerFigures
 from workers.lease import Lease
 from workers.observer import LEASE_ENDED, Observer, RequestView
 from workers.outlook import Outlook
@@ -62,6 +63,7 @@ class WorkerState:
         self.num_finished = 0
         self.num_stolen = 0
         self.num_handed_over = 0
+        self.steps = StepMeter()
         self.is_draining = False
         self.nudge = asyncio.Event()
         self.lease = Lease(
@@ -110,7 +112,10 @@ class WorkerState:
 
     def measured_cost(self) -> StepCost | None:
         """The cost model of this very engine; None until it has seen enough steps."""
-        self.calibrator = self.calibrator.update(self.engine.step_records())
+        records = self.engine.step_records()
+        if records and self.settings.metrics_port:
+            self.steps.add(records, self.cost)
+        self.calibrator = self.calibrator.update(records)
         return self.calibrator.cost() if self.calibrator.is_identified else None
 
     def engine_started(self, info: EngineInfo) -> None:
@@ -237,6 +242,22 @@ class WorkerState:
             num_finished=self.num_finished,
             num_preemptions=stats.num_preemptions,
         )
+
+    def figures(self) -> list[WorkerFigures]:
+        """For metrics; none before the engine has started."""
+        if self.info is None:
+            return []
+        return [
+            WorkerFigures(
+                load=self.load(),
+                engine=self.engine.stats(),
+                steps=self.steps,
+                plan_version=self.plan.version,
+                num_stolen=self.num_stolen,
+                num_handed_over=self.num_handed_over,
+                is_calibrated=self.calibrator.is_identified,
+            )
+        ]
 
     def stats(self) -> dict[str, JsonValue]:
         """A snapshot for dashboards."""

@@ -17,6 +17,7 @@ from l4queue.policy.plan_json import plan_from_json
 from l4queue.protocol.upkeep import Upkeep
 from workers.chores import Chores
 from workers.engine import Engine, EngineDied, EngineOutput
+from workers.figures import WorkerFigures
 from workers.intake import Intake
 from workers.listener import Listener
 from workers.mover import Mover
@@ -88,6 +89,10 @@ class Worker:
     def stats(self) -> dict[str, JsonValue]:
         """A snapshot for dashboards."""
         return self.state.stats()
+
+    def figures(self) -> list[WorkerFigures]:
+        """The same for metrics."""
+        return self.state.figures()
 
     def active(self) -> list[RequestView]:
         """The requests running here."""

@@ -17,7 +17,7 @@ __all__ = ("Role", "register", "sign_of_life")
 _PLANNER_ROUNDS = 6
 _PLANNER_SILENT_S = 30.0
 _REDIS_TRY_S = 2.0
-_FLOWER_TRY_S = 5.0
+_HTTP_TRY_S = 5.0
 
 
 class Role(StrEnum):
@@ -28,13 +28,15 @@ class Role(StrEnum):
     PLANNER = "planner"
     BEAT = "beat"
     FLOWER = "flower"
+    EXPORTER = "exporter"
 
 
 def health(role: Annotated[Role, typer.Argument(help="Which process to ask after.")]) -> None:
     """Exit code 0 if the process of this host does its work, 1 if not; for health checks of containers.
 
     A worker is judged by its lease, which it keeps only while its engine makes progress; a dispatcher by its
-    last round of routing; planner and beat by the age of the last round of planning; Flower by its answer.
+    last round of routing; planner and beat by the age of the last round of planning; Flower and the exporter by
+    their answer.
     """
     from l4queue.config import load_settings
 
@@ -46,7 +48,9 @@ def sign_of_life(role: Role, settings: Settings) -> str:
     from l4queue.protocol.door import Door
 
     if role is Role.FLOWER:
-        return _flower(settings.flower_port)
+        return _answers("Flower", f"http://127.0.0.1:{settings.flower_port}/healthcheck")
+    if role is Role.EXPORTER:
+        return _answers("the exporter", f"http://127.0.0.1:{settings.metrics_port}/metrics")
     door = Door(settings.redis_url, retry_s=_REDIS_TRY_S)
     try:
         if role is Role.WORKER:
@@ -100,18 +104,17 @@ def _planner(door: Door, settings: Settings) -> str:
     return f"the last round of planning ended {idle_s:.1f} s ago"
 
 
-def _flower(port: int) -> str:
+def _answers(name: str, url: str) -> str:
     from http.client import HTTPException
     from urllib.request import urlopen
 
     from l4queue.errors import ServiceUnavailable
 
-    url = f"http://127.0.0.1:{port}/healthcheck"
     try:
-        with urlopen(url, timeout=_FLOWER_TRY_S):
-            return f"Flower answers at port {port}"
+        with urlopen(url, timeout=_HTTP_TRY_S):
+            return f"{name} answers at {url}"
     except (OSError, HTTPException) as error:
-        raise ServiceUnavailable(f"Flower does not answer at {url}: {error}; see its log") from error
+        raise ServiceUnavailable(f"{name} does not answer at {url}: {error}; see its log") from error
 
 
 def register(app: typer.Typer) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from l4queue.cli.embedded import EmbeddedRedis, free_port, is_port_free, ping
 from l4queue.cli.logs import FileLog, Log
+from l4queue.cli.scrape import with_metrics, write_targets
 from l4queue.cli.supervisor import ChildSpec, RestartPolicy, Supervisor
 from l4queue.config import Settings, load_settings
 from l4queue.errors import ConfigError, L4QueueError
@@ -48,11 +49,12 @@ class StackOptions:
     data_dir: Path | None = None
     flower_port: int | None = None
     flower: bool = True
+    metrics_port: int | None = None
     quiet: bool = False
 
     def overrides(self) -> dict[str, Any]:
         """The options that are settings."""
-        names = ("engine", "model", "redis_url", "durability", "flower_port")
+        names = ("engine", "model", "redis_url", "durability", "flower_port", "metrics_port")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
@@ -74,6 +76,7 @@ class Stack:
         self.log = log or FileLog(self.data_dir / "logs", notes=None if options.quiet else sys.stderr)
         self.supervisor = Supervisor(log=self.log, restart=restart)
         self.flower_url: str | None = None
+        self.metrics_urls: dict[str, str] = {}
         self._redis: EmbeddedRedis | None = None
         self._door: AsyncDoor | None = None
 
@@ -81,6 +84,11 @@ class Stack:
     def redis_url(self) -> str:
         """Of the Redis that all processes use."""
         return self.settings.redis_url
+
+    @property
+    def targets_file(self) -> Path:
+        """Where Prometheus finds the processes (`file_sd_configs`), with metrics only."""
+        return self.data_dir / "prometheus-targets.json"
 
     def note(self, text: str) -> None:
         """Say something of our own in the log."""
@@ -107,15 +115,12 @@ class Stack:
         self._choose_flower_port()
         self.settings = self.settings.model_copy(update={"model": model})
         self._door = AsyncDoor(self.redis_url, retry_s=0.0)
-        for spec in self._service_specs():
+        specs = [*self._service_specs(), *self._serving_specs(num_workers, gpus)]
+        self.metrics_urls, specs = with_metrics(specs, self.settings)
+        if self.metrics_urls:
+            write_targets(self.targets_file, self.metrics_urls)
+        for spec in specs:
             self.supervisor.add(spec)
-        if (size := self.options.workers_per_process) > 1:
-            names = [f"worker-{index}" for index in range(num_workers)]
-            for first in range(0, num_workers, size):
-                self.supervisor.add(self._fleet_spec(f"fleet-{first // size}", names[first : first + size]))
-            return
-        for index in range(num_workers):
-            self.supervisor.add(self._worker_spec(index, num_workers=num_workers, gpus=gpus))
 
     async def ready(self) -> None:
         """Wait until every worker serves and every service runs; ServiceUnavailable if one cannot start."""
@@ -251,6 +256,8 @@ class Stack:
             service(f"dispatcher-{i}", "dispatcher", ready_text=" ready: ")
             for i in range(self.options.dispatchers)
         ]
+        if self.settings.metrics_port:
+            specs.append(service("exporter", "dispatcher.exporter", ready_text=" ready: ", essential=False))
         specs.append(service("planner", *celery, *planner, "--loglevel", "INFO", ready_text=" ready."))
         specs.append(service("beat", *celery, "beat", "--loglevel", "WARNING", "--pidfile="))
         if self.options.flower:
@@ -259,6 +266,14 @@ class Stack:
                 service("flower", "dispatcher.flower", is_ready=lambda: _flower_answers(port), essential=False)
             )
         return specs
+
+    def _serving_specs(self, num_workers: int, gpus: list[Gpu]) -> list[ChildSpec]:
+        size = self.options.workers_per_process
+        if size == 1:
+            return [self._worker_spec(i, num_workers=num_workers, gpus=gpus) for i in range(num_workers)]
+        names = [f"worker-{index}" for index in range(num_workers)]
+        firsts = range(0, num_workers, size)
+        return [self._fleet_spec(f"fleet-{first // size}", names[first : first + size]) for first in firsts]
 
     def _worker_spec(self, index: int, *, num_workers: int, gpus: list[Gpu]) -> ChildSpec:
         name = f"worker-{index}"

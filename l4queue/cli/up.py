@@ -54,6 +54,15 @@ def up(
         ),
     ] = None,
     flower: Annotated[bool, typer.Option(help="Run Flower.")] = True,
+    metrics_port: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            max=65535,
+            help="First port of metrics, one for each process from there; 0: none; default L4_METRICS_PORT.",
+            show_default=False,
+        ),
+    ] = None,
     ready_file: Annotated[
         Path | None, typer.Option(help="Write URLs and process ids there once all is ready.", show_default=False)
     ] = None,
@@ -78,6 +87,7 @@ def up(
         data_dir=data_dir,
         flower_port=flower_port,
         flower=flower,
+        metrics_port=metrics_port,
     )
     asyncio.run(_serve(options, ready_file=ready_file))
 
@@ -122,6 +132,7 @@ def _announce(stack: Stack, ready_file: Path | None) -> None:
     facts = {
         "redis_url": stack.redis_url,
         "flower_url": stack.flower_url,
+        "metrics_urls": stack.metrics_urls,
         "model": stack.settings.model,
         "pids": {name: child.pid for name, child in stack.supervisor.children.items()},
     }
@@ -131,6 +142,8 @@ def _announce(stack: Stack, ready_file: Path | None) -> None:
         aside.rename(ready_file)
     flower = f", Flower at {stack.flower_url}" if stack.flower_url else ""
     stack.note(f"ready: Redis at {stack.redis_url}{flower}")
+    if stack.metrics_urls:
+        stack.note(f"metrics at {stack.metrics_urls['exporter']}, of all processes: {stack.targets_file}")
     if stack.redis_url != "redis://127.0.0.1:6379/0":
         stack.note(f"for clients: export L4_REDIS_URL={stack.redis_url}")
 

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from l4queue.policy.cost import BatchShape, StepCost
 from l4queue.policy.fit import COEFFICIENTS, StepSample, with_coefficients
 
-__all__ = ("Calibrator",)
+__all__ = ("Calibrator", "predict_ms")
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 
@@ -57,7 +57,7 @@ class Calibrator:
         is_known = self.is_identified
         for step in records:
             x, y = _features(step), step.elapsed_ms
-            expected, first = _predict(now, step), _predict(prior, step)
+            expected, first = predict_ms(now, step), predict_ms(prior, step)
             if not (math.isfinite(y) and y > 0.0 and first > 0.0 and bool(np.isfinite(x).all())):
                 dropped += 1
                 continue
@@ -120,7 +120,8 @@ def _features(step: StepSample) -> Floats:
     )
 
 
-def _predict(cost: StepCost, step: StepSample) -> float:
+def predict_ms(cost: StepCost, step: StepSample) -> float:
+    """What the model says of a step that was measured, ms."""
     shape = BatchShape(
         num_decodes=step.num_decodes,
         context_tokens=step.context_tokens,

@@ -270,6 +270,26 @@ class Reads:
         """The latest finished requests, newest first."""
         return Call(None, (), ("XREVRANGE", self.keys.finished, "+", "-", "COUNT", count), _finished)
 
+    def submitted_ms(self, request_id: str) -> Call[int | None]:
+        """When a request was accepted, server ms; None when unknown."""
+        args = ("HGET", self.keys.request(request_id), "submitted_ms")
+        return Call(None, (), args, lambda r: None if r is None else int(r))
+
+    def inbox_since_ms(self) -> Call[int | None]:
+        """When the oldest entry of the inbox was accepted, server ms; None when it is empty."""
+        args = ("XRANGE", self.keys.inbox, "-", "+", "COUNT", 1)
+        return Call(None, (), args, lambda r: int(r[0][0].partition(b"-")[0]) if r else None)
+
+    def last_finished_id(self) -> Call[str]:
+        """Stream id of the latest finished request, to be given to `finished_after`."""
+        args = ("XREVRANGE", self.keys.finished, "+", "-", "COUNT", 1)
+        return Call(None, (), args, lambda r: r[0][0].decode() if r else "0-0")
+
+    def finished_after(self, last_id: str, *, count: int) -> Call[tuple[str, list[FinishedRequest]]]:
+        """Requests that finished after the stream id, oldest first, and the id to go on from."""
+        args = ("XRANGE", self.keys.finished, f"({last_id}", "+", "COUNT", count)
+        return Call(None, (), args, lambda r: (r[-1][0].decode() if r else last_id, _finished(r)))
+
     def output_lengths(self, *, after: str | None, count: int = 500) -> Call[tuple[str | None, list[int]]]:
         """Output lengths of what finished after the stream id `after` (None: of the latest), and the last id."""
         args: tuple[str | int, ...] = ("XREVRANGE", self.keys.finished, "+", "-", "COUNT", count)

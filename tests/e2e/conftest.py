@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -31,6 +31,7 @@ class Deployment:
     server: RedisServer
     model: Path
     flower_url: str
+    metrics_ports: dict[int, int] = field(default_factory=dict)
 
     def client(self) -> Client:
         """A new client; close it."""
@@ -38,7 +39,9 @@ class Deployment:
 
     def start_worker(self, number: int) -> int:
         """Start worker `number` on its own core; returns its process id."""
-        return self.processes.worker(f"worker-{number}", cpu_cores=str(number % (os.cpu_count() or 1))).pid
+        self.metrics_ports[number] = port = free_port()
+        core = str(number % (os.cpu_count() or 1))
+        return self.processes.worker(f"worker-{number}", cpu_cores=core, metrics_port=port).pid
 
     def publish(self, *stages: StagePlan) -> None:
         """Publish a plan for the workers that are there. Planners that run may replace it."""

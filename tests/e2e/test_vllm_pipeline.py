@@ -12,6 +12,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from l4queue import RequestState, Result
 from l4queue.cli.workload import measured_chars_per_token, mixed_prompts
@@ -59,6 +60,28 @@ def test_every_output_equals_that_of_one_plain_vllm(
         assert result.prompt_tokens == len(prompt_ids)
         assert list(result.token_ids) == token_ids
         assert result.text == text.removesuffix("\ufffd")  # vLLM shows the bytes of a character cut at the end
+
+
+def test_a_worker_tells_of_its_engine_and_vllm_of_itself(
+    deployment: Deployment, served: list[tuple[str, int, Result]]
+) -> None:
+    """Steps, tokens and the error of the cost model as measured; vLLM's own metrics at the same port."""
+    settled = 0.0
+    for number, port in deployment.metrics_ports.items():
+        text = httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=10).text
+        samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+        found = {(s.name, s.labels.get("kind")): s.value for s in samples if s.name.startswith("l4queue_")}
+        settled += found["l4queue_worker_requests_settled_total", None]
+        for kind in ("prefill", "decode"):
+            num_steps = found["l4queue_engine_step_seconds_count", kind]
+            assert num_steps > 0, number
+            assert 1e-5 < found["l4queue_engine_step_seconds_sum", kind] / num_steps < 30.0, number
+            assert found["l4queue_engine_tokens_total", kind] > 0, number
+        assert found["l4queue_cost_model_calibrated", None] == 1, number
+        assert found["l4queue_cost_model_error_ratio_count", None] > 0, number
+        assert found["l4queue_engine_kv_capacity_tokens", None] > MAX_MODEL_LEN, number
+        assert "vllm:generation_tokens_total" in {sample.name for sample in samples}, number
+    assert settled >= len(served)
 
 
 def test_flower_reports_both_workers_and_every_request(

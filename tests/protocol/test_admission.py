@@ -25,6 +25,8 @@ def test_the_backlog_is_bounded_in_tokens(scene: Scene) -> None:
     reply = scene.submit("c", charge_tokens=1, max_live_tokens=100)
 
     assert (reply.verdict, reply.live_tokens, reply.drain_tokens_per_s) == (Verdict.FULL, 100, 12.5)
+    assert scene.counts()["rejected"] == 1
+    scene.raw.hdel(scene.keys.counts, "rejected")
     assert scene.dump() == before
     check(scene)
 

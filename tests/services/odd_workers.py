@@ -13,6 +13,7 @@ from l4queue.config import Settings, load_settings
 from l4queue.errors import ConfigError
 from workers.__main__ import serve
 from workers.engine import EngineDied
+from workers.figures import WorkerFigures
 from workers.observer import Observer, RequestView
 
 
@@ -44,6 +45,9 @@ class OddWorker:
 
     def stats(self) -> dict[str, JsonValue]:
         return {"engine": "odd"}
+
+    def figures(self) -> list[WorkerFigures]:
+        return []
 
     def active(self) -> list[RequestView]:
         return []

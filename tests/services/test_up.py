@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
+from l4queue.cli.embedded import is_port_free
 from l4queue.client import Client
 from l4queue.protocol.door import Door
 from l4queue.protocol.overview import read_overview
@@ -129,6 +130,35 @@ def test_nothing_outlives_it_when_it_is_killed(tmp_path: Path) -> None:
         up.process.kill()
 
         assert psutil.wait_procs(family, timeout=30)[1] == []
+
+
+def test_every_process_serves_metrics_from_one_port_on(tmp_path: Path) -> None:
+    """What the targets file names answers with what belongs there; two workers do not collide."""
+    with running(tmp_path, "--no-flower", "--metrics-port", str(free_ports(4))) as up:
+        up.wait_ready()
+        urls = up.facts["metrics_urls"]
+        assert list(urls) == ["exporter", "dispatcher-0", "worker-0", "worker-1"]
+        assert generated(up.facts["redis_url"]) == 5
+        named = json.loads((tmp_path / "data" / "prometheus-targets.json").read_text())
+        found = {}
+        for group in named:
+            with urllib.request.urlopen(f"http://{group['targets'][0]}/metrics", timeout=10) as reply:
+                found[group["labels"]["process"]] = reply.read().decode()
+        assert found.keys() == urls.keys()
+        assert "l4queue_redis_up 1.0" in found["exporter"]
+        assert 'l4queue_requests_finished_total{state="done"} 1.0' in found["exporter"]
+        assert "l4queue_dispatcher_round_seconds_count 1.0" in found["dispatcher-0"]
+        for name in ("worker-0", "worker-1"):
+            assert f'l4queue_worker_running_requests{{worker="{name}"}} 0.0' in found[name]
+        assert up.facts["pids"].keys() == NAMES - {"flower"} | {"exporter"}
+
+
+def free_ports(number: int) -> int:
+    """The first of so many ports in a row that nobody listens on."""
+    first = 20_000 + os.getpid() % 10_000
+    while not all(is_port_free(port) for port in range(first, first + number)):
+        first += number
+    return first
 
 
 def test_it_ends_when_nobody_reads_its_output(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
-OURS = ("dispatcher", "planner", "beat", "flower", "worker")
+OURS = ("dispatcher", "planner", "beat", "flower", "worker", "exporter")
 
 
 @pytest.fixture(scope="module")

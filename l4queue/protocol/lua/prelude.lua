@@ -111,6 +111,7 @@ local function requeue(id, stage, score, line)
   redis.call('HDEL', rk, 'owner', 'kv')
   redis.call('HSET', rk, 'state', 'queued', 'stage', stage, 'score', score, 'moved_ms', int(now_ms()),
     'from', v[7] or '')
+  redis.call('HINCRBY', P .. 'counts', 'requeued_' .. line.what, 1)
   line.worker, line.to, line.offset = v[7] or '', stage, tonumber(v[4])
   note(rk, line)
   enqueue(id, stage, score, tonumber(v[3]) + tonumber(v[4]))

@@ -3,6 +3,10 @@
 -- KEYS  1 req:<id>  2 in (stream)  3 workers (zset)
 -- ARGV  1 id  2 least age of a submitted request that counts as forgotten (ms)
 -- Returns 'FINE' | 'INBOX' | 'QUEUE' | 'LEASE' (what was missing)
+local function mended(what)
+  redis.call('HINCRBY', P .. 'counts', 'repairs', 1)
+  return what
+end
 local v = redis.call('HMGET', KEYS[1], 'state', 'owner', 'stage', 'score', 'prompt_tokens', 'offset',
   'submitted_ms', 'entry')
 if v[1] == 'submitted' then
@@ -10,12 +14,12 @@ if v[1] == 'submitted' then
   if v[8] and #redis.call('XRANGE', KEYS[2], v[8], v[8]) > 0 then return 'FINE' end
   redis.call('HDEL', KEYS[1], 'entry')
   redis.call('HSET', KEYS[1], 'entry', redis.call('XADD', KEYS[2], '*', 'i', ARGV[1]))
-  return 'INBOX'
+  return mended('INBOX')
 elseif v[1] == 'queued' then
   if redis.call('ZSCORE', P .. 'q:' .. v[3], ARGV[1]) then return 'FINE' end
   redis.call('HDEL', KEYS[1], 'owner')
   enqueue(ARGV[1], v[3], v[4], tonumber(v[5]) + tonumber(v[6]))
-  return 'QUEUE'
+  return mended('QUEUE')
 elseif v[1] == 'running' then
   local owner = v[2] or ''
   if redis.call('ZSCORE', KEYS[3], owner) and redis.call('SISMEMBER', P .. 'held:' .. owner, ARGV[1]) == 1 then
@@ -23,6 +27,6 @@ elseif v[1] == 'running' then
   end
   redis.call('SREM', P .. 'held:' .. owner, ARGV[1])
   requeue(ARGV[1], '', '', {what = 'repaired'})
-  return 'LEASE'
+  return mended('LEASE')
 end
 return 'FINE'

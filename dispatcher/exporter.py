@@ -1,0 +1,102 @@
+"""Metrics of the deployment as a whole: `python -m dispatcher.exporter`. One is enough, whatever is scaled.
+
+Everything comes from Redis, so that no dispatcher or worker counts what another one counts too.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+from collections.abc import Iterator
+from threading import Event, Lock
+from typing import TYPE_CHECKING
+
+from dispatcher.exported import describe
+from dispatcher.latency import Latencies
+from l4queue.config import Settings, load_settings
+from l4queue.errors import ConfigError, L4QueueError
+from l4queue.metrics import Families, MetricsServer
+from l4queue.policy.capacity import Demand
+from l4queue.protocol.door import Door
+from l4queue.protocol.telemetry import read_telemetry
+
+if TYPE_CHECKING:
+    from prometheus_client import Metric
+
+__all__ = ("Exporter", "main", "serve")
+
+log = logging.getLogger("l4queue.exporter")
+_FOLLOW_S = 1.0  # the stream of outcomes holds 20,000: so much may finish between two looks
+_RETRY_S = 2.0
+
+
+class Exporter:
+    """A source of metrics: reads Redis when it is scraped, and follows the outcomes in between."""
+
+    def __init__(self, settings: Settings, door: Door) -> None:
+        self._settings = settings
+        self._door = door
+        self._latencies = Latencies(door, settings.namespace)
+        self._last_known: Demand | None = None
+        self._one_at_a_time = Lock()
+
+    def follow(self) -> None:
+        """Count what has finished since the last look. Redis may be away."""
+        with self._one_at_a_time:
+            try:
+                self._latencies.follow()
+            except L4QueueError as error:
+                log.warning("cannot follow what finishes: %s", error)
+
+    def collect(self) -> Iterator[Metric]:
+        """All of it; while Redis is away only that it is, and the latencies seen so far."""
+        families = Families()
+        with self._one_at_a_time:
+            try:
+                self._latencies.follow()
+                telemetry = read_telemetry(self._door, self._settings.namespace)
+            except L4QueueError as error:
+                log.warning("cannot read the deployment: %s", error)
+                telemetry = None
+            families.gauge("redis_up", "Whether the exporter can read Redis", {(): float(telemetry is not None)})
+            self._latencies.describe(families)
+            if telemetry is not None:
+                demand = describe(families, telemetry, self._settings, last_known=self._last_known)
+                if demand.ratio is not None:
+                    self._last_known = demand
+        yield from families.found
+
+
+def serve(settings: Settings) -> None:
+    """Serve until a signal."""
+    if not settings.metrics_port:
+        raise ConfigError("L4_METRICS_PORT: the exporter needs a port to serve, for example 9400")
+    stopping = Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopping.set())
+    door = Door(settings.redis_url, retry_s=_RETRY_S)
+    exporter = Exporter(settings, door)
+    try:
+        with MetricsServer(settings, exporter):
+            log.info("exporter ready: namespace %s", settings.namespace)
+            exporter.follow()
+            while not stopping.wait(_FOLLOW_S):
+                exporter.follow()
+    finally:
+        door.close()
+
+
+def main() -> int:
+    """Entry point; the exit code says whether it ended well."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    try:
+        serve(load_settings())
+    except L4QueueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

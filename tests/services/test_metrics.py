@@ -1,0 +1,384 @@
+"""Metrics of a whole deployment: real processes, scraped over HTTP and by a real Prometheus."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import math
+import re
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any
+
+import pytest
+import yaml
+from prometheus_client.parser import text_string_to_metric_families
+
+from dispatcher.replan import replan_once
+from l4queue import Client
+from l4queue.config import load_settings
+from l4queue.errors import QueueFull
+from l4queue.models import Plan, StagePlan
+from l4queue.policy.plan_json import plan_to_json
+from l4queue.protocol.calls import Calls
+from l4queue.protocol.door import Door
+from l4queue.protocol.keys import Keys
+from tests.protocol.server import RedisServer
+from tests.services.processes import Processes, free_port, until
+from tests.services.prometheus import MONITORING, Prometheus, promtool, without_comparison
+
+pytestmark = [pytest.mark.services, pytest.mark.timeout(300)]
+
+WORKERS = ("w0", "w1", "w2")
+BOUNDARY_TOKENS = 64
+HTTP_ROLES = ("exporter", "dispatcher", "dispatcher-2", *WORKERS)
+
+NAME = re.compile(r"`(l4queue_[a-z0-9_]+)`")
+
+Samples = dict[tuple[str, ...], float]
+
+
+class Deployment:
+    """Two dispatchers, an exporter and three emulated workers in two stages."""
+
+    def __init__(self, folder: Path, redis: RedisServer, tokenizer: Path) -> None:
+        self.redis = redis
+        self.ports = {role: free_port() for role in HTTP_ROLES}
+        given: dict[str, Any] = {
+            "redis_url": redis.url,
+            "engine": "emulated",
+            "model": str(tokenizer),
+            "tokenizer": str(tokenizer),
+            "max_model_len": 4096,
+            "max_running": 16,
+            "max_backlog_tokens": 400_000,
+            "lease_s": 1.0,
+            "drain_s": 5.0,
+            "plan_min_life_s": 3600.0,
+        }
+        self.settings = load_settings(**given)
+        self.processes = Processes(folder, **given)
+        self.client = Client(settings=self.settings)
+        self.door = Door(redis.url)
+
+    def start(self) -> None:
+        """Everything up, with a plan of two stages."""
+        port = self.ports.__getitem__
+        self.processes.start("exporter", "-m", "dispatcher.exporter", metrics_port=port("exporter"))
+        for name in ("dispatcher", "dispatcher-2"):
+            self.processes.start(name, "-m", "dispatcher", metrics_port=port(name))
+        for name in WORKERS:
+            self.start_worker(name)
+        until(lambda: len(self.client.overview().workers) == len(WORKERS), "all workers serve", timeout_s=90)
+        for name in ("exporter", "dispatcher", "dispatcher-2"):
+            until(lambda name=name: " ready: " in self.processes.log(name), f"{name} is ready", timeout_s=90)
+        self.publish()
+
+    def start_worker(self, name: str) -> None:
+        self.processes.worker(name, metrics_port=self.ports[name])
+
+    def publish(self) -> None:
+        """Two stages, made now: the planner leaves it alone for an hour."""
+        stages = (
+            StagePlan(low_tokens=0, high_tokens=BOUNDARY_TOKENS, num_workers=2, worker_ids=WORKERS[:2]),
+            StagePlan(low_tokens=BOUNDARY_TOKENS, high_tokens=None, num_workers=1, worker_ids=WORKERS[2:]),
+        )
+        plan = Plan(version=1, stages=stages, created_ms=int(time.time() * 1000), reason="test")
+        call = Calls(Keys(self.settings.namespace)).publish(expected_version=0, version=1, body=plan_to_json(plan))
+        self.door.run(call)
+
+    def text(self, role: str) -> str:
+        """What a process answers to a scrape."""
+        import httpx
+
+        return httpx.get(f"http://127.0.0.1:{self.ports[role]}/metrics", timeout=10).raise_for_status().text
+
+    def samples(self, role: str) -> Samples:
+        """The same as values by name and label values, in the order of the label names."""
+        return {
+            (sample.name, *(sample.labels[k] for k in sorted(sample.labels))): sample.value
+            for family in text_string_to_metric_families(self.text(role))
+            for sample in family.samples
+        }
+
+    def serve(self, number: int, *, prompt_tokens: int = 20, max_tokens: int = 8) -> None:
+        """Serve so many requests to the end."""
+        prompts = ["x" * prompt_tokens] * number
+        for handle in self.client.enqueue_many(prompts, max_tokens=max_tokens, ignore_eos=True):
+            handle.result(timeout=60)
+
+    def close(self) -> None:
+        """Leave nothing behind."""
+        self.client.close()
+        self.door.close()
+        self.processes.close()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A byte-level tokenizer without merges: one token for each byte."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = {letter: index for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    built = Tokenizer(models.BPE(vocab=letters, merges=[]))
+    built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    built.decoder = decoders.ByteLevel()
+    folder = tmp_path_factory.mktemp("tokenizer")
+    PreTrainedTokenizerFast(tokenizer_object=built, model_max_length=16_384).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def deployment(
+    redis_executable: str, tokenizer: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Deployment]:
+    """Up for the whole module."""
+    server = RedisServer(redis_executable, tmp_path_factory.mktemp("redis")).start()
+    deployment = Deployment(tmp_path_factory.mktemp("deployment"), server, tokenizer)
+    try:
+        deployment.start()
+        yield deployment
+    finally:
+        deployment.close()
+        server.kill()
+
+
+def grown(before: Samples, after: Samples, *name: str) -> float:
+    """By how much a value has grown; one that was not there began at 0."""
+    return after[name] - before.get(name, 0.0)
+
+
+def test_totals_and_latencies_are_those_of_what_was_served(deployment: Deployment) -> None:
+    """Each request once, although there are two dispatchers; latencies by stage and length."""
+    before = deployment.samples("exporter")
+    began_s = time.monotonic()
+    deployment.serve(20, prompt_tokens=20, max_tokens=8)
+    deployment.serve(10, prompt_tokens=300, max_tokens=4)
+    took_s = time.monotonic() - began_s
+    after = deployment.samples("exporter")
+
+    assert grown(before, after, "l4queue_requests_accepted_total") == 30
+    assert grown(before, after, "l4queue_requests_finished_total", "done") == 30
+    assert grown(before, after, "l4queue_generated_tokens_total") <= 200
+    assert grown(before, after, "l4queue_prompt_length_tokens_count") == 30
+    assert grown(before, after, "l4queue_prompt_length_tokens_sum") == 20 * 20 + 10 * 300
+    assert grown(before, after, "l4queue_prompt_length_tokens_bucket", "31.0") == 20
+    for metric in ("time_to_first_token", "time_per_output_token", "e2e_latency", "queue_time"):
+        short = grown(before, after, f"l4queue_{metric}_seconds_count", "0-255", "0")
+        assert (metric, short) == (metric, 20)
+        assert (
+            sum(v for k, v in after.items() if k[0] == f"l4queue_{metric}_seconds_count" and k[1] == "256-2047")
+            == 10
+        )
+    total_s = grown(before, after, "l4queue_e2e_latency_seconds_sum", "0-255", "0")
+    assert 20 * 0.02 < total_s < 20 * took_s
+    routed = [deployment.samples(name)["l4queue_dispatcher_round_seconds_count",] for name in HTTP_ROLES[1:3]]
+    assert sum(routed) >= 1
+    settled = [deployment.samples(name)["l4queue_worker_requests_settled_total", name] for name in WORKERS]
+    assert sum(settled) >= 30
+
+
+def test_plan_queues_and_workers_are_told_by_stage(deployment: Deployment) -> None:
+    """Boundaries, workers, capacity; what waits, its tokens and its age, while nobody takes it."""
+    found = deployment.samples("exporter")
+    assert found["l4queue_plan_version",] == 1
+    assert (found["l4queue_plan_high_tokens", "0"], found["l4queue_plan_high_tokens", "1"]) == (64, math.inf)
+    assert (found["l4queue_workers", "0"], found["l4queue_workers", "1"]) == (2, 1)
+    assert found["l4queue_capacity_requests",] == 3 * 16
+
+    names = [name for name in WORKERS if deployment.processes.signal(name, signal.SIGSTOP) is None]
+    try:
+        handles = deployment.client.enqueue_many(["x" * 20] * 5 + ["x" * 200] * 2, max_tokens=4)
+        until(
+            lambda: (
+                deployment.samples("exporter")["l4queue_queue_requests", "1"] == 2
+                and deployment.samples("exporter")["l4queue_queue_requests", "0"] == 5
+            ),
+            "all are queued",
+        )
+        until(
+            lambda: deployment.samples("exporter")["l4queue_queue_oldest_age_seconds", "0"] > 1.0, "they grow old"
+        )
+        found = deployment.samples("exporter")
+        assert (found["l4queue_queue_tokens", "0"], found["l4queue_queue_tokens", "1"]) == (100, 400)
+        assert found["l4queue_demand_tokens",] >= 500
+        assert found["l4queue_demand_requests",] >= 7
+        assert found["l4queue_demand_workers",] > 0
+        assert found["l4queue_unfinished_requests",] == 7
+    finally:
+        for name in names:
+            deployment.processes.signal(name, signal.SIGCONT)
+    for handle in handles:
+        handle.result(timeout=60)
+    found = deployment.samples("exporter")
+    assert (found["l4queue_queue_requests", "0"], found["l4queue_queue_oldest_age_seconds", "0"]) == (0, 0)
+
+
+def test_refusals_rejections_and_redeliveries_are_counted(deployment: Deployment) -> None:
+    """Too long; beyond the backlog; a worker that is killed with requests."""
+    before = {role: deployment.samples(role) for role in HTTP_ROLES}
+
+    def growth(*name: str) -> float:
+        return sum(
+            grown(before[role], deployment.samples(role), *name) for role in HTTP_ROLES[:3] if name in before[role]
+        )
+
+    deployment.client.enqueue("x" * 5000, max_tokens=4)
+    until(
+        lambda: growth("l4queue_dispatcher_requests_refused_total", "too_long") == 1, "the dispatcher refused it"
+    )
+
+    handles = deployment.client.enqueue_many(["x" * 20] * 16, max_tokens=600, ignore_eos=True)
+    until(
+        lambda: deployment.samples("w1")["l4queue_worker_running_requests", "w1"] > 0, "w1 runs some", timeout_s=30
+    )
+    with Client(settings=deployment.settings.model_copy(update={"max_backlog_tokens": 1})) as narrow:
+        for _ in range(2):
+            with pytest.raises(QueueFull):
+                narrow.enqueue("x" * 20, max_tokens=4)
+    assert growth("l4queue_requests_rejected_total") == 2
+    deployment.processes.stop("w1", signal.SIGKILL)
+    until(lambda: growth("l4queue_requests_requeued_total", "lost") > 0, "its requests went back", timeout_s=30)
+    deployment.start_worker("w1")
+    for handle in handles:
+        handle.result(timeout=60)
+    until(lambda: len(deployment.client.overview().workers) == 3, "w1 is back", timeout_s=60)
+
+
+def test_the_manual_names_every_metric_and_no_other(deployment: Deployment) -> None:
+    """As Prometheus stores it: counters end in _total."""
+    served = set()
+    for role in ("exporter", "dispatcher", "w0"):
+        for family in text_string_to_metric_families(deployment.text(role)):
+            served.add(family.name + "_total" if family.type == "counter" else family.name)
+    manual = (MONITORING.parent / "docs" / "monitoring.md").read_text("utf-8")
+    named = {name for row in manual.splitlines() if row.startswith("| `l4queue_") for name in NAME.findall(row)}
+    assert named == {name for name in served if name.startswith("l4queue_")}
+
+
+@pytest.mark.parametrize("role", ["exporter", "dispatcher", "w0"])
+def test_promtool_accepts_what_is_served(deployment: Deployment, role: str) -> None:
+    """Syntax, names, help texts."""
+    promtool("check", "metrics", text=deployment.text(role))
+
+
+def test_the_exporter_outlives_redis(deployment: Deployment) -> None:
+    """It says that Redis is away, keeps what it counted, and goes on."""
+    deployment.serve(1)
+    counted = deployment.samples("exporter")["l4queue_e2e_latency_seconds_count", "0-255", "0"]
+    deployment.processes.start(
+        "lonely",
+        "-m",
+        "dispatcher.exporter",
+        metrics_port=(port := free_port()),
+        redis_url="redis://127.0.0.1:1/0",
+    )
+    deployment.ports["lonely"] = port
+    until(lambda: "metrics at" in deployment.processes.log("lonely"), "it serves", timeout_s=30)
+    found = deployment.samples("lonely")
+    assert found["l4queue_redis_up",] == 0
+    assert ("l4queue_plan_version",) not in found
+    assert deployment.processes.stop("lonely") == 0
+
+    deployment.serve(1)
+    found = deployment.samples("exporter")
+    assert found["l4queue_redis_up",] == 1
+    assert found["l4queue_e2e_latency_seconds_count", "0-255", "0"] == counted + 1
+
+
+def test_a_worker_whose_port_is_taken_does_not_start(deployment: Deployment) -> None:
+    """One line that names the setting."""
+    deployment.processes.worker("w9", metrics_port=deployment.ports["w0"])
+    until(lambda: "error: L4_METRICS_PORT" in deployment.processes.log("w9"), "it says why", timeout_s=60)
+
+
+class Load:
+    """Traffic in both stages that outgrows the first, is stolen, refused and finished, until stopped."""
+
+    def __init__(self, deployment: Deployment) -> None:
+        self._deployment = deployment
+        self._stop = Event()
+        self._thread = Thread(target=self._run)
+
+    def __enter__(self) -> Load:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        settings = self._deployment.settings
+        with Client(settings=settings) as client:
+            for round_ in itertools.count():
+                handles = client.enqueue_many(["x" * 40] * 24, max_tokens=200, ignore_eos=True)
+                handles += client.enqueue_many(["x" * 500] * 2, max_tokens=100, ignore_eos=True)
+                asyncio.run(replan_once(settings))
+                for handle in handles:
+                    handle.result(timeout=120)
+                if self._stop.is_set():
+                    return
+                assert round_ < 200
+
+
+def expressions() -> list[tuple[str, str]]:
+    """What the dashboard, the alerts and the examples of the manual ask, with where it stands."""
+    (path,) = (MONITORING / "grafana" / "dashboards").glob("*.json")
+    panels = json.loads(path.read_text("utf-8"))["panels"]
+    found = [(panel["title"], target["expr"]) for panel in panels for target in panel.get("targets", ())]
+    (group,) = yaml.safe_load((MONITORING / "rules" / "l4queue.yml").read_text("utf-8"))["groups"]
+    found += [(rule["alert"], without_comparison(rule["expr"])) for rule in group["rules"]]
+    manual = (MONITORING.parent / "docs" / "monitoring.md").read_text("utf-8")
+    found += [("docs/monitoring.md", query) for query in re.findall(r"^ +query: (.+)$", manual, re.MULTILINE)]
+    found += [
+        ("docs/monitoring.md", q) for q in re.findall(r"^```promql\n(.+?)\n```$", manual, re.MULTILINE | re.S)
+    ]
+    return found
+
+
+def test_prometheus_finds_data_for_every_expression(deployment: Deployment, tmp_path: Path) -> None:
+    """Under load no query of a panel, an alert or the manual is empty."""
+    ports = deployment.ports
+    prometheus = Prometheus(
+        tmp_path,
+        {
+            "exporter": [ports["exporter"]],
+            "dispatcher": [ports["dispatcher"], ports["dispatcher-2"]],
+            "worker": [ports[name] for name in WORKERS],
+        },
+    )
+    try:
+        prometheus.start()
+        with Load(deployment):
+            until(lambda: set(prometheus.targets().values()) == {"up"}, "all are scraped", timeout_s=60)
+            missing: dict[str, str] = {}
+
+            def all_found() -> bool:
+                missing.clear()
+                missing.update({expr: where for where, expr in expressions() if not has_data(prometheus, expr)})
+                return not missing
+
+            try:
+                until(all_found, "every expression has data", timeout_s=90)
+            except AssertionError:
+                raise AssertionError(f"without data: {missing}") from None
+            rules = until(
+                lambda: [rule for rule in prometheus.rules() if rule["health"] != "unknown"], "rules are evaluated"
+            )
+        assert {rule["health"] for rule in rules} == {"ok"}
+        assert len(rules) == 15
+        assert len(expressions()) > 60
+        assert prometheus.value("sum(l4queue_workers)") == 3
+    finally:
+        prometheus.close()
+
+
+def has_data(prometheus: Prometheus, expression: str) -> bool:
+    """At least one value that is a number."""
+    return any(not math.isnan(value) for _, value in prometheus.query(expression))
