@@ -210,6 +210,15 @@ class Reads:
         """Waiting requests of one stage."""
         return Call(None, (), ("ZCARD", self.keys.queue(stage)), int)
 
+    def held(self, incarnation: str) -> Call[list[str]]:
+        """Ids of the requests that a worker incarnation runs, in no order."""
+        return Call(None, (), ("SMEMBERS", self.keys.held(incarnation)), lambda r: [i.decode() for i in r])
+
+    def waiting_since_ms(self, request_id: str) -> Call[int | None]:
+        """When a waiting request was queued, or given back or moved last, server ms; None when it has gone."""
+        args = ("HMGET", self.keys.request(request_id), "moved_ms", "queued_ms")
+        return Call(None, (), args, lambda r: next((int(v) for v in r if v), None))
+
     def num_held(self, incarnation: str) -> Call[int]:
         """Requests that a worker incarnation runs at this very moment; its published load is older."""
         return Call(None, (), ("SCARD", self.keys.held(incarnation)), int)
@@ -218,6 +227,11 @@ class Reads:
         """The first waiting ids of a stage, in serving order."""
         args = ("ZRANGE", self.keys.queue(stage), 0, limit - 1)
         return Call(None, (), args, lambda r: [i.decode() for i in r])
+
+    def inbox_oldest_ms(self) -> Call[int | None]:
+        """When the oldest request that is not yet routed was accepted, server ms; None when there is none."""
+        args = ("XRANGE", self.keys.inbox, "-", "+", "COUNT", 1)
+        return Call(None, (), args, lambda r: _order(parse_entries(r)[0][0])[0] if parse_entries(r) else None)
 
     def inbox_length(self) -> Call[int]:
         """Requests accepted and not yet routed."""
@@ -249,6 +263,12 @@ class Reads:
     def finished(self, *, count: int) -> Call[list[FinishedRequest]]:
         """The latest finished requests, newest first."""
         return Call(None, (), ("XREVRANGE", self.keys.finished, "+", "-", "COUNT", count), _finished)
+
+    def finished_after(self, last_id: str | None, *, count: int) -> Call[tuple[str | None, list[FinishedRequest]]]:
+        """The latest of what finished after the stream id `last_id`, newest first, and the newest id."""
+        start = "-" if last_id is None else f"({last_id}"
+        args = ("XREVRANGE", self.keys.finished, "+", start, "COUNT", count)
+        return Call(None, (), args, lambda r: (r[0][0].decode() if r else last_id, _finished(r)))
 
     def output_lengths(self, *, after: str | None, count: int = 500) -> Call[tuple[str | None, list[int]]]:
         """Output lengths of what finished after the stream id `after` (None: of the latest), and the last id."""
