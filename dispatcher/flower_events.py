@@ -20,6 +20,7 @@ TOTALS = "worker-totals"
 """The event by which a worker tells how many of each type there were since it began; `run` names that start."""
 MAX_WAITING = 2_000
 """Events that wait to be digested; beyond it those of requests that are not shown yet are left out."""
+_MOST_WAITING = 50_000  # were all of them failures
 _SLICE_S = 0.02
 LEFT_OUT = PrometheusCounter(
     "l4queue_flower_events_left_out_total", "Events that Flower did not digest because it was behind"
@@ -61,7 +62,7 @@ class FairEvents(flower.events.Events):  # type: ignore[misc]
 
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
-        self._waiting: deque[dict[str, Any]] = deque()
+        self._waiting: deque[dict[str, Any]] = deque(maxlen=_MOST_WAITING)
         self._is_scheduled = False
 
     def on_event(self, event: dict[str, Any]) -> None:

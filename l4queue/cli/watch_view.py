@@ -71,10 +71,8 @@ def _head(picture: Picture, title: str, trouble: str) -> RenderableType:
     first = Table.grid(expand=True)
     first.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
     first.add_column(justify="right", no_wrap=True)
-    first.add_row(
-        Text(title, style="bold"),
-        Text(f"as of {clock}" if trouble else clock, style=_ALARM if trouble else "bold"),
-    )
+    told = Text(f"as of {clock}", style=_ALARM) if trouble else Text(clock, style="bold")
+    first.add_row(Text(title, style="bold"), told)
     age = f", {time_text(picture.at_ms - plan.created_ms)} old" if plan.created_ms else ""
     about = _line(f"plan {plan.version}{age}: {plan.reason or 'one stage'}", style="dim")
     if trouble:
@@ -180,9 +178,7 @@ def _worker(view: StageView, load: WorkerLoad) -> list[RenderableType]:
 def _moves(picture: Picture, count: int, *, is_wide: bool) -> RenderableType:
     line = _line("").append(f"moved, {LATENCY_S:.0f} s / in all  ", style="cyan")
     for name, label in _MOVED:
-        line.append(f"{label} ").append(
-            f"{picture.moved[name]}/{number(picture.counts.get(name, 0))}   ", style="white"
-        )
+        line.append(f"{label} {picture.moved[name]}/{number(picture.counts.get(name, 0))}  ")
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(justify="right", no_wrap=True)
     for move in picture.moves[:count]:
