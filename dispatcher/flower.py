@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from dispatcher.app import make_app
+from dispatcher.flower_events import install
 from l4queue.config import Settings, load_settings
 from l4queue.errors import L4QueueError
 
@@ -50,6 +51,7 @@ def main(arguments: Sequence[str] = ()) -> None:
     options = flower_options(settings, os.environ)
     if is_api_open(settings, os.environ, arguments):
         os.environ.setdefault("FLOWER_UNAUTHENTICATED_API", "true")
+    install()
     given = [f"--{name}={value}" for name, value in options.items()]
     make_app(settings).start(["flower", *given, *arguments])
 

@@ -103,7 +103,9 @@ class Settings(BaseSettings):
 
     flower_port: int = Field(5555, ge=1, le=65535, description="port of Flower on 127.0.0.1")
     flower_sample_above_per_s: int = Field(
-        500, ge=0, description="requests per second and worker beyond which Flower sees outcomes only"
+        500,
+        ge=0,
+        description="requests/s of a worker beyond which Flower sees outcomes only, beyond 4 times that a sample",
     )
     flower_show_prompts: bool = Field(False, description="show prompt text in Flower; off by default")
 

@@ -47,7 +47,13 @@ def serve(
     """
     node, name = node_name(settings.worker_name), task_name(settings)
     app, guard = make_app(settings), ExitGuard()
-    sender = EventSender(app, hostname=node, task_name=name, show_prompts=settings.flower_show_prompts)
+    sender = EventSender(
+        app,
+        hostname=node,
+        task_name=name,
+        show_prompts=settings.flower_show_prompts,
+        sample_above_per_s=settings.flower_sample_above_per_s,
+    )
     engine = EngineThread(lambda: make(settings, sender), guard=guard)
     drain_s = settings.drain_s + margin_s
 

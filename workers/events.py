@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
+import uuid
+from collections import Counter, deque
 from collections.abc import Callable
 from typing import Any
 
@@ -20,10 +21,15 @@ __all__ = ("Budget", "EventSender")
 log = logging.getLogger("l4queue.events")
 CAPACITY = 10_000
 """Most events that wait to be sent; beyond it the oldest are dropped and counted."""
-DETAIL_PER_S = 500.0
+SAMPLE_ABOVE_PER_S = 500.0
 """Requests per second whose start is shown; beyond it a request appears with its outcome."""
-OUTCOMES_PER_S = 2_000.0
-"""Successes per second that are never left out. Failures, revocations and retries never are."""
+OUTCOMES_FACTOR = 4
+"""So many times that, successes are left out too. Failures, revocations and retries never are."""
+TOTALS = "worker-totals"
+"""Our own event: how many of each type there were since this worker began, whether they were sent or not."""
+_COUNTED = ("task-received", "task-succeeded", "task-failed", "task-revoked", "task-retried")
+_TOTALS_S = 1.0
+_REPEAT_S = 5.0  # for a Flower that has just begun
 _FLUSH_S = 0.1
 _BATCH = 200
 _RETRY_S = 1.0
@@ -68,8 +74,7 @@ class EventSender:
         task_name: str,
         show_prompts: bool = False,
         capacity: int = CAPACITY,
-        detail_per_s: float = DETAIL_PER_S,
-        outcomes_per_s: float = OUTCOMES_PER_S,
+        sample_above_per_s: float = SAMPLE_ABOVE_PER_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._app = app
@@ -77,8 +82,14 @@ class EventSender:
         self._task_name = task_name
         self._show_prompts = show_prompts
         self._waiting: deque[Event] = deque(maxlen=capacity)
-        self._detail = Budget(detail_per_s, clock=clock)
-        self._outcomes = Budget(outcomes_per_s, clock=clock)
+        self._detail = Budget(sample_above_per_s, clock=clock)
+        self._outcomes = Budget(sample_above_per_s * OUTCOMES_FACTOR, clock=clock)
+        self._shown: set[str] = set()
+        self._run_id = uuid.uuid4().hex
+        self._totals = Counter(dict.fromkeys(_COUNTED, 0))  # keys never change: another thread copies it
+        self._told: Counter[str] = Counter()
+        self._told_s = float("-inf")
+        self._is_away = False
         self._wake = threading.Event()
         self._urgent = threading.Event()
         self._stopping = threading.Event()
@@ -93,16 +104,23 @@ class EventSender:
 
     def request_started(self, view: RequestView) -> None:
         """task-received and task-started, within the detail budget."""
+        self._count("task-received")
         if not self._detail.take():
             self._num_left_out += 2
             return
+        self._shown.add(view.request_id)
         now_s, about = time.time(), self._about(view)
         self._put("task-received", view, at_s=now_s, **about)
         self._put("task-started", view, at_s=now_s)
 
     def request_succeeded(self, view: RequestView, *, output_tokens: int, runtime_s: float, text: str) -> None:
-        """task-succeeded with a short result, without the text unless it may be shown."""
-        if not self._outcomes.take():
+        """task-succeeded with a short result, without the text unless it may be shown.
+
+        A request that is shown to run is shown to end.
+        """
+        self._count("task-succeeded")
+        is_shown = self._forget(view)
+        if not self._outcomes.take() and not is_shown:
             self._num_left_out += 1
             return
         result = f"{output_tokens} tokens, {runtime_s:.1f} s"
@@ -112,12 +130,16 @@ class EventSender:
 
     def request_failed(self, view: RequestView, *, error: str, runtime_s: float) -> None:
         """task-failed."""
+        self._count("task-failed")
+        self._forget(view)
         self._put_outcome(
             "task-failed", view, runtime_s=runtime_s, exception=error[:2000], runtime=round(runtime_s, 4)
         )
 
     def request_cancelled(self, view: RequestView) -> None:
         """task-revoked."""
+        self._count("task-revoked")
+        self._forget(view)
         self._put("task-revoked", view, terminated=True, signum=None, expired=False, **self._about(view))
 
     def request_moved(self, view: RequestView, *, why: str) -> None:
@@ -126,7 +148,9 @@ class EventSender:
         A worker that has lost its lease says nothing: the request may long be finished elsewhere, and Flower
         takes a retry for the latest state whenever it comes.
         """
+        self._forget(view)
         if why != LEASE_ENDED:
+            self._count("task-retried")
             self._put("task-retried", view, exception=why, traceback=None)
             self._urgent.set()
 
@@ -155,6 +179,15 @@ class EventSender:
         }
 
     # -- Private
+
+    def _count(self, type_: str) -> None:
+        self._totals[type_] += 1
+
+    def _forget(self, view: RequestView) -> bool:
+        """Whether the start of this request was shown; it has ended here."""
+        is_shown = view.request_id in self._shown
+        self._shown.discard(view.request_id)
+        return is_shown
 
     def _about(self, view: RequestView) -> Event:
         told: dict[str, object] = {
@@ -190,9 +223,10 @@ class EventSender:
     def _run(self) -> None:
         """Collect for a moment, send, repeat. What the broker did not take is sent again, in order."""
         dispatcher: EventDispatcher | None = None
-        while not self._stopping.is_set() or self._waiting:
-            self._wake.wait()
-            self._urgent.wait(_FLUSH_S)
+        while not self._stopping.is_set() or self._waiting or self._must_tell():
+            if not self._stopping.is_set():
+                self._wake.wait(_TOTALS_S)
+                self._urgent.wait(_FLUSH_S)
             self._wake.clear()
             self._urgent.clear()
             try:
@@ -201,15 +235,32 @@ class EventSender:
                     dispatcher = dispatcher or self._connect()
                     self._send(dispatcher, self._unsent)
                     self._unsent = []
+                if self._must_tell():
+                    dispatcher = dispatcher or self._connect()
+                    self._tell(dispatcher)
+                self._is_away = False
             except Exception as error:  # the edge of this loop: whatever the broker does, the engine goes on
                 self._num_outages += 1
-                log.warning("events wait, the broker cannot be reached: %s", error)
+                level = logging.DEBUG if self._is_away else logging.WARNING
+                log.log(level, "events wait, the broker cannot be reached: %s", error)
+                self._is_away = True
                 _close(dispatcher)
                 dispatcher = None
                 self._wake.set()
                 if self._stopping.wait(_RETRY_S):
                     break
         _close(dispatcher)
+
+    def _must_tell(self) -> bool:
+        """Totals are told when they have changed, at the end, and now and then."""
+        age_s = time.monotonic() - self._told_s
+        has_changed = self._totals != self._told
+        return age_s > _REPEAT_S or (has_changed and (age_s > _TOTALS_S or self._stopping.is_set()))
+
+    def _tell(self, dispatcher: EventDispatcher) -> None:
+        totals = Counter(self._totals)
+        dispatcher.send(TOTALS, run=self._run_id, totals=dict(totals))
+        self._told, self._told_s = totals, time.monotonic()
 
     def _next_batch(self) -> list[Event]:
         return [self._waiting.popleft() for _ in range(min(_BATCH, len(self._waiting)))]

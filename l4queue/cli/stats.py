@@ -14,8 +14,19 @@ if TYPE_CHECKING:
 __all__ = ("register",)
 
 
-def stats(as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False) -> None:
-    """Stages, workers, queues and totals, now."""
+def stats(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Until Ctrl-C, with latencies and rates.")] = False,
+    interval_s: Annotated[
+        float, typer.Option("--interval", "-i", min=0.1, metavar="S", help="Between two looks of --watch, s.")
+    ] = 2.0,
+) -> None:
+    """Stages, workers, queues and totals, now; with --watch a live view, or one line of JSON for each look."""
+    if watch:
+        from l4queue.cli import watch as watching
+
+        watching.watch(interval_s=interval_s, as_json=as_json)
+        return
     overview = _read()
     if as_json:
         print(json.dumps(asdict(overview)))

@@ -224,6 +224,10 @@ class Reads:
         """The same of every stage that one came to."""
         args = ("HGETALL", self.keys.foreground)
         return Call(None, (), args, lambda r: {stage: int(at_ms) for stage, at_ms in _hash(r).items()})
+    def waiting_since_ms(self, request_id: str) -> Call[int | None]:
+        """When a waiting request was queued, or given back or moved last, server ms; None when it has gone."""
+        args = ("HMGET", self.keys.request(request_id), "moved_ms", "queued_ms")
+        return Call(None, (), args, lambda r: next((int(v) for v in r if v), None))
 
     def num_held(self, incarnation: str) -> Call[int]:
         """Requests that a worker incarnation runs at this very moment; its published load is older."""
@@ -238,6 +242,11 @@ class Reads:
         """The first waiting ids of a stage, in serving order."""
         args = ("ZRANGE", self.keys.queue(stage), 0, limit - 1)
         return Call(None, (), args, lambda r: [i.decode() for i in r])
+
+    def inbox_oldest_ms(self) -> Call[int | None]:
+        """When the oldest request that is not yet routed was accepted, server ms; None when there is none."""
+        args = ("XRANGE", self.keys.inbox, "-", "+", "COUNT", 1)
+        return Call(None, (), args, lambda r: _order(parse_entries(r)[0][0])[0] if parse_entries(r) else None)
 
     def inbox_length(self) -> Call[int]:
         """Requests accepted and not yet routed."""
@@ -289,6 +298,13 @@ class Reads:
         """Requests that finished after the stream id, oldest first, and the id to go on from."""
         args = ("XRANGE", self.keys.finished, f"({last_id}", "+", "COUNT", count)
         return Call(None, (), args, lambda r: (r[-1][0].decode() if r else last_id, _finished(r)))
+    def latest_finished(
+        self, last_id: str | None, *, count: int
+    ) -> Call[tuple[str | None, list[FinishedRequest]]]:
+        """The latest of what finished after the stream id `last_id`, newest first, and the newest id."""
+        start = "-" if last_id is None else f"({last_id}"
+        args = ("XREVRANGE", self.keys.finished, "+", start, "COUNT", count)
+        return Call(None, (), args, lambda r: (r[0][0].decode() if r else last_id, _finished(r)))
 
     def output_lengths(self, *, after: str | None, count: int = 500) -> Call[tuple[str | None, list[int]]]:
         """Output lengths of what finished after the stream id `after` (None: of the latest), and the last id."""

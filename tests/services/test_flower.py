@@ -83,6 +83,11 @@ class Monitored:
         rows = self.http.get("/workers", params={"json": "1"}).json()["data"]
         return sum(int(row.get("active") or 0) for row in rows)
 
+    def page(self, node: str) -> dict[str, Any]:
+        """The row of a worker on the workers page."""
+        rows = self.http.get("/workers", params={"json": "1"}).json()["data"]
+        return next((dict(row) for row in rows if row["hostname"] == node), {})
+
     def tasks(self, **query: Any) -> dict[str, Any]:
         """Flower's tasks under our name."""
         found = self.http.get("/api/tasks", params={"taskname": self.name, "limit": 10_000} | query).json()
@@ -253,6 +258,31 @@ def test_a_failure_is_shown_as_a_failure(monitored: Monitored) -> None:
 
     task = monitored.http.get(f"/api/task/info/{request_id}").json()
     assert "exceed the model's 64" in task["exception"]
+
+
+def test_the_totals_are_right_where_most_requests_are_left_out(monitored: Monitored) -> None:
+    """A worker that shows one request a second and serves hundreds: the workers page counts them all."""
+    monitored.processes.worker("sampled", flower_sample_above_per_s=1, emulated_speed=0)
+    until(lambda: monitored.is_online("sampled"), "it is online", timeout_s=40)
+    for name in WORKERS:  # so that it takes all
+        monitored.processes.send(name, signal.SIGSTOP)
+    try:
+        handles = monitored.client.enqueue_many([f"word {n}" for n in range(400)], max_tokens=1)
+        assert all(handle.result(timeout=60) for handle in handles)
+    finally:
+        for name in WORKERS:
+            monitored.processes.send(name, signal.SIGCONT)
+
+    node = node_name("sampled")
+    served = int(monitored.stats("sampled")["finished"])
+    until(lambda: monitored.page(node).get("task-succeeded") == served, "the page has its total")
+    assert served == 400
+    assert monitored.page(node)["task-received"] == 400
+    assert monitored.stats("sampled")["events_left_out"] > 400
+    assert len(monitored.tasks(workername=node)) < 200
+    monitored.processes.stop("sampled")
+    until(lambda: not (monitored.online() or {}).get(node, True), "it is offline")
+    assert monitored.page(node)["task-succeeded"] == 400
 
 
 @pytest.mark.browser

@@ -12,7 +12,7 @@ from celery import Celery
 from celery.events.receiver import EventReceiver
 from celery.events.state import State
 
-from workers.events import Budget, EventSender
+from workers.events import TOTALS, Budget, EventSender
 from workers.observer import LEASE_ENDED, RequestView
 
 
@@ -47,6 +47,15 @@ class Receiver:
     def types(self, uuid: str) -> list[str]:
         """Event types of one request in the order of arrival."""
         return [event["type"] for event in self.events if event.get("uuid") == uuid]
+
+    def tasks(self) -> list[dict[str, Any]]:
+        """The events of requests."""
+        return [event for event in self.events if event["type"].startswith("task-")]
+
+    def totals(self) -> dict[str, int]:
+        """What the sender told last of how many there were; zeros are left out."""
+        told = [event["totals"] for event in self.events if event["type"] == TOTALS]
+        return {name: n for name, n in told[-1].items() if n} if told else {}
 
     def wait(self, condition: Callable[[], bool]) -> None:
         """Receive until the condition is true."""
@@ -228,9 +237,9 @@ def test_events_wait_for_the_broker_and_leave_in_order(
         sender.request_cancelled(view(str(number)))
 
     sender.start()
-    receiver.wait(lambda: len(receiver.events) == 450)
+    receiver.wait(lambda: len(receiver.tasks()) == 450)
 
-    assert [event["uuid"] for event in receiver.events] == [str(number) for number in range(450)]
+    assert [event["uuid"] for event in receiver.tasks()] == [str(number) for number in range(450)]
     sender.close()
     assert sender.stats()["events_sent"] == 450
 
@@ -238,26 +247,51 @@ def test_events_wait_for_the_broker_and_leave_in_order(
 def test_above_the_rates_starts_are_left_out_first_and_bad_outcomes_never(
     make_sender: Callable[..., EventSender], receiver: Receiver, clock: Clock
 ) -> None:
-    """Successes are left out only above their own rate; a second later there is room again."""
-    sender = make_sender(detail_per_s=3, outcomes_per_s=5)
+    """Successes only above four times the rate, and none whose start was shown. A second later there is room."""
+    sender = make_sender(sample_above_per_s=3)
     sender.start()
 
-    for number in range(10):
+    for number in range(20):
         sender.request_started(view(str(number)))
-    for number in range(8):
+    for number in reversed(range(18)):  # those that are shown to run, 0 to 2, end when there is no room any more
         sender.request_succeeded(view(str(number)), output_tokens=1, runtime_s=0.1, text="")
-    sender.request_failed(view("8"), error="no", runtime_s=0.1)
-    sender.request_cancelled(view("9"))
+    sender.request_failed(view("18"), error="no", runtime_s=0.1)
+    sender.request_cancelled(view("19"))
     clock.now_s = 1.0
     sender.request_started(view("later"))
     receiver.wait(lambda: len(receiver.types("later")) == 2)
 
-    types = [event["type"] for event in receiver.events]
+    types = [event["type"] for event in receiver.tasks()]
     assert types.count("task-started") == 3 + 1
-    assert types.count("task-succeeded") == 5
-    assert receiver.types("8") == ["task-failed"]
-    assert receiver.types("9") == ["task-revoked"]
-    assert sender.stats()["events_left_out"] == 2 * 7 + 3
+    assert types.count("task-succeeded") == 4 * 3 + 3
+    assert receiver.types("0") == ["task-received", "task-started", "task-succeeded"]
+    assert receiver.types("18") == ["task-failed"]
+    assert receiver.types("19") == ["task-revoked"]
+    assert sender.stats()["events_left_out"] == 2 * 17 + 3
+    receiver.wait(lambda: receiver.totals().get("task-received") == 21)
+    assert receiver.totals() == {
+        "task-received": 21,
+        "task-succeeded": 18,
+        "task-failed": 1,
+        "task-revoked": 1,
+    }
+
+
+def test_totals_are_told_at_the_end_also_when_nothing_else_is_sent(
+    make_sender: Callable[..., EventSender], receiver: Receiver
+) -> None:
+    """With a rate of 0 neither starts nor successes are shown."""
+    sender = make_sender(sample_above_per_s=0)
+    for number in range(7):
+        sender.request_started(view(str(number)))
+        sender.request_succeeded(view(str(number)), output_tokens=1, runtime_s=0.1, text="")
+
+    sender.start()
+    sender.close()
+    receiver.wait(lambda: bool(receiver.totals()))
+
+    assert receiver.totals() == {"task-received": 7, "task-succeeded": 7}
+    assert receiver.tasks() == []
 
 
 def test_close_is_safe_before_start_and_twice(make_sender: Callable[..., EventSender]) -> None:
