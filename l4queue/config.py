@@ -94,6 +94,10 @@ class Settings(BaseSettings):
     )
     flower_show_prompts: bool = Field(False, description="show prompt text in Flower; off by default")
 
+    traces: bool = Field(
+        False, description="send OpenTelemetry traces of requests; OTEL_ variables say where to (docs/tracing.md)"
+    )
+
     @property
     def worker_name(self) -> str:
         """The stable name of a worker in this process: its setting, else worker@host."""

@@ -23,6 +23,7 @@ from workers.guard import guard_descendants
 from workers.host import EngineHost, EngineThread, ExitGuard, RequestHeart, WorkerLike
 from workers.observer import Observer
 from workers.panel import install_panel
+from workers.tracing import open_traces
 
 __all__ = ("launch", "main", "serve")
 
@@ -46,7 +47,8 @@ def serve(
     node, name = node_name(settings.worker_name), task_name(settings)
     app, guard = make_app(settings), ExitGuard()
     sender = EventSender(app, hostname=node, task_name=name, show_prompts=settings.flower_show_prompts)
-    engine = EngineThread(lambda: make(settings, sender), guard=guard)
+    traces = open_traces(settings, sender)
+    engine = EngineThread(lambda: make(settings, traces or sender), guard=guard)
     drain_s = settings.drain_s + margin_s
 
     def figures() -> dict[str, JsonValue]:
@@ -65,12 +67,16 @@ def serve(
     install_panel(engine, hostname=node, task_name=name)
     controller = _controller(app, hostname=node, engine=engine, drain_s=drain_s, figures=figures)
     sender.start()
+    if traces is not None:
+        traces.start()
     try:
         controller.start()
     finally:
         guard.arm(drain_s + _EXIT_S)
         engine.request_stop()
         is_drained = celery_state.should_terminate is None and engine.join(drain_s)
+        if traces is not None:
+            traces.close()
         sender.close()
         guard.arm(_EXIT_S)
     if not is_drained:

@@ -120,8 +120,10 @@ class Machine:
         self.type(f"cat >{path}", stdin=text)
 
     def check_out(self) -> None:
-        """What git has, with what is changed here and not committed yet."""
-        listed = execute("git", "ls-files", "-z", cwd=ROOT).split("\0")
+        """What git has or would take, as it is here now."""
+        listed = execute("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", cwd=ROOT).split(
+            "\0"
+        )
         files = [name for name in listed if name and (ROOT / name).is_file()]
         self._docker("exec", NAME, "mkdir", "-p", PLACE)
         with subprocess.Popen(["tar", "-C", ROOT, "-c", "--", *files], stdout=subprocess.PIPE) as tar:
