@@ -34,6 +34,7 @@ _BATCH = 64
 _RETRY_S = 1.0
 _CLOSE_S = 1.0
 _MOVES = ("hand-over", "steal")
+_MOVE_FACTS = ("benefit_ms", "cost_ms", "kv")
 _TAKES = ("taken", "stolen")
 _FAULTS = {"lost": "its worker was lost", "crashed": "its engine died", "repaired": "no lease was found"}
 
@@ -102,7 +103,7 @@ class _Teller:
         self._close(at_ms, offset=int(line["offset"]), error=_FAULTS.get(what), ended_by=what)
         if what in _MOVES:
             self._end_move(at_ms)
-            facts = {name: line[name] for name in ("benefit_ms", "cost_ms", "kv") if name in line}
+            facts: dict[str, Any] = {name: line[name] for name in _MOVE_FACTS if name in line}
             facts |= {"move": what, "from": line["worker"], "to": str(line["to"]).removeprefix("@")}
             self._move = len(self._pieces)
             self._pieces.append(Piece(name="hand-over", start_ms=at_ms, end_ms=at_ms, attributes=facts))
