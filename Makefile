@@ -20,10 +20,10 @@ RUNTIME = $(VENV)/.installed-$(ENGINE)
 DEV = $(VENV)/.installed-dev-$(ENGINE)
 CODE := l4queue dispatcher workers tests bench docs
 
-.PHONY: help demo up install dev system test test-fast test-compose chaos lint format docs lock clean
+.PHONY: help demo up install dev system test test-fast test-compose test-newcomer chaos lint format docs lock clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(RUNTIME) ## install, start everything, serve a mixed workload, print the results
 	$(BIN)/l4queue demo $(ARGS)
@@ -46,6 +46,9 @@ chaos: $(DEV) system ## processes that die around every script, for long: make c
 
 test-compose: $(DEV) ## docker-compose.yml in a real daemon: scaled, crashed, taken down; ARGS='emulated --keep'
 	$(BIN)/python -m tests.compose.run $(ARGS)
+
+test-newcomer: $(DEV) ## README.md walked command by command on a fresh machine, in a container; ARGS='--keep'
+	$(BIN)/python -m tests.compose.newcomer $(ARGS)
 
 lint: $(DEV) ## style, types, import contracts, sizes, generated docs
 	$(BIN)/ruff check $(wildcard $(CODE))
@@ -113,13 +116,13 @@ $(VENV)/.installed-dev-$(ENGINE): $(RUNTIME) requirements/dev.txt
 # One resolution fits Python 3.11 to 3.13: only async-timeout is not needed on the newer ones.
 LOCK = $(UV) compile --quiet --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
   --no-emit-index-url --annotation-style line --custom-compile-command 'make lock' $(UPGRADE)
-SERVICES := --extra dispatcher --extra worker --extra embedded --extra plot
+SERVICES := --extra dispatcher --extra worker --extra embedded --extra otel --extra plot
 
 lock: $(BIN)/uv ## resolve pyproject.toml again and write requirements/*.txt
 	$(LOCK) pyproject.toml requirements/torch-cpu.in $(SERVICES) --extra cpu \
 	  --excludes requirements/without-cuda.in -o requirements/cpu.txt >/dev/null
 	$(LOCK) pyproject.toml -c requirements/cpu.txt -o requirements/base.txt >/dev/null
-	$(LOCK) pyproject.toml --extra dispatcher --extra worker -c requirements/cpu.txt \
+	$(LOCK) pyproject.toml --extra dispatcher --extra worker --extra otel -c requirements/cpu.txt \
 	  -o requirements/services.txt >/dev/null
 	$(LOCK) pyproject.toml --extra dev -c requirements/cpu.txt -o requirements/dev.txt >/dev/null
 	$(LOCK) pyproject.toml requirements/gpu.in $(SERVICES) --extra gpu -o requirements/gpu.txt >/dev/null

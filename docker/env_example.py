@@ -57,6 +57,13 @@ VARIABLES = (
     ),
     Variable(name="HF_TOKEN", default="", meaning="token for models that Hugging Face gives only with one"),
     Variable(name="HF_HUB_OFFLINE", default="", meaning="1: never look for a model on the network"),
+    Variable(
+        name="OTEL_EXPORTER_OTLP_ENDPOINT",
+        default="",
+        meaning="with L4_TRACES: the collector, such as http://collector:4318; OTLP over HTTP",
+    ),
+    Variable(name="OTEL_EXPORTER_OTLP_HEADERS", default="", meaning="with L4_TRACES: headers for it, a=b,c=d"),
+    Variable(name="OTEL_RESOURCE_ATTRIBUTES", default="", meaning="with L4_TRACES: on every span, a=b,c=d"),
     Variable(name="WORKER_MEMORY", default="16g", meaning="memory limit of a worker"),
     Variable(name="WORKER_CPUS", default="0", meaning="CPU time limit of a worker, in CPUs; 0: none"),
     Variable(name="WORKER_SHM", default="2g", meaning="shared memory of a worker, for groups of GPUs"),
@@ -157,7 +164,7 @@ def undocumented() -> set[str]:
     """Variables that a compose file reads and nobody explains, or that are explained and never read."""
     texts = [COMPOSE.read_text("utf-8"), *(f.read_text("utf-8") for f in sorted((ROOT / "docker").glob("*.yml")))]
     read = {name for text in texts for name in re.findall(r"\$\{([A-Z0-9_]+)", text)}
-    read |= {name for name in ("HF_TOKEN", "HF_HUB_OFFLINE") if f"  {name}:\n" in texts[0]}
+    read |= set(re.findall(r"^  ((?:HF|OTEL)_[A-Z0-9_]+):$", texts[0], re.MULTILINE))  # passed on as they are
     read.add("COMPOSE_FILE")  # read by compose itself
     return read ^ {variable.name for variable in VARIABLES}
 

@@ -113,6 +113,11 @@ class RequestBody(Strict):
     params: SamplingParams = SamplingParams()
     priority: int = Field(default=0, ge=-100, le=100, description="lower is served first, as in vLLM")
     metadata: dict[str, JsonValue] | None = Field(default=None)
+    traceparent: str | None = Field(
+        default=None,
+        pattern=r"^00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}$",
+        description="W3C trace context of whoever asks; spans of the request go below it",
+    )
 
 
 class RequestSpec(RequestBody):

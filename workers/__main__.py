@@ -25,6 +25,7 @@ from workers.host import EngineHost, EngineThread, ExitGuard, RequestHeart, Work
 from workers.metrics import WorkerMetrics
 from workers.observer import Observer
 from workers.panel import install_panel
+from workers.tracing import open_traces
 
 __all__ = ("launch", "main", "serve")
 
@@ -54,7 +55,8 @@ def serve(
         show_prompts=settings.flower_show_prompts,
         sample_above_per_s=settings.flower_sample_above_per_s,
     )
-    engine = EngineThread(lambda: make(settings, sender), guard=guard)
+    traces = open_traces(settings, sender)
+    engine = EngineThread(lambda: make(settings, traces or sender), guard=guard)
     drain_s = settings.drain_s + margin_s
 
     def figures() -> dict[str, JsonValue]:
@@ -74,12 +76,16 @@ def serve(
     controller = _controller(app, hostname=node, engine=engine, drain_s=drain_s, figures=figures)
     with MetricsServer(settings, WorkerMetrics(engine.figures, sender.stats)):
         sender.start()
+        if traces is not None:
+            traces.start()
         try:
             controller.start()
         finally:
             guard.arm(drain_s + _EXIT_S)
             engine.request_stop()
             is_drained = celery_state.should_terminate is None and engine.join(drain_s)
+            if traces is not None:
+                traces.close()
             sender.close()
             guard.arm(_EXIT_S)
     if not is_drained:

@@ -23,6 +23,7 @@ class RequestView:
     num_resumed: int
     epoch: int
     prompt: str | None = None
+    is_traced: bool = False  # it carries a traceparent
 
 
 class Observer(Protocol):

@@ -65,6 +65,7 @@ class Session:
         self.started_s = started_s
         self.range_text = range_text
         self.priority = body.priority
+        self.is_traced = body.traceparent is not None
         self.came_from = grant.came_from
         self.is_moving = False
         self.watch_tokens: int | None = None  # the length at which moving it is thought about

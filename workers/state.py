@@ -187,6 +187,7 @@ class WorkerState:
                 max_tokens=record.max_tokens or 0,
                 num_resumed=record.offset,
                 epoch=record.epoch,
+                is_traced="traceparent" in record.body,
             )
             self.observer.request_cancelled(view)
 
@@ -220,6 +221,7 @@ class WorkerState:
             max_tokens=session.params.max_tokens,
             num_resumed=grant.offset,
             epoch=grant.epoch,
+            is_traced=session.is_traced,
         )
 
     def load(self) -> WorkerLoad:

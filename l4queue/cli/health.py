@@ -70,7 +70,7 @@ def _worker(door: Door, settings: Settings) -> str:
     if life is None:
         raise ServiceUnavailable(
             f"worker {settings.worker_name} has no lease: it loads, waits for a device, or its engine stands; "
-            "see its log"
+            "see its log. L4_WORKER_ID names another worker"
         )
     return f"worker {settings.worker_name} serves stage {life.stage}, lease for {life.left_s:.1f} s more"
 

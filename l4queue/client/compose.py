@@ -7,10 +7,11 @@ import json
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import JsonValue, ValidationError
 
+from l4queue.client.tracing import EnqueueTraces
 from l4queue.config import Settings
 from l4queue.errors import (
     IdempotencyConflict,
@@ -31,6 +32,9 @@ from l4queue.protocol.reads import Reads, StreamEntry
 from l4queue.protocol.records import OutputEntry, RequestRecord, TokenLogprobs, pack_ids
 from l4queue.sampling import NOT_OFFERED
 
+if TYPE_CHECKING:
+    from opentelemetry.trace import Span
+
 __all__ = (
     "Chunk",
     "Composer",
@@ -45,6 +49,7 @@ __all__ = (
 
 _SPEC_FIELDS = frozenset(RequestSpec.model_fields) - {"params"}
 _BODY_FIELDS = set(RequestBody.model_fields)
+_DIGEST_FIELDS = _BODY_FIELDS - {"traceparent"}  # the same request in another trace is the same request
 _BYTES_PER_TOKEN = 4  # estimate for admission only; the dispatcher counts
 
 
@@ -86,10 +91,11 @@ class Result:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
-    """A validated request with its id and the call that submits it."""
+    """A validated request with its id, the call that submits it, and the span that ends when it is accepted."""
 
     request_id: str
     call: Call[SubmitReply]
+    span: Span | None = None
 
 
 def build_spec(prompt: str | None = None, **options: Any) -> RequestSpec:
@@ -137,16 +143,21 @@ class Composer:
         self.calls = Calls(self.keys)
         self.reads = Reads(self.keys)
         self.client_id = uuid.uuid4().hex
+        self._traces = EnqueueTraces(settings)
 
     def prepare(self, spec: RequestSpec) -> Prepared:
         """Id, digest and submit call of a request. The same idempotency key gives the same id."""
         kind, prompt = _encode_prompt(spec)
-        body = spec.model_dump_json(include=_BODY_FIELDS, exclude_defaults=True)
+        body = spec.model_dump_json(include=_DIGEST_FIELDS, exclude_defaults=True)
         digest = ""
         request_id = uuid.uuid4().hex
         if spec.idempotency_key is not None:
             request_id = "k" + hashlib.sha256(spec.idempotency_key.encode()).hexdigest()[:31]
             digest = hashlib.sha256(f"{kind}\0{body}\0".encode() + prompt).hexdigest()
+        traceparent, span = self._traces.begin(spec)
+        if traceparent is not None:
+            traced = spec.model_copy(update={"traceparent": traceparent})
+            body = traced.model_dump_json(include=_BODY_FIELDS, exclude_defaults=True)
         counted = len(prompt) // _BYTES_PER_TOKEN + 1
         call = self.calls.submit(
             request_id,
@@ -161,7 +172,7 @@ class Composer:
             ttl_ms=int(self.settings.result_ttl_s * 1000),
             client_id=self.client_id,
         )
-        return Prepared(request_id=request_id, call=call)
+        return Prepared(request_id=request_id, call=call, span=span)
 
     def accepted(self, prepared: Prepared, reply: SubmitReply) -> str:
         """The id of an accepted request; QueueFull or IdempotencyConflict otherwise."""
@@ -175,6 +186,8 @@ class Composer:
             raise IdempotencyConflict(
                 f"the idempotency key of request {prepared.request_id} was used with a different body"
             )
+        if prepared.span is not None:
+            self._traces.end(prepared.span, request_id=prepared.request_id, is_new=reply.verdict is Verdict.OK)
         return prepared.request_id
 
     def result(self, record: RequestRecord, chunks: Iterable[Chunk]) -> Result:

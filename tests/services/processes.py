@@ -40,9 +40,9 @@ class Processes:
 
     def __init__(self, folder: Path, **settings: object) -> None:
         self.folder = folder
-        self._environment = {k: v for k, v in os.environ.items() if not k.startswith(("L4_", "FLOWER_"))}
-        self._environment |= {f"L4_{name.upper()}": str(value) for name, value in settings.items()}
-        self._environment["PYTHONPATH"] = str(Path(__file__).parents[2])
+        self.environment = {k: v for k, v in os.environ.items() if not k.startswith(("L4_", "FLOWER_", "OTEL_"))}
+        self.environment |= {f"L4_{name.upper()}": str(value) for name, value in settings.items()}
+        self.environment["PYTHONPATH"] = str(Path(__file__).parents[2])
         self._running: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self, name: str, *arguments: str, **settings: object) -> subprocess.Popen[bytes]:
@@ -52,7 +52,7 @@ class Processes:
             process = subprocess.Popen(
                 (sys.executable, *arguments),
                 cwd=self.folder,
-                env=self._environment | more,
+                env=self.environment | more,
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
@@ -68,7 +68,7 @@ class Processes:
         done = subprocess.run(
             (sys.executable, *arguments),
             cwd=self.folder,
-            env=self._environment,
+            env=self.environment,
             capture_output=True,
             text=True,
             timeout=timeout_s,

@@ -114,10 +114,12 @@ class Flight:
                 continue
             ticket, is_found = submission.ticket, reply.verdict is not Verdict.OK
             self._pending[ticket.request_id] = _Pending(ticket, is_found)
-            if is_found:
-                known.append(ticket)
-                if reply.state is not None and RequestState(reply.state) in TERMINAL:
-                    self._ended[ticket.request_id] = None
+            if not is_found:
+                self.composer.accepted(submission.prepared, reply)
+                continue
+            known.append(ticket)
+            if reply.state is not None and RequestState(reply.state) in TERMINAL:
+                self._ended[ticket.request_id] = None
         return refused, full, known
 
     def wait(self, *, block_s: float) -> None:
