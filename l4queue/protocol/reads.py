@@ -224,6 +224,7 @@ class Reads:
         """The same of every stage that one came to."""
         args = ("HGETALL", self.keys.foreground)
         return Call(None, (), args, lambda r: {stage: int(at_ms) for stage, at_ms in _hash(r).items()})
+
     def waiting_since_ms(self, request_id: str) -> Call[int | None]:
         """When a waiting request was queued, or given back or moved last, server ms; None when it has gone."""
         args = ("HMGET", self.keys.request(request_id), "moved_ms", "queued_ms")
@@ -298,6 +299,7 @@ class Reads:
         """Requests that finished after the stream id, oldest first, and the id to go on from."""
         args = ("XRANGE", self.keys.finished, f"({last_id}", "+", "COUNT", count)
         return Call(None, (), args, lambda r: (r[-1][0].decode() if r else last_id, _finished(r)))
+
     def latest_finished(
         self, last_id: str | None, *, count: int
     ) -> Call[tuple[str | None, list[FinishedRequest]]]:
