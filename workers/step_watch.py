@@ -6,8 +6,9 @@ the scheduler's order (begun prefills, then priority and arrival) and works out 
 
 from __future__ import annotations
 
+import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,9 +29,16 @@ class _Prefill:
 
 
 class StepWatch:
-    """What the last step reported, and records of the steps since they were last asked for."""
+    """What the last step reported, and records of the steps since they were last asked for.
 
-    def __init__(self) -> None:
+    `clock` gives seconds. vLLM's own time of a step leaves out the model where that runs in the engine core's
+    process; a step that ends no token of a running request is timed here, from the step before or from the arrival
+    that ended a pause.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._since_s = clock()
         self.num_running = 0
         self.num_waiting = 0
         self.kv_share = 0.0
@@ -44,6 +52,8 @@ class StepWatch:
 
     def arrived(self, request_id: str, *, num_tokens: int, priority: int) -> None:
         """A request goes to the engine."""
+        if not self._prefills and not self._decoding:
+            self._since_s = self._clock()
         self._num_arrived += 1
         self._prefills[request_id] = _Prefill(order=(priority, self._num_arrived), left_tokens=num_tokens)
 
@@ -74,7 +84,9 @@ class StepWatch:
         if details is None or details.is_dummy:
             return
         self.num_steps += 1
-        self.last_step_ms = details.elapsed_ms
+        now_s = self._clock()
+        self.last_step_ms = max(details.elapsed_ms, (now_s - self._since_s) * 1000)
+        self._since_s = now_s
         cached_tokens = 0
         if iteration_stats is not None:
             self.num_preemptions += iteration_stats.num_preempted_reqs

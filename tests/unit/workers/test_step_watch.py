@@ -149,3 +149,19 @@ def test_what_the_engine_puts_back_is_counted() -> None:
     for preempted in (2, 0, 1):
         watch.record(statistics(decodes=1), iteration(preempted=preempted))
     assert watch.num_preemptions == 3
+
+
+def test_a_step_that_ends_no_token_is_timed_from_the_one_before_or_from_the_end_of_a_pause() -> None:
+    """Whatever vLLM says of it: where the model runs in the core's process, that is the sampling alone."""
+    now_s = 100.0
+    watch = StepWatch(clock=lambda: now_s)
+    now_s = 200.0
+    watch.arrived("a", num_tokens=100, priority=0)
+    now_s = 200.05
+    watch.record(statistics(prefill=64), iteration())
+    now_s = 200.08
+    watch.record(statistics(prefill=36), iteration())
+    now_s = 200.09
+    watch.record(statistics(decodes=1), iteration(gaps_s=(0.012,)))
+
+    assert [record.elapsed_ms for record in watch.take_records()] == pytest.approx([50.0, 30.0, 12.0])
