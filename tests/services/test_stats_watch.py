@@ -114,7 +114,7 @@ async def test_it_shows_stages_latencies_workers_and_moves_in_80_columns(
 
             terminal.type(b"\x03")
             assert await asyncio.to_thread(terminal.process.wait, 20) == 0
-            await until(lambda: true(LEAVE in terminal.raw and terminal.raw.rstrip().endswith(SHOW_CURSOR)))
+            await until(lambda: true(terminal.raw.endswith(SHOW_CURSOR + LEAVE)))
             assert b"Traceback" not in terminal.raw
 
 
