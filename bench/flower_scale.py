@@ -27,6 +27,7 @@ from typing import Any
 import httpx
 import psutil
 
+from l4queue.cli.embedded import free_port
 from l4queue.cli.stack import Stack, StackOptions
 from l4queue.client import AsyncClient
 
@@ -119,6 +120,7 @@ async def measure(given: argparse.Namespace) -> dict[str, Any]:
             model="tiny",
             durability=given.durability,
             data_dir=Path(folder),
+            flower_port=free_port(),
         )
         async with Stack(options) as stack:
             await stack.ready()
@@ -130,24 +132,30 @@ async def measure(given: argparse.Namespace) -> dict[str, Any]:
             looks.start()
             async with AsyncClient(stack.redis_url, settings=stack.settings) as client:
                 started_s = time.perf_counter()
-                counts = await serve(client, given.requests, window=given.window)
+                counts, sent = await serve(client, given)
                 wall_s = time.perf_counter() - started_s
                 await asyncio.to_thread(looks.end)
                 totals = await compare(looks, counts["done"])
-    return report(given, looks, totals, wall_s=wall_s, empty_bytes=empty_bytes)
+    return report(given, looks, totals, sent=sent, wall_s=wall_s, empty_bytes=empty_bytes)
 
 
-async def serve(client: AsyncClient, num_requests: int, *, window: int) -> dict[str, int]:
-    """Enqueue all, at most `window` of them unfinished at a time; the counts of Redis when all have ended."""
-    sent, said_s = 0, time.monotonic()
+async def serve(client: AsyncClient, given: argparse.Namespace) -> tuple[dict[str, int], int]:
+    """Enqueue all, at most `window` of them unfinished at a time; the counts when all have ended, and how many.
+
+    After `most_s` seconds no more are enqueued.
+    """
+    sent, num_requests, said_s = 0, given.requests, time.monotonic()
+    until_s = time.monotonic() + given.most_s
     while True:
+        if time.monotonic() > until_s:
+            num_requests = sent
         counts = (await client.overview()).counts
         if sent == num_requests and not counts.get("live", 0):
-            return counts
+            return counts, sent
         if time.monotonic() - said_s > 10:
             said_s = time.monotonic()
             print(f"{counts.get('done', 0):>9,} of {num_requests:,} done", flush=True)
-        if sent < num_requests and counts.get("live", 0) + CHUNK <= window:
+        if sent < num_requests and counts.get("live", 0) + CHUNK <= given.window:
             size = min(CHUNK, num_requests - sent)
             await client.enqueue_many(["hello world"] * size, max_tokens=1)
             sent += size
@@ -177,15 +185,21 @@ async def compare(looks: Looks, done: int) -> dict[str, Any]:
 
 
 def report(
-    given: argparse.Namespace, looks: Looks, totals: dict[str, Any], *, wall_s: float, empty_bytes: int
+    given: argparse.Namespace,
+    looks: Looks,
+    totals: dict[str, Any],
+    *,
+    sent: int,
+    wall_s: float,
+    empty_bytes: int,
 ) -> dict[str, Any]:
     """What was found, for people and programs."""
     thinned = looks.memory[:: max(1, len(looks.memory) // 20)]
     return {
-        "requests": given.requests,
+        "requests": sent,
         "workers": given.workers,
         "wall_s": round(wall_s, 1),
-        "requests_per_s": round(given.requests / wall_s, 1),
+        "requests_per_s": round(sent / wall_s, 1),
         "totals": totals,
         "flower_cpu_s": round(looks.cpu_s, 1),
         "memory_mb_empty": round(empty_bytes / 1e6),
@@ -210,13 +224,14 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=100_000)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--window", type=int, default=10_000, help="most unfinished requests at a time")
+    parser.add_argument("--most-s", type=float, default=3600.0, help="enqueue no more after so many seconds")
     parser.add_argument("--pause", type=float, default=5.0, help="between two rounds of pages, s")
     parser.add_argument("--durability", choices=("strict", "fast"), default="strict")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     found = asyncio.run(measure(given))
     print(json.dumps(found) if given.json else json.dumps(found, indent=1))
-    if not found["totals"]["redis"] == found["totals"]["flower"] == given.requests:
+    if not found["totals"]["redis"] == found["totals"]["flower"] == found["requests"]:
         raise SystemExit("the totals differ")
 
 

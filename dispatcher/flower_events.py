@@ -37,11 +37,12 @@ class ExactState(flower.events.EventsState):  # type: ignore[misc]  # flower has
         self._earlier: dict[str, Counter[str]] = {}
 
     def event(self, event: dict[str, Any]) -> None:
-        """Take in one event."""
-        super().event(event)
+        """Take in one event. Totals are no sign of life: the last come after a worker has said that it ends."""
         worker = event["hostname"]
         if event["type"] == TOTALS:
             self._tell(worker, str(event["run"]), {str(k): int(v) for k, v in event["totals"].items()})
+        else:
+            super().event(event)
         if worker in self._told:
             earlier = self._earlier[worker]
             self.counter[worker].update(

@@ -1,8 +1,8 @@
 """Pictures of a deployment under load: `python docs/take_pictures.py [--only stats-watch]`.
 
-Starts what `l4queue up` starts, with four emulated H100, serves mixed lengths until the planner has divided them,
-and writes docs/img/stats-watch.svg (`l4queue stats --watch`, 80 columns) and docs/img/flower-workers.png,
-flower-tasks.png and flower-task.png (Chromium with chromedriver).
+Starts what `l4queue up` starts, with four emulated GPUs and a plan of three stages, serves mixed lengths, and
+writes docs/img/stats-watch.svg (`l4queue stats --watch`, 80 columns), docs/img/flower-workers.png and
+docs/img/flower-tasks.png (Chromium with chromedriver).
 """
 
 from __future__ import annotations
@@ -24,11 +24,16 @@ import numpy as np
 from rich.console import Console
 from rich.terminal_theme import MONOKAI
 
+from l4queue.cli.embedded import free_port
 from l4queue.cli.stack import Stack, StackOptions
 from l4queue.cli.watch import Watcher
 from l4queue.cli.watch_view import fit
 from l4queue.client import AsyncClient
-from l4queue.protocol.door import Door
+from l4queue.models import Plan, StagePlan
+from l4queue.policy.plan_json import plan_to_json
+from l4queue.protocol.calls import Calls
+from l4queue.protocol.door import AsyncDoor, Door
+from l4queue.protocol.keys import Keys
 
 if TYPE_CHECKING:
     from selenium.webdriver import Chrome
@@ -36,13 +41,15 @@ if TYPE_CHECKING:
 FOLDER = Path(__file__).with_name("img")
 SETTINGS = {
     "L4_REPLAN_INTERVAL_S": "3",
-    "L4_PLAN_MIN_LIFE_S": "60",
-    "L4_MAX_RUNNING": "24",
-    "L4_EMULATED_GPU": "h100",
+    "L4_PLAN_MIN_LIFE_S": "3600",
+    "L4_MAX_RUNNING": "32",
+    "L4_EMULATED_SPEED": "3",  # times as slow, so that few requests are a load
 }
-RATE_PER_S = 26.0
-WARM_S, MOVES_S = 40.0, 120.0
-COLUMNS, ROWS = 80, 28
+RATE_PER_S = 20.0
+WARM_S, MOVES_S = 40.0, 90.0
+RANGES = ((0, 512, 1), (512, 4096, 2), (4096, None, 1))
+"""The plan: what the planner would choose depends on how fast this machine is, and a picture should not."""
+COLUMNS, ROWS = 80, 30
 _FONT_FACE = re.compile(r"@font-face \{.*?\}\s*", re.DOTALL)
 
 
@@ -55,6 +62,28 @@ async def traffic(client: AsyncClient) -> None:
         output_tokens = int(np.exp(rng.uniform(3.5, 6.2)))
         await client.enqueue(token_ids=[7] * prompt_tokens, max_tokens=output_tokens, ignore_eos=True)
         await asyncio.sleep(float(rng.exponential(1 / RATE_PER_S)))
+
+
+async def publish(stack: Stack, client: AsyncClient) -> None:
+    """Put the plan in force."""
+    overview = await client.overview()
+    names = sorted(worker.worker_id for worker in overview.workers)
+    stages = []
+    for low_tokens, high_tokens, num_workers in RANGES:
+        ids, names = tuple(names[:num_workers]), names[num_workers:]
+        stages.append(
+            StagePlan(low_tokens=low_tokens, high_tokens=high_tokens, num_workers=num_workers, worker_ids=ids)
+        )
+    plan = Plan(
+        version=overview.plan.version + 1,
+        stages=tuple(stages),
+        reason="set by hand",
+        created_ms=overview.now_ms,
+    )
+    door = AsyncDoor(stack.redis_url)
+    calls = Calls(Keys(stack.settings.namespace))
+    await door.run(calls.publish(expected_version=plan.version - 1, version=plan.version, body=plan_to_json(plan)))
+    await door.close()
 
 
 async def watch_picture(stack: Stack) -> None:
@@ -79,16 +108,10 @@ async def watch_picture(stack: Stack) -> None:
     (FOLDER / "stats-watch.svg").write_text(_FONT_FACE.sub("", svg))  # no font from elsewhere
 
 
-async def flower_pictures(stack: Stack, client: AsyncClient) -> None:
-    """Workers, tasks, and one task."""
-    handle = await client.enqueue(token_ids=[7] * 900, max_tokens=300, ignore_eos=True)
-    await handle.result(timeout=60)
+async def flower_pictures(stack: Stack) -> None:
+    """Workers and tasks."""
     with chromium() as browser:
-        for name, path, text in (
-            ("workers", "/workers", "worker-3"),
-            ("tasks", "/tasks", "SUCCESS"),
-            ("task", f"/task/{handle.id}", "SUCCESS"),
-        ):
+        for name, path, text in (("workers", "/workers", "worker-3"), ("tasks", "/tasks", "SUCCESS")):
             await asyncio.to_thread(browser.get, f"{stack.flower_url}{path}")
             await _until(lambda text=text: _shows(browser, text), f"{path} shows {text}")
             await asyncio.to_thread(browser.save_screenshot, str(FOLDER / f"flower-{name}.png"))
@@ -106,7 +129,7 @@ def chromium() -> Iterator[Chrome]:
     options.binary_location = binary
     with tempfile.TemporaryDirectory() as profile:
         flags = ("headless", "no-sandbox", "disable-gpu", "no-first-run", "disable-dev-shm-usage")
-        for flag in (*flags, "window-size=1280,760", f"user-data-dir={profile}"):
+        for flag in (*flags, "window-size=1700,1080", f"user-data-dir={profile}"):
             options.add_argument(f"--{flag}")
         browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
         try:
@@ -133,15 +156,18 @@ async def take(only: str) -> None:
     os.environ |= SETTINGS
     FOLDER.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        options = StackOptions(workers=4, engine="emulated", model="tiny", data_dir=Path(folder))
+        options = StackOptions(
+            workers=4, engine="emulated", model="tiny", data_dir=Path(folder), flower_port=free_port()
+        )
         async with Stack(options) as stack:
             await stack.ready()
             async with AsyncClient(stack.redis_url, settings=stack.settings) as client:
+                await publish(stack, client)
                 load = asyncio.create_task(traffic(client))
                 try:
                     await watch_picture(stack)
                     if not only:
-                        await flower_pictures(stack, client)
+                        await flower_pictures(stack)
                     load.cancel()
                     await asyncio.wait({load})
                 finally:

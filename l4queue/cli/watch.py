@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from threading import Event
 from typing import TYPE_CHECKING, Any
 
 from l4queue.cli.watch_window import Picture, Window
@@ -59,12 +60,12 @@ def watch(*, interval_s: float, as_json: bool) -> None:
     door = Door(settings.redis_url, retry_s=0.0)
     watcher = Watcher(door, settings.namespace)
     try:
-        with _ending_well():
+        with _ending_well() as ending:
             if as_json:
-                _print_lines(watcher, interval_s)
+                _print_lines(watcher, interval_s, ending)
             else:
                 title = f"l4queue {settings.namespace} · {redacted(settings.redis_url)}"
-                _draw(watcher, interval_s, title=title)
+                _draw(watcher, interval_s, ending, title=title)
     except KeyboardInterrupt:
         pass
     finally:
@@ -82,10 +83,10 @@ def picture_json(picture: Picture) -> dict[str, Any]:
     return told
 
 
-def _print_lines(watcher: Watcher, interval_s: float) -> None:
+def _print_lines(watcher: Watcher, interval_s: float, ending: Event) -> None:
     """One line for each look; one with `error` where Redis is away."""
     due_s = time.monotonic()
-    while True:
+    while not ending.is_set():
         watcher.look()
         if watcher.trouble or watcher.picture is None:
             line: dict[str, Any] = {"error": watcher.trouble, "away_s": round(watcher.away_s, 3)}
@@ -96,18 +97,18 @@ def _print_lines(watcher: Watcher, interval_s: float) -> None:
         time.sleep(due_s - time.monotonic() if due_s > time.monotonic() else 0.0)
 
 
-def _draw(watcher: Watcher, interval_s: float, *, title: str) -> None:
+def _draw(watcher: Watcher, interval_s: float, ending: Event, *, title: str) -> None:
     """On the terminal's other screen, so that nothing is left behind; drawn anew at once when its size changes."""
     from rich.console import Console
     from rich.live import Live
 
     console = Console()
     with Live(console=console, screen=True, auto_refresh=False) as live:
-        while True:
+        while not ending.is_set():
             watcher.look()
             live.update(_view(watcher, console, title), refresh=True)
             due_s, size = time.monotonic() + interval_s, console.size
-            while (left_s := due_s - time.monotonic()) > 0:
+            while (left_s := due_s - time.monotonic()) > 0 and not ending.is_set():
                 time.sleep(min(_RESIZE_S, left_s))
                 if console.size != size:
                     size = console.size
@@ -126,14 +127,20 @@ def _view(watcher: Watcher, console: Console, title: str) -> RenderableType:
 
 
 @contextmanager
-def _ending_well() -> Iterator[None]:
-    """SIGTERM ends like Ctrl-C, so that the terminal is put right."""
+def _ending_well() -> Iterator[Event]:
+    """SIGTERM ends like Ctrl-C, so that the terminal is put right.
+
+    The event is for an interrupt that Python swallows: one that comes in a destructor.
+    """
+    ending = Event()
 
     def end(*_: Any) -> None:
+        ending.set()
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, end)
+    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield ending
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

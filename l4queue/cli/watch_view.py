@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from l4queue.cli.watch_window import LATENCY_S, Latency, Picture, StageView, Waiting
-from l4queue.models import StagePlan, WorkerLoad
+from l4queue.models import Plan, StagePlan, WorkerLoad
 
 if TYPE_CHECKING:
     from l4queue.protocol.watch import Move
@@ -74,19 +74,23 @@ def _head(picture: Picture, title: str, trouble: str) -> RenderableType:
     told = Text(f"as of {clock}", style=_ALARM) if trouble else Text(clock, style="bold")
     first.add_row(Text(title, style="bold"), told)
     age = f", {time_text(picture.at_ms - plan.created_ms)} old" if plan.created_ms else ""
-    about = _line(f"plan {plan.version}{age}: {plan.reason or 'one stage'}", style="dim")
+    about = _line(f"plan {plan.version}{age}: {plan.reason or _num_stages(plan)}", style="dim")
     if trouble:
         return Group(first, _line(trouble, style=_ALARM), about, _flow(picture))
     return Group(first, about, _flow(picture))
+
+
+def _num_stages(plan: Plan) -> str:
+    return "one stage" if len(plan.stages) == 1 else f"{len(plan.stages)} stages"
 
 
 def _flow(picture: Picture) -> Text:
     """Rates and totals in one line; bad ends only where there are any."""
     rates, counts, line = picture.rates, picture.counts, _line("")
     figures = [
-        ("in", f"{number(rates.accepted_per_s)}/s", ""),
-        ("done", f"{number(rates.done_per_s)}/s", ""),
-        ("out", f"{number(rates.output_tokens_per_s)} tok/s", ""),
+        ("in", f"{_rate(rates.accepted_per_s)}/s", ""),
+        ("done", f"{_rate(rates.done_per_s)}/s", ""),
+        ("out", f"{_rate(rates.output_tokens_per_s)} tok/s", ""),
         ("live", f"{counts.get('live', 0):,}", ""),
         ("in all", f"{counts.get('done', 0):,}", ""),
     ]
@@ -96,6 +100,10 @@ def _flow(picture: Picture) -> Text:
     for name, figure, style in figures:
         line.append(f"{name} ", style="cyan").append(f"{figure}  ", style=style)
     return line
+
+
+def _rate(per_s: float | None) -> str:
+    return "–" if per_s is None else number(per_s)
 
 
 def _stages(picture: Picture) -> RenderableType:
@@ -118,7 +126,7 @@ def _stages(picture: Picture) -> RenderableType:
 
 
 def _waiting(waiting: Waiting) -> tuple[str, str, str]:
-    tokens = number(waiting.tokens) if waiting.tokens else "–"
+    tokens = number(waiting.tokens) if waiting.tokens and waiting.num_requests else "–"
     return number(waiting.num_requests), tokens, time_text(waiting.oldest_ms)
 
 

@@ -71,11 +71,11 @@ class Latency:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rates:
-    """Of the last seconds, by the counters of Redis."""
+    """Of the last seconds, by the counters of Redis; None after the first look."""
 
-    accepted_per_s: float = 0.0
-    done_per_s: float = 0.0
-    output_tokens_per_s: float = 0.0
+    accepted_per_s: float | None
+    done_per_s: float | None
+    output_tokens_per_s: float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,10 +145,10 @@ class Window:
             output_tokens_per_s=self._per_s("output_tokens"),
         )
 
-    def _per_s(self, name: str) -> float:
+    def _per_s(self, name: str) -> float | None:
         since_ms, _ = self._before(RATE_S)
         passed_s = (self._counts[-1][0] - since_ms) / 1000
-        return self._increase(name, RATE_S) / passed_s if passed_s > 0 else 0.0
+        return self._increase(name, RATE_S) / passed_s if passed_s > 0 else None
 
     def _increase(self, name: str, seconds: float) -> int:
         return max(0, self._counts[-1][1].get(name, 0) - self._before(seconds)[1].get(name, 0))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
+import redis
 
 from l4queue import Client
 from l4queue.config import load_settings
@@ -283,6 +284,24 @@ def test_the_totals_are_right_where_most_requests_are_left_out(monitored: Monito
     monitored.processes.stop("sampled")
     until(lambda: not (monitored.online() or {}).get(node, True), "it is offline")
     assert monitored.page(node)["task-succeeded"] == 400
+
+
+def test_cut_off_by_redis_it_comes_back_and_its_totals_are_right(monitored: Monitored) -> None:
+    """As Redis does to a reader that lags too far; what was sent meanwhile is not sent again."""
+    with redis.Redis.from_url(monitored.settings.broker_url) as broker:
+        assert broker.client_kill_filter(_type="pubsub") > 0
+    handles = monitored.client.enqueue_many([f"word {n}" for n in range(50)], max_tokens=1)
+    assert all(handle.result(timeout=60) for handle in handles)
+
+    served = sum(int(monitored.stats(name)["finished"]) for name in WORKERS)
+
+    def shown(column: str) -> int:
+        return sum(int(monitored.page(node_name(name)).get(column, 0)) for name in WORKERS)
+
+    until(lambda: shown("task-succeeded") == served, "the page has all", timeout_s=30)
+    late = monitored.client.enqueue("late", max_tokens=1)
+    assert late.result(timeout=60)
+    until(lambda: monitored.state(late.id) == "SUCCESS", "new requests are shown again")
 
 
 @pytest.mark.browser

@@ -98,6 +98,8 @@ async def test_it_shows_stages_latencies_workers_and_moves_in_80_columns(
     async with deployment(durable_server.url, namespace):
         with watching(durable_server.url, namespace) as terminal:
             await shown(terminal, "short-0", "long-0", "0–100", "100–∞", "hand-over ", "short-0 → long-0")
+            moved = re.compile(r"hand-overs [1-9]\d*/[1-9]")  # since the first look, and in all
+            await until(lambda: true(moved.search("\n".join(terminal.lines)) is not None), timeout_s=30)
             await until(lambda: true(figures(terminal, "all")[2] != "–"), timeout_s=30)
 
             lines = terminal.lines
@@ -108,12 +110,11 @@ async def test_it_shows_stages_latencies_workers_and_moves_in_80_columns(
             assert len(latencies) == 6
             assert all(re.fullmatch(r"[\d.]+ (ms|s)", cell) for cell in latencies)
             assert re.search(r"in [\d.]+/s  done [\d.]+/s  out [\d.]+k? tok/s  live \d+", lines[2])
-            assert re.search(r"hand-overs [1-9]\d*/[1-9]", "\n".join(lines))
             assert ENTER in terminal.raw
 
             terminal.type(b"\x03")
-            assert await asyncio.to_thread(terminal.process.wait, 10) == 0
-            await until(lambda: true(LEAVE in terminal.raw and terminal.raw.rstrip().endswith(SHOW_CURSOR)))
+            assert await asyncio.to_thread(terminal.process.wait, 20) == 0
+            await until(lambda: true(terminal.raw.endswith(SHOW_CURSOR + LEAVE)))
             assert b"Traceback" not in terminal.raw
 
 
@@ -185,6 +186,7 @@ async def test_as_json_it_prints_a_line_for_each_look_also_of_an_outage(
                         return told
 
         found = await line(lambda told: told.get("moves") and told["latencies"][0]["e2e_ms"])
+        found = await line(lambda told: told["rates"]["done_per_s"])  # a second look gives rates
         stage = found["stages"][0]
         assert [stage["stage"]["low_tokens"], stage["stage"]["high_tokens"]] == [0, 100]
         assert stage["num_slots"] == 16

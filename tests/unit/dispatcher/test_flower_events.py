@@ -75,6 +75,17 @@ def test_the_page_shows_what_workers_tell_and_not_how_many_events_came(loop: IOL
     assert events.state.counter["w1@here"]["task-succeeded"] == 7 + 4
 
 
+def test_the_last_totals_do_not_bring_a_worker_back_that_has_ended(loop: IOLoop, events: FairEvents) -> None:
+    """They come on another connection, after its farewell."""
+    events.on_event(event("worker-heartbeat", freq=60))
+    events.on_event(event("worker-offline"))
+    events.on_event(totals("first", 7))
+    digest(loop)
+
+    assert not events.state.workers["w1@here"].alive
+    assert events.state.counter["w1@here"]["task-succeeded"] == 7
+
+
 def test_a_worker_that_tells_no_totals_is_counted_by_its_events(loop: IOLoop, events: FairEvents) -> None:
     """The planner, for one."""
     events.on_event(totals("first", 7))
