@@ -87,11 +87,10 @@ class Families:
     ) -> None:
         """Values by their upper bounds."""
         from prometheus_client.core import HistogramMetricFamily
-        from prometheus_client.utils import floatToGoString
 
         family = HistogramMetricFamily(_PREFIX + name, meaning, labels=labels)
         for which, tally in values.items():
-            bounds = [floatToGoString(bound) for bound in (*tally.bounds, float("inf"))]
+            bounds = [*(str(float(bound)) for bound in tally.bounds), "+Inf"]
             pairs = list(zip(bounds, map(float, accumulate(list(tally.numbers))), strict=True))
             family.add_metric(which, pairs, tally.total)
         self.found.append(family)
@@ -141,7 +140,7 @@ class MetricsServer:
                 "each process of a host needs a port of its own, 0 for none"
             ) from None
         for source in self._sources:
-            REGISTRY.register(source)  # type: ignore[arg-type] # as good as a Collector
+            REGISTRY.register(source)
         log.info("metrics at http://%s:%d/metrics", host, port)
         return self
 
@@ -152,7 +151,7 @@ class MetricsServer:
             from prometheus_client import REGISTRY
 
             for source in self._sources:
-                REGISTRY.unregister(source)  # type: ignore[arg-type] # as above
+                REGISTRY.unregister(source)
             self._server.shutdown()
             self._server.server_close()
             self._thread.join()

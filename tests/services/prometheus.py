@@ -85,7 +85,7 @@ class Prometheus:
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
-        until(self._is_ready, "Prometheus is ready", timeout_s=60)
+        until(self._is_ready, "Prometheus is ready", timeout_s=120)
 
     def _is_ready(self) -> bool:
         try:
