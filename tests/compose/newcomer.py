@@ -230,7 +230,7 @@ def walk(machine: Machine, readme: Readme) -> None:
             demo(machine, command)
         elif command.startswith(("l4queue up", "make up")):
             machine.begin(command, "up.log")
-            until(lambda: "ready: Redis at" in machine.read(f"{PLACE}/up.log"), "up is ready", timeout_s=300)
+            until(lambda: "ready: Redis at" in machine.read(f"{PLACE}/up.log"), "up is ready", timeout_s=900)
             python_example(machine, readme)
             commands(machine, readme)
         elif re.match(r"\. |source |make install", command):
