@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from l4queue.models import RequestState, Routing
 from l4queue.policy.room import UNBOUNDED_TOKENS, Room, RoomLimits, give_way_ms, room_of
-from l4queue.policy.steal import steal_waiting
+from l4queue.policy.steal import Steal, steal_waiting
 from l4queue.protocol.calls import Verdict
 from l4queue.protocol.keys import SOLO_STAGE, personal_stage
 from l4queue.protocol.records import Grant, Hold, Outcome, OutputEntry
@@ -132,14 +132,33 @@ class Intake:
 
     async def _steal(self, room: Room, hold: Hold) -> int:
         """Take waiting requests of a sibling stage if the policy says that it pays."""
-        state, outlook = self._state, self._state.outlook
-        if len(state.plan.stages) < 2 or state.plan.routing is not Routing.L4:
+        state = self._state
+        if self._what_to_steal(room).stage is None:
             return 0
+        if await state.door.run(state.reads.num_foreground(str(state.stage))) > 0:
+            return 0  # what waits here is only too long to begin now: stealing would put it off further
+        await state.outlook.refresh()  # by half a second's old news a queue could be emptied twice
+        decision = self._what_to_steal(room)
+        if decision.stage is None:
+            return 0
+        price = (decision.benefit_ms, decision.cost_ms)
+        taken = await self._take(
+            str(decision.stage), replace(room, num_requests=decision.num_requests), hold=hold, price=price
+        )
+        state.num_stolen += taken
+        return taken
+
+    def _what_to_steal(self, room: Room) -> Steal:
+        """The policy's decision by what was seen of the others last."""
+        state, outlook = self._state, self._state.outlook
+        none = Steal(stage=None, num_requests=0, benefit_ms=0.0, cost_ms=0.0, reason="one stage")
+        if len(state.plan.stages) < 2 or state.plan.routing is not Routing.L4:
+            return none
         loads = outlook.stage_loads(cost=state.cost)
         own = next((load for load in loads if load.stage == state.stage), None)
         if own is None or len(loads) < 2:
-            return 0
-        decision = steal_waiting(
+            return none
+        return steal_waiting(
             state.load(),
             own=replace(own, queued_requests=0, queued_tokens=0),  # nothing there that could be taken
             siblings=loads,
@@ -149,14 +168,6 @@ class Intake:
             cost=state.cost,
             limits=state.steal_limits,
         )
-        if decision.stage is None or await state.door.run(state.reads.num_foreground(str(state.stage))) > 0:
-            return 0  # what waits here is only too long to begin now: stealing would put it off further
-        price = (decision.benefit_ms, decision.cost_ms)
-        taken = await self._take(
-            str(decision.stage), replace(room, num_requests=decision.num_requests), hold=hold, price=price
-        )
-        state.num_stolen += taken
-        return taken
 
     async def _must_make_way(self) -> bool:
         """Whether to run empty so that a request of the solo queue gets its turn: one worker does, the first."""

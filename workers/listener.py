@@ -14,7 +14,7 @@ __all__ = ("Listener",)
 class Listener:
     """Reads wake-up, control and plan streams. Reading is harmless to repeat: nothing is handed over here.
 
-    `on_wake` is told whether it was this worker's own queue.
+    `on_wake` is told whether it was this worker's own queue, `on_other` hears of the queues of other stages.
     """
 
     def __init__(
@@ -24,6 +24,7 @@ class Listener:
         keys: Keys,
         worker_id: str,
         on_wake: Callable[[bool], None],
+        on_other: Callable[[], None],
         on_cancel: Callable[[Sequence[str]], None],
         on_message: Callable[[str], None],
         on_plan: Callable[[str], None],
@@ -32,20 +33,22 @@ class Listener:
         self._keys = keys
         self._personal = keys.wake(personal_stage(worker_id))
         self._on_wake = on_wake
+        self._on_other = on_other
         self._on_cancel = on_cancel
         self._on_message = on_message
         self._on_plan = on_plan
         self._last: dict[str, str] = {}
 
-    async def run(self, streams: Callable[[], tuple[str, str]]) -> None:
-        """Listen for ever; `streams` gives the current stage and incarnation before each read."""
+    async def run(self, streams: Callable[[], tuple[str, Sequence[str], str]]) -> None:
+        """Listen for ever; `streams` gives stage, other stages to hear of, and incarnation as they are now."""
         start_id = f"{await self._door.run(Reads(self._keys).server_time_ms()) - 1}-0"
         while True:
-            stage, incarnation = streams()
+            stage, others, incarnation = streams()
             control = self._keys.control(incarnation)
             wakes = (self._keys.wake(stage), self._keys.wake(SOLO_STAGE), self._personal)
-            names = (*wakes, self._keys.plans, control)
-            if any(name not in self._last for name in names):
+            other = {self._keys.wake(name) for name in others}
+            names = (*wakes, *sorted(other), self._keys.plans, control)
+            if set(names) != set(self._last):
                 self._last = {name: self._last.get(name, start_id) for name in names}
                 self._on_wake(True)
             found = await self._door.wait(self._last, block_s=1.0)
@@ -55,6 +58,8 @@ class Listener:
                     self._on_control([values for _, values in entries])
                 elif name == self._keys.plans:
                     self._on_plan(entries[-1][1][b"body"].decode())
+                elif name in other:
+                    self._on_other()
                 else:
                     self._on_wake(name == self._personal)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from l4queue.config import Settings
 from l4queue.models import Plan, WorkerLoad
 from l4queue.policy.assign import stage_for_newcomer
@@ -30,6 +32,7 @@ class Outlook:
         self._worker_id = worker_id
         self._finished_id: str | None = None
         self._newcomer: tuple[int, int] | None = None
+        self._looking = asyncio.Lock()  # what finished is counted once
         self.overview: Overview | None = None
         self.outputs = OutputLengths()
 
@@ -41,9 +44,10 @@ class Outlook:
 
     async def refresh(self) -> Overview:
         """Look at plan, workers and queues, and at what has finished since the last look."""
-        self.overview = overview = await read_overview_async(self._door, self._namespace)
-        self._finished_id, lengths = await self._door.run(self._reads.output_lengths(after=self._finished_id))
-        self.outputs.add(lengths)
+        async with self._looking:
+            self.overview = overview = await read_overview_async(self._door, self._namespace)
+            self._finished_id, lengths = await self._door.run(self._reads.output_lengths(after=self._finished_id))
+            self.outputs.add(lengths)
         return overview
 
     def others(self, *, stage: int | None = None) -> list[WorkerLoad]:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pydantic import JsonValue
 
 from l4queue.config import Settings
-from l4queue.models import Plan, RequestState, WorkerLoad
+from l4queue.models import Plan, RequestState, Routing, WorkerLoad
 from l4queue.policy.calibrate import Calibrator
 from l4queue.policy.cost import StepCost
 from l4queue.policy.prices import MovePrice
@@ -88,6 +88,13 @@ class WorkerState:
         if not self.settings.hand_over:
             return None
         return self.plan.stages[self.stage].high_tokens
+
+    @property
+    def sibling_stages(self) -> tuple[str, ...]:
+        """Other stages whose waiting requests this worker might steal; none where nothing is stolen."""
+        if self.plan.routing is not Routing.L4 or self.steal_limits.steal_from is StealFrom.NONE:
+            return ()
+        return tuple(str(stage) for stage in range(len(self.plan.stages)) if stage != self.stage)
 
     @property
     def num_sharers(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Coroutine, Sequence
 from typing import Any
@@ -30,6 +31,7 @@ from workers.writer import Writer
 __all__ = ("Worker",)
 
 log = logging.getLogger("l4queue.worker")
+_CURIOUS = 10  # news of other stages' queues bring the next look forward to so small a part of the interval
 _IDLE_S = 1.0  # an idle worker looks for work at least so often, should a wake-up have been missed
 
 
@@ -62,6 +64,7 @@ class Worker:
         self._chores = Chores()
         self._buckets = Buckets.log_spaced(settings.max_model_len)
         self._stopping = asyncio.Event()
+        self._curious = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def run(self) -> None:
@@ -121,6 +124,7 @@ class Worker:
             keys=state.keys,
             worker_id=state.worker_id,
             on_wake=self._on_wake,
+            on_other=self._on_other,
             on_cancel=self._on_cancel,
             on_message=self._mover.answer,
             on_plan=self._on_plan,
@@ -129,7 +133,7 @@ class Worker:
             self._take_for_ever(),
             self._write_for_ever(),
             state.lease.keep(self._on_lost),
-            listener.run(lambda: (str(state.stage), state.lease.incarnation)),
+            listener.run(lambda: (str(state.stage), state.sibling_stages, state.lease.incarnation)),
             self._keep_up(),
             self._look_around(),
             self._mover.failure(),
@@ -205,7 +209,11 @@ class Worker:
     async def _look_around(self) -> None:
         state, outlook = self.state, self.state.outlook
         while True:
-            await asyncio.sleep(outlook.interval_s)
+            self._curious.clear()
+            await asyncio.sleep(outlook.interval_s / _CURIOUS)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(outlook.interval_s * (1.0 - 1.0 / _CURIOUS)):
+                    await self._curious.wait()
             overview = await outlook.refresh()
             self._adopt(overview.plan)  # the listener may have begun just after it was published
             await self._mover.ask_once()
@@ -219,6 +227,11 @@ class Worker:
             self.state.nudge.set()
         else:
             asyncio.get_running_loop().call_later(self._intake.give_way_s(), self.state.nudge.set)
+
+    def _on_other(self) -> None:
+        """Something waits in another stage: a worker with nothing to wait for looks whether to steal it."""
+        if not self.state.sessions or self._intake.room().num_requests:
+            self._curious.set()
 
     def _on_cancel(self, request_ids: Sequence[str]) -> None:
         wanted = set(request_ids)
