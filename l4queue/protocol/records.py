@@ -94,7 +94,8 @@ def logprob_rows(pairs: Sequence[tuple[int, float]], *, width: int) -> tuple[Tok
 class Hold:
     """How `take` treats background requests.
 
-    While another request came to the taker's stage less than `for_ms` ago it takes at most `max_requests` of them,
+    While another request came to the taker's stage less than `for_ms` ago (the beginning of the clock where none
+    ever did) it takes at most `max_requests` of them,
     none longer than `longest_tokens`. One that has waited `overdue_ms` longer than its place in the order says
     counts as any other.
     """
