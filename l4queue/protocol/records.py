@@ -19,7 +19,6 @@ __all__ = (
     "OutputEntry",
     "RequestRecord",
     "TokenLogprobs",
-    "logprob_rows",
     "pack_ids",
     "pack_logprobs",
     "unpack_ids",
@@ -81,11 +80,7 @@ def unpack_logprobs(data: bytes, num_tokens: int) -> tuple[TokenLogprobs, ...]:
     values.frombytes(data[half:])
     if sys.byteorder == "big":
         values.byteswap()
-    return logprob_rows(list(zip(unpack_ids(data[:half]), values, strict=True)), width=width)
-
-
-def logprob_rows(pairs: Sequence[tuple[int, float]], *, width: int) -> tuple[TokenLogprobs, ...]:
-    """From (token id, logprob) row by row: of `width` the first is the token itself, the others its `top`."""
+    pairs = list(zip(unpack_ids(data[:half]), values, strict=True))
     rows = (pairs[start : start + width] for start in range(0, len(pairs), width))
     return tuple(TokenLogprobs(token_id=row[0][0], logprob=row[0][1], top=tuple(row[1:])) for row in rows)
 
