@@ -22,7 +22,7 @@ from workers.writer import Writer
 
 __all__ = ("BackgroundWork",)
 
-_FOR_EVER_MS = 1e12
+_ALWAYS_MS = 1e15  # longer than the server's clock has run: also where none ever came to the stage
 
 
 class BackgroundWork:
@@ -48,7 +48,7 @@ class BackgroundWork:
         )
         held = background_room(load, room, running, credit=self._credit, cost=cost, limits=self._limits)
         return Hold(
-            for_ms=_FOR_EVER_MS if self._local_quiet_ms() < self._quiet_ms else self._quiet_ms,
+            for_ms=_ALWAYS_MS if self._local_quiet_ms() < self._quiet_ms else self._quiet_ms,
             max_requests=held.num_requests,
             longest_tokens=held.longest_tokens,
             overdue_ms=self._overdue_ms,

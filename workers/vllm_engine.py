@@ -9,7 +9,6 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from l4queue.errors import ConfigError
-from l4queue.protocol.records import TokenLogprobs, logprob_rows
 from workers.engine import (
     Cut,
     EngineDied,
@@ -24,6 +23,7 @@ from workers.kv.desk import Desk, model_fingerprint
 from workers.kv.movable import kv_bytes_per_token
 from workers.kv.store import SegmentStore
 from workers.step_watch import StepWatch
+from workers.vllm_logprobs import token_logprobs
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 __all__ = ("VllmEngine",)
 
 _HEALTH_INTERVAL_S = 0.5
-_LEAST_LOGPROB = -9999.0  # for -inf, which JSON has not: as vLLM's server has it
 _REASONS = {
     "stop": FinishReason.STOP,
     "length": FinishReason.LENGTH,
@@ -234,7 +233,7 @@ class VllmEngine:
                 self._watch.grew(request_id, length_tokens=num_tokens)
                 if self._desk is not None:
                     self._desk.started(request_id)
-                self._put(_output(request_id, done))
+                self._put(_output(request_id, done, num_top=params.logprobs))
         except EngineDeadError as error:
             self._died(str(error))
         except Exception as error:  # vLLM refuses one request with many types; its neighbours go on
@@ -284,9 +283,10 @@ class VllmEngine:
         return found
 
 
-def _output(request_id: str, done: Any) -> EngineOutput:
-    """One of vLLM's `CompletionOutput`s as ours."""
-    logprobs = _logprobs(done.logprobs, len(done.token_ids)) if done.logprobs else ()
+def _output(request_id: str, done: Any, *, num_top: int | None) -> EngineOutput:
+    """One of vLLM's `CompletionOutput`s as ours, with so many logprobs beside each token's; None: without any."""
+    has_any = num_top is not None and done.logprobs
+    logprobs = token_logprobs(done.logprobs, done.token_ids, num_top=num_top or 0) if has_any else ()
     if done.finish_reason is None:
         return EngineOutput(request_id=request_id, token_ids=tuple(done.token_ids), logprobs=logprobs)
     reason = _REASONS.get(done.finish_reason, FinishReason.ERROR)
@@ -298,15 +298,6 @@ def _output(request_id: str, done: Any) -> EngineOutput:
         error=error,
         logprobs=logprobs,
     )
-
-
-def _logprobs(flat: Any, num_tokens: int) -> tuple[TokenLogprobs, ...]:
-    """Of vLLM's `FlatLogprobs`: for each position the token itself, then the most probable ones."""
-    width = len(flat.token_ids) // num_tokens
-    pairs = [
-        (token, max(value, _LEAST_LOGPROB)) for token, value in zip(flat.token_ids, flat.logprobs, strict=True)
-    ]
-    return logprob_rows(pairs, width=width)
 
 
 def _logger_factory(watch: StepWatch, desk: Desk | None) -> Callable[[Any, int], Any]:

@@ -97,21 +97,25 @@ def background_room(
 
     They come one at a time: while there is credit, the step stays within the bound, and slots and cache stay free.
     One may always run: a worker that has none takes one in any slot and of any length, so that they never stop,
-    however busy the worker is.
+    however busy the worker is. One that is too long beside those that run waits to be the first, and the others
+    behind it wait, too. `load.num_running` are all that the worker has, those that wait in the engine included.
     """
     longest, number, reason = room.longest_tokens, 1, "within the bound"
     capacity = load.kv_capacity_tokens or cost.kv_capacity_tokens
-    step_ms = _step_ms(running, cost)
+    step_ms, allowed_ms = _step_ms(running, cost), limits.slowdown * _empty_step_ms(cost)
     if credit.ms < 0.0:
         number, reason = 0, "earlier prefills"
     elif not running:
         reason = "the first"
-    elif step_ms * (1.0 + 1.0 / len(running)) > limits.slowdown * _empty_step_ms(cost):
+    elif step_ms * (1.0 + 1.0 / len(running)) > allowed_ms:
         number, reason = 0, "step time"
     elif _free_slots(load, cost) <= _kept_slots(load, cost, limits):
         number, reason = 0, "slots for newcomers"
-    elif capacity:
-        longest = min(longest, int(room.kv_tokens - limits.free_share * capacity) - room.growth_tokens)
+    else:
+        if cost.gamma_ms > 0.0:
+            longest = min(longest, int((allowed_ms - step_ms - cost.beta_ms) / cost.gamma_ms))
+        if capacity:
+            longest = min(longest, int(room.kv_tokens - limits.free_share * capacity) - room.growth_tokens)
         if longest <= 0:
             longest, number, reason = 0, 0, "cache for newcomers"
     return BackgroundRoom(num_requests=min(number, room.num_requests), longest_tokens=longest, reason=reason)
@@ -128,15 +132,13 @@ def give_back(
 
     Going on elsewhere or later costs a prefill of the length so far; going on here costs every step until its end
     β + γ·length. So while steps are beyond the bound those go back whose end is farther away than their prefill is
-    worth. While slots or cache are short of what is kept for newcomers the others go, too, those that gain most
-    first. One always stays, the one that would gain least.
+    worth. Where newcomers have used up half of the slots or of the cache kept for them the others go, too, those
+    that gain most first, until all of it is free again. One always stays, the one that would gain least.
     """
     free = sorted((r for r in running if not r.is_fixed), key=lambda r: (-_gain_ms(r, cost), r.request_id))
     if len(free) == len(running):
         free = free[:-1]
-    missing = _kept_slots(load, cost, limits) - _free_slots(load, cost)
-    capacity = load.kv_capacity_tokens or cost.kv_capacity_tokens
-    missing_tokens = load.kv_used_tokens - (1.0 - limits.free_share) * capacity if capacity else 0.0
+    missing, missing_tokens = _missing(load, cost=cost, limits=limits)
     step_ms, allowed_ms = _step_ms(running, cost), limits.slowdown * _empty_step_ms(cost)
     is_slow = step_ms > limits.tolerance * allowed_ms
     gone: list[str] = []
@@ -148,6 +150,15 @@ def give_back(
         missing_tokens -= request.length_tokens
         step_ms -= request.step_ms(cost)
     return tuple(gone)
+
+
+def _missing(load: WorkerLoad, *, cost: StepCost, limits: BackgroundLimits) -> tuple[int, float]:
+    """Slots and tokens of cache to free. Not before half is gone: else each newcomer would cost a prefill."""
+    free, kept = _free_slots(load, cost), _kept_slots(load, cost, limits)
+    capacity = load.kv_capacity_tokens or cost.kv_capacity_tokens
+    free_tokens, kept_tokens = capacity - load.kv_used_tokens, limits.free_share * capacity
+    missing = kept - free if 2 * free < kept else 0
+    return missing, kept_tokens - free_tokens if 2 * free_tokens < kept_tokens else 0.0
 
 
 def _gain_ms(request: RunningBackground, cost: StepCost) -> float:
@@ -167,8 +178,7 @@ def _empty_step_ms(cost: StepCost) -> float:
 
 
 def _free_slots(load: WorkerLoad, cost: StepCost) -> int:
-    busy = load.num_running + load.num_waiting_in_engine
-    return max(0, (load.max_running or cost.max_num_seqs) - busy)
+    return max(0, (load.max_running or cost.max_num_seqs) - load.num_running)
 
 
 def _kept_slots(load: WorkerLoad, cost: StepCost, limits: BackgroundLimits) -> int:

@@ -19,7 +19,6 @@ __all__ = (
     "OutputEntry",
     "RequestRecord",
     "TokenLogprobs",
-    "logprob_rows",
     "pack_ids",
     "pack_logprobs",
     "unpack_ids",
@@ -81,11 +80,7 @@ def unpack_logprobs(data: bytes, num_tokens: int) -> tuple[TokenLogprobs, ...]:
     values.frombytes(data[half:])
     if sys.byteorder == "big":
         values.byteswap()
-    return logprob_rows(list(zip(unpack_ids(data[:half]), values, strict=True)), width=width)
-
-
-def logprob_rows(pairs: Sequence[tuple[int, float]], *, width: int) -> tuple[TokenLogprobs, ...]:
-    """From (token id, logprob) row by row: of `width` the first is the token itself, the others its `top`."""
+    pairs = list(zip(unpack_ids(data[:half]), values, strict=True))
     rows = (pairs[start : start + width] for start in range(0, len(pairs), width))
     return tuple(TokenLogprobs(token_id=row[0][0], logprob=row[0][1], top=tuple(row[1:])) for row in rows)
 
@@ -94,7 +89,8 @@ def logprob_rows(pairs: Sequence[tuple[int, float]], *, width: int) -> tuple[Tok
 class Hold:
     """How `take` treats background requests.
 
-    While another request came to the taker's stage less than `for_ms` ago it takes at most `max_requests` of them,
+    While another request came to the taker's stage less than `for_ms` ago (the beginning of the clock where none
+    ever did) it takes at most `max_requests` of them,
     none longer than `longest_tokens`. One that has waited `overdue_ms` longer than its place in the order says
     counts as any other.
     """

@@ -15,7 +15,7 @@ from l4queue.protocol.door import Door
 from l4queue.protocol.keys import SOLO_STAGE, personal_stage
 from l4queue.protocol.records import Hold, Outcome
 from tests.protocol.consistency import check
-from tests.protocol.model import MAX_CRASHES, Held, Lease, Model, Req
+from tests.protocol.model import ALWAYS_MS, HISTORY_MS, MAX_CRASHES, Held, Lease, Model, Req
 from tests.protocol.scene import Scene
 
 __all__ = ("ProtocolMachine",)
@@ -29,8 +29,12 @@ STAGES = st.sampled_from(["0", "1"])
 COUNTS = st.sampled_from([1, 2, 3, 0])
 RARELY = st.sampled_from([False, False, False, True])
 PLACES = st.sampled_from([0.0, 1.0, 2.0, 3.0, BACKGROUND, BACKGROUND + 1.0, BACKGROUND + 2.0])
-TIMES_MS = st.sampled_from([10**13, 10**13, 10**13, 0])  # longer ago than any score, and now
-HOLDS = st.builds(Hold, for_ms=TIMES_MS, max_requests=st.sampled_from([0, 0, 1, 2]), overdue_ms=TIMES_MS)
+HOLDS = st.builds(  # by what came since this history began, or always, or never; overdue is nothing, or all of it
+    Hold,
+    for_ms=st.sampled_from([HISTORY_MS, HISTORY_MS, ALWAYS_MS, 0]),
+    max_requests=st.sampled_from([0, 0, 1, 2]),
+    overdue_ms=st.sampled_from([ALWAYS_MS, ALWAYS_MS, ALWAYS_MS, 0]),
+)
 SHIFTS = st.sampled_from([0, 0, 0, 0, -1, 1])
 TARGETS = st.sampled_from(["", "", "0", "1", *PERSONAL])
 HIGHS = st.sampled_from([(), (0,), (3,), (4,), (5,)])

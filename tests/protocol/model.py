@@ -12,10 +12,11 @@ from l4queue.protocol.calls import Move, MoveKind, Verdict
 from l4queue.protocol.keys import SOLO_STAGE, is_personal
 from l4queue.protocol.records import NO_HOLD, Hold
 
-__all__ = ("MAX_CRASHES", "MAX_GRACES", "Held", "Lease", "Model", "Req")
+__all__ = ("ALWAYS_MS", "HISTORY_MS", "MAX_CRASHES", "MAX_GRACES", "Held", "Lease", "Model", "Req")
 
 S = RequestState
 MAX_CRASHES, MAX_GRACES = 2, 3
+HISTORY_MS, ALWAYS_MS = 3_600_000, 10**13  # longer than any history; longer ago than any score or arrival
 
 
 @dataclass(slots=True)
@@ -200,7 +201,7 @@ class Model:
         lease.alone = None
         lease.nonce, lease.granted = nonce, []
         most = min(most, 1) if stage == SOLO_STAGE else most
-        is_holding = hold.overdue_ms > 0 and hold.for_ms > 0 and home in self.foreground
+        is_holding = hold.for_ms == ALWAYS_MS or (hold.for_ms > 0 and home in self.foreground)
         background = hold.max_requests if is_holding else most
         for request_id in self.in_order(stage):
             is_background = hold.overdue_ms > 0 and self.reqs[request_id].score >= BACKGROUND

@@ -231,6 +231,7 @@ def test_background_is_held_back_only_while_others_come_to_the_stage(scene: Scen
     """Nobody else has ever come: all of it. Another came just now: none. Another came to another stage: all."""
     scene.register()
     _background(scene, ("b1", 1, 1), ("b2", 2, 1))
+    assert _taken(scene, hold=replace(HELD, for_ms=1e15)) == [], "so long that it does not matter who came"
     assert _taken(scene, hold=HELD, max_requests=1) == ["b1"]
     scene.submit("a")
     scene.route("a", score=1.0)
@@ -238,8 +239,9 @@ def test_background_is_held_back_only_while_others_come_to_the_stage(scene: Scen
     assert _taken(scene, hold=HELD) == ["a"]
     assert _taken(scene, hold=HELD) == []
     assert _taken(scene, hold=replace(HELD, max_requests=1)) == ["b2"]
-    _background(scene, ("b3", 1, 1))
-    assert _taken(scene, hold=HELD, own_stage="1") == ["b3"], "what counts is the taker's own stage"
+    _background(scene, ("b3", 1, 1), ("b4", 2, 1), ("b5", 3, 1), ("b6", 4, 1))
+    assert _taken(scene, hold=replace(HELD, max_requests=2)) == ["b3", "b4"]
+    assert _taken(scene, hold=HELD, own_stage="1") == ["b5", "b6"], "what counts is the taker's own stage"
     check(scene)
 
 
