@@ -20,6 +20,7 @@ __all__ = ("Verdict", "judge")
 _FOR_EVER = {
     "in",
     "backlog",
+    "foreground",
     "counts",
     "hist",
     "workers",
