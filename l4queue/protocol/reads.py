@@ -285,11 +285,6 @@ class Reads:
         args = ("HGET", self.keys.request(request_id), "submitted_ms")
         return Call(None, (), args, lambda r: None if r is None else int(r))
 
-    def inbox_since_ms(self) -> Call[int | None]:
-        """When the oldest entry of the inbox was accepted, server ms; None when it is empty."""
-        args = ("XRANGE", self.keys.inbox, "-", "+", "COUNT", 1)
-        return Call(None, (), args, lambda r: int(r[0][0].partition(b"-")[0]) if r else None)
-
     def last_finished_id(self) -> Call[str]:
         """Stream id of the latest finished request, to be given to `finished_after`."""
         args = ("XREVRANGE", self.keys.finished, "+", "-", "COUNT", 1)

@@ -50,7 +50,7 @@ def read_telemetry(door: Door, namespace: str) -> Telemetry:
     stages = [stage for stage, queue in overview.queues.items() if queue.num_requests]
     since_ms, histogram, num_dead, memory, planner, *ids = door.run_many(
         [
-            reads.inbox_since_ms(),
+            reads.inbox_oldest_ms(),
             reads.histogram(),
             Call(None, (), ("XLEN", reads.keys.dead), int),
             Call(None, (), ("INFO", "memory"), _memory),
