@@ -288,17 +288,22 @@ def test_the_totals_are_right_where_most_requests_are_left_out(monitored: Monito
 
 def test_cut_off_by_redis_it_comes_back_and_its_totals_are_right(monitored: Monitored) -> None:
     """As Redis does to a reader that lags too far; what was sent meanwhile is not sent again."""
+
+    def shown() -> int:
+        return sum(int(monitored.page(node_name(name)).get("task-succeeded", 0)) for name in WORKERS)
+
+    def served() -> int:
+        return sum(int(monitored.stats(name).get("finished", 0)) for name in WORKERS)
+
+    until(lambda: shown() == served(), "the page agrees with the workers")
+    before = shown()
     with redis.Redis.from_url(monitored.settings.broker_url) as broker:
         assert broker.client_kill_filter(_type="pubsub") > 0
     handles = monitored.client.enqueue_many([f"word {n}" for n in range(50)], max_tokens=1)
     assert all(handle.result(timeout=60) for handle in handles)
 
-    served = sum(int(monitored.stats(name)["finished"]) for name in WORKERS)
-
-    def shown(column: str) -> int:
-        return sum(int(monitored.page(node_name(name)).get(column, 0)) for name in WORKERS)
-
-    until(lambda: shown("task-succeeded") == served, "the page has all", timeout_s=30)
+    until(lambda: shown() == before + 50, "the page has all", timeout_s=30)
+    assert served() == before + 50
     late = monitored.client.enqueue("late", max_tokens=1)
     assert late.result(timeout=60)
     until(lambda: monitored.state(late.id) == "SUCCESS", "new requests are shown again")
