@@ -19,8 +19,7 @@ from l4queue.config import Settings, load_settings
 from l4queue.errors import ConfigError, L4QueueError
 from l4queue.hardware import Gpu, cores_of_worker, engine_build, list_gpus, missing_library
 from l4queue.protocol.door import AsyncDoor
-from l4queue.protocol.keys import Keys
-from l4queue.protocol.reads import Reads
+from l4queue.protocol.overview import read_overview_async
 from l4queue.tiny import cache_directory
 
 __all__ = ("DEFAULT_DATA_DIR", "Stack", "StackOptions")
@@ -80,7 +79,6 @@ class Stack:
         self.metrics_urls: dict[str, str] = {}
         self._redis: EmbeddedRedis | None = None
         self._door: AsyncDoor | None = None
-        self._left_over: frozenset[str] = frozenset()
 
     @property
     def redis_url(self) -> str:
@@ -117,7 +115,6 @@ class Stack:
         self._choose_flower_port()
         self.settings = self.settings.model_copy(update={"model": model})
         self._door = AsyncDoor(self.redis_url, retry_s=0.0)
-        self._left_over = await self._incarnations()
         specs = [*self._service_specs(), *self._serving_specs(num_workers, gpus)]
         self.metrics_urls, specs = with_metrics(specs, self.settings)
         if self.metrics_urls:
@@ -297,33 +294,31 @@ class Stack:
     def _serving_spec(
         self, name: str, module: str, *arguments: str, env: dict[str, str], worker_ids: list[str]
     ) -> ChildSpec:
-        """A process that is ready when its workers have registered, and may take its time to drain."""
+        """A process that is ready when its workers have their leases, and may take its time to drain.
+
+        It has to say so too: leases of an earlier process of that name hold for a while after it was killed.
+        """
         return ChildSpec(
             name=name,
             argv=(sys.executable, "-m", module, *arguments),
             env=env,
+            ready_text=" ready: ",
             is_ready=self._workers_serve(*worker_ids),
             stop_order=_STOP_WORKERS,
             stop_s=self.settings.drain_s + _WORKER_MARGIN_S,
         )
 
     def _workers_serve(self, *worker_ids: str) -> Callable[[], Awaitable[bool]]:
-        """Not by leases alone: those of an earlier run that was killed hold for a while after Redis is back."""
+        async def have_leases() -> bool:
+            if self._door is None:
+                return False
+            try:
+                overview = await read_overview_async(self._door, self.settings.namespace)
+            except L4QueueError:  # Redis is away or loading; the supervisor asks again
+                return False
+            return {load.worker_id for load in overview.workers}.issuperset(worker_ids)
 
-        async def have_registered() -> bool:
-            fresh = await self._incarnations() - self._left_over
-            return {name.rpartition(":")[0] for name in fresh}.issuperset(worker_ids)
-
-        return have_registered
-
-    async def _incarnations(self) -> frozenset[str]:
-        if self._door is None:
-            return frozenset()
-        try:
-            found = await self._door.run(Reads(Keys(self.settings.namespace)).incarnations())
-        except L4QueueError:  # Redis is away or loading; the supervisor asks again
-            return frozenset()
-        return frozenset(name for name, _ in found)
+        return have_leases
 
 
 async def _flower_answers(port: int) -> bool:

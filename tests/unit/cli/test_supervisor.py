@@ -101,6 +101,33 @@ async def test_readiness_is_polled_until_true() -> None:
         assert next(answers, "asked three times") == "asked three times"
 
 
+async def test_a_probe_that_is_true_too_early_is_not_asked_before_the_child_has_spoken() -> None:
+    """At each start: what the probe looks at may be left of the process before."""
+    program = (
+        "import signal; signal.signal(signal.SIGUSR1, lambda *_: print('up', flush=True)); "
+        "print('loading', flush=True); [signal.pause() for _ in iter(int, 1)]"
+    )
+    asked = 0
+
+    async def probe() -> bool:
+        nonlocal asked
+        asked += 1
+        return True
+
+    async with supervised() as (supervisor, log):
+        child = supervisor.add(python("one", program, ready_text="up", is_ready=probe))
+        for start in (1, 2):
+            await log.until(lambda start=start: log.of("one").count("loading") == start)
+            assert child.state is ChildState.STARTING
+            assert asked == start - 1
+
+            assert child.pid is not None
+            os.kill(child.pid, signal.SIGUSR1)
+            await supervisor.ready()
+            assert asked == start
+            os.kill(child.pid, signal.SIGKILL)
+
+
 async def test_a_killed_child_starts_again() -> None:
     """With another process id, and the log says why."""
     async with supervised() as (supervisor, log):
