@@ -27,6 +27,11 @@ def _rate(metric: str, by: str = "") -> str:
     return f"sum{f' by ({by})' if by else ''} (rate({metric}[$__rate_interval]))"
 
 
+def _ratio(metric: str, of: str, by: str = "") -> str:
+    """What `metric` gains for each that `of` gains."""
+    return f"{_rate(metric, by)} / {_rate(of, by)}"
+
+
 def _quantile(quantile: float, metric: str, by: str) -> str:
     return f"histogram_quantile({quantile}, {_rate(metric + '_bucket', f'le, {by}')})"
 
@@ -171,12 +176,7 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
             ),
             Panel(
                 title="Gap of a moved request",
-                queries=(
-                    (
-                        f"{_rate('l4queue_resume_gap_seconds_sum')} / {_rate('l4queue_resume_gap_seconds_count')}",
-                        "",
-                    ),
-                ),
+                queries=((_ratio("l4queue_resume_gap_seconds_sum", "l4queue_resume_gap_seconds_count"), ""),),
                 unit="s",
                 about="Mean time without a token, from the cut to the first token of the next worker.",
             ),
@@ -233,8 +233,9 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
                 title="Error of the cost model",
                 queries=(
                     (
-                        f"{_rate('l4queue_cost_model_error_ratio_sum', 'worker')} / "
-                        f"{_rate('l4queue_cost_model_error_ratio_count', 'worker')}",
+                        _ratio(
+                            "l4queue_cost_model_error_ratio_sum", "l4queue_cost_model_error_ratio_count", "worker"
+                        ),
                         "{{worker}}",
                     ),
                 ),
@@ -245,8 +246,11 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
                 title="Predicted over measured step time",
                 queries=(
                     (
-                        f"{_rate('l4queue_cost_model_predicted_seconds_total', 'worker')} / "
-                        f"{_rate('l4queue_engine_step_seconds_sum', 'worker')}",
+                        _ratio(
+                            "l4queue_cost_model_predicted_seconds_total",
+                            "l4queue_engine_step_seconds_sum",
+                            "worker",
+                        ),
                         "{{worker}}",
                     ),
                 ),
