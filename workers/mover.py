@@ -9,8 +9,9 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from typing import NoReturn
 
-from l4queue.models import Routing
+from l4queue.models import Routing, WorkerLoad
 from l4queue.policy.handover import decide_handover, least_loaded, look_again_at, next_stage
+from l4queue.policy.loads import prefill_ahead_ms
 from l4queue.policy.steal import Ask, RunningRequest, ask, bid, choose_victim, match
 from l4queue.protocol.calls import Move, MoveKind
 from l4queue.protocol.keys import personal_stage
@@ -114,6 +115,8 @@ class Mover:
             there=there,
             cost=state.cost,
             price=state.move_price,
+            ahead_here_ms=self._ahead_ms(state.load()),
+            ahead_there_ms=self._ahead_ms(there),
         )
         if not decision.is_move or there is None:
             session.watch_tokens = look_again_at(session.length_tokens)
@@ -121,6 +124,20 @@ class Mover:
         state.num_handed_over += 1
         move = Move(kind=MoveKind.HANDOVER, benefit_ms=decision.benefit_ms, cost_ms=decision.cost_ms)
         self._begin(session, there.worker_id, move)
+
+    def _ahead_ms(self, load: WorkerLoad | None) -> float:
+        """Prefill before what that worker runs, by what is known of its stage's queue."""
+        cost = self._state.cost
+        stage = None if load is None else self._state.outlook.stage_load(load.stage, cost=cost)
+        if load is None or stage is None:
+            return 0.0
+        return prefill_ahead_ms(
+            load,
+            queued_requests=stage.queued_requests,
+            queued_tokens=stage.queued_tokens,
+            num_workers=stage.num_workers,
+            cost=cost,
+        )
 
     def _begin(self, session: Session, target_id: str, move: Move) -> None:
         session.is_moving = True

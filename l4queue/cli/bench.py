@@ -139,7 +139,10 @@ def serve(
 
     console = Console()
     console.print(table(results))
-    console.print("short and long: prompts below and from 1,024 tokens; moves: hand-overs and steals")
+    console.print(
+        "short and long: prompts below and from 1,024 tokens; moves: hand-overs and steals; busy: share of the "
+        "time in which an engine had requests"
+    )
     about = {**setting, **machine()}
     for name in ("cost_of_a_worker", "settings"):
         about.pop(name)

@@ -47,6 +47,7 @@ def report(rounds: Sequence[Round], policies: Sequence[str]) -> list[dict[str, A
                 "p99_e2e_s": r.result.p99_e2e_s,
                 "late_s": round(r.late_s, 4),
                 "cpu_cores": {name: round(cores, 3) for name, cores in r.cpu_cores.items()},
+                "busy_share": {name: round(share, 3) for name, share in r.busy_share.items()},
                 "plans": _plan_changes(r),
                 **_classes(r.measured),
             }
@@ -59,6 +60,8 @@ def report(rounds: Sequence[Round], policies: Sequence[str]) -> list[dict[str, A
             for name in ("e2e_s", "ttft_s")
         }
         entry = {**result.to_dict(), "mean_ttft_s": float(measured.ttft_s.mean()), "quantiles": quantiles}
+        shares = [share for r in grouped[policy] for share in r.busy_share.values()]
+        entry["busy_share"] = round(float(np.mean(shares)), 3) if shares else None
         results.append({**entry, "classes": _classes(measured), "rounds": each})
     for entry in results:
         entry["ratio_to_" + results[0]["policy"]] = _ratios(entry, results[0])
@@ -124,34 +127,34 @@ def machine() -> dict[str, Any]:
 
 
 def table(results: Sequence[Mapping[str, Any]]) -> Any:
-    """A rich table, one row a policy."""
+    """A rich table, one row a policy, for 80 columns: values with their ratios to the first policy."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    shown = Table(box=SIMPLE_HEAD, pad_edge=False)
-    names = ("policy", "n", "mean s", "ratio", "p99 s", "ratio", "short s", "TPOT ms", "ratio", "long s", "ratio",
-             "moves")  # fmt: skip
-    for name in names:
-        shown.add_column(name, justify="left" if name == "policy" else "right", no_wrap=name == "policy")
     first = results[0]["policy"]
+    shown = Table(box=SIMPLE_HEAD, padding=0, pad_edge=False, title_justify="left")
+    shown.title = f"{results[0]['num_requests']} requests each; behind the bar: ratio to {first}"
+    names = ("policy", "mean s", "p99 s", "short s", "TPOT ms", "long s", "moves", "busy")
+    for name in names:
+        shown.add_column(name, justify="left" if name == "policy" else "right", no_wrap=True)
     for entry in results:
         short, long = entry["classes"]["short"], entry["classes"]["long"]
         ratio = entry["ratio_to_" + first]
         shown.add_row(
             entry["policy"],
-            str(entry["num_requests"]),
-            f"{entry['mean_e2e_s']:.3f}",
-            f"{ratio['mean_e2e']:.2f}",
-            f"{entry['p99_e2e_s']:.2f}",
-            f"{ratio['p99_e2e']:.2f}",
+            _with_ratio(_number(entry["mean_e2e_s"], 1.0, 3), ratio["mean_e2e"]),
+            _with_ratio(_number(entry["p99_e2e_s"], 1.0, 2), ratio["p99_e2e"]),
             _number(short["mean_e2e_s"], 1.0, 3),
-            _number(short["mean_tpot_s"], 1000.0, 1),
-            _number(ratio["short_tpot"], 1.0, 2),
-            _number(long["mean_e2e_s"], 1.0, 2),
-            _number(ratio["long_mean_e2e"], 1.0, 2),
+            _with_ratio(_number(short["mean_tpot_s"], 1000.0, 1), ratio["short_tpot"]),
+            _with_ratio(_number(long["mean_e2e_s"], 1.0, 2), ratio["long_mean_e2e"]),
             str(entry["num_handovers"] + entry["num_steals"]),
+            _number(entry["busy_share"], 1.0, 2),
         )
     return shown
+
+
+def _with_ratio(value: str, ratio: float | None) -> str:
+    return f"{value}|{_number(ratio, 1.0, 2)}"
 
 
 def _number(value: float | None, scale: float, digits: int) -> str:

@@ -51,7 +51,8 @@ class Round:
     """One routing under the whole trace.
 
     `late_s` is by how much the load generator was late at worst, `cpu_cores` how many cores each process kept
-    busy on average: where that is near one, the process held up what it was to measure.
+    busy on average: where that is near one, the process held up what it was to measure. `busy_share` is
+    by worker the share of the samples, while counted requests arrived, in which its engine had requests.
     """
 
     policy: str
@@ -61,6 +62,7 @@ class Round:
     samples: tuple[Sample, ...]
     late_s: float
     cpu_cores: dict[str, float]
+    busy_share: dict[str, float]
 
 
 @dataclass(kw_only=True)
@@ -136,6 +138,7 @@ class Rounds:
             samples=tuple(samples),
             late_s=late_s,
             cpu_cores={name: (used - cpu_before.get(name, 0.0)) / took_s for name, used in cpu_after.items()},
+            busy_share=_busy_share(samples, self.warmup_s, float(self.trace.arrival_s[-1])),
         )
 
     async def _send(self) -> tuple[list[AsyncHandle], float]:
@@ -265,6 +268,12 @@ def _sample(overview: Overview, *, at_s: float) -> Sample:
         plan=overview.plan,
         num_moves=sum(overview.counts.get(name, 0) for name in names),
     )
+
+
+def _busy_share(samples: Sequence[Sample], from_s: float, to_s: float) -> dict[str, float]:
+    counted = [sample.running for sample in samples if from_s <= sample.at_s <= to_s]
+    workers = sorted({worker for running in counted for worker in running})
+    return {worker: sum(running.get(worker, 0) > 0 for running in counted) / len(counted) for worker in workers}
 
 
 def _num_preemptions(overview: Overview) -> int:

@@ -37,14 +37,20 @@ def decide_handover(
     price: MovePrice,
     growth_tokens: int = 0,
     min_gain_ms: float = 0.0,
+    ahead_here_ms: float = 0.0,
+    ahead_there_ms: float = 0.0,
 ) -> Handover:
     """Move only if the request is beyond `high`, `there` has room, and what remains repays the move.
 
     With δ = β + γ·length the request adds δ to each step of its batch. Moving it saves, per step still to come,
     δ to each of the others here, costs δ to each there, and changes its own step time:
 
-        benefit = remaining · (step_here - step_there + δ·(n_here - 1 - n_there))
-        cost    = delay of the move + prefill work · requests there
+        benefit = remaining · (step_here - step_there + δ·(n_here - 1 - n_there)) + held up here
+        cost    = delay of the move + prefill work · requests there + held up there
+
+    Held up: `ahead_here_ms` and `ahead_there_ms` are prefill that comes before what the engines run
+    (`loads.prefill_ahead_ms`). A step with a chunk of it still gives a token, so the request loses no more than
+    remaining · time of a full chunk. What waits for the request's end instead loses as much by it.
 
     A negative benefit counts as cost. `there` is the least loaded worker of the next stage; None: there is none.
     """
@@ -66,6 +72,9 @@ def decide_handover(
     step_there = decode_step_ms(running_there + 1, there.context_tokens + length_tokens, cost=cost)
     benefit = expected_remaining_tokens * (step_here - step_there + delta * (others_here - running_there))
     loss = price.delay_ms(length_tokens, cost) + price.work_ms(length_tokens, cost) * running_there
+    most_ms = expected_remaining_tokens * cost.prefill_ms(cost.max_batched_tokens)
+    benefit += min(ahead_here_ms, most_ms)
+    loss += min(ahead_there_ms, most_ms)
     if benefit - loss <= min_gain_ms:
         return Handover(is_move=False, benefit_ms=benefit, cost_ms=loss, reason="does not repay the move")
     return Handover(is_move=True, benefit_ms=benefit, cost_ms=loss, reason="outgrown")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from l4queue.models import WorkerLoad
 from l4queue.policy.cost import StepCost
 
-__all__ = ("StageLoad", "decode_step_ms", "request_work_ms", "running_work_ms", "stage_load")
+__all__ = ("StageLoad", "decode_step_ms", "prefill_ahead_ms", "request_work_ms", "running_work_ms", "stage_load")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +49,15 @@ def decode_step_ms(num_running: float, context_tokens: float, *, cost: StepCost)
     if num_running <= 0:
         return 0.0
     return cost.alpha_ms + cost.beta_ms * num_running + cost.gamma_ms * context_tokens
+
+
+def prefill_ahead_ms(
+    load: WorkerLoad, *, queued_requests: int, queued_tokens: int, num_workers: int, cost: StepCost
+) -> float:
+    """Prefill before what this worker runs, ms: pending in its engine, and its share of the queue of its stage."""
+    mean = queued_tokens / queued_requests if queued_requests else 0.0
+    queued_ms = queued_requests * (cost.pi_ms + cost.psi_ms * mean / 2) * mean
+    return cost.prefill_ms(load.pending_prefill_tokens) + queued_ms / max(1, num_workers)
 
 
 def stage_load(

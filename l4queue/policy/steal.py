@@ -84,7 +84,8 @@ def steal_waiting(
     `head_tokens` holds the length of the next request of each stage's queue (the mean of the queue where it is
     missing); `max_requests` is the thief's room. With w the engine time of the request:
 
-    - finish: the thief's own drain + w must lie below the victim's drain, else the imbalance would flip
+    - finish: the thief's own drain, with the prefill that is pending in it, + w must lie below the victim's drain,
+      else the imbalance would flip
     - benefit: every request in the victim's queue moves up by one, together one drain time of the queue
     - cost: running with the request slows the thief's n requests by its prefill and (β+γ·length) a step for half
       its expected output, less what it would have slowed the victim's; weighted by `slowdown_weight`
@@ -97,7 +98,7 @@ def steal_waiting(
     busy = thief.num_running + thief.num_waiting_in_engine
     thief_ms = running_work_ms(
         busy, thief.context_tokens, expected_remaining_tokens=expected_output_tokens / 2, cost=cost
-    )
+    ) + cost.prefill_ms(thief.pending_prefill_tokens)
     reason = "nothing waits elsewhere"
     for victim in sorted(siblings, key=_longest_first):
         if victim.stage == own.stage or victim.queued_requests < 1:

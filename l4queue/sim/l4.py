@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from l4queue.errors import ConfigError
-from l4queue.models import Plan
+from l4queue.models import Plan, WorkerLoad
 from l4queue.planner import Decision, PlannerSettings, Snapshot, expected_demand, plan
 from l4queue.policy.handover import decide_handover, least_loaded, look_again_at, next_stage
-from l4queue.policy.loads import StageLoad, stage_load
+from l4queue.policy.loads import StageLoad, prefill_ahead_ms, stage_load
 from l4queue.policy.partition import PartitionProblem
 from l4queue.policy.prices import MovePrice
 from l4queue.policy.refine import refine
@@ -167,11 +167,26 @@ class L4(Policy):
             there=there,
             cost=self.cluster.cost,
             price=self._price,
+            ahead_here_ms=self._ahead_ms(load_of(instance), instance.stage),
+            ahead_there_ms=self._ahead_ms(there, stage),
         )
         if decision.is_move and there is not None:
             self.cluster.ask_back(request, instance, Move(target=others[there.worker_id], is_steal=False))
         else:
             instance.watch(request, length_tokens=look_again_at(length))
+
+    def _ahead_ms(self, load: WorkerLoad | None, stage: int) -> float:
+        """Prefill before what the engine runs or would run."""
+        if load is None:
+            return 0.0
+        pool = self._pools[stage]
+        return prefill_ahead_ms(
+            load,
+            queued_requests=len(pool),
+            queued_tokens=pool.queued_tokens,
+            num_workers=len(pool.instances),
+            cost=self.cluster.cost,
+        )
 
     def on_removed(self, instance: Instance, request: SimRequest, tag: object, now_s: float) -> None:
         """Released: on to its new engine."""

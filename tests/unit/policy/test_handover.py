@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from l4queue.models import WorkerLoad
 from l4queue.policy.coefficients import load_coefficients
 from l4queue.policy.handover import Handover, decide_handover
+from l4queue.policy.loads import prefill_ahead_ms
 from l4queue.policy.prices import MovePrice
 
 COST = load_coefficients("h100", "llama-3.1-8b")
@@ -72,6 +73,32 @@ def test_more_remaining_output_never_turns_a_move_into_a_stay(a: float, b: float
 
     if _decide(remaining=less, price=price).is_move:
         assert _decide(remaining=more, price=price).is_move
+
+
+@given(st.floats(0.0, 60_000.0), st.floats(0.0, 60_000.0), st.floats(1.0, 5_000.0))
+def test_prefill_there_speaks_against_a_move_and_prefill_here_for_it(a: float, b: float, remaining: float) -> None:
+    """Each holds up the request, by no more than a full chunk for every token to come."""
+    little, much = sorted((a, b))
+    most_ms = remaining * COST.prefill_ms(COST.max_batched_tokens)
+
+    calm = _decide(remaining=remaining)
+    there = [_decide(remaining=remaining, ahead_there_ms=ms) for ms in (little, much)]
+    here = [_decide(remaining=remaining, ahead_here_ms=ms) for ms in (little, much)]
+
+    assert there[0].is_move or not there[1].is_move
+    assert here[1].is_move or not here[0].is_move
+    assert there[1].cost_ms - calm.cost_ms == pytest.approx(min(much, most_ms), abs=1e-6)
+    assert here[1].benefit_ms - calm.benefit_ms == pytest.approx(min(much, most_ms), abs=1e-6)
+
+
+def test_prefill_ahead_is_what_pends_in_the_engine_and_a_share_of_the_queue() -> None:
+    """Three prompts of 4,000 tokens for two workers, and half of one begun already."""
+    load = replace(CALM, pending_prefill_tokens=2000)
+
+    ahead_ms = prefill_ahead_ms(load, queued_requests=3, queued_tokens=12_000, num_workers=2, cost=COST)
+
+    assert ahead_ms == pytest.approx(COST.prefill_ms(2000) + 1.5 * COST.prefill_ms(4000))
+    assert prefill_ahead_ms(CALM, queued_requests=0, queued_tokens=0, num_workers=0, cost=COST) == 0.0
 
 
 @given(st.integers(8192, 200_000))

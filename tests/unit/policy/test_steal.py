@@ -67,18 +67,20 @@ def test_an_idle_worker_steals_from_the_longest_queue() -> None:
     st.integers(1, 60_000),
     st.integers(1, 6),
     st.integers(0, 200),
+    st.integers(0, 60_000),
 )
 def test_a_steal_lowers_the_later_finish_and_leaves_the_victim_the_later(
-    busy: int, queued: int, mean: int, workers: int, running: int
+    busy: int, queued: int, mean: int, workers: int, running: int, pending: int
 ) -> None:
     """After the steal the thief is done before the victim would have been: the maximum falls."""
-    thief = replace(IDLE, num_running=busy, context_tokens=busy * 500)
+    thief = replace(IDLE, num_running=busy, context_tokens=busy * 500, pending_prefill_tokens=pending)
     victim = _stage(1, queued=queued, tokens=queued * mean, workers=workers, running=running)
 
     decision = _steal([victim], thief=thief)
 
     assume(decision.stage is not None)
     before = running_work_ms(busy, busy * 500, expected_remaining_tokens=OUTPUT / 2, cost=COST)
+    before += COST.prefill_ms(pending)
     work = request_work_ms(mean, expected_output_tokens=OUTPUT, cost=COST)
     assert victim.drain_ms is not None
     assert before + work < victim.drain_ms
@@ -96,6 +98,7 @@ def test_a_steal_lowers_the_later_finish_and_leaves_the_victim_the_later(
         ({"own": _stage(0, queued=1, tokens=10)}, "own queue first"),
         ({"limits": StealLimits(steal_from=StealFrom.SHORTER)}, "only from shorter stages"),
         ({"thief": replace(IDLE, num_running=200, context_tokens=400_000)}, "would not finish earlier"),
+        ({"thief": replace(IDLE, pending_prefill_tokens=100_000)}, "would not finish earlier"),
     ],
 )
 def test_each_reason_not_to_steal_is_named(changes: dict[str, object], reason: str) -> None:
