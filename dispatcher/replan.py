@@ -15,13 +15,18 @@ from l4queue.policy.cost import StepCost
 from l4queue.policy.histogram import Buckets, Counts, difference, merge
 from l4queue.policy.partition import PartitionProblem
 from l4queue.policy.plan_json import plan_to_json, split_of
+from l4queue.policy.prices import MovePrice
 from l4queue.policy.refine import refine
+from l4queue.policy.steady_state import PartitionSettings
+from l4queue.policy.steal import StealFrom, StealLimits
 from l4queue.protocol.calls import Calls, Verdict
 from l4queue.protocol.door import AsyncDoor
 from l4queue.protocol.keys import Keys
-from l4queue.protocol.overview import Overview, cost_in_force, read_overview_async
+from l4queue.protocol.overview import Overview, cost_in_force, price_in_force, read_overview_async
 from l4queue.protocol.reads import FinishedRequest, Reads
 from l4queue.protocol.upkeep import Upkeep
+from l4queue.sim.cluster import Transfer
+from l4queue.sim.l4 import L4Options
 from l4queue.sim.replay import Arrival, Changed, make_scorer
 from l4queue.sim.shadow import decide, why_settled
 
@@ -94,6 +99,7 @@ class _Known:
     raw: dict[str, int]
     buckets: Buckets
     cost: StepCost
+    price: MovePrice
     is_early: bool
 
 
@@ -123,12 +129,15 @@ async def _replan(door: AsyncDoor, settings: Settings) -> str:
         return f"routing is {overview.plan.routing}: nothing to plan"
     known = await _learn(door, settings, overview)
     snapshot, learned = await _snapshot(door, settings, overview, known), known.learned
-    settled = why_settled(snapshot, PlannerSettings.of(settings), learned)
+    planner_settings = _planner_settings(settings, known.price)
+    settled = why_settled(snapshot, planner_settings, learned)
     if settled is not None:
         decision = Decision(publish=False, plan=overview.plan, reason=settled)
     else:
         recent = await door.run(reads.finished(count=_RECENT))
-        decision, learned = await asyncio.to_thread(_decide, snapshot, settings, recent, learned)
+        score = await asyncio.to_thread(_scorer, snapshot, settings, recent, known)
+        decision = await asyncio.to_thread(decide, snapshot, planner_settings, score, learned=learned)
+        learned = learned if score is None else with_decision(learned)
     memory = _Memory.of(learned, raw=known.raw, at_ms=overview.now_ms)
     await door.run_many([calls.remember(json.dumps(asdict(memory))), calls.log_decision(_log_line(decision))])
     if not decision.publish:
@@ -153,7 +162,7 @@ async def _refine(door: AsyncDoor, settings: Settings) -> str:
         len(overview.workers),
         buckets=known.buckets,
         cost=known.cost,
-        settings=PlannerSettings.of(settings).partition,
+        settings=_planner_settings(settings, known.price).partition,
     )
     refined = refine(plan, problem)
     if refined.plan is None:
@@ -196,6 +205,7 @@ async def _learn(door: AsyncDoor, settings: Settings, overview: Overview) -> _Kn
         raw=raw,
         buckets=buckets,
         cost=cost,
+        price=price_in_force(overview),
         is_early=is_early_round(before, gained, num_unfinished=num_unfinished, work=work),
     )
 
@@ -214,10 +224,15 @@ async def _snapshot(door: AsyncDoor, settings: Settings, overview: Overview, kno
     )
 
 
-def _decide(
-    snapshot: Snapshot, settings: Settings, finished: Sequence[FinishedRequest], learned: Learned
-) -> tuple[Decision, Learned]:
-    """By the closed form; what it proposes is published only if a replay of recent traffic agrees."""
+def _planner_settings(settings: Settings, price: MovePrice) -> PlannerSettings:
+    partition = PartitionSettings(move_price=price, moves_requests=settings.hand_over)
+    return PlannerSettings.of(settings, partition=partition)
+
+
+def _scorer(
+    snapshot: Snapshot, settings: Settings, finished: Sequence[FinishedRequest], known: _Known
+) -> Callable[[Plan], float] | None:
+    """What plans are replayed on; None where too little has finished since the traffic changed."""
     arrivals = [
         Arrival(
             arrival_s=request.submitted_ms / 1000,
@@ -228,10 +243,20 @@ def _decide(
         for request in finished
         if request.state == RequestState.DONE
     ]
-    changed = Changed(begun_s=learned.begun_s, demand=snapshot.demand, buckets=snapshot.buckets)
-    score = make_scorer(arrivals, cost=snapshot.cost, num_instances=len(snapshot.loads), changed=changed)
-    decision = decide(snapshot, PlannerSettings.of(settings), score)
-    return decision, learned if score is None else with_decision(learned)
+    return make_scorer(
+        arrivals,
+        cost=snapshot.cost,
+        num_instances=len(snapshot.loads),
+        transfer=Transfer(
+            bandwidth_bytes_per_s=known.price.bandwidth_bytes_per_s,
+            kv_bytes_per_token=known.price.kv_bytes_per_token,
+        ),
+        options=L4Options(
+            without=frozenset() if settings.hand_over else frozenset({"hand-over"}),
+            steal=StealLimits(steal_from=StealFrom(settings.steal_from)),
+        ),
+        changed=Changed(begun_s=known.learned.begun_s, demand=snapshot.demand, buckets=snapshot.buckets),
+    )
 
 
 async def _backlog(

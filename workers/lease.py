@@ -13,6 +13,7 @@ from dataclasses import asdict
 from l4queue.config import Settings
 from l4queue.models import WorkerLoad
 from l4queue.policy.cost import StepCost
+from l4queue.policy.prices import MovePrice
 from l4queue.protocol.calls import Calls, Verdict
 from l4queue.protocol.door import AsyncDoor
 from workers.engine import EngineDied
@@ -35,6 +36,7 @@ class Lease:
         worker_id: str,
         load: Callable[[], WorkerLoad],
         cost: Callable[[], StepCost | None],
+        price: Callable[[], MovePrice],
         num_steps: Callable[[], int],
     ) -> None:
         self._settings = settings
@@ -43,6 +45,7 @@ class Lease:
         self._worker_id = worker_id
         self._load = load
         self._cost = cost
+        self._price = price
         self._num_steps = num_steps
         self._sequence = 0
         self._seen_steps = -1
@@ -85,7 +88,11 @@ class Lease:
         self._sequence += 1
         sent = dict(self.histogram)
         cost = self._cost()
-        told = {"load": asdict(self._load()), "cost": None if cost is None else cost.to_dict()}
+        told = {
+            "load": asdict(self._load()),
+            "cost": None if cost is None else cost.to_dict(),
+            "price": asdict(self._price()),
+        }
         verdict = await self._door.run(
             self._calls.renew(
                 self.incarnation,

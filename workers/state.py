@@ -73,6 +73,7 @@ class WorkerState:
             worker_id=worker_id,
             load=self.load,
             cost=self.measured_cost,
+            price=lambda: self.move_price,
             num_steps=lambda: engine.stats().num_steps,
         )
 

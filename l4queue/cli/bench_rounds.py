@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -81,7 +81,7 @@ class Rounds:
     vocabulary: int = 2000
     on_progress: Callable[[int], None] = lambda _: None
     cpu_s: Callable[[], dict[str, float]] = dict
-    _l4: tuple[StagePlan, ...] | None = field(default=None, init=False)
+    _l4: Plan | None = field(default=None, init=False)
     _door: AsyncDoor | None = field(default=None, init=False)
     _num_runs: int = field(default=0, init=False)
 
@@ -116,7 +116,7 @@ class Rounds:
                 self.on_progress(done)
         after, cpu_after, took_s = await self.client.overview(), self.cpu_s(), time.monotonic() - began_s
         if policy == Routing.L4:
-            self._l4 = after.plan.stages
+            self._l4 = after.plan
         records = await _records(handles)
         counted = [r for r, at in zip(records, self.trace.arrival_s, strict=True) if at >= self.warmup_s]
         failed = [r for r in counted if r.state is not RequestState.DONE]
@@ -183,25 +183,24 @@ class Rounds:
         calls = Calls(Keys(self.settings.namespace))
         for _ in range(20):
             overview = await self.client.overview()
-            stages = await asyncio.to_thread(self._stages, routing, overview)
             version = overview.plan.version
-            plan = Plan(
-                version=version + 1,
-                stages=stages,
-                routing=routing,
-                reason=f"bench: {routing}",
-                created_ms=overview.now_ms,
-            )
+            plan = await asyncio.to_thread(self._plan, routing, overview)
+            plan = replace(plan, version=version + 1, routing=routing, reason=f"bench: {routing}")
             call = calls.publish(expected_version=version, version=version + 1, body=plan_to_json(plan))
             if await self._door.run(call) is not Verdict.STALE:
                 return
         raise ServiceUnavailable("somebody else keeps publishing plans here; stop other planners or benchmarks")
 
-    def _stages(self, routing: Routing, overview: Overview) -> tuple[StagePlan, ...]:
+    def _plan(self, routing: Routing, overview: Overview) -> Plan:
+        """One stage, the tuned pools, or what the planner of l4 had at the end of its last run."""
         ids = tuple(sorted(worker.worker_id for worker in overview.workers))
-        one = (StagePlan(low_tokens=0, high_tokens=None, num_workers=len(ids), worker_ids=ids),)
+        one = Plan(
+            version=0,
+            stages=(StagePlan(low_tokens=0, high_tokens=None, num_workers=len(ids), worker_ids=ids),),
+            created_ms=overview.now_ms,
+        )
         if routing is Routing.L4 and self._l4 is not None:
-            served = {i for stage in self._l4 for i in stage.worker_ids}
+            served = {i for stage in self._l4.stages for i in stage.worker_ids}
             return self._l4 if served == set(ids) else one
         if routing is not Routing.TWO_POOL:
             return one
@@ -211,10 +210,11 @@ class Rounds:
             return one
         short, long = ids[: tuned.num_short], ids[tuned.num_short :]
         edge = tuned.threshold_tokens
-        return (
+        pools = (
             StagePlan(low_tokens=0, high_tokens=edge, num_workers=len(short), worker_ids=short),
             StagePlan(low_tokens=edge, high_tokens=None, num_workers=len(long), worker_ids=long),
         )
+        return replace(one, stages=pools)
 
 
 async def _records(handles: Sequence[AsyncHandle]) -> list[RequestRecord]:

@@ -11,12 +11,21 @@ from l4queue.policy.coefficients import load_coefficients
 from l4queue.policy.cost import StepCost
 from l4queue.policy.loads import StageLoad, stage_load
 from l4queue.policy.plan_json import plan_from_json
+from l4queue.policy.prices import MovePrice
 from l4queue.protocol.calls import Call
 from l4queue.protocol.door import AsyncDoor, Door
 from l4queue.protocol.keys import SOLO_STAGE, Keys
 from l4queue.protocol.reads import Reads, WorkerView
 
-__all__ = ("Overview", "QueueView", "cost_in_force", "read_overview", "read_overview_async", "stage_loads")
+__all__ = (
+    "Overview",
+    "QueueView",
+    "cost_in_force",
+    "price_in_force",
+    "read_overview",
+    "read_overview_async",
+    "stage_loads",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +56,7 @@ class Overview:
     queues: dict[str, QueueView]
     inbox: int
     counts: dict[str, int]
+    prices: tuple[MovePrice, ...] = ()
 
     def in_play(self, stage: str, *, quiet_ms: float) -> QueueView | None:
         """What waits in a queue and may be taken: background only after `quiet_ms` without other requests."""
@@ -104,6 +114,12 @@ def cost_in_force(overview: Overview, settings: Settings) -> StepCost:
     return load_coefficients(settings.emulated_gpu, settings.emulated_model)
 
 
+def price_in_force(overview: Overview) -> MovePrice:
+    """What moving a running request costs: by prefilling it again unless all workers can move KV caches."""
+    slowest = sorted(overview.prices, key=lambda price: price.bandwidth_bytes_per_s or 0.0)
+    return slowest[0] if slowest else MovePrice()
+
+
 def _first(keys: Keys) -> list[Call[Any]]:
     reads = Reads(keys)
     return [
@@ -149,4 +165,5 @@ def _assemble(first: list[Any], second: list[Any]) -> Overview:
         queues=queues,
         inbox=inbox,
         counts={name: int(float(value)) for name, value in counts.items()},
+        prices=tuple(MovePrice(**view.price) for view in alive if view.price),
     )

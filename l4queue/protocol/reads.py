@@ -40,6 +40,7 @@ class WorkerView:
     seen_ms: int
     load: WorkerLoad
     cost: dict[str, Any] | None
+    price: dict[str, Any] | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -272,6 +273,7 @@ class Reads:
                 seen_ms=int(row[2]),
                 load=WorkerLoad(**told["load"]),
                 cost=told["cost"],
+                price=told.get("price"),  # workers of an older release do not tell
             )
 
         return Call(None, (), args, parse)

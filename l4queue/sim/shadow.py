@@ -31,10 +31,16 @@ def why_settled(snapshot: Snapshot, settings: PlannerSettings, learned: Learned)
     return None if is_due(learned, work=work) else "nothing new since the last replay"
 
 
-def decide(snapshot: Snapshot, settings: PlannerSettings, score: Callable[[Plan], float] | None) -> Decision:
-    """The planner's decision, proved by replay; without one, classes must promise MIN_UNPROVEN_GAIN."""
+def decide(
+    snapshot: Snapshot, settings: PlannerSettings, score: Callable[[Plan], float] | None, *, learned: Learned
+) -> Decision:
+    """The planner's decision, proved by replay; without one, classes must promise MIN_UNPROVEN_GAIN.
+
+    The first replay since the traffic changed may replace a young plan: that one was made without any.
+    """
     if score is not None:
-        return plan(snapshot, settings, score=score)
+        is_first = learned.decided is None
+        return plan(snapshot, replace(settings, min_life_ms=0) if is_first else settings, score=score)
     has_changed = _has_changed(snapshot)
     if snapshot.plan.details.get("is_proven") and not has_changed:
         return Decision(publish=False, plan=snapshot.plan, reason="proven by replay: kept until the next one")
@@ -76,7 +82,7 @@ def prove_recent(policy: L4, snapshot: Snapshot, settings: PlannerSettings) -> t
         options=policy.options,
         changed=Changed(begun_s=traffic.learned.begun_s, demand=snapshot.demand, buckets=snapshot.buckets),
     )
-    return decide(snapshot, settings, score), score is not None
+    return decide(snapshot, settings, score, learned=traffic.learned), score is not None
 
 
 def _has_changed(snapshot: Snapshot) -> bool:

@@ -15,6 +15,7 @@ from dispatcher.tasks import REPLAN
 from l4queue.config import load_settings
 from l4queue.protocol.door import Door
 from l4queue.protocol.keys import Keys
+from l4queue.protocol.overview import price_in_force, read_overview
 from l4queue.protocol.reads import Reads
 from tests.protocol.server import RedisServer
 from tests.services.processes import Processes, until
@@ -78,6 +79,18 @@ def test_two_beats_and_two_planners_make_one_history_of_plans(
         assert f"Task {REPLAN}" in processes.log(name)
         assert processes.stop(name) == 0
     assert not list(Path(processes.folder).glob("celerybeat*"))
+
+
+def test_the_planner_knows_what_a_move_costs_here(processes: Processes, door: Door, reads: Reads) -> None:
+    """Workers tell what they can: the KV cache at 50 GB/s, or to prefill again where one cannot do better."""
+    processes.worker("w1", engine="emulated", emulated_kv_bytes_per_s=50e9)
+    until(lambda: door.run(reads.incarnations()), "a worker is there", timeout_s=60)
+    price = price_in_force(read_overview(door, "l4"))
+    processes.worker("w2", engine="emulated", emulated_kv_bytes_per_s=0)
+    until(lambda: len(door.run(reads.incarnations())) == 2, "another one is there", timeout_s=60)
+
+    assert (price.bandwidth_bytes_per_s, price.kv_bytes_per_token) == (50e9, 131_072)
+    assert price_in_force(read_overview(door, "l4")).bandwidth_bytes_per_s is None
 
 
 def test_a_round_that_comes_too_late_is_dropped(server: RedisServer, processes: Processes) -> None:

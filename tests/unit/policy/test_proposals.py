@@ -9,6 +9,7 @@ import pytest
 
 from l4queue.models import Plan, StagePlan, WorkerLoad
 from l4queue.planner import PlannerSettings, Snapshot, expected_demand, plan
+from l4queue.policy.change import Learned, with_decision
 from l4queue.policy.cost import StepCost
 from l4queue.policy.histogram import Buckets, Demand, with_unfinished
 from l4queue.policy.partition import PartitionProblem
@@ -19,6 +20,7 @@ from l4queue.sim.shadow import decide
 
 BUCKETS = Buckets.log_spaced(16_384)
 COST = StepCost(alpha_ms=3.0, beta_ms=0.6, gamma_ms=2.2e-4, pi_ms=0.33, psi_ms=1e-4, kv_capacity_tokens=524_288)
+NOTHING = Learned.nothing(BUCKETS, now_s=0.0)
 
 
 def _bimodal(rate: float) -> Demand:
@@ -77,13 +79,30 @@ def test_what_a_replay_has_proven_only_a_replay_takes_back() -> None:
     ).plan
     later = _snapshot(demand=_bimodal(3.2), plan=proven, now_ms=2 * 10**6)
 
-    kept = decide(later, PlannerSettings(), None)
-    judged = decide(later, PlannerSettings(), lambda p: 2.0 if len(p.stages) == 2 else 1.0)
+    kept = decide(later, PlannerSettings(), None, learned=NOTHING)
+    judged = decide(later, PlannerSettings(), lambda p: 2.0 if len(p.stages) == 2 else 1.0, learned=NOTHING)
 
     assert not kept.publish
     assert refine(proven, _problem(2, rate=3.2)).plan is None
     assert judged.publish
     assert len(judged.plan.stages) == 1
+
+
+def test_the_first_replay_may_replace_a_young_plan_and_no_later_one_may() -> None:
+    """A plan of a second ago was made without a replay; after one it lives its time."""
+    young = replace(_snapshot().plan, created_ms=10**6 - 1000)
+    snapshot = _snapshot(demand=_bimodal(3.2), plan=young)
+
+    def score(candidate: Plan) -> float:
+        return 1.0 if len(candidate.stages) == 2 else 2.0
+
+    first = decide(snapshot, PlannerSettings(), score, learned=NOTHING)
+    later = decide(snapshot, PlannerSettings(), score, learned=with_decision(NOTHING))
+
+    assert first.publish
+    assert len(first.plan.stages) == 2
+    assert not later.publish
+    assert "1000 ms old" in later.reason
 
 
 def test_a_proven_plan_does_not_outlive_its_workers() -> None:
@@ -95,7 +114,7 @@ def test_a_proven_plan_does_not_outlive_its_workers() -> None:
     proven = Plan(version=4, stages=stages, details={"is_proven": True})
     loads = tuple(WorkerLoad(worker_id=f"w{i}") for i in range(3))
 
-    decision = decide(_snapshot(plan=proven, loads=loads), PlannerSettings(), None)
+    decision = decide(_snapshot(plan=proven, loads=loads), PlannerSettings(), None, learned=NOTHING)
 
     assert decision.publish
     assert {i for s in decision.plan.stages for i in s.worker_ids} == {"w0", "w1", "w2"}
