@@ -27,13 +27,12 @@ from l4queue.protocol.reads import FinishedRequest, Reads
 from l4queue.protocol.upkeep import Upkeep
 from l4queue.sim.cluster import Transfer
 from l4queue.sim.l4 import L4Options
-from l4queue.sim.replay import Arrival, Changed, make_scorer
+from l4queue.sim.replay import MAX_ARRIVALS, Arrival, Changed, make_scorer
 from l4queue.sim.shadow import decide, why_settled
 
 __all__ = ("refine_once", "replan_once")
 
 _BACKLOG_SAMPLE = 1000
-_RECENT = 1000  # finished requests that a proposed plan is replayed on
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,7 +133,7 @@ async def _replan(door: AsyncDoor, settings: Settings) -> str:
     if settled is not None:
         decision = Decision(publish=False, plan=overview.plan, reason=settled)
     else:
-        recent = await door.run(reads.finished(count=_RECENT))
+        recent = await door.run(reads.finished(count=MAX_ARRIVALS))
         score = await asyncio.to_thread(_scorer, snapshot, settings, recent, known)
         decision = await asyncio.to_thread(decide, snapshot, planner_settings, score, learned=learned)
         learned = learned if score is None else with_decision(learned)

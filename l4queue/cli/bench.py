@@ -90,6 +90,7 @@ def serve(
     does (two-pool is tuned on these arrivals by simulation); central and central-sjf are one queue from which
     workers take; l4 is all of l4queue, and runs once uncounted before the rounds, as its planner learns from what
     it has seen (--no-rehearse: it begins with nothing). Arrivals are open loop; times are those of the server.
+    Each round draws other arrivals (seed, seed + 1, ...), the same for every policy; a trace has only its own.
     """
     from l4queue.cli.bench_report import machine, plot_rounds, report, table
     from l4queue.cli.bench_traffic import bench_trace
@@ -106,11 +107,19 @@ def serve(
         raise ConfigError("--policy names no policy")
     if plot is not None:
         require_matplotlib()
-    arrivals = bench_trace(
-        trace, workload, rate=rate, rate_scale=rate_scale, duration_s=warmup_s + duration_s, seed=seed
-    )
+    traces = [
+        bench_trace(
+            trace,
+            workload,
+            rate=rate,
+            rate_scale=rate_scale,
+            duration_s=warmup_s + duration_s,
+            seed=seed + number,
+        )
+        for number in range(rounds + 1)
+    ]
     study = _Study(
-        arrivals=arrivals,
+        traces=traces,
         policies=policies,
         num_rounds=rounds,
         warmup_s=warmup_s,
@@ -129,8 +138,9 @@ def serve(
     done, described = asyncio.run(_run(study, options))
     results = report(done, policies)
     files = plot_rounds(plot, done) if plot is not None else []
-    setting = {"engine": engine, "num_workers": workers, "workload": arrivals.name, "rate_rps": arrivals.rate_rps}
+    setting = {"engine": engine, "num_workers": workers, "workload": traces[0].name}
     setting |= {"rounds": rounds, "duration_s": duration_s, "warmup_s": warmup_s, "seed": seed, **described}
+    setting |= {"rate_rps": sum(one.rate_rps for one in traces[:-1]) / rounds}
     setting |= {"rate_scale": rate_scale, "rehearsed": study.rehearses}
     if as_json:
         print(json.dumps({"setting": setting, "machine": machine(), "results": results}))
@@ -153,9 +163,9 @@ def serve(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Study:
-    """What is to be run on the deployment, whatever that is."""
+    """What is to be run on the deployment, whatever that is: a trace for each round and one for the rehearsal."""
 
-    arrivals: Trace
+    traces: list[Trace]
     policies: list[str]
     num_rounds: int
     warmup_s: float
@@ -179,15 +189,15 @@ async def _all_rounds(stack: Stack, study: _Study, progress: Progress) -> tuple[
 
     done: list[Round] = []
     total = progress.add_task("runs", total=study.num_rounds * len(study.policies) + study.rehearses)
-    bar = progress.add_task("requests", total=len(study.arrivals))
+    bar = progress.add_task("requests", total=len(study.traces[0]))
     async with AsyncClient(stack.redis_url, settings=stack.settings) as client:
         driver = Rounds(
             client=client,
             settings=stack.settings,
-            trace=study.arrivals,
+            traces=study.traces,
             warmup_s=study.warmup_s,
             seed=study.seed,
-            on_progress=lambda number: progress.update(bar, completed=number),
+            on_progress=lambda number, of: progress.update(bar, completed=number, total=of),
             cpu_s=lambda: cpu_seconds(
                 {"bench": os.getpid(), **{name: child.pid for name, child in stack.supervisor.children.items()}}
             ),

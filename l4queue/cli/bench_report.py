@@ -162,7 +162,7 @@ def _number(value: float | None, scale: float, digits: int) -> str:
 
 
 def plot_rounds(directory: Path, rounds: Sequence[Round]) -> list[Path]:
-    """Latency CDFs by length class; load per worker over time; the plan over time with its moves."""
+    """Latency CDFs by length class; load per worker over time; the plan over time with its moves and latencies."""
     plt = require_matplotlib()
     directory.mkdir(parents=True, exist_ok=True)
     grouped = by_policy(rounds)
@@ -208,7 +208,7 @@ def _loads(plt: Any, grouped: Mapping[str, Sequence[Round]]) -> Any:
 
 
 def _plans(plt: Any, one: Round) -> Any:
-    figure, axes = plt.subplots(3, 1, figsize=(9, 7), sharex=True)
+    figure, axes = plt.subplots(4, 1, figsize=(9, 9), sharex=True)
     times = [s.at_s for s in one.samples]
     widest = max(len(s.plan.stages) for s in one.samples)
     for index in range(widest):
@@ -221,7 +221,12 @@ def _plans(plt: Any, one: Round) -> Any:
     axes[1].set(ylabel="workers")
     start = one.samples[0].num_moves
     axes[2].plot(times, [s.num_moves - start for s in one.samples])
-    axes[2].set(ylabel="hand-overs and steals", xlabel="time of the round, s")
+    axes[2].set(ylabel="hand-overs and steals")
+    is_long = one.measured.prompt_tokens >= LONG_TOKENS
+    for name, mask in (("short", ~is_long), ("long", is_long)):
+        axes[3].plot(one.measured.arrival_s[mask], one.measured.e2e_s[mask], ".", markersize=3, label=name)
+    axes[3].set(ylabel="end to end, s", yscale="log", xlabel="time of the round, of each arrival, s")
+    axes[3].legend()
     for axis in axes:
         axis.grid(alpha=0.3)
     if widest > 1:

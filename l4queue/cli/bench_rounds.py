@@ -69,26 +69,28 @@ class Round:
 class Rounds:
     """Drives a deployment that is running. `warmup_s` of the arrivals are served but not counted.
 
-    Arrivals and lengths are the same in every run, the tokens of the prompts never are: what one run left in the
-    engines' prefix caches must not make the next one faster. `cpu_s` tells the CPU time of each process so far, s.
+    `traces` are the arrivals of each round, and last those of the rehearsal. Within a round they are the same for
+    every policy, but for the tokens of the prompts: what one run left in the engines' prefix caches must not make
+    the next one faster. `cpu_s` tells the CPU time of each process so far, s; `on_progress` how many requests of
+    how many are done.
     """
 
     client: AsyncClient
     settings: Settings
-    trace: Trace
+    traces: Sequence[Trace]
     warmup_s: float
     seed: int
     vocabulary: int = 2000
-    on_progress: Callable[[int], None] = lambda _: None
+    on_progress: Callable[[int, int], None] = lambda _, __: None
     cpu_s: Callable[[], dict[str, float]] = dict
     _l4: Plan | None = field(default=None, init=False)
     _door: AsyncDoor | None = field(default=None, init=False)
     _num_runs: int = field(default=0, init=False)
 
     async def rehearse(self) -> None:
-        """Let the planner see the traffic once under l4: two-pool is tuned on it as well, by simulation."""
+        """Let the planner see such traffic once under l4 (two-pool is tuned on each round itself, by simulation)."""
         async with self._connected():
-            await self._serve(Routing.L4, -1)
+            await self._serve(Routing.L4, len(self.traces) - 1)
 
     async def run(self, policies: Sequence[str], *, number: int) -> AsyncIterator[Round]:
         """One round: every policy once, in an order that turns by one from round to round."""
@@ -106,23 +108,24 @@ class Rounds:
             await self._door.close()
 
     async def _serve(self, policy: str, number: int) -> Round:
-        await self._switch(Routing(policy))
+        trace = self.traces[number]
+        await self._switch(Routing(policy), trace)
         before, cpu_before, began_s = await self.client.overview(), self.cpu_s(), time.monotonic()
         async with self._sampling() as samples:
-            handles, late_s = await self._send()
+            handles, late_s = await self._send(trace)
             done = 0
             async for _ in self.client.as_completed(handles):
                 done += 1
-                self.on_progress(done)
+                self.on_progress(done, len(trace))
         after, cpu_after, took_s = await self.client.overview(), self.cpu_s(), time.monotonic() - began_s
         if policy == Routing.L4:
             self._l4 = after.plan
         records = await _records(handles)
-        counted = [r for r, at in zip(records, self.trace.arrival_s, strict=True) if at >= self.warmup_s]
+        counted = [r for r, at in zip(records, trace.arrival_s, strict=True) if at >= self.warmup_s]
         failed = [r for r in counted if r.state is not RequestState.DONE]
         if failed:
             raise ServiceUnavailable(f"{len(failed)} requests did not end as done, the first: {failed[0].error}")
-        measured = _measured(counted)
+        measured = _measured(counted, began_ms=before.now_ms)
         result = summarize(
             policy,
             measured,
@@ -138,14 +141,13 @@ class Rounds:
             samples=tuple(samples),
             late_s=late_s,
             cpu_cores={name: (used - cpu_before.get(name, 0.0)) / took_s for name, used in cpu_after.items()},
-            busy_share=_busy_share(samples, self.warmup_s, float(self.trace.arrival_s[-1])),
+            busy_share=_busy_share(samples, self.warmup_s, float(trace.arrival_s[-1])),
         )
 
-    async def _send(self) -> tuple[list[AsyncHandle], float]:
+    async def _send(self, trace: Trace) -> tuple[list[AsyncHandle], float]:
         """Open loop: each request leaves at its time, whatever became of the others."""
         self._num_runs += 1
         rng = np.random.default_rng([self.seed, self._num_runs])
-        trace = self.trace
         start_s, late_s = time.monotonic(), 0.0
         sending: list[asyncio.Task[AsyncHandle]] = []
         for length, at_s, output in zip(trace.input_tokens, trace.arrival_s, trace.output_tokens, strict=True):
@@ -177,21 +179,21 @@ class Rounds:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
 
-    async def _switch(self, routing: Routing) -> None:
+    async def _switch(self, routing: Routing, trace: Trace) -> None:
         """Publish the plan of this routing; whoever publishes meanwhile only makes us try again."""
         assert self._door is not None
         calls = Calls(Keys(self.settings.namespace))
         for _ in range(20):
             overview = await self.client.overview()
             version = overview.plan.version
-            plan = await asyncio.to_thread(self._plan, routing, overview)
+            plan = await asyncio.to_thread(self._plan, routing, overview, trace)
             plan = replace(plan, version=version + 1, routing=routing, reason=f"bench: {routing}")
             call = calls.publish(expected_version=version, version=version + 1, body=plan_to_json(plan))
             if await self._door.run(call) is not Verdict.STALE:
                 return
         raise ServiceUnavailable("somebody else keeps publishing plans here; stop other planners or benchmarks")
 
-    def _plan(self, routing: Routing, overview: Overview) -> Plan:
+    def _plan(self, routing: Routing, overview: Overview, trace: Trace) -> Plan:
         """One stage, the tuned pools, or what the planner of l4 had at the end of its last run."""
         ids = tuple(sorted(worker.worker_id for worker in overview.workers))
         one = Plan(
@@ -205,7 +207,7 @@ class Rounds:
         if routing is not Routing.TWO_POOL:
             return one
         setting = Setting(cost=cost_in_force(overview, self.settings), num_instances=len(ids))
-        tuned = tune_two_pool(self.trace, setting)
+        tuned = tune_two_pool(trace, setting)
         if not 0 < tuned.num_short < len(ids):
             return one
         short, long = ids[: tuned.num_short], ids[tuned.num_short :]
@@ -243,11 +245,11 @@ def pooled(rounds: Sequence[Round]) -> tuple[SimResult, Measured]:
     return SimResult(**{**fields, "throughput_rps": len(together.e2e_s) / seconds}), together
 
 
-def _measured(records: Sequence[RequestRecord]) -> Measured:
-    """By the server's clock: from acceptance to the first token and to the stored outcome."""
-    accepted = np.array([r.submitted_ms for r in records], dtype=float) / 1000
-    finish = np.array([r.finished_ms or 0 for r in records], dtype=float) / 1000
-    first = np.array([r.first_token_ms or 0 for r in records], dtype=float) / 1000
+def _measured(records: Sequence[RequestRecord], *, began_ms: int) -> Measured:
+    """By the server's clock since the run began: from acceptance to the first token and to the stored outcome."""
+    accepted = np.array([r.submitted_ms - began_ms for r in records], dtype=float) / 1000
+    finish = np.array([(r.finished_ms or 0) - began_ms for r in records], dtype=float) / 1000
+    first = np.array([(r.first_token_ms or 0) - began_ms for r in records], dtype=float) / 1000
     return Measured(
         arrival_s=accepted,
         finish_s=finish,

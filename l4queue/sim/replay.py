@@ -18,7 +18,7 @@ from l4queue.sim.request import SimRequest
 from l4queue.sim.runner import Setting, run_policy
 from l4queue.sim.trace import Trace
 
-__all__ = ("Arrival", "Changed", "make_scorer")
+__all__ = ("MAX_ARRIVALS", "Arrival", "Changed", "make_scorer")
 
 MIN_ARRIVALS = 100
 """Fewer tell more about chance than about a plan."""
