@@ -88,7 +88,7 @@ class Rounds:
     _num_runs: int = field(default=0, init=False)
 
     async def rehearse(self) -> None:
-        """Let the planner see such traffic once under l4 (two-pool is tuned on each round itself, by simulation)."""
+        """Let the planner see such traffic once under l4. (two-pool is tuned on each round itself.)"""
         async with self._connected():
             await self._serve(Routing.L4, len(self.traces) - 1)
 

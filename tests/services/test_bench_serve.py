@@ -31,16 +31,17 @@ def test_every_policy_serves_the_same_arrivals_and_reports_the_keys_of_simulate(
     assert done.returncode == 0, done.stderr[-2000:]
     said = json.loads(done.stdout)
 
-    trace = bench_trace(None, "mixed", rate=20.0, duration_s=4.0, seed=3)
-    counted = int((trace.arrival_s >= 1.0).sum())
+    traces = [bench_trace(None, "mixed", rate=20.0, duration_s=4.0, seed=seed) for seed in (3, 4)]
+    prompts = [trace.input_tokens[trace.arrival_s >= 1.0] for trace in traces]
     assert [entry["policy"] for entry in said["results"]] == list(POLICIES)
     for entry in said["results"]:
         assert set(SimResult.__slots__) <= set(entry)
-        assert entry["num_requests"] == 2 * counted
+        assert entry["num_requests"] == sum(map(len, prompts))
         assert [one["round"] for one in entry["rounds"]] == [0, 1]
-        assert entry["classes"]["long"]["num_requests"] == 2 * int(
-            ((trace.input_tokens >= 1024) & (trace.arrival_s >= 1.0)).sum()
-        )
+        for one, lengths in zip(entry["rounds"], prompts, strict=True):
+            assert one["long"]["num_requests"] == (lengths >= 1024).sum()
+            assert set(one["busy_share"]) == {"worker-0", "worker-1"}
+        assert 0.0 < entry["busy_share"] <= 1.0
         assert 0.0 < entry["mean_e2e_s"] <= entry["p99_e2e_s"] < 60.0
     for entry in said["results"][:2]:
         assert entry["num_handovers"] == entry["num_steals"] == 0, "a router moves nothing"
