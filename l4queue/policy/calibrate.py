@@ -29,8 +29,10 @@ class Calibrator:
     """A value: `update` returns the next one. `cost()` is the prior until enough steps have been seen.
 
     `half_life_steps` says how fast old steps are forgotten, `prior_steps` how many steps the prior is worth,
-    `min_steps` how many (decayed) steps are needed. A step slower than expected by more than `outlier_factor`
-    times the usual error weighs only as much as one at that limit; one that is not finite or positive is dropped.
+    `min_steps` how many (decayed) steps are needed. A step slower or faster than expected by more than
+    `outlier_factor` times the usual error weighs only as much as one at that limit; one that is not finite or
+    positive is dropped. The errors of a time and of its inverse count alike: a step that was seen late, together
+    with the next one, leaves that with next to no time, and 1/time² would make it outweigh hundreds.
     """
 
     prior: StepCost
@@ -63,13 +65,14 @@ class Calibrator:
                 continue
             # without a model of one's own yet, compare with the prior at the speed seen so far
             base = expected if is_known else first * math.exp(ratio)
-            error = abs(y - base) / max(base, 1e-9)
+            base = max(base, 1e-9)
+            error = max(y / base, base / y) - 1.0
             limit = self.outlier_factor * usual
             trust = 1.0 if seen < 8 or error <= limit else limit / error
             share = 1.0 / (1.0 + min(seen, 200))
             usual += share * (min(error, limit) - usual)
             ratio += share * trust * (math.log(y / first) - ratio)
-            w = trust / (y * y)
+            w = trust / max(y, base / (1.0 + limit)) ** 2
             gram = gram * keep + w * np.outer(x, x)
             moment = moment * keep + w * y * x
             weight = weight * keep + trust

@@ -148,6 +148,18 @@ def test_calibration_moves_from_the_prior_to_what_is_measured() -> None:
     assert state.cost().kv_capacity_tokens == H100.kv_capacity_tokens
 
 
+def test_calibration_is_not_led_astray_by_steps_that_seem_to_take_no_time() -> None:
+    """One step in a hundred is seen together with the one before it and gets 0.2 ms, prefill or not."""
+    records = _records(SLOW, 2000, seed=7)
+    odd = [replace(record, elapsed_ms=0.2) if i % 100 == 50 else record for i, record in enumerate(records)]
+    state = Calibrator(prior=H100)
+
+    for first in range(0, len(odd), 100):
+        state = state.update(odd[first : first + 100])
+
+    assert _worst(state.cost(), SLOW) < 0.10
+
+
 def test_calibration_forgets_an_engine_that_has_changed() -> None:
     """After a few half-lives of new steps the old machine is forgotten."""
     state = Calibrator(prior=H100, half_life_steps=200.0).update(_records(SLOW, 500, seed=3))
