@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -107,17 +108,8 @@ def serve(
         raise ConfigError("--policy names no policy")
     if plot is not None:
         require_matplotlib()
-    traces = [
-        bench_trace(
-            trace,
-            workload,
-            rate=rate,
-            rate_scale=rate_scale,
-            duration_s=warmup_s + duration_s,
-            seed=seed + number,
-        )
-        for number in range(rounds + 1)
-    ]
+    play = partial(bench_trace, trace, workload, rate=rate, rate_scale=rate_scale)
+    traces = [play(duration_s=warmup_s + duration_s, seed=seed + number) for number in range(rounds + 1)]
     study = _Study(
         traces=traces,
         policies=policies,
