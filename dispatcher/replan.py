@@ -128,15 +128,12 @@ async def _replan(door: AsyncDoor, settings: Settings) -> str:
         return f"routing is {overview.plan.routing}: nothing to plan"
     known = await _learn(door, settings, overview)
     snapshot, learned = await _snapshot(door, settings, overview, known), known.learned
-    planner_settings = _planner_settings(settings, known.price)
-    settled = why_settled(snapshot, planner_settings, learned)
+    settled = why_settled(snapshot, _planner_settings(settings, known.price), learned)
     if settled is not None:
         decision = Decision(publish=False, plan=overview.plan, reason=settled)
     else:
         recent = await door.run(reads.finished(count=MAX_ARRIVALS))
-        score = await asyncio.to_thread(_scorer, snapshot, settings, recent, known)
-        decision = await asyncio.to_thread(decide, snapshot, planner_settings, score, learned=learned)
-        learned = learned if score is None else with_decision(learned)
+        decision, learned = await asyncio.to_thread(_decide, snapshot, settings, recent, known)
     memory = _Memory.of(learned, raw=known.raw, at_ms=overview.now_ms)
     await door.run_many([calls.remember(json.dumps(asdict(memory))), calls.log_decision(_log_line(decision))])
     if not decision.publish:
@@ -226,6 +223,15 @@ async def _snapshot(door: AsyncDoor, settings: Settings, overview: Overview, kno
 def _planner_settings(settings: Settings, price: MovePrice) -> PlannerSettings:
     partition = PartitionSettings(move_price=price, moves_requests=settings.hand_over)
     return PlannerSettings.of(settings, partition=partition)
+
+
+def _decide(
+    snapshot: Snapshot, settings: Settings, finished: Sequence[FinishedRequest], known: _Known
+) -> tuple[Decision, Learned]:
+    """By the closed form; what it proposes is published only if a replay of recent traffic agrees."""
+    learned, score = known.learned, _scorer(snapshot, settings, finished, known)
+    decision = decide(snapshot, _planner_settings(settings, known.price), score, learned=learned)
+    return decision, learned if score is None else with_decision(learned)
 
 
 def _scorer(

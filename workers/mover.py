@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from l4queue.models import Routing, WorkerLoad
 from l4queue.policy.handover import decide_handover, least_loaded, look_again_at, next_stage
-from l4queue.policy.loads import prefill_ahead_ms
+from l4queue.policy.loads import StageLoad, prefill_ahead_ms
 from l4queue.policy.steal import Ask, RunningRequest, ask, bid, choose_victim, match
 from l4queue.protocol.calls import Move, MoveKind
 from l4queue.protocol.keys import personal_stage
@@ -107,16 +107,18 @@ class Mover:
         stage = next_stage(state.stage, session.length_tokens, state.plan)
         siblings = state.outlook.others(stage=stage)
         there = least_loaded(siblings, cost=state.cost, holders=(session.came_from,))
+        here = state.load()
+        stages = {load.stage: load for load in state.outlook.stage_loads(cost=state.cost)}
         decision = decide_handover(
             session.length_tokens,
             high_tokens=state.high_tokens,
             expected_remaining_tokens=state.expected_remaining(session),
-            here=state.load(),
+            here=here,
             there=there,
             cost=state.cost,
             price=state.move_price,
-            ahead_here_ms=self._ahead_ms(state.load()),
-            ahead_there_ms=self._ahead_ms(there),
+            ahead_here_ms=self._ahead_ms(here, stages.get(state.stage)),
+            ahead_there_ms=self._ahead_ms(there, stages.get(stage)),
         )
         if not decision.is_move or there is None:
             session.watch_tokens = look_again_at(session.length_tokens)
@@ -125,10 +127,8 @@ class Mover:
         move = Move(kind=MoveKind.HANDOVER, benefit_ms=decision.benefit_ms, cost_ms=decision.cost_ms)
         self._begin(session, there.worker_id, move)
 
-    def _ahead_ms(self, load: WorkerLoad | None) -> float:
+    def _ahead_ms(self, load: WorkerLoad | None, stage: StageLoad | None) -> float:
         """Prefill before what that worker runs, by what is known of its stage's queue."""
-        cost = self._state.cost
-        stage = None if load is None else self._state.outlook.stage_load(load.stage, cost=cost)
         if load is None or stage is None:
             return 0.0
         return prefill_ahead_ms(
@@ -136,7 +136,7 @@ class Mover:
             queued_requests=stage.queued_requests,
             queued_tokens=stage.queued_tokens,
             num_workers=stage.num_workers,
-            cost=cost,
+            cost=self._state.cost,
         )
 
     def _begin(self, session: Session, target_id: str, move: Move) -> None:

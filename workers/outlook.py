@@ -82,10 +82,6 @@ class Outlook:
         expected = self.outputs.mean_tokens
         return stage_loads(self.overview, expected_output_tokens=expected, cost=cost, quiet_ms=self._quiet_ms)
 
-    def stage_load(self, stage: int, *, cost: StepCost) -> StageLoad | None:
-        """The load of one stage; None where it is unknown."""
-        return next((load for load in self.stage_loads(cost=cost) if load.stage == stage), None)
-
     def newcomer_stage(self, plan: Plan, *, cost: StepCost) -> int:
         """Where a worker that the plan does not know is needed most; it stays there until the next plan."""
         if self._newcomer is None or self._newcomer[0] != plan.version:

@@ -108,12 +108,14 @@ def serve(
         raise ConfigError("--policy names no policy")
     if plot is not None:
         require_matplotlib()
-    play = partial(bench_trace, trace, workload, rate=rate, rate_scale=rate_scale)
-    traces = [play(duration_s=warmup_s + duration_s, seed=seed + number) for number in range(rounds + 1)]
+    draw = partial(
+        bench_trace, trace, workload, rate=rate, rate_scale=rate_scale, duration_s=warmup_s + duration_s
+    )
+    seeds = range(seed, seed + rounds + 1)
+    traces = [draw(seed=one) for one in seeds] if trace is None else [draw(seed=seed)] * len(seeds)
     study = _Study(
         traces=traces,
         policies=policies,
-        num_rounds=rounds,
         warmup_s=warmup_s,
         seed=seed,
         rehearses=rehearse and Routing.L4 in policies,
@@ -130,10 +132,10 @@ def serve(
     done, described = asyncio.run(_run(study, options))
     results = report(done, policies)
     files = plot_rounds(plot, done) if plot is not None else []
-    setting = {"engine": engine, "num_workers": workers, "workload": traces[0].name}
-    setting |= {"rounds": rounds, "duration_s": duration_s, "warmup_s": warmup_s, "seed": seed, **described}
-    setting |= {"rate_rps": sum(one.rate_rps for one in traces[:-1]) / rounds}
-    setting |= {"rate_scale": rate_scale, "rehearsed": study.rehearses}
+    setting = {"engine": engine, "num_workers": workers, "workload": traces[0].name, "rounds": rounds}
+    setting |= {"duration_s": duration_s, "warmup_s": warmup_s, "seed": seed, **described}
+    rate_rps = sum(one.rate_rps for one in traces[:-1]) / rounds
+    setting |= {"rate_rps": rate_rps, "rate_scale": rate_scale, "rehearsed": study.rehearses}
     if as_json:
         print(json.dumps({"setting": setting, "machine": machine(), "results": results}))
         return
@@ -159,7 +161,6 @@ class _Study:
 
     traces: list[Trace]
     policies: list[str]
-    num_rounds: int
     warmup_s: float
     seed: int
     rehearses: bool
@@ -180,7 +181,8 @@ async def _all_rounds(stack: Stack, study: _Study, progress: Progress) -> tuple[
     from l4queue.client import AsyncClient
 
     done: list[Round] = []
-    total = progress.add_task("runs", total=study.num_rounds * len(study.policies) + study.rehearses)
+    num_rounds = len(study.traces) - 1
+    total = progress.add_task("runs", total=num_rounds * len(study.policies) + study.rehearses)
     bar = progress.add_task("requests", total=len(study.traces[0]))
     async with AsyncClient(stack.redis_url, settings=stack.settings) as client:
         driver = Rounds(
@@ -197,7 +199,7 @@ async def _all_rounds(stack: Stack, study: _Study, progress: Progress) -> tuple[
         if study.rehearses:
             await driver.rehearse()
             progress.advance(total)
-        for number in range(study.num_rounds):
+        for number in range(num_rounds):
             async for one in driver.run(study.policies, number=number):
                 done.append(one)
                 progress.advance(total)

@@ -61,7 +61,7 @@ class StepCost:
             + self.sigma_ms * batch.skew_tokens
         )
 
-    def prefill_ms(self, prompt_tokens: int, cached_tokens: int = 0) -> float:
+    def prefill_ms(self, prompt_tokens: float, cached_tokens: float = 0) -> float:
         """Work of prefilling a prompt alone, ms, without the fixed cost of its steps."""
         new = max(0, prompt_tokens - cached_tokens)
         return self.pi_ms * new + self.psi_ms * new * (cached_tokens + new / 2)

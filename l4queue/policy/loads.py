@@ -32,8 +32,7 @@ class StageLoad:
 def request_work_ms(length_tokens: float, *, expected_output_tokens: float, cost: StepCost) -> float:
     """Engine time that a waiting request adds: its prefill and its share of every decode step to come."""
     mean_length = length_tokens + expected_output_tokens / 2
-    prefill_ms = length_tokens * (cost.pi_ms + cost.psi_ms * length_tokens / 2)
-    return prefill_ms + expected_output_tokens * (cost.beta_ms + cost.gamma_ms * mean_length)
+    return cost.prefill_ms(length_tokens) + expected_output_tokens * (cost.beta_ms + cost.gamma_ms * mean_length)
 
 
 def running_work_ms(
@@ -56,7 +55,7 @@ def prefill_ahead_ms(
 ) -> float:
     """Prefill before what this worker runs, ms: pending in its engine, and its share of the queue of its stage."""
     mean = queued_tokens / queued_requests if queued_requests else 0.0
-    queued_ms = queued_requests * (cost.pi_ms + cost.psi_ms * mean / 2) * mean
+    queued_ms = queued_requests * cost.prefill_ms(mean)
     return cost.prefill_ms(load.pending_prefill_tokens) + queued_ms / max(1, num_workers)
 
 

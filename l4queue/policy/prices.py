@@ -25,7 +25,7 @@ class MovePrice:
         """Time that the target's batch loses, ms."""
         if self.bandwidth_bytes_per_s is not None:
             return 0.0
-        return (cost.pi_ms + cost.psi_ms * length_tokens / 2) * length_tokens
+        return cost.prefill_ms(length_tokens)
 
     def delay_ms(self, length_tokens: float, cost: StepCost) -> float:
         """Time for which the moved request itself makes no token, on an idle target, ms."""

@@ -53,10 +53,10 @@ class Overview:
     plan: Plan
     workers: tuple[WorkerLoad, ...]
     costs: tuple[dict[str, Any] | None, ...]
+    prices: tuple[MovePrice, ...]
     queues: dict[str, QueueView]
     inbox: int
     counts: dict[str, int]
-    prices: tuple[MovePrice, ...] = ()
 
     def in_play(self, stage: str, *, quiet_ms: float) -> QueueView | None:
         """What waits in a queue and may be taken: background only after `quiet_ms` without other requests."""
@@ -162,8 +162,8 @@ def _assemble(first: list[Any], second: list[Any]) -> Overview:
         plan=plan_from_json(body) if body is not None and version else Plan.one_stage(),
         workers=tuple(view.load for view in alive),
         costs=tuple(view.cost for view in alive),
+        prices=tuple(MovePrice(**view.price) for view in alive if view.price),
         queues=queues,
         inbox=inbox,
         counts={name: int(float(value)) for name, value in counts.items()},
-        prices=tuple(MovePrice(**view.price) for view in alive if view.price),
     )

@@ -158,16 +158,17 @@ class L4(Policy):
         length = instance.length_of(request)
         stage = next_stage(instance.stage, length, self.plan)
         others = {worker_id(i): i for i in self._pools[stage].instances}
+        here = load_of(instance)
         there = least_loaded([load_of(i) for i in others.values()], cost=self.cluster.cost)
         decision = decide_handover(
             length,
             high_tokens=self.plan.stages[instance.stage].high_tokens,
             expected_remaining_tokens=self.traffic.outputs.expected_remaining(length - request.prompt_tokens),
-            here=load_of(instance),
+            here=here,
             there=there,
             cost=self.cluster.cost,
             price=self._price,
-            ahead_here_ms=self._ahead_ms(load_of(instance), instance.stage),
+            ahead_here_ms=self._ahead_ms(here, instance.stage),
             ahead_there_ms=self._ahead_ms(there, stage),
         )
         if decision.is_move and there is not None:

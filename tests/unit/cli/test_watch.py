@@ -57,6 +57,7 @@ def look(at_s: float, *, counts: dict[str, int] | None = None, **given: Any) -> 
         plan=given.pop("plan", PLAN),
         workers=given.pop("workers", (worker("a", 0, num_running=9), worker("b", 1))),
         costs=(None, None),
+        prices=(),
         queues=given.pop("queues", {}),
         inbox=0,
         counts=counts or {},
