@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -11,6 +12,7 @@ import torch
 
 __all__ = ("BlockRows", "HostRows", "TensorRows", "block_rows")
 
+_MAX_THREADS = 8
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 Rows = npt.NDArray[np.uint8]
@@ -21,6 +23,7 @@ class BlockRows(Protocol):
 
     num_layers: int
     block_bytes: int
+    num_threads: int  # that may copy at once
 
     def gather(self, layer: int, block_ids: Sequence[int]) -> Rows:
         """Copies of these blocks, one row each."""
@@ -59,6 +62,7 @@ class HostRows:
         self._word = self._layers[0].dtype
         self.num_layers = len(layers)
         self.block_bytes = self._layers[0].shape[1] * self._word.itemsize
+        self.num_threads = 1  # the model computes on these cores
 
     def gather(self, layer: int, block_ids: Sequence[int]) -> Rows:
         return np.take(self._layers[layer], block_ids, axis=0).view(np.uint8)
@@ -85,6 +89,7 @@ class TensorRows:
         self.num_layers = len(layers)
         self.block_bytes = layers[0][0].numel() * layers[0].element_size()
         self._stream = torch.cuda.Stream(layers[0].device) if layers[0].is_cuda else None
+        self.num_threads = 1 if self._stream is None else min(_MAX_THREADS, len(os.sched_getaffinity(0)))
 
     def gather(self, layer: int, block_ids: Sequence[int]) -> Rows:
         with torch.cuda.stream(self._stream):

@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from workers.kv.blocks import BlockRows
-from workers.kv.segment import Layout, MissCause, Segment, SegmentError, SegmentWriter
+from workers.kv.segment import Layout, MissCause, Piece, Segment, SegmentError, SegmentWriter
 from workers.kv.store import SegmentStore
 
 __all__ = ("Carrier", "LoadJob", "Results", "SaveJob")
@@ -52,7 +53,8 @@ class Results:
 class Carrier:
     """One thread that works off jobs in order. A job that fails is reported like one that succeeds.
 
-    Whether a segment was written is seen from its file; a failed load is in `Results.failed`.
+    Where the cache is a GPU's, several threads share the pieces of a job: each copies, sums up or writes, and a
+    single one would take longer than the GPU takes to compute the KV again. Whether a segment was written is seen from its file; a failed load is in `Results.failed`.
     """
 
     def __init__(self, store: SegmentStore, rows: BlockRows, *, fingerprint: str, block_tokens: int) -> None:
@@ -65,6 +67,8 @@ class Carrier:
         self._results = Results()
         self._num_pending = 0
         self._said: set[str] = set()
+        many = rows.num_threads > 1
+        self._pool = ThreadPoolExecutor(rows.num_threads, thread_name_prefix="kv-carrier") if many else None
         self._thread = threading.Thread(target=self._work, name="kv-carrier", daemon=True)
         self._thread.start()
 
@@ -86,6 +90,8 @@ class Carrier:
         """End the thread after the jobs that it has."""
         self._jobs.put(None)
         self._thread.join(timeout=5.0)
+        if self._pool is not None:
+            self._pool.shutdown(wait=False)
 
     def _work(self) -> None:
         while (entry := self._jobs.get()) is not None:
@@ -119,9 +125,12 @@ class Carrier:
             raise OSError(f"no room for {layout.total_bytes} bytes within {self._store.limit_bytes}")
         try:
             writer = SegmentWriter(part.fd, layout, job.token_ids)
-            for piece in layout.pieces():
+
+            def save(piece: Piece) -> None:
                 blocks = job.block_ids[piece.first_block : piece.first_block + piece.num_blocks]
                 writer.write(piece, self._rows.gather(piece.layer, blocks))
+
+            self._each(layout.pieces(), save)
             writer.seal()
         except BaseException:
             self._store.discard(part)
@@ -136,16 +145,30 @@ class Carrier:
                 layout = segment.layout
                 if not layout.fits(self._layout(layout.num_tokens)) or layout.num_blocks < last_block:
                     raise SegmentError(MissCause.FOREIGN, f"{job.ticket}: another model or layout")
-                scratch = np.empty((layout.blocks_per_piece, layout.block_bytes), dtype=np.uint8)
-                for piece in layout.pieces(from_block=job.first_block, until_block=last_block):
+
+                def load(piece: Piece) -> None:
+                    scratch = np.empty((piece.num_blocks, layout.block_bytes), dtype=np.uint8)
                     rows = segment.read(piece, scratch)
                     skipped = max(0, job.first_block - piece.first_block)
                     at = piece.first_block + skipped - job.first_block
                     targets = job.block_ids[at : at + piece.num_blocks - skipped]
                     self._rows.scatter(piece.layer, targets, rows[skipped : skipped + len(targets)])
+
+                self._each(layout.pieces(from_block=job.first_block, until_block=last_block), load)
                 self._rows.finish()
         finally:
             self._store.remove(job.ticket)
+
+    def _each(self, pieces: Sequence[Piece], work: Callable[[Piece], None]) -> None:
+        """Do it for all pieces. When one fails, the others are over too before its error is raised."""
+        if self._pool is None:
+            for piece in pieces:
+                work(piece)
+            return
+        jobs = [self._pool.submit(work, piece) for piece in pieces]
+        wait(jobs)
+        for job in jobs:
+            job.result()
 
     def _layout(self, num_tokens: int) -> Layout:
         return Layout(
