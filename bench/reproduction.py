@@ -4,7 +4,8 @@
 
 Traces are read from the folder in L4_SHARED_DIR (default ../shared), below `traces`; without it only the synthetic
 workloads are run. Each run is kept in DIR under a hash of its settings and of the code, so that a report that is
-cut off goes on where it was, and nothing old is taken for new.
+cut off goes on where it was, and nothing old is taken for new. L4_REPRODUCTION_GPU names other coefficients than
+those of "h100".
 """
 
 from __future__ import annotations

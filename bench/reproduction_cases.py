@@ -31,7 +31,7 @@ from l4queue.sim.trace import Trace, read_trace
 from l4queue.sim.workload import make_workload
 
 NUM_INSTANCES = 16
-GPU, MODEL = "h100", "llama-3.1-8b"
+GPU, MODEL = os.environ.get("L4_REPRODUCTION_GPU", "h100"), "llama-3.1-8b"
 WINDOW = 5000
 FILES = {
     "mooncake_conversation": "mooncake_conversation.w0",
