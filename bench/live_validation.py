@@ -10,7 +10,8 @@ has, prints both with the deviation of the live figure from the simulated one, a
 between the `live` marks of a document. Policies whose workers take from queues are simulated twice: as the
 simulator has it, where of several engines with room the one that gets through its batch soonest takes an arrival,
 and with engines that race for it, as woken workers do. Live, requests that arrive at one instant reach the queue
-in any order: `--orders N` simulates N of them and tells the least and the greatest figure.
+in any order: `--orders N` simulates N of them and tells the least and the greatest figure. A run of vLLM on a GPU is
+simulated with its own limits and the coefficients that `--gpu` names.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import argparse
 import json
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -221,7 +222,10 @@ def _simulate(policy: Policy, trace: Trace, setting: Mapping[str, Any], *, speed
     settings = setting["settings"]
     coefficients = read_coefficients(settings["emulated_gpu"], settings["emulated_model"])
     cost = coefficients.cost
-    if settings["max_running"] < cost.max_num_seqs:
+    if setting["engine"] == "vllm":
+        limits = ("kv_capacity_tokens", "max_batched_tokens", "max_num_seqs")
+        cost = replace(cost, **{name: setting["cost_of_a_worker"][name] for name in limits})
+    elif settings["max_running"] < cost.max_num_seqs:
         raise SystemExit(f"L4_MAX_RUNNING was {settings['max_running']}: the engines allow {cost.max_num_seqs}")
     bandwidth = settings["emulated_kv_bytes_per_s"] or None
     transfer = Transfer(bandwidth_bytes_per_s=bandwidth, kv_bytes_per_token=coefficients.kv_bytes_per_token)
@@ -314,15 +318,15 @@ def main() -> None:
     comparing.add_argument("--doc", type=Path, help="document whose `live` block is written anew")
     comparing.add_argument("--orders", type=int, default=0, help="orders of simultaneous arrivals to simulate")
     comparing.add_argument("--plans", action="store_true", help="print how the plans of l4 changed")
+    comparing.add_argument("--gpu", help="simulate with this GPU's coefficients")
     given = parser.parse_args()
     if given.command == "merge":
         merge(given.out, given.traces)
         return
-    cases = [
-        case
-        for file in given.runs
-        for case in compare(given.trace, json.loads(file.read_text()), num_orders=given.orders)
-    ]
+    runs = [json.loads(file.read_text()) for file in given.runs]
+    for run in runs:
+        run["setting"]["settings"]["emulated_gpu"] = given.gpu or run["setting"]["settings"]["emulated_gpu"]
+    cases = [case for run in runs for case in compare(given.trace, run, num_orders=given.orders)]
     text = table(cases)
     print(text)
     if given.plans:

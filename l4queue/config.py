@@ -78,6 +78,9 @@ class Settings(BaseSettings):
     )
     dtype: str = Field("auto", description="weights of the vLLM engine: auto, float32, bfloat16, ...")
     max_running: int = Field(64, ge=1, description="most requests at once in one engine")
+    max_batched_tokens: int = Field(
+        0, ge=0, description="most tokens in one step of the vLLM engine; 0: vLLM's own default (2,048)"
+    )
     lease_s: float = Field(5.0, gt=0.2, description="a silent worker loses its requests after, s")
     stall_limit_s: float = Field(60.0, gt=0, description="an engine without progress this long is dead, s")
     drain_s: float = Field(20.0, gt=0, description="deadline of a graceful stop, s")

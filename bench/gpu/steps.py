@@ -79,9 +79,7 @@ class Sweep:
                 self.engine.add(1, self._length(long))
                 self.engine.settle()
                 batches = (3, 7, 15, 31, 63, 127)
-                yield from self._growing(
-                    self._length(short), batches, phase="one-long", beside=self._length(long)
-                )
+                yield from self._growing(self._length(short), batches, phase="one-long", beside=self._length(long))
                 self.engine.drop_all()
 
     def mixtures(self) -> Iterator[str]:

@@ -28,6 +28,7 @@ _TOLD_SETTINGS = (
     "durability",
     "max_model_len",
     "max_running",
+    "max_batched_tokens",
     "emit_interval_ms",
     "emulated_gpu",
     "emulated_model",

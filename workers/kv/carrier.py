@@ -54,7 +54,8 @@ class Carrier:
     """One thread that works off jobs in order. A job that fails is reported like one that succeeds.
 
     Where the cache is a GPU's, several threads share the pieces of a job: each copies, sums up or writes, and a
-    single one would take longer than the GPU takes to compute the KV again. Whether a segment was written is seen from its file; a failed load is in `Results.failed`.
+    single one takes several times as long as computing the KV again. Whether a segment was written is seen from
+    its file; a failed load is in `Results.failed`.
     """
 
     def __init__(self, store: SegmentStore, rows: BlockRows, *, fingerprint: str, block_tokens: int) -> None:

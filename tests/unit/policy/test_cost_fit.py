@@ -212,7 +212,9 @@ def test_all_shipped_coefficients_load_and_say_where_they_come_from() -> None:
         assert file.date
         assert file.errors["all"]["mape"] < 0.08
         composed = {"gemm", "decode_attention", "overhead", "kv_capacity"}
-        assert set(file.assumptions) >= (composed if "kernels" in file.engine else {"weights", "engine", "left_out"})
+        assert set(file.assumptions) >= (
+            composed if "kernels" in file.engine else {"weights", "engine", "left_out"}
+        )
         assert min(file.cost.to_dict().values()) >= 0
     shape = BatchShape(num_decodes=64, context_tokens=64_000)
     times = [load_coefficients(g, "llama-3.1-8b").step_ms(shape) for g in ("a100", "h100", "h200")]
