@@ -10,7 +10,7 @@ has, prints both with the deviation of the live figure from the simulated one, a
 between the `live` marks of a document. Policies whose workers take from queues are simulated twice: as the
 simulator has it, where of several engines with room the one that gets through its batch soonest takes an arrival,
 and with engines that race for it, as woken workers do. Live, requests that arrive at one instant reach the queue
-in any order: `--orders N` simulates N of them and tells the least and the greatest figure. A run of vLLM on a GPU is
+in any order: `--orders N` simulates N of them and tells the least and the greatest figure. A run of vLLM is
 simulated with its own limits and the coefficients that `--gpu` names.
 """
 

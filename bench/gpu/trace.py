@@ -1,4 +1,4 @@
-"""A part of a trace at a load that one engine bears: `python -m bench.gpu.trace TRACE.csv.gz OUT.csv [--load 0.7]`.
+"""A part of a trace at a load that one engine bears: `python -m bench.gpu.trace TRACE.csv.gz OUT.csv`.
 
 From a third of its requests on, arrivals are scaled so that the next 3,000 are that share of what one engine gets
 done by the coefficients; those of the first `--duration-s` seconds are written.
