@@ -38,8 +38,8 @@ dev: $(DEV) ## the same with the tools for tests and checks
 test: $(DEV) system ## the whole test suite
 	$(BIN)/python -m pytest $(ARGS)
 
-test-fast: $(DEV) ## tests that need no service, no engine and no browser
-	$(BIN)/python -m pytest -m 'not services and not vllm and not browser' $(ARGS)
+test-fast: $(DEV) ## tests that need no deployment, no engine and no browser, and take seconds
+	$(BIN)/python -m pytest -m 'not services and not vllm and not browser and not slow' $(ARGS)
 
 chaos: $(DEV) system ## processes that die around every script, for long: make chaos ARGS='--seed 7 --duration 3600'
 	$(BIN)/python -m tests.chaos $(ARGS)

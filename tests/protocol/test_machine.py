@@ -17,6 +17,7 @@ EXAMPLES = int(os.environ.get("L4_TEST_EXAMPLES", "120"))
 STEPS = int(os.environ.get("L4_TEST_STEPS", "50"))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(max(60, EXAMPLES * STEPS // 50))
 def test_no_history_breaks_an_invariant(redis_server: RedisServer) -> None:
     """`L4_TEST_EXAMPLES` and `L4_TEST_STEPS` make it longer; the default takes half a minute."""

@@ -11,6 +11,8 @@ from tests.conftest import SEED
 from tests.protocol.mutants import MUTANTS, Mutant, killed_by_machine, killed_by_tests
 from tests.protocol.server import RedisServer
 
+pytestmark = pytest.mark.slow
+
 _NUM_QUICK = 16
 _CORE = (
     "emit is not fenced",
