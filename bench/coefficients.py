@@ -23,8 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from l4queue.policy.cost import StepCost
-from l4queue.policy.fit import fit_step_cost
+from l4queue.policy.fit import fit_step_cost, limits_of_engine
 
 GIB = 2**30
 ASSUMPTIONS = {
@@ -300,12 +299,7 @@ def build(
     profiles: Profiles, gpu: Gpu, model: Model, *, date: str, overhead: tuple[float, int]
 ) -> dict[str, object]:
     """One coefficient file as plain values."""
-    limits = StepCost(
-        alpha_ms=0.0,
-        beta_ms=0.0,
-        gamma_ms=0.0,
-        pi_ms=0.0,
-        psi_ms=0.0,
+    limits = limits_of_engine(
         kv_capacity_tokens=kv_capacity(gpu, model),
         max_batched_tokens=8192,
         max_num_seqs=256,
@@ -331,9 +325,9 @@ def build(
         "source": "NVIDIA aiconfigurator (commit 095f58a), microsoft/vidur (7d47513), LLMServingSim (5daddb2)",
         "date": date,
         "kv_bytes_per_token": model.kv_bytes,
-        "coefficients": {k: _rounded(v) for k, v in coefficients.items()},
-        "skew_ratio": _rounded(ratio),
-        "errors": {name: {k: _rounded(v) for k, v in asdict(error).items()} for name, error in fit.errors.items()},
+        "coefficients": {k: rounded(v) for k, v in coefficients.items()},
+        "skew_ratio": rounded(ratio),
+        "errors": {name: {k: rounded(v) for k, v in asdict(error).items()} for name, error in fit.errors.items()},
         "assumptions": assumptions,
     }
 
@@ -355,7 +349,8 @@ def _in_m(table: dict[int, float], m: int) -> float:
     return max(0.0, _between(low, high, m, table[low], table[high]))
 
 
-def _rounded(value: float | int | None) -> float | int | None:
+def rounded(value: float | int | None) -> float | int | None:
+    """Floats to six digits, as the files have them."""
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 

@@ -12,7 +12,7 @@ from coefficients import Profiles, Step, _in_m
 from scipy.optimize import nnls
 
 from l4queue.policy.cost import BatchShape, StepCost
-from l4queue.policy.fit import error_by_regime, fit_step_cost
+from l4queue.policy.fit import error_by_regime, fit_step_cost, limits_of_engine
 from l4queue.sim.blind import RoundRobin
 from l4queue.sim.plots import save_figure
 from l4queue.sim.runner import Setting, run_policy
@@ -110,12 +110,7 @@ def measured_runs(plt: object, img: Path, folder: Path) -> list[str]:
     figure, axes = plt.subplots(1, len(DEVICES), figsize=(9, 3.6), sharey=True)  # type: ignore[attr-defined]
     notes = []
     for axis, device in zip(axes, DEVICES, strict=True):
-        limits = StepCost(
-            alpha_ms=0,
-            beta_ms=0,
-            gamma_ms=0,
-            pi_ms=0,
-            psi_ms=0,
+        limits = limits_of_engine(
             kv_capacity_tokens=device.kv_tokens,
             max_batched_tokens=2048,
             max_num_seqs=device.max_num_seqs,

@@ -19,13 +19,14 @@ from typing import Any
 
 import numpy as np
 
+from bench.coefficients import rounded
 from bench.gpu.engine import Step
+from bench.gpu.model import kv_bytes_per_token
 from l4queue.policy.cost import StepCost
-from l4queue.policy.fit import Fit, error_by_regime, fit_step_cost
+from l4queue.policy.fit import Fit, error_by_regime, fit_step_cost, limits_of_engine
 from l4queue.sim.plots import require_matplotlib, save_figure
 
 MOST_OFF = 0.25
-KV_BYTES_PER_TOKEN = {"llama-3.1-8b": 131_072, "llama-3.2-1b": 32_768}
 LABELS = {"equal": "all of one length", "one-long": "one of 8k to 98k among short ones", "mixture": "log-normal"}
 
 
@@ -65,11 +66,11 @@ def coefficient_file(measured: dict[str, Any], result: Fit, *, gpu: str, num_lef
         "engine": f"vLLM {machine['vllm']}, bf16, whole steps",
         "source": f"bench/gpu/steps.py on {machine['gpu']}, driver {machine['driver']}, torch {machine['torch']}",
         "date": machine["date"],
-        "kv_bytes_per_token": KV_BYTES_PER_TOKEN[measured["model"]],
-        "coefficients": {name: _rounded(value) for name, value in cost.to_dict().items()},
-        "skew_ratio": _rounded(ratio),
+        "kv_bytes_per_token": kv_bytes_per_token(measured["model"]),
+        "coefficients": {name: rounded(value) for name, value in cost.to_dict().items()},
+        "skew_ratio": rounded(ratio),
         "errors": {
-            regime: {name: _rounded(value) for name, value in asdict(error).items()}
+            regime: {name: rounded(value) for name, value in asdict(error).items()}
             for regime, error in result.errors.items()
         },
         "assumptions": {
@@ -82,10 +83,6 @@ def coefficient_file(measured: dict[str, Any], result: Fit, *, gpu: str, num_lef
             f"{measured['max_num_seqs']}: settings; kv_capacity_tokens: what vLLM reported at 0.9 of the memory",
         },
     }
-
-
-def _rounded(value: float | int | None) -> float | int | None:
-    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def plot(steps: list[Step], cost: StepCost, directory: Path, *, title: str) -> Path:
@@ -119,12 +116,7 @@ def main() -> None:
     with gzip.open(args.steps, "rt", encoding="utf-8") as file:
         measured = json.load(file)
     steps = [Step(**step) for step in measured["steps"]]
-    limits = StepCost(
-        alpha_ms=0,
-        beta_ms=0,
-        gamma_ms=0,
-        pi_ms=0,
-        psi_ms=0,
+    limits = limits_of_engine(
         kv_capacity_tokens=measured["kv_capacity_tokens"],
         max_batched_tokens=measured["max_batched_tokens"],
         max_num_seqs=measured["max_num_seqs"],

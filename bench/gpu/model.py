@@ -12,7 +12,7 @@ from typing import Any
 
 from l4queue.tiny import build_in_place, make_tiny_tokenizer
 
-__all__ = ("SHAPES", "build_random_model")
+__all__ = ("SHAPES", "build_random_model", "kv_bytes_per_token")
 
 # from the models' published config.json
 SHAPES: dict[str, dict[str, Any]] = {
@@ -46,6 +46,13 @@ SHAPES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 16384,
     },
 }
+
+
+def kv_bytes_per_token(shape: str) -> int:
+    """Bytes of one token's keys and values in 16 bits."""
+    model = SHAPES[shape]
+    head_size = model.get("head_dim", model["hidden_size"] // model["num_attention_heads"])
+    return int(2 * model["num_hidden_layers"] * model["num_key_value_heads"] * head_size * 2)
 
 
 def build_random_model(shape: str, directory: str | Path) -> Path:

@@ -10,8 +10,6 @@ import argparse
 import csv
 from pathlib import Path
 
-import numpy as np
-
 from l4queue.policy.coefficients import load_coefficients
 from l4queue.policy.cost import StepCost
 from l4queue.sim.capacity import capacity_rps
@@ -39,8 +37,8 @@ def part(trace: Trace, cost: StepCost, *, load: float, duration_s: float, most_t
     return Trace(
         name=trace.name,
         arrival_s=arrival_s[kept],
-        input_tokens=inputs[kept].astype(np.int64),
-        output_tokens=outputs[kept].astype(np.int64),
+        input_tokens=inputs[kept],
+        output_tokens=outputs[kept],
     )
 
 

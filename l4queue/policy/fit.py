@@ -19,6 +19,7 @@ __all__ = (
     "design_matrix",
     "error_by_regime",
     "fit_step_cost",
+    "limits_of_engine",
     "with_coefficients",
 )
 
@@ -82,9 +83,25 @@ def fit_step_cost(samples: Sequence[StepSample], *, limits: StepCost | None = No
     scale = np.linalg.norm(x * weight[:, None], axis=0)
     scale[scale == 0.0] = 1.0
     solution, _ = nnls(x * weight[:, None] / scale, y * weight)
-    base = limits or StepCost(alpha_ms=0.0, beta_ms=0.0, gamma_ms=0.0, pi_ms=0.0, psi_ms=0.0)
+    base = limits or limits_of_engine()
     cost = with_coefficients(base, solution / scale)
     return Fit(cost=cost, errors=error_by_regime(cost, samples))
+
+
+def limits_of_engine(
+    *, kv_capacity_tokens: int = 0, max_batched_tokens: int = 8192, max_num_seqs: int = 256
+) -> StepCost:
+    """An engine's limits with all coefficients zero: what a fit begins with."""
+    return StepCost(
+        alpha_ms=0.0,
+        beta_ms=0.0,
+        gamma_ms=0.0,
+        pi_ms=0.0,
+        psi_ms=0.0,
+        kv_capacity_tokens=kv_capacity_tokens,
+        max_batched_tokens=max_batched_tokens,
+        max_num_seqs=max_num_seqs,
+    )
 
 
 def error_by_regime(cost: StepCost, samples: Sequence[StepSample]) -> dict[str, RegimeError]:
