@@ -315,7 +315,7 @@ def build(
     assumptions["overhead"] = (
         f"{overhead[0]:.2f} ms a step for scheduling, sampling and launches: median of step time less kernels "
         f"over {overhead[1]} s of pure decoding in a vLLM 0.19 run of Llama-3.1-8B on an RTX 4090; "
-        "same on all GPUs"
+        "same on every GPU"
     )
     assumptions["limits"] = "max_num_batched_tokens 8192, max_num_seqs 256: settings, not measurements"
     return {

@@ -38,7 +38,8 @@ def cache(kind: str, dtype: str, seed: int) -> dict[str, torch.Tensor]:
 class Bench:
     """Carriers on one directory."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, num_threads: int) -> None:
+        self.num_threads = num_threads
         self.store = SegmentStore(folder / "kv", limit_bytes=1 << 24)
         self.carriers: list[Carrier] = []
 
@@ -46,7 +47,9 @@ class Bench:
         """A carrier for a cache."""
         from workers.kv.blocks import block_rows
 
-        made = Carrier(self.store, block_rows(kv_caches), fingerprint=fingerprint, block_tokens=BLOCK_TOKENS)
+        rows = block_rows(kv_caches)
+        rows.num_threads = self.num_threads
+        made = Carrier(self.store, rows, fingerprint=fingerprint, block_tokens=BLOCK_TOKENS)
         self.carriers.append(made)
         return made
 
@@ -75,10 +78,10 @@ def wait(carrier: Carrier) -> Results:
             return results
 
 
-@pytest.fixture
-def bench(tmp_path: Path) -> Iterator[Bench]:
+@pytest.fixture(params=[1, 4], ids=["one thread", "several threads, as on a GPU"])
+def bench(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Bench]:
     """Ends its threads."""
-    made = Bench(tmp_path)
+    made = Bench(tmp_path, request.param)
     yield made
     for carrier in made.carriers:
         carrier.close()
