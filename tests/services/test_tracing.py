@@ -277,32 +277,33 @@ def _silent() -> Iterator[str]:
             except OSError:
                 return
 
-    thread = threading.Thread(target=accept)
+    thread = threading.Thread(target=accept, daemon=True)
     thread.start()
-    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    listener.shutdown(socket.SHUT_RDWR)
-    listener.close()
-    thread.join()
-    for one in held:
-        one.close()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
+        thread.join()
+        for one in held:
+            one.close()
 
 
 @pytest.mark.parametrize("collector_of", [_nobody, _silent])
 def test_a_collector_that_is_away_or_hangs_costs_no_request_and_no_clean_end(
     collector_of: Callable[[], Iterator[str]], deploy: Callable[..., Processes], client: Client
 ) -> None:
-    """Requests are accepted and served as ever, and the worker drains with code 0 in time."""
+    """Requests are accepted and served as ever, and the worker drains with code 0 in time.
+
+    One that waited for the exporter would wait for 1,000 s.
+    """
     with collector_of() as endpoint:  # type: ignore[attr-defined]  # a context manager
         processes = deploy(endpoint)
+        processes.environment["OTEL_EXPORTER_OTLP_TIMEOUT"] = "1000"
         processes.worker("w0")
-        _up(client, "w0")
-        started_s = time.monotonic()
-        request_id = _enqueue(processes, prompt="x", max_tokens=2)
-        enqueued_s = time.monotonic() - started_s
-        result = client.get(request_id).result(timeout=30)
-        assert result.output_tokens == 2
-        assert result.e2e_s < 5
-        assert enqueued_s < 15  # a Python process, an enqueue, and at most 2 s for the last span to leave
+        for _ in range(2):  # the second comes after the first one's spans
+            request_id = _enqueue(processes, prompt="x", max_tokens=2)
+            assert client.get(request_id).result(timeout=60).output_tokens == 2
         assert processes.stop("w0") == 0, processes.log("w0")[-2000:]
 
 
