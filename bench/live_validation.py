@@ -7,11 +7,11 @@
 
 `compare` reads rate, warm-up, workers, engine and planner periods from the run, simulates every policy that it
 has, prints both with the deviation of the live figure from the simulated one, and can write the plot and the block
-between the `live` marks of a document. Policies whose workers take from queues are simulated twice: as the
-simulator has it, where of several engines with room the one that gets through its batch soonest takes an arrival,
-and with engines that race for it, as woken workers do. Live, requests that arrive at one instant reach the queue
-in any order: `--orders N` simulates N of them and tells the least and the greatest figure. A run of vLLM is
-simulated with its own limits and the coefficients that `--gpu` names.
+between the `live` marks of a document. Policies whose workers take from queues are simulated twice: with workers
+that wake as late as sixteen on two cores do (`--wake-jitter-ms`), and as punctual as the simulator has them by
+default. Live, requests that arrive at one instant reach the queue in any order: `--orders N` simulates N of them
+and tells the least and the greatest figure. A run of vLLM is simulated with its own limits and the coefficients
+that `--gpu` names.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -31,9 +31,8 @@ from l4queue.models import Plan, Routing, StagePlan
 from l4queue.policy.coefficients import read_coefficients
 from l4queue.policy.plan_json import split_of
 from l4queue.policy.push import PUSHING, Outstanding, push
-from l4queue.sim.central import Central, CentralSjf, Pool
+from l4queue.sim.central import Central, CentralSjf
 from l4queue.sim.cluster import Transfer
-from l4queue.sim.instance import Instance
 from l4queue.sim.l4 import L4, L4Options
 from l4queue.sim.metrics import Measured, SimResult, summarize
 from l4queue.sim.plots import require_matplotlib, save_figure
@@ -41,9 +40,9 @@ from l4queue.sim.policy import Policy
 from l4queue.sim.request import SimRequest
 from l4queue.sim.runner import Setting, run_policy
 from l4queue.sim.shadow import prove_recent
-from l4queue.sim.stage_pool import StagePool
 from l4queue.sim.trace import Trace, read_trace
-from l4queue.sim.views import score_of, worker_id
+from l4queue.sim.views import worker_id
+from l4queue.sim.wake import WAKE_JITTER_MS
 
 BEGIN, END = "<!-- live: begin -->", "<!-- live: end -->"
 FIGURES = (
@@ -60,6 +59,8 @@ FIGURES = (
 )
 MOVES = ("num_handovers", "num_steals", "num_preemptions")
 _RECENT = 1000  # as dispatcher/replan.py has it: finished requests that a plan is replayed on
+CROWDED_JITTER_MS = 10.0
+"""Sixteen workers on two cores: of 0, 1, 3, 10, 30, 100 and 1000 what brings the runs of 2026-11-24 nearest."""
 _TIMES = ("arrival_s", "finish_s", "e2e_s", "ttft_s", "tpot_s")
 
 
@@ -84,62 +85,17 @@ class Pushed(Policy):
         self.cluster.push(request, instances[chosen])
 
 
-class _Race:
-    """A pool in which any engine with room may be the first to take what arrives."""
-
-    rng: np.random.Generator
-    instances: list[Instance]
-
-    def place(self: Any, push: Callable[[SimRequest, Instance], None]) -> None:
-        """Hand out the head of the queue while some engine has room for it."""
-        while len(self):
-            able = [instance for instance in self.instances if self.has_room(instance, self.head)]
-            if not able:
-                return
-            push(self.take(), able[int(self.rng.integers(len(able)))])
-
-
-class RacingPool(_Race, Pool):
-    """As `Pool`, raced for."""
-
-
-class RacingStagePool(_Race, StagePool):
-    """As `StagePool`, raced for."""
-
-
-class RacingCentral(Central):
-    """`central` with engines that race."""
-
-    def _make_pools(self) -> list[Pool]:
-        pool = RacingPool(self.cluster.instances, score=self._score)
-        pool.rng = self.cluster.rng
-        return [pool]
-
-
-class RacingCentralSjf(RacingCentral, CentralSjf):
-    """`central-sjf` with engines that race."""
-
-
-class RacingL4(L4):
-    """`l4` with engines that race; replays of plans are as the live planner makes them."""
-
-    def _make_pool(self, members: Sequence[Instance]) -> Pool:
-        pool = RacingStagePool(members, score=score_of, outputs=self.traffic.outputs)
-        pool.rng = self.cluster.rng
-        return pool
-
-
 @dataclass(frozen=True)
 class Case:
-    """One policy: figures by dotted key, live, simulated, and simulated with a race where workers take.
+    """One policy: figures by dotted key, live, simulated, and with punctual workers where workers take.
 
-    `orders` has the last of these (what is simulated, for a router) for other orders of simultaneous arrivals.
+    `orders` has what is simulated for other orders of simultaneous arrivals.
     """
 
     policy: str
     live: Mapping[str, Any]
     simulated: Mapping[str, Any]
-    racing: Mapping[str, Any] | None
+    punctual: Mapping[str, Any] | None
     orders: tuple[Mapping[str, Any], ...]
 
 
@@ -155,7 +111,9 @@ def merge(out: Path, paths: Sequence[Path]) -> None:
     out.write_text("arrival_s,input_tokens,output_tokens\n" + "".join(rows))
 
 
-def compare(trace_file: Path, run: Mapping[str, Any], *, num_orders: int = 0) -> list[Case]:
+def compare(
+    trace_file: Path, run: Mapping[str, Any], *, num_orders: int = 0, jitter_ms: float = CROWDED_JITTER_MS
+) -> list[Case]:
     """Every policy of the run beside its simulations."""
     setting = run["setting"]
     speed = setting["settings"]["emulated_speed"] or 1.0
@@ -164,16 +122,16 @@ def compare(trace_file: Path, run: Mapping[str, Any], *, num_orders: int = 0) ->
         trace_file, "", rate=None, rate_scale=setting["rate_scale"], duration_s=seconds, seed=setting["seed"]
     )
 
-    def simulated(live: Mapping[str, Any], *, races: bool, played: Trace = trace) -> dict[str, Any]:
-        return _simulate(_policy(live, setting, speed=speed, races=races), played, setting, speed=speed)
+    def simulated(live: Mapping[str, Any], wake_ms: float, played: Trace = trace) -> dict[str, Any]:
+        return _simulate(_policy(live, setting, speed=speed), played, setting, speed=speed, jitter_ms=wake_ms)
 
     return [
         Case(
             policy=live["policy"],
             live=live,
-            simulated=simulated(live, races=False),
-            racing=None if live["policy"] in PUSHING else simulated(live, races=True),
-            orders=tuple(simulated(live, races=True, played=_reordered(trace, seed=n)) for n in range(num_orders)),
+            simulated=simulated(live, jitter_ms),
+            punctual=None if live["policy"] in PUSHING else simulated(live, WAKE_JITTER_MS),
+            orders=tuple(simulated(live, jitter_ms, _reordered(trace, seed=n)) for n in range(num_orders)),
         )
         for live in run["results"]
     ]
@@ -185,14 +143,14 @@ def _reordered(trace: Trace, *, seed: int) -> Trace:
     return trace.select(order)
 
 
-def _policy(live: Mapping[str, Any], setting: Mapping[str, Any], *, speed: float, races: bool) -> Policy:
+def _policy(live: Mapping[str, Any], setting: Mapping[str, Any], *, speed: float) -> Policy:
     routing, settings = Routing(live["policy"]), setting["settings"]
     if routing in PUSHING:
         return Pushed(_plan(routing, live["rounds"][0]["plans"][0], num_workers=setting["num_workers"]))
     if routing is Routing.CENTRAL:
-        return RacingCentral() if races else Central()
+        return Central()
     if routing is Routing.CENTRAL_SJF:
-        return RacingCentralSjf() if races else CentralSjf()
+        return CentralSjf()
     if settings["steal_from"] != "any":
         raise SystemExit("steal_from other than any: not compared here")
     options = L4Options(
@@ -203,7 +161,7 @@ def _policy(live: Mapping[str, Any], setting: Mapping[str, Any], *, speed: float
         min_life_s=settings["plan_min_life_s"] / speed,
         min_gain=settings["plan_min_gain"],
     )
-    policy = (RacingL4 if races else L4)(options, prove=prove_recent)
+    policy = L4(options, prove=prove_recent)
     policy.traffic.recent = deque(maxlen=_RECENT)
     return policy
 
@@ -217,7 +175,9 @@ def _plan(routing: Routing, split: Mapping[str, Any], *, num_workers: int) -> Pl
     return Plan(version=1, stages=tuple(stages), routing=routing)
 
 
-def _simulate(policy: Policy, trace: Trace, setting: Mapping[str, Any], *, speed: float) -> dict[str, Any]:
+def _simulate(
+    policy: Policy, trace: Trace, setting: Mapping[str, Any], *, speed: float, jitter_ms: float
+) -> dict[str, Any]:
     """The run's figures by the simulator; engines that take `speed` times as long are the same in slow motion."""
     settings = setting["settings"]
     coefficients = read_coefficients(settings["emulated_gpu"], settings["emulated_model"])
@@ -232,7 +192,13 @@ def _simulate(policy: Policy, trace: Trace, setting: Mapping[str, Any], *, speed
     run = run_policy(
         policy,
         trace.scaled(speed),
-        Setting(cost=cost, num_instances=setting["num_workers"], seed=setting["seed"], transfer=transfer),
+        Setting(
+            cost=cost,
+            num_instances=setting["num_workers"],
+            seed=setting["seed"],
+            transfer=transfer,
+            wake_jitter_ms=jitter_ms / speed,
+        ),
     )
     is_counted = trace.arrival_s >= setting["warmup_s"]
     values = {f.name: getattr(run.measured, f.name)[is_counted] for f in fields(Measured)}
@@ -254,11 +220,11 @@ def _figure(entry: Mapping[str, Any], key: str) -> float:
 
 
 def table(cases: Sequence[Case]) -> str:
-    """Markdown: live, simulated, racing for each policy; in brackets by how much live exceeds that, in %."""
+    """Markdown: live, simulated, punctual for each policy; in brackets by how much live exceeds that, in %."""
     lines = ["| policy | | " + " | ".join(name for name, _, _ in FIGURES) + " | moves | requests |"]
     lines.append("|---" * (len(FIGURES) + 4) + "|")
     for case in cases:
-        rows = (("live", case.live), ("simulated", case.simulated), ("engines race", case.racing))
+        rows = (("live", case.live), ("simulated", case.simulated), ("punctual", case.punctual))
         for label, entry in rows:
             if entry is None:
                 continue
@@ -318,6 +284,7 @@ def main() -> None:
     comparing.add_argument("--doc", type=Path, help="document whose `live` block is written anew")
     comparing.add_argument("--orders", type=int, default=0, help="orders of simultaneous arrivals to simulate")
     comparing.add_argument("--plans", action="store_true", help="print how the plans of l4 changed")
+    comparing.add_argument("--wake-jitter-ms", type=float, default=CROWDED_JITTER_MS, help="how late workers wake")
     comparing.add_argument("--gpu", help="simulate with this GPU's coefficients")
     given = parser.parse_args()
     if given.command == "merge":
@@ -326,7 +293,11 @@ def main() -> None:
     runs = [json.loads(file.read_text()) for file in given.runs]
     for run in runs:
         run["setting"]["settings"]["emulated_gpu"] = given.gpu or run["setting"]["settings"]["emulated_gpu"]
-    cases = [case for run in runs for case in compare(given.trace, run, num_orders=given.orders)]
+    cases = [
+        case
+        for run in runs
+        for case in compare(given.trace, run, num_orders=given.orders, jitter_ms=given.wake_jitter_ms)
+    ]
     text = table(cases)
     print(text)
     if given.plans:

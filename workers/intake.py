@@ -11,6 +11,7 @@ from dataclasses import replace
 from pydantic import ValidationError
 
 from l4queue.models import RequestState, Routing
+from l4queue.policy.loads import batch_ms
 from l4queue.policy.room import UNBOUNDED_TOKENS, Room, RoomLimits, give_way_ms, room_of
 from l4queue.policy.steal import Steal, steal_waiting
 from l4queue.protocol.calls import Verdict
@@ -84,7 +85,8 @@ class Intake:
         state = self._state
         if self.personal_due or state.num_sharers < 2:
             return 0.0
-        return give_way_ms(state.load(), cost=state.cost) / 1000
+        lightest_ms = state.outlook.lightest_ms(state.stage, cost=state.cost)
+        return give_way_ms(batch_ms(state.load(), cost=state.cost), lightest_ms=lightest_ms) / 1000
 
     async def _take_personal(self) -> int:
         """What was handed over or pushed to this worker, up to its slots: whoever sent it looked at the room."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import math
 
 from l4queue.config import Settings
 from l4queue.models import Plan, WorkerLoad
 from l4queue.policy.assign import stage_for_newcomer
 from l4queue.policy.cost import StepCost
-from l4queue.policy.loads import StageLoad
+from l4queue.policy.loads import StageLoad, batch_ms
 from l4queue.policy.outputs import OutputLengths
 from l4queue.protocol.door import AsyncDoor
 from l4queue.protocol.keys import Keys
@@ -31,6 +32,7 @@ class Outlook:
         self._reads = Reads(Keys(settings.namespace))
         self._worker_id = worker_id
         self._finished_id: str | None = None
+        self._lightest: tuple[Overview | None, int, float] = (None, -1, math.inf)
         self._newcomer: tuple[int, int] | None = None
         self._looking = asyncio.Lock()  # what finished is counted once
         self.overview: Overview | None = None
@@ -54,6 +56,15 @@ class Outlook:
         """The other workers, of one stage or of all."""
         found = self.overview.workers if self.overview else ()
         return [w for w in found if w.worker_id != self._worker_id and stage in (None, self._stage_of(w))]
+
+    def lightest_ms(self, stage: int, *, cost: StepCost) -> float:
+        """The least that another worker of this stage had before it; infinite where there is none."""
+        known, of_stage, found_ms = self._lightest
+        if known is not self.overview or of_stage != stage:
+            loads = (batch_ms(load, cost=cost) for load in self.others(stage=stage) if not load.is_draining)
+            found_ms = min(loads, default=math.inf)
+            self._lightest = (self.overview, stage, found_ms)
+        return found_ms
 
     @property
     def num_waiting(self) -> int:

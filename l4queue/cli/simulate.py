@@ -66,6 +66,7 @@ class Study:
             "rate_scale": self.rate_scale,
             "capacity_rps": self.capacity_rps,
             "num_instances": self.setting.num_instances,
+            "wake_jitter_ms": self.setting.wake_jitter_ms,
             "seed": self.setting.seed,
             "objective": self.options.objective,
             "without": sorted(self.options.without),
@@ -108,6 +109,9 @@ def simulate(
     handover_gb_per_s: Annotated[
         float, typer.Option(min=0, help="hand-over by KV transfer at this bandwidth; 0: by prefilling again")
     ] = 0.0,
+    wake_jitter_ms: Annotated[
+        float, typer.Option(min=0, help="how late workers wake, on average; 0: the lightest is always the first")
+    ] = 1.0,
     warmup_share: Annotated[
         float, typer.Option(min=0, max=0.9, help="first share of arrivals, not counted")
     ] = 0.0,
@@ -142,6 +146,7 @@ def simulate(
         objective=objective,
         without=frozenset(without or ()),
         handover_gb_per_s=handover_gb_per_s,
+        wake_jitter_ms=wake_jitter_ms,
         warmup_share=warmup_share,
         seed=seed,
     )
@@ -174,6 +179,7 @@ def _make_study(
     objective: str,
     without: frozenset[str],
     handover_gb_per_s: float,
+    wake_jitter_ms: float,
     warmup_share: float,
     seed: int,
 ) -> Study:
@@ -203,7 +209,14 @@ def _make_study(
         bandwidth_bytes_per_s=handover_gb_per_s * 1e9 or None,
         kv_bytes_per_token=coefficients.kv_bytes_per_token,
     )
-    setting = Setting(cost=cost, num_instances=instances, seed=seed, warmup_share=warmup_share, transfer=transfer)
+    setting = Setting(
+        cost=cost,
+        num_instances=instances,
+        seed=seed,
+        warmup_share=warmup_share,
+        transfer=transfer,
+        wake_jitter_ms=wake_jitter_ms,
+    )
     return Study(
         trace=trace.scaled(scale), setting=setting, options=options, capacity_rps=capacity, rate_scale=scale
     )

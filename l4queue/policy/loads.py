@@ -8,7 +8,15 @@ from dataclasses import dataclass
 from l4queue.models import WorkerLoad
 from l4queue.policy.cost import StepCost
 
-__all__ = ("StageLoad", "decode_step_ms", "prefill_ahead_ms", "request_work_ms", "running_work_ms", "stage_load")
+__all__ = (
+    "StageLoad",
+    "batch_ms",
+    "decode_step_ms",
+    "prefill_ahead_ms",
+    "request_work_ms",
+    "running_work_ms",
+    "stage_load",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +56,12 @@ def decode_step_ms(num_running: float, context_tokens: float, *, cost: StepCost)
     if num_running <= 0:
         return 0.0
     return cost.alpha_ms + cost.beta_ms * num_running + cost.gamma_ms * context_tokens
+
+
+def batch_ms(load: WorkerLoad, *, cost: StepCost) -> float:
+    """What an engine has before it, ms: a decode step without its fixed part, and the pending prefill."""
+    busy = load.num_running + load.num_waiting_in_engine
+    return cost.beta_ms * busy + cost.gamma_ms * load.context_tokens + cost.pi_ms * load.pending_prefill_tokens
 
 
 def prefill_ahead_ms(

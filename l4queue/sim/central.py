@@ -8,6 +8,7 @@ from heapq import heappop, heappush
 from l4queue.sim.instance import Instance
 from l4queue.sim.policy import Policy
 from l4queue.sim.request import SimRequest
+from l4queue.sim.wake import WakeRace
 
 __all__ = ("Central", "CentralSjf", "Clairvoyant", "Pool", "TwoPool")
 
@@ -20,20 +21,22 @@ class Pool:
 
     An engine has room while less than one step's budget of prefill is pending in it, a batch slot is
     free and the KV cache holds the prompt with a reserve for the growth of what runs. Of several engines with
-    room the one that gets through its batch soonest takes the request.
+    room `race` says which takes the request.
     """
 
-    __slots__ = ("_heap", "_reserve_share", "_score", "_sequence", "instances")
+    __slots__ = ("_heap", "_race", "_reserve_share", "_score", "_sequence", "instances")
 
     def __init__(
         self,
         instances: Sequence[Instance],
         *,
         score: Callable[[SimRequest], float],
+        race: WakeRace,
         reserve_share: float = 0.1,
     ) -> None:
         self.instances = list(instances)
         self._score = score
+        self._race = race
         self._heap: list[tuple[float, int, SimRequest]] = []
         self._sequence = 0
         self._reserve_share = reserve_share
@@ -76,32 +79,16 @@ class Pool:
         """Hand out the head of the queue while some engine has room for it."""
         while self._heap:
             request = self._heap[0][2]
-            best: Instance | None = None
-            best_load = 0.0
-            for instance in self.instances:
-                if self.has_room(instance, request):
-                    load = backlog_ms(instance)
-                    if best is None or load < best_load:
-                        best, best_load = instance, load
-            if best is None:
+            able = [instance for instance in self.instances if self.has_room(instance, request)]
+            if not able:
                 return
             heappop(self._heap)
-            push(request, best)
+            push(request, self._race.first(able))
 
     def pull(self, instance: Instance, push: Callable[[SimRequest, Instance], None]) -> None:
         """Let one engine take from the head while it has room."""
         while self._heap and self.has_room(instance, self._heap[0][2]):
             push(heappop(self._heap)[2], instance)
-
-
-def backlog_ms(instance: Instance) -> float:
-    """Time of the next decode step plus the prefill that waits before it, ms."""
-    cost = instance.cost
-    return (
-        cost.beta_ms * instance.num_decodes
-        + cost.gamma_ms * instance.context_tokens
-        + cost.pi_ms * instance.pending_tokens
-    )
 
 
 class Central(Policy):
@@ -115,7 +102,7 @@ class Central(Policy):
         self._pool_of = {i.index: pool for pool in self._pools for i in pool.instances}
 
     def _make_pools(self) -> list[Pool]:
-        return [Pool(self.cluster.instances, score=self._score)]
+        return [Pool(self.cluster.instances, score=self._score, race=self.cluster.race)]
 
     def _score(self, request: SimRequest) -> float:
         return request.arrival_s
@@ -172,7 +159,7 @@ class TwoPool(Central):
     def _make_pools(self) -> list[Pool]:
         instances = self.cluster.instances
         short, long = instances[: self.num_short], instances[self.num_short :]
-        return [Pool(part, score=self._score) for part in (short, long)]
+        return [Pool(part, score=self._score, race=self.cluster.race) for part in (short, long)]
 
     def _pool_for(self, request: SimRequest) -> Pool:
         return self._pools[0 if request.prompt_tokens < self.threshold_tokens else 1]

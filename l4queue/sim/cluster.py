@@ -13,6 +13,7 @@ import numpy as np
 from l4queue.policy.cost import StepCost
 from l4queue.sim.instance import Instance
 from l4queue.sim.request import SimRequest
+from l4queue.sim.wake import WakeRace
 
 if TYPE_CHECKING:
     from l4queue.sim.policy import Policy
@@ -69,6 +70,7 @@ class Cluster:
         policy: Policy,
         rng: np.random.Generator,
         transfer: Transfer | None = None,
+        wake_jitter_ms: float = 0.0,
         observe: Callable[[Cluster], None] | None = None,
     ) -> None:
         self.requests = requests
@@ -76,6 +78,7 @@ class Cluster:
         self.instances = [Instance(i, cost=cost) for i in range(num_instances)]
         self.policy = policy
         self.rng = rng
+        self.race = WakeRace(rng, jitter_ms=wake_jitter_ms)
         self.transfer = transfer or Transfer()
         self.now_s = 0.0
         self.num_arrived = 0

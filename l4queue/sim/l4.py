@@ -16,7 +16,7 @@ from l4queue.policy.refine import refine
 from l4queue.policy.route import route
 from l4queue.policy.steady_state import Objective, PartitionSettings
 from l4queue.policy.steal import StealLimits, steal_waiting
-from l4queue.sim.central import Pool, backlog_ms
+from l4queue.sim.central import Pool
 from l4queue.sim.instance import Instance
 from l4queue.sim.policy import Policy
 from l4queue.sim.request import SimRequest
@@ -24,6 +24,7 @@ from l4queue.sim.running import Move, RunningSteals
 from l4queue.sim.stage_pool import StagePool
 from l4queue.sim.traffic import Traffic
 from l4queue.sim.views import load_of, score_of, worker_id
+from l4queue.sim.wake import backlog_ms
 
 __all__ = ("INGREDIENTS", "L4", "L4Options")
 
@@ -358,8 +359,8 @@ class L4(Policy):
 
     def _make_pool(self, members: Sequence[Instance]) -> Pool:
         if self._has["finish-first"]:
-            return StagePool(members, score=score_of, outputs=self.traffic.outputs)
-        return Pool(members, score=score_of)
+            return StagePool(members, score=score_of, race=self.cluster.race, outputs=self.traffic.outputs)
+        return Pool(members, score=score_of, race=self.cluster.race)
 
 
 def _with_ids(plan: Plan, instances: Sequence[Instance]) -> Plan:

@@ -85,7 +85,9 @@ def make_scorer(
         input_tokens=np.array([max(1, a.input_tokens) for a in record], dtype=np.int64),
         output_tokens=np.array([max(1, a.output_tokens) for a in record], dtype=np.int64),
     )
-    setting = Setting(cost=cost, num_instances=num_instances, transfer=transfer or Transfer())
+    setting = Setting(  # plans differ by what they are, not by who wakes first
+        cost=cost, num_instances=num_instances, transfer=transfer or Transfer(), wake_jitter_ms=0.0
+    )
     return _Replays(trace, setting, options or L4Options()).score
 
 

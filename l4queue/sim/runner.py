@@ -13,19 +13,24 @@ from l4queue.sim.cluster import Cluster, Transfer
 from l4queue.sim.metrics import Measured, SimResult, measure, summarize
 from l4queue.sim.policy import Policy
 from l4queue.sim.trace import Trace
+from l4queue.sim.wake import WAKE_JITTER_MS
 
 __all__ = ("Run", "Setting", "check_fits", "run_policy")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """Everything of a run but policy and trace. `warmup_share` of the arrivals are simulated, not counted."""
+    """Everything of a run but policy and trace. `warmup_share` of the arrivals are simulated, not counted.
+
+    `wake_jitter_ms` is how late a worker is that was woken, on average (`wake.WakeRace`).
+    """
 
     cost: StepCost
     num_instances: int
     seed: int = 0
     warmup_share: float = 0.0
     transfer: Transfer = field(default_factory=Transfer)
+    wake_jitter_ms: float = WAKE_JITTER_MS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +70,7 @@ def run_policy(
         policy=policy,
         rng=np.random.default_rng(setting.seed),
         transfer=setting.transfer,
+        wake_jitter_ms=setting.wake_jitter_ms,
         observe=observe,
     )
     cluster.run()

@@ -9,6 +9,7 @@ from l4queue.policy.room import bearable_prefill_ms
 from l4queue.sim.central import Pool
 from l4queue.sim.instance import Instance
 from l4queue.sim.request import SimRequest
+from l4queue.sim.wake import WakeRace
 
 __all__ = ("StagePool",)
 
@@ -19,9 +20,14 @@ class StagePool(Pool):
     __slots__ = ("_outputs",)
 
     def __init__(
-        self, instances: Sequence[Instance], *, score: Callable[[SimRequest], float], outputs: OutputLengths
+        self,
+        instances: Sequence[Instance],
+        *,
+        score: Callable[[SimRequest], float],
+        race: WakeRace,
+        outputs: OutputLengths,
     ) -> None:
-        super().__init__(instances, score=score)
+        super().__init__(instances, score=score, race=race)
         self._outputs = outputs
 
     def has_room(self, instance: Instance, request: SimRequest) -> bool:
