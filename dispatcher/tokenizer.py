@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from l4queue.errors import ConfigError
+from l4queue.pretrained import load_tokenizer
 from l4queue.protocol.records import unpack_ids
 from l4queue.tiny import build_tiny_tokenizer, cache_directory
 
@@ -41,12 +42,10 @@ class PromptTokenizer:
 
     def __init__(self, path: str, *, max_model_len: int) -> None:
         try:
-            from transformers import AutoTokenizer
+            source = build_tiny_tokenizer(cache_directory()) if path == "tiny" else path
+            self._tokenizer: Any = load_tokenizer(source)
         except ImportError as error:
             raise ConfigError("transformers is missing: install l4queue[dispatcher]") from error
-        try:
-            source = build_tiny_tokenizer(cache_directory()) if path == "tiny" else path
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(source)
         except (OSError, ValueError) as error:
             raise ConfigError(f"no tokenizer at {path!r}: set L4_MODEL or L4_TOKENIZER ({error})") from error
         self.max_model_len = max_model_len

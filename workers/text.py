@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from l4queue.errors import ConfigError
 from l4queue.models import SamplingParams
+from l4queue.pretrained import load_tokenizer
 
 __all__ = ("Piece", "StreamDecoder", "TextStream", "TokenDecoder", "no_text", "text_factory")
 
@@ -68,10 +69,8 @@ class StreamDecoder:
 
 def text_factory(path: str) -> Callable[[SamplingParams], TextStream]:
     """Makes the text of outputs with the tokenizer at `path`. ConfigError when there is none."""
-    from transformers import AutoTokenizer
-
     try:
-        backend = AutoTokenizer.from_pretrained(path).backend_tokenizer
+        backend = load_tokenizer(path).backend_tokenizer
     except (OSError, ValueError, AttributeError) as error:
         raise ConfigError(f"no fast tokenizer at {path!r}: set L4_MODEL or L4_TOKENIZER ({error})") from error
     return lambda params: TextStream(

@@ -27,8 +27,8 @@ _REDIS_TRY_S = 1.0
 _IMPORT_S = 120.0
 _TOKENIZER = """
 import sys
-from transformers import AutoTokenizer
-tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+from l4queue.pretrained import load_tokenizer
+tokenizer = load_tokenizer(sys.argv[1])
 print(len(tokenizer), tokenizer.is_fast)
 """
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from l4queue.pretrained import load_tokenizer
+
 __all__ = (
     "CHARS_PER_TOKEN",
     "LENGTH_CLASSES",
@@ -60,10 +62,8 @@ def real_text() -> str:
 
 def measured_chars_per_token(tokenizer_path: str) -> float:
     """Characters of this text per token with a model's own tokenizer; needs transformers."""
-    from transformers import AutoTokenizer
-
     text = real_text()
-    return len(text) / len(AutoTokenizer.from_pretrained(tokenizer_path)(text, verbose=False)["input_ids"])
+    return len(text) / len(load_tokenizer(tokenizer_path)(text, verbose=False)["input_ids"])
 
 
 def mixed_prompts(

@@ -1,0 +1,53 @@
+"""Tokenizers load as `AutoTokenizer` loads them, and without PyTorch where they are generic."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from l4queue.pretrained import load_tokenizer
+from l4queue.tiny import build_tiny_tokenizer, cache_directory
+
+_TEXTS = ["", "Grüße, 你好 🙂", " two  spaces", "<s>tag</s>", "x" * 1000]
+_LOAD = """
+import sys
+from l4queue.pretrained import load_tokenizer
+load_tokenizer(sys.argv[1])
+print("torch" in sys.modules)
+"""
+
+
+@pytest.fixture(scope="module")
+def generic() -> Path:
+    return build_tiny_tokenizer(cache_directory())
+
+
+def test_a_generic_tokenizer_is_what_auto_tokenizer_makes_of_it(generic: Path) -> None:
+    from transformers import AutoTokenizer
+
+    ours, theirs = load_tokenizer(generic), AutoTokenizer.from_pretrained(generic)
+    assert type(ours) is type(theirs)
+    assert ours(_TEXTS)["input_ids"] == theirs(_TEXTS)["input_ids"]
+    chat = [{"role": "user", "content": "hello"}]
+    rendered = [t.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for t in (ours, theirs)]
+    assert rendered[0] == rendered[1]
+
+
+@pytest.mark.parametrize("is_model", [False, True])
+def test_torch_is_imported_only_where_a_model_stands_beside(is_model: bool, generic: Path, tmp_path: Path) -> None:
+    """Its configuration may name another class of tokenizer."""
+    folder = shutil.copytree(generic, tmp_path / "tokenizer")
+    if is_model:
+        (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    done = subprocess.run([sys.executable, "-c", _LOAD, folder], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(is_model)
+
+
+def test_a_folder_without_a_tokenizer_is_an_error_that_its_callers_know(tmp_path: Path) -> None:
+    with pytest.raises((OSError, ValueError)):
+        load_tokenizer(tmp_path)
