@@ -110,8 +110,10 @@ class VllmEngine:
             "tensor_parallel_size": self._tensor_parallel,
             "gpu_memory_utilization": self._gpu_memory_share,
         }
-        if current_platform.is_cpu() and self._tensor_parallel == 1 and _bind_threads():
-            arguments["distributed_executor_backend"] = "uni"
+        if current_platform.is_cpu():
+            arguments["worker_cls"] = "workers.vllm_cpu.SeededCpuWorker"
+            if self._tensor_parallel == 1 and _bind_threads():
+                arguments["distributed_executor_backend"] = "uni"
         if self._max_batched_tokens is not None:
             arguments["max_num_batched_tokens"] = self._max_batched_tokens
         if self._desk is not None:

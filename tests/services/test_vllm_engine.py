@@ -272,6 +272,20 @@ async def test_a_seeded_request_goes_on_with_other_random_numbers(served: Served
     assert rests["derived"] == rests["again"] != rests["first"]
 
 
+async def test_seeded_prompts_in_chunks_draw_the_same_however_they_are_cut(served: Served) -> None:
+    """Alone in whole chunks, in what a neighbour leaves of a step, and with most of it in the prefix cache."""
+    params, ids = SamplingParams(seed=7, ignore_eos=True), prompt(71, 2 * served.info.max_batched_tokens + 90)
+    alone, _ = await served.one(ids, 12, params=params)
+    cached, _ = await served.one(ids, 12, params=params)
+    await served.add("before", prompt(72, served.info.max_batched_tokens + 33), 12, params=params)
+    await served.add("other", [*prompt(73, 16), *ids[16:]], 12, params=params)
+    others = await served.collect(["before", "other"])
+    again, _ = await served.one([*prompt(73, 16), *ids[16:]], 12, params=params)
+
+    assert alone == cached
+    assert others["other"][0] == again
+
+
 async def test_logprobs_are_the_model_s_and_go_on_after_a_cut(served: Served) -> None:
     """One for each token, with the most probable ones in order; against transformers, cut and uncut."""
     params = GREEDY.model_copy(update={"logprobs": 5})
