@@ -116,7 +116,7 @@ class WorkerState:
     @property
     def cost(self) -> StepCost:
         """The cost model in force: measured here once that is possible, else what was given."""
-        return self.calibrator.cost()
+        return self.calibrator.cost
 
     def measured_cost(self) -> StepCost | None:
         """The cost model of this very engine; None until it has seen enough steps."""
@@ -124,7 +124,7 @@ class WorkerState:
         if records and self.settings.metrics_port:
             self.steps.add(records, self.cost)
         self.calibrator = self.calibrator.update(records)
-        return self.calibrator.cost() if self.calibrator.is_identified else None
+        return self.calibrator.cost if self.calibrator.is_identified else None
 
     def engine_started(self, info: EngineInfo) -> None:
         """Take over the engine's own limits."""

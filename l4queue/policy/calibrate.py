@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TypeAlias
 
 import numpy as np
@@ -24,9 +25,9 @@ Floats: TypeAlias = npt.NDArray[np.float64]
 SIZE = len(COEFFICIENTS)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)  # no slots: `cost` is solved once
 class Calibrator:
-    """A value: `update` returns the next one. `cost()` is the prior until enough steps have been seen.
+    """A value: `update` returns the next one. `cost` is the prior until enough steps have been seen.
 
     `half_life_steps` says how fast old steps are forgotten, `prior_steps` how many steps the prior is worth,
     `min_steps` how many (decayed) steps are needed. A step slower or faster than expected by more than
@@ -50,10 +51,13 @@ class Calibrator:
 
     def update(self, records: Iterable[StepSample]) -> Calibrator:
         """Take in measured steps, oldest first. Coefficients are solved once per call, not once per step."""
+        records = list(records)
+        if not records:
+            return self
         gram = np.zeros((SIZE, SIZE)) if self.gram is None else self.gram.copy()
         moment = np.zeros(SIZE) if self.moment is None else self.moment.copy()
         keep = 0.5 ** (1.0 / self.half_life_steps)
-        now, prior = self.cost(), self.prior
+        now, prior = self.cost, self.prior
         weight, ratio, usual = self.weight, self.log_ratio, self.usual_error
         seen, dropped = self.num_steps, self.num_dropped
         is_known = self.is_identified
@@ -90,9 +94,10 @@ class Calibrator:
 
     @property
     def is_identified(self) -> bool:
-        """Whether `cost()` is the worker's own."""
+        """Whether `cost` is the worker's own."""
         return self.gram is not None and self.weight >= self.min_steps
 
+    @cached_property
     def cost(self) -> StepCost:
         """Coefficients in force; limits are always those of the prior."""
         if not self.is_identified or self.gram is None or self.moment is None:

@@ -137,15 +137,15 @@ def test_steps_that_cannot_be_are_refused() -> None:
 def test_calibration_moves_from_the_prior_to_what_is_measured() -> None:
     """A machine 6 to 80 times slower is known after 400 steps to within 10 %, with 2 % of wild outliers."""
     state = Calibrator(prior=H100)
-    assert state.cost() == H100
+    assert state.cost == H100
 
     for part in range(8):
         state = state.update(_records(SLOW, 50, seed=10 + part, outliers=0.02))
 
     assert state.is_identified
     assert state.num_steps == 400
-    assert _worst(state.cost(), SLOW) < 0.10
-    assert state.cost().kv_capacity_tokens == H100.kv_capacity_tokens
+    assert _worst(state.cost, SLOW) < 0.10
+    assert state.cost.kv_capacity_tokens == H100.kv_capacity_tokens
 
 
 def test_calibration_is_not_led_astray_by_steps_that_seem_to_take_no_time() -> None:
@@ -157,7 +157,7 @@ def test_calibration_is_not_led_astray_by_steps_that_seem_to_take_no_time() -> N
     for first in range(0, len(odd), 100):
         state = state.update(odd[first : first + 100])
 
-    assert _worst(state.cost(), SLOW) < 0.10
+    assert _worst(state.cost, SLOW) < 0.10
 
 
 def test_calibration_forgets_an_engine_that_has_changed() -> None:
@@ -168,7 +168,7 @@ def test_calibration_forgets_an_engine_that_has_changed() -> None:
     for part in range(10):
         state = state.update(_records(slower, 200, seed=30 + part))
 
-    assert _worst(state.cost(), slower) < 0.12
+    assert _worst(state.cost, slower) < 0.12
 
 
 def test_what_the_steps_do_not_show_stays_at_the_prior_scaled_to_the_speed_seen() -> None:
@@ -176,7 +176,7 @@ def test_what_the_steps_do_not_show_stays_at_the_prior_scaled_to_the_speed_seen(
     ten = replace(H100, **{k: 10 * v for k, v in H100.to_dict().items() if k.endswith("_ms")})
     records = [r for r in _records(ten, 600, seed=5, noise=0.01) if r.prefill_tokens == 0]
 
-    cost = Calibrator(prior=H100).update(records).cost()
+    cost = Calibrator(prior=H100).update(records).cost
 
     assert cost.pi_ms == pytest.approx(10 * H100.pi_ms, rel=0.1)
     assert cost.psi_ms == pytest.approx(10 * H100.psi_ms, rel=0.1)
@@ -190,10 +190,10 @@ def test_calibration_is_a_value_and_drops_what_cannot_be() -> None:
     after = state.update(bad)
 
     assert (after.num_dropped, after.num_steps, state.num_dropped) == (3, 0, 0)
-    assert after.cost() == H100
+    assert after.cost == H100
     few = state.update(_records(SLOW, 10, seed=1))
     assert not few.is_identified
-    assert few.cost() == H100
+    assert few.cost == H100
 
 
 def test_all_shipped_coefficients_load_and_say_where_they_come_from() -> None:
