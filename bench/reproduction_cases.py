@@ -93,6 +93,8 @@ class Spec:
     slo: str | None = None
     #: a plan of two stages that stays: boundary in tokens, workers below it
     fixed: tuple[int, int] | None = None
+    #: the first share of the arrivals, served and not counted
+    warmup_share: float = 0.0
 
     @property
     def key(self) -> str:
@@ -209,7 +211,7 @@ def simulate(spec: Spec) -> SimResult:
         bandwidth_bytes_per_s=None if spec.gb_per_s is None else spec.gb_per_s * 1e9,
         kv_bytes_per_token=coefficients.kv_bytes_per_token,
     )
-    setting = Setting(cost=cost, num_instances=NUM_INSTANCES, transfer=transfer)
+    setting = Setting(cost=cost, num_instances=NUM_INSTANCES, transfer=transfer, warmup_share=spec.warmup_share)
     options = L4Options(objective=spec.objective, without=frozenset(spec.without))
     if spec.fixed is not None:
         return run_policy(L4(options, fixed=two_stages(*spec.fixed)), trace, setting).result

@@ -38,6 +38,7 @@ ABLATED = (
 )
 SIGMAS = (0.0, 1.0, 10.0)
 BANDWIDTHS = (None, 5.0, 50.0)
+WARMUP_SHARE = 0.2
 HINDSIGHT_TOKENS = (1024, 2048, 4096, 5793, 8192, 11585, 13777, 16384, 23170, 32768)
 HINDSIGHT_WORKERS = tuple(range(1, 12))
 #: the project's own floors: against round robin, against the best length-blind policy
@@ -72,6 +73,7 @@ class Grid:
         self.ablated = [w for w in self.first if w.case in ablated] or self.tailed
         self.skewed = self.tailed[:1]
         self.served = [w for w in self.first if w.case in (PAPER, "mixed", MIXED_SYNTHETIC)]
+        self.warmed = [w for w in self.windows if w.case in ("mixed", MIXED_SYNTHETIC)]
 
     def variants(self, window: Spec) -> dict[str, Spec]:
         """Further runs of l4 that a table of this window shows."""
@@ -102,6 +104,8 @@ class Grid:
             yield from self.speeds(window) if window in self.ablated else ()
         for window in self.first:
             yield replace(window, policy="two-pool")
+        for window in self.warmed:
+            yield from self.warm(window)
 
     def compared(self, window: Spec) -> list[Spec]:
         """Every online policy."""
@@ -114,6 +118,11 @@ class Grid:
     def speeds(self, window: Spec) -> list[Spec]:
         """l4 with each way of hand-over."""
         return [replace(window, gb_per_s=speed) for speed in BANDWIDTHS]
+
+    def warm(self, window: Spec) -> list[Spec]:
+        """The same, not counted until l4 has had time for a plan; l4 with `--objective mean` last."""
+        late = replace(window, warmup_share=WARMUP_SHARE)
+        return [*(replace(late, policy=name) for name in (*LENGTH_BLIND, "l4")), replace(late, objective="mean")]
 
     def limits(self, window: Spec) -> list[Spec]:
         """The search for the largest load within the service level."""
@@ -133,6 +142,7 @@ class Grid:
         self.tailed = [w for w in self.tailed if w in self.windows]
         self.ablated = [w for w in self.ablated if w in self.windows and have(self.without(w))]
         self.served = [w for w in self.served if w in self.windows and have(self.limits(w))]
+        self.warmed = [w for w in self.warmed if w in self.windows and have(self.warm(w))]
         self.skewed = [w for w in self.skewed if w in self.windows and have(self.skews(w))]
 
     def hindsight(self, results: Results) -> Iterator[Spec]:

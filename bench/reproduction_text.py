@@ -14,6 +14,7 @@ from reproduction_grid import (
     SHOWN,
     SIGMAS,
     SWEEP,
+    WARMUP_SHARE,
     Grid,
     blind,
     long_s,
@@ -38,6 +39,7 @@ class Report:
         title = "Floors: windows that were looked at while constants were chosen, 85 % load"
         yield from self._summary(title, grid.windows)
         yield from self._hindsight()
+        yield from self._warm() if grid.warmed else ()
         yield from self._summary("Traffic that nothing was tuned on, 85 % load", grid.fresh)
         if have(s for w in grid.first for load in LOADS for s in grid.compared(replace(w, load=load))):
             yield from self._loads()
@@ -145,6 +147,28 @@ class Report:
                     f"| {long_s(r) / long_s(best):.3f} |"
                 )
             yield ""
+
+    def _warm(self) -> Iterator[str]:
+        yield from (
+            "## What the time until the first plan costs",
+            "",
+            "Mean end to end as a multiple of the best length-blind policy, 85 % load, of all requests and without the "
+            f"first {WARMUP_SHARE:.0%} of the arrivals, which are served and not counted. `l4` begins each window "
+            "without a plan; a deployment that was stopped and started keeps its last one.",
+            "",
+            "| traffic | offset | `balanced`, all | without the first | `mean`, all | without the first |",
+            "|---|---|---|---|---|---|",
+        )
+        for window in self.grid.warmed:
+            cells = []
+            for objective in ("balanced", "mean"):
+                for share in (0.0, WARMUP_SHARE):
+                    counted = replace(window, warmup_share=share)
+                    best = blind(self.results.of(counted, LENGTH_BLIND))
+                    own = self.results[replace(counted, objective=objective)]
+                    cells.append(f"{own.mean_e2e_s / best.mean_e2e_s:.3f}")
+            yield f"| {window.case} | {window.offset:.2f} | " + " | ".join(cells) + " |"
+        yield ""
 
     def _loads(self) -> Iterator[str]:
         loads = sorted((0.85, *LOADS))
