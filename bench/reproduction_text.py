@@ -152,9 +152,9 @@ class Report:
         yield from (
             "## What the time until the first plan costs",
             "",
-            "Mean end to end as a multiple of the best length-blind policy, 85 % load, of all requests and without the "
-            f"first {WARMUP_SHARE:.0%} of the arrivals, which are served and not counted. `l4` begins each window "
-            "without a plan; a deployment that was stopped and started keeps its last one.",
+            "Mean end to end as a multiple of the best length-blind policy, 85 % load: of all requests, and "
+            f"without the first {WARMUP_SHARE:.0%} of the arrivals, which are served and not counted. `l4` begins "
+            "each window without a plan; a deployment that was stopped and started keeps its last one.",
             "",
             "| traffic | offset | `balanced`, all | without the first | `mean`, all | without the first |",
             "|---|---|---|---|---|---|",

@@ -56,6 +56,7 @@ def measure(trace: Trace, policy: str, *, num_instances: int, rate_scale: float)
         policy=made,
         rng=np.random.default_rng(0),
         transfer=transfer,
+        wake_jitter_ms=setting.wake_jitter_ms,
     )
     started_s = time.perf_counter()
     cluster.run()
