@@ -11,7 +11,6 @@ from l4queue.policy.cost import StepCost
 from l4queue.policy.loads import decode_step_ms
 
 __all__ = (
-    "GIVE_WAY_MOST_MS",
     "UNBOUNDED_TOKENS",
     "BackgroundRoom",
     "Pull",
@@ -29,7 +28,7 @@ UNBOUNDED_TOKENS = 2**53
 _PATIENCE = 4.0
 """At most a fifth of the engine's time is given up. Of 1, 3, 4, 5, 6 in simulation: below 3 the long prompts of
 mooncake_conversation empty batches on H100 that would fill again; from 5 on less is won on CPU engines."""
-GIVE_WAY_MOST_MS = 50.0
+_GIVE_WAY_MOST_MS = 50.0
 """A pending prefill may take much longer. In nine windows simulated on 16 H100 with wake-ups 10 ms late, 25 costs
 1.5 % of the mean, and pauses of half or a quarter of the difference cost 4 and 3 %."""
 
@@ -126,7 +125,7 @@ def give_way_ms(batch_ms: float, *, lightest_ms: float) -> float:
     and with these pauses it does as far as wake-ups are punctual, though the others' loads (`lightest_ms` is the
     least of them) are known as of a while ago only: an error there shifts all pauses alike.
     """
-    return min(max(0.0, batch_ms - lightest_ms), GIVE_WAY_MOST_MS)
+    return min(max(0.0, batch_ms - lightest_ms), _GIVE_WAY_MOST_MS)
 
 
 def _longest_tokens(prefill_ms: float, cost: StepCost) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from l4queue.policy.room import GIVE_WAY_MOST_MS
+from l4queue.policy.room import give_way_ms
 from l4queue.sim.instance import Instance
 
 __all__ = ("WAKE_JITTER_MS", "WakeRace", "backlog_ms")
@@ -41,6 +41,9 @@ class WakeRace:
         """One of these, of which there is at least one; of equals the one that stands first."""
         if not self._jitter_ms or len(able) == 1:
             return min(able, key=backlog_ms)
-        before = np.array([backlog_ms(instance) for instance in able])
-        pauses = np.minimum(before - before.min(), GIVE_WAY_MOST_MS)
-        return able[int((pauses + self._rng.exponential(self._jitter_ms, len(able))).argmin())]
+        late = self._rng.exponential(self._jitter_ms, len(able)).tolist()
+        before = [backlog_ms(instance) for instance in able]
+        lightest_ms = min(before)
+        pauses = (give_way_ms(batch_ms, lightest_ms=lightest_ms) for batch_ms in before)
+        woken = [pause_ms + late_ms for pause_ms, late_ms in zip(pauses, late, strict=True)]
+        return able[woken.index(min(woken))]
