@@ -37,6 +37,7 @@ from l4queue.sim.l4 import L4, L4Options
 from l4queue.sim.metrics import Measured, SimResult, summarize
 from l4queue.sim.plots import require_matplotlib, save_figure
 from l4queue.sim.policy import Policy
+from l4queue.sim.replay import MAX_ARRIVALS
 from l4queue.sim.request import SimRequest
 from l4queue.sim.runner import Setting, run_policy
 from l4queue.sim.shadow import prove_recent
@@ -58,7 +59,6 @@ FIGURES = (
     ("long 5 %, s", "long.mean_e2e_s", 2),
 )
 MOVES = ("num_handovers", "num_steals", "num_preemptions")
-_RECENT = 1000  # as dispatcher/replan.py has it: finished requests that a plan is replayed on
 CROWDED_JITTER_MS = 10.0
 """Sixteen workers on two cores: of 0, 1, 3, 10, 30, 100 and 1000 what brings the runs of 2026-11-24 nearest."""
 _TIMES = ("arrival_s", "finish_s", "e2e_s", "ttft_s", "tpot_s")
@@ -162,7 +162,7 @@ def _policy(live: Mapping[str, Any], setting: Mapping[str, Any], *, speed: float
         min_gain=settings["plan_min_gain"],
     )
     policy = L4(options, prove=prove_recent)
-    policy.traffic.recent = deque(maxlen=_RECENT)
+    policy.traffic.recent = deque(maxlen=MAX_ARRIVALS)
     return policy
 
 

@@ -12,7 +12,7 @@ from l4queue.sim.instance import Instance
 __all__ = ("WAKE_JITTER_MS", "WakeRace", "backlog_ms")
 
 WAKE_JITTER_MS = 1.0
-"""How late a worker is that was woken, where it has a core to itself (docs/simulator.md)."""
+"""An assumption for workers that have a core each (docs/simulator.md)."""
 
 
 def backlog_ms(instance: Instance) -> float:
