@@ -21,8 +21,8 @@ from l4queue.cli.bench_traffic import bench_trace
 from l4queue.models import Plan
 from l4queue.policy.coefficients import read_coefficients
 from l4queue.policy.cost import StepCost
+from l4queue.policy.prices import MovePrice
 from l4queue.sim.capacity import capacity_rps
-from l4queue.sim.cluster import Transfer
 from l4queue.sim.l4 import L4, L4Options
 from l4queue.sim.policies import make_policy
 from l4queue.sim.runner import Run, Setting, run_policy
@@ -69,9 +69,9 @@ def l4_run(trace: Trace, setting: Setting) -> Run:
 def follow(num_instances: int, *, slower: float, load: float, duration_s: float, seed: int) -> list[str]:
     """One row for each part."""
     coefficients = read_coefficients(GPU, MODEL)
-    transfer = Transfer(bandwidth_bytes_per_s=50e9, kv_bytes_per_token=coefficients.kv_bytes_per_token)
+    price = MovePrice(bandwidth_bytes_per_s=50e9, kv_bytes_per_token=coefficients.kv_bytes_per_token)
     cost = slowed(coefficients.cost, slower)
-    setting = Setting(cost=cost, num_instances=num_instances, transfer=transfer)
+    setting = Setting(cost=cost, num_instances=num_instances, price=price)
     third_s = duration_s / PARTS
     probe = bench_trace(None, "flip", rate=50.0, duration_s=600.0, seed=seed)
     rates = [

@@ -30,9 +30,9 @@ from l4queue.cli.bench_traffic import bench_trace
 from l4queue.models import Plan, Routing, StagePlan
 from l4queue.policy.coefficients import read_coefficients
 from l4queue.policy.plan_json import split_of
+from l4queue.policy.prices import MovePrice
 from l4queue.policy.push import PUSHING, Outstanding, push
 from l4queue.sim.central import Central, CentralSjf
-from l4queue.sim.cluster import Transfer
 from l4queue.sim.l4 import L4, L4Options
 from l4queue.sim.metrics import Measured, SimResult, summarize
 from l4queue.sim.plots import require_matplotlib, save_figure
@@ -188,7 +188,8 @@ def _simulate(
     elif settings["max_running"] < cost.max_num_seqs:
         raise SystemExit(f"L4_MAX_RUNNING was {settings['max_running']}: the engines allow {cost.max_num_seqs}")
     bandwidth = settings["emulated_kv_bytes_per_s"] or None
-    transfer = Transfer(bandwidth_bytes_per_s=bandwidth, kv_bytes_per_token=coefficients.kv_bytes_per_token)
+    price = MovePrice(bandwidth_bytes_per_s=bandwidth, kv_bytes_per_token=coefficients.kv_bytes_per_token)
+    price = replace(price, fixed_ms=price.fixed_ms / speed)
     run = run_policy(
         policy,
         trace.scaled(speed),
@@ -196,7 +197,7 @@ def _simulate(
             cost=cost,
             num_instances=setting["num_workers"],
             seed=setting["seed"],
-            transfer=transfer,
+            price=price,
             wake_jitter_ms=jitter_ms / speed,
         ),
     )

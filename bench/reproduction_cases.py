@@ -21,8 +21,8 @@ import l4queue
 from l4queue.cli.progress import progress_bars
 from l4queue.models import Plan, StagePlan
 from l4queue.policy.coefficients import read_coefficients
+from l4queue.policy.prices import MovePrice
 from l4queue.sim.capacity import capacity_rps, meets, parse_slo
-from l4queue.sim.cluster import Transfer
 from l4queue.sim.l4 import L4, L4Options
 from l4queue.sim.metrics import ClassResult, SimResult
 from l4queue.sim.policies import make_policy
@@ -207,11 +207,11 @@ def simulate(spec: Spec) -> SimResult:
         cost = replace(cost, sigma_ms=0.0)
     trace = traffic(spec.case, spec.offset)
     trace = trace.scaled(spec.load * capacity(spec.case, spec.offset) / trace.rate_rps)
-    transfer = Transfer(
+    price = MovePrice(
         bandwidth_bytes_per_s=None if spec.gb_per_s is None else spec.gb_per_s * 1e9,
         kv_bytes_per_token=coefficients.kv_bytes_per_token,
     )
-    setting = Setting(cost=cost, num_instances=NUM_INSTANCES, transfer=transfer, warmup_share=spec.warmup_share)
+    setting = Setting(cost=cost, num_instances=NUM_INSTANCES, price=price, warmup_share=spec.warmup_share)
     options = L4Options(objective=spec.objective, without=frozenset(spec.without))
     if spec.fixed is not None:
         return run_policy(L4(options, fixed=two_stages(*spec.fixed)), trace, setting).result

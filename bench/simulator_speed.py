@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from l4queue.policy.coefficients import read_coefficients
-from l4queue.sim.cluster import Cluster, Transfer
+from l4queue.policy.prices import MovePrice
+from l4queue.sim.cluster import Cluster
 from l4queue.sim.policies import make_policy
 from l4queue.sim.runner import Setting
 from l4queue.sim.trace import Trace, read_trace
@@ -45,8 +46,8 @@ def hour() -> Trace:
 def measure(trace: Trace, policy: str, *, num_instances: int, rate_scale: float) -> dict[str, float | int | str]:
     """Wall-clock time of one run, with the engine steps that it stands for."""
     coefficients = read_coefficients("h100", "llama-3.1-8b")
-    transfer = Transfer(bandwidth_bytes_per_s=50e9, kv_bytes_per_token=coefficients.kv_bytes_per_token)
-    setting = Setting(cost=coefficients.cost, num_instances=num_instances, transfer=transfer)
+    price = MovePrice(bandwidth_bytes_per_s=50e9, kv_bytes_per_token=coefficients.kv_bytes_per_token)
+    setting = Setting(cost=coefficients.cost, num_instances=num_instances, price=price)
     scaled = trace.scaled(rate_scale)
     made = make_policy(policy, trace=scaled, setting=setting)
     cluster = Cluster(
@@ -55,7 +56,7 @@ def measure(trace: Trace, policy: str, *, num_instances: int, rate_scale: float)
         num_instances=num_instances,
         policy=made,
         rng=np.random.default_rng(0),
-        transfer=transfer,
+        price=price,
         wake_jitter_ms=setting.wake_jitter_ms,
     )
     started_s = time.perf_counter()

@@ -138,7 +138,7 @@ def _totals(families: Families, counts: Mapping[str, int]) -> None:
         labels=("reason",),
     )
     families.counter("steals", "Requests that an idle worker took over", steals, labels=("kind",))
-    families.counter("handovers", "Running requests that outgrew their stage and moved on", total("handovers"))
+    families.counter("handovers", "Running requests that outgrew a stage or left a prefill", total("handovers"))
     families.summary("resume_gap_seconds", "For how long a moved request made no token", gaps)
     families.counter("repairs", "Records mended; each is an alarm", total("repairs"))
     families.counter("output_tokens", "Tokens of finished requests", total("output_tokens"))

@@ -25,7 +25,6 @@ from l4queue.protocol.keys import Keys
 from l4queue.protocol.overview import Overview, cost_in_force, price_in_force, read_overview_async
 from l4queue.protocol.reads import FinishedRequest, Reads
 from l4queue.protocol.upkeep import Upkeep
-from l4queue.sim.cluster import Transfer
 from l4queue.sim.l4 import L4Options
 from l4queue.sim.replay import MAX_ARRIVALS, Arrival, Changed, make_scorer
 from l4queue.sim.shadow import decide, why_settled
@@ -252,12 +251,9 @@ def _scorer(
         arrivals,
         cost=snapshot.cost,
         num_instances=len(snapshot.loads),
-        transfer=Transfer(
-            bandwidth_bytes_per_s=known.price.bandwidth_bytes_per_s,
-            kv_bytes_per_token=known.price.kv_bytes_per_token,
-        ),
+        price=known.price,
         options=L4Options(
-            without=frozenset() if settings.hand_over else frozenset({"hand-over"}),
+            without=frozenset() if settings.hand_over else frozenset({"hand-over", "escape"}),
             steal=StealLimits(steal_from=StealFrom(settings.steal_from)),
         ),
         changed=Changed(begun_s=known.learned.begun_s, demand=snapshot.demand, buckets=snapshot.buckets),

@@ -96,7 +96,10 @@ class Settings(BaseSettings):
     replan_interval_s: float = Field(10.0, gt=0, description="period of the planner, s")
     demand_half_life_s: float = Field(120.0, gt=0, description="traffic older than this has half its weight, s")
     refine_interval_s: float = Field(2.0, gt=0, description="period in which boundaries are nudged, s")
-    hand_over: bool = Field(True, description="running requests move on when they have outgrown their stage")
+    hand_over: bool = Field(
+        True,
+        description="running requests move on when they outgrow a stage, and away from prefills",
+    )
     steal_from: Literal["any", "shorter", "none"] = Field(
         "any", description="stages that an idle worker steals from; shorter: best mean, worst tail"
     )

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pydantic import ValidationError
 
 from l4queue.models import RequestState, Routing
+from l4queue.policy.handover import look_again_at
 from l4queue.policy.loads import batch_ms
 from l4queue.policy.room import UNBOUNDED_TOKENS, Room, RoomLimits, give_way_ms, room_of
 from l4queue.policy.steal import Steal, steal_waiting
@@ -196,7 +197,7 @@ class Intake:
             if session is None or await self._rollback.is_second(session):
                 continue
             state.sessions[session.engine_id] = session
-            session.watch_tokens = state.high_tokens
+            session.watch_tokens = _first_watch(session, state.high_tokens)
             state.observer.request_started(state.view(session))
             if session.has_ended:
                 ended.append(session)
@@ -221,3 +222,10 @@ class Intake:
             return None
         session.resume(entries, eos_token_ids=state.engine_info.eos_token_ids)
         return session
+
+
+def _first_watch(session: Session, high_tokens: int | None) -> int | None:
+    """Length at which moving it is thought about: the end of the range; much later if it was moved beyond that."""
+    if high_tokens is not None and session.came_from and session.length_tokens >= high_tokens:
+        return look_again_at(session.length_tokens)
+    return high_tokens

@@ -1,17 +1,18 @@
-"""Moving running requests: on when they have outgrown the stage, away when a sibling with room asks."""
+"""Moving running requests: on when they have outgrown the stage, away from a long prefill or to whoever asks."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import logging
+import random
 from collections.abc import Iterable
 from dataclasses import asdict
 from typing import NoReturn
 
 from l4queue.models import Routing, WorkerLoad
+from l4queue.policy.escape import NUM_REFUGES, REST_MS, Refuge, escapes, has_prefill
 from l4queue.policy.handover import decide_handover, least_loaded, look_again_at, next_stage
-from l4queue.policy.loads import StageLoad, prefill_ahead_ms
 from l4queue.policy.steal import Ask, RunningRequest, ask, bid, choose_victim, match
 from l4queue.protocol.calls import Move, MoveKind
 from l4queue.protocol.keys import personal_stage
@@ -41,13 +42,46 @@ class Mover:
             session.watch_tokens = self._state.high_tokens
 
     def look(self, sessions: Iterable[Session]) -> None:
-        """Hand over what has outgrown the stage, if that pays."""
+        """Hand over what has outgrown the stage, and what a prefill would hold up, if that pays."""
         for session in sessions:
             watch = session.watch_tokens
             if watch is None or session.length_tokens < watch or not session.may_move:
                 continue
             if self._state.plan.routing is Routing.L4 and len(self._moves) < self._state.steal_limits.max_moves:
                 self._consider(session)
+        self.escape()
+
+    def escape(self) -> None:
+        """Move running requests away from prefill that is before them here, to siblings with less."""
+        state, outlook = self._state, self._state.outlook
+        if state.plan.routing is not Routing.L4 or not state.settings.hand_over:
+            return
+        if len(self._moves) >= state.steal_limits.max_moves:
+            return
+        if not has_prefill(state.pending_prefill_tokens, state.cost):
+            return
+        here = state.load()
+        rested_s = asyncio.get_running_loop().time() - REST_MS / 1000
+        by_id = {
+            session.request_id: session
+            for session in state.sessions.values()
+            if session.may_move and not (session.came_from and session.started_s > rested_s)
+        }
+        others = outlook.others() if by_id else []
+        drawn = random.sample(others, min(NUM_REFUGES, len(others)))
+        for escape in escapes(
+            [self._running(session) for session in by_id.values()],
+            here=here,
+            ahead_ms=self._ahead_ms(here),
+            refuges=[Refuge(load=load, ahead_ms=self._ahead_ms(load)) for load in drawn],
+            moves_in_flight=len(self._moves),
+            cost=state.cost,
+            price=state.move_price,
+            limits=state.steal_limits,
+        ):
+            state.num_handed_over += 1
+            move = Move(kind=MoveKind.ESCAPE, benefit_ms=escape.benefit_ms, cost_ms=escape.cost_ms)
+            self._begin(by_id[escape.request_id], escape.target_id, move)
 
     async def ask_once(self) -> None:
         """With room and nothing waiting anywhere: ask the most overloaded sibling for running requests."""
@@ -108,7 +142,6 @@ class Mover:
         siblings = state.outlook.others(stage=stage)
         there = least_loaded(siblings, cost=state.cost, holders=(session.came_from,))
         here = state.load()
-        stages = {load.stage: load for load in state.outlook.stage_loads(cost=state.cost)}
         decision = decide_handover(
             session.length_tokens,
             high_tokens=state.high_tokens,
@@ -117,8 +150,8 @@ class Mover:
             there=there,
             cost=state.cost,
             price=state.move_price,
-            ahead_here_ms=self._ahead_ms(here, stages.get(state.stage)),
-            ahead_there_ms=self._ahead_ms(there, stages.get(stage)),
+            ahead_here_ms=self._ahead_ms(here),
+            ahead_there_ms=self._ahead_ms(there) if there else 0.0,
         )
         if not decision.is_move or there is None:
             session.watch_tokens = look_again_at(session.length_tokens)
@@ -127,17 +160,10 @@ class Mover:
         move = Move(kind=MoveKind.HANDOVER, benefit_ms=decision.benefit_ms, cost_ms=decision.cost_ms)
         self._begin(session, there.worker_id, move)
 
-    def _ahead_ms(self, load: WorkerLoad | None, stage: StageLoad | None) -> float:
+    def _ahead_ms(self, load: WorkerLoad) -> float:
         """Prefill before what that worker runs, by what is known of its stage's queue."""
-        if load is None or stage is None:
-            return 0.0
-        return prefill_ahead_ms(
-            load,
-            queued_requests=stage.queued_requests,
-            queued_tokens=stage.queued_tokens,
-            num_workers=stage.num_workers,
-            cost=self._state.cost,
-        )
+        outlook = self._state.outlook
+        return outlook.ahead_ms(load.pending_prefill_tokens, outlook.stage_of(load), cost=self._state.cost)
 
     def _begin(self, session: Session, target_id: str, move: Move) -> None:
         session.is_moving = True

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections import Counter
 
 from l4queue.config import Settings
 from l4queue.models import Plan, WorkerLoad
 from l4queue.policy.assign import stage_for_newcomer
 from l4queue.policy.cost import StepCost
-from l4queue.policy.loads import StageLoad, batch_ms
+from l4queue.policy.loads import StageLoad, batch_ms, prefill_ahead_ms
 from l4queue.policy.outputs import OutputLengths
 from l4queue.protocol.door import AsyncDoor
 from l4queue.protocol.keys import Keys
@@ -35,6 +36,7 @@ class Outlook:
         self._lightest: tuple[Overview | None, int, float] = (None, -1, math.inf)
         self._newcomer: tuple[int, int] | None = None
         self._looking = asyncio.Lock()  # what finished is counted once
+        self._num_able: Counter[int] = Counter()
         self.overview: Overview | None = None
         self.outputs = OutputLengths()
 
@@ -48,6 +50,7 @@ class Outlook:
         """Look at plan, workers and queues, and at what has finished since the last look."""
         async with self._looking:
             self.overview = overview = await read_overview_async(self._door, self._namespace)
+            self._num_able = Counter(self.stage_of(w) for w in overview.workers if not w.is_draining)
             self._finished_id, lengths = await self._door.run(self._reads.output_lengths(after=self._finished_id))
             self.outputs.add(lengths)
         return overview
@@ -55,7 +58,7 @@ class Outlook:
     def others(self, *, stage: int | None = None) -> list[WorkerLoad]:
         """The other workers, of one stage or of all."""
         found = self.overview.workers if self.overview else ()
-        return [w for w in found if w.worker_id != self._worker_id and stage in (None, self._stage_of(w))]
+        return [w for w in found if w.worker_id != self._worker_id and stage in (None, self.stage_of(w))]
 
     def lightest_ms(self, stage: int, *, cost: StepCost) -> float:
         """The least that another worker of this stage had before it; infinite where there is none."""
@@ -65,6 +68,19 @@ class Outlook:
             found_ms = min(loads, default=math.inf)
             self._lightest = (self.overview, stage, found_ms)
         return found_ms
+
+    def ahead_ms(self, pending_tokens: int, stage: int, *, cost: StepCost) -> float:
+        """Prefill before what a worker of this stage runs that has so many tokens pending in its engine, ms."""
+        if self.overview is None:
+            return cost.prefill_ms(pending_tokens)
+        queue = self.overview.in_play(str(stage), quiet_ms=self._quiet_ms)
+        return prefill_ahead_ms(
+            pending_tokens,
+            queued_requests=queue.num_requests if queue else 0,
+            queued_tokens=queue.tokens if queue else 0,
+            num_workers=self._num_able[stage],
+            cost=cost,
+        )
 
     @property
     def num_waiting(self) -> int:
@@ -100,7 +116,7 @@ class Outlook:
             self._newcomer = (plan.version, chosen.stage)
         return self._newcomer[1]
 
-    def _stage_of(self, worker: WorkerLoad) -> int:
+    def stage_of(self, worker: WorkerLoad) -> int:
         """By the plan, even if the worker's latest news is older than that."""
         known = self.overview.plan.stage_of_worker(worker.worker_id) if self.overview else None
         return worker.stage if known is None else known

@@ -201,8 +201,9 @@ class WorkerState:
 
     @property
     def pending_prefill_tokens(self) -> int:
-        """Prompt tokens of the requests here that have no token yet."""
-        return sum(s.length_tokens for s in list(self.sessions.values()) if s.awaits_first_token)
+        """Tokens of the requests here that have no token yet, without those that bring their KV cache."""
+        waiting = (s for s in list(self.sessions.values()) if s.awaits_first_token and not s.grant.kv)
+        return sum(session.length_tokens for session in waiting)
 
     def expected_remaining(self, session: Session) -> float:
         """Tokens it still generates: all where nothing else ends the output, else by what others went on to."""

@@ -156,6 +156,8 @@ class Worker:
             self.state.nudge.clear()
             await self._rollback.look()
             has_taken = await self._intake.pull_once() > 0
+            if has_taken:
+                self._mover.escape()
             try:
                 # Not wait_for: in Python 3.11 it swallows a cancellation that meets a nudge, and the drain
                 # would wait for this loop for ever.

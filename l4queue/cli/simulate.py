@@ -185,8 +185,8 @@ def _make_study(
 ) -> Study:
     from l4queue.errors import ConfigError
     from l4queue.policy.coefficients import read_coefficients
+    from l4queue.policy.prices import MovePrice
     from l4queue.sim.capacity import capacity_rps
-    from l4queue.sim.cluster import Transfer
     from l4queue.sim.l4 import L4Options
     from l4queue.sim.runner import Setting, check_fits
 
@@ -205,7 +205,7 @@ def _make_study(
             raise ConfigError(f"--load: all requests of {trace.name} arrive at once; there is no rate to scale")
         capacity = capacity_rps(trace, cost, num_instances=instances)
         scale = load * capacity / trace.rate_rps
-    transfer = Transfer(
+    price = MovePrice(
         bandwidth_bytes_per_s=handover_gb_per_s * 1e9 or None,
         kv_bytes_per_token=coefficients.kv_bytes_per_token,
     )
@@ -214,7 +214,7 @@ def _make_study(
         num_instances=instances,
         seed=seed,
         warmup_share=warmup_share,
-        transfer=transfer,
+        price=price,
         wake_jitter_ms=wake_jitter_ms,
     )
     return Study(

@@ -101,6 +101,7 @@ def _back(why: str, facts: dict[str, Any]) -> str:
 
 _TEXTS: dict[str, Callable[[dict[str, Any]], str]] = {
     "hand-over": lambda f: _moved("hand-over", f),
+    "escape": lambda f: _moved("away from a prefill,", f),
     "steal": lambda f: _moved("stolen while running", f),
     "stolen": _stolen,
     "taken": lambda f: f"taken by {f['worker']} from queue {f['from']}",

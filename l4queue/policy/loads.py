@@ -65,12 +65,13 @@ def batch_ms(load: WorkerLoad, *, cost: StepCost) -> float:
 
 
 def prefill_ahead_ms(
-    load: WorkerLoad, *, queued_requests: int, queued_tokens: int, num_workers: int, cost: StepCost
+    pending_tokens: int, *, queued_requests: int, queued_tokens: int, num_workers: int, cost: StepCost
 ) -> float:
-    """Prefill before what this worker runs, ms: pending in its engine, and its share of the queue of its stage."""
-    mean = queued_tokens / queued_requests if queued_requests else 0.0
-    queued_ms = queued_requests * cost.prefill_ms(mean)
-    return cost.prefill_ms(load.pending_prefill_tokens) + queued_ms / max(1, num_workers)
+    """Prefill before what a worker runs, ms: pending in its engine, and its share of the queue of its stage."""
+    pending_ms = cost.prefill_ms(pending_tokens)
+    if not queued_requests:
+        return pending_ms
+    return pending_ms + queued_requests * cost.prefill_ms(queued_tokens / queued_requests) / max(1, num_workers)
 
 
 def stage_load(

@@ -27,8 +27,12 @@ class MovePrice:
             return 0.0
         return cost.prefill_ms(length_tokens)
 
+    def transit_ms(self, length_tokens: float) -> float:
+        """Time on the way: until the target has its KV cache, or knows of it at all, ms."""
+        if self.bandwidth_bytes_per_s is None:
+            return self.fixed_ms
+        return self.fixed_ms + 1000.0 * length_tokens * self.kv_bytes_per_token / self.bandwidth_bytes_per_s
+
     def delay_ms(self, length_tokens: float, cost: StepCost) -> float:
         """Time for which the moved request itself makes no token, on an idle target, ms."""
-        if self.bandwidth_bytes_per_s is None:
-            return self.fixed_ms + self.work_ms(length_tokens, cost)
-        return self.fixed_ms + 1000.0 * length_tokens * self.kv_bytes_per_token / self.bandwidth_bytes_per_s
+        return self.transit_ms(length_tokens) + self.work_ms(length_tokens, cost)

@@ -72,6 +72,7 @@ class MoveKind(StrEnum):
     """Why a running request is moved on purpose."""
 
     HANDOVER = "hand-over"  # it has outgrown its stage
+    ESCAPE = "escape"  # a prefill would have held it up
     STEAL = "steal"  # a sibling with room asked for it
 
 

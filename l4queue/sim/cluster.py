@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from enum import IntEnum
 from heapq import heappop, heappush
 from typing import TYPE_CHECKING
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from l4queue.policy.cost import StepCost
+from l4queue.policy.prices import MovePrice
 from l4queue.sim.instance import Instance
 from l4queue.sim.request import SimRequest
 from l4queue.sim.wake import WakeRace
@@ -18,7 +18,7 @@ from l4queue.sim.wake import WakeRace
 if TYPE_CHECKING:
     from l4queue.sim.policy import Policy
 
-__all__ = ("Cluster", "Event", "EventKind", "Transfer")
+__all__ = ("Cluster", "Event", "EventKind")
 
 
 class EventKind(IntEnum):
@@ -40,20 +40,6 @@ class EventKind(IntEnum):
 Event = tuple[float, int, int, object, object]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Transfer:
-    """How a running request moves: by its KV cache at a bandwidth, or (None) by prefilling again."""
-
-    bandwidth_bytes_per_s: float | None = None
-    kv_bytes_per_token: int = 131_072
-
-    def seconds(self, length_tokens: int) -> float:
-        """Time until the request can go on at its target, without any prefill there."""
-        if self.bandwidth_bytes_per_s is None:
-            return 0.0
-        return length_tokens * self.kv_bytes_per_token / self.bandwidth_bytes_per_s
-
-
 class Cluster:
     """Runs one policy over one trace. Single use: build, `run()`, read `requests`.
 
@@ -69,7 +55,7 @@ class Cluster:
         num_instances: int,
         policy: Policy,
         rng: np.random.Generator,
-        transfer: Transfer | None = None,
+        price: MovePrice | None = None,
         wake_jitter_ms: float = 0.0,
         observe: Callable[[Cluster], None] | None = None,
     ) -> None:
@@ -79,7 +65,7 @@ class Cluster:
         self.policy = policy
         self.rng = rng
         self.race = WakeRace(rng, jitter_ms=wake_jitter_ms)
-        self.transfer = transfer or Transfer()
+        self.price = price or MovePrice()
         self.now_s = 0.0
         self.num_arrived = 0
         self.num_finished = 0
@@ -140,13 +126,10 @@ class Cluster:
         self._transfer(request, target)
 
     def _transfer(self, request: SimRequest, target: Instance) -> None:
-        if self.transfer.bandwidth_bytes_per_s is None:
-            request.has_kv = False
-            self.push(request, target)
-            return
-        request.has_kv = True
+        request.has_kv = self.price.bandwidth_bytes_per_s is not None
         self.num_in_transit += 1
-        self._put(self.now_s + self.transfer.seconds(request.length), EventKind.LANDED, request, target)
+        landed_s = self.now_s + self.price.transit_ms(request.length) / 1000.0
+        self._put(landed_s, EventKind.LANDED, request, target)
 
     # ---------------------------------------------------------------- events
 
@@ -184,21 +167,26 @@ class Cluster:
         self.num_finished += len(instance.finished)
         policy = self.policy
         now_s = self.now_s
-        started, alarmed, removed = instance.started, instance.alarmed, instance.removed
+        started, alarmed = instance.started, instance.alarmed
         if started:
             policy.on_started(instance, started, now_s)
         if instance.finished:
             policy.on_finished(instance, instance.finished, now_s)
         for request in alarmed:
             policy.on_alarm(instance, request, now_s)
-        if instance.removals:
-            instance.release_now()
-            removed = instance.removed
-        for request, tag in removed:
-            policy.on_removed(instance, request, tag, now_s)
+        self._release(instance)
         policy.on_boundary(instance, now_s)
+        self._release(instance)
         if instance.end_s is None:
             self._start(instance)
+
+    def _release(self, instance: Instance) -> None:
+        """Give the policy what it has asked back; before and after it acts at the boundary."""
+        if instance.removals:
+            instance.release_now()
+        removed, instance.removed = instance.removed, []
+        for request, tag in removed:
+            self.policy.on_removed(instance, request, tag, self.now_s)
 
     def _wake(self, instance: Instance) -> None:
         """Let an idle engine start, or end its decode run at the next boundary."""

@@ -6,17 +6,17 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from l4queue.errors import ConfigError
-from l4queue.models import Plan, WorkerLoad
+from l4queue.models import Plan
 from l4queue.planner import Decision, PlannerSettings, Snapshot, expected_demand, plan
 from l4queue.policy.handover import decide_handover, least_loaded, look_again_at, next_stage
 from l4queue.policy.loads import StageLoad, prefill_ahead_ms, stage_load
 from l4queue.policy.partition import PartitionProblem
-from l4queue.policy.prices import MovePrice
 from l4queue.policy.refine import refine
 from l4queue.policy.route import route
 from l4queue.policy.steady_state import Objective, PartitionSettings
 from l4queue.policy.steal import StealLimits, steal_waiting
 from l4queue.sim.central import Pool
+from l4queue.sim.escaping import Escapes
 from l4queue.sim.instance import Instance
 from l4queue.sim.policy import Policy
 from l4queue.sim.request import SimRequest
@@ -39,6 +39,7 @@ INGREDIENTS = (
     "classes",
     "shadow",
     "finish-first",
+    "escape",
 )
 
 
@@ -92,14 +93,19 @@ class L4(Policy):
     def attach(self, cluster) -> None:  # type: ignore[no-untyped-def] # as in the base
         """Begin with one stage for everybody."""
         super().attach(cluster)
-        price = MovePrice(
-            bandwidth_bytes_per_s=cluster.transfer.bandwidth_bytes_per_s,
-            kv_bytes_per_token=cluster.transfer.kv_bytes_per_token,
-        )
-        self._price = price
+        price = self._price = cluster.price
         knows_skew = self._has["skew-in-planner"]
         self._planner_cost = cluster.cost if knows_skew else replace(cluster.cost, sigma_ms=0.0)
         self._running = RunningSteals(cost=cluster.cost, price=price, limits=self.options.steal)
+        self._escapes = Escapes(
+            cluster.instances,
+            cost=cluster.cost,
+            price=price,
+            limits=self.options.steal,
+            ahead_ms=self._ahead_ms,
+            expected_remaining=self.traffic.outputs.expected_remaining,
+            rng=cluster.rng,
+        )
         self._settings = PlannerSettings(
             min_gain=self.options.min_gain,
             min_life_ms=round(self.options.min_life_s * 1000),
@@ -135,11 +141,14 @@ class L4(Policy):
                 self._wake_thieves(stage)
 
     def on_boundary(self, instance: Instance, now_s: float) -> None:
-        """Pull from the own queue; steal when it is empty."""
+        """Pull from the own queue; steal when it is empty. What runs may leave before a prefill that comes."""
         pool = self._pools[instance.stage]
         pool.pull(instance, self.cluster.push)
         if not len(pool) and self._has["stealing"] and len(self._pools) > 1:
             self._steal(instance)
+        if self._has["escape"]:
+            for request, target in self._escapes.moves(instance, now_s):
+                self.cluster.ask_back(request, instance, Move(target=target, is_steal=False))
 
     def on_started(self, instance: Instance, requests: Sequence[SimRequest], now_s: float) -> None:
         """Watch for the end of the stage's range."""
@@ -151,6 +160,7 @@ class L4(Policy):
         self.end_s = now_s
         self.traffic.finished(requests)
         self._running.forget(requests)
+        self._escapes.forget(requests)
 
     def on_alarm(self, instance: Instance, request: SimRequest, now_s: float) -> None:
         """It has outgrown its stage: move it if that pays, else look again when it has grown much further."""
@@ -169,21 +179,19 @@ class L4(Policy):
             there=there,
             cost=self.cluster.cost,
             price=self._price,
-            ahead_here_ms=self._ahead_ms(here, instance.stage),
-            ahead_there_ms=self._ahead_ms(there, stage),
+            ahead_here_ms=self._ahead_ms(instance.pending_tokens, instance.stage),
+            ahead_there_ms=self._ahead_ms(there.pending_prefill_tokens if there else 0, stage),
         )
         if decision.is_move and there is not None:
             self.cluster.ask_back(request, instance, Move(target=others[there.worker_id], is_steal=False))
         else:
             instance.watch(request, length_tokens=look_again_at(length))
 
-    def _ahead_ms(self, load: WorkerLoad | None, stage: int) -> float:
-        """Prefill before what the engine runs or would run."""
-        if load is None:
-            return 0.0
+    def _ahead_ms(self, pending_tokens: int, stage: int) -> float:
+        """Prefill before what an engine with so much of its own runs or would run."""
         pool = self._pools[stage]
         return prefill_ahead_ms(
-            load,
+            pending_tokens,
             queued_requests=len(pool),
             queued_tokens=pool.queued_tokens,
             num_workers=len(pool.instances),
@@ -200,11 +208,12 @@ class L4(Policy):
         self._watch(tag.target, request)
 
     def _watch(self, instance: Instance, request: SimRequest) -> None:
-        """Look at it when it outgrows the range; one that was stolen beyond it, when it has grown much further."""
+        """Look at it when it outgrows the range; one that was moved beyond it, when it has grown much further."""
         high = self.plan.stages[instance.stage].high_tokens
         if self._has["hand-over"] and high is not None:
             length = instance.length_of(request)
-            was_beyond = length >= high and request in self._running.stolen
+            has_fled = request in self._running.stolen or self._escapes.has_escaped(request)
+            was_beyond = length >= high and has_fled
             instance.watch(request, length_tokens=look_again_at(length) if was_beyond else high)
 
     # ---------------------------------------------------------------- stealing

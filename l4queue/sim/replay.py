@@ -10,7 +10,7 @@ import numpy as np
 from l4queue.models import Plan
 from l4queue.policy.cost import StepCost
 from l4queue.policy.histogram import Buckets, Demand
-from l4queue.sim.cluster import Transfer
+from l4queue.policy.prices import MovePrice
 from l4queue.sim.instance import Instance
 from l4queue.sim.l4 import L4, L4Options
 from l4queue.sim.metrics import SimResult
@@ -61,7 +61,7 @@ def make_scorer(
     *,
     cost: StepCost,
     num_instances: int,
-    transfer: Transfer | None = None,
+    price: MovePrice | None = None,
     options: L4Options | None = None,
     changed: Changed | None = None,
     max_requests: int = MAX_ARRIVALS,
@@ -86,7 +86,7 @@ def make_scorer(
         output_tokens=np.array([max(1, a.output_tokens) for a in record], dtype=np.int64),
     )
     setting = Setting(  # plans differ by what they are, not by who wakes first
-        cost=cost, num_instances=num_instances, transfer=transfer or Transfer(), wake_jitter_ms=0.0
+        cost=cost, num_instances=num_instances, price=price or MovePrice(), wake_jitter_ms=0.0
     )
     return _Replays(trace, setting, options or L4Options()).score
 

@@ -9,7 +9,8 @@ import numpy as np
 
 from l4queue.errors import ConfigError
 from l4queue.policy.cost import StepCost
-from l4queue.sim.cluster import Cluster, Transfer
+from l4queue.policy.prices import MovePrice
+from l4queue.sim.cluster import Cluster
 from l4queue.sim.metrics import Measured, SimResult, measure, summarize
 from l4queue.sim.policy import Policy
 from l4queue.sim.trace import Trace
@@ -29,7 +30,7 @@ class Setting:
     num_instances: int
     seed: int = 0
     warmup_share: float = 0.0
-    transfer: Transfer = field(default_factory=Transfer)
+    price: MovePrice = field(default_factory=MovePrice)
     wake_jitter_ms: float = WAKE_JITTER_MS
 
 
@@ -69,7 +70,7 @@ def run_policy(
         num_instances=setting.num_instances,
         policy=policy,
         rng=np.random.default_rng(setting.seed),
-        transfer=setting.transfer,
+        price=setting.price,
         wake_jitter_ms=setting.wake_jitter_ms,
         observe=observe,
     )

@@ -9,10 +9,11 @@ import pytest
 
 from l4queue.errors import ConfigError
 from l4queue.policy.cost import StepCost
+from l4queue.policy.prices import MovePrice
 from l4queue.sim.blind import LeastRequests, LeastTokens, Llumnix, PowerOfTwo, Random, RoundRobin
 from l4queue.sim.capacity import Bound, capacity_rps, find_instances, parse_slo
 from l4queue.sim.central import Central, CentralSjf, Clairvoyant, TwoPool
-from l4queue.sim.cluster import Cluster, EventKind, Transfer
+from l4queue.sim.cluster import Cluster, EventKind
 from l4queue.sim.policy import Policy
 from l4queue.sim.request import SimRequest
 from l4queue.sim.runner import Setting, run_policy
@@ -62,14 +63,14 @@ def test_nothing_is_lost_or_invented_and_runs_repeat(make: Callable[[], Policy],
     finishes = []
     for _ in range(2):
         requests = trace.requests()
-        transfer = Transfer(bandwidth_bytes_per_s=bandwidth)
+        price = MovePrice(bandwidth_bytes_per_s=bandwidth)
         cluster = Cluster(
             requests,
             cost=COST,
             num_instances=4,
             policy=make(),
             rng=np.random.default_rng(5),
-            transfer=transfer,
+            price=price,
             observe=check_conservation,
         )
         cluster.run()

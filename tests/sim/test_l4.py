@@ -10,8 +10,9 @@ from l4queue.errors import ConfigError
 from l4queue.models import Plan, StagePlan
 from l4queue.policy.coefficients import load_coefficients
 from l4queue.policy.histogram import Buckets, Demand
+from l4queue.policy.prices import MovePrice
 from l4queue.sim import replay
-from l4queue.sim.cluster import Cluster, Transfer
+from l4queue.sim.cluster import Cluster
 from l4queue.sim.l4 import INGREDIENTS, L4, L4Options
 from l4queue.sim.policies import make_policy
 from l4queue.sim.replay import Arrival, Changed, make_scorer
@@ -29,7 +30,15 @@ def traffic(name: str, *, num_requests: int, rate_rps: float, seed: int = 1) -> 
     return trace.scaled(rate_rps / trace.rate_rps)
 
 
-@pytest.mark.parametrize("without", [(), *((name,) for name in INGREDIENTS), ("running-steals", "stealing")])
+@pytest.mark.parametrize(
+    "without",
+    [
+        (),
+        *((name,) for name in INGREDIENTS),
+        ("running-steals", "stealing"),
+        ("hand-over", "escape"),
+    ],
+)
 @pytest.mark.parametrize("bandwidth", [None, 50e9])
 def test_every_request_ends_whole_whatever_is_switched_off(
     without: tuple[str, ...], bandwidth: float | None
@@ -49,19 +58,19 @@ def test_every_request_ends_whole_whatever_is_switched_off(
         num_instances=6,
         policy=L4(L4Options(without=frozenset(without), replan_s=1.0, min_life_s=1.0)),
         rng=np.random.default_rng(0),
-        transfer=Transfer(bandwidth_bytes_per_s=bandwidth),
+        price=MovePrice(bandwidth_bytes_per_s=bandwidth),
         observe=conserved,
     )
     cluster.run()
 
     assert all(request.generated == request.output_tokens for request in requests)
     assert all(r.arrival_s <= r.first_token_s <= r.finish_s for r in requests)  # type: ignore[operator]
-    if "hand-over" in without:
+    if {"hand-over", "escape"} <= set(without):
         assert cluster.num_handovers == 0
     if {"stealing", "running-steals"} <= set(without):
         assert cluster.num_steals == 0
     elif "stealing" in without:
-        assert sum(request.num_steals for request in requests) == cluster.num_steals > 0
+        assert sum(request.num_steals for request in requests) == cluster.num_steals
 
 
 def test_classes_pay_on_a_long_tailed_mix() -> None:
@@ -109,14 +118,34 @@ def test_an_idle_engine_takes_running_requests_of_an_overloaded_one() -> None:
         input_tokens=np.full(30, 8000),
         output_tokens=np.full(30, 1000),
     )
-    setting = Setting(cost=COST, num_instances=2, transfer=Transfer(bandwidth_bytes_per_s=50e9))
+    setting = Setting(cost=COST, num_instances=2, price=MovePrice(bandwidth_bytes_per_s=50e9))
     found = []
     for without in (frozenset[str](), frozenset({"running-steals"})):
-        policy = L4(L4Options(without=without | {"stealing"}), fixed=Plan(version=1, stages=stages))
+        policy = L4(L4Options(without=without | {"stealing", "escape"}), fixed=Plan(version=1, stages=stages))
         found.append(run_policy(policy, trace, setting).result)
 
     assert found[0].num_steals > 0 == found[1].num_steals
     assert found[0].mean_e2e_s < 0.9 * found[1].mean_e2e_s
+
+
+def test_what_runs_leaves_before_a_long_prefill() -> None:
+    """Ten requests decode on each of two engines when a prompt of 40,000 tokens comes: nobody waits for it."""
+    trace = Trace(
+        name="one long",
+        arrival_s=np.array([0.0] * 20 + [1.0]),
+        input_tokens=np.array([200] * 20 + [40_000]),
+        output_tokens=np.array([400] * 20 + [10]),
+    )
+    setting = Setting(cost=COST, num_instances=2, price=MovePrice(bandwidth_bytes_per_s=50e9))
+    found = []
+    for without in (frozenset[str](), frozenset({"escape"})):
+        policy = L4(L4Options(without=without), fixed=Plan.one_stage())
+        found.append(run_policy(policy, trace, setting))
+
+    prefill_s = COST.prefill_ms(40_000) / 1000
+    latest = [float(np.max(run.measured.e2e_s[:20])) for run in found]
+    assert [run.result.num_handovers for run in found] == [10, 0]
+    assert latest[1] - latest[0] > 0.5 * prefill_s
 
 
 def test_the_planner_may_ignore_a_skew_that_the_engine_has() -> None:
@@ -179,7 +208,7 @@ def test_a_replay_that_is_broken_off_was_much_worse_and_says_so(
         for a, i, o in zip(trace.arrival_s, trace.input_tokens, trace.output_tokens, strict=True)
     ]
     plans = [two_stages(4096, 7, 9), two_stages(512, 1, 15), two_stages(4096, 15, 1), two_stages(2048, 6, 10)]
-    options = L4Options(objective=objective, without=frozenset({"stealing", "running-steals"}))
+    options = L4Options(objective=objective, without=frozenset({"stealing", "running-steals", "escape"}))
 
     def make():  # type: ignore[no-untyped-def]
         score = make_scorer(recent, cost=COST, num_instances=16, options=options)

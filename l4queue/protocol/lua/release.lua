@@ -2,7 +2,7 @@
 -- KEYS  1 req:<id>
 -- ARGV  1 id  2 incarnation  3 epoch  4 stage ('' = where it was)  5 score ('' = as before)
 --       6 '1' blames a crash on it, '0' does not  7 crashes alone that condemn
---       8 kind of move ('' = none | hand-over | steal)  9 predicted benefit (ms)  10 predicted cost (ms)
+--       8 kind of move ('' = none | hand-over | escape | steal)  9 predicted benefit (ms)  10 predicted cost (ms)
 --       11 ticket of its KV cache ('' = none kept)
 -- Returns 'OK' | 'DUP' | 'FENCED'
 local v = redis.call('HMGET', KEYS[1], 'state', 'owner', 'epoch')

@@ -93,12 +93,10 @@ def test_prefill_there_speaks_against_a_move_and_prefill_here_for_it(a: float, b
 
 def test_prefill_ahead_is_what_pends_in_the_engine_and_a_share_of_the_queue() -> None:
     """Three prompts of 4,000 tokens for two workers, and half of one begun already."""
-    load = replace(CALM, pending_prefill_tokens=2000)
-
-    ahead_ms = prefill_ahead_ms(load, queued_requests=3, queued_tokens=12_000, num_workers=2, cost=COST)
+    ahead_ms = prefill_ahead_ms(2000, queued_requests=3, queued_tokens=12_000, num_workers=2, cost=COST)
 
     assert ahead_ms == pytest.approx(COST.prefill_ms(2000) + 1.5 * COST.prefill_ms(4000))
-    assert prefill_ahead_ms(CALM, queued_requests=0, queued_tokens=0, num_workers=0, cost=COST) == 0.0
+    assert prefill_ahead_ms(0, queued_requests=0, queued_tokens=0, num_workers=0, cost=COST) == 0.0
 
 
 @given(st.integers(8192, 200_000))

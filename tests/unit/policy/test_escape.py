@@ -1,0 +1,145 @@
+"""Escapes: from more prefill to less, the most profitable first, never more than may be in motion."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from l4queue.models import WorkerLoad
+from l4queue.policy.coefficients import load_coefficients
+from l4queue.policy.escape import MIN_PREFILL_MS, Escape, Refuge, escapes
+from l4queue.policy.handover import Handover, weigh_move
+from l4queue.policy.prices import MovePrice
+from l4queue.policy.steal import RunningRequest, StealLimits
+
+COST = load_coefficients("h100", "llama-3.1-8b")
+TRANSFER = MovePrice(bandwidth_bytes_per_s=50e9)
+HERE = WorkerLoad(worker_id="here", num_running=40, context_tokens=60_000, pending_prefill_tokens=10_000)
+CALM = Refuge(load=WorkerLoad(worker_id="calm", num_running=10, context_tokens=15_000), ahead_ms=0.0)
+ITEM = RunningRequest(request_id="a", length_tokens=1500, expected_remaining_tokens=300.0)
+
+_items = st.builds(
+    RunningRequest,
+    request_id=st.uuids().map(str),
+    length_tokens=st.integers(1, 100_000),
+    expected_remaining_tokens=st.floats(0.0, 4000.0),
+    is_pinned=st.booleans(),
+)
+_refuges = st.builds(
+    Refuge,
+    load=st.builds(
+        WorkerLoad,
+        worker_id=st.uuids().map(str),
+        num_running=st.integers(0, 200),
+        context_tokens=st.integers(0, 400_000),
+        is_draining=st.booleans(),
+    ),
+    ahead_ms=st.floats(0.0, 3000.0),
+)
+
+
+def _escapes(
+    running: list[RunningRequest],
+    refuges: list[Refuge],
+    *,
+    here: WorkerLoad = HERE,
+    ahead_ms: float = 400.0,
+    in_flight: int = 0,
+) -> tuple[Escape, ...]:
+    return escapes(
+        running,
+        here=here,
+        ahead_ms=ahead_ms,
+        refuges=refuges,
+        moves_in_flight=in_flight,
+        cost=COST,
+        price=TRANSFER,
+    )
+
+
+def _weighed(item: RunningRequest, there: Refuge, *, ahead_ms: float) -> Handover:
+    return weigh_move(
+        item.length_tokens,
+        expected_remaining_tokens=item.expected_remaining_tokens,
+        here=HERE,
+        there=there.load,
+        cost=COST,
+        price=TRANSFER,
+        ahead_here_ms=ahead_ms,
+        ahead_there_ms=there.ahead_ms,
+    )
+
+
+def test_what_a_long_prefill_would_hold_up_goes_to_a_calm_sibling() -> None:
+    """400 ms of prefill here, none there: for the price of a transfer."""
+    (escape,) = _escapes([ITEM], [CALM])
+
+    assert (escape.request_id, escape.target_id) == ("a", "calm")
+    assert escape.benefit_ms > 400.0 > escape.cost_ms
+
+
+def test_each_reason_to_stay() -> None:
+    """Little prefill, as much of it elsewhere, nobody there, pinned, nearly finished, enough in motion."""
+    little = replace(HERE, pending_prefill_tokens=int(MIN_PREFILL_MS / COST.prefill_ms(1)) // 2)
+    assert not _escapes([ITEM], [CALM], here=little)
+    assert not _escapes([ITEM], [replace(CALM, ahead_ms=400.0)])
+    assert not _escapes([ITEM], [])
+    assert not _escapes([], [CALM])
+    assert not _escapes([ITEM], [replace(CALM, load=replace(CALM.load, is_draining=True))])
+    assert not _escapes([replace(ITEM, is_pinned=True)], [CALM])
+    assert not _escapes([replace(ITEM, expected_remaining_tokens=0.0)], [CALM])
+    assert not _escapes([ITEM], [CALM], in_flight=StealLimits().max_moves)
+
+
+def test_many_that_leave_are_spread_over_equal_siblings() -> None:
+    """Each move counts in the load by which the next one is weighed."""
+    refuges = [replace(CALM, load=replace(CALM.load, worker_id=name)) for name in ("x", "y", "z")]
+    items = [replace(ITEM, request_id=name) for name in "abcde"]
+
+    found = _escapes(items, refuges)
+
+    assert [escape.target_id for escape in found] == ["x", "y", "z"]
+    assert [escape.request_id for escape in found] == ["a", "b", "c"]
+
+
+@given(
+    st.lists(_items, max_size=8, unique_by=lambda item: item.request_id),
+    st.lists(_refuges, max_size=5, unique_by=lambda place: place.load.worker_id),
+    st.floats(0.0, 3000.0),
+    st.integers(0, 4),
+    st.randoms(use_true_random=False),
+)
+def test_every_move_pays_and_none_is_invented(  # type: ignore[no-untyped-def]  # hypothesis' Random
+    items: list[RunningRequest], refuges: list[Refuge], ahead_ms: float, in_flight: int, rng
+) -> None:
+    """Each request once, from more prefill to less, for a gain; the order of what is given does not matter."""
+    found = _escapes(items, refuges, ahead_ms=ahead_ms, in_flight=in_flight)
+
+    known, places = {i.request_id: i for i in items}, {r.load.worker_id: r for r in refuges}
+    assert len({e.request_id for e in found}) == len(found) <= max(0, StealLimits().max_moves - in_flight)
+    for escape in found:
+        assert not known[escape.request_id].is_pinned
+        assert places[escape.target_id].ahead_ms < ahead_ms
+        assert not places[escape.target_id].load.is_draining
+        assert escape.benefit_ms > escape.cost_ms
+    shuffled = [rng.sample(items, len(items)), rng.sample(refuges, len(refuges))]
+    assert _escapes(*shuffled, ahead_ms=ahead_ms, in_flight=in_flight) == found
+
+
+@given(st.lists(_items, min_size=1, max_size=8, unique_by=lambda item: item.request_id), _refuges)
+def test_the_first_to_leave_gains_most(items: list[RunningRequest], refuge: Refuge) -> None:
+    """Against weighing every request by itself."""
+    refuge = replace(refuge, load=replace(refuge.load, is_draining=False))
+    found = _escapes(items, [refuge], ahead_ms=refuge.ahead_ms + 500.0)
+
+    weighed = [
+        (decision.benefit_ms - decision.cost_ms)
+        for decision in (_weighed(i, refuge, ahead_ms=refuge.ahead_ms + 500.0) for i in items if not i.is_pinned)
+        if decision.is_move
+    ]
+    if found:
+        assert found[0].benefit_ms - found[0].cost_ms == max(weighed)
+    else:
+        assert max(weighed, default=0.0) <= 20.0
