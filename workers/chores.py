@@ -35,6 +35,11 @@ class Chores:
         assert self._failure is not None
         raise self._failure
 
+    async def rest(self, *, timeout_s: float) -> None:
+        """Wait for those in progress, but no longer than that; who looks at failures is `failure`."""
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=timeout_s)
+
     async def finish(self) -> None:
         """Wait for those in progress; what fails now is only logged."""
         for result in await asyncio.gather(*self._tasks, return_exceptions=True):

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 
 from pydantic import ValidationError
 
 from l4queue.models import RequestState, Routing
+from l4queue.policy.escape import has_prefill
 from l4queue.policy.handover import look_again_at
 from l4queue.policy.loads import batch_ms
 from l4queue.policy.room import UNBOUNDED_TOKENS, Room, RoomLimits, give_way_ms, room_of
@@ -42,11 +43,15 @@ _IDLE_ROOM = Room(
 class Intake:
     """Takes from the own queue, then from siblings. `pull_once` returns how many requests it took."""
 
-    def __init__(self, state: WorkerState, writer: Writer, rollback: Rollback) -> None:
+    def __init__(
+        self, state: WorkerState, writer: Writer, rollback: Rollback, *, make_way: Callable[[], Awaitable[None]]
+    ) -> None:
+        """`make_way` is awaited before a prompt begins whose prefill holds up what runs."""
         self._state = state
         self._writer = writer
         self._background = BackgroundWork(state, writer)
         self._rollback = rollback
+        self._make_way = make_way
         self._solo_since_s: float | None = None
         self.personal_due = True  # something may wait for this worker alone
 
@@ -201,7 +206,10 @@ class Intake:
             state.observer.request_started(state.view(session))
             if session.has_ended:
                 ended.append(session)
-            else:
+                continue
+            if not grant.kv and has_prefill(session.length_tokens, state.cost):
+                await self._make_way()
+            if session.engine_id in state.sessions:  # it may have been cancelled meanwhile
                 await state.engine.add(session.engine_request())
         await self._writer.flush(ended)
 

@@ -24,6 +24,7 @@ from workers.writer import Writer
 __all__ = ("Mover",)
 
 log = logging.getLogger("l4queue.worker")
+_MAKE_WAY_S = 0.1
 
 
 class Mover:
@@ -82,6 +83,11 @@ class Mover:
             state.num_handed_over += 1
             move = Move(kind=MoveKind.ESCAPE, benefit_ms=escape.benefit_ms, cost_ms=escape.cost_ms)
             self._begin(by_id[escape.request_id], escape.target_id, move)
+
+    async def make_way(self) -> None:
+        """Before a prefill begins: let what it would hold up leave. Once it runs, a cut waits for its steps."""
+        self.escape()
+        await self._moves.rest(timeout_s=_MAKE_WAY_S)
 
     async def ask_once(self) -> None:
         """With room and nothing waiting anywhere: ask the most overloaded sibling for running requests."""

@@ -59,8 +59,8 @@ class Worker:
         self._engine = engine
         self._writer = Writer(self.state)
         self._rollback = Rollback(self.state)
-        self._intake = Intake(self.state, self._writer, self._rollback)
         self._mover = Mover(self.state, self._writer)
+        self._intake = Intake(self.state, self._writer, self._rollback, make_way=self._mover.make_way)
         self._chores = Chores()
         self._buckets = Buckets.log_spaced(settings.max_model_len)
         self._stopping = asyncio.Event()
@@ -156,8 +156,6 @@ class Worker:
             self.state.nudge.clear()
             await self._rollback.look()
             has_taken = await self._intake.pull_once() > 0
-            if has_taken:
-                self._mover.escape()
             try:
                 # Not wait_for: in Python 3.11 it swallows a cancellation that meets a nudge, and the drain
                 # would wait for this loop for ever.

@@ -17,6 +17,7 @@ __all__ = ("Desk", "model_fingerprint")
 
 log = logging.getLogger("l4queue.kv")
 _CUT_TIMEOUT_S = 5.0
+_LOOK_S = 0.003
 _SWEEP_EVERY_S = 10.0
 _SAMPLE_BYTES = 1 << 16
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf")
@@ -96,10 +97,19 @@ class Desk:
         return ticket
 
     async def finish_cut(self, ticket: str) -> str:
-        """Wait for the copy; the ticket, or "" when there is none: refused, failed, or too slow."""
+        """Wait for the copy; the ticket, or "" when there is none: refused, failed, or too slow.
+
+        The copy is there with its file. The engine tells of it with the next output, and while it computes a long
+        prompt there is none.
+        """
+        told, path = self._waiting[ticket], self._store.path(ticket)
         try:
             async with asyncio.timeout(_CUT_TIMEOUT_S):
-                return ticket if await self._waiting[ticket] else ""
+                while not path.exists():
+                    await asyncio.wait({told}, timeout=_LOOK_S)
+                    if told.done():
+                        return ticket if told.result() else ""
+                return ticket
         except TimeoutError:
             log.warning("no KV of a cut request after %g s", _CUT_TIMEOUT_S)
             return ""

@@ -43,6 +43,16 @@ async def test_a_cut_waits_for_the_connector(desk: Desk, store: SegmentStore, is
     assert await waiting == (ticket if is_kept else "")
 
 
+async def test_a_copy_that_is_there_is_not_waited_for(desk: Desk, store: SegmentStore) -> None:
+    """Though the engine, busy with a long prompt, has told nothing yet."""
+    desk.admit("a", "")
+    desk.started("a")
+    waiting = asyncio.create_task(desk.finish_cut(ticket := desk.begin_cut("a")))
+    await asyncio.sleep(0)
+    store.path(ticket).touch()
+    assert await waiting == ticket
+
+
 async def test_a_request_without_a_token_or_unknown_is_not_waited_for(desk: Desk, store: SegmentStore) -> None:
     """The connector might never hear of it."""
     assert "l4_from" not in desk.admit("a", "")
