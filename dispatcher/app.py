@@ -14,7 +14,7 @@ from l4queue.config import Settings, celery_settings, load_settings
 
 __all__ = ("make_app",)
 
-_NICENESS = 10
+_NICENESS = 19
 
 
 def make_app(settings: Settings) -> Celery:
@@ -52,7 +52,7 @@ def make_app(settings: Settings) -> Celery:
 
 @worker_init.connect  # type: ignore[untyped-decorator] # Celery has no types
 def _stand_back(**_: Any) -> None:
-    """A replay takes seconds of a core: on a machine that it shares with engines, those go first."""
+    """A replay takes seconds of a core: where it shares a machine with engines, those go first, on CPUs too."""
     os.nice(_NICENESS)
 
 

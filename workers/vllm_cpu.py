@@ -1,4 +1,4 @@
-"""vLLM's worker on CPUs: for requests with a seed whose prompt is prefilled in chunks, and last in line for its core."""
+"""vLLM's worker on CPUs: bears seeded requests whose prompt is prefilled in chunks, and is last at its core."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 __all__ = ("SeededCpuWorker",)
 
 _NICENESS = 10
-"""The engine fills its core. What hands it work and takes its tokens shares that core, needs little and comes first:
-with two engines on two cores at 13 requests/s both least-loaded and l4 took a quarter off their means."""
+"""The engine fills its core. What hands it work and takes its tokens shares that core, needs little and is first:
+with two engines on two cores means fell by a quarter at 13 requests/s, under least-loaded and under l4."""
 
 
 class SeededCpuWorker(CPUWorker):  # type: ignore[misc]

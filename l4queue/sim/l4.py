@@ -14,7 +14,7 @@ from l4queue.policy.partition import PartitionProblem
 from l4queue.policy.refine import refine
 from l4queue.policy.route import route
 from l4queue.policy.steady_state import Objective, PartitionSettings
-from l4queue.policy.steal import StealLimits, steal_waiting
+from l4queue.policy.steal import Steal, StealLimits, steal_waiting
 from l4queue.sim.central import Pool
 from l4queue.sim.escaping import Escapes
 from l4queue.sim.instance import Instance
@@ -28,6 +28,7 @@ from l4queue.sim.wake import backlog_ms
 
 __all__ = ("INGREDIENTS", "L4", "L4Options")
 
+_NEWS_S = 0.05  # as old may be what a worker knows of other stages when something comes to their queues
 INGREDIENTS = (
     "hand-over",
     "stealing",
@@ -89,6 +90,7 @@ class L4(Policy):
         self._has = {name: name not in options.without for name in INGREDIENTS}
         self.traffic = Traffic(half_life_s=options.half_life_s)
         self._refined_s = 0.0
+        self._news: list[StageLoad] = []
 
     def attach(self, cluster) -> None:  # type: ignore[no-untyped-def] # as in the base
         """Begin with one stage for everybody."""
@@ -226,17 +228,9 @@ class L4(Policy):
     def _steal(self, thief: Instance) -> None:
         if not any(len(pool) for pool in self._pools):
             return
-        loads = self._stage_loads()
-        decision = steal_waiting(
-            load_of(thief),
-            own=loads[thief.stage],
-            siblings=loads,
-            head_tokens={i: pool.head.length for i, pool in enumerate(self._pools) if len(pool)},
-            max_requests=thief.cost.max_num_seqs - thief.num_requests,
-            expected_output_tokens=self.traffic.outputs.mean_tokens,
-            cost=self.cluster.cost,
-            limits=self.options.steal,
-        )
+        if self._what_to_steal(thief, self._recent_loads()).stage is None:
+            return
+        decision = self._what_to_steal(thief, self._stage_loads())
         if decision.stage is None:
             return
         victim = self._pools[decision.stage]
@@ -247,6 +241,24 @@ class L4(Policy):
             request.num_steals += 1
             self.cluster.num_steals += 1
             self.cluster.push(request, thief)
+
+    def _what_to_steal(self, thief: Instance, loads: Sequence[StageLoad]) -> Steal:
+        return steal_waiting(
+            load_of(thief),
+            own=replace(loads[thief.stage], queued_requests=0, queued_tokens=0),
+            siblings=loads,
+            head_tokens={i: pool.head.length for i, pool in enumerate(self._pools) if len(pool)},
+            max_requests=thief.cost.max_num_seqs - thief.num_requests,
+            expected_output_tokens=self.traffic.outputs.mean_tokens,
+            cost=self.cluster.cost,
+            limits=self.options.steal,
+        )
+
+    def _recent_loads(self) -> list[StageLoad]:
+        """As a worker has them before it looks closely: of a moment ago."""
+        if self.cluster.now_s >= self._news_s + _NEWS_S:
+            self._news, self._news_s = self._stage_loads(), self.cluster.now_s
+        return self._news
 
     def _steal_running(self, now_s: float) -> None:
         """Engines with nothing to pull anywhere ask overloaded ones for requests that run."""
@@ -353,7 +365,7 @@ class L4(Policy):
         self.plan = new
         self.plans.append((self.end_s, new))
         by_id = {worker_id(instance): instance for instance in self.cluster.instances}
-        self._pools = []
+        self._pools, self._news_s = [], -_NEWS_S
         for index, stage in enumerate(new.stages):
             members = [by_id[name] for name in stage.worker_ids]
             for instance in members:
