@@ -35,6 +35,7 @@ ABLATED = (
     "late-binding",
     "shadow",
     "finish-first",
+    "escape",
 )
 SIGMAS = (0.0, 1.0, 10.0)
 BANDWIDTHS = (None, 5.0, 50.0)
