@@ -68,7 +68,11 @@ def escapes(
     """
     left = (limits or StealLimits()).max_moves - moves_in_flight
     able = [item for item in running if not item.is_pinned]
-    places = {refuge.load.worker_id: refuge for refuge in refuges if refuge.ahead_ms < ahead_ms}
+    places = {
+        refuge.load.worker_id: refuge
+        for refuge in refuges
+        if refuge.ahead_ms < ahead_ms and not refuge.load.is_draining
+    }
     if not has_prefill(here.pending_prefill_tokens, cost) or left < 1 or not places:
         return ()
     found: list[Escape] = []

@@ -93,6 +93,13 @@ def test_each_reason_to_stay() -> None:
     assert not _escapes([ITEM], [CALM], in_flight=StealLimits().max_moves)
 
 
+def test_a_sibling_that_drains_hides_no_other() -> None:
+    """Though it has the least to do."""
+    leaving = Refuge(load=WorkerLoad(worker_id="leaving", is_draining=True), ahead_ms=0.0)
+
+    assert [escape.target_id for escape in _escapes([ITEM], [leaving, CALM])] == ["calm"]
+
+
 def test_many_that_leave_are_spread_over_equal_siblings() -> None:
     """Each move counts in the load by which the next one is weighed."""
     refuges = [replace(CALM, load=replace(CALM.load, worker_id=name)) for name in ("x", "y", "z")]
