@@ -91,6 +91,7 @@ class L4(Policy):
         self.traffic = Traffic(half_life_s=options.half_life_s)
         self._refined_s = 0.0
         self._news: list[StageLoad] = []
+        self._news_s = -_NEWS_S
 
     def attach(self, cluster) -> None:  # type: ignore[no-untyped-def] # as in the base
         """Begin with one stage for everybody."""
