@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from l4queue.models import WorkerLoad
 from l4queue.policy.cost import StepCost
-from l4queue.policy.handover import weigh_move
+from l4queue.policy.handover import decide_handover
 from l4queue.policy.loads import decode_step_ms
 from l4queue.policy.prices import MovePrice
 from l4queue.policy.steal import RunningRequest, StealLimits
@@ -64,7 +64,7 @@ def escapes(
 
     `ahead_ms` is the prefill before what runs here. With less than `MIN_PREFILL_MS` in the engine nothing moves.
     At most `max_moves` are in motion from here; each move counts in the loads by which the next is weighed
-    (`handover.weigh_move`). Pinned requests stay. Ties by request id, and by worker id.
+    (`handover.decide_handover`). Pinned requests stay. Ties by request id, and by worker id.
     """
     left = (limits or StealLimits()).max_moves - moves_in_flight
     able = [item for item in running if not item.is_pinned]
@@ -80,8 +80,9 @@ def escapes(
         there = min(places.values(), key=lambda place: (_before_ms(place, cost), place.load.worker_id))
         weighed = []
         for item in able:
-            move = weigh_move(
+            move = decide_handover(
                 item.length_tokens,
+                high_tokens=0,
                 expected_remaining_tokens=item.expected_remaining_tokens,
                 here=here,
                 there=there.load,

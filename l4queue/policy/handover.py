@@ -10,7 +10,7 @@ from l4queue.policy.cost import StepCost
 from l4queue.policy.loads import decode_step_ms
 from l4queue.policy.prices import MovePrice
 
-__all__ = ("Handover", "decide_handover", "least_loaded", "look_again_at", "next_stage", "weigh_move")
+__all__ = ("Handover", "decide_handover", "least_loaded", "look_again_at", "next_stage")
 
 _EQUAL = 0.05  # loads within 5 % of the least count as equal: they are half a second old anyway
 _LOOK_AGAIN = 1.5
@@ -40,40 +40,7 @@ def decide_handover(
     ahead_here_ms: float = 0.0,
     ahead_there_ms: float = 0.0,
 ) -> Handover:
-    """Move only if the request is beyond `high` and that pays (`weigh_move`).
-
-    `there` is the least loaded worker of the next stage; None: there is none.
-    """
-    if high_tokens is None or length_tokens < high_tokens:
-        return Handover(is_move=False, benefit_ms=0.0, cost_ms=0.0, reason="within its range")
-    return weigh_move(
-        length_tokens,
-        expected_remaining_tokens=expected_remaining_tokens,
-        here=here,
-        there=there,
-        cost=cost,
-        price=price,
-        growth_tokens=growth_tokens,
-        min_gain_ms=min_gain_ms,
-        ahead_here_ms=ahead_here_ms,
-        ahead_there_ms=ahead_there_ms,
-    )
-
-
-def weigh_move(
-    length_tokens: int,
-    *,
-    expected_remaining_tokens: float,
-    here: WorkerLoad,
-    there: WorkerLoad | None,
-    cost: StepCost,
-    price: MovePrice,
-    growth_tokens: int = 0,
-    min_gain_ms: float = 0.0,
-    ahead_here_ms: float = 0.0,
-    ahead_there_ms: float = 0.0,
-) -> Handover:
-    """Move only if `there` has room and what remains repays the move.
+    """Move only if the request is beyond `high`, `there` has room, and what remains repays the move.
 
     With δ = β + γ·length the request adds δ to each step of its batch. Moving it saves, per step still to come,
     δ to each of the others here, costs δ to each there, and changes its own step time:
@@ -85,8 +52,11 @@ def weigh_move(
     (`loads.prefill_ahead_ms`). A step with a chunk of it still gives a token, so the request loses no more than
     remaining · time of a full chunk. What waits for the request's end instead loses as much by it.
 
-    A negative benefit counts as cost.
+    A negative benefit counts as cost. `there` is the least loaded worker of the next stage, or where else the request
+    might go; None: nobody. `high_tokens` 0 weighs a move whatever the range is; None: the range has no end.
     """
+    if high_tokens is None or length_tokens < high_tokens:
+        return Handover(is_move=False, benefit_ms=0.0, cost_ms=0.0, reason="within its range")
     if there is None or there.is_draining:
         return Handover(is_move=False, benefit_ms=0.0, cost_ms=0.0, reason="nobody to take it")
     if expected_remaining_tokens <= 0.0:

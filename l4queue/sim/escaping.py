@@ -12,7 +12,7 @@ from l4queue.policy.prices import MovePrice
 from l4queue.policy.steal import RunningRequest, StealLimits
 from l4queue.sim.instance import Instance
 from l4queue.sim.request import SimRequest
-from l4queue.sim.views import load_of
+from l4queue.sim.views import load_of, running_request
 
 __all__ = ("Escapes",)
 
@@ -80,12 +80,9 @@ class Escapes:
         for request, length in instance.decoding_lengths():
             if request in instance.removals or self._moved_s.get(request, rested_s) > rested_s:
                 continue
-            name = f"{request.index:08d}"
-            by_id[name] = request
-            remaining = self._expected_remaining(length - request.prompt_tokens)
-            running.append(
-                RunningRequest(request_id=name, length_tokens=length, expected_remaining_tokens=remaining)
-            )
+            item = running_request(request, length, expected_remaining=self._expected_remaining)
+            by_id[item.request_id] = request
+            running.append(item)
         return running, by_id
 
     def _refuges(self, instance: Instance, ahead_ms: float) -> list[tuple[Refuge, Instance]]:

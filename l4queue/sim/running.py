@@ -11,7 +11,7 @@ from l4queue.policy.prices import MovePrice
 from l4queue.policy.steal import Ask, Bid, RunningRequest, StealLimits, ask, bid, choose_victim, match
 from l4queue.sim.instance import Instance
 from l4queue.sim.request import SimRequest
-from l4queue.sim.views import load_of, worker_id
+from l4queue.sim.views import load_of, running_request, worker_id
 
 __all__ = ("Move", "RunningSteals")
 
@@ -125,14 +125,8 @@ class RunningSteals:
         for request, length in victim.decoding_lengths():
             if request in victim.removals or request in self._in_flight:
                 continue
-            name = f"{request.index:08d}"
-            running[name] = request
-            items.append(
-                RunningRequest(
-                    request_id=name,
-                    length_tokens=length,
-                    expected_remaining_tokens=expected_remaining(length - request.prompt_tokens),
-                    came_from=self._came_from.get(request),
-                )
-            )
+            came_from = self._came_from.get(request)
+            item = running_request(request, length, expected_remaining=expected_remaining, came_from=came_from)
+            running[item.request_id] = request
+            items.append(item)
         return items

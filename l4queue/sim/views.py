@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from l4queue.models import WorkerLoad
 from l4queue.policy import queue_order
+from l4queue.policy.steal import RunningRequest
 from l4queue.sim.central import AGEING_TOKENS_PER_S
 from l4queue.sim.instance import Instance
 from l4queue.sim.request import SimRequest
 
-__all__ = ("load_of", "score_of", "worker_id")
+__all__ = ("load_of", "running_request", "score_of", "worker_id")
 
 
 def worker_id(instance: Instance) -> str:
@@ -28,6 +31,22 @@ def load_of(instance: Instance) -> WorkerLoad:
         kv_used_tokens=instance.kv_used_tokens,
         kv_capacity_tokens=instance.cost.kv_capacity_tokens,
         max_running=instance.cost.max_num_seqs,
+    )
+
+
+def running_request(
+    request: SimRequest,
+    length_tokens: int,
+    *,
+    expected_remaining: Callable[[int], float],
+    came_from: str | None = None,
+) -> RunningRequest:
+    """A decoding request of this length as its worker knows it; ids sort as the arrivals do."""
+    return RunningRequest(
+        request_id=f"{request.index:08d}",
+        length_tokens=length_tokens,
+        expected_remaining_tokens=expected_remaining(length_tokens - request.prompt_tokens),
+        came_from=came_from,
     )
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from l4queue.models import WorkerLoad
 from l4queue.policy.coefficients import load_coefficients
 from l4queue.policy.escape import MIN_PREFILL_MS, Escape, Refuge, escapes
-from l4queue.policy.handover import Handover, weigh_move
+from l4queue.policy.handover import Handover, decide_handover
 from l4queue.policy.prices import MovePrice
 from l4queue.policy.steal import RunningRequest, StealLimits
 
@@ -60,8 +60,9 @@ def _escapes(
 
 
 def _weighed(item: RunningRequest, there: Refuge, *, ahead_ms: float) -> Handover:
-    return weigh_move(
+    return decide_handover(
         item.length_tokens,
+        high_tokens=0,
         expected_remaining_tokens=item.expected_remaining_tokens,
         here=HERE,
         there=there.load,
