@@ -52,8 +52,8 @@ def decide_handover(
     (`loads.prefill_ahead_ms`). A step with a chunk of it still gives a token, so the request loses no more than
     remaining · time of a full chunk. What waits for the request's end instead loses as much by it.
 
-    A negative benefit counts as cost. `there` is the least loaded worker of the next stage, or where else the request
-    might go; None: nobody. `high_tokens` 0 weighs a move whatever the range is; None: the range has no end.
+    A negative benefit counts as cost. `there` is the least loaded worker of the next stage, or where else the
+    request might go; None: nobody. `high_tokens` 0 weighs a move whatever the range; None: the range has no end.
     """
     if high_tokens is None or length_tokens < high_tokens:
         return Handover(is_move=False, benefit_ms=0.0, cost_ms=0.0, reason="within its range")
