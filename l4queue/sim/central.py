@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from heapq import heappop, heappush
 
 from l4queue.sim.instance import Instance
@@ -79,11 +80,11 @@ class Pool:
         """Hand out the head of the queue while some engine has room for it."""
         while self._heap:
             request = self._heap[0][2]
-            able = [instance for instance in self.instances if self.has_room(instance, request)]
-            if not able:
+            first = self._race.first(self.instances, has_room=partial(self.has_room, request=request))
+            if first is None:
                 return
             heappop(self._heap)
-            push(request, self._race.first(able))
+            push(request, first)
 
     def pull(self, instance: Instance, push: Callable[[SimRequest, Instance], None]) -> None:
         """Let one engine take from the head while it has room."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -37,13 +37,21 @@ class WakeRace:
         self._rng = rng
         self._jitter_ms = jitter_ms
 
-    def first(self, able: Sequence[Instance]) -> Instance:
-        """One of these, of which there is at least one; of equals the one that stands first."""
-        if not self._jitter_ms or len(able) == 1:
-            return min(able, key=backlog_ms)
-        late = self._rng.exponential(self._jitter_ms, len(able)).tolist()
-        before = [backlog_ms(instance) for instance in able]
-        lightest_ms = min(before)
-        pauses = (give_way_ms(batch_ms, lightest_ms=lightest_ms) for batch_ms in before)
-        woken = [pause_ms + late_ms for pause_ms, late_ms in zip(pauses, late, strict=True)]
-        return able[woken.index(min(woken))]
+    def first(self, engines: Sequence[Instance], *, has_room: Callable[[Instance], bool]) -> Instance | None:
+        """One of those that have room, None where none has; of equals the one that stands first.
+
+        Few are asked whether they have room: from the lightest on until one has, and then in the order in which
+        they would be there.
+        """
+        before = [backlog_ms(engine) for engine in engines]
+        by_backlog = sorted(range(len(engines)), key=before.__getitem__)
+        lightest = next((k for k in by_backlog if has_room(engines[k])), None)
+        if lightest is None or not self._jitter_ms:
+            return None if lightest is None else engines[lightest]
+        late = self._rng.exponential(self._jitter_ms, len(engines)).tolist()
+        woken = [
+            give_way_ms(batch_ms, lightest_ms=before[lightest]) + late_ms
+            for batch_ms, late_ms in zip(before, late, strict=True)
+        ]
+        by_wake = sorted(range(len(engines)), key=woken.__getitem__)
+        return next(engines[k] for k in by_wake if k == lightest or has_room(engines[k]))

@@ -6,6 +6,8 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from l4queue.policy.cost import StepCost
 from l4queue.sim.instance import Instance
@@ -26,7 +28,8 @@ def _engines(*pending_tokens: int) -> list[Instance]:
 
 def _shares(engines: list[Instance], *, jitter_ms: float, draws: int = 4000) -> list[float]:
     race = WakeRace(np.random.default_rng(5), jitter_ms=jitter_ms)
-    found = Counter(race.first(engines).index for _ in range(draws))
+    winners = [race.first(engines, has_room=lambda engine: True) for _ in range(draws)]
+    found = Counter(winner.index for winner in winners if winner is not None)
     return [found[engine.index] / draws for engine in engines]
 
 
@@ -50,3 +53,17 @@ def test_delays_much_longer_than_the_differences_make_all_alike() -> None:
 
 def test_one_alone_is_the_first() -> None:
     assert _shares(_engines(5000), jitter_ms=10.0, draws=3) == [1.0]
+
+
+@given(st.lists(st.tuples(st.integers(0, 4000), st.booleans()), max_size=8), st.sampled_from([0.0, 1.0, 50.0]))
+def test_only_one_with_room_is_the_first(given_engines: list[tuple[int, bool]], jitter_ms: float) -> None:
+    """None where none has room; without delay the lightest of those that have."""
+    engines = _engines(*(tokens for tokens, _ in given_engines))
+    able = [engine for engine, (_, has_room) in zip(engines, given_engines, strict=True) if has_room]
+
+    race = WakeRace(np.random.default_rng(5), jitter_ms=jitter_ms)
+    first = race.first(engines, has_room=lambda engine: engine in able)
+
+    assert (first in able) if able else (first is None)
+    if able and not jitter_ms:
+        assert first is min(able, key=backlog_ms)

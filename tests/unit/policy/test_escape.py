@@ -11,6 +11,7 @@ from l4queue.models import WorkerLoad
 from l4queue.policy.coefficients import load_coefficients
 from l4queue.policy.escape import MIN_PREFILL_MS, Escape, Refuge, escapes
 from l4queue.policy.handover import Handover, decide_handover
+from l4queue.policy.loads import decode_step_ms
 from l4queue.policy.prices import MovePrice
 from l4queue.policy.steal import RunningRequest, StealLimits
 
@@ -142,12 +143,18 @@ def test_the_first_to_leave_gains_most(items: list[RunningRequest], refuge: Refu
     refuge = replace(refuge, load=replace(refuge.load, is_draining=False))
     found = _escapes(items, [refuge], ahead_ms=refuge.ahead_ms + 500.0)
 
-    weighed = [
-        (decision.benefit_ms - decision.cost_ms)
-        for decision in (_weighed(i, refuge, ahead_ms=refuge.ahead_ms + 500.0) for i in items if not i.is_pinned)
-        if decision.is_move
+    step_ms = decode_step_ms(refuge.load.num_running, refuge.load.context_tokens, cost=COST)
+    gains_ms = [
+        decision.benefit_ms - decision.cost_ms
+        for item in items
+        if (decision := _weighed(item, refuge, ahead_ms=refuge.ahead_ms + 500.0)).is_move
+        and not item.is_pinned
+        and decision.benefit_ms - decision.cost_ms > 20.0 + 0.2 * step_ms * item.expected_remaining_tokens
     ]
-    if found:
-        assert found[0].benefit_ms - found[0].cost_ms == max(weighed)
-    else:
-        assert max(weighed, default=0.0) <= 20.0
+    assert [escape.benefit_ms - escape.cost_ms for escape in found[:1]] == sorted(gains_ms)[-1:]
+
+
+def test_what_runs_long_meets_as_much_prefill_there() -> None:
+    """400 ms saved are nothing to a request of minutes whose new engine prefills a fifth of its time."""
+    assert not _escapes([replace(ITEM, expected_remaining_tokens=2000.0)], [replace(CALM, load=HERE)])
+    assert _escapes([replace(ITEM, expected_remaining_tokens=20.0)], [replace(CALM, load=HERE)])
