@@ -85,5 +85,6 @@ def _engine(settings: Settings, coefficients: CoefficientFile) -> tuple[Engine, 
         cpu_kv_cache_gib=settings.cpu_kv_cache_gib,
         kv_directory=kv_directory(settings),
         kv_handover_bytes=settings.kv_handover_bytes,
+        keep_metrics=bool(settings.metrics_port),
     )
     return engine, text_factory(settings.tokenizer or path)

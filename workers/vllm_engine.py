@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from l4queue.errors import ConfigError
@@ -23,22 +24,24 @@ from workers.kv.desk import Desk, model_fingerprint
 from workers.kv.movable import kv_bytes_per_token
 from workers.kv.store import SegmentStore
 from workers.step_watch import StepWatch
-from workers.vllm_logprobs import token_logprobs
+from workers.vllm_terms import engine_output, sampling_params
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from l4queue.sampling import StructuredOutputs
-
 __all__ = ("VllmEngine",)
 
 _HEALTH_INTERVAL_S = 0.5
-_REASONS = {
-    "stop": FinishReason.STOP,
-    "length": FinishReason.LENGTH,
-    "repetition": FinishReason.STOP,
-}
+
+
+@dataclass(slots=True, kw_only=True)
+class _Running:
+    """A request in the engine: length up to the last token seen, logprobs of each, where its tokens come out."""
+
+    length_tokens: int
+    num_top: int | None
+    collector: Any = None
 
 
 class VllmEngine:
@@ -47,6 +50,10 @@ class VllmEngine:
     `cpu_kv_cache_gib` sizes the cache of the CPU build; on a GPU `gpu_memory_share` does. With a `kv_directory`,
     requests are handed over with their KV through segments there, at most `kv_handover_bytes` of them; all
     engines of the host that name the same directory exchange with each other. Without, vLLM gets no connector.
+    Without `keep_metrics` vLLM does not keep its own for Prometheus, which cost it time at every token.
+
+    Tokens are collected once for every step, when vLLM reports it to our logger: a task for each request, as
+    `AsyncLLM.generate` needs one, would be woken for each token.
     """
 
     def __init__(
@@ -63,6 +70,7 @@ class VllmEngine:
         cpu_kv_cache_gib: int = 1,
         kv_directory: Path | None = None,
         kv_handover_bytes: int = 1 << 30,
+        keep_metrics: bool = True,
     ) -> None:
         self._model = model
         self._max_model_len = max_model_len
@@ -76,8 +84,9 @@ class VllmEngine:
         self._desk: Desk | None = None
         if kv_directory is not None and kv_handover_bytes > 0 and tensor_parallel == 1:
             self._desk = Desk(SegmentStore(kv_directory, limit_bytes=kv_handover_bytes))
+        self._keep_metrics = keep_metrics
         self._llm: Any = None
-        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._running: dict[str, _Running] = {}
         self._out: list[EngineOutput] = []
         self._ready = asyncio.Event()
         self._dead: str | None = None
@@ -121,10 +130,13 @@ class VllmEngine:
             arguments["kv_transfer_config"] = self._transfer_config(self._desk, vllm.__version__)
         try:
             self._llm = AsyncLLM.from_engine_args(
-                AsyncEngineArgs(**arguments), stat_loggers=[_logger_factory(self._watch, self._desk)]
+                AsyncEngineArgs(**arguments), stat_loggers=[_logger_factory(self._stepped)]
             )
         except (OSError, ValueError, RuntimeError) as error:
             raise ConfigError(f"vLLM cannot start with model {self._model!r}: {error}") from error
+        if not self._keep_metrics:
+            _drop_metrics(self._llm.logger_manager)
+        self._llm.output_handler.add_done_callback(lambda _: self._ready.set())
         self._health = asyncio.create_task(self._watch_health())
         config = self._llm.vllm_config
         cache = config.cache_config
@@ -143,28 +155,49 @@ class VllmEngine:
         )
 
     async def add(self, request: EngineRequest) -> None:
-        """Start a request; each has one task that moves its tokens to the shared list."""
+        """Start a request. What vLLM refuses ends with an error among the outputs; its neighbours go on."""
+        from vllm.inputs import tokens_input
+        from vllm.v1.engine.exceptions import EngineDeadError
+
         if self._dead is not None:
             raise EngineDied(self._dead)
-        if request.request_id in self._tasks:
-            raise ValueError(f"request {request.request_id} is in the engine already")
-        task = asyncio.create_task(self._follow(request))
-        self._tasks[request.request_id] = task
+        request_id, num_tokens = request.request_id, len(request.token_ids)
+        if request_id in self._running:
+            raise ValueError(f"request {request_id} is in the engine already")
+        running = self._running[request_id] = _Running(length_tokens=num_tokens, num_top=request.params.logprobs)
+        try:
+            params = sampling_params(request)
+            if self._desk is not None:
+                params.extra_args = {"kv_transfer_params": self._desk.admit(request_id, request.kv)}
+            self._watch.arrived(request_id, num_tokens=num_tokens, priority=request.priority)
+            prompt = tokens_input(list(request.token_ids))
+            found = await self._llm.add_request(request_id, prompt, params, priority=request.priority)
+        except EngineDeadError as error:
+            self._died(str(error))
+        except Exception as error:  # it refuses with many types
+            if self._running.get(request_id) is running:
+                why = str(error) or repr(error.__cause__ or error)
+                refusal = FinishReason.ERROR
+                self._end(EngineOutput(request_id=request_id, token_ids=(), finish_reason=refusal, error=why))
+        else:
+            running.collector = found
+            if self._running.get(request_id) is not running:  # aborted while it was on its way
+                await self._llm.abort([request_id])
 
     async def abort(self, request_ids: Iterable[str]) -> None:
-        """Cancel their tasks: vLLM aborts a request whose generator is closed."""
-        gone = set(request_ids)
-        tasks = [task for i in gone if (task := self._tasks.pop(i, None)) is not None]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        """Forget them; their outputs that nobody has seen are dropped."""
+        gone = [i for i in dict.fromkeys(request_ids) if i in self._running]
+        for request_id in gone:
+            self._forget(request_id)
+        if gone and self._dead is None:
+            await self._llm.abort(gone)
         self._out = [output for output in self._out if output.request_id not in gone]
 
     async def cut(self, request_id: str) -> Cut | None:
         """Abort it with its blocks kept, and wait until they are copied."""
         if self._dead is not None:
             raise EngineDied(self._dead)
-        if request_id not in self._tasks:
+        if request_id not in self._running:
             return None
         ticket = self._desk.begin_cut(request_id) if self._desk is not None and self._kv_bytes_per_token else ""
         await self.abort([request_id])
@@ -174,11 +207,13 @@ class VllmEngine:
 
     async def outputs(self) -> list[EngineOutput]:
         """All that came out since the last call, at least one."""
+        self._collect()
         while not self._out:
             if self._dead is not None:
                 raise EngineDied(self._dead)
             self._ready.clear()
             await self._ready.wait()
+            self._collect()
         out, self._out = self._out, []
         return out
 
@@ -205,7 +240,7 @@ class VllmEngine:
         """End the engine core and its tasks."""
         if self._health is not None:
             self._health.cancel()
-        await self.abort(list(self._tasks))
+        await self.abort(list(self._running))
         llm, self._llm = self._llm, None
         if llm is not None:
             # its output handler reports the end of the core as an error, also when the end is asked for
@@ -214,42 +249,31 @@ class VllmEngine:
         if self._desk is not None:
             self._desk.close()
 
-    async def _follow(self, request: EngineRequest) -> None:
-        from vllm.inputs import tokens_input
-        from vllm.v1.engine.exceptions import EngineDeadError
-
-        request_id = request.request_id
-        num_tokens = len(request.token_ids)
-        try:
-            prompt = tokens_input(list(request.token_ids))
-            params = _sampling_params(request)
+    def _collect(self) -> None:
+        """Move what the last steps gave to the shared list."""
+        for request_id, running in list(self._running.items()):
+            if running.collector is None:
+                continue
+            try:
+                out = running.collector.get_nowait()
+            except Exception as error:  # the core is dead or vLLM's reader of its outputs is: none will get more
+                self._died(str(error))
+                return
+            if out is None:
+                continue
+            done = out.outputs[0]
+            if done.finish_reason == "abort":  # not by us: a core told to end by a signal aborts everything
+                self._died("the engine core was told to end")
+                return
+            running.length_tokens += len(done.token_ids)
+            self._watch.grew(request_id, length_tokens=running.length_tokens)
             if self._desk is not None:
-                params.extra_args = {"kv_transfer_params": self._desk.admit(request_id, request.kv)}
-            self._watch.arrived(request_id, num_tokens=num_tokens, priority=request.priority)
-            async for out in self._llm.generate(prompt, params, request_id, priority=request.priority):
-                done = out.outputs[0]
-                if done.finish_reason == "abort":  # not by us: a core told to end by a signal aborts everything
-                    self._died("the engine core was told to end")
-                    return
-                num_tokens += len(done.token_ids)
-                self._watch.grew(request_id, length_tokens=num_tokens)
-                if self._desk is not None:
-                    self._desk.started(request_id)
-                self._put(_output(request_id, done, num_top=params.logprobs))
-        except EngineDeadError as error:
-            self._died(str(error))
-        except Exception as error:  # vLLM refuses one request with many types; its neighbours go on
-            why = str(error) or repr(error.__cause__ or error)
-            refusal = EngineOutput(
-                request_id=request_id, token_ids=(), finish_reason=FinishReason.ERROR, error=why
-            )
-            self._put(refusal)
-        finally:
-            self._watch.left(request_id)
-            if self._desk is not None:
-                self._desk.left(request_id)
-            if self._tasks.get(request_id) is asyncio.current_task():
-                del self._tasks[request_id]
+                self._desk.started(request_id)
+            output = engine_output(request_id, done, num_top=running.num_top)
+            if output.finish_reason is None:
+                self._out.append(output)
+            else:
+                self._end(output)
 
     async def _watch_health(self) -> None:
         """See the core's end also while no request runs that would be told."""
@@ -259,17 +283,29 @@ class VllmEngine:
                 self._desk.sweep(asyncio.get_running_loop().time())
         self._died("")
 
+    def _stepped(self, scheduler_stats: Any, iteration_stats: Any) -> None:
+        """A step is over; its tokens are with their collectors."""
+        self._watch.record(scheduler_stats, iteration_stats)
+        if self._desk is not None and scheduler_stats is not None and scheduler_stats.kv_connector_stats:
+            self._desk.take(scheduler_stats.kv_connector_stats)
+        self._ready.set()
+
     def _died(self, why: str) -> None:
         self._dead = self._dead or why or "the engine core died"
         if self._desk is not None:
             self._desk.engine_died()
         self._ready.set()
 
-    def _put(self, output: EngineOutput) -> None:
-        if output.finish_reason is not None:
-            self._tasks.pop(output.request_id, None)  # whoever reads this may use the id again
+    def _end(self, output: EngineOutput) -> None:
+        self._forget(output.request_id)  # whoever reads this may use the id again
         self._out.append(output)
         self._ready.set()
+
+    def _forget(self, request_id: str) -> None:
+        del self._running[request_id]
+        self._watch.left(request_id)
+        if self._desk is not None:
+            self._desk.left(request_id)
 
     def _transfer_config(self, desk: Desk, version: str) -> Any:
         from vllm.config import KVTransferConfig
@@ -285,28 +321,11 @@ class VllmEngine:
         return found
 
 
-def _output(request_id: str, done: Any, *, num_top: int | None) -> EngineOutput:
-    """One of vLLM's `CompletionOutput`s as ours, with so many logprobs beside each token's; None: without any."""
-    has_any = num_top is not None and done.logprobs
-    logprobs = token_logprobs(done.logprobs, done.token_ids, num_top=num_top or 0) if has_any else ()
-    if done.finish_reason is None:
-        return EngineOutput(request_id=request_id, token_ids=tuple(done.token_ids), logprobs=logprobs)
-    reason = _REASONS.get(done.finish_reason, FinishReason.ERROR)
-    error = f"vLLM ended it: {done.finish_reason}" if reason is FinishReason.ERROR else None
-    return EngineOutput(
-        request_id=request_id,
-        token_ids=tuple(done.token_ids),
-        finish_reason=reason,
-        error=error,
-        logprobs=logprobs,
-    )
-
-
-def _logger_factory(watch: StepWatch, desk: Desk | None) -> Callable[[Any, int], Any]:
+def _logger_factory(on_step: Callable[[Any, Any], None]) -> Callable[[Any, int], Any]:
     from vllm.v1.metrics.loggers import StatLoggerBase
 
     class Logger(StatLoggerBase):  # type: ignore[misc] # vLLM is imported late and untyped
-        """Feeds the watch; prints nothing."""
+        """Says that a step is over, with its statistics; prints nothing."""
 
         def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
             self.engine_index = engine_index
@@ -314,9 +333,7 @@ def _logger_factory(watch: StepWatch, desk: Desk | None) -> Callable[[Any, int],
         def record(
             self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0
         ) -> None:
-            watch.record(scheduler_stats, iteration_stats)
-            if desk is not None and scheduler_stats is not None and scheduler_stats.kv_connector_stats:
-                desk.take(scheduler_stats.kv_connector_stats)
+            on_step(scheduler_stats, iteration_stats)
 
         def log_engine_initialized(self) -> None:
             """Nothing to say."""
@@ -324,40 +341,11 @@ def _logger_factory(watch: StepWatch, desk: Desk | None) -> Callable[[Any, int],
     return Logger
 
 
-def _sampling_params(request: EngineRequest) -> Any:
-    from vllm import SamplingParams as VllmParams
-    from vllm.sampling_params import RequestOutputKind
+def _drop_metrics(manager: Any) -> None:
+    """Leave out the logger for Prometheus, which vLLM adds whatever it is asked for."""
+    from vllm.v1.metrics.loggers import PrometheusStatLogger
 
-    params = request.params
-    return VllmParams(
-        max_tokens=request.max_tokens,
-        min_tokens=request.min_tokens,
-        temperature=params.temperature,
-        top_p=params.top_p,
-        top_k=params.top_k,
-        min_p=params.min_p,
-        seed=params.seed,
-        stop_token_ids=list(params.stop_token_ids),
-        ignore_eos=params.ignore_eos,
-        presence_penalty=params.presence_penalty,
-        frequency_penalty=params.frequency_penalty,
-        repetition_penalty=params.repetition_penalty,
-        logprobs=params.logprobs,
-        flat_logprobs=params.logprobs is not None,
-        structured_outputs=_structured_outputs(params.structured_outputs),
-        detokenize=False,  # the worker makes the text, so that it survives a change of worker
-        output_kind=RequestOutputKind.DELTA,
-    )
-
-
-def _structured_outputs(given: StructuredOutputs | None) -> Any:
-    """As vLLM's. Nothing in it is checked here: `generate` does before the engine core sees it."""
-    if given is None:
-        return None
-    from vllm.sampling_params import StructuredOutputsParams
-
-    choice = None if given.choice is None else list(given.choice)
-    return StructuredOutputsParams(json=given.json_schema, regex=given.regex, choice=choice)
+    manager.stat_loggers = [one for one in manager.stat_loggers if not isinstance(one, PrometheusStatLogger)]
 
 
 def _prepare_environment(*, kv_cache_gib: int, cores: str, model: str) -> None:
