@@ -84,7 +84,9 @@ class Settings(BaseSettings):
     lease_s: float = Field(5.0, gt=0.2, description="a silent worker loses its requests after, s")
     stall_limit_s: float = Field(60.0, gt=0, description="an engine without progress this long is dead, s")
     drain_s: float = Field(20.0, gt=0, description="deadline of a graceful stop, s")
-    emit_interval_ms: float = Field(20.0, ge=0, description="tokens are written at most this often, ms")
+    emit_interval_ms: float = Field(
+        50.0, ge=0, description="tokens are written at most this often, ms; first tokens and ends at once"
+    )
     max_crashes: int = Field(3, ge=1, description="crashes while alone before a request is dead")
     emulated_gpu: str = Field("h100", description="coefficients of the emulated engine")
     emulated_model: str = Field("llama-3.1-8b", description="coefficients of the emulated engine")

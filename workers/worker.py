@@ -165,7 +165,7 @@ class Worker:
                 continue
 
     async def _write_for_ever(self) -> None:
-        """Write what comes out: at once when somebody waits for it, else in batches of the emit interval."""
+        """Write what comes out: first tokens and ends at once, everything else once in the emit interval."""
         loop, interval_s = asyncio.get_running_loop(), self.settings.emit_interval_ms / 1000
         flushed_s, dirty = 0.0, dict[str, Session]()
         coming = asyncio.create_task(self._engine.outputs())
@@ -179,10 +179,12 @@ class Worker:
                     self._mover.look(touched)
                     coming = asyncio.create_task(self._engine.outputs())
                 is_due = loop.time() >= flushed_s + interval_s
-                if dirty and (is_due or any(session.is_urgent for session in dirty.values())):
-                    await self._writer.flush(list(dirty.values()))
-                    dirty.clear()
-                    flushed_s = loop.time()
+                ready = [session for session in dirty.values() if is_due or session.is_urgent]
+                for session in ready:
+                    del dirty[session.engine_id]
+                if ready:
+                    await self._writer.flush(ready)
+                    flushed_s = loop.time() if is_due else flushed_s
         finally:
             coming.cancel()
 
