@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import tempfile
 import threading
 import time
@@ -154,7 +155,7 @@ async def serve(client: AsyncClient, given: argparse.Namespace) -> tuple[dict[st
             return counts, sent
         if time.monotonic() - said_s > 10:
             said_s = time.monotonic()
-            print(f"{counts.get('done', 0):>9,} of {num_requests:,} done", flush=True)
+            print(f"{counts.get('done', 0):>9,} of {num_requests:,} done", file=sys.stderr, flush=True)
         if sent < num_requests and counts.get("live", 0) + CHUNK <= given.window:
             size = min(CHUNK, num_requests - sent)
             await client.enqueue_many(["hello world"] * size, max_tokens=1)
