@@ -71,6 +71,9 @@ def escapes(
     A move must win more than the prefill that its request is going to meet there (`_PREFILL_SHARE`). At most
     `max_moves` are in motion from here; each move counts in the loads by which the next is weighed
     (`handover.decide_handover`). Pinned requests stay. Ties by request id, and by worker id.
+
+    Without a KV cache that moves nothing does: to prefill what fled again holds up others, whose workers let them
+    flee in their turn. By news half a second old this went on without end (docs/simulator.md).
     """
     left = (limits or StealLimits()).max_moves - moves_in_flight
     able = [item for item in running if not item.is_pinned]
@@ -79,7 +82,9 @@ def escapes(
         for refuge in refuges
         if refuge.ahead_ms < ahead_ms and not refuge.load.is_draining
     }
-    if not has_prefill(here.pending_prefill_tokens, cost) or left < 1 or not places:
+    if price.bandwidth_bytes_per_s is None or left < 1 or not places:
+        return ()
+    if not has_prefill(here.pending_prefill_tokens, cost):
         return ()
     found: list[Escape] = []
     while able and len(found) < left:

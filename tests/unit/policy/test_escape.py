@@ -48,6 +48,7 @@ def _escapes(
     here: WorkerLoad = HERE,
     ahead_ms: float = 400.0,
     in_flight: int = 0,
+    price: MovePrice = TRANSFER,
 ) -> tuple[Escape, ...]:
     return escapes(
         running,
@@ -56,7 +57,7 @@ def _escapes(
         refuges=refuges,
         moves_in_flight=in_flight,
         cost=COST,
-        price=TRANSFER,
+        price=price,
     )
 
 
@@ -83,7 +84,7 @@ def test_what_a_long_prefill_would_hold_up_goes_to_a_calm_sibling() -> None:
 
 
 def test_each_reason_to_stay() -> None:
-    """Little prefill, as much of it elsewhere, nobody there, pinned, nearly finished, enough in motion."""
+    """Little prefill, as much elsewhere, nobody there, pinned, nearly over, enough in motion, no KV that moves."""
     little = replace(HERE, pending_prefill_tokens=int(MIN_PREFILL_MS / COST.prefill_ms(1)) // 2)
     assert not _escapes([ITEM], [CALM], here=little)
     assert not _escapes([ITEM], [replace(CALM, ahead_ms=400.0)])
@@ -93,6 +94,7 @@ def test_each_reason_to_stay() -> None:
     assert not _escapes([replace(ITEM, is_pinned=True)], [CALM])
     assert not _escapes([replace(ITEM, expected_remaining_tokens=0.0)], [CALM])
     assert not _escapes([ITEM], [CALM], in_flight=StealLimits().max_moves)
+    assert not _escapes([ITEM], [CALM], price=MovePrice())
 
 
 def test_a_sibling_that_drains_hides_no_other() -> None:
