@@ -253,7 +253,7 @@ def _scorer(
         num_instances=len(snapshot.loads),
         price=known.price,
         options=L4Options(
-            without=frozenset() if settings.hand_over else frozenset({"hand-over", "escape"}),
+            without=_left_out(settings),
             steal=StealLimits(steal_from=StealFrom(settings.steal_from)),
         ),
         changed=Changed(begun_s=known.learned.begun_s, demand=snapshot.demand, buckets=snapshot.buckets),
@@ -290,3 +290,10 @@ def _log_line(decision: Decision) -> str:
         for candidate in decision.candidates
     ]
     return json.dumps({"publish": decision.publish, "reason": decision.reason, "candidates": considered})
+
+
+def _left_out(settings: Settings) -> frozenset[str]:
+    """Ingredients that the settings switch off, as the simulator names them."""
+    if not settings.hand_over:
+        return frozenset({"hand-over", "escape"})
+    return frozenset() if settings.escape else frozenset({"escape"})

@@ -102,6 +102,9 @@ class Settings(BaseSettings):
         True,
         description="running requests move on when they outgrow a stage, and away from prefills",
     )
+    escape: bool = Field(
+        True, description="running requests leave before a long prefill, where KV caches move; false: they stay"
+    )
     steal_from: Literal["any", "shorter", "none"] = Field(
         "any", description="stages that an idle worker steals from; shorter: best mean, worst tail"
     )

@@ -55,7 +55,7 @@ class Mover:
     def escape(self) -> None:
         """Move running requests away from prefill that is before them here, to siblings with less."""
         state, outlook = self._state, self._state.outlook
-        if state.plan.routing is not Routing.L4 or not state.settings.hand_over:
+        if state.plan.routing is not Routing.L4 or not (state.settings.hand_over and state.settings.escape):
             return
         if len(self._moves) >= state.steal_limits.max_moves:
             return

@@ -35,6 +35,7 @@ _TOLD_SETTINGS = (
     "emulated_speed",
     "emulated_kv_bytes_per_s",
     "hand_over",
+    "escape",
     "steal_from",
     "replan_interval_s",
     "refine_interval_s",
