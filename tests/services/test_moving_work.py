@@ -143,10 +143,13 @@ async def test_the_kv_cache_moves_with_the_request_where_engines_can_move_it(
         assert any(moved["cost_ms"] == pytest.approx(cost, abs=0.001) for cost in costs), (moved, costs)
 
 
-async def test_what_runs_leaves_before_a_long_prefill(redis_url: str, namespace: str) -> None:
+@pytest.mark.parametrize("escape", [True, False])
+async def test_what_runs_leaves_before_a_long_prefill(redis_url: str, namespace: str, escape: bool) -> None:
     """A prompt that takes a second comes to where a request decodes: it goes to the short stage and stays."""
     slow = replace(COST, pi_ms=1.0, max_batched_tokens=256)
-    async with open_pipeline(redis_url, namespace, steal_from="none", emulated_kv_bytes_per_s=1e9) as pipeline:
+    async with open_pipeline(
+        redis_url, namespace, steal_from="none", emulated_kv_bytes_per_s=1e9, escape=escape
+    ) as pipeline:
         for name in ("w0", "w1"):
             pipeline.start(name, speed=1.0, cost=slow)
         await pipeline.publish(*_stages((0, 100, ("w0",)), (100, None, ("w1",))))
@@ -162,6 +165,9 @@ async def test_what_runs_leaves_before_a_long_prefill(redis_url: str, namespace:
         assert (await decoding.result(timeout=20)).token_ids == await _uncut(prompt, 400)
         assert len((await long.result(timeout=20)).token_ids) == 2
         moves = [line for line in await _ledger(pipeline, decoding.id) if "kv" in line]
+        if not escape:
+            assert not moves
+            return
         assert [(line["what"], line["to"], line["kv"]) for line in moves] == [("escape", "@w0", True)]
         assert moves[0]["benefit_ms"] > 500.0 > moves[0]["cost_ms"]
         assert "away from a prefill" in "".join(event.text for event in await decoding.explain())
