@@ -13,7 +13,6 @@ import argparse
 import asyncio
 import json
 import os
-import platform
 import signal
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from told import machine
 
 from l4queue.cli.stack import Stack, StackOptions
 from l4queue.client import AsyncClient, Result
@@ -280,9 +280,8 @@ async def measure(given: argparse.Namespace) -> dict[str, Any]:
                 found = await memory(stack, folder, num_lines=given.lines or 1_000_000)
             else:
                 found = await latency(stack, folder, given)
-    machine = f"{os.cpu_count()} cores, {platform.platform()}, Python {platform.python_version()}"
     case = {"what": given.what, "workers": given.workers, "unheld": given.unheld}
-    return {**case, **found, "machine": machine}
+    return {**case, **found, "machine": machine()}
 
 
 def main() -> None:

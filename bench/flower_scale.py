@@ -14,7 +14,6 @@ import argparse
 import asyncio
 import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -27,6 +26,7 @@ from typing import Any
 
 import httpx
 import psutil
+from told import machine
 
 from l4queue.cli.embedded import free_port
 from l4queue.cli.stack import Stack, StackOptions
@@ -215,7 +215,7 @@ def report(
             }
             for name, found in looks.page_s.items()
         },
-        "machine": f"{os.cpu_count()} cores, {platform.platform()}, Python {platform.python_version()}",
+        "machine": machine(),
     }
 
 

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
-import platform
 import statistics
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from told import machine, tell
 
 from l4queue.cli.stack import Stack, StackOptions
 from l4queue.client import AsyncClient
@@ -47,7 +47,7 @@ async def measure(*, num_requests: int, rounds: int, num_latencies: int, durabil
         "enqueued_per_s": statistics.median(sent for sent, _ in rates),
         "result_latency_p50_ms": statistics.median(latencies_ms),
         "result_latency_p99_ms": quantiles[98],
-        "machine": f"{os.cpu_count()} cores, {platform.platform()}, Python {platform.python_version()}",
+        "machine": machine(),
     }
 
 
@@ -87,11 +87,7 @@ def main() -> None:
             durability=given.durability,
         )
     )
-    if given.json:
-        print(json.dumps(found))
-        return
-    for name, value in found.items():
-        print(f"{name:<24} {value:.1f}" if isinstance(value, float) else f"{name:<24} {value}")
+    tell(found, as_json=given.json)
 
 
 if __name__ == "__main__":

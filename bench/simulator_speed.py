@@ -11,11 +11,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import time
 from pathlib import Path
 
 import numpy as np
+from told import machine
 
 from l4queue.policy.coefficients import read_coefficients
 from l4queue.policy.prices import MovePrice
@@ -82,11 +82,10 @@ def main() -> None:
     given = parser.parse_args()
     trace = hour()
     rows = [measure(trace, policy, num_instances=n, rate_scale=scale) for policy, n, scale in CASES]
-    machine = f"{os.cpu_count()} cores, {platform.platform()}, Python {platform.python_version()}"
     if given.json:
-        print(json.dumps({"trace": trace.name, "machine": machine, "results": rows}, indent=2))
+        print(json.dumps({"trace": trace.name, "machine": machine(), "results": rows}, indent=2))
         return
-    print(f"{trace.name}, {machine}")
+    print(f"{trace.name}, {machine()}")
     for row in rows:
         print(", ".join(f"{key} {value}" for key, value in row.items()))
 

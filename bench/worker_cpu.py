@@ -11,9 +11,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
-import os
-import platform
 import statistics
 import tempfile
 import time
@@ -21,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from told import machine, tell
 
 from l4queue.cli.stack import Stack, StackOptions
 from l4queue.client import AsyncClient
@@ -40,7 +38,7 @@ async def measure(*, num_running: int, num_tokens: int, rounds: int) -> dict[str
         "running": num_running,
         "rounds": rounds,
         **medians,
-        "machine": f"{os.cpu_count()} cores, {platform.platform()}, Python {platform.python_version()}",
+        "machine": machine(),
     }
 
 
@@ -85,11 +83,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     found = asyncio.run(measure(num_running=given.running, num_tokens=given.tokens, rounds=given.rounds))
-    if given.json:
-        print(json.dumps(found))
-        return
-    for name, value in found.items():
-        print(f"{name:<24} {value:.1f}" if isinstance(value, float) else f"{name:<24} {value}")
+    tell(found, as_json=given.json)
 
 
 if __name__ == "__main__":

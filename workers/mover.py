@@ -11,7 +11,7 @@ from dataclasses import asdict
 from typing import NoReturn
 
 from l4queue.models import Routing, WorkerLoad
-from l4queue.policy.escape import NUM_REFUGES, REST_MS, Refuge, escapes, has_prefill
+from l4queue.policy.escape import NUM_REFUGES, REST_MS, Refuge, escapes, may_escape
 from l4queue.policy.handover import decide_handover, least_loaded, look_again_at, next_stage
 from l4queue.policy.steal import Ask, RunningRequest, ask, bid, choose_victim, match
 from l4queue.protocol.calls import Move, MoveKind
@@ -59,7 +59,7 @@ class Mover:
             return
         if len(self._moves) >= state.steal_limits.max_moves:
             return
-        if not has_prefill(state.pending_prefill_tokens, state.cost):
+        if not may_escape(state.pending_prefill_tokens, cost=state.cost, price=state.move_price):
             return
         here = state.load()
         rested_s = asyncio.get_running_loop().time() - REST_MS / 1000

@@ -20,6 +20,7 @@ _REASONS = {
 
 
 def sampling_params(request: EngineRequest) -> Any:
+    """vLLM's `SamplingParams` of a request: token ids in and out, each piece only what is new."""
     from vllm import SamplingParams as VllmParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -46,7 +47,7 @@ def sampling_params(request: EngineRequest) -> Any:
 
 
 def _structured_outputs(given: StructuredOutputs | None) -> Any:
-    """As vLLM's. Nothing in it is checked here: `generate` does before the engine core sees it."""
+    """As vLLM's. Nothing in it is checked here: `add_request` does before the engine core sees it."""
     if given is None:
         return None
     from vllm.sampling_params import StructuredOutputsParams

@@ -17,7 +17,7 @@ from l4queue.policy.loads import decode_step_ms
 from l4queue.policy.prices import MovePrice
 from l4queue.policy.steal import RunningRequest, StealLimits
 
-__all__ = ("MIN_PREFILL_MS", "NUM_REFUGES", "REST_MS", "Escape", "Refuge", "escapes", "has_prefill")
+__all__ = ("MIN_PREFILL_MS", "NUM_REFUGES", "REST_MS", "Escape", "Refuge", "escapes", "has_prefill", "may_escape")
 
 MIN_PREFILL_MS = 30.0
 """Less prefill pending in the engine is not worth a look, whatever is said to wait in the queue: that is old news.
@@ -71,9 +71,6 @@ def escapes(
     A move must win more than the prefill that its request is going to meet there (`_PREFILL_SHARE`). At most
     `max_moves` are in motion from here; each move counts in the loads by which the next is weighed
     (`handover.decide_handover`). Pinned requests stay. Ties by request id, and by worker id.
-
-    Without a KV cache that moves nothing does: to prefill what fled again holds up others, whose workers let them
-    flee in their turn. By news half a second old this went on without end (docs/simulator.md).
     """
     left = (limits or StealLimits()).max_moves - moves_in_flight
     able = [item for item in running if not item.is_pinned]
@@ -82,9 +79,7 @@ def escapes(
         for refuge in refuges
         if refuge.ahead_ms < ahead_ms and not refuge.load.is_draining
     }
-    if price.bandwidth_bytes_per_s is None or left < 1 or not places:
-        return ()
-    if not has_prefill(here.pending_prefill_tokens, cost):
+    if not may_escape(here.pending_prefill_tokens, cost=cost, price=price) or left < 1 or not places:
         return ()
     found: list[Escape] = []
     while able and len(found) < left:
@@ -127,6 +122,15 @@ def escapes(
 def has_prefill(pending_tokens: int, cost: StepCost) -> bool:
     """Whether so much pending in an engine is worth looking for what it holds up."""
     return cost.prefill_ms(pending_tokens) >= MIN_PREFILL_MS
+
+
+def may_escape(pending_tokens: int, *, cost: StepCost, price: MovePrice) -> bool:
+    """Whether with so much pending in an engine any move can pay.
+
+    Without a KV cache that moves none does: to prefill what fled again holds up others, whose workers let them
+    flee in their turn. By news half a second old this went on without end (docs/simulator.md).
+    """
+    return price.bandwidth_bytes_per_s is not None and has_prefill(pending_tokens, cost)
 
 
 def _before_ms(place: Refuge, cost: StepCost) -> float:

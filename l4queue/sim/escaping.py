@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from l4queue.policy.cost import StepCost
-from l4queue.policy.escape import NUM_REFUGES, REST_MS, Refuge, escapes, has_prefill
+from l4queue.policy.escape import NUM_REFUGES, REST_MS, Refuge, escapes, may_escape
 from l4queue.policy.prices import MovePrice
 from l4queue.policy.steal import RunningRequest, StealLimits
 from l4queue.sim.instance import Instance
@@ -51,7 +51,8 @@ class Escapes:
         if not instance.num_decodes or len(self._instances) < 2:
             return []
         in_flight = len(instance.removals)
-        if not has_prefill(instance.pending_tokens, self._cost) or in_flight >= self._limits.max_moves:
+        can_pay = may_escape(instance.pending_tokens, cost=self._cost, price=self._price)
+        if not can_pay or in_flight >= self._limits.max_moves:
             return []
         ahead_ms = self._ahead_ms(instance.pending_tokens, instance.stage)
         refuges = self._refuges(instance, ahead_ms)

@@ -129,7 +129,7 @@ def test_an_idle_engine_takes_running_requests_of_an_overloaded_one() -> None:
 
 
 def test_what_runs_leaves_before_a_long_prefill() -> None:
-    """Ten requests decode on each of two engines when a prompt of 40,000 tokens comes: nearly all leave it."""
+    """Ten requests decode on each of two engines when a prompt of 40,000 tokens comes: all but one leave."""
     trace = Trace(
         name="one long",
         arrival_s=np.array([0.0] * 20 + [1.0]),
@@ -143,10 +143,9 @@ def test_what_runs_leaves_before_a_long_prefill() -> None:
         found.append(run_policy(policy, trace, setting))
 
     prefill_s = COST.prefill_ms(40_000) / 1000
-    mean_s = [float(np.mean(run.measured.e2e_s[:20])) for run in found]
-    assert found[0].result.num_handovers >= 9
-    assert found[1].result.num_handovers == 0
-    assert mean_s[1] - mean_s[0] > 0.3 * prefill_s  # ten of twenty would have waited
+    latest = [float(np.sort(run.measured.e2e_s[:20])[-2]) for run in found]  # one stays: its gain is too small
+    assert [run.result.num_handovers for run in found] == [9, 0]
+    assert latest[1] - latest[0] > 0.5 * prefill_s
 
 
 def test_the_planner_may_ignore_a_skew_that_the_engine_has() -> None:
