@@ -2,9 +2,10 @@
 
 The rules are those of `l4queue.sim.instance`, which advances the same batch in closed form; a test holds the
 two against each other. Each step: decodes first, one token each; then begun prefills, then waiting requests
-in order of priority and arrival, in chunks, while the token budget lasts. A prompt is admitted only if the
-KV cache has blocks for all of it, and never in a step that had to preempt. When a decode finds no block, the
-request that comes last in that order loses its cache and waits to be computed again.
+in order of priority and arrival, in chunks, while the token budget lasts. With others there, no prompt gets all
+of it. A prompt is admitted only if the KV cache has blocks for all of it, and never in a step that had to
+preempt. When a decode finds no block, the request that comes last in that order loses its cache and waits to be
+computed again.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class Batch:
 
     def __init__(self, cost: StepCost) -> None:
         self._max_batched_tokens = cost.max_batched_tokens
+        self._max_chunk_tokens = cost.max_chunk_tokens
         self._max_num_seqs = cost.max_num_seqs
         self._blocks_total = _blocks_below(cost.kv_capacity_tokens or _UNBOUNDED_TOKENS)
         self._blocks_used = 0
@@ -105,11 +107,12 @@ class Batch:
         running = self._running
         decodes = [entry for entry in running if not entry.to_prefill]
         budget = self._max_batched_tokens - len(decodes)
+        longest = self._max_chunk_tokens if len(running) + len(self._waiting) > 1 else budget
         chunks: list[tuple[_Entry, int]] = []
         if len(decodes) < len(running):
             for entry in running:
                 if entry.to_prefill and budget > 0:
-                    budget -= self._give(entry, budget, chunks)
+                    budget -= self._give(entry, min(budget, longest), chunks)
         while self._waiting and budget > 0 and not has_preempted and len(running) < self._max_num_seqs:
             blocks = _blocks(self._waiting[0].length)
             if running and self._blocks_used + blocks > self._blocks_total:
@@ -119,7 +122,7 @@ class Batch:
             entry.to_prefill = entry.length - entry.loaded
             entry.blocks = blocks
             self._blocks_used += blocks
-            budget -= self._give(entry, budget, chunks)
+            budget -= self._give(entry, min(budget, longest), chunks)
         shape = _shape(decodes, chunks)
         self._chunks = [(entry, 0) for entry in decodes] + chunks
         return shape
@@ -164,8 +167,8 @@ class Batch:
         self._blocks_used -= entry.blocks
 
     @staticmethod
-    def _give(entry: _Entry, budget: int, chunks: list[tuple[_Entry, int]]) -> int:
-        chunk = min(budget, entry.to_prefill)
+    def _give(entry: _Entry, most: int, chunks: list[tuple[_Entry, int]]) -> int:
+        chunk = min(most, entry.to_prefill)
         chunks.append((entry, chunk))
         return chunk
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import uuid
@@ -22,6 +23,7 @@ __all__ = ("Lease",)
 
 log = logging.getLogger("l4queue.worker")
 _NEWS_S = 0.5
+_MIN_NEWS_S = 0.02
 
 
 class Lease:
@@ -50,6 +52,8 @@ class Lease:
         self._sequence = 0
         self._seen_steps = -1
         self._progress_s = 0.0
+        self._due = asyncio.Event()
+        self.told: WorkerLoad | None = None  # the load that the others know
         self.histogram: Counter[str] = Counter()
         self.incarnation = self._fresh_name()
 
@@ -65,12 +69,20 @@ class Lease:
         Raises EngineDied when the engine has stalled too long.
         """
         while True:
-            await asyncio.sleep(min(self._settings.lease_s / 3, _NEWS_S))
+            await asyncio.sleep(_MIN_NEWS_S)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(min(self._settings.lease_s / 3, _NEWS_S) - _MIN_NEWS_S):
+                    await self._due.wait()
+            self._due.clear()
             self._check_progress()
             if await self._send(register=False) is Verdict.LOST:
                 log.warning("lease of %s lost: its requests continue elsewhere", self.incarnation)
                 on_lost()
                 await self.begin()
+
+    def tell(self) -> None:
+        """Renew now: the load has changed by more than siblings should overlook."""
+        self._due.set()
 
     async def end(self) -> None:
         """Leave; what is still held is for the reaper."""
@@ -88,8 +100,9 @@ class Lease:
         self._sequence += 1
         sent = dict(self.histogram)
         cost = self._cost()
+        load = self.told = self._load()
         told = {
-            "load": asdict(self._load()),
+            "load": asdict(load),
             "cost": None if cost is None else cost.to_dict(),
             "price": asdict(self._price()),
         }

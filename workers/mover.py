@@ -11,7 +11,7 @@ from dataclasses import asdict
 from typing import NoReturn
 
 from l4queue.models import Routing, WorkerLoad
-from l4queue.policy.escape import NUM_REFUGES, REST_MS, Refuge, escapes, may_escape
+from l4queue.policy.escape import MIN_PREFILL_MS, NUM_REFUGES, REST_MS, Refuge, escapes, may_escape
 from l4queue.policy.handover import decide_handover, least_loaded, look_again_at, next_stage
 from l4queue.policy.steal import Ask, RunningRequest, ask, bid, choose_victim, match
 from l4queue.protocol.calls import Move, MoveKind
@@ -25,6 +25,7 @@ __all__ = ("Mover",)
 
 log = logging.getLogger("l4queue.worker")
 _MAKE_WAY_S = 0.1
+_ESCAPE_S = 0.1  # so often it is looked again while a prefill goes on
 
 
 class Mover:
@@ -36,6 +37,8 @@ class Mover:
         self._moves = Chores()
         self._last_steal_ms: int | None = None
         self._last_ask_ms: int | None = None
+        self._is_due = asyncio.Event()
+        self._escaped_s = 0.0
 
     def watch_anew(self) -> None:
         """A new plan: whatever is beyond the end of the range now is thought about with its next token."""
@@ -50,17 +53,42 @@ class Mover:
                 continue
             if self._state.plan.routing is Routing.L4 and len(self._moves) < self._state.steal_limits.max_moves:
                 self._consider(session)
-        self.escape()
+        self._tell()
+        if self._may_escape() and asyncio.get_running_loop().time() >= self._escaped_s + _ESCAPE_S:
+            self._is_due.set()
 
-    def escape(self) -> None:
+    async def escape_for_ever(self) -> NoReturn:
+        """Look again who leaves, while prefill goes on here."""
+        while True:
+            await self._is_due.wait()
+            self._is_due.clear()
+            await self._escape()
+
+    def _tell(self) -> None:
+        """Prefill that begins or ends here is news: by it siblings decide what to send."""
+        lease, cost = self._state.lease, self._state.cost
+        told_tokens = lease.told.pending_prefill_tokens if lease.told else 0
+        change_ms = cost.prefill_ms(self._state.pending_prefill_tokens) - cost.prefill_ms(told_tokens)
+        if abs(change_ms) >= MIN_PREFILL_MS:
+            lease.tell()
+
+    def _may_escape(self) -> bool:
+        state = self._state
+        is_on = state.plan.routing is Routing.L4 and state.settings.hand_over and state.settings.escape
+        return (
+            is_on
+            and len(self._moves) < state.steal_limits.max_moves
+            and may_escape(state.pending_prefill_tokens, cost=state.cost, price=state.move_price)
+        )
+
+    async def _escape(self) -> None:
         """Move running requests away from prefill that is before them here, to siblings with less."""
         state, outlook = self._state, self._state.outlook
-        if state.plan.routing is not Routing.L4 or not (state.settings.hand_over and state.settings.escape):
+        others = outlook.others() if self._may_escape() else []
+        if not others:
             return
-        if len(self._moves) >= state.steal_limits.max_moves:
-            return
-        if not may_escape(state.pending_prefill_tokens, cost=state.cost, price=state.move_price):
-            return
+        self._escaped_s = asyncio.get_running_loop().time()
+        siblings = await outlook.asked_again(random.sample(others, min(NUM_REFUGES, len(others))))
         here = state.load()
         rested_s = asyncio.get_running_loop().time() - REST_MS / 1000
         by_id = {
@@ -68,13 +96,11 @@ class Mover:
             for session in state.sessions.values()
             if session.may_move and not (session.came_from and session.started_s > rested_s)
         }
-        others = outlook.others() if by_id else []
-        drawn = random.sample(others, min(NUM_REFUGES, len(others)))
         for escape in escapes(
             [self._running(session) for session in by_id.values()],
             here=here,
             ahead_ms=self._ahead_ms(here),
-            refuges=[Refuge(load=load, ahead_ms=self._ahead_ms(load)) for load in drawn],
+            refuges=[Refuge(load=load, ahead_ms=self._ahead_ms(load)) for load in siblings],
             moves_in_flight=len(self._moves),
             cost=state.cost,
             price=state.move_price,
@@ -86,7 +112,8 @@ class Mover:
 
     async def make_way(self) -> None:
         """Before a prefill begins: let what it would hold up leave. Once it runs, a cut waits for its steps."""
-        self.escape()
+        self._tell()
+        await self._escape()
         await self._moves.rest(timeout_s=_MAKE_WAY_S)
 
     async def ask_once(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import Counter
+from collections.abc import Sequence
 
 from l4queue.config import Settings
 from l4queue.models import Plan, WorkerLoad
@@ -59,6 +60,11 @@ class Outlook:
         """The other workers, of one stage or of all."""
         found = self.overview.workers if self.overview else ()
         return [w for w in found if w.worker_id != self._worker_id and stage in (None, self.stage_of(w))]
+
+    async def asked_again(self, workers: Sequence[WorkerLoad]) -> list[WorkerLoad]:
+        """What these say of themselves now; without those that are gone."""
+        views = await self._door.run_many([self._reads.worker(w.incarnation, 0) for w in workers])
+        return [view.load for view in views if view is not None]
 
     def lightest_ms(self, stage: int, *, cost: StepCost) -> float:
         """The least that another worker of this stage had before it; infinite where there is none."""

@@ -129,7 +129,7 @@ class Session:
             self._end(FinishReason.LENGTH)
 
     def engine_request(self) -> EngineRequest:
-        """What the engine is to compute: the rest of the output."""
+        """What the engine is to compute: the rest of the output. In its class, what has run before goes first."""
         params, num_resumed = self.params, len(self.output_ids)
         if params.seed is not None and num_resumed:
             params = params.model_copy(update={"seed": resumed_seed(params.seed, num_resumed)})
@@ -139,7 +139,7 @@ class Session:
             max_tokens=self.remaining_tokens,
             min_tokens=max(0, self.params.min_tokens - num_resumed),
             params=params,
-            priority=self.priority,
+            priority=2 * self.priority + (num_resumed == 0),
             num_resumed=num_resumed,
             kv=self.grant.kv,
         )

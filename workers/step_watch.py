@@ -1,7 +1,7 @@
 """What vLLM's steps cost: step records put together from its per-step statistics and the requests it has.
 
 vLLM says how many tokens a step computed, not for whom. The watch knows the requests, so it follows them through
-the scheduler's order (begun prefills, then priority and arrival) and works out contexts from there.
+the scheduler's order (prefills as they began, then priority and arrival) and works out contexts from there.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ class _Prefill:
     order: tuple[int, int]  # priority, arrival
     left_tokens: int
     done_tokens: int = 0
+    begun: int = 0  # the how-manieth to get tokens; 0: none yet
 
 
 class StepWatch:
@@ -33,10 +34,12 @@ class StepWatch:
 
     `clock` gives seconds. vLLM's own time of a step leaves out the model where that runs in the engine core's
     process; a step that ends no token of a running request is timed here, from the step before or from the arrival
-    that ended a pause.
+    that ended a pause. `max_chunk_tokens` is the most of one prompt in a step that has others to think of.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, *, max_chunk_tokens: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._max_chunk_tokens = max_chunk_tokens
+        self._num_begun = 0
         self._clock = clock
         self._since_s = clock()
         self.num_running = 0
@@ -118,13 +121,17 @@ class StepWatch:
         prompt that hit the cache is taken for one computed from its start until then.
         """
         pairs = 0.0
+        longest = self._max_chunk_tokens if len(self._prefills) + len(self._decoding) > 1 else num_tokens
         for prefill in self._in_order() if num_tokens else ():
             if cached_tokens:
                 found = min(cached_tokens, prefill.left_tokens - 1)
                 cached_tokens -= found
                 prefill.done_tokens += found
                 prefill.left_tokens -= found
-            chunk = min(num_tokens, prefill.left_tokens)
+            chunk = min(num_tokens, prefill.left_tokens, longest)
+            if not prefill.begun:
+                self._num_begun += 1
+                prefill.begun = self._num_begun
             pairs += chunk * (prefill.done_tokens + chunk / 2)
             prefill.done_tokens += chunk
             prefill.left_tokens -= chunk
@@ -135,4 +142,4 @@ class StepWatch:
 
     def _in_order(self) -> Sequence[_Prefill]:
         unfinished = (prefill for prefill in self._prefills.values() if prefill.left_tokens)
-        return sorted(unfinished, key=lambda prefill: (not prefill.done_tokens, prefill.order))
+        return sorted(unfinished, key=lambda prefill: (not prefill.begun, prefill.begun, prefill.order))

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from l4queue.errors import ConfigError
+from l4queue.policy.cost import max_chunk_tokens
 from workers.engine import (
     Cut,
     EngineDied,
@@ -90,7 +91,7 @@ class VllmEngine:
         self._out: list[EngineOutput] = []
         self._ready = asyncio.Event()
         self._dead: str | None = None
-        self._watch = StepWatch()
+        self._watch = StepWatch(max_chunk_tokens=0)
         self._health: asyncio.Task[None] | None = None
         self._kv_capacity_tokens = 0
         self._kv_bytes_per_token = 0
@@ -102,6 +103,7 @@ class VllmEngine:
             import vllm
             from vllm.engine.arg_utils import AsyncEngineArgs
             from vllm.platforms import current_platform
+            from vllm.usage.usage_lib import UsageContext
             from vllm.v1.engine.async_llm import AsyncLLM
         except ImportError as error:
             raise ConfigError("vLLM is missing: install l4queue[gpu] or l4queue[cpu]") from error
@@ -113,8 +115,6 @@ class VllmEngine:
             "scheduling_policy": "priority",
             "enable_prefix_caching": True,
             "enable_logging_iteration_details": True,
-            "enable_log_requests": False,
-            "disable_log_stats": False,
             "enforce_eager": current_platform.is_cpu(),
             "tensor_parallel_size": self._tensor_parallel,
             "gpu_memory_utilization": self._gpu_memory_share,
@@ -129,16 +129,18 @@ class VllmEngine:
             self._desk.open()
             arguments["kv_transfer_config"] = self._transfer_config(self._desk, vllm.__version__)
         try:
-            self._llm = AsyncLLM.from_engine_args(
-                AsyncEngineArgs(**arguments), stat_loggers=[_logger_factory(self._stepped)]
-            )
+            config = AsyncEngineArgs(**arguments).create_engine_config(UsageContext.ENGINE_CONTEXT)
+            scheduling = config.scheduler_config
+            longest = max_chunk_tokens(scheduling.max_num_batched_tokens)
+            scheduling.long_prefill_token_threshold = min(longest, config.model_config.max_model_len)
+            self._watch = StepWatch(max_chunk_tokens=scheduling.long_prefill_token_threshold)
+            self._llm = AsyncLLM.from_vllm_config(config, stat_loggers=[_logger_factory(self._stepped)])
         except (OSError, ValueError, RuntimeError) as error:
             raise ConfigError(f"vLLM cannot start with model {self._model!r}: {error}") from error
         if not self._keep_metrics:
             _drop_metrics(self._llm.logger_manager)
         self._llm.output_handler.add_done_callback(lambda _: self._ready.set())
         self._health = asyncio.create_task(self._watch_health())
-        config = self._llm.vllm_config
         cache = config.cache_config
         self._kv_capacity_tokens = int(cache.num_gpu_blocks or 0) * int(cache.block_size or 0)
         self._kv_bytes_per_token = kv_bytes_per_token(config) if self._desk is not None else 0

@@ -137,6 +137,7 @@ class Worker:
             self._keep_up(),
             self._look_around(),
             self._mover.failure(),
+            self._mover.escape_for_ever(),
             self._chores.failure(),
             self._stopping.wait(),
         )

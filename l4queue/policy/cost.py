@@ -17,7 +17,17 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-__all__ = ("BatchShape", "StepCost")
+__all__ = ("BatchShape", "StepCost", "max_chunk_tokens")
+
+_SHARE_FOR_OTHERS = 16
+
+
+def max_chunk_tokens(max_batched_tokens: int) -> int:
+    """Most tokens of one prompt in a step while there are other requests: vLLM's `long_prefill_token_threshold`.
+
+    What is left of the step lets requests in that bring their KV cache; else they would wait for the whole prompt.
+    """
+    return max_batched_tokens - max_batched_tokens // _SHARE_FOR_OTHERS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +57,11 @@ class StepCost:
     kv_capacity_tokens: int = 0
     max_batched_tokens: int = 8192
     max_num_seqs: int = 256
+
+    @property
+    def max_chunk_tokens(self) -> int:
+        """`max_chunk_tokens` of this engine."""
+        return max_chunk_tokens(self.max_batched_tokens)
 
     def step_ms(self, batch: BatchShape) -> float:
         """Predicted time of one step, ms; 0 for an empty batch."""

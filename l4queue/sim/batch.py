@@ -264,13 +264,14 @@ class Batch:
     def _schedule_prefills(self, has_preempted: bool) -> tuple[int, float]:
         """Fill this step's token budget with chunks; returns tokens and query-key pairs of the prefill."""
         budget = self.cost.max_batched_tokens - self.num_decodes
+        longest = self.cost.max_chunk_tokens if self.num_requests > 1 else budget
         pairs = 0.0
         tokens = 0
         chunks = self._segment_prefills
         for request in self._prefills:
             if budget <= 0:
                 break
-            chunk = min(request.left_tokens, budget)
+            chunk = min(request.left_tokens, budget, longest)
             pairs += chunk * (request.length - request.left_tokens + chunk / 2.0)
             tokens += chunk
             budget -= chunk
@@ -290,7 +291,7 @@ class Batch:
                 budget -= 1
                 continue
             self.blocks_used += blocks
-            chunk = min(length, budget)
+            chunk = min(length, budget, longest)
             request.left_tokens = length
             self._prefills.append(request)
             pairs += chunk * chunk / 2.0

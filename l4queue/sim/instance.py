@@ -6,8 +6,9 @@ run of pure decode steps. While the batch is fixed, every decode step costs γ·
 the number of steps that end by a given time is the root of that quadratic. A segment ends at a finish, at
 an alarm (a watched request reached a length), before the KV cache overflows, or at an interrupt.
 
-Rules taken from vLLM's scheduler: decodes first, then partial prefills, then waiting requests in FCFS order
-while token budget, `max_num_seqs` and KV blocks allow; a prompt is admitted only if all of it fits; when a
+Rules taken from vLLM's scheduler: decodes first, then partial prefills, then waiting requests in FCFS order,
+those that have run before first, while token budget, `max_num_seqs` and KV blocks allow; with others there, no
+prompt takes all of a step (`StepCost.max_chunk_tokens`); a prompt is admitted only if all of it fits; when a
 decode finds no block, the request admitted last is preempted, loses its cache and waits at the front.
 """
 
@@ -33,10 +34,17 @@ class Instance(Batch):
     # ---------------------------------------------------------------- orders from the cluster
 
     def push(self, request: SimRequest) -> None:
-        """Hand a request to the engine's own queue; it enters at the next boundary that has room."""
+        """Hand a request to the engine's own queue; it enters at the next boundary that has room.
+
+        One that has run before goes before those that have not.
+        """
         if not request.has_kv:
             self.pending_tokens += request.length
-        self._waiting.append(request)
+        if request.generated:
+            place = next((i for i, other in enumerate(self._waiting) if not other.generated), len(self._waiting))
+            self._waiting.insert(place, request)
+        else:
+            self._waiting.append(request)
 
     def withdraw(self, request: SimRequest) -> bool:
         """Take a request back that the engine has not admitted; False when it has."""

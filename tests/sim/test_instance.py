@@ -72,10 +72,11 @@ class StepwiseEngine:
             has_preempted = True
         decodes = [r for r in self.running if self.is_decoding(r)]
         budget = self.cost.max_batched_tokens - len(decodes)
+        share = budget if len(self.running) + len(self.waiting) == 1 else self.cost.max_chunk_tokens
         chunks: list[tuple[OracleRequest, int]] = []
         for request in self.running:
             if not self.is_decoding(request) and budget > 0:
-                chunk = min(budget, request.target - request.computed)
+                chunk = min(budget, share, request.target - request.computed)
                 chunks.append((request, chunk))
                 budget -= chunk
         while self.waiting and budget > 0 and not has_preempted and len(self.running) < self.cost.max_num_seqs:
@@ -85,7 +86,7 @@ class StepwiseEngine:
             self.waiting.popleft()
             request.computed, request.target = 0, request.length
             self.running.append(request)
-            chunk = min(budget, request.target)
+            chunk = min(budget, share, request.target)
             chunks.append((request, chunk))
             budget -= chunk
         lengths = [r.length for r in decodes]

@@ -58,7 +58,8 @@ def test_the_watch_finds_out_what_every_step_worked_on(
     rows: list[tuple[int, int, int, int]], aborted: set[int]
 ) -> None:
     """Contexts, query-key pairs and skew, from token counts alone; arrivals and aborts at any step."""
-    batch, watch, step, shapes = Batch(COST), StepWatch(), 0, list[BatchShape]()
+    watch = StepWatch(max_chunk_tokens=COST.max_chunk_tokens)
+    batch, step, shapes = Batch(COST), 0, list[BatchShape]()
     lengths = {str(i): prompt for i, (_, prompt, _, _) in enumerate(rows)}
     while batch or step <= 30:
         for index, (arrival, prompt, output, priority) in enumerate(rows):
@@ -103,7 +104,7 @@ def test_the_watch_finds_out_what_every_step_worked_on(
 
 def test_a_step_lasts_from_token_to_token() -> None:
     """The least gap of the requests that decode, in ms; without one, what the core measured."""
-    watch = StepWatch()
+    watch = StepWatch(max_chunk_tokens=COST.max_chunk_tokens)
     watch.record(statistics(decodes=2), iteration(gaps_s=(0.5, 0.012)))
     assert watch.last_step_ms == pytest.approx(12.0)
     watch.record(statistics(prefill=10), iteration())
@@ -115,7 +116,7 @@ def test_a_step_lasts_from_token_to_token() -> None:
 
 def test_tokens_of_the_prefix_cache_lie_before_the_chunk() -> None:
     """900 of 1,000 tokens cached: 100 computed, each attending to the 900 before."""
-    watch = StepWatch()
+    watch = StepWatch(max_chunk_tokens=COST.max_chunk_tokens)
     watch.arrived("a", num_tokens=1000, priority=0)
     watch.record(statistics(prefill=100), iteration(cached=900))
 
@@ -124,7 +125,7 @@ def test_tokens_of_the_prefix_cache_lie_before_the_chunk() -> None:
 
 def test_what_a_preempted_request_computes_again_is_prefill() -> None:
     """vLLM counts it as generated: 2 requests, 301 tokens."""
-    watch = StepWatch()
+    watch = StepWatch(max_chunk_tokens=COST.max_chunk_tokens)
     watch.record(statistics(decodes=2, generated=301), iteration())
 
     record = watch.take_records()[0]
@@ -133,7 +134,7 @@ def test_what_a_preempted_request_computes_again_is_prefill() -> None:
 
 def test_reports_without_a_step_change_nothing() -> None:
     """No statistics, or those of an idle turn, are no progress."""
-    watch = StepWatch()
+    watch = StepWatch(max_chunk_tokens=COST.max_chunk_tokens)
     watch.record(None, None)
     idle = statistics()
     idle.iteration_details = None
@@ -145,7 +146,7 @@ def test_reports_without_a_step_change_nothing() -> None:
 
 def test_what_the_engine_puts_back_is_counted() -> None:
     """For ever: it only grows."""
-    watch = StepWatch()
+    watch = StepWatch(max_chunk_tokens=COST.max_chunk_tokens)
     for preempted in (2, 0, 1):
         watch.record(statistics(decodes=1), iteration(preempted=preempted))
     assert watch.num_preemptions == 3
@@ -154,7 +155,7 @@ def test_what_the_engine_puts_back_is_counted() -> None:
 def test_a_step_that_ends_no_token_is_timed_from_the_one_before_or_from_the_end_of_a_pause() -> None:
     """Whatever vLLM says of it: where the model runs in the core's process, that is the sampling alone."""
     now_s = 100.0
-    watch = StepWatch(clock=lambda: now_s)
+    watch = StepWatch(max_chunk_tokens=COST.max_chunk_tokens, clock=lambda: now_s)
     now_s = 200.0
     watch.arrived("a", num_tokens=100, priority=0)
     now_s = 200.05
