@@ -112,8 +112,9 @@ class Session:
 
     @property
     def is_urgent(self) -> bool:
-        """Whether the next write should not wait for more: first tokens, or the end."""
-        return self.has_ended or (self.committed == 0 and bool(self.output_ids) and not self.params.is_pinned)
+        """Whether the next write should not wait for more: the first tokens here, or the end."""
+        are_first = self.committed == self.grant.offset < len(self.output_ids)
+        return self.has_ended or (are_first and not self.params.is_pinned)
 
     def resume(self, entries: Sequence[OutputEntry], *, eos_token_ids: frozenset[int]) -> None:
         """Go on from what earlier workers committed. They may have died after the very last token."""

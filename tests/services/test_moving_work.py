@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from dataclasses import replace
 from typing import Any
 
@@ -39,6 +39,10 @@ def _stages(*ranges: tuple[int, int | None, tuple[str, ...]]) -> tuple[StagePlan
         StagePlan(low_tokens=low, high_tokens=high, num_workers=len(ids), worker_ids=ids)
         for low, high, ids in ranges
     )
+
+
+async def _equals(value: Awaitable[object], expected: object) -> bool:
+    return await value == expected
 
 
 async def _uncut(prompt: str, max_tokens: int, cost: StepCost = COST) -> tuple[int, ...]:
@@ -171,6 +175,24 @@ async def test_what_runs_leaves_before_a_long_prefill(redis_url: str, namespace:
         assert [(line["what"], line["to"], line["kv"]) for line in moves] == [("escape", "@w0", True)]
         assert moves[0]["benefit_ms"] > 500.0 > moves[0]["cost_ms"]
         assert "away from a prefill" in "".join(event.text for event in await decoding.explain())
+
+
+async def test_prefill_that_begins_or_ends_is_told_at_once(
+    redis_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without waiting for the lease to be renewed, which takes more than a test here."""
+    monkeypatch.setattr("workers.lease._NEWS_S", 1000.0)
+    slow = replace(COST, pi_ms=1.0, max_batched_tokens=256)
+    async with open_pipeline(redis_url, namespace, lease_s=3000.0) as pipeline:
+        pipeline.start("w0", speed=1.0, cost=slow)
+        handle = await pipeline.client.enqueue("y" * 1200, max_tokens=400, ignore_eos=True)
+
+        async def pending() -> list[int]:
+            return [worker.pending_prefill_tokens for worker in (await pipeline.client.overview()).workers]
+
+        await until(lambda: _equals(pending(), [1200]))
+        await until(lambda: _equals(pending(), [0]))
+        assert (await handle.result(timeout=20)).token_ids == await _uncut("y" * 1200, 400)
 
 
 class CutFails(EmulatedEngine):

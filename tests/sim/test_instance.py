@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from l4queue.policy.cost import BatchShape, StepCost
 from l4queue.sim.blind import RoundRobin
 from l4queue.sim.cluster import Cluster
-from l4queue.sim.instance import BLOCK_TOKENS
+from l4queue.sim.instance import BLOCK_TOKENS, Instance
 from l4queue.sim.request import SimRequest
 
 COST = StepCost(
@@ -214,6 +214,26 @@ def test_one_request_longer_than_the_cache_still_ends() -> None:
     run_one([request], cost)
 
     assert request.finish_s is not None
+
+
+def test_what_has_run_before_decodes_beside_a_long_prefill() -> None:
+    """A moved request with its cache, last to come, waits for one step and not for the prompts before it."""
+    instance = Instance(0, cost=COST)
+    long, other = (SimRequest(i, 0.0, prompt_tokens=1000, output_tokens=1) for i in range(2))
+    moved = SimRequest(2, 0.0, prompt_tokens=40, output_tokens=20)
+    moved.generated, moved.has_kv = 10, True
+    for request in (long, other, moved):
+        instance.push(request)
+    assert list(instance.waiting()) == [moved, long, other]
+    instance.start_segment(0.0)
+    instance.finish_segment()
+    late = SimRequest(3, 0.0, prompt_tokens=40, output_tokens=20)
+    late.generated, late.has_kv = 10, True
+    instance.push(late)
+    assert instance.end_s is None
+    instance.start_segment(instance.now_s)
+    instance.finish_segment()
+    assert [request for request, _ in instance.decoding_lengths()] == [moved, late]
 
 
 def test_an_arrival_ends_a_decode_run_at_the_next_step_boundary() -> None:

@@ -156,6 +156,24 @@ def test_the_lower_priority_number_is_admitted_first_and_preempted_last() -> Non
     assert last["urgent"] < last["patient"]
 
 
+def test_what_brings_its_cache_decodes_beside_a_long_prefill() -> None:
+    """It enters with the next step; without a share for others it would wait for the whole prompt."""
+    batch = Batch(COST)
+    batch.add(request("long", [1] * 1000, 1))
+    alone = batch.schedule()
+    assert alone.prefill_tokens == COST.max_batched_tokens
+    batch.finish()
+
+    batch.add(request("other", [3] * 500, 1, priority=1))
+    batch.add(request("moved", [2] * 50, 3), loaded_tokens=49)
+    shape = batch.schedule()
+    assert shape.prefill_tokens == COST.max_batched_tokens
+    assert [output.request_id for output in batch.finish()] == ["moved"]
+    shape = batch.schedule()
+    assert (shape.num_decodes, shape.prefill_tokens) == (1, COST.max_batched_tokens - 1)
+    assert [output.request_id for output in batch.finish()] == ["moved"]
+
+
 def test_nobody_is_admitted_in_a_step_that_preempts() -> None:
     """Not even an urgent newcomer that would fit: as in vLLM, it waits for the next step."""
 

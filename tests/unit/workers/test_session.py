@@ -222,6 +222,24 @@ def test_a_resumed_request_draws_other_random_numbers_and_the_same_ones_each_tim
     assert unseeded.params.seed is None
 
 
+def test_what_has_run_before_goes_first_in_its_class_and_tells_its_first_token_at_once(tokenizer: Any) -> None:
+    """It has waited already; whoever reads along has seen it stop."""
+    wanted = Wanted()
+    fresh = open_session(tokenizer, SamplingParams(), wanted, epoch=1)
+    wanted.entries = [OutputEntry(upto=2, token_ids=(300, 301), text="a")]
+    resumed = open_session(tokenizer, SamplingParams(), wanted, epoch=2)
+    assert resumed.engine_request().priority == fresh.engine_request().priority - 1
+    fresh.priority = -1
+    assert fresh.engine_request().priority < resumed.engine_request().priority
+
+    assert not resumed.is_urgent
+    resumed.feed(EngineOutput(request_id=resumed.engine_id, token_ids=(302,)))
+    assert resumed.is_urgent
+    wanted.write(resumed)
+    resumed.feed(EngineOutput(request_id=resumed.engine_id, token_ids=(303,)))
+    assert not resumed.is_urgent
+
+
 @pytest.mark.parametrize(
     "fields",
     [
