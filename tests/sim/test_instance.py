@@ -217,18 +217,17 @@ def test_one_request_longer_than_the_cache_still_ends() -> None:
 
 
 def test_what_has_run_before_decodes_beside_a_long_prefill() -> None:
-    """A moved request with its cache, last to come, waits for one step and not for the prompts before it."""
+    """A moved request with its cache, last to come, waits for one step and not for the prompt before it."""
     instance = Instance(0, cost=COST)
-    long, other = (SimRequest(i, 0.0, prompt_tokens=1000, output_tokens=1) for i in range(2))
-    moved = SimRequest(2, 0.0, prompt_tokens=40, output_tokens=20)
-    moved.generated, moved.has_kv = 10, True
-    for request in (long, other, moved):
-        instance.push(request)
-    assert list(instance.waiting()) == [moved, long, other]
+    long = SimRequest(0, 0.0, prompt_tokens=1000, output_tokens=1)
+    moved, late = (SimRequest(i, 0.0, prompt_tokens=40, output_tokens=20) for i in (1, 2))
+    for request in (moved, late):
+        request.generated, request.has_kv = 10, True
+    instance.push(long)
+    instance.push(moved)
+    assert list(instance.waiting()) == [moved, long]
     instance.start_segment(0.0)
     instance.finish_segment()
-    late = SimRequest(3, 0.0, prompt_tokens=40, output_tokens=20)
-    late.generated, late.has_kv = 10, True
     instance.push(late)
     assert instance.end_s is None
     instance.start_segment(instance.now_s)
