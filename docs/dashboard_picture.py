@@ -27,7 +27,7 @@ Series = list[tuple[str, np.ndarray, np.ndarray]]
 Ask = Callable[[str], list[dict[str, Any]]]
 """An expression to the rows of Prometheus' range query: `metric` (labels) and `values` ([unix time s, text])."""
 
-_COLUMN, _ROW = 0.62, 0.36  # size of a cell of Grafana's grid, inches
+_COLUMN, _ROW = 0.6, 0.25  # size of a cell of Grafana's grid, inches
 _SCALES = {"percentunit": (100.0, " %"), "bytes": (2.0**-20, " MiB"), "s": (1.0, " s"), "reqps": (1.0, "/s")}
 _PALE = "#666666"
 
@@ -51,28 +51,38 @@ def ask_prometheus(url: str, *, seconds: float, window: str, points: int = 240) 
 def draw(ask: Ask, out: Path) -> dict[str, int]:
     """Write the picture; how many series of numbers each panel shows."""
     plt = require_matplotlib()
-    panels = [p for p in json.loads(DASHBOARD.read_text("utf-8"))["panels"] if p["type"] != "row"]
+    panels = json.loads(DASHBOARD.read_text("utf-8"))["panels"]
     height = max(p["gridPos"]["y"] + p["gridPos"]["h"] for p in panels)
     figure = plt.figure(figsize=(24 * _COLUMN, height * _ROW))
+    found = {panel["id"]: _found(ask, panel) for panel in panels}
+    times = [at_s for series in found.values() for _, at_s, _ in series]
+    span_s = (min(at_s[0] for at_s in times), max(at_s[-1] for at_s in times)) if times else (0.0, 1.0)
     shown = {}
     for panel in panels:
         place = panel["gridPos"]
+        if panel["type"] == "row":
+            figure.text(0.01, 1.0 - (place["y"] + 0.6) / height, panel["title"], fontsize=9, weight="bold")
+            continue
         axis = figure.add_axes(
             (
                 (place["x"] + 0.9) / 24,
-                1.0 - (place["y"] + place["h"] - 1.6) / height,
-                (place["w"] - 1.2) / 24,
+                1.0 - (place["y"] + place["h"] - 1.4) / height,
+                (place["w"] - 1.1) / 24,
                 (place["h"] - 2.6) / height,
             )
         )
-        found = [series for target in panel["targets"] for series in _series(ask(target["expr"]), target)]
         kind = {"stat": _stat, "heatmap": _heatmap}.get(panel["type"], _lines)
-        kind(axis, panel, found)
-        axis.set_title(panel["title"], fontsize=8, loc="left")
-        shown[panel["title"]] = len(found)
+        kind(axis, panel, [(name, at_s - span_s[1], values) for name, at_s, values in found[panel["id"]]])
+        axis.set_xlim(span_s[0] - span_s[1], 0)
+        axis.set_title(panel["title"], fontsize=7, loc="left", pad=3)
+        shown[panel["title"]] = len(found[panel["id"]])
     figure.savefig(out, dpi=100)
     plt.close(figure)
     return shown
+
+
+def _found(ask: Ask, panel: Mapping[str, Any]) -> Series:
+    return [series for target in panel.get("targets", ()) for series in _series(ask(target["expr"]), target)]
 
 
 def _series(rows: list[dict[str, Any]], target: Mapping[str, Any]) -> Series:
@@ -94,7 +104,7 @@ def _stat(axis: Any, panel: Mapping[str, Any], found: Series) -> None:
     """The last value, large."""
     scale, unit = _unit(panel)
     text = f"{found[0][2][-1] * scale:,.4g}{unit}" if found else "No data"
-    axis.text(0.5, 0.5, text, ha="center", va="center", fontsize=16)
+    axis.text(0.5, 0.5, text, ha="center", va="center", fontsize=15, transform=axis.transAxes)
     axis.set_axis_off()
 
 
@@ -104,11 +114,10 @@ def _lines(axis: Any, panel: Mapping[str, Any], found: Series) -> None:
     is_stacked = custom["stacking"]["mode"] == "normal"
     if is_stacked and found:
         times = np.unique(np.concatenate([at_s for _, at_s, _ in found]))
-        rows = [np.interp(times, at_s, values * scale) for _, at_s, values in found]
-        axis.stackplot(times - times[-1], rows, labels=[name for name, _, _ in found], alpha=0.6)
-    end_s = max((at_s[-1] for _, at_s, _ in found), default=0.0)
+        rows = [np.interp(times, at_s, values * scale, left=0.0, right=0.0) for _, at_s, values in found]
+        axis.stackplot(times, rows, labels=[name for name, _, _ in found], alpha=0.6)
     for name, at_s, values in () if is_stacked else found:
-        axis.plot(at_s - end_s, values * scale, linewidth=1, label=name)
+        axis.plot(at_s, values * scale, linewidth=1, label=name)
     if custom["scaleDistribution"]["type"] == "log":
         axis.set_yscale("log", base=2)
         axis.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
@@ -127,7 +136,7 @@ def _heatmap(axis: Any, panel: Mapping[str, Any], found: Series) -> None:
         rows = np.array([np.interp(times, at_s, values) for _, at_s, values in bounds])
         counts = np.diff(rows, axis=0, prepend=0.0).clip(min=0.0)
         axis.imshow(
-            counts, aspect="auto", origin="lower", cmap="Blues", extent=(times[0] - times[-1], 0, 0, len(rows))
+            counts, aspect="auto", origin="lower", cmap="Blues", extent=(times[0], times[-1], 0, len(rows))
         )
         axis.set_yticks(np.arange(len(rows)) + 0.5, [name for name, _, _ in bounds])
     _plain(axis, "")
@@ -136,7 +145,6 @@ def _heatmap(axis: Any, panel: Mapping[str, Any], found: Series) -> None:
 def _plain(axis: Any, unit: str) -> None:
     axis.tick_params(labelsize=6, colors=_PALE)
     axis.set_ylabel(unit.strip(), fontsize=6, color=_PALE)
-    axis.set_xlabel("s", fontsize=6, color=_PALE, labelpad=0)
     axis.grid(alpha=0.25)
     for side in axis.spines.values():
         side.set_color("#bbbbbb")

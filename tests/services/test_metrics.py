@@ -6,8 +6,11 @@ import asyncio
 import itertools
 import json
 import math
+import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -375,6 +378,7 @@ def test_prometheus_finds_data_for_every_expression(deployment: Deployment, tmp_
                 until(all_found, "every expression has data", timeout_s=180)
             except AssertionError:
                 raise AssertionError(f"without data: {missing}") from None
+            check_picture(prometheus, tmp_path)
             rules = until(
                 lambda: [rule for rule in prometheus.rules() if rule["health"] != "unknown"], "rules are evaluated"
             )
@@ -384,6 +388,21 @@ def test_prometheus_finds_data_for_every_expression(deployment: Deployment, tmp_
         assert prometheus.value("sum(l4queue_workers)") == 3
     finally:
         prometheus.close()
+
+
+def check_picture(prometheus: Prometheus, folder: Path) -> None:
+    """Every panel is drawn with data in it; `L4_PICTURES=docs/img` keeps the picture, of a minute and a half."""
+    file = Path(os.environ.get("L4_PICTURES", folder)).resolve() / "dashboard.png"
+    if "L4_PICTURES" in os.environ:
+        time.sleep(90)
+    script = MONITORING.parent / "docs" / "dashboard_picture.py"
+    url = f"http://127.0.0.1:{prometheus.port}"
+    options = ("--prometheus", url, "--minutes", "3", "--window", "10s", "--out", str(file))
+    command = [sys.executable, str(script), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{file} written\n"
+    assert file.read_bytes().startswith(b"\x89PNG")
 
 
 def has_data(prometheus: Prometheus, expression: str) -> bool:
