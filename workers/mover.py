@@ -53,8 +53,9 @@ class Mover:
                 continue
             if self._state.plan.routing is Routing.L4 and len(self._moves) < self._state.steal_limits.max_moves:
                 self._consider(session)
-        self._tell()
-        if self._may_escape() and asyncio.get_running_loop().time() >= self._escaped_s + _ESCAPE_S:
+        pending_tokens = self._tell()
+        is_due = asyncio.get_running_loop().time() >= self._escaped_s + _ESCAPE_S
+        if is_due and self._may_escape(pending_tokens):
             self._is_due.set()
 
     async def escape_for_ever(self) -> NoReturn:
@@ -64,27 +65,28 @@ class Mover:
             self._is_due.clear()
             await self._escape()
 
-    def _tell(self) -> None:
-        """Prefill that begins or ends here is news: by it siblings decide what to send."""
-        lease, cost = self._state.lease, self._state.cost
+    def _tell(self) -> int:
+        """Prefill that begins or ends here is news: siblings decide by it. Returns what is pending, tokens."""
+        lease, cost, pending_tokens = self._state.lease, self._state.cost, self._state.pending_prefill_tokens
         told_tokens = lease.told.pending_prefill_tokens if lease.told else 0
-        change_ms = cost.prefill_ms(self._state.pending_prefill_tokens) - cost.prefill_ms(told_tokens)
-        if abs(change_ms) >= MIN_PREFILL_MS:
+        if abs(cost.prefill_ms(pending_tokens) - cost.prefill_ms(told_tokens)) >= MIN_PREFILL_MS:
             lease.tell()
+        return pending_tokens
 
-    def _may_escape(self) -> bool:
+    def _may_escape(self, pending_tokens: int) -> bool:
         state = self._state
         is_on = state.plan.routing is Routing.L4 and state.settings.hand_over and state.settings.escape
         return (
             is_on
             and len(self._moves) < state.steal_limits.max_moves
-            and may_escape(state.pending_prefill_tokens, cost=state.cost, price=state.move_price)
+            and may_escape(pending_tokens, cost=state.cost, price=state.move_price)
         )
 
     async def _escape(self) -> None:
         """Move running requests away from prefill that is before them here, to siblings with less."""
         state, outlook = self._state, self._state.outlook
-        others = outlook.others() if self._may_escape() else []
+        may = self._may_escape(state.pending_prefill_tokens) and any(s.may_move for s in state.sessions.values())
+        others = outlook.others() if may else []
         if not others:
             return
         self._escaped_s = asyncio.get_running_loop().time()

@@ -3,7 +3,7 @@
     16 bytes   magic, length and CRC-32 of the header
     header     JSON, up to 4,096 bytes from the start
     ids        the token ids that the KV was computed from, 4 bytes each
-    sums       CRC-32 of every piece, layer by layer
+    sums       low half of the 64-bit XXH3 of every piece, layer by layer: ten times as fast as CRC-32
     payload    layer by layer, the blocks of the request in order, as the engine lays them out
 
 Plain reads and writes, no mapping: a file that is cut short under a mapping, or a full file system, kills the
@@ -23,10 +23,11 @@ from zlib import crc32
 
 import numpy as np
 import numpy.typing as npt
+from xxhash import xxh3_64_intdigest
 
 __all__ = ("Layout", "MissCause", "Piece", "Segment", "SegmentError", "SegmentWriter")
 
-_MAGIC = b"L4KV\x00\x00\x00\x01"
+_MAGIC = b"L4KV\x00\x00\x00\x02"
 _PREFIX = struct.Struct("<8sII")
 _HEADER_BYTES = 4096
 _PIECE_BYTES = 1 << 20
@@ -150,7 +151,7 @@ class SegmentWriter:
     def write(self, piece: Piece, rows: npt.NDArray[np.uint8]) -> None:
         """Write the blocks of a piece, one row each."""
         data = np.ascontiguousarray(rows).data.cast("B")
-        self._sums[piece.number] = crc32(data)
+        self._sums[piece.number] = _sum_of(data)
         _write_at(self._fd, data, self._layout.piece_at(piece))
 
     def seal(self) -> None:
@@ -205,7 +206,7 @@ class Segment:
         rows = into[: piece.num_blocks]
         data = rows.data.cast("B")
         self._read_at(data, self.layout.piece_at(piece))
-        if crc32(data) != self._sums[piece.number]:
+        if _sum_of(data) != self._sums[piece.number]:
             raise SegmentError(MissCause.DAMAGED, f"layer {piece.layer}, block {piece.first_block}: checksum")
         return rows
 
@@ -241,6 +242,10 @@ class Segment:
             if not got:
                 raise SegmentError(MissCause.DAMAGED, f"ends at {offset}")
             into, offset = into[got:], offset + got
+
+
+def _sum_of(data: memoryview) -> int:
+    return xxh3_64_intdigest(data) & 0xFFFFFFFF
 
 
 def _write_at(fd: int, data: memoryview, offset: int) -> None:
