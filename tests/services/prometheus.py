@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import json
+import math
 import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,16 @@ import yaml
 
 from tests.services.processes import free_port, until
 
-__all__ = ("MONITORING", "Prometheus", "promtool", "tool", "without_comparison")
+__all__ = (
+    "MONITORING",
+    "Prometheus",
+    "draw_dashboard",
+    "expressions",
+    "has_data",
+    "promtool",
+    "tool",
+    "without_comparison",
+)
 
 MONITORING = Path(__file__).resolve().parents[2] / "monitoring"
 _WINDOW = "10s"
@@ -122,3 +134,42 @@ class Prometheus:
         if self._process is not None:
             self._process.kill()
             self._process.wait()
+
+
+def expressions() -> list[tuple[str, str]]:
+    """What the dashboard, the alerts and the examples of the manual ask, with where it stands."""
+    (path,) = (MONITORING / "grafana" / "dashboards").glob("*.json")
+    panels = json.loads(path.read_text("utf-8"))["panels"]
+    found = [(panel["title"], target["expr"]) for panel in panels for target in panel.get("targets", ())]
+    (group,) = yaml.safe_load((MONITORING / "rules" / "l4queue.yml").read_text("utf-8"))["groups"]
+    found += [(rule["alert"], without_comparison(rule["expr"])) for rule in group["rules"]]
+    manual = (MONITORING.parent / "docs" / "monitoring.md").read_text("utf-8")
+    found += [("docs/monitoring.md", query) for query in re.findall(r"^ +query: (.+)$", manual, re.MULTILINE)]
+    found += [
+        ("docs/monitoring.md", q) for q in re.findall(r"^```promql\n(.+?)\n```$", manual, re.MULTILINE | re.S)
+    ]
+    return found
+
+
+def draw_dashboard(prometheus: Prometheus, folder: Path) -> None:
+    """Every panel is drawn with data in it; `L4_PICTURES=docs/img` keeps the picture, of a minute and a half."""
+    file = Path(os.environ.get("L4_PICTURES", folder)).resolve() / "dashboard.png"
+    if "L4_PICTURES" in os.environ:
+        until(
+            lambda: (prometheus.value("min(count_over_time(up[10m]))") or 0) > 90,
+            "so much is there",
+            timeout_s=180,
+        )
+    script = MONITORING.parent / "docs" / "dashboard_picture.py"
+    url = f"http://127.0.0.1:{prometheus.port}"
+    options = ("--prometheus", url, "--minutes", "3", "--window", "10s", "--out", str(file))
+    command = [sys.executable, str(script), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{file} written\n"
+    assert file.read_bytes().startswith(b"\x89PNG")
+
+
+def has_data(prometheus: Prometheus, expression: str) -> bool:
+    """At least one value that is a number."""
+    return any(not math.isnan(value) for _, value in prometheus.query(expression))

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import json
 import math
-import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +15,6 @@ from typing import Any
 
 import httpx
 import pytest
-import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from dispatcher.replan import replan_once
@@ -33,7 +28,7 @@ from l4queue.protocol.door import Door
 from l4queue.protocol.keys import Keys
 from tests.protocol.server import RedisServer
 from tests.services.processes import Processes, free_port, until
-from tests.services.prometheus import MONITORING, Prometheus, promtool, without_comparison
+from tests.services.prometheus import MONITORING, Prometheus, draw_dashboard, expressions, has_data, promtool
 
 pytestmark = [pytest.mark.services, pytest.mark.timeout(600)]
 
@@ -337,21 +332,6 @@ class Load:
                 assert round_ < 200
 
 
-def expressions() -> list[tuple[str, str]]:
-    """What the dashboard, the alerts and the examples of the manual ask, with where it stands."""
-    (path,) = (MONITORING / "grafana" / "dashboards").glob("*.json")
-    panels = json.loads(path.read_text("utf-8"))["panels"]
-    found = [(panel["title"], target["expr"]) for panel in panels for target in panel.get("targets", ())]
-    (group,) = yaml.safe_load((MONITORING / "rules" / "l4queue.yml").read_text("utf-8"))["groups"]
-    found += [(rule["alert"], without_comparison(rule["expr"])) for rule in group["rules"]]
-    manual = (MONITORING.parent / "docs" / "monitoring.md").read_text("utf-8")
-    found += [("docs/monitoring.md", query) for query in re.findall(r"^ +query: (.+)$", manual, re.MULTILINE)]
-    found += [
-        ("docs/monitoring.md", q) for q in re.findall(r"^```promql\n(.+?)\n```$", manual, re.MULTILINE | re.S)
-    ]
-    return found
-
-
 def test_prometheus_finds_data_for_every_expression(deployment: Deployment, tmp_path: Path) -> None:
     """Under load no query of a panel, an alert or the manual is empty."""
     ports = deployment.ports
@@ -378,7 +358,7 @@ def test_prometheus_finds_data_for_every_expression(deployment: Deployment, tmp_
                 until(all_found, "every expression has data", timeout_s=180)
             except AssertionError:
                 raise AssertionError(f"without data: {missing}") from None
-            check_picture(prometheus, tmp_path)
+            draw_dashboard(prometheus, tmp_path)
             rules = until(
                 lambda: [rule for rule in prometheus.rules() if rule["health"] != "unknown"], "rules are evaluated"
             )
@@ -388,23 +368,3 @@ def test_prometheus_finds_data_for_every_expression(deployment: Deployment, tmp_
         assert prometheus.value("sum(l4queue_workers)") == 3
     finally:
         prometheus.close()
-
-
-def check_picture(prometheus: Prometheus, folder: Path) -> None:
-    """Every panel is drawn with data in it; `L4_PICTURES=docs/img` keeps the picture, of a minute and a half."""
-    file = Path(os.environ.get("L4_PICTURES", folder)).resolve() / "dashboard.png"
-    if "L4_PICTURES" in os.environ:
-        time.sleep(90)
-    script = MONITORING.parent / "docs" / "dashboard_picture.py"
-    url = f"http://127.0.0.1:{prometheus.port}"
-    options = ("--prometheus", url, "--minutes", "3", "--window", "10s", "--out", str(file))
-    command = [sys.executable, str(script), *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == f"{file} written\n"
-    assert file.read_bytes().startswith(b"\x89PNG")
-
-
-def has_data(prometheus: Prometheus, expression: str) -> bool:
-    """At least one value that is a number."""
-    return any(not math.isnan(value) for _, value in prometheus.query(expression))
