@@ -1,7 +1,9 @@
 """Online calibration: a worker's own step times replace the coefficients it was shipped with.
 
-Decayed normal equations of a relative least squares (each step weighs 1/time²). Where the steps say nothing about
-a coefficient, a weak pull keeps it at the prior, scaled to how fast the engine has shown itself to be.
+Decayed normal equations of a relative least squares: each step weighs 1/expected time². (By 1/measured time² slow
+steps would count less than quick ones, and the model would fall short of what steps take on average.) Where the
+steps say nothing about a coefficient, a weak pull keeps it at the prior, scaled to how fast the engine has shown
+itself to be.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ class Calibrator:
     `min_steps` how many (decayed) steps are needed. A step slower or faster than expected by more than
     `outlier_factor` times the usual error weighs only as much as one at that limit; one that is not finite or
     positive is dropped. The errors of a time and of its inverse count alike: a step that was seen late, together
-    with the next one, leaves that with next to no time, and 1/time² would make it outweigh hundreds.
+    with the next one, leaves that with next to no time.
     """
 
     prior: StepCost
@@ -76,7 +78,7 @@ class Calibrator:
             share = 1.0 / (1.0 + min(seen, 200))
             usual += share * (min(error, limit) - usual)
             ratio += share * trust * (math.log(y / first) - ratio)
-            w = trust / max(y, base / (1.0 + limit)) ** 2
+            w = (trust / (base if is_known else max(y, base / (1.0 + limit)))) ** 2
             gram = gram * keep + w * np.outer(x, x)
             moment = moment * keep + w * y * x
             weight = weight * keep + trust
