@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -25,6 +24,8 @@ from workers.kv.desk import Desk, model_fingerprint
 from workers.kv.movable import kv_bytes_per_token
 from workers.kv.store import SegmentStore
 from workers.step_watch import StepWatch
+from workers.turns import PrefillTurns
+from workers.vllm_environment import bind_threads, prepare_environment
 from workers.vllm_terms import engine_output, sampling_params
 
 if TYPE_CHECKING:
@@ -92,13 +93,15 @@ class VllmEngine:
         self._ready = asyncio.Event()
         self._dead: str | None = None
         self._watch = StepWatch(max_chunk_tokens=0)
+        self._turns = PrefillTurns(max_batched_tokens=0, max_chunk_tokens=0)
+        self._beginning: set[asyncio.Task[None]] = set()
         self._health: asyncio.Task[None] | None = None
         self._kv_capacity_tokens = 0
         self._kv_bytes_per_token = 0
 
     async def start(self) -> EngineInfo:
         """Load the model; tens of seconds."""
-        _prepare_environment(kv_cache_gib=self._cpu_kv_cache_gib, cores=self._cpu_cores, model=self._model)
+        prepare_environment(kv_cache_gib=self._cpu_kv_cache_gib, cores=self._cpu_cores, model=self._model)
         try:
             import vllm
             from vllm.engine.arg_utils import AsyncEngineArgs
@@ -121,7 +124,7 @@ class VllmEngine:
         }
         if current_platform.is_cpu():
             arguments["worker_cls"] = "workers.vllm_cpu.SeededCpuWorker"
-            if self._tensor_parallel == 1 and _bind_threads():
+            if self._tensor_parallel == 1 and bind_threads():
                 arguments["distributed_executor_backend"] = "uni"
         if self._max_batched_tokens is not None:
             arguments["max_num_batched_tokens"] = self._max_batched_tokens
@@ -133,7 +136,9 @@ class VllmEngine:
             scheduling = config.scheduler_config
             longest = max_chunk_tokens(scheduling.max_num_batched_tokens)
             scheduling.long_prefill_token_threshold = min(longest, config.model_config.max_model_len)
-            self._watch = StepWatch(max_chunk_tokens=scheduling.long_prefill_token_threshold)
+            limits = scheduling.max_num_batched_tokens, scheduling.long_prefill_token_threshold
+            self._watch = StepWatch(max_chunk_tokens=limits[1])
+            self._turns = PrefillTurns(max_batched_tokens=limits[0], max_chunk_tokens=limits[1])
             self._llm = AsyncLLM.from_vllm_config(config, stat_loggers=[_logger_factory(self._stepped)])
         except (OSError, ValueError, RuntimeError) as error:
             raise ConfigError(f"vLLM cannot start with model {self._model!r}: {error}") from error
@@ -157,21 +162,32 @@ class VllmEngine:
         )
 
     async def add(self, request: EngineRequest) -> None:
-        """Start a request. What vLLM refuses ends with an error among the outputs; its neighbours go on."""
-        from vllm.inputs import tokens_input
-        from vllm.v1.engine.exceptions import EngineDeadError
+        """Start a request, a long prompt when it is its turn.
 
+        What vLLM refuses ends with an error among the outputs; its neighbours go on.
+        """
         if self._dead is not None:
             raise EngineDied(self._dead)
         request_id, num_tokens = request.request_id, len(request.token_ids)
         if request_id in self._running:
             raise ValueError(f"request {request_id} is in the engine already")
-        running = self._running[request_id] = _Running(length_tokens=num_tokens, num_top=request.params.logprobs)
+        self._running[request_id] = _Running(length_tokens=num_tokens, num_top=request.params.logprobs)
+        if self._turns.arrived(request):
+            await self._begin(request)
+
+    async def _begin(self, request: EngineRequest) -> None:
+        from vllm.inputs import tokens_input
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        request_id = request.request_id
+        running = self._running.get(request_id)
+        if running is None:  # aborted just when its turn had come
+            return
         try:
             params = sampling_params(request)
             if self._desk is not None:
                 params.extra_args = {"kv_transfer_params": self._desk.admit(request_id, request.kv)}
-            self._watch.arrived(request_id, num_tokens=num_tokens, priority=request.priority)
+            self._watch.arrived(request_id, num_tokens=len(request.token_ids), priority=request.priority)
             prompt = tokens_input(list(request.token_ids))
             found = await self._llm.add_request(request_id, prompt, params, priority=request.priority)
         except EngineDeadError as error:
@@ -224,7 +240,7 @@ class VllmEngine:
         watch, desk = self._watch, self._desk
         return EngineStats(
             num_running=watch.num_running,
-            num_waiting=watch.num_waiting,
+            num_waiting=watch.num_waiting + len(self._turns),
             kv_used_tokens=round(watch.kv_share * self._kv_capacity_tokens),
             num_steps=watch.num_steps,
             last_step_ms=watch.last_step_ms,
@@ -269,6 +285,7 @@ class VllmEngine:
                 return
             running.length_tokens += len(done.token_ids)
             self._watch.grew(request_id, length_tokens=running.length_tokens)
+            self._through(request_id)
             if self._desk is not None:
                 self._desk.started(request_id)
             output = engine_output(request_id, done, num_top=running.num_top)
@@ -303,8 +320,17 @@ class VllmEngine:
         self._out.append(output)
         self._ready.set()
 
+    def _through(self, request_id: str) -> None:
+        """Its prefill is over, if it had one: the next long prompt may begin."""
+        following = self._turns.over(request_id)
+        if following is not None:
+            beginning = asyncio.create_task(self._begin(following))
+            self._beginning.add(beginning)
+            beginning.add_done_callback(self._beginning.discard)
+
     def _forget(self, request_id: str) -> None:
         del self._running[request_id]
+        self._through(request_id)
         self._watch.left(request_id)
         if self._desk is not None:
             self._desk.left(request_id)
@@ -348,35 +374,3 @@ def _drop_metrics(manager: Any) -> None:
     from vllm.v1.metrics.loggers import PrometheusStatLogger
 
     manager.stat_loggers = [one for one in manager.stat_loggers if not isinstance(one, PrometheusStatLogger)]
-
-
-def _prepare_environment(*, kv_cache_gib: int, cores: str, model: str) -> None:
-    """Defaults for vLLM's CPU build and for an engine inside somebody else's process; the user's own win."""
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(kv_cache_gib))
-    os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
-    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    if cores:
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", cores)
-    if os.path.isdir(model):
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-
-def _bind_threads() -> bool:
-    """Let the engine core compute with the model's threads on its cores; False where these are not stated.
-
-    By default vLLM's CPU build gives the model a process of its own. The engine core then spins while it waits for
-    each step and, where every core belongs to an engine, takes a quarter of a core from the neighbour. The build
-    allows one process only under VLLM_ENABLE_V1_MULTIPROCESSING=0 (AsyncLLM's core is a process all the same) and
-    sets its OpenMP variables only for the other way, so they are set here: after torch was imported, for the
-    threads of this process are not to be bound.
-    """
-    cores = os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "")
-    numbers = [int(part) for part in cores.split(",") if part.isdigit()]
-    if not numbers or cores != ",".join(map(str, numbers)):
-        return False
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    os.environ.setdefault("OMP_NUM_THREADS", str(len(numbers)))
-    os.environ.setdefault("GOMP_CPU_AFFINITY", " ".join(map(str, numbers)))
-    return os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"

@@ -162,6 +162,30 @@ async def test_aborted_requests_fall_silent_and_the_others_go_on(served: Served)
     assert served.engine.stats().num_running == 0
 
 
+async def test_long_prompts_take_turns_and_starve_nobody(served: Served) -> None:
+    """While vLLM prefills two at once, what came after them gets no token. One that is aborted has no turn."""
+    for index, name in enumerate(("first", "gone", "second")):
+        await served.add(name, prompt(500 + index, 3000), 2)
+    await served.add("short", prompt(510, 20), 40)
+    assert served.engine.stats().num_waiting == 2
+    await served.engine.abort(["gone"])
+
+    begun: dict[str, int] = {}  # tokens of the short one when another has its first
+    num_tokens, left = 0, {"first", "second", "short"}
+    while left:
+        for output in await served.engine.outputs():
+            if output.request_id == "short":
+                num_tokens += len(output.token_ids)
+            else:
+                begun.setdefault(output.request_id, num_tokens)
+            if output.finish_reason is not None:
+                left.remove(output.request_id)
+
+    assert list(begun) == ["first", "second"]
+    assert begun["first"] >= 4  # 3,000 tokens take seven steps
+    assert begun["second"] >= begun["first"] + 4
+
+
 @pytest.mark.parametrize(
     ("ids", "max_tokens", "words"),
     [([10**6], 4, "vocab"), ([], 4, "empty"), ([5] * (MAX_MODEL_LEN + 1), 4, "length")],
