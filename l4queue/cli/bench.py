@@ -206,7 +206,8 @@ async def _all_rounds(stack: Stack, study: _Study, progress: Progress) -> tuple[
                 done.append(one)
                 progress.advance(total)
                 text = f"{one.policy}, round {number + 1}: mean {one.result.mean_e2e_s:.3f} s, "
-                progress.console.print(text + f"p99 {one.result.p99_e2e_s:.2f} s", highlight=False)
+                text += f"p99 {one.result.p99_e2e_s:.2f} s; fixed work {one.fixed_work_ms:.2f} ms"
+                progress.console.print(text, highlight=False)
         overview = await client.overview()
     costs = [cost for cost in overview.costs if cost]
     cost = costs[0] if costs else None

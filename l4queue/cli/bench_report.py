@@ -48,6 +48,7 @@ def report(rounds: Sequence[Round], policies: Sequence[str]) -> list[dict[str, A
                 "late_s": round(r.late_s, 4),
                 "cpu_cores": {name: round(cores, 3) for name, cores in r.cpu_cores.items()},
                 "busy_share": {name: round(share, 3) for name, share in r.busy_share.items()},
+                "fixed_work_ms": round(r.fixed_work_ms, 4),
                 "plans": _plan_changes(r),
                 **_classes(r.measured),
             }

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from l4queue.cli.cpu_time import fixed_work_ms
 from l4queue.errors import ServiceUnavailable
 from l4queue.models import Plan, RequestState, Routing, StagePlan
 from l4queue.policy.plan_json import plan_to_json
@@ -44,6 +45,7 @@ class Sample:
     waiting: int
     plan: Plan
     num_moves: int
+    fixed_work_ms: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +55,7 @@ class Round:
     `late_s` is by how much the load generator was late at worst, `cpu_cores` how many cores each process kept
     busy on average: where that is near one, the process held up what it was to measure. `busy_share` is
     by worker the share of the samples, while counted requests arrived, in which its engine had requests.
+    `fixed_work_ms` is the mean CPU time of the same small work then: how slow the machine itself was.
     """
 
     policy: str
@@ -63,6 +66,7 @@ class Round:
     late_s: float
     cpu_cores: dict[str, float]
     busy_share: dict[str, float]
+    fixed_work_ms: float
 
 
 @dataclass(kw_only=True)
@@ -126,6 +130,8 @@ class Rounds:
         if failed:
             raise ServiceUnavailable(f"{len(failed)} requests did not end as done, the first: {failed[0].error}")
         measured = _measured(counted, began_ms=before.now_ms)
+        until_s = float(trace.arrival_s[-1])
+        counted_samples = [sample for sample in samples if self.warmup_s <= sample.at_s <= until_s] or samples
         result = summarize(
             policy,
             measured,
@@ -141,7 +147,8 @@ class Rounds:
             samples=tuple(samples),
             late_s=late_s,
             cpu_cores={name: (used - cpu_before.get(name, 0.0)) / took_s for name, used in cpu_after.items()},
-            busy_share=_busy_share(samples, self.warmup_s, float(trace.arrival_s[-1])),
+            busy_share=_busy_share(counted_samples),
+            fixed_work_ms=float(np.mean([sample.fixed_work_ms for sample in counted_samples])),
         )
 
     async def _send(self, trace: Trace) -> tuple[list[AsyncHandle], float]:
@@ -269,13 +276,13 @@ def _sample(overview: Overview, *, at_s: float) -> Sample:
         waiting=overview.inbox + sum(queue.num_requests for queue in overview.queues.values()),
         plan=overview.plan,
         num_moves=sum(overview.counts.get(name, 0) for name in names),
+        fixed_work_ms=fixed_work_ms(),
     )
 
 
-def _busy_share(samples: Sequence[Sample], from_s: float, to_s: float) -> dict[str, float]:
-    counted = [sample.running for sample in samples if from_s <= sample.at_s <= to_s]
-    workers = sorted({worker for running in counted for worker in running})
-    return {worker: sum(running.get(worker, 0) > 0 for running in counted) / len(counted) for worker in workers}
+def _busy_share(samples: Sequence[Sample]) -> dict[str, float]:
+    workers = sorted({worker for sample in samples for worker in sample.running})
+    return {w: sum(sample.running.get(w, 0) > 0 for sample in samples) / len(samples) for w in workers}
 
 
 def _num_preemptions(overview: Overview) -> int:

@@ -1,12 +1,15 @@
-"""CPU time of the processes of a deployment."""
+"""CPU time: that of the processes of a deployment, and what fixed work costs on this machine now."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 
 import psutil
 
-__all__ = ("cpu_seconds",)
+__all__ = ("cpu_seconds", "fixed_work_ms")
+
+_FIXED_WORK = 30_000
 
 
 def cpu_seconds(processes: Mapping[str, int | None]) -> dict[str, float]:
@@ -21,3 +24,14 @@ def cpu_seconds(processes: Mapping[str, int | None]) -> dict[str, float]:
             continue
         found[name] = times.user + times.system
     return found
+
+
+def fixed_work_ms() -> float:
+    """CPU time of the same work at every call, ms, some two: it rises when the host gives this machine less.
+
+    Waiting for a core does not count, so other processes here hardly show in it.
+    """
+    began_s = time.thread_time()
+    for number in range(_FIXED_WORK):
+        number * number % 7
+    return (time.thread_time() - began_s) * 1000
