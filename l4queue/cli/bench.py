@@ -95,7 +95,7 @@ def serve(
     it has seen (--no-rehearse: it begins with nothing). Arrivals are open loop; times are those of the server.
     Each round draws other arrivals (seed, seed + 1, ...), the same for every policy; a trace has only its own.
     """
-    from l4queue.cli.bench_report import machine, plot_rounds, report, table
+    from l4queue.cli.bench_report import machine, plot_rounds, remarks, report, table
     from l4queue.cli.bench_traffic import bench_trace
     from l4queue.cli.stack import StackOptions
     from l4queue.errors import ConfigError
@@ -149,6 +149,8 @@ def serve(
         "short and long: prompts below and from 1,024 tokens; moves: hand-overs and steals; busy: share of the "
         "time in which an engine had requests"
     )
+    for remark in remarks(results):
+        console.print(remark, highlight=False)
     about = {**setting, **machine()}
     for name in ("cost_of_a_worker", "settings"):
         about.pop(name)

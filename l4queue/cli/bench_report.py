@@ -18,11 +18,12 @@ from l4queue.sim.plots import require_matplotlib, save_figure
 if TYPE_CHECKING:
     from l4queue.sim.metrics import Measured
 
-__all__ = ("LONG_TOKENS", "by_policy", "machine", "plot_rounds", "report", "table")
+__all__ = ("LONG_TOKENS", "by_policy", "machine", "plot_rounds", "remarks", "report", "table")
 
 LONG_TOKENS = 1024
 """Prompts from here on count as long in the classes of this report (`short` and `long` of the result keys are the
 shorter 95 % and the longest 5 %, as in `simulate`)."""
+_STEADY = 1.05  # near saturation a machine that is slower by that is a round that is slower by a quarter
 
 
 def by_policy(rounds: Sequence[Round]) -> dict[str, list[Round]]:
@@ -34,7 +35,12 @@ def by_policy(rounds: Sequence[Round]) -> dict[str, list[Round]]:
 
 
 def report(rounds: Sequence[Round], policies: Sequence[str]) -> list[dict[str, Any]]:
-    """One entry a policy: the keys of `simulate`, `classes` by prompt length, ratios to the first, each round."""
+    """One entry a policy: the keys of `simulate`, `classes` by prompt length, each round, and ratios.
+
+    `ratio_to_P`, P the first policy, is of all requests together, `median_ratio_to_P` the median of the rounds'
+    ratios: where the machine is slower in one round than in another, the slow one outweighs the others in the
+    first and not in the second. `median_ratio_of_l4` is that of l4 to this policy.
+    """
     grouped, results = by_policy(rounds), []
     for policy in policies:
         if policy not in grouped:
@@ -63,9 +69,15 @@ def report(rounds: Sequence[Round], policies: Sequence[str]) -> list[dict[str, A
         entry = {**result.to_dict(), "mean_ttft_s": float(measured.ttft_s.mean()), "quantiles": quantiles}
         shares = [share for r in grouped[policy] for share in r.busy_share.values()]
         entry["busy_share"] = round(float(np.mean(shares)), 3) if shares else None
+        entry["fixed_work_ms"] = round(float(np.mean([r.fixed_work_ms for r in grouped[policy]])), 4)
         results.append({**entry, "classes": _classes(measured), "rounds": each})
+    first, l4 = results[0], next((entry for entry in results if entry["policy"] == "l4"), None)
     for entry in results:
-        entry["ratio_to_" + results[0]["policy"]] = _ratios(entry, results[0])
+        pooled_ratios = _ratios({**entry, **entry["classes"]}, {**first, **first["classes"]})
+        entry["ratio_to_" + first["policy"]] = pooled_ratios
+        entry["median_ratio_to_" + first["policy"]] = _median_ratios(entry, first)
+        if l4 is not None:
+            entry["median_ratio_of_l4"] = _median_ratios(l4, entry)
     return results
 
 
@@ -79,15 +91,23 @@ def _plan_changes(one: Round) -> list[dict[str, Any]]:
     return found
 
 
-def _ratios(entry: Mapping[str, Any], first: Mapping[str, Any]) -> dict[str, float | None]:
+def _ratios(mine: Mapping[str, Any], its: Mapping[str, Any]) -> dict[str, float | None]:
     """By class as well: the mean of all says little of the few that are long. None where a class is empty."""
-    mine, its = entry["classes"], first["classes"]
     return {
-        "mean_e2e": entry["mean_e2e_s"] / first["mean_e2e_s"],
-        "p99_e2e": entry["p99_e2e_s"] / first["p99_e2e_s"],
+        "mean_e2e": mine["mean_e2e_s"] / its["mean_e2e_s"],
+        "p99_e2e": mine["p99_e2e_s"] / its["p99_e2e_s"],
         "short_tpot": _ratio(mine["short"]["mean_tpot_s"], its["short"]["mean_tpot_s"]),
         "long_mean_e2e": _ratio(mine["long"]["mean_e2e_s"], its["long"]["mean_e2e_s"]),
     }
+
+
+def _median_ratios(mine: Mapping[str, Any], its: Mapping[str, Any]) -> dict[str, float | None]:
+    rounds = [_ratios(one, other) for one, other in zip(mine["rounds"], its["rounds"], strict=True)]
+    found: dict[str, float | None] = {}
+    for name in rounds[0]:
+        known = [value for one in rounds if (value := one[name]) is not None]
+        found[name] = float(np.median(known)) if known else None
+    return found
 
 
 def _ratio(value: float | None, reference: float | None) -> float | None:
@@ -134,13 +154,15 @@ def table(results: Sequence[Mapping[str, Any]]) -> Any:
 
     first = results[0]["policy"]
     shown = Table(box=SIMPLE_HEAD, padding=0, pad_edge=False, title_justify="left")
+    num_rounds = len(results[0]["rounds"])
     shown.title = f"{results[0]['num_requests']} requests each; behind the bar: ratio to {first}"
+    shown.title += f", median of {num_rounds} rounds" if num_rounds > 1 else ""
     names = ("policy", "mean s", "p99 s", "short s", "TPOT ms", "long s", "moves", "busy")
     for name in names:
         shown.add_column(name, justify="left" if name == "policy" else "right", no_wrap=True)
     for entry in results:
         short, long = entry["classes"]["short"], entry["classes"]["long"]
-        ratio = entry["ratio_to_" + first]
+        ratio = entry["median_ratio_to_" + first]
         shown.add_row(
             entry["policy"],
             _with_ratio(_number(entry["mean_e2e_s"], 1.0, 3), ratio["mean_e2e"]),
@@ -152,6 +174,26 @@ def table(results: Sequence[Mapping[str, Any]]) -> Any:
             _number(entry["busy_share"], 1.0, 2),
         )
     return shown
+
+
+def remarks(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What is to be known beside the table: l4 against each other policy, and whether the machine was steady."""
+    found = []
+    for entry in results:
+        if entry["policy"] == "l4" or "median_ratio_of_l4" not in entry:
+            continue
+        ratio = {name: _number(value, 1.0, 2) for name, value in entry["median_ratio_of_l4"].items()}
+        found.append(
+            f"l4 to {entry['policy']}: mean {ratio['mean_e2e']}, p99 {ratio['p99_e2e']}, "
+            f"TPOT of short {ratio['short_tpot']}, long {ratio['long_mean_e2e']}"
+        )
+    work = [one["fixed_work_ms"] for entry in results for one in entry["rounds"]]
+    if max(work) > _STEADY * min(work):
+        found.append(
+            f"the machine was not steady: the same work took {min(work):.2f} to {max(work):.2f} ms of CPU; "
+            "compare policies within a round, and run more rounds (fixed_work_ms in the JSON)"
+        )
+    return found
 
 
 def _with_ratio(value: str, ratio: float | None) -> str:

@@ -46,7 +46,13 @@ def test_every_policy_serves_the_same_arrivals_and_reports_the_keys_of_simulate(
     for entry in said["results"][:2]:
         assert entry["num_handovers"] == entry["num_steals"] == 0, "a router moves nothing"
     ratios = ("mean_e2e", "p99_e2e", "short_tpot", "long_mean_e2e")
-    assert said["results"][0]["ratio_to_round-robin"] == dict.fromkeys(ratios, 1.0)
+    first, _, l4 = said["results"]
+    assert first["ratio_to_round-robin"] == first["median_ratio_to_round-robin"] == dict.fromkeys(ratios, 1.0)
+    pairs = zip(l4["rounds"], first["rounds"], strict=True)
+    of_rounds = [one["mean_e2e_s"] / its["mean_e2e_s"] for one, its in pairs]
+    assert l4["median_ratio_to_round-robin"]["mean_e2e"] == pytest.approx(sum(of_rounds) / 2)
+    assert first["median_ratio_of_l4"] == l4["median_ratio_to_round-robin"]
+    assert all(one["fixed_work_ms"] > 0.0 for one in l4["rounds"])
     assert said["setting"]["seed"] == 3
     assert said["machine"]["cores"] >= 1
     assert {file.name for file in (tmp_path / "plots").iterdir()} == {
