@@ -321,9 +321,8 @@ class VllmEngine:
         self._ready.set()
 
     def _through(self, request_id: str) -> None:
-        """Its prefill is over, if it had one: the next long prompt may begin."""
-        following = self._turns.over(request_id)
-        if following is not None:
+        """Its prefill is over, if it had one: what waited for that may begin."""
+        for following in self._turns.over(request_id):
             beginning = asyncio.create_task(self._begin(following))
             self._beginning.add(beginning)
             beginning.add_done_callback(self._beginning.discard)
