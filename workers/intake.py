@@ -30,6 +30,7 @@ __all__ = ("Intake",)
 log = logging.getLogger("l4queue.worker")
 _SOLO_PATIENCE_S = 5.0
 _PREFILL_STEPS = 2  # prompts of two steps wait in the engine: it never runs dry, and little is out of reach
+_LONG_PREFILL_STEPS = 1  # beside a prompt of many steps nothing waits: others can take it, and there is time
 _IDLE_ROOM = Room(
     num_requests=1,
     kv_tokens=UNBOUNDED_TOKENS,
@@ -76,15 +77,17 @@ class Intake:
         return await self._take(str(state.stage), room, hold=hold) or await self._steal(room, hold)
 
     def room(self) -> Room:
-        """What may be taken now, by the policy."""
+        """What may be taken now: by the policy, and a step of prefill at a time: a long prompt is seen first."""
         state, info, outlook = self._state, self._state.engine_info, self._state.outlook
         is_ours = state.plan.routing is Routing.L4
+        has_long = max(state.prefills, default=0) > info.max_batched_tokens
         limits = RoomLimits(
-            prefill_tokens=_PREFILL_STEPS * info.max_batched_tokens,
+            prefill_tokens=(_LONG_PREFILL_STEPS if has_long else _PREFILL_STEPS) * info.max_batched_tokens,
             remaining_tokens=outlook.outputs.mean_tokens if is_ours else None,
         )
         waiting = outlook.num_queued(state.stage) / state.num_sharers
-        return room_of(state.load(), cost=state.cost, limits=limits, num_waiting=waiting)
+        room = room_of(state.load(), cost=state.cost, limits=limits, num_waiting=waiting)
+        return replace(room, prefill_tokens=min(room.prefill_tokens, info.max_batched_tokens))
 
     def give_way_s(self) -> float:
         """How long to let other workers of the stage go first; what waits for this one alone waits no longer."""

@@ -200,10 +200,15 @@ class WorkerState:
             self.observer.request_cancelled(view)
 
     @property
-    def pending_prefill_tokens(self) -> int:
-        """Tokens of the requests here that have no token yet, without those that bring their KV cache."""
+    def prefills(self) -> list[int]:
+        """Lengths of the requests here that have no token yet, without those that bring their KV cache, tokens."""
         waiting = (s for s in list(self.sessions.values()) if s.awaits_first_token and not s.grant.kv)
-        return sum(session.length_tokens for session in waiting)
+        return [session.length_tokens for session in waiting]
+
+    @property
+    def pending_prefill_tokens(self) -> int:
+        """All of these together."""
+        return sum(self.prefills)
 
     def expected_remaining(self, session: Session) -> float:
         """Tokens it still generates: all where nothing else ends the output, else by what others went on to."""
