@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import pytest
 
@@ -20,7 +21,7 @@ from l4queue.errors import (
     UnknownRequest,
 )
 from l4queue.models import StagePlan
-from tests.services.pipeline import Pipeline, open_pipeline, true, until
+from tests.services.pipeline import COST, Pipeline, open_pipeline, true, until
 
 pytestmark = pytest.mark.services
 
@@ -59,6 +60,27 @@ async def test_many_requests_end_in_any_order_once(pipeline: Pipeline) -> None:
     assert seen[-1] == 500
     counts = (await pipeline.client.overview()).counts
     assert (counts["live"], counts["live_tokens"], counts["done"]) == (0, 0, 500)
+
+
+async def test_beside_a_prompt_of_many_steps_nothing_is_taken(pipeline: Pipeline) -> None:
+    """What waits for it stays in the queue, where any other worker could take it."""
+    prompts = ["x" * 400, "y" * 400, "z" * 400]
+    handles = await pipeline.client.enqueue_many(prompts, max_tokens=2)
+    await until(lambda: _waits(pipeline, 3))
+    worker = pipeline.start("w0", speed=1.0, cost=replace(COST, pi_ms=0.5, max_batched_tokens=256))
+    most = 0
+
+    async def all_begun() -> bool:
+        nonlocal most
+        most = max(most, len(worker.state.prefills))
+        return all([(await handle.status()).first_token_ms is not None for handle in handles])
+
+    await until(all_begun)
+    assert most == 1
+
+
+async def _waits(pipeline: Pipeline, number: int) -> bool:
+    return sum(queue.num_requests for queue in (await pipeline.client.overview()).queues.values()) == number
 
 
 async def test_cancel_ends_waiting_and_running_requests(pipeline: Pipeline) -> None:
