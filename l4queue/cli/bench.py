@@ -95,7 +95,7 @@ def serve(
     it has seen (--no-rehearse: it begins with nothing). Arrivals are open loop; times are those of the server.
     Each round draws other arrivals (seed, seed + 1, ...), the same for every policy; a trace has only its own.
     """
-    from l4queue.cli.bench_report import machine, plot_rounds, remarks, report, table
+    from l4queue.cli.bench_report import machine, plot_rounds, report
     from l4queue.cli.bench_traffic import bench_trace
     from l4queue.cli.stack import StackOptions
     from l4queue.errors import ConfigError
@@ -141,7 +141,14 @@ def serve(
     if as_json:
         print(json.dumps({"setting": setting, "machine": machine(), "results": results}))
         return
+    _show(results, {**setting, **machine()}, files)
+
+
+def _show(results: list[dict[str, Any]], about: dict[str, Any], files: list[Path]) -> None:
+    """Print the comparison for people."""
     from rich.console import Console
+
+    from l4queue.cli.bench_report import remarks, table
 
     console = Console()
     console.print(table(results))
@@ -151,7 +158,6 @@ def serve(
     )
     for remark in remarks(results):
         console.print(remark, highlight=False)
-    about = {**setting, **machine()}
     for name in ("cost_of_a_worker", "settings"):
         about.pop(name)
     console.print(", ".join(f"{name} {value}" for name, value in about.items()), highlight=False)
