@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from l4queue.cli.bench_report import LONG_TOKENS
 from l4queue.cli.bench_traffic import bench_trace
 from l4queue.policy.cost import StepCost
 from l4queue.policy.fit import COEFFICIENTS
@@ -27,6 +28,7 @@ from l4queue.policy.prices import MovePrice
 from l4queue.sim.plots import require_matplotlib, save_figure
 from l4queue.sim.policies import make_policy
 from l4queue.sim.runner import Setting, run_policy
+from workers.state import KV_BYTES_PER_S, KV_FIXED_MS
 
 SIMULATED = {
     "round-robin": "round-robin",
@@ -38,9 +40,10 @@ SIMULATED = {
 OTHERS = ("least-loaded", "central", "central-sjf")
 SLOWER = (1.0, 1.1)
 DURATION_S, WARMUP_SHARE = 180.0, 0.15
-# of docs/kv-handover.md, and how late workers wake on two busy cores
-PRICE = MovePrice(bandwidth_bytes_per_s=0.75e9, kv_bytes_per_token=4096, fixed_ms=50.0)
-WAKE_JITTER_MS = 10.0
+PRICE = MovePrice(  # the tiny model's KV in float32
+    bandwidth_bytes_per_s=KV_BYTES_PER_S, kv_bytes_per_token=4096, fixed_ms=KV_FIXED_MS
+)
+WAKE_JITTER_MS = 10.0  # on two busy cores
 
 Figures = dict[str, float]
 
@@ -58,7 +61,7 @@ def simulate(job: tuple[StepCost, float, int]) -> dict[str, Figures]:
         found[name] = {
             "mean": run.result.mean_e2e_s,
             "p99": run.result.p99_e2e_s,
-            "long": float(run.measured.e2e_s[run.measured.prompt_tokens >= 1024].mean()),
+            "long": float(run.measured.e2e_s[run.measured.prompt_tokens >= LONG_TOKENS].mean()),
             "busy": float(np.mean(run.busy_share)),
         }
     return found

@@ -25,11 +25,11 @@ from workers.observer import LEASE_ENDED, Observer, RequestView
 from workers.outlook import Outlook
 from workers.session import Session, TextFactory
 
-__all__ = ("WorkerState",)
+__all__ = ("KV_BYTES_PER_S", "KV_FIXED_MS", "WorkerState")
 
 # measured on two CPU engines under load, writing and reading together: docs/kv-handover.md
-_KV_BYTES_PER_S = 0.75e9
-_KV_FIXED_MS = 50.0
+KV_BYTES_PER_S = 0.75e9
+KV_FIXED_MS = 50.0
 
 
 class WorkerState:
@@ -161,7 +161,7 @@ class WorkerState:
             bandwidth = self.settings.emulated_kv_bytes_per_s
             return MovePrice(bandwidth_bytes_per_s=bandwidth, kv_bytes_per_token=kv_bytes_per_token)
         return MovePrice(
-            bandwidth_bytes_per_s=_KV_BYTES_PER_S, kv_bytes_per_token=kv_bytes_per_token, fixed_ms=_KV_FIXED_MS
+            bandwidth_bytes_per_s=KV_BYTES_PER_S, kv_bytes_per_token=kv_bytes_per_token, fixed_ms=KV_FIXED_MS
         )
 
     async def drop(self, sessions: Iterable[Session]) -> None:

@@ -134,11 +134,11 @@ class VllmEngine:
         try:
             config = AsyncEngineArgs(**arguments).create_engine_config(UsageContext.ENGINE_CONTEXT)
             scheduling = config.scheduler_config
-            longest = max_chunk_tokens(scheduling.max_num_batched_tokens)
-            scheduling.long_prefill_token_threshold = min(longest, config.model_config.max_model_len)
-            limits = scheduling.max_num_batched_tokens, scheduling.long_prefill_token_threshold
-            self._watch = StepWatch(max_chunk_tokens=limits[1])
-            self._turns = PrefillTurns(max_batched_tokens=limits[0], max_chunk_tokens=limits[1])
+            budget = scheduling.max_num_batched_tokens
+            longest = min(max_chunk_tokens(budget), config.model_config.max_model_len)
+            scheduling.long_prefill_token_threshold = longest
+            self._watch = StepWatch(max_chunk_tokens=longest)
+            self._turns = PrefillTurns(max_batched_tokens=budget, max_chunk_tokens=longest)
             self._llm = AsyncLLM.from_vllm_config(config, stat_loggers=[_logger_factory(self._stepped)])
         except (OSError, ValueError, RuntimeError) as error:
             raise ConfigError(f"vLLM cannot start with model {self._model!r}: {error}") from error

@@ -33,9 +33,10 @@ class Calibrator:
 
     `half_life_steps` says how fast old steps are forgotten, `prior_steps` how many steps the prior is worth,
     `min_steps` how many (decayed) steps are needed. A step slower or faster than expected by more than
-    `outlier_factor` times the usual error weighs only as much as one at that limit; one that is not finite or
-    positive is dropped. The errors of a time and of its inverse count alike: a step that was seen late, together
-    with the next one, leaves that with next to no time.
+    `outlier_factor` times the usual error weighs less than one at that limit, the less the further it is off; one
+    that is not finite or positive is dropped. Until there is a model of its own, a time above what the prior leads
+    to expect weighs by itself: the prior may be off by any factor. The errors of a time and of its inverse count
+    alike: a step that was seen late, together with the next one, leaves that with next to no time.
     """
 
     prior: StepCost
