@@ -19,11 +19,15 @@ L4QueueError
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 __all__ = (
     "ConfigError",
     "IdempotencyConflict",
     "InvalidRequest",
     "L4QueueError",
+    "PortableError",
     "QueueFull",
     "RequestCancelled",
     "RequestDead",
@@ -38,7 +42,18 @@ __all__ = (
 )
 
 
-class L4QueueError(Exception):
+class PortableError(Exception):
+    """An exception that is the same after pickling and copying: kind, text, attributes and notes.
+
+    An exception is otherwise built again by `kind(*args)`. Where `__init__` wants more than that, or words its
+    message itself, this fails in the process that reads it: a pool then waits for its result for ever.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuilt, (type(self), self.args, self.__dict__)
+
+
+class L4QueueError(PortableError):
     """Root of all errors raised by l4queue."""
 
 
@@ -112,3 +127,11 @@ class ServiceUnavailable(L4QueueError):
 
 class TraceError(L4QueueError, ValueError):
     """A trace file is broken; the message is one line naming file, line and column."""
+
+
+def _rebuilt(kind: type[PortableError], args: tuple[Any, ...], state: Mapping[str, Any]) -> PortableError:
+    """The exception as it was, without a second call of its `__init__`."""
+    error = kind.__new__(kind, *args)
+    error.args = args
+    error.__dict__.update(state)
+    return error

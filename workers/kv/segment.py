@@ -25,6 +25,8 @@ import numpy as np
 import numpy.typing as npt
 from xxhash import xxh3_64_intdigest
 
+from l4queue.errors import PortableError
+
 __all__ = ("Layout", "MissCause", "Piece", "Segment", "SegmentError", "SegmentWriter")
 
 _MAGIC = b"L4KV\x00\x00\x00\x02"
@@ -43,7 +45,7 @@ class MissCause(StrEnum):
     MISMATCH = "mismatch"  # computed from other tokens
 
 
-class SegmentError(Exception):
+class SegmentError(PortableError):
     """A segment that cannot be used; `cause` is counted."""
 
     def __init__(self, cause: MissCause, message: str) -> None:
