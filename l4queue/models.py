@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Annotated, Any, Literal
@@ -9,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, JsonValue, field_validator, model_validator
 
 from l4queue.sampling import LIST_AS_TUPLE, SamplingParams, Strict
+from l4queue.strict_json import MAX_NESTING, check_json, check_text
 
 __all__ = (
     "CONTINUATIONS",
@@ -28,6 +30,10 @@ __all__ = (
 
 MAX_PROMPT_BYTES = 16 * 2**20
 """Longest prompt accepted, bytes of UTF-8: far above what any model holds, far below what hurts Redis."""
+
+
+MAX_METADATA_BYTES = 65_536
+"""Largest metadata accepted, bytes of its JSON: it is read back with every result."""
 
 
 class RequestState(StrEnum):
@@ -112,7 +118,11 @@ class RequestBody(Strict):
 
     params: SamplingParams = SamplingParams()
     priority: int = Field(default=0, ge=-100, le=100, description="lower is served first, as in vLLM")
-    metadata: dict[str, JsonValue] | None = Field(default=None)
+    metadata: dict[str, JsonValue] | None = Field(
+        default=None,
+        description=f"comes back with the result: at most {MAX_METADATA_BYTES} bytes of JSON, "
+        f"{MAX_NESTING} levels, integers of 64 bits",
+    )
     traceparent: str | None = Field(
         default=None,
         pattern=r"^00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}$",
@@ -120,12 +130,19 @@ class RequestBody(Strict):
     )
 
 
+_TOKEN_ID = Field(json_schema_extra={"minimum": 0, "maximum": 2**31 - 1})
+
+
 class RequestSpec(RequestBody):
     """One request as its user wrote it. Exactly one of `prompt`, `messages`, `token_ids` is set."""
 
-    prompt: str | None = Field(default=None)
+    prompt: Annotated[str | None, Field(json_schema_extra={"maxLength": MAX_PROMPT_BYTES})] = Field(
+        default=None, description=f"text of at most {MAX_PROMPT_BYTES} bytes"
+    )
     messages: Annotated[tuple[ChatMessage, ...] | None, LIST_AS_TUPLE] = Field(default=None, max_length=10_000)
-    token_ids: Annotated[tuple[int, ...] | None, LIST_AS_TUPLE] = Field(default=None, max_length=2_000_000)
+    token_ids: Annotated[tuple[Annotated[int, _TOKEN_ID], ...] | None, LIST_AS_TUPLE] = Field(
+        default=None, max_length=2_000_000
+    )
     deadline_s: float | None = Field(default=None, gt=0.0, le=30 * 86_400.0)
     idempotency_key: str | None = Field(default=None, min_length=1, max_length=512)
 
@@ -136,9 +153,17 @@ class RequestSpec(RequestBody):
             return None
         if not value:
             raise ValueError("the prompt is empty")
-        size_bytes = len(value.encode("utf-8", "strict"))
+        check_text(value)
+        size_bytes = len(value.encode())
         if size_bytes > MAX_PROMPT_BYTES:
             raise ValueError(f"the prompt has {size_bytes} bytes; at most {MAX_PROMPT_BYTES} are accepted")
+        return value
+
+    @field_validator("metadata", mode="before")
+    @classmethod
+    def _metadata_is_json_of_bounded_size(cls, value: object) -> object:
+        if value is not None:
+            check_json(value, max_bytes=MAX_METADATA_BYTES)  # not on the wire: what was accepted before is served
         return value
 
     @field_validator("token_ids")
@@ -155,7 +180,7 @@ class RequestSpec(RequestBody):
     def _messages_fit(cls, value: tuple[ChatMessage, ...] | None) -> tuple[ChatMessage, ...] | None:
         if value is not None and not value:
             raise ValueError("the list of messages is empty")
-        if value is not None and sum(len(m.content.encode()) for m in value) > MAX_PROMPT_BYTES:
+        if value is not None and _encoded_bytes(value) > MAX_PROMPT_BYTES:
             raise ValueError(f"the messages have more than {MAX_PROMPT_BYTES} bytes")
         return value
 
@@ -165,6 +190,14 @@ class RequestSpec(RequestBody):
         if len(given) != 1:
             raise ValueError(f"give exactly one of prompt, messages, token_ids (got {given or 'none'})")
         return self
+
+
+def _encoded_bytes(messages: tuple[ChatMessage, ...]) -> int:
+    """Bytes of the contents as they travel, in JSON: that writes a control character in six."""
+    size_bytes = sum(len(message.content.encode()) for message in messages)
+    if 6 * size_bytes <= MAX_PROMPT_BYTES:
+        return size_bytes
+    return sum(len(json.dumps(message.content, ensure_ascii=False).encode()) for message in messages)
 
 
 class Routing(StrEnum):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, field_validator, model_validator
+
+from l4queue.strict_json import MAX_NESTING, JsonError, check_json, check_text, read_json, values_of
 
 __all__ = ("LIST_AS_TUPLE", "NOT_OFFERED", "SamplingParams", "Strict", "StructuredOutputs")
 
@@ -35,9 +37,13 @@ MAX_SCHEMA_CHARS = 65_536
 """Longest JSON schema accepted, characters of its JSON: what an engine compiles in well under a second."""
 MAX_LOGPROBS = 2**20
 """Most logprobs of one request, (logprobs + 1) · max_tokens: 8 MiB in Redis."""
-_MAX_NESTING = 64  # vLLM's bound
 LIST_AS_TUPLE = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
 """For fields that JSON, or a user, gives as a list: strict checking would refuse it."""
+
+
+def _bounded(least_chars: int, most_chars: int) -> Any:
+    """Bounds of a text in a list, for the schema; a validator of the list says the error in our words."""
+    return Field(json_schema_extra={"minLength": least_chars, "maxLength": most_chars})
 
 
 class Strict(BaseModel):
@@ -55,9 +61,13 @@ class StructuredOutputs(Strict):
 
     model_config = ConfigDict(validate_by_name=True, validate_by_alias=True, serialize_by_alias=True)
 
-    json_schema: dict[str, JsonValue] | str | None = Field(default=None, alias="json", description="JSON schema")
+    json_schema: dict[str, JsonValue] | str | None = Field(
+        default=None,
+        alias="json",
+        description=f"JSON schema, object or text: at most {MAX_SCHEMA_CHARS} characters, {MAX_NESTING} levels",
+    )
     regex: str | None = Field(default=None, max_length=4096, description="the whole output matches")
-    choice: Annotated[tuple[str, ...] | None, LIST_AS_TUPLE] = Field(
+    choice: Annotated[tuple[Annotated[str, _bounded(1, 1000)], ...] | None, LIST_AS_TUPLE] = Field(
         default=None, min_length=1, max_length=1000, description="one of these"
     )
 
@@ -66,33 +76,26 @@ class StructuredOutputs(Strict):
     def _choices_are_texts(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
         if value is not None and any(not 1 <= len(text) <= 1000 for text in value):
             raise ValueError("each choice must have 1 to 1000 characters")
+        for text in value or ():
+            _check_has_no_nul(text)
+            check_text(text)
         return value
 
     @field_validator("regex")
     @classmethod
     def _regex_is_text(cls, value: str | None) -> str | None:
-        if value is not None and "\x00" in value:
-            raise ValueError("has a NUL character")
+        if value is not None:
+            _check_has_no_nul(value)
         return value
 
-    @field_validator("json_schema")
+    @field_validator("json_schema", mode="before")
     @classmethod
-    def _schema_is_an_object_of_bounded_size(
-        cls, value: dict[str, JsonValue] | str | None
-    ) -> dict[str, JsonValue] | str | None:
+    def _schema_is_an_object_of_bounded_size(cls, value: object) -> object:
         if value is None:
             return None
-        try:
-            text = value if isinstance(value, str) else json.dumps(value)
-            schema = json.loads(text) if len(text) <= MAX_SCHEMA_CHARS else None
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"is not JSON: {error}") from None
-        if schema is None:
-            raise ValueError(f"has {len(text)} characters; at most {MAX_SCHEMA_CHARS} are accepted")
-        if not isinstance(schema, dict):
-            raise ValueError("must be a JSON object: a schema")
-        if not _is_nested_at_most(schema, _MAX_NESTING):
-            raise ValueError(f"is nested deeper than {_MAX_NESTING} levels")
+        if not isinstance(value, dict | str):
+            raise ValueError("must be a JSON object, or its text")
+        _check_schema(value)
         return value
 
     @model_validator(mode="after")
@@ -107,16 +110,20 @@ class SamplingParams(Strict):
     """How to generate. Names, ranges and meanings are vLLM's; unknown names are refused."""
 
     max_tokens: int = Field(default=256, ge=1, le=1_000_000, description="most tokens to generate")
-    min_tokens: int = Field(default=0, ge=0, description="no end of sequence before this many tokens")
+    min_tokens: int = Field(
+        default=0, ge=0, le=1_000_000, description="no end of sequence before this many tokens"
+    )
     temperature: float = Field(default=1.0, ge=0.0, le=100.0, description="0 is greedy")
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
-    top_k: int = Field(default=0, ge=0, description="0 considers every token")
+    top_k: int = Field(default=0, ge=0, lt=2**31, description="0 considers every token")
     min_p: float = Field(default=0.0, ge=0.0, le=1.0)
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
-    stop: Annotated[tuple[str, ...], LIST_AS_TUPLE] = Field(
+    stop: Annotated[tuple[Annotated[str, _bounded(1, 256)], ...], LIST_AS_TUPLE] = Field(
         default=(), max_length=16, description="text that ends the output"
     )
-    stop_token_ids: Annotated[tuple[int, ...], LIST_AS_TUPLE] = Field(default=(), max_length=64)
+    stop_token_ids: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**31)], ...], LIST_AS_TUPLE] = Field(
+        default=(), max_length=64
+    )
     ignore_eos: bool = False
     presence_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
     frequency_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
@@ -137,6 +144,8 @@ class SamplingParams(Strict):
     def _stop_strings_are_short(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         if any(not text or len(text) > 256 for text in value):
             raise ValueError("each stop string must have 1 to 256 characters")
+        for text in value:
+            check_text(text)
         return value
 
     @model_validator(mode="after")
@@ -174,8 +183,25 @@ class SamplingParams(Strict):
         )
 
 
-def _is_nested_at_most(value: object, levels: int) -> bool:
-    children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
-    if children is None:
-        return True
-    return levels > 0 and all(_is_nested_at_most(child, levels - 1) for child in children)
+def _check_schema(value: dict[Any, Any] | str) -> None:
+    """ValueError unless it is an object, or the text of one, that every reader of JSON understands alike."""
+    try:
+        if isinstance(value, str) and len(value) > MAX_SCHEMA_CHARS:
+            raise ValueError(f"has {len(value)} characters; at most {MAX_SCHEMA_CHARS} are accepted")
+        schema = read_json(value) if isinstance(value, str) else value
+        check_json(schema, max_bytes=4 * MAX_SCHEMA_CHARS)
+    except JsonError as error:
+        raise ValueError(f"cannot be a JSON schema: {error}") from None
+    if not isinstance(schema, dict):
+        raise ValueError("must be a JSON object: a schema")
+    if isinstance(value, dict) and len(json.dumps(value)) > MAX_SCHEMA_CHARS:
+        raise ValueError(f"has more than {MAX_SCHEMA_CHARS} characters as JSON")
+    for text in values_of(schema):
+        if isinstance(text, str):
+            _check_has_no_nul(text)
+
+
+def _check_has_no_nul(text: str) -> None:
+    """ValueError for what ends a text in the C++ of grammar compilers."""
+    if "\x00" in text:
+        raise ValueError("has a NUL character")

@@ -19,6 +19,7 @@ from l4queue.client.compose import (
     Result,
     build_spec,
     check_outcome,
+    checked_id,
     known,
     spec_of,
 )
@@ -93,7 +94,7 @@ class AsyncClient:
 
     async def get(self, request_id: str) -> AsyncHandle:
         """The handle of an earlier request; UnknownRequest when there is no record of it."""
-        handle = AsyncHandle(self, request_id)
+        handle = AsyncHandle(self, checked_id(request_id))
         await handle.status()
         return handle
 
@@ -243,8 +244,11 @@ class AsyncHandle:
         return tell(record, why=why, ledger=ledger)
 
     async def cancel(self, *, reason: str = "cancelled by its client") -> bool:
-        """End the request, waiting or running. False when it had ended already."""
-        verdict, _ = await self._client._door.run(self._client._composer.calls.cancel(self.id, reason=reason))
+        """End the request, waiting or running, for a reason of at most 1,000 characters.
+
+        False when it had ended already.
+        """
+        verdict, _ = await self._client._door.run(self._client._composer.cancel(self.id, reason=reason))
         if verdict is Verdict.UNKNOWN:
             known(self.id, None)
         return verdict is Verdict.OK

@@ -7,6 +7,7 @@ import json
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import ceil
 from typing import TYPE_CHECKING, Any
 
 from pydantic import JsonValue, ValidationError
@@ -31,6 +32,7 @@ from l4queue.protocol.keys import Keys
 from l4queue.protocol.reads import Reads, StreamEntry
 from l4queue.protocol.records import OutputEntry, RequestRecord, TokenLogprobs, pack_ids
 from l4queue.sampling import NOT_OFFERED
+from l4queue.strict_json import JsonError, canonical_json, check_text
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Span
@@ -43,6 +45,7 @@ __all__ = (
     "Result",
     "build_spec",
     "check_outcome",
+    "checked_id",
     "known",
     "spec_of",
 )
@@ -50,6 +53,7 @@ __all__ = (
 _SPEC_FIELDS = frozenset(RequestSpec.model_fields) - {"params"}
 _BODY_FIELDS = set(RequestBody.model_fields)
 _DIGEST_FIELDS = _BODY_FIELDS - {"traceparent"}  # the same request in another trace is the same request
+_MAX_ID_CHARS, _MAX_REASON_CHARS, _MAX_NAME_CHARS = 512, 1000, 200
 _BYTES_PER_TOKEN = 4  # estimate for admission only; the dispatcher counts
 
 
@@ -113,16 +117,14 @@ def build_spec(prompt: str | None = None, **options: Any) -> RequestSpec:
             if value is not None:
                 sampling[name] = value
         else:
-            raise InvalidRequest(NOT_OFFERED.get(name, "unknown parameter"), field=name)
+            raise InvalidRequest(NOT_OFFERED.get(name, "unknown parameter"), field=_printable(name))
     try:
         params = SamplingParams.model_validate(sampling)
         return RequestSpec.model_validate({**fields, "params": params})
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         location = ".".join(str(part) for part in first["loc"]) or "request"
-        raise InvalidRequest(first["msg"].removeprefix("Value error, "), field=location) from None
-    except UnicodeEncodeError as error:
-        raise InvalidRequest(f"not valid Unicode: {error.reason}", field="prompt") from None
+        raise InvalidRequest(first["msg"].removeprefix("Value error, "), field=_printable(location)) from None
 
 
 def spec_of(request: str | dict[str, Any] | RequestSpec, common: Mapping[str, Any]) -> RequestSpec:
@@ -131,6 +133,8 @@ def spec_of(request: str | dict[str, Any] | RequestSpec, common: Mapping[str, An
         return request
     if isinstance(request, str):
         return build_spec(request, **common)
+    if not isinstance(request, dict) or not all(isinstance(name, str) for name in request):
+        raise InvalidRequest("must be a prompt, a dictionary of arguments or a RequestSpec", field="request")
     return build_spec(**{**common, **request})
 
 
@@ -147,13 +151,18 @@ class Composer:
 
     def prepare(self, spec: RequestSpec) -> Prepared:
         """Id, digest and submit call of a request. The same idempotency key gives the same id."""
-        kind, prompt = _encode_prompt(spec)
-        body = spec.model_dump_json(include=_DIGEST_FIELDS, exclude_defaults=True)
-        digest = ""
+        try:
+            kind, prompt = _encode_prompt(spec)
+            body = spec.model_dump_json(include=_DIGEST_FIELDS, exclude_defaults=True)
+        except ValueError as error:  # changed behind its checks: by model_copy, or in a dictionary that it holds
+            raise InvalidRequest(f"is not what was checked: {error}", field="request") from None
+        digest = canonical = ""
         request_id = uuid.uuid4().hex
         if spec.idempotency_key is not None:
             request_id = "k" + hashlib.sha256(spec.idempotency_key.encode()).hexdigest()[:31]
-            digest = hashlib.sha256(f"{kind}\0{body}\0".encode() + prompt).hexdigest()
+            digest = _digest(kind, body, prompt)
+            if spec.metadata or spec.params.structured_outputs is not None:  # their keys have no order
+                canonical = _digest(kind, canonical_json(json.loads(body)), prompt)
         traceparent, span = self._traces.begin(spec)
         if traceparent is not None:
             traced = spec.model_copy(update={"traceparent": traceparent})
@@ -168,9 +177,10 @@ class Composer:
             charge_tokens=counted + spec.params.max_tokens,
             max_live_tokens=self.settings.max_backlog_tokens,
             max_live_bytes=self.settings.max_backlog_bytes,
-            deadline_ms=int(spec.deadline_s * 1000) if spec.deadline_s else 0,
+            deadline_ms=ceil(spec.deadline_s * 1000) if spec.deadline_s else 0,  # 0 is none
             ttl_ms=int(self.settings.result_ttl_s * 1000),
             client_id=self.client_id,
+            canonical=canonical,
         )
         return Prepared(request_id=request_id, call=call, span=span)
 
@@ -189,6 +199,12 @@ class Composer:
         if prepared.span is not None:
             self._traces.end(prepared.span, request_id=prepared.request_id, is_new=reply.verdict is Verdict.OK)
         return prepared.request_id
+
+    def cancel(self, request_id: str, *, reason: str) -> Call[tuple[Verdict, str | None]]:
+        """The call that ends a request; InvalidRequest for a reason that cannot be kept."""
+        return self.calls.cancel(
+            request_id, reason=_checked_text(reason, field="reason", most_chars=_MAX_REASON_CHARS)
+        )
 
     def result(self, record: RequestRecord, chunks: Iterable[Chunk]) -> Result:
         """The result of a done request from all its chunks; the matching error for any other outcome."""
@@ -224,8 +240,8 @@ class Follower:
     """Turns entries of one output stream into chunks; knows where to read on and when it has ended."""
 
     def __init__(self, request_id: str, *, after: int = 0) -> None:
-        if after < 0:
-            raise InvalidRequest("must not be negative", field="after")
+        if type(after) is not int or not 0 <= after < 2**53:
+            raise InvalidRequest("must be a number of tokens, not negative", field="after")
         self.request_id = request_id
         self.offset = after
         self.last_id = f"{after}-0"
@@ -272,6 +288,36 @@ def known(request_id: str, record: RequestRecord | None) -> RequestRecord:
     if record is None:
         raise UnknownRequest(f"no request {request_id}: never accepted, or its result has expired")
     return record
+
+
+def _checked_text(value: object, *, field: str, most_chars: int) -> str:
+    """A text from a caller that can be stored; InvalidRequest names what is wrong with it."""
+    if not isinstance(value, str):
+        raise InvalidRequest("must be a text", field=field)
+    if len(value) > most_chars:
+        raise InvalidRequest(f"has {len(value)} characters; at most {most_chars} are accepted", field=field)
+    try:
+        check_text(value)
+    except JsonError as error:
+        raise InvalidRequest(str(error), field=field) from None
+    return value
+
+
+def checked_id(request_id: object) -> str:
+    """An id as there may be one; UnknownRequest for what never was one."""
+    try:
+        return _checked_text(request_id, field="request_id", most_chars=_MAX_ID_CHARS)
+    except InvalidRequest as error:
+        raise UnknownRequest(f"no such request: {error}") from None
+
+
+def _digest(kind: str, body: str, prompt: bytes) -> str:
+    return hashlib.sha256(f"{kind}\0{body}\0".encode() + prompt).hexdigest()
+
+
+def _printable(name: str) -> str:
+    """A name that a caller wrote, as an error can tell it: in one line, of bounded length, in valid Unicode."""
+    return name.encode("utf-8", "backslashreplace").decode()[:_MAX_NAME_CHARS]
 
 
 def _encode_prompt(spec: RequestSpec) -> tuple[str, bytes]:

@@ -18,6 +18,7 @@ from l4queue.client.compose import (
     Result,
     build_spec,
     check_outcome,
+    checked_id,
     known,
     spec_of,
 )
@@ -90,7 +91,7 @@ class Client:
 
     def get(self, request_id: str) -> Handle:
         """The handle of an earlier request; UnknownRequest when there is no record of it."""
-        handle = Handle(self, request_id)
+        handle = Handle(self, checked_id(request_id))
         handle.status()
         return handle
 
@@ -221,8 +222,11 @@ class Handle:
         return tell(record, why=why, ledger=ledger)
 
     def cancel(self, *, reason: str = "cancelled by its client") -> bool:
-        """End the request, waiting or running. False when it had ended already."""
-        verdict, _ = self._client._door.run(self._client._composer.calls.cancel(self.id, reason=reason))
+        """End the request, waiting or running, for a reason of at most 1,000 characters.
+
+        False when it had ended already.
+        """
+        verdict, _ = self._client._door.run(self._client._composer.cancel(self.id, reason=reason))
         if verdict is Verdict.UNKNOWN:
             known(self.id, None)
         return verdict is Verdict.OK

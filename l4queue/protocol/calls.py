@@ -158,11 +158,15 @@ class Calls:
         deadline_ms: int,
         ttl_ms: int,
         client_id: str,
+        canonical: str = "",
     ) -> Call[SubmitReply]:
-        """Accept a request. `charge_tokens` is an estimate until the dispatcher has counted."""
+        """Accept a request. `charge_tokens` is an estimate until the dispatcher has counted.
+
+        `canonical` is a second digest, of the same request whatever the order of its keys.
+        """
         k = self.keys
         args = (request_id, digest, body, kind, prompt, charge_tokens, len(prompt) + len(body))
-        limits = (max_live_tokens, max_live_bytes, deadline_ms, ttl_ms, client_id)
+        limits = (max_live_tokens, max_live_bytes, deadline_ms, ttl_ms, client_id, canonical)
         return Call("submit", (k.counts, k.inbox, k.request(request_id)), args + limits, _submitted)
 
     def route(
