@@ -69,6 +69,27 @@ def test_the_same_id_is_the_same_request_for_as_long_as_its_record_lives(
     assert scene.dump() == before
 
 
+@pytest.mark.parametrize(
+    ("stored", "repeated", "verdict"),
+    [
+        (("ab", "c"), ("ba", "c"), Verdict.DUP),  # its keys in another order
+        (("ab", "c"), ("ab", ""), Verdict.DUP),  # repeated by a client that knows no second digest
+        (("ab", ""), ("ab", "c"), Verdict.DUP),  # stored by such a client
+        (("ab", "c"), ("xy", "z"), Verdict.CONFLICT),
+        (("ab", ""), ("ba", "c"), Verdict.CONFLICT),  # nobody can know
+        (("ab", "c"), ("xy", ""), Verdict.CONFLICT),
+    ],
+)
+def test_either_digest_makes_it_the_same_request(
+    scene: Scene, stored: tuple[str, str], repeated: tuple[str, str], verdict: Verdict
+) -> None:
+    """As it was written, or with the order of its keys left out."""
+    assert scene.submit(digest=stored[0], canonical=stored[1]).verdict is Verdict.OK
+    before = scene.dump()
+    assert scene.submit(digest=repeated[0], canonical=repeated[1]).verdict is verdict
+    assert scene.dump() == before
+
+
 def test_the_estimate_is_replaced_by_the_count(scene: Scene) -> None:
     """From submit to route the charge is an estimate; then it is prompt plus the most it may generate."""
     scene.submit(charge_tokens=999, max_live_tokens=1000)
