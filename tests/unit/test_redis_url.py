@@ -181,8 +181,7 @@ def test_settings_never_show_a_password() -> None:
         repr(url),
         f"{url}",
         f"{url:>40}",
-        "%s" % url,
-        "{}".format(url),
+        logging.LogRecord("a", 0, "", 0, "at %s", (url,), None).getMessage(),
         str({"a": url}),
         f"{[url]}",
     ]
