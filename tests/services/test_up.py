@@ -21,7 +21,7 @@ from l4queue.cli.embedded import is_port_free
 from l4queue.client import Client
 from l4queue.protocol.door import Door
 from l4queue.protocol.overview import read_overview
-from l4queue.redis_url import parse_url, redacted
+from l4queue.redis_url import redacted
 
 pytestmark = [pytest.mark.services, pytest.mark.timeout(240)]
 
