@@ -6,18 +6,20 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 
-from dispatcher.app import make_app
-from dispatcher.flower_events import install
-from l4queue.config import Settings, load_settings
-from l4queue.errors import L4QueueError
+import flower.options
+from flower.utils import strtobool
 
-__all__ = ("flower_options", "is_api_open", "main")
+from dispatcher import flower_events, flower_guard
+from dispatcher.app import make_app
+from l4queue.config import Settings, load_settings
+from l4queue.errors import ConfigError, L4QueueError
+
+__all__ = ("check_variables", "flower_options", "main")
 
 MAX_TASKS = 20_000
 """Requests that Flower remembers; it forgets the least recently seen."""
 _PURGE_OFFLINE_S = 3600
 _COLUMNS = "name,uuid,state,args,result,received,runtime,worker"
-_LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 def flower_options(settings: Settings, environment: Mapping[str, str]) -> dict[str, str]:
@@ -34,24 +36,36 @@ def flower_options(settings: Settings, environment: Mapping[str, str]) -> dict[s
     return {name: value for name, value in ours.items() if f"FLOWER_{name.upper()}" not in environment}
 
 
-def is_api_open(settings: Settings, environment: Mapping[str, str], arguments: Sequence[str]) -> bool:
-    """Whether Flower's API, which its buttons use, needs no login: on loopback, unless prompts are shown.
+def check_variables(environment: Mapping[str, str]) -> None:
+    """ConfigError names a FLOWER_* variable whose value Flower cannot read.
 
-    Flower refuses changes from foreign web pages, but lets them read an open API.
+    Kubernetes sets FLOWER_PORT=tcp://... where a service is called flower.
     """
-    has_login = any(name in environment for name in ("FLOWER_BASIC_AUTH", "FLOWER_AUTH"))
-    is_local = environment.get("FLOWER_ADDRESS", "127.0.0.1") in _LOOPBACK
-    is_changed = any(a.lstrip("-").startswith(("address", "basic_auth", "basic-auth", "auth")) for a in arguments)
-    return is_local and not has_login and not is_changed and not settings.flower_show_prompts
+    for name, value in environment.items():
+        option = flower.options.default_options._options.get(
+            name.removeprefix("FLOWER_").lower().replace("_", "-")
+        )
+        if not name.startswith("FLOWER_") or option is None or option.type not in (int, float, bool):
+            continue
+        read = strtobool if option.type is bool else option.type
+        try:
+            for part in value.split(",") if option.multiple else [value]:
+                read(part)
+        except ValueError:
+            raise ConfigError(
+                f"{name}: {value} is no {option.type.__name__} as Flower wants it; unset it"
+            ) from None
 
 
 def main(arguments: Sequence[str] = ()) -> None:
-    """Run Flower until a signal; `arguments` are Flower's own and win over ours."""
+    """Run Flower until a signal; `arguments` are Flower's own and win over ours. An empty variable is not set."""
     settings = load_settings()
+    for name in [name for name, value in os.environ.items() if name.startswith("FLOWER_") and not value]:
+        del os.environ[name]
+    check_variables(os.environ)
     options = flower_options(settings, os.environ)
-    if is_api_open(settings, os.environ, arguments):
-        os.environ.setdefault("FLOWER_UNAUTHENTICATED_API", "true")
-    install()
+    flower_events.install()
+    flower_guard.install(settings)
     given = [f"--{name}={value}" for name, value in options.items()]
     make_app(settings).start(["flower", *given, *arguments])
 

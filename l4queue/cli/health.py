@@ -48,7 +48,7 @@ def sign_of_life(role: Role, settings: Settings) -> str:
     from l4queue.protocol.door import Door
 
     if role is Role.FLOWER:
-        return _answers("Flower", f"http://127.0.0.1:{settings.flower_port}/healthcheck")
+        return _flower(settings)
     if role is Role.EXPORTER:
         return _answers("the exporter", f"http://127.0.0.1:{settings.metrics_port}/metrics")
     door = Door(settings.redis_url, retry_s=_REDIS_TRY_S)
@@ -102,6 +102,21 @@ def _planner(door: Door, settings: Settings) -> str:
         )
         raise ServiceUnavailable(f"{since}; see the logs of beat and planner")
     return f"the last round of planning ended {idle_s:.1f} s ago"
+
+
+def _flower(settings: Settings) -> str:
+    from http.client import HTTPException
+
+    from l4queue.cli.flower_place import flower_answers, flower_place
+    from l4queue.errors import ServiceUnavailable
+
+    place = flower_place(settings)
+    where = f"{place.text}/healthcheck"
+    try:
+        flower_answers(place)
+    except (OSError, HTTPException) as error:
+        raise ServiceUnavailable(f"Flower does not answer at {where}: {error}; see its log") from error
+    return f"Flower answers at {where}"
 
 
 def _answers(name: str, url: str) -> str:

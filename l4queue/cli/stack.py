@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import os
 import sys
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from l4queue.cli.embedded import EmbeddedRedis, free_port, is_port_free, ping
+from l4queue.cli.embedded import EmbeddedRedis, free_port, is_port_free, write_private
+from l4queue.cli.flower_place import FlowerPlace, flower_answers, flower_place
 from l4queue.cli.logs import FileLog, Log
 from l4queue.cli.scrape import with_metrics, write_targets
 from l4queue.cli.supervisor import ChildSpec, RestartPolicy, Supervisor
-from l4queue.config import Settings, load_settings
+from l4queue.config import URL_FILE, Settings, load_settings
 from l4queue.errors import ConfigError, L4QueueError
 from l4queue.hardware import Gpu, cores_of_worker, engine_build, list_gpus, missing_library
 from l4queue.protocol.door import AsyncDoor
 from l4queue.protocol.overview import read_overview_async
+from l4queue.redis_url import SecretUrl, parse_url
 from l4queue.tiny import cache_directory
 
 __all__ = ("DEFAULT_DATA_DIR", "Stack", "StackOptions")
 
-DEFAULT_DATA_DIR = Path(".l4queue")
+DEFAULT_DATA_DIR = URL_FILE.parent
 DEFAULT_WORKERS = 2
 _STOP_WORKERS, _STOP_SERVICES, _STOP_REDIS = 0, 1, 2
 _WORKER_MARGIN_S = 20.0
@@ -43,7 +46,7 @@ class StackOptions:
     dispatchers: int = 1
     engine: str | None = None
     model: str | None = None
-    redis_url: str | None = None
+    redis_url: str | None = field(default=None, repr=False)
     redis_port: int | None = None
     durability: str | None = None
     data_dir: Path | None = None
@@ -75,15 +78,26 @@ class Stack:
         self.data_dir = (options.data_dir or DEFAULT_DATA_DIR).absolute()
         self.log = log or FileLog(self.data_dir / "logs", notes=None if options.quiet else sys.stderr)
         self.supervisor = Supervisor(log=self.log, restart=restart)
-        self.flower_url: str | None = None
+        self.flower: FlowerPlace | None = None
+        self.not_ready: list[str] = []
         self.metrics_urls: dict[str, str] = {}
         self._redis: EmbeddedRedis | None = None
         self._door: AsyncDoor | None = None
 
     @property
-    def redis_url(self) -> str:
+    def redis_url(self) -> SecretUrl:
         """Of the Redis that all processes use."""
         return self.settings.redis_url
+
+    @property
+    def flower_url(self) -> str | None:
+        """Of Flower, for a browser on this machine; None without Flower."""
+        return None if self.flower is None or self.flower.socket else self.flower.url
+
+    @property
+    def url_file(self) -> Path | None:
+        """Where clients find the URL of the Redis started here, which has its password; None for another Redis."""
+        return None if self._redis is None else self.data_dir / URL_FILE.name
 
     @property
     def targets_file(self) -> Path:
@@ -111,6 +125,8 @@ class Stack:
         gpus = self._check_hardware()
         num_workers = self.options.workers or len(gpus) // self.settings.tensor_parallel or DEFAULT_WORKERS
         await self._start_redis()
+        parse_url(self.redis_url)
+        assert self.settings.broker_url  # both are right, or this is the end
         model = await self._model_path()
         self._choose_flower_port()
         self.settings = self.settings.model_copy(update={"model": model})
@@ -123,12 +139,15 @@ class Stack:
             self.supervisor.add(spec)
 
     async def ready(self) -> None:
-        """Wait until every worker serves and every service runs; ServiceUnavailable if one cannot start."""
+        """Wait until every worker serves and every service runs; ServiceUnavailable if one cannot start.
+
+        Flower and the exporter hold nothing up: where they are late or fail, `not_ready` names them.
+        """
 
         def still_waiting(waited_s: float, missing: list[str]) -> None:
             self.note(f"waiting for {', '.join(missing)} ({waited_s:.0f} s so far; engines take a while to load)")
 
-        await self.supervisor.ready(on_wait=still_waiting)
+        self.not_ready = await self.supervisor.ready(on_wait=still_waiting)
 
     async def stop(self) -> None:
         """Stop everything in order; safe to call twice."""
@@ -137,6 +156,8 @@ class Stack:
             await self._door.close()
             self._door = None
         if self._redis is not None:
+            if self.url_file is not None:
+                self.url_file.unlink(missing_ok=True)
             self._redis.release()
             self._redis = None
         self.log.close()
@@ -178,13 +199,12 @@ class Stack:
         )
         await asyncio.to_thread(redis.acquire)
         self.settings = self.settings.model_copy(update={"redis_url": redis.url})
-        version = ".".join(map(str, redis.server.version))
-        self.note(f"starting redis-server {version} at {redis.url}, data in {redis.data_dir}")
+        self.note(f"starting {redis.server.text} at {redis.url}, data in {redis.data_dir}")
         self.supervisor.add(
             ChildSpec(
                 name="redis",
                 argv=redis.argv,
-                is_ready=lambda: ping(redis.port),
+                is_ready=redis.is_ready,
                 stop_order=_STOP_REDIS,
                 stop_s=30.0,
                 dies_gently=True,
@@ -192,6 +212,7 @@ class Stack:
             )
         )
         await self.supervisor.ready(["redis"])
+        write_private(self.data_dir / URL_FILE.name, f"{redis.url.reveal()}\n")
 
     async def _model_path(self) -> str:
         model = self.settings.model
@@ -224,18 +245,22 @@ class Stack:
     def _choose_flower_port(self) -> None:
         if not self.options.flower:
             return
-        port = self.settings.flower_port
-        if not is_port_free(port):
+        place = flower_place(self.settings)
+        if self.options.flower_port is not None:
+            place = replace(place, port=self.options.flower_port, socket="")
+        if not place.socket and not is_port_free(place.port):
             if self.options.flower_port is not None:
-                raise ConfigError(f"port {port} is in use; choose another with --flower-port, or use --no-flower")
-            port = free_port()
-            self.settings = self.settings.model_copy(update={"flower_port": port})
-        self.flower_url = f"http://127.0.0.1:{port}"
+                raise ConfigError(
+                    f"port {place.port} is in use; choose another with --flower-port, or use --no-flower"
+                )
+            place = replace(place, port=free_port())
+        self.settings = self.settings.model_copy(update={"flower_port": place.port})
+        self.flower = place
 
     def _environment(self) -> dict[str, str]:
-        names = ("redis_url", "namespace", "durability", "engine", "model", "flower_port")
+        names = ("namespace", "durability", "engine", "model", "flower_port")
         ours = {f"L4_{name.upper()}": str(getattr(self.settings, name)) for name in names}
-        return {**ours, "PYTHONUNBUFFERED": "1"}
+        return {**ours, "L4_REDIS_URL": self.redis_url, "PYTHONUNBUFFERED": "1"}
 
     def _service_specs(self) -> list[ChildSpec]:
         # Celery warns root about pickle, which is off here.
@@ -260,11 +285,11 @@ class Stack:
             specs.append(service("exporter", "dispatcher.exporter", ready_text=" ready: ", essential=False))
         specs.append(service("planner", *celery, *planner, "--loglevel", "INFO", ready_text=" ready."))
         specs.append(service("beat", *celery, "beat", "--loglevel", "WARNING", "--pidfile="))
-        if self.options.flower:
-            port = self.settings.flower_port
-            specs.append(
-                service("flower", "dispatcher.flower", is_ready=lambda: _flower_answers(port), essential=False)
-            )
+        if self.flower is not None:
+            place = self.flower
+            flower = service("flower", "dispatcher.flower", is_ready=lambda: _is_well(place), essential=False)
+            own = {"FLOWER_PORT": str(place.port), "FLOWER_UNIX_SOCKET": place.socket}  # they win over ours
+            specs.append(replace(flower, env={**flower.env, **own}))
         return specs
 
     def _serving_specs(self, num_workers: int, gpus: list[Gpu]) -> list[ChildSpec]:
@@ -321,15 +346,9 @@ class Stack:
         return have_leases
 
 
-async def _flower_answers(port: int) -> bool:
+async def _is_well(place: FlowerPlace) -> bool:
     try:
-        async with asyncio.timeout(2.0):
-            reader, writer = await asyncio.open_connection("127.0.0.1", port)
-            try:
-                writer.write(b"GET /healthcheck HTTP/1.0\r\n\r\n")
-                await writer.drain()
-                return b" 200 " in await reader.readline()
-            finally:
-                writer.close()
-    except (OSError, TimeoutError):
+        await asyncio.to_thread(flower_answers, place, timeout_s=2.0)
+    except (OSError, http.client.HTTPException):
         return False
+    return True

@@ -255,27 +255,38 @@ class Supervisor:
         return [name for name, child in self.children.items() if child.state is not ChildState.READY]
 
     async def ready(
-        self, names: Iterable[str] | None = None, *, on_wait: Callable[[float, list[str]], None] | None = None
-    ) -> None:
+        self,
+        names: Iterable[str] | None = None,
+        *,
+        on_wait: Callable[[float, list[str]], None] | None = None,
+        extra_s: float = 10.0,
+    ) -> list[str]:
         """Wait until these children (default all) are ready; ServiceUnavailable when an essential one fails.
 
-        Children that are not essential are not waited for once they have failed. `on_wait` is called with
-        the seconds so far and the names still missing, every five seconds.
+        Children that are not essential are waited for while an essential one is missing, and then for
+        `extra_s` more; not once they have failed. `on_wait` is called with the seconds so far and the names
+        still missing, every five seconds. Returns the names that are not ready.
         """
         loop = asyncio.get_running_loop()
         started_s = loop.time()
         next_call_s = started_s + 5.0
+        enough_s: float | None = None
         while True:
             self._changed.clear()
             chosen = [self.children[n] for n in (self.children if names is None else names)]
             self._raise_failed(chosen)
-            missing = [c.spec.name for c in chosen if c.state not in (ChildState.READY, ChildState.FAILED)]
-            if not missing:
-                return
+            missing = [c for c in chosen if c.state not in (ChildState.READY, ChildState.FAILED)]
+            if any(child.spec.essential for child in missing):
+                enough_s = None
+            elif enough_s is None:
+                enough_s = loop.time() + extra_s
+            if not missing or (enough_s is not None and loop.time() >= enough_s):
+                return [c.spec.name for c in chosen if c.state is not ChildState.READY]
             if on_wait and loop.time() >= next_call_s:
                 next_call_s += 5.0
-                on_wait(loop.time() - started_s, missing)
-            await _until(self._changed, max(0.0, next_call_s - loop.time()))
+                on_wait(loop.time() - started_s, [child.spec.name for child in missing])
+            next_s = next_call_s if enough_s is None else min(next_call_s, enough_s)
+            await _until(self._changed, max(0.0, next_s - loop.time()))
 
     async def failed(self) -> None:
         """Wait until an essential child has failed for good, then raise ServiceUnavailable."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -32,7 +33,10 @@ def up(
     ] = None,
     redis_url: Annotated[
         str | None,
-        typer.Option(help="Use this Redis; default L4_REDIS_URL, else start one here.", show_default=False),
+        typer.Option(
+            help="Use this Redis; default L4_REDIS_URL, which other users cannot read, else start one here.",
+            show_default=False,
+        ),
     ] = None,
     redis_port: Annotated[
         int | None,
@@ -64,7 +68,11 @@ def up(
         ),
     ] = None,
     ready_file: Annotated[
-        Path | None, typer.Option(help="Write URLs and process ids there once all is ready.", show_default=False)
+        Path | None,
+        typer.Option(
+            help="Write URLs and process ids there once all is ready; only you can read it.",
+            show_default=False,
+        ),
     ] = None,
 ) -> None:
     """Run Redis, dispatchers, planner, workers and Flower in the foreground.
@@ -129,6 +137,8 @@ async def _serve(options: StackOptions, *, ready_file: Path | None) -> None:
 
 
 def _announce(stack: Stack, ready_file: Path | None) -> None:
+    from l4queue.cli.embedded import write_private
+
     facts = {
         "redis_url": stack.redis_url,
         "flower_url": stack.flower_url,
@@ -137,15 +147,32 @@ def _announce(stack: Stack, ready_file: Path | None) -> None:
         "pids": {name: child.pid for name, child in stack.supervisor.children.items()},
     }
     if ready_file is not None:
-        aside = ready_file.with_name(ready_file.name + ".part")
-        aside.write_text(json.dumps(facts) + "\n", encoding="utf-8")
-        aside.rename(ready_file)
-    flower = f", Flower at {stack.flower_url}" if stack.flower_url else ""
+        write_private(ready_file, json.dumps(facts) + "\n")
+    late = " (does not answer yet)" if "flower" in stack.not_ready else ""
+    flower = f", Flower at {stack.flower.text}{late}" if stack.flower is not None else ""
     stack.note(f"ready: Redis at {stack.redis_url}{flower}")
+    for name in stack.not_ready:
+        lines = stack.supervisor.children[name].last_lines
+        why = f": {lines[-1]}" if lines else ""
+        stack.note(f"{name} is not ready, and all else serves{why}")
     if stack.metrics_urls:
         stack.note(f"metrics at {stack.metrics_urls['exporter']}, of all processes: {stack.targets_file}")
-    if stack.redis_url != "redis://127.0.0.1:6379/0":
-        stack.note(f"for clients: export L4_REDIS_URL={stack.redis_url}")
+    _tell_clients(stack)
+
+
+def _tell_clients(stack: Stack) -> None:
+    """How other terminals find this Redis. No password is printed: terminals are recorded and shared."""
+    from l4queue.config import URL_FILE
+    from l4queue.redis_url import parse_url
+
+    file = stack.url_file
+    if file is not None:
+        who = "clients in other directories" if file == URL_FILE.absolute() else "clients"
+        stack.note(f"for {who}: export L4_REDIS_URL=$(cat {shlex.quote(str(file))})")
+    elif parse_url(stack.redis_url).password is not None:
+        stack.note("for clients: L4_REDIS_URL as it is set here")
+    elif stack.redis_url != "redis://127.0.0.1:6379/0":
+        stack.note(f"for clients: export L4_REDIS_URL={shlex.quote(stack.redis_url.reveal())}")
 
 
 def register(app: typer.Typer) -> None:

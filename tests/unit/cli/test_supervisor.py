@@ -193,9 +193,23 @@ async def test_a_child_that_is_not_essential_may_fail() -> None:
         supervisor.add(python("two", ENDLESS, ready_text="up"))
         child = supervisor.add(python("one", "raise SystemExit(7)", ready_text="never", essential=False))
 
-        await supervisor.ready()
+        assert await supervisor.ready(extra_s=3600.0) == ["one"]
 
         assert child.state is ChildState.FAILED
+
+
+async def test_a_child_that_is_not_essential_holds_nothing_up() -> None:
+    """Flower at an address that nobody can ask: it lives, and is never ready."""
+
+    async def never() -> bool:
+        return False
+
+    async with supervised() as (supervisor, _):
+        supervisor.add(python("two", ENDLESS, ready_text="up"))
+        child = supervisor.add(python("one", ENDLESS, is_ready=never, settle_s=0.0, essential=False))
+
+        assert await supervisor.ready(extra_s=0.0) == ["one"]
+        assert child.state in (ChildState.IDLE, ChildState.STARTING)
 
 
 async def test_a_child_without_a_sign_of_readiness_is_ready_once_it_has_lived_a_while() -> None:
