@@ -40,7 +40,7 @@ def tell(record: RequestRecord, *, why: str | None, ledger: Sequence[str]) -> tu
         )
     for line in lines:
         facts = {name: value for name, value in line.items() if name not in ("at_ms", "what")}
-        text = _TEXTS[line["what"]](facts)
+        text = _TEXTS.get(line["what"], _unknown)(facts)
         events.append(Event(at_ms=int(line["at_ms"]), what=line["what"], text=text, facts=facts))
     if record.finished_ms is not None:
         events.append(_ended(record, record.finished_ms))
@@ -99,6 +99,19 @@ def _back(why: str, facts: dict[str, Any]) -> str:
     return f"back to queue {facts['to']} after {facts['offset']} tokens: {why} {facts['worker']}"
 
 
+def _rerouted(facts: dict[str, Any]) -> str:
+    if "pardoned" in facts:
+        came_back = f"{facts['pardoned']} came back: its loss is blamed on it no longer"
+        way = f"; moved from queue {facts['from']} to stage {facts['to']}" if facts["from"] != facts["to"] else ""
+        return f"{came_back}, {facts['crashes']} crashes left{way}"
+    return f"moved from queue {facts['from']} to stage {facts['to']}: a new plan, or nobody served it"
+
+
+def _unknown(facts: dict[str, Any]) -> str:
+    """What a later release notes."""
+    return ", ".join(f"{name} {value}" for name, value in facts.items())
+
+
 _TEXTS: dict[str, Callable[[dict[str, Any]], str]] = {
     "hand-over": lambda f: _moved("hand-over", f),
     "escape": lambda f: _moved("away from a prefill,", f),
@@ -106,7 +119,7 @@ _TEXTS: dict[str, Callable[[dict[str, Any]], str]] = {
     "stolen": _stolen,
     "taken": lambda f: f"taken by {f['worker']} from queue {f['from']}",
     "resumed": lambda f: f"goes on after {f['gap_ms']:.0f} ms without a token",
-    "rerouted": lambda f: f"moved from queue {f['from']} to stage {f['to']}: a new plan, or nobody served it",
+    "rerouted": _rerouted,
     "lost": lambda f: _back("the lease ran out of", f),
     "crashed": lambda f: _back("engine died in", f),
     "released": lambda f: _back("given back by", f),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Generic, TypeVar
@@ -326,6 +326,15 @@ class Calls:
         pairs = tuple(part for item in (histogram or {}).items() for part in item)
         args = (incarnation, lease_ms, worker_id, load, int(register), sequence, *pairs)
         return Call("renew", (k.workers, k.worker(incarnation), k.hist), args, _verdict)
+
+    def extend(self, incarnation: str, *, lease_ms: int) -> Call[Verdict]:
+        """Renew a lease without news; LOST when it was reaped."""
+        keys = (self.keys.workers, self.keys.worker(incarnation))
+        return Call("extend", keys, (incarnation, lease_ms), _verdict)
+
+    def pardon(self, incarnation: str, *, worker_id: str, guilty: Iterable[str] = ()) -> Call[Verdict]:
+        """Take back what was blamed on requests when this incarnation was reaped, but for the guilty ones."""
+        return Call("pardon", (self.keys.lost(incarnation),), (worker_id, *guilty), _verdict)
 
     def retire(self, incarnation: str) -> Call[Verdict]:
         """Leave for good; what is still held goes back without blame."""

@@ -108,6 +108,9 @@ class Keys:
     def held(self, incarnation: str) -> str:
         return f"{self.prefix}held:{incarnation}"
 
+    def lost(self, incarnation: str) -> str:
+        return f"{self.prefix}lost:{incarnation}"
+
     def control(self, incarnation: str) -> str:
         return f"{self.prefix}ctl:{incarnation}"
 

@@ -46,7 +46,7 @@ MOVES = st.sampled_from(
         Move(kind=MoveKind.STEAL, benefit_ms=2.0, cost_ms=0.5, kv="seg-2"),
     ]
 )
-DISTURBANCES = st.sampled_from(["cancel", "late", "expire", "retire", "publish", "route", "repair", "renew"])
+DISTURBANCES = st.sampled_from(["cancel", "late", "expire", "retire", "publish", "route", "repair", "renew", "extend"])
 
 
 class ProtocolMachine(RuleBasedStateMachine):
@@ -156,6 +156,12 @@ class ProtocolMachine(RuleBasedStateMachine):
         assert self.scene.renew(worker, register=register, lease_ms=600_000) is expected
         if expected is Verdict.OK:
             lease = leases.setdefault(worker, Lease())
+            lease.is_lapsed, lease.graces = False, 0
+
+    def _extend(self, worker: str) -> None:
+        lease = self.model.leases.get(worker)
+        assert self.scene.extend(worker, lease_ms=600_000) is (Verdict.OK if lease else Verdict.LOST)
+        if lease is not None:
             lease.is_lapsed, lease.graces = False, 0
 
     @rule(
@@ -278,9 +284,18 @@ class ProtocolMachine(RuleBasedStateMachine):
         return self.grants[-data.draw(recent | recent | st.integers(1, len(self.grants)))]
 
     # upkeep -------------------------------------------------------------------------------------
-    @rule(worker=WORKERS, outage=RARELY, lapses=st.sampled_from([True, True, False]), returns=st.booleans())
-    def reap(self, worker: str, outage: bool, lapses: bool, returns: bool) -> None:
-        """A worker dies or Redis was away; somebody reaps; the worker may come back under its name."""
+    @rule(
+        data=st.data(),
+        worker=WORKERS,
+        outage=RARELY,
+        lapses=st.sampled_from([True, True, False]),
+        returns=st.booleans(),
+        pardons=RARELY,
+    )
+    def reap(
+        self, *, data: st.DataObject, worker: str, outage: bool, lapses: bool, returns: bool, pardons: bool
+    ) -> None:
+        """A worker dies or Redis was away; somebody reaps; the worker may come back, and not have died at all."""
         if lapses:
             self.scene.lapse(worker)
             if worker in self.model.leases:
@@ -292,6 +307,11 @@ class ProtocolMachine(RuleBasedStateMachine):
         assert (reaped.num_requeued, reaped.num_dead, reaped.was_graced) == expected
         if returns:
             self._renew(worker, register=True)
+        if pardons:
+            guilty = {self._some_id(data)} if outage else set[str]()
+            self.model.pardon(worker, guilty)
+            assert self.scene.pardon(worker, *guilty) is Verdict.OK
+            assert self.scene.pardon(worker, *guilty) is Verdict.OK
 
     @precondition(lambda self: any(r.state is S.QUEUED for r in self.reqs.values()))
     @rule(data=st.data(), stage=STAGES, highs=HIGHS, skip=st.sampled_from([0, 0, 1]), limit=st.integers(0, 4))
@@ -334,6 +354,8 @@ class ProtocolMachine(RuleBasedStateMachine):
             self._route(request_id, stage, number, tokens=1 + number, refuse=number == 3)
         elif kind == "renew":
             self._renew(worker, register=number > 1)
+        elif kind == "extend":
+            self._extend(worker)
         else:
             assert self.scene.repair(request_id) == "FINE", "the scripts leave nothing to repair"
 
@@ -372,7 +394,7 @@ class ProtocolMachine(RuleBasedStateMachine):
             assert next(found) == self.model.held(worker)
         assert {worker for worker, _ in next(found)} == set(leases)
         counts = next(found)
-        for name in ("handovers", "steals_running", "steals_waiting", "resumes"):
+        for name in ("handovers", "steals_running", "steals_waiting", "resumes", "pardoned"):
             assert int(counts.get(name, 0)) == self.model.counts[name], name
 
     def _record_agrees(self, request_id: str, record: Any) -> None:

@@ -40,6 +40,7 @@ class Req:
     came_from: str = ""
     worker: str = ""
     kv: str = ""
+    home: str = "0"  # its stage before it was to be run alone
     ledger: list[str] = field(default_factory=list)
 
 
@@ -71,6 +72,7 @@ class Model:
         self.reqs: dict[str, Req] = {}
         self.leases: dict[str, Lease] = {}
         self.counts: Counter[str] = Counter()
+        self.lost: dict[str, dict[str, bool]] = {}  # what was blamed for each loss of a worker: id -> whether alone
         self.foreground: set[str] = set()  # stages to which a request came that is not background
 
     # looking ------------------------------------------------------------------------------------
@@ -114,7 +116,12 @@ class Model:
     def requeue(self, request_id: str, what: str, *, stage: str = "", kv: str = "") -> None:
         """Back to a queue, with its progress."""
         req = self.reqs[request_id]
-        req.stage = SOLO_STAGE if req.crashes >= 2 else stage or req.stage
+        if req.crashes >= 2:
+            req.home = req.home if req.stage == SOLO_STAGE else req.stage
+            req.stage = SOLO_STAGE
+        else:
+            req.stage = stage or req.stage
+            req.stage = req.home if req.stage == SOLO_STAGE else req.stage
         req.state, req.owner, req.kv = S.QUEUED, None, kv
         req.is_moved, req.came_from = True, req.worker
         req.ledger.append(what)
@@ -155,13 +162,29 @@ class Model:
                 if lease.graces <= MAX_GRACES:
                     lease.is_lapsed, was_graced = False, True
         gone = [worker for worker, lease in self.leases.items() if lease.is_lapsed]
-        victims = [i for worker in gone for i in self.held(worker)]
-        for request_id in victims:
+        victims = [(i, worker) for worker in gone for i in self.held(worker)]
+        for request_id, worker in victims:
+            was_alone = self.reqs[request_id].stage == SOLO_STAGE
             self.crash(request_id, "lost")
+            if self.reqs[request_id].state is not S.DEAD:
+                self.lost.setdefault(worker, {})[request_id] = was_alone
         for worker in gone:
             del self.leases[worker]
-        num_dead = sum(self.reqs[i].state is S.DEAD for i in victims)
+        num_dead = sum(self.reqs[i].state is S.DEAD for i, _ in victims)
         return len(victims) - num_dead, num_dead, was_graced
+
+    def pardon(self, worker: str, guilty: set[str]) -> None:
+        """A worker that was given up has not died."""
+        for request_id, was_alone in self.lost.pop(worker, {}).items():
+            req = self.reqs[request_id]
+            if req.state in TERMINAL or request_id in guilty or not req.crashes:
+                continue
+            req.crashes -= 1
+            req.solo_crashes -= was_alone
+            if req.state is S.QUEUED and req.stage == SOLO_STAGE and req.crashes < 2:
+                req.stage = req.home
+            req.ledger.append("rerouted")
+            self.counts["pardoned"] += 1
 
     def retire(self, worker: str) -> None:
         """A worker leaves."""

@@ -146,6 +146,13 @@ class Scene:
     def release(self, request_id: str = "a", worker: str = "w1", epoch: int = 1, **over: Any) -> Verdict:
         return self.door.run(self.calls.release(request_id, incarnation=worker, epoch=epoch, **over))
 
+    def extend(self, worker: str = "w1", *, lease_ms: int = 60_000) -> Verdict:
+        return self.door.run(self.calls.extend(worker, lease_ms=lease_ms))
+
+    def pardon(self, worker: str = "w1", *guilty: str) -> Verdict:
+        """The worker comes back and has not died."""
+        return self.door.run(self.calls.pardon(worker, worker_id=worker, guilty=guilty))
+
     def retire(self, worker: str = "w1") -> Verdict:
         return self.door.run(self.calls.retire(worker))
 

@@ -96,3 +96,24 @@ def test_a_request_that_only_waits_has_a_short_story() -> None:
     record = RequestRecord(request_id="r", state=RequestState.SUBMITTED, submitted_ms=10, deadline_ms=510)
     (event,) = tell(record, why=None, ledger=[])
     assert event.text == "accepted, to be done within 500 ms"
+
+
+def test_blame_that_was_taken_back_is_told() -> None:
+    """With the worker that came back, what is left, and where the request waits now."""
+    lines = [
+        _line("lost", 1050, to="solo"),
+        _line("rerouted", 1051, **{"from": "solo", "to": "1", "pardoned": "w1", "crashes": 1}),
+        _line("rerouted", 1052, **{"from": "1", "to": "1", "pardoned": "w0", "crashes": 0}),
+    ]
+    events = tell(DONE, why=None, ledger=lines)
+    assert [event.text for event in events if event.what == "rerouted"] == [
+        "w1 came back: its loss is blamed on it no longer, 1 crashes left; moved from queue solo to stage 1",
+        "w0 came back: its loss is blamed on it no longer, 0 crashes left",
+    ]
+
+
+def test_a_note_of_a_later_release_is_told_as_it_is() -> None:
+    """Releases serve together; none fails at what another has written."""
+    line = json.dumps({"what": "teleported", "at_ms": 1050, "worker": "w1", "distance": 3})
+    (event,) = [e for e in tell(DONE, why=None, ledger=[line]) if e.what == "teleported"]
+    assert event.text == "worker w1, distance 3"

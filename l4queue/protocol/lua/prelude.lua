@@ -100,13 +100,19 @@ local function note(rk, line)
 end
 
 -- Returns a running request to a queue, and says why in its ledger. With two crashes to its name it waits to be
--- run alone. `line` has what is to be said besides.
+-- run alone, and remembers its stage as `home`; with fewer it does not. `line` has what is to be said besides.
 local function requeue(id, stage, score, line)
   local rk = P .. 'req:' .. id
-  local v = redis.call('HMGET', rk, 'owner', 'crashes', 'prompt_tokens', 'offset', 'stage', 'score', 'worker')
+  local v = redis.call('HMGET', rk, 'owner', 'crashes', 'prompt_tokens', 'offset', 'stage', 'score', 'worker',
+    'home')
   if v[1] then redis.call('SREM', P .. 'held:' .. v[1], id) end
-  if tonumber(v[2]) >= 2 then stage = 'solo' end
   if stage == '' then stage = v[5] end
+  if tonumber(v[2]) >= 2 then
+    stage = 'solo'
+    if v[5] ~= 'solo' then redis.call('HSET', rk, 'home', v[5]) end
+  elseif stage == 'solo' then
+    stage = v[8] or '0'
+  end
   if score == '' then score = v[6] end
   redis.call('HDEL', rk, 'owner', 'kv')
   redis.call('HSET', rk, 'state', 'queued', 'stage', stage, 'score', score, 'moved_ms', int(now_ms()),

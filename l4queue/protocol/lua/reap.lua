@@ -1,4 +1,5 @@
 -- Returns the requests of workers whose lease ran out. running -> queued | dead
+-- What is blamed on a request is noted for an hour: a worker that comes back has it taken back (pardon).
 -- Anybody may call it at any time. After a gap between two calls in which nobody could renew (Redis was away),
 -- every lease lasts one lease longer. A worker that does not renew then gets this three times at most:
 -- reapers that are merely slow must not keep the dead alive.
@@ -25,11 +26,13 @@ for _, incarnation in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', int(t)
     local id = redis.call('SPOP', held)
     if not id then break end
     room = room - 1
-    local v = redis.call('HMGET', P .. 'req:' .. id, 'state', 'owner')
+    local v = redis.call('HMGET', P .. 'req:' .. id, 'state', 'owner', 'stage')
     if v[1] == 'running' and v[2] == incarnation then
       if crashed(id, ARGV[4]) then
         dead = dead + 1
       else
+        redis.call('HSET', P .. 'lost:' .. incarnation, id, v[3] == 'solo' and '1' or '0')
+        redis.call('PEXPIRE', P .. 'lost:' .. incarnation, 3600000)
         requeue(id, '', '', {what = 'lost'})
         requeued = requeued + 1
       end
