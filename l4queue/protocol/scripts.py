@@ -14,6 +14,7 @@ _NAMES = (
     "cancel",
     "emit",
     "expire",
+    "follow",
     "forget",
     "migrate",
     "publish",
