@@ -7,6 +7,7 @@ L4QueueError
 ├── IdempotencyConflict    the same idempotency key with a different body
 ├── UnknownRequest         no record of this id (never accepted, or its result has expired)
 ├── ResultTimeout          the wait ended before the request did; it goes on
+├── OutputLost             the request is known, but not all of its output is there any more
 ├── RequestNotDone         a terminal outcome other than `done`
 │   ├── RequestFailed      refused by the dispatcher or not computable; `field` for bad input
 │   │   └── RequestTooLong prompt + max_tokens exceed the model's limit
@@ -27,6 +28,7 @@ __all__ = (
     "IdempotencyConflict",
     "InvalidRequest",
     "L4QueueError",
+    "OutputLost",
     "PortableError",
     "QueueFull",
     "RequestCancelled",
@@ -54,7 +56,17 @@ class PortableError(Exception):
 
 
 class L4QueueError(PortableError):
-    """Root of all errors raised by l4queue."""
+    """Root of all errors raised by l4queue.
+
+    Whatever ends `enqueue` or `enqueue_many` says what became of the requests, also errors of other kinds and
+    cancellation (the cause of a TimeoutError). `accepted` has the handles of the accepted ones, in order;
+    `in_doubt` those of requests that were sent and not answered, whose `status()` tells; `refused` the positions
+    of the refused ones. The others were not sent. Pickled, a handle becomes its request id.
+    """
+
+    accepted: tuple[Any, ...] = ()
+    in_doubt: tuple[Any, ...] = ()
+    refused: tuple[int, ...] = ()
 
 
 class ConfigError(L4QueueError):
@@ -70,7 +82,10 @@ class InvalidRequest(L4QueueError, ValueError):
 
 
 class QueueFull(L4QueueError):
-    """The backlog is at its bound. Nothing was accepted; try again after `retry_after_s`."""
+    """The backlog is at its bound; try again after `retry_after_s`.
+
+    Of many requests some may fit: their handles are in `accepted`, and `refused` has the positions of the others.
+    """
 
     def __init__(self, message: str, *, retry_after_s: float) -> None:
         super().__init__(f"{message}; retry after {retry_after_s:.1f} s")
@@ -90,6 +105,10 @@ class UnknownRequest(L4QueueError, KeyError):
 
 class ResultTimeout(L4QueueError, TimeoutError):
     """The wait ended before the request did. The request goes on; wait again or cancel it."""
+
+
+class OutputLost(L4QueueError):
+    """The record and the output of a request differ: output was deleted, or a server lost writes at a failover."""
 
 
 class RequestNotDone(L4QueueError):

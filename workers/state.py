@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable
 from dataclasses import replace
+from uuid import uuid4
 
 from pydantic import JsonValue
 
@@ -184,7 +185,7 @@ class WorkerState:
         A request that runs is reported by the worker that runs it, as soon as it hears of it.
         """
         record = await self.door.run(self.reads.record(request_id))
-        verdict, _ = await self.door.run(self.calls.cancel(request_id, reason="revoked"))
+        verdict, _ = await self.door.run(self.calls.cancel(request_id, reason="revoked", nonce=uuid4().hex))
         if verdict is Verdict.OK and record is not None and record.state is not RequestState.RUNNING:
             stage = int(record.stage) if record.stage is not None and record.stage.isdigit() else 0
             view = RequestView(

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from os import PathLike
 from types import TracebackType
 from typing import Any
 
 from l4queue.client.batch import BatchProgress, BatchSummary, batch_options
+from l4queue.client.bulk import Bulk
 from l4queue.client.compose import (
     Chunk,
     Composer,
-    Follower,
     Prepared,
     Result,
     build_spec,
@@ -22,23 +21,22 @@ from l4queue.client.compose import (
     checked_id,
     known,
     spec_of,
+    unknown,
 )
-from l4queue.client.mailbox import Mailbox
+from l4queue.client.demux import Watch
+from l4queue.client.listener import AsyncListener
 from l4queue.client.story import Event, tell
-from l4queue.client.waiting import RECHECK_S, deadline_after, time_left_s
+from l4queue.client.waiting import Ends, deadline_after, time_left_s, wait_async
 from l4queue.config import Settings, load_settings
-from l4queue.errors import QueueFull
-from l4queue.models import TERMINAL, Plan, RequestSpec
+from l4queue.models import Plan, RequestSpec, RequestState
 from l4queue.policy.plan_json import plan_from_json
-from l4queue.protocol.calls import SubmitReply, Verdict
+from l4queue.protocol.calls import Verdict
 from l4queue.protocol.door import AsyncDoor
 from l4queue.protocol.overview import Overview, read_overview_async
 from l4queue.protocol.reads import DeadLetter
 from l4queue.protocol.records import RequestRecord
 
 __all__ = ("AsyncClient", "AsyncHandle")
-
-_BATCH = 256
 
 
 class AsyncClient:
@@ -51,7 +49,7 @@ class AsyncClient:
         self.settings = settings or load_settings()
         self._composer = Composer(self.settings)
         self._door = AsyncDoor(url or self.settings.redis_url)
-        self._mailbox = Mailbox(self._door, self._composer.keys.mailbox(self._composer.client_id))
+        self._listener = AsyncListener(self._door, self._composer)
 
     async def enqueue(self, prompt: str | None = None, **options: Any) -> AsyncHandle:
         """Accept one request and return its handle.
@@ -60,8 +58,7 @@ class AsyncClient:
         `temperature`, `top_p`, `stop`, ...), `priority` (lower first), `deadline_s`, `idempotency_key`,
         `metadata`. InvalidRequest names a bad one; QueueFull says when to try again.
         """
-        prepared = self._composer.prepare(build_spec(prompt, **options))
-        return self._handle(prepared, await self._door.run(prepared.call))
+        return (await self._submit([self._composer.prepare(build_spec(prompt, **options))], block=False))[0]
 
     async def enqueue_many(
         self,
@@ -75,22 +72,12 @@ class AsyncClient:
 
         Each is a prompt, a dictionary of `enqueue` arguments or a RequestSpec; `common` applies to the
         first two. All are validated before any is sent. `progress` is called with the number accepted so
-        far. When the backlog is full: wait for room (`block`) or raise QueueFull with what was accepted
-        already queued.
+        far. When the backlog is full: wait for room (`block`) or raise QueueFull. Whatever is raised has the
+        handles of the accepted ones: see `L4QueueError`. A conflicting idempotency key ends the work with its
+        batch of 256.
         """
         prepared = [self._composer.prepare(spec_of(request, common)) for request in requests]
-        handles: list[AsyncHandle] = []
-        while len(handles) < len(prepared):
-            batch = prepared[len(handles) : len(handles) + _BATCH]
-            try:
-                handles.extend(await self._submit_prefix(batch))
-            except QueueFull as full:
-                if not block:
-                    raise
-                await asyncio.sleep(full.retry_after_s)
-            if progress is not None:
-                progress(len(handles))
-        return handles
+        return await self._submit(prepared, block=block, progress=progress)
 
     async def get(self, request_id: str) -> AsyncHandle:
         """The handle of an earlier request; UnknownRequest when there is no record of it."""
@@ -101,25 +88,24 @@ class AsyncClient:
     async def as_completed(
         self, handles: Iterable[AsyncHandle], *, timeout: float | None = None
     ) -> AsyncIterator[AsyncHandle]:
-        """Handles of this client in the order in which they end; ResultTimeout after `timeout` seconds."""
-        pending = {handle.id: handle for handle in handles}
+        """Handles in the order in which they end; ResultTimeout after `timeout` seconds.
+
+        A handle that is given twice comes once. Other clients' handles and earlier ones may be among them.
+        """
+        event = asyncio.Event()
+        ends = Ends(handles, has_mail=lambda h: h._has_mail and h._client is self, event=event)
         deadline = deadline_after(timeout)
-        mailbox, last_id = self._composer.keys.mailbox(self._composer.client_id), "0-0"
-        async for handle in self._ended(pending):
-            yield handle
-        checked = time.monotonic()
-        while pending:
-            left = time_left_s(deadline, f"{len(pending)} requests are not finished")
-            found = await self._door.wait({mailbox: last_id}, block_s=min(left, RECHECK_S), count=1000)
-            for entry_id, values in found.get(mailbox, ()):
-                last_id = entry_id.decode()
-                ended = pending.pop(values[b"i"].decode(), None)
-                if ended is not None:
-                    yield ended
-            if time.monotonic() - checked > RECHECK_S:
-                async for handle in self._ended(pending):
+        try:
+            await self._listener.begin(ends.watches)
+            while ends.num_pending:
+                event.clear()
+                for handle in ends.take():
                     yield handle
-                checked = time.monotonic()
+                if ends.num_pending and not event.is_set():
+                    left_s = time_left_s(deadline, f"{ends.num_pending} requests are not finished")
+                    await wait_async(event, left_s)
+        finally:
+            self._listener.end(ends.watches)
 
     async def run_batch(
         self,
@@ -163,7 +149,7 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Close all connections; safe to call twice."""
-        await self._mailbox.close()
+        await self._listener.close()
         await self._door.close()
 
     async def __aenter__(self) -> AsyncClient:
@@ -174,28 +160,24 @@ class AsyncClient:
     ) -> None:
         await self.close()
 
-    async def _submit_prefix(self, batch: Sequence[Prepared]) -> list[AsyncHandle]:
-        """Submit a batch; handles of the accepted prefix. QueueFull only when not even the first fits."""
-        replies = await self._door.run_many([prepared.call for prepared in batch])
-        handles: list[AsyncHandle] = []
-        for prepared, reply in zip(batch, replies, strict=True):
-            if reply.verdict is Verdict.FULL and handles:
-                break
-            handles.append(self._handle(prepared, reply))
-        return handles
-
-    def _handle(self, prepared: Prepared, reply: SubmitReply) -> AsyncHandle:
-        request_id = self._composer.accepted(prepared, reply)
-        return AsyncHandle(self, request_id, has_mail=reply.verdict is Verdict.OK)
-
-    async def _ended(self, pending: dict[str, AsyncHandle]) -> AsyncIterator[AsyncHandle]:
-        """Take out of `pending` and yield those whose record is terminal already."""
-        for start in range(0, len(pending), 1000):
-            ids = list(pending)[start : start + 1000]
-            records = await self._door.run_many([self._composer.reads.record(i) for i in ids])
-            done = [i for i, record in zip(ids, records, strict=True) if known(i, record).state in TERMINAL]
-            for request_id in done:
-                yield pending.pop(request_id)
+    async def _submit(
+        self,
+        prepared: Sequence[Prepared],
+        *,
+        block: bool,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[AsyncHandle]:
+        bulk = Bulk(self._composer, prepared, lambda i, has_mail: AsyncHandle(self, i, has_mail=has_mail))
+        with bulk.accounted_for():
+            while bulk.is_open:
+                full = bulk.answered(await self._door.run_many(bulk.next_batch()))
+                if progress is not None:
+                    progress(len(bulk.handles))
+                if full is not None and not block:
+                    raise full
+                if full is not None:
+                    await asyncio.sleep(full.retry_after_s)
+        return bulk.handles
 
 
 class AsyncHandle:
@@ -209,31 +191,32 @@ class AsyncHandle:
     def __repr__(self) -> str:
         return f"AsyncHandle({self.id!r})"
 
+    def __reduce__(self) -> tuple[type[str], tuple[str]]:
+        """Pickled, a handle becomes its id, of which `get` makes a handle in another process."""
+        return str, (self.id,)
+
     async def status(self) -> RequestRecord:
         """Where the request is now: state, stage, worker, tokens, times."""
         return known(self.id, await self._client._door.run(self._client._composer.reads.record(self.id)))
 
-    async def stream(self, *, after: int = 0, timeout: float | None = None) -> AsyncIterator[Chunk]:
+    def stream(self, *, after: int = 0, timeout: float | None = None) -> AsyncIterator[Chunk]:
         """Chunks as they are generated, from the first token or after `after` tokens.
 
-        Ends with the request; an outcome other than done is raised after its last chunk. No chunk is ever
-        repeated, skipped or changed, whatever happens to workers. ResultTimeout after `timeout` seconds.
+        Ends with the request; an outcome other than done is raised after its last chunk. No token is ever
+        repeated, skipped or changed, whatever happens to workers. ResultTimeout after `timeout` seconds;
+        InvalidRequest for `after` beyond the end; OutputLost when output was deleted before its record.
         """
-        async for chunk in self._chunks(after=after, deadline=deadline_after(timeout)):
-            yield chunk
-        check_outcome(await self.status())
+        return self._chunks(after=after, timeout=timeout)
 
     async def result(self, *, timeout: float | None = None) -> Result:
-        """Wait for the outcome: the result of a done request, or the error that says how it ended."""
-        deadline = deadline_after(timeout)
-        if self._has_mail:
-            await self._client._mailbox.until(
-                self.id,
-                self._has_ended,
-                time_left_s=lambda: time_left_s(deadline, f"request {self.id} is not finished"),
-            )
-        chunks = [chunk async for chunk in self._chunks(after=0, deadline=deadline)]
-        return self._client._composer.result(await self.status(), chunks)
+        """Wait for the outcome: the result of a done request, or the error that says how it ended.
+
+        The result of a request that has ended is there whatever the timeout. OutputLost when its output is not.
+        """
+        async for _ in self._chunks(after=None, timeout=timeout):
+            pass
+        record, entries = await self._client._listener.output(self.id)
+        return self._client._composer.result(known(self.id, record), entries)
 
     async def explain(self) -> tuple[Event, ...]:
         """What befell this request and why, in order: routing, steals, hand-overs, crashes."""
@@ -250,19 +233,29 @@ class AsyncHandle:
         """
         verdict, _ = await self._client._door.run(self._client._composer.cancel(self.id, reason=reason))
         if verdict is Verdict.UNKNOWN:
-            known(self.id, None)
+            raise unknown(self.id)
         return verdict is Verdict.OK
 
-    async def _has_ended(self) -> bool:
-        return (await self.status()).state in TERMINAL
-
-    async def _chunks(self, *, after: int, deadline: float | None) -> AsyncIterator[Chunk]:
-        follower = Follower(self.id, after=after)
-        key = self._client._composer.keys.output(self.id)
-        while follower.ended is None:
-            left = time_left_s(deadline, f"request {self.id} is not finished")
-            found = await self._client._door.wait({key: follower.last_id}, block_s=min(left, RECHECK_S))
-            if not found:
-                await self.status()  # raises when the record is gone
-            for chunk in follower.feed(found.get(key, ())):
-                yield chunk
+    async def _chunks(self, *, after: int | None, timeout: float | None) -> AsyncIterator[Chunk]:
+        """Chunks after so many tokens until the end; with None the end alone is waited for."""
+        event, listener = asyncio.Event(), self._client._listener
+        deadline = deadline_after(timeout)
+        watch = Watch(self.id, wake=event.set, after=after, has_mail=self._has_mail)
+        try:
+            await listener.begin([watch])
+            while True:
+                event.clear()
+                chunks, must_read, is_all = watch.take()
+                for chunk in chunks:
+                    yield chunk
+                if is_all:
+                    break
+                if must_read:
+                    await listener.read(watch)
+                    continue
+                left_s = time_left_s(deadline, f"request {self.id} is not finished")
+                await wait_async(event, left_s)
+        finally:
+            listener.end([watch])
+        if after is not None and watch.state is not RequestState.DONE:
+            check_outcome(await self.status())

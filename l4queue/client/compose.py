@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import ceil
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from l4queue.errors import (
     IdempotencyConflict,
     InvalidRequest,
     L4QueueError,
+    OutputLost,
     QueueFull,
     RequestCancelled,
     RequestDead,
@@ -29,18 +30,19 @@ from l4queue.errors import (
 from l4queue.models import RequestBody, RequestSpec, RequestState, SamplingParams
 from l4queue.protocol.calls import Call, Calls, SubmitReply, Verdict
 from l4queue.protocol.keys import Keys
-from l4queue.protocol.reads import Reads, StreamEntry
-from l4queue.protocol.records import OutputEntry, RequestRecord, TokenLogprobs, pack_ids
+from l4queue.protocol.reads import Reads
+from l4queue.protocol.records import Followed, OutputEntry, RequestRecord, TokenLogprobs, pack_ids
 from l4queue.sampling import NOT_OFFERED
 from l4queue.strict_json import JsonError, canonical_json, check_text
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Span
 
+    from l4queue.client.demux import Look
+
 __all__ = (
     "Chunk",
     "Composer",
-    "Follower",
     "Prepared",
     "Result",
     "build_spec",
@@ -48,12 +50,14 @@ __all__ = (
     "checked_id",
     "known",
     "spec_of",
+    "unknown",
 )
 
 _SPEC_FIELDS = frozenset(RequestSpec.model_fields) - {"params"}
 _BODY_FIELDS = set(RequestBody.model_fields)
 _DIGEST_FIELDS = _BODY_FIELDS - {"traceparent"}  # the same request in another trace is the same request
 _MAX_ID_CHARS, _MAX_REASON_CHARS, _MAX_NAME_CHARS = 512, 1000, 200
+_NEWS_TTL_MS = 60_000  # a client that has gone is told nothing after that
 _BYTES_PER_TOKEN = 4  # estimate for admission only; the dispatcher counts
 
 
@@ -61,12 +65,16 @@ _BYTES_PER_TOKEN = 4  # estimate for admission only; the dispatcher counts
 class Chunk:
     """New output. `offset` tokens exist after it: pass it as `after` to go on from here.
 
+    `text` is that of the tokens after the first `text_after` ones. These are `token_ids`, but for the first chunk
+    of a stream whose `after` lies inside what was written at once: its `token_ids` begin at `after`, its text is
+    that of the whole, as text cannot be split by tokens. The offset of a chunk never lies inside another.
     `logprobs` has one for each of the tokens, or is None when they were not asked for.
     """
 
     text: str
     token_ids: tuple[int, ...]
     offset: int
+    text_after: int
     logprobs: tuple[TokenLogprobs, ...] | None = None
 
 
@@ -100,6 +108,7 @@ class Prepared:
     request_id: str
     call: Call[SubmitReply]
     span: Span | None = None
+    has_key: bool = False
 
 
 def build_spec(prompt: str | None = None, **options: Any) -> RequestSpec:
@@ -182,7 +191,7 @@ class Composer:
             client_id=self.client_id,
             canonical=canonical,
         )
-        return Prepared(request_id=request_id, call=call, span=span)
+        return Prepared(request_id=request_id, call=call, span=span, has_key=bool(digest))
 
     def accepted(self, prepared: Prepared, reply: SubmitReply) -> str:
         """The id of an accepted request; QueueFull or IdempotencyConflict otherwise."""
@@ -200,22 +209,48 @@ class Composer:
             self._traces.end(prepared.span, request_id=prepared.request_id, is_new=reply.verdict is Verdict.OK)
         return prepared.request_id
 
+    @staticmethod
+    def has_mail(prepared: Prepared, reply: SubmitReply) -> bool:
+        """Whether this client's mailbox tells of the end. With a key another client may have been first."""
+        return reply.verdict is Verdict.OK or not prepared.has_key
+
     def cancel(self, request_id: str, *, reason: str) -> Call[tuple[Verdict, str | None]]:
-        """The call that ends a request; InvalidRequest for a reason that cannot be kept."""
-        return self.calls.cancel(
-            request_id, reason=_checked_text(reason, field="reason", most_chars=_MAX_REASON_CHARS)
+        """The call that ends a request; InvalidRequest for a reason that cannot be kept.
+
+        Its repeat after a lost reply is answered like the first.
+        """
+        text = _checked_text(reason, field="reason", most_chars=_MAX_REASON_CHARS)
+        return self.calls.cancel(request_id, reason=text, nonce=uuid.uuid4().hex)
+
+    def output(
+        self, request_id: str, *, after: int = 0
+    ) -> tuple[Call[RequestRecord | None], Call[list[OutputEntry]]]:
+        """The record and the output beyond `after` tokens, to be read in this order."""
+        return self.reads.record(request_id), self.reads.output(request_id, after=after)
+
+    def follow(self, look: Look) -> Call[Followed]:
+        """The call that asks where requests are, and has this client told of the followed ones."""
+        return self.calls.follow(
+            self.client_id, followed=look.followed, looked_at=look.looked_at, ttl_ms=_NEWS_TTL_MS
         )
 
-    def result(self, record: RequestRecord, chunks: Iterable[Chunk]) -> Result:
-        """The result of a done request from all its chunks; the matching error for any other outcome."""
+    def trim_news(self, last_id: str) -> Call[int]:
+        """The call that drops news up to this entry, which have been read."""
+        return Call(None, (), ("XTRIM", self.keys.news(self.client_id), "MINID", "~", last_id), int)
+
+    def result(self, record: RequestRecord, entries: Iterable[OutputEntry]) -> Result:
+        """The result of a done request from all its output; the matching error for any other outcome."""
         check_outcome(record)
         texts: list[str] = []
         token_ids: list[int] = []
         logprobs: list[TokenLogprobs] = []
-        for chunk in chunks:
-            texts.append(chunk.text)
-            token_ids.extend(chunk.token_ids)
-            logprobs.extend(chunk.logprobs or ())
+        for entry in entries:
+            texts.append(entry.text)
+            token_ids.extend(entry.token_ids)
+            logprobs.extend(entry.logprobs or ())
+        if len(token_ids) != record.offset:
+            told = f"request {record.request_id} has {record.offset} tokens by its record"
+            raise OutputLost(f"{told}, but {len(token_ids)} are stored")
         body = json.loads(record.body)
         tpot_ms, ttft_ms = record.tpot_ms, record.ttft_ms
         return Result(
@@ -234,35 +269,6 @@ class Composer:
             metadata=body.get("metadata"),
             logprobs=tuple(logprobs) if "logprobs" in body.get("params", {}) else None,
         )
-
-
-class Follower:
-    """Turns entries of one output stream into chunks; knows where to read on and when it has ended."""
-
-    def __init__(self, request_id: str, *, after: int = 0) -> None:
-        if type(after) is not int or not 0 <= after < 2**53:
-            raise InvalidRequest("must be a number of tokens, not negative", field="after")
-        self.request_id = request_id
-        self.offset = after
-        self.last_id = f"{after}-0"
-        self.ended: RequestState | None = None
-
-    def feed(self, entries: Sequence[StreamEntry]) -> list[Chunk]:
-        """Chunks of new entries, in order, without empty ones."""
-        chunks = []
-        for entry_id, values in entries:
-            entry = OutputEntry.parse(entry_id, values)
-            start = entry.upto - len(entry.token_ids)
-            if start < self.offset < entry.upto:
-                inside = f"{self.offset} is inside the chunk ({start}, {entry.upto}]"
-                raise InvalidRequest(f"{inside}; read it again from the start", field="after")
-            self.last_id = entry_id.decode()
-            self.offset = entry.upto
-            self.ended = entry.state
-            if entry.text or entry.token_ids:
-                new = Chunk(text=entry.text, token_ids=entry.token_ids, offset=entry.upto, logprobs=entry.logprobs)
-                chunks.append(new)
-        return chunks
 
 
 def check_outcome(record: RequestRecord) -> None:
@@ -286,7 +292,7 @@ def check_outcome(record: RequestRecord) -> None:
 def known(request_id: str, record: RequestRecord | None) -> RequestRecord:
     """The record, or UnknownRequest."""
     if record is None:
-        raise UnknownRequest(f"no request {request_id}: never accepted, or its result has expired")
+        raise unknown(request_id)
     return record
 
 
@@ -318,6 +324,11 @@ def _digest(kind: str, body: str, prompt: bytes) -> str:
 def _printable(name: str) -> str:
     """A name that a caller wrote, as an error can tell it: in one line, of bounded length, in valid Unicode."""
     return name.encode("utf-8", "backslashreplace").decode()[:_MAX_NAME_CHARS]
+
+
+def unknown(request_id: str) -> UnknownRequest:
+    """The error for a request without a record."""
+    return UnknownRequest(f"no request {request_id}: never accepted, or its result has expired")
 
 
 def _encode_prompt(spec: RequestSpec) -> tuple[str, bytes]:

@@ -10,10 +10,10 @@ from types import TracebackType
 from typing import Any
 
 from l4queue.client.batch import BatchProgress, BatchSummary, batch_options
+from l4queue.client.bulk import Bulk
 from l4queue.client.compose import (
     Chunk,
     Composer,
-    Follower,
     Prepared,
     Result,
     build_spec,
@@ -21,12 +21,14 @@ from l4queue.client.compose import (
     checked_id,
     known,
     spec_of,
+    unknown,
 )
+from l4queue.client.demux import Watch
+from l4queue.client.listener import Listener
 from l4queue.client.story import Event, tell
-from l4queue.client.waiting import RECHECK_S, deadline_after, time_left_s
+from l4queue.client.waiting import Ends, deadline_after, time_left_s
 from l4queue.config import Settings, load_settings
-from l4queue.errors import QueueFull
-from l4queue.models import TERMINAL, Plan, RequestSpec
+from l4queue.models import Plan, RequestSpec, RequestState
 from l4queue.policy.plan_json import plan_from_json
 from l4queue.protocol.calls import Verdict
 from l4queue.protocol.door import Door
@@ -35,8 +37,6 @@ from l4queue.protocol.reads import DeadLetter
 from l4queue.protocol.records import RequestRecord
 
 __all__ = ("Client", "Handle")
-
-_BATCH = 256
 
 
 class Client:
@@ -49,6 +49,7 @@ class Client:
         self.settings = settings or load_settings()
         self._composer = Composer(self.settings)
         self._door = Door(url or self.settings.redis_url)
+        self._listener = Listener(self._door, self._composer)
 
     def enqueue(self, prompt: str | None = None, **options: Any) -> Handle:
         """Accept one request and return its handle.
@@ -57,8 +58,7 @@ class Client:
         `temperature`, `top_p`, `stop`, ...), `priority` (lower first), `deadline_s`, `idempotency_key`,
         `metadata`. InvalidRequest names a bad one; QueueFull says when to try again.
         """
-        prepared = self._composer.prepare(build_spec(prompt, **options))
-        return Handle(self, self._composer.accepted(prepared, self._door.run(prepared.call)))
+        return self._submit([self._composer.prepare(build_spec(prompt, **options))], block=False)[0]
 
     def enqueue_many(
         self,
@@ -72,22 +72,12 @@ class Client:
 
         Each is a prompt, a dictionary of `enqueue` arguments or a RequestSpec; `common` applies to the
         first two. All are validated before any is sent. `progress` is called with the number accepted so
-        far. When the backlog is full: wait for room (`block`) or raise QueueFull with what was accepted
-        already queued.
+        far. When the backlog is full: wait for room (`block`) or raise QueueFull. Whatever is raised has the
+        handles of the accepted ones: see `L4QueueError`. A conflicting idempotency key ends the work with its
+        batch of 256.
         """
         prepared = [self._composer.prepare(spec_of(request, common)) for request in requests]
-        handles: list[Handle] = []
-        while len(handles) < len(prepared):
-            batch = prepared[len(handles) : len(handles) + _BATCH]
-            try:
-                handles.extend(self._submit_prefix(batch))
-            except QueueFull as full:
-                if not block:
-                    raise
-                time.sleep(full.retry_after_s)
-            if progress is not None:
-                progress(len(handles))
-        return handles
+        return self._submit(prepared, block=block, progress=progress)
 
     def get(self, request_id: str) -> Handle:
         """The handle of an earlier request; UnknownRequest when there is no record of it."""
@@ -96,23 +86,23 @@ class Client:
         return handle
 
     def as_completed(self, handles: Iterable[Handle], *, timeout: float | None = None) -> Iterator[Handle]:
-        """Handles of this client in the order in which they end; ResultTimeout after `timeout` seconds."""
-        pending = {handle.id: handle for handle in handles}
+        """Handles in the order in which they end; ResultTimeout after `timeout` seconds.
+
+        A handle that is given twice comes once. Other clients' handles and earlier ones may be among them.
+        """
+        event = threading.Event()
+        ends = Ends(handles, has_mail=lambda h: h._has_mail and h._client is self, event=event)
         deadline = deadline_after(timeout)
-        mailbox, last_id = self._composer.keys.mailbox(self._composer.client_id), "0-0"
-        yield from self._ended(pending)
-        checked = time.monotonic()
-        while pending:
-            left = time_left_s(deadline, f"{len(pending)} requests are not finished")
-            found = self._door.wait({mailbox: last_id}, block_s=min(left, RECHECK_S), count=1000)
-            for entry_id, values in found.get(mailbox, ()):
-                last_id = entry_id.decode()
-                handle = pending.pop(values[b"i"].decode(), None)
-                if handle is not None:
-                    yield handle
-            if time.monotonic() - checked > RECHECK_S:
-                yield from self._ended(pending)
-                checked = time.monotonic()
+        try:
+            self._listener.begin(ends.watches)
+            while ends.num_pending:
+                event.clear()
+                yield from ends.take()
+                if ends.num_pending and not event.is_set():
+                    left_s = time_left_s(deadline, f"{ends.num_pending} requests are not finished")
+                    event.wait(left_s)
+        finally:
+            self._listener.end(ends.watches)
 
     def run_batch(
         self,
@@ -154,7 +144,8 @@ class Client:
         return self._door.run(self._composer.reads.dead_letters(count=count))
 
     def close(self) -> None:
-        """Close all connections; safe to call twice."""
+        """Close all connections, which ends what still waits; safe to call twice."""
+        self._listener.close()
         self._door.close()
 
     def __enter__(self) -> Client:
@@ -165,35 +156,40 @@ class Client:
     ) -> None:
         self.close()
 
-    def _submit_prefix(self, batch: Sequence[Prepared]) -> list[Handle]:
-        """Submit a batch; handles of the accepted prefix. QueueFull only when not even the first fits."""
-        replies = self._door.run_many([prepared.call for prepared in batch])
-        handles: list[Handle] = []
-        for prepared, reply in zip(batch, replies, strict=True):
-            if reply.verdict is Verdict.FULL and handles:
-                break
-            handles.append(Handle(self, self._composer.accepted(prepared, reply)))
-        return handles
-
-    def _ended(self, pending: dict[str, Handle]) -> Iterator[Handle]:
-        """Take out of `pending` and yield those whose record is terminal already."""
-        for start in range(0, len(pending), 1000):
-            ids = list(pending)[start : start + 1000]
-            records = self._door.run_many([self._composer.reads.record(i) for i in ids])
-            done = [i for i, record in zip(ids, records, strict=True) if known(i, record).state in TERMINAL]
-            for request_id in done:
-                yield pending.pop(request_id)
+    def _submit(
+        self,
+        prepared: Sequence[Prepared],
+        *,
+        block: bool,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[Handle]:
+        bulk = Bulk(self._composer, prepared, lambda i, has_mail: Handle(self, i, has_mail=has_mail))
+        with bulk.accounted_for():
+            while bulk.is_open:
+                full = bulk.answered(self._door.run_many(bulk.next_batch()))
+                if progress is not None:
+                    progress(len(bulk.handles))
+                if full is not None and not block:
+                    raise full
+                if full is not None:
+                    time.sleep(full.retry_after_s)
+        return bulk.handles
 
 
 class Handle:
     """One accepted request. Any number of handles, in any process, may read the same request."""
 
-    def __init__(self, client: Client, request_id: str) -> None:
+    def __init__(self, client: Client, request_id: str, *, has_mail: bool = False) -> None:
         self._client = client
+        self._has_mail = has_mail  # whether this very client is told of the end
         self.id = request_id
 
     def __repr__(self) -> str:
         return f"Handle({self.id!r})"
+
+    def __reduce__(self) -> tuple[type[str], tuple[str]]:
+        """Pickled, a handle becomes its id, of which `get` makes a handle in another process."""
+        return str, (self.id,)
 
     def status(self) -> RequestRecord:
         """Where the request is now: state, stage, worker, tokens, times."""
@@ -202,16 +198,21 @@ class Handle:
     def stream(self, *, after: int = 0, timeout: float | None = None) -> Iterator[Chunk]:
         """Chunks as they are generated, from the first token or after `after` tokens.
 
-        Ends with the request; an outcome other than done is raised after its last chunk. No chunk is ever
-        repeated, skipped or changed, whatever happens to workers. ResultTimeout after `timeout` seconds.
+        Ends with the request; an outcome other than done is raised after its last chunk. No token is ever
+        repeated, skipped or changed, whatever happens to workers. ResultTimeout after `timeout` seconds;
+        InvalidRequest for `after` beyond the end; OutputLost when output was deleted before its record.
         """
-        yield from self._chunks(after=after, timeout=timeout)
-        check_outcome(self.status())
+        return self._chunks(after=after, timeout=timeout)
 
     def result(self, *, timeout: float | None = None) -> Result:
-        """Wait for the outcome: the result of a done request, or the error that says how it ended."""
-        chunks = list(self._chunks(after=0, timeout=timeout))
-        return self._client._composer.result(self.status(), chunks)
+        """Wait for the outcome: the result of a done request, or the error that says how it ended.
+
+        The result of a request that has ended is there whatever the timeout. OutputLost when its output is not.
+        """
+        for _ in self._chunks(after=None, timeout=timeout):
+            pass
+        record, entries = self._client._listener.output(self.id)
+        return self._client._composer.result(known(self.id, record), entries)
 
     def explain(self) -> tuple[Event, ...]:
         """What befell this request and why, in order: routing, steals, hand-overs, crashes."""
@@ -228,15 +229,28 @@ class Handle:
         """
         verdict, _ = self._client._door.run(self._client._composer.cancel(self.id, reason=reason))
         if verdict is Verdict.UNKNOWN:
-            known(self.id, None)
+            raise unknown(self.id)
         return verdict is Verdict.OK
 
-    def _chunks(self, *, after: int, timeout: float | None) -> Iterator[Chunk]:
-        follower, deadline = Follower(self.id, after=after), deadline_after(timeout)
-        key = self._client._composer.keys.output(self.id)
-        while follower.ended is None:
-            left = time_left_s(deadline, f"request {self.id} is not finished")
-            found = self._client._door.wait({key: follower.last_id}, block_s=min(left, RECHECK_S))
-            if not found:
-                self.status()  # raises when the record is gone
-            yield from follower.feed(found.get(key, ()))
+    def _chunks(self, *, after: int | None, timeout: float | None) -> Iterator[Chunk]:
+        """Chunks after so many tokens until the end; with None the end alone is waited for."""
+        event, listener = threading.Event(), self._client._listener
+        deadline = deadline_after(timeout)
+        watch = Watch(self.id, wake=event.set, after=after, has_mail=self._has_mail)
+        try:
+            listener.begin([watch])
+            while True:
+                event.clear()
+                chunks, must_read, is_all = listener.take(watch)
+                yield from chunks
+                if is_all:
+                    break
+                if must_read:
+                    listener.read(watch)
+                    continue
+                left_s = time_left_s(deadline, f"request {self.id} is not finished")
+                event.wait(left_s)
+        finally:
+            listener.end([watch])
+        if after is not None and watch.state is not RequestState.DONE:
+            check_outcome(self.status())

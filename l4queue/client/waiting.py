@@ -1,16 +1,23 @@
-"""How long a wait may still last."""
+"""Deadlines of waits, and the wait for the ends of many requests."""
 
 from __future__ import annotations
 
+import asyncio
 import math
+import threading
 import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from functools import partial
+from typing import Any, Generic, TypeVar
 
+from l4queue.client.demux import Watch
 from l4queue.errors import InvalidRequest, ResultTimeout
 
-__all__ = ("RECHECK_S", "deadline_after", "time_left_s")
+__all__ = ("Ends", "deadline_after", "time_left_s", "wait_async")
 
-RECHECK_S = 5.0
-"""How often a wait looks at the record itself, should its stream or mailbox have gone."""
+H = TypeVar("H", bound=Any)
 
 _LONGEST_S = 1e9
 
@@ -31,11 +38,61 @@ def deadline_after(timeout: float | None) -> float | None:
     return time.monotonic() + seconds
 
 
-def time_left_s(deadline: float | None, what: str) -> float:
-    """Seconds until the deadline, or one recheck period without one; ResultTimeout once it has passed."""
+def time_left_s(deadline: float | None, what: str) -> float | None:
+    """Seconds until the deadline, None without one; ResultTimeout once it has passed."""
     if deadline is None:
-        return RECHECK_S
+        return None
     left_s = deadline - time.monotonic()
     if left_s <= 0:
         raise ResultTimeout(f"{what}; it goes on: wait again or cancel it")
     return left_s
+
+
+async def wait_async(event: asyncio.Event, left_s: float | None) -> None:
+    """Return when the event is set or the time has passed."""
+    if left_s is None:
+        await event.wait()
+        return
+    with suppress(TimeoutError):
+        async with asyncio.timeout(left_s):
+            await event.wait()
+
+
+class Ends(Generic[H]):
+    """Waits for the ends of many requests: one watch each, and one event for all.
+
+    A handle that is given twice counts once; two handles of one request are two.
+    """
+
+    def __init__(
+        self, handles: Iterable[H], *, has_mail: Callable[[H], bool], event: asyncio.Event | threading.Event
+    ) -> None:
+        self._event = event
+        self._pending: dict[str, dict[int, H]] = {}
+        for handle in handles:
+            self._pending.setdefault(handle.id, {})[id(handle)] = handle
+        self._woken: deque[Watch] = deque()
+        self.watches = [self._watch(list(same.values()), has_mail) for same in self._pending.values()]
+
+    @property
+    def num_pending(self) -> int:
+        """Requests whose end was not taken yet."""
+        return len(self._pending)
+
+    def take(self) -> Iterator[H]:
+        """Handles of those that have ended since, in order; the error of one whose wait failed."""
+        while self._woken:
+            watch = self._woken.popleft()
+            if watch.error is not None:
+                watch.take()
+            if watch.is_over:
+                yield from self._pending.pop(watch.request_id, {}).values()
+
+    def _watch(self, same: list[H], has_mail: Callable[[H], bool]) -> Watch:
+        watch = Watch(same[0].id, wake=self._event.set, has_mail=any(map(has_mail, same)))
+        watch.wake = partial(self._wake, watch)
+        return watch
+
+    def _wake(self, watch: Watch) -> None:
+        self._woken.append(watch)
+        self._event.set()

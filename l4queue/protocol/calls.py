@@ -9,7 +9,16 @@ from typing import Any, Generic, TypeVar
 
 from l4queue.policy.room import UNBOUNDED_TOKENS
 from l4queue.protocol.keys import Keys
-from l4queue.protocol.records import NO_HOLD, Grant, Hold, Outcome, TokenLogprobs, pack_ids, pack_logprobs
+from l4queue.protocol.records import (
+    NO_HOLD,
+    Followed,
+    Grant,
+    Hold,
+    Outcome,
+    TokenLogprobs,
+    pack_ids,
+    pack_logprobs,
+)
 
 __all__ = ("Arg", "Call", "Calls", "Migrated", "Move", "MoveKind", "Reaped", "SubmitReply", "Taken", "Verdict")
 
@@ -345,9 +354,22 @@ class Calls:
         k = self.keys
         return Call("reap", (k.workers, k.tick), (limit, gap_ms, grace_ms, max_crashes), _reaped)
 
-    def cancel(self, request_id: str, *, reason: str) -> Call[tuple[Verdict, str | None]]:
-        """End a live request. IS comes with the terminal state that it has already."""
-        return Call("cancel", (self.keys.request(request_id),), (request_id, reason), _cancelled)
+    def cancel(self, request_id: str, *, reason: str, nonce: str = "") -> Call[tuple[Verdict, str | None]]:
+        """End a live request. IS comes with the terminal state that it has already.
+
+        A repeat under the same nonce is answered like the first; without one it says IS.
+        """
+        return Call("cancel", (self.keys.request(request_id),), (request_id, reason, nonce), _cancelled)
+
+    def follow(
+        self, client_id: str, *, followed: Sequence[str], looked_at: Sequence[str] = (), ttl_ms: int
+    ) -> Call[Followed]:
+        """Have a client told of all that is written to live requests from now on, and see where requests are.
+
+        Its news stream goes `ttl_ms` after the last call that follows something.
+        """
+        args: tuple[Arg, ...] = (client_id, ttl_ms, len(followed), *followed, *looked_at)
+        return Call("follow", (self.keys.news(client_id),), args, Followed.parse)
 
     def expire(self, *, limit: int) -> Call[int]:
         """End live requests whose deadline has passed."""

@@ -116,3 +116,6 @@ class Keys:
 
     def mailbox(self, client_id: str) -> str:
         return f"{self.prefix}mail:{client_id}"
+
+    def news(self, client_id: str) -> str:
+        return f"{self.prefix}news:{client_id}"

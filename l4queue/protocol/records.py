@@ -13,8 +13,10 @@ from l4queue.policy.room import UNBOUNDED_TOKENS
 
 __all__ = (
     "NO_HOLD",
+    "Followed",
     "Grant",
     "Hold",
+    "NewsEntry",
     "Outcome",
     "OutputEntry",
     "RequestRecord",
@@ -177,6 +179,50 @@ class OutputEntry:
             state=RequestState(state.decode()) if state else None,
             logprobs=None if logprobs is None else unpack_logprobs(logprobs, len(token_ids)),
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewsEntry:
+    """One entry of a client's news: so many tokens of a request exist, or it has ended.
+
+    `entry` is what was written to the output stream; None where it was too large to be told here.
+    """
+
+    request_id: str
+    upto: int
+    state: RequestState | None
+    entry: OutputEntry | None
+
+    @classmethod
+    def parse(cls, values: Mapping[bytes, bytes]) -> NewsEntry | None:
+        """From one entry of the stream; None for what tells of no request."""
+        if b"i" not in values:
+            return None
+        output = OutputEntry.parse(values[b"u"], values)
+        is_whole = b"x" in values
+        return cls(
+            request_id=values[b"i"].decode(),
+            upto=output.upto,
+            state=output.state,
+            entry=output if is_whole else None,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Followed:
+    """Answer to `follow`: state (None: unknown) and number of tokens of each request, those looked at last.
+
+    `is_new`: the news stream did not exist before.
+    """
+
+    is_new: bool
+    places: tuple[tuple[RequestState | None, int], ...]
+
+    @classmethod
+    def parse(cls, reply: Sequence[bytes]) -> Followed:
+        """From the reply of the script."""
+        states = (RequestState(state.decode()) if state else None for state in reply[1::2])
+        return cls(is_new=reply[0] == b"1", places=tuple(zip(states, map(int, reply[2::2]), strict=True)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,6 +15,7 @@ _NAMES = (
     "emit",
     "expire",
     "extend",
+    "follow",
     "forget",
     "migrate",
     "pardon",

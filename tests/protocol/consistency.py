@@ -12,7 +12,7 @@ from tests.protocol.scene import Scene
 
 __all__ = ("check",)
 
-_EXPIRING = ("ctl:", "lost:", "mail:", "wake:")
+_EXPIRING = ("ctl:", "lost:", "mail:", "news:", "wake:")
 _LIVING = {state.value for state in RequestState} - {state.value for state in TERMINAL}
 
 

@@ -100,6 +100,8 @@ def test_everything_accepted_drains_from_a_full_server(full: Scene) -> None:
     assert full.settle("a", offset=4, num=2) is Verdict.OK
     assert full.settle("b", epoch=1) is Verdict.FENCED
     assert full.migrate() == 2
+    followed = full.door.run(full.calls.follow("n1", followed=["a", "c"], ttl_ms=60_000))
+    assert [state for state, _ in followed.places] == [S.DONE, S.QUEUED]
     assert len(full.take(stage="1").grants) == 2
     assert full.settle("b", epoch=2, state=S.FAILED) is Verdict.OK
     assert full.retire() is Verdict.OK

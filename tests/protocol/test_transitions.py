@@ -133,3 +133,20 @@ def test_a_repeat_after_a_lost_reply_changes_nothing(scene: Scene, edge: Edge) -
     elif edge[2] == "cancel":
         assert first == (Verdict.OK, None)
         assert second == (Verdict.IS, "cancelled")
+
+
+def test_a_repeated_cancel_is_answered_like_the_first(scene: Scene) -> None:
+    """Its reply was lost. Another cancel, or one without a nonce, came too late."""
+    scene.bring(S.RUNNING)
+    mine, other, none = (scene.calls.cancel("a", reason="", nonce=nonce) for nonce in ("n1", "n2", ""))
+    assert [scene.door.run(call)[0] for call in (mine, mine, other, none, mine)] == [
+        Verdict.OK,
+        Verdict.OK,
+        Verdict.IS,
+        Verdict.IS,
+        Verdict.OK,
+    ]
+    check(scene)
+    scene.submit("b")
+    scene.door.run(scene.calls.cancel("b", reason=""))
+    assert scene.door.run(scene.calls.cancel("b", reason=""))[0] is Verdict.IS

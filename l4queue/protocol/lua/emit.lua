@@ -1,9 +1,11 @@
--- Appends generated tokens to the output stream of a running request. The entry id is the token offset.
+-- Appends generated tokens to the output stream of a running request, and tells its followers. The entry id is the
+-- token offset.
 -- KEYS  1 req:<id>  2 out:<id> (stream)
 -- ARGV  1 incarnation  2 epoch  3 offset before  4 number of tokens  5 packed ids  6 text
 --       7 packed logprobs (only when asked for)
 -- Returns 'OK' | 'DUP' | 'HAVE:<offset>' (partly there) | 'GAP:<offset>' (earlier ones are missing) | 'FENCED'
-local v = redis.call('HMGET', KEYS[1], 'state', 'owner', 'epoch', 'offset', 'first_token_ms', 'moved_ms')
+local v = redis.call('HMGET', KEYS[1], 'state', 'owner', 'epoch', 'offset', 'first_token_ms', 'moved_ms',
+  'followers')
 if not is_owner(v, ARGV[1], ARGV[2]) then return 'FENCED' end
 local have, from, upto = tonumber(v[4]), tonumber(ARGV[3]), ARGV[3] + ARGV[4]
 if upto <= have then return 'DUP' end
@@ -11,7 +13,7 @@ if from < have then return 'HAVE:' .. v[4] end
 if from > have then return 'GAP:' .. v[4] end
 redis.call('HDEL', KEYS[1], '-')
 resumed(KEYS[1], v[6])
-append(KEYS[2], upto, ARGV[5], ARGV[6], ARGV[7])
+append(KEYS[2], upto, ARGV[5], ARGV[6], ARGV[7], v[7])
 if v[5] then
   redis.call('HSET', KEYS[1], 'offset', int(upto))
 else

@@ -15,12 +15,26 @@ local function int(n)
   return string.format('%.0f', n)
 end
 
--- Appends tokens to an output stream; the entry id is the offset after them. `logprobs` only where asked for.
-local function append(out, upto, ids, text, logprobs)
-  if logprobs then
-    redis.call('XADD', out, int(upto) .. '-0', 't', ids, 'x', text, 'l', logprobs)
+-- Tells the followers of a request (client ids, split by spaces) that `upto` tokens exist or that it has ended. A client
+-- that has gone is told nothing: only itself makes its news stream, and keeps it alive.
+local function tell(followers, id, upto, ...)
+  for client in string.gmatch(followers or '', '%S+') do
+    redis.call('XADD', P .. 'news:' .. client, 'NOMKSTREAM', 'MAXLEN', '~', 50000, '*', 'i', id, 'u', int(upto), ...)
+  end
+end
+
+-- Appends tokens to an output stream; the entry id is the offset after them. `logprobs` only where asked for. Followers
+-- get the same, or only the offset where it is large: then they read the output stream.
+local function append(out, upto, ids, text, logprobs, followers)
+  local entry = {'t', ids, 'x', text}
+  if logprobs then entry[5], entry[6] = 'l', logprobs end
+  redis.call('XADD', out, int(upto) .. '-0', unpack(entry))
+  if not followers then return end
+  local id = string.sub(out, #P + 5)
+  if #ids + #text + #(logprobs or '') > 1024 then
+    tell(followers, id, upto)
   else
-    redis.call('XADD', out, int(upto) .. '-0', 't', ids, 'x', text)
+    tell(followers, id, upto, unpack(entry))
   end
 end
 
@@ -59,7 +73,7 @@ local function settle(id, state, text, facts)
   local rk = P .. 'req:' .. id
   local v = redis.call('HMGET', rk, 'state', 'owner', 'stage', 'charge_tokens', 'charge_bytes', 'offset',
     'client', 'ttl_ms', 'prompt_tokens', 'submitted_ms', 'queued_ms', 'started_ms', 'first_token_ms',
-    'worker', 'crashes', 'entry')
+    'worker', 'crashes', 'entry', 'followers')
   local t, offset, ttl = now_ms(), tonumber(v[6]) or 0, tonumber(v[8])
   redis.call('ZREM', P .. 'deadlines', id)
   if v[1] == 'queued' then dequeue(id, v[3], tonumber(v[9]) + offset) end
@@ -69,7 +83,7 @@ local function settle(id, state, text, facts)
   end
   if v[2] then redis.call('SREM', P .. 'held:' .. v[2], id) end
   if v[1] == 'running' and state ~= 'done' and state ~= 'failed' then hint(v[2], id) end
-  redis.call('HDEL', rk, 'owner', 'prompt', 'ids', 'entry')
+  redis.call('HDEL', rk, 'owner', 'prompt', 'ids', 'entry', 'followers')
   redis.call('HSET', rk, 'state', state, 'finished_ms', int(t), unpack(facts))
   redis.call('XADD', P .. 'out:' .. id, int(offset) .. '-1', 'e', state, 'x', text)
   redis.call('PEXPIRE', rk, ttl)
@@ -87,6 +101,11 @@ local function settle(id, state, text, facts)
     local mail = P .. 'mail:' .. v[7]
     redis.call('XADD', mail, 'MAXLEN', '~', 20000, '*', 'i', id, 's', state)
     redis.call('PEXPIRE', mail, 3600000)
+  end
+  if #text > 1024 then
+    tell(v[17], id, offset, 'e', state)
+  else
+    tell(v[17], id, offset, 'e', state, 'x', text)
   end
 end
 

@@ -1,0 +1,327 @@
+"""Demultiplexer of a client: one reader for all requests that the client waits for. Does no I/O.
+
+Mail tells that a request of this client has ended. News tell what was written to a followed request. Both are
+hints: they may be lost, late, doubled or out of order. What counts is the output stream, whose entry ids are token
+offsets. Where news leave a gap, the waiting side reads that stream from its own offset. Workers of an earlier
+release send no news, so requests that were silent for a while are looked at.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass
+
+from l4queue.client.compose import Chunk, known, unknown
+from l4queue.errors import InvalidRequest, L4QueueError, OutputLost
+from l4queue.models import TERMINAL, RequestState
+from l4queue.protocol.reads import StreamEntry
+from l4queue.protocol.records import Followed, NewsEntry, OutputEntry, RequestRecord
+
+__all__ = ("RECHECK_S", "Demultiplexer", "Look", "Watch")
+
+RECHECK_S = 5.0
+"""A silent request is looked at so often, should what tells of it have been lost."""
+_FIRST_RECHECK_S = 1.0
+_UNTOLD_S = 0.25  # the same where output came without news: its worker is of an earlier release
+_SCAN_S = 0.25  # least time between two searches for silent requests
+_FOLLOW_AGAIN_S = 15.0  # keeps the news stream alive where no request is silent
+_MOST_IDS = 256  # of one look
+_MOST_BUFFERED = 64  # chunks that nobody takes; a slow reader reads the output stream instead
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """Requests to ask the server about in one call: those to be followed, and those that mail tells of."""
+
+    followed: tuple[str, ...]
+    looked_at: tuple[str, ...]
+
+
+class Watch:
+    """One wait for a request: for its end alone, or for its output after so many tokens (`after`).
+
+    `wake` is called when there is something to do: take chunks, read the output stream (`must_read`), stop
+    (`is_over`) or raise `error`.
+    """
+
+    def __init__(
+        self, request_id: str, *, wake: Callable[[], None], after: int | None = None, has_mail: bool = False
+    ) -> None:
+        if after is not None and (type(after) is not int or not 0 <= after < 2**53):
+            raise InvalidRequest("must be a number of tokens, not negative", field="after")
+        self.request_id = request_id
+        self.after = after
+        self.is_followed = after is not None or not has_mail
+        self.offset = after or 0
+        self.must_read = False
+        self.state: RequestState | None = None
+        self.is_over = False
+        self.error: L4QueueError | None = None
+        self.wake = wake
+        self.pause_s = _FIRST_RECHECK_S
+        self.due_s = 0.0
+        self._chunks: deque[Chunk] = deque()
+
+    def take(self) -> tuple[list[Chunk], bool, bool]:
+        """Chunks that nobody has taken yet, in order; whether to read the output stream; whether that was all.
+
+        The error is raised once there are no chunks.
+        """
+        if self.error is not None and not self._chunks:
+            raise copy(self.error)  # one may end many waits: each has a traceback of its own
+        taken, must_read = list(self._chunks), self.must_read
+        self._chunks.clear()
+        self.must_read = False
+        return taken, must_read, self.is_over
+
+    def hear(self, news: NewsEntry) -> None:
+        """News of this request."""
+        if self.is_over:
+            return
+        if self.after is None:
+            if news.state is not None:
+                self._end(news.state)
+            return
+        is_full = len(self._chunks) >= _MOST_BUFFERED and news.state is None
+        if news.entry is not None and not is_full and self._accept(news.entry):
+            self.wake()
+        elif news.state is not None or news.upto > self.offset:
+            self.read_on()
+
+    def see(self, state: RequestState | None, upto: int) -> None:
+        """The server was asked where the request is; state None: it knows nothing of it."""
+        if state is None:
+            self.fail(unknown(self.request_id))
+        elif self.lacks(state, upto):
+            if self.after is None:
+                self._end(state)
+            else:
+                self.read_on()
+
+    def lacks(self, state: RequestState | None, upto: int) -> bool:
+        """Whether there is more than was heard here of a request in this state with so many tokens."""
+        if self.is_over:
+            return False
+        return state is None or state in TERMINAL or (self.after is not None and upto > self.offset)
+
+    def read_on(self) -> None:
+        """Have the output stream read."""
+        self.must_read = True
+        self.wake()
+
+    def read(self, record: RequestRecord | None, entries: Sequence[OutputEntry]) -> None:
+        """The record, and the output stream after `offset`, which was read after the record.
+
+        A terminal record ends the wait. OutputLost where tokens are missing that the record has.
+        """
+        record = known(self.request_id, record)
+        is_whole = True
+        for entry in entries:
+            is_whole &= self._accept(entry)
+        if self.is_over:
+            return
+        is_terminal = record.state in TERMINAL
+        if is_terminal and record.offset < (self.after or 0):
+            raise InvalidRequest(
+                f"{self.after} is beyond the end, the output has {record.offset} tokens", field="after"
+            )
+        if not is_whole or record.offset > self.offset or (is_terminal and record.offset < self.offset):
+            told = f"request {self.request_id} has {record.offset} tokens by its record"
+            raise OutputLost(f"{told}, but its output leads from {self.after or 0} to {self.offset} only")
+        if is_terminal:
+            self._end(record.state)
+
+    def fail(self, error: L4QueueError) -> None:
+        """The wait ends with an error."""
+        self.error = error
+        self.wake()
+
+    def _end(self, state: RequestState) -> None:
+        self.state, self.is_over = state, True
+        self.wake()
+
+    def _accept(self, entry: OutputEntry) -> bool:
+        """Whether this entry is one more or known already; False: tokens before it are missing."""
+        start = entry.upto - len(entry.token_ids)
+        if entry.state is not None:
+            if entry.upto != self.offset:
+                return self.is_over
+            self.state, self.is_over = entry.state, True
+        elif entry.upto <= self.offset:
+            return True
+        elif start > self.offset:
+            return False
+        if entry.text or entry.token_ids:
+            skip = self.offset - start
+            self._chunks.append(
+                Chunk(
+                    text=entry.text,
+                    token_ids=entry.token_ids[skip:],
+                    offset=entry.upto,
+                    text_after=start,
+                    logprobs=None if entry.logprobs is None else entry.logprobs[skip:],
+                )
+            )
+        self.offset = entry.upto
+        return True
+
+
+class Demultiplexer:
+    """All waits of one client. The caller reads `streams`, feeds what it finds and asks what is `due`.
+
+    Times are monotonic seconds. `remove` is safe at any moment, also from a finaliser; the rest is for one thread
+    at a time.
+    """
+
+    def __init__(self, *, mail_key: str, news_key: str) -> None:
+        self._mail_key = mail_key
+        self._news_key = news_key
+        self._last = {mail_key: "0-0", news_key: "0-0"}
+        self._watches: dict[str, list[Watch]] = {}
+        self._removed: deque[Watch] = deque()
+        self._suspects: dict[Watch, tuple[RequestState | None, int, float]] = {}
+        self._next_scan_s = 0.0
+        self._followed_s = 0.0
+
+    @property
+    def streams(self) -> dict[str, str]:
+        """The streams to read, with the last entry of each that was fed."""
+        return dict(self._last)
+
+    @property
+    def last_news(self) -> str:
+        """The last entry of the news that was fed: those up to it are not needed any more."""
+        return self._last[self._news_key]
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nobody waits."""
+        self._purge()
+        return not self._watches
+
+    def add(self, watch: Watch, *, now_s: float) -> None:
+        """Begin a wait. After that the server has to be asked once where the request is: `opened`."""
+        self._purge()
+        self._watches.setdefault(watch.request_id, []).append(watch)
+        watch.due_s = now_s + watch.pause_s
+        self._next_scan_s = min(self._next_scan_s, watch.due_s)
+
+    def remove(self, watch: Watch) -> None:
+        """End a wait."""
+        self._removed.append(watch)
+
+    def first_look(self, watches: Sequence[Watch]) -> Iterator[tuple[Sequence[Watch], Look]]:
+        """What to ask for new waits, in calls of bounded size."""
+        for start in range(0, len(watches), _MOST_IDS):
+            some = watches[start : start + _MOST_IDS]
+            ordered = [w for w in some if w.is_followed] + [w for w in some if not w.is_followed]
+            yield ordered, _look(ordered)
+
+    def opened(self, watches: Sequence[Watch], reply: Followed) -> None:
+        """The answer for new waits, in this order."""
+        self._news_began(reply)
+        for watch, (state, upto) in zip(watches, reply.places, strict=True):
+            watch.see(state, upto)
+
+    def feed(self, found: Mapping[str, Sequence[StreamEntry]], *, now_s: float, is_drained: bool) -> int:
+        """Entries of the streams; how many news there were. `is_drained`: there were no more at that moment."""
+        self._purge()
+        for entry_id, values in found.get(self._mail_key, ()):
+            self._last[self._mail_key] = entry_id.decode()
+            ended = NewsEntry(
+                request_id=values[b"i"].decode(), upto=0, state=RequestState(values[b"s"].decode()), entry=None
+            )
+            for watch in self._watches.get(ended.request_id, ()):
+                if watch.after is None:
+                    watch.hear(ended)
+                else:  # news of the same end may be on their way
+                    self._suspects[watch] = (ended.state, 0, now_s)
+        news = found.get(self._news_key, ())
+        for entry_id, values in news:
+            self._last[self._news_key] = entry_id.decode()
+            told = NewsEntry.parse(values)
+            if told is None:
+                continue
+            for watch in self._watches.get(told.request_id, ()):
+                watch.hear(told)
+                watch.due_s = now_s + RECHECK_S
+        self._confront(now_s, is_drained=is_drained)
+        return len(news)
+
+    def due(self, now_s: float) -> list[Look]:
+        """What the server has to be asked now: silent requests, and what keeps the news stream alive."""
+        if now_s < self._next_scan_s:
+            return []
+        self._purge()
+        silent: dict[str, Watch] = {}
+        follows: Watch | None = None
+        self._next_scan_s = now_s + _FOLLOW_AGAIN_S
+        for watches in self._watches.values():
+            for watch in watches:
+                follows = watch if watch.is_followed and not watch.is_over else follows
+                if watch.is_over:
+                    continue
+                if now_s >= watch.due_s:
+                    watch.due_s = now_s + watch.pause_s
+                    watch.pause_s = min(RECHECK_S, 2 * watch.pause_s)
+                    if watch.is_followed or watch.request_id not in silent:
+                        silent[watch.request_id] = watch
+                self._next_scan_s = min(self._next_scan_s, watch.due_s)
+        self._next_scan_s = max(self._next_scan_s, now_s + _SCAN_S)
+        if follows is not None and now_s - self._followed_s >= _FOLLOW_AGAIN_S:
+            silent[follows.request_id] = follows
+        if any(watch.is_followed for watch in silent.values()):
+            self._followed_s = now_s
+        return [look for _, look in self.first_look(list(silent.values()))]
+
+    def answered(self, look: Look, reply: Followed, *, now_s: float) -> None:
+        """The answer to a look. News of what it tells may be on their way: they are fed first."""
+        self._news_began(reply)
+        ids = (*look.followed, *look.looked_at)
+        for request_id, (state, upto) in zip(ids, reply.places, strict=True):
+            for watch in self._watches.get(request_id, ()):
+                if watch.lacks(state, upto):
+                    self._suspects.setdefault(watch, (state, upto, now_s))
+
+    def fail(self, error: L4QueueError) -> None:
+        """All waits end with this error."""
+        self._purge()
+        for watches in list(self._watches.values()):
+            for watch in watches:
+                watch.fail(error)
+
+    def _confront(self, now_s: float, *, is_drained: bool) -> None:
+        """What the server has and no news told is looked for in the output streams."""
+        for watch, (state, upto, asked_s) in list(self._suspects.items()):
+            if not is_drained and now_s - asked_s < RECHECK_S:
+                continue
+            del self._suspects[watch]
+            if watch.lacks(state, upto):
+                watch.see(state, upto)
+                watch.pause_s = _UNTOLD_S
+                watch.due_s = now_s + _UNTOLD_S
+                self._next_scan_s = min(self._next_scan_s, watch.due_s)
+
+    def _news_began(self, reply: Followed) -> None:
+        """A new stream may begin before the last id that was read, where the server's clock went back."""
+        if reply.is_new:
+            self._last[self._news_key] = "0-0"
+
+    def _purge(self) -> None:
+        while self._removed:
+            watch = self._removed.popleft()
+            self._suspects.pop(watch, None)
+            watches = self._watches.get(watch.request_id, [])
+            if watch in watches:
+                watches.remove(watch)
+            if not watches:
+                self._watches.pop(watch.request_id, None)
+
+
+def _look(watches: Sequence[Watch]) -> Look:
+    return Look(
+        tuple(watch.request_id for watch in watches if watch.is_followed),
+        tuple(watch.request_id for watch in watches if not watch.is_followed),
+    )

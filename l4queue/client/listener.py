@@ -1,0 +1,231 @@
+"""Listeners: the one blocking read with which a client learns of all the requests that it waits for.
+
+The asyncio one reads in a task, the blocking one in a thread; both run only while somebody waits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from l4queue.client.compose import Chunk, Composer
+from l4queue.client.demux import Demultiplexer, Watch
+from l4queue.errors import L4QueueError, ServiceUnavailable
+from l4queue.protocol.calls import Call
+from l4queue.protocol.door import AsyncDoor, Door
+from l4queue.protocol.records import OutputEntry, RequestRecord
+
+__all__ = ("AsyncListener", "Listener")
+
+T = TypeVar("T")
+_COUNT = 1000
+_BLOCK_S = 1.0
+_TRIM_EVERY = 4096  # news
+_BATCH = 128  # calls of one round trip
+_CLOSED = "the client was closed"
+
+
+def _demultiplexer(composer: Composer) -> Demultiplexer:
+    keys, client_id = composer.keys, composer.client_id
+    return Demultiplexer(mail_key=keys.mailbox(client_id), news_key=keys.news(client_id))
+
+
+def _is_drained(found: dict[str, list[Any]]) -> bool:
+    return all(len(entries) < _COUNT for entries in found.values())
+
+
+class AsyncListener:
+    """Reads for all waits of an asyncio client. Calls of many waits at once share round trips."""
+
+    def __init__(self, door: AsyncDoor, composer: Composer) -> None:
+        self._door = door
+        self._composer = composer
+        self._demux = _demultiplexer(composer)
+        self._reader: asyncio.Task[None] | None = None
+        self._calls: list[tuple[Call[Any], asyncio.Future[Any]]] = []
+        self._sender: asyncio.Task[None] | None = None
+        self._is_closed = False
+
+    async def begin(self, watches: Sequence[Watch]) -> None:
+        """Begin waits: on return each knows where its request is."""
+        if self._is_closed:
+            raise ServiceUnavailable(_CLOSED)
+        now_s = time.monotonic()
+        for watch in watches:
+            self._demux.add(watch, now_s=now_s)
+        looks = list(self._demux.first_look(watches))
+        replies = await asyncio.gather(*(self._run(self._composer.follow(look)) for _, look in looks))
+        for (asked, _), reply in zip(looks, replies, strict=True):
+            self._demux.opened(asked, reply)
+        if (self._reader is None or self._reader.done()) and not all(watch.is_over for watch in watches):
+            self._reader = asyncio.create_task(self._read())
+
+    def end(self, watches: Sequence[Watch]) -> None:
+        """End waits."""
+        for watch in watches:
+            self._demux.remove(watch)
+
+    async def read(self, watch: Watch) -> None:
+        """Read the output stream from where this wait is."""
+        watch.read(*await self.output(watch.request_id, after=watch.offset))
+
+    async def output(self, request_id: str, *, after: int = 0) -> tuple[RequestRecord | None, list[OutputEntry]]:
+        """The record and the output beyond `after` tokens."""
+        record, output = self._composer.output(request_id, after=after)
+        found = await asyncio.gather(self._run(record), self._run(output))
+        return found[0], found[1]
+
+    async def close(self) -> None:
+        """End the reader; what still waits fails."""
+        self._is_closed = True
+        tasks = [task for task in (self._reader, self._sender) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._demux.fail(ServiceUnavailable(_CLOSED))
+
+    async def _read(self) -> None:
+        num_news = 0
+        try:
+            while not self._demux.is_idle:
+                looks = self._demux.due(time.monotonic())
+                replies = await self._door.run_many([self._composer.follow(look) for look in looks])
+                for look, reply in zip(looks, replies, strict=True):
+                    self._demux.answered(look, reply, now_s=time.monotonic())
+                found = await self._door.wait(self._demux.streams, block_s=_BLOCK_S, count=_COUNT)
+                num_news += self._demux.feed(found, now_s=time.monotonic(), is_drained=_is_drained(found))
+                if num_news >= _TRIM_EVERY:
+                    num_news = 0
+                    await self._door.run(self._composer.trim_news(self._demux.last_news))
+        except L4QueueError as error:
+            self._demux.fail(error)
+        except Exception as error:
+            self._demux.fail(ServiceUnavailable(f"the client cannot read what it is told: {error!r}"))
+            raise
+
+    async def _run(self, call: Call[T]) -> T:
+        """Execute a call, together with those of other waits."""
+        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._calls.append((call, future))
+        if self._sender is None or self._sender.done():
+            self._sender = asyncio.create_task(self._send())
+        return await future
+
+    async def _send(self) -> None:
+        while self._calls:
+            batch, self._calls = self._calls[:_BATCH], self._calls[_BATCH:]
+            try:
+                await self._send_batch(batch)
+            except asyncio.CancelledError:
+                for _, future in (*batch, *self._calls):
+                    if not future.done():
+                        future.set_exception(ServiceUnavailable(_CLOSED))
+                raise
+
+    async def _send_batch(self, batch: Sequence[tuple[Call[Any], asyncio.Future[Any]]]) -> None:
+        try:
+            values = await self._door.run_many([call for call, _ in batch])
+        except Exception as error:
+            if len(batch) > 1 and not isinstance(error, ServiceUnavailable):
+                for one in batch:  # what cannot be read of one request is no fault of the others
+                    await self._send_batch([one])
+                return
+            for _, future in batch:
+                if not future.done():
+                    future.set_exception(error)
+            return
+        for (_, future), value in zip(batch, values, strict=True):
+            if not future.done():
+                future.set_result(value)
+
+
+class Listener:
+    """Reads for all waits of a blocking client, in a thread of its own. Thread-safe."""
+
+    def __init__(self, door: Door, composer: Composer) -> None:
+        self._door = door
+        self._composer = composer
+        self._demux = _demultiplexer(composer)
+        self._lock = threading.RLock()
+        self._reader: threading.Thread | None = None
+        self._is_closed = False
+
+    def begin(self, watches: Sequence[Watch]) -> None:
+        """Begin waits: on return each knows where its request is."""
+        with self._lock:
+            if self._is_closed:
+                raise ServiceUnavailable(_CLOSED)
+            now_s = time.monotonic()
+            for watch in watches:
+                self._demux.add(watch, now_s=now_s)
+            looks = list(self._demux.first_look(watches))
+        replies = self._door.run_many([self._composer.follow(look) for _, look in looks])
+        with self._lock:
+            for (asked, _), reply in zip(looks, replies, strict=True):
+                self._demux.opened(asked, reply)
+            is_reading = self._reader is not None and self._reader.is_alive()
+            if not is_reading and not self._is_closed and not all(watch.is_over for watch in watches):
+                self._reader = threading.Thread(target=self._read, name="l4queue-listener", daemon=True)
+                self._reader.start()
+
+    def end(self, watches: Sequence[Watch]) -> None:
+        """End waits. Takes no lock: an abandoned stream may end at any moment of any thread."""
+        for watch in watches:
+            self._demux.remove(watch)
+
+    def take(self, watch: Watch) -> tuple[list[Chunk], bool, bool]:
+        """What `Watch.take` says."""
+        with self._lock:
+            return watch.take()
+
+    def read(self, watch: Watch) -> None:
+        """Read the output stream from where this wait is."""
+        record, entries = self.output(watch.request_id, after=watch.offset)
+        with self._lock:
+            watch.read(record, entries)
+
+    def output(self, request_id: str, *, after: int = 0) -> tuple[RequestRecord | None, list[OutputEntry]]:
+        """The record and the output beyond `after` tokens."""
+        record, entries = self._door.run_many(self._composer.output(request_id, after=after))
+        return record, entries
+
+    def close(self) -> None:
+        """What still waits fails; the reader ends."""
+        with self._lock:
+            self._is_closed = True
+            self._demux.fail(ServiceUnavailable(_CLOSED))
+
+    def _read(self) -> None:
+        num_news = 0
+        try:
+            while True:
+                with self._lock:
+                    if self._demux.is_idle or self._is_closed:
+                        self._reader = None
+                        return
+                    looks = self._demux.due(time.monotonic())
+                replies = self._door.run_many([self._composer.follow(look) for look in looks])
+                with self._lock:
+                    for look, reply in zip(looks, replies, strict=True):
+                        self._demux.answered(look, reply, now_s=time.monotonic())
+                    streams = self._demux.streams
+                found = self._door.wait(streams, block_s=_BLOCK_S, count=_COUNT)
+                with self._lock:
+                    now_s = time.monotonic()
+                    num_news += self._demux.feed(found, now_s=now_s, is_drained=_is_drained(found))
+                if num_news >= _TRIM_EVERY:
+                    num_news = 0
+                    self._door.run(self._composer.trim_news(self._demux.last_news))
+        except L4QueueError as error:
+            self._fail(error)
+        except Exception as error:
+            self._fail(ServiceUnavailable(f"the client cannot read what it is told: {error!r}"))
+            raise
+
+    def _fail(self, error: L4QueueError) -> None:
+        with self._lock:
+            self._reader = None
+            self._demux.fail(error)

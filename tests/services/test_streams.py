@@ -1,0 +1,458 @@
+"""Streams and results of many requests on one client: a real redis-server, and a worker that is played by hand."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import pytest
+
+from l4queue import AsyncClient, Client, Settings
+from l4queue.client.aio import AsyncHandle
+from l4queue.client.sync import Handle
+from l4queue.errors import (
+    InvalidRequest,
+    OutputLost,
+    RequestCancelled,
+    RequestFailed,
+    ResultTimeout,
+    ServiceUnavailable,
+    UnknownRequest,
+)
+from l4queue.models import RequestState
+from l4queue.protocol.calls import Call
+from tests.protocol.consistency import check
+from tests.protocol.scene import Scene
+from tests.services.pipeline import true, until
+
+pytestmark = pytest.mark.services
+FAILED = RequestState.FAILED
+
+
+@pytest.fixture
+async def client(redis_url: str, namespace: str) -> AsyncIterator[AsyncClient]:
+    """An asyncio client of the scene's namespace."""
+    async with AsyncClient(settings=Settings(redis_url=redis_url, namespace=namespace)) as opened:
+        yield opened
+
+
+@pytest.fixture
+def blocking(redis_url: str, namespace: str) -> Iterator[Client]:
+    """A blocking one."""
+    with Client(settings=Settings(redis_url=redis_url, namespace=namespace)) as opened:
+        yield opened
+
+
+def start(scene: Scene, *handles: AsyncHandle | Handle) -> None:
+    """Worker `w1` takes these requests, which no dispatcher has seen."""
+    scene.register()
+    run(scene, [scene.calls.route(h.id, entry_id="1-1", stage="0", score=1.0, token_ids=[1, 2], max_tokens=99,
+                                  plan_version=0, bucket=1) for h in handles])  # fmt: skip
+    assert len(scene.take(max_requests=len(handles)).grants) == len(handles)
+
+
+def run(scene: Scene, calls: list[Call[Any]]) -> None:
+    for begin in range(0, len(calls), 500):
+        scene.door.run_many(calls[begin : begin + 500])
+
+
+def emit_all(scene: Scene, handles: list[AsyncHandle], *, offset: int, num: int) -> None:
+    """The same tokens for every request."""
+    ids = scene.tokens(1, offset, num)
+    more = {"incarnation": "w1", "epoch": 1, "offset": offset, "token_ids": ids, "text": f"{offset} "}
+    run(scene, [scene.calls.emit(h.id, **more) for h in handles])  # type: ignore[arg-type]
+
+
+async def tokens_of(handle: AsyncHandle, *, after: int = 0, timeout: float = 50) -> list[int]:
+    return [t async for chunk in handle.stream(after=after, timeout=timeout) for t in chunk.token_ids]
+
+
+async def follows(scene: Scene, *handles: AsyncHandle | Handle, number: int = 1) -> None:
+    """Wait until so many clients are told of each of these."""
+
+    async def are_followed() -> bool:
+        lists = [scene.raw.hget(scene.keys.request(h.id), "followers") or b"" for h in handles]
+        return all(len(one.split()) >= number for one in lists)
+
+    await until(are_followed, timeout_s=40)
+
+
+async def test_2000_streams_share_one_blocking_connection(scene: Scene, client: AsyncClient) -> None:
+    """Each has its tokens, each once; the server sees one reader that waits."""
+    handles = await client.enqueue_many(["x"] * 2000, max_tokens=9)
+    start(scene, *handles)
+    reading = [asyncio.create_task(tokens_of(handle)) for handle in handles]
+    await follows(scene, handles[0], handles[-1])
+    for turn in range(3):
+        emit_all(scene, handles, offset=2 * turn, num=2)
+        await asyncio.sleep(0)
+    blocked = [c for c in scene.raw.client_list() if c["cmd"].startswith("xread") and "b" in c["flags"]]
+    assert len(blocked) <= 1
+    for handle in handles:
+        scene.settle(handle.id, offset=6, num=1)
+
+    assert await asyncio.gather(*reading) == [scene.tokens(1, 0, 7)] * 2000
+
+
+def test_threads_share_one_blocking_connection(scene: Scene, blocking: Client) -> None:
+    """200 threads stream at once on one client."""
+    handles = blocking.enqueue_many(["x"] * 200, max_tokens=9)
+    start(scene, *handles)
+    found: dict[str, list[int]] = {}
+
+    def read(handle: Handle) -> None:
+        found[handle.id] = [t for chunk in handle.stream(timeout=50) for t in chunk.token_ids]
+
+    threads = [threading.Thread(target=read, args=(handle,)) for handle in handles]
+    for thread in threads:
+        thread.start()
+    asyncio.run(follows(scene, *handles))
+    blocked = [c for c in scene.raw.client_list() if c["cmd"].startswith("xread") and "b" in c["flags"]]
+    assert len(blocked) <= 1
+    for handle in handles:
+        scene.emit(handle.id, num=3)
+        scene.settle(handle.id, offset=3, num=1)
+    for thread in threads:
+        thread.join()
+
+    assert found == {handle.id: scene.tokens(1, 0, 4) for handle in handles}
+
+
+async def test_many_streams_of_one_request_on_several_clients(
+    scene: Scene, client: AsyncClient, redis_url: str, namespace: str
+) -> None:
+    """From the first token and from others, early and late."""
+    handle = await client.enqueue("x", max_tokens=9)
+    async with AsyncClient(settings=Settings(redis_url=redis_url, namespace=namespace)) as second:
+        other = await second.get(handle.id)
+        reading = [asyncio.create_task(tokens_of(h, after=a)) for h in (handle, other) for a in (0, 1, 4)]
+        await follows(scene, handle, number=2)
+        start(scene, handle)
+        scene.emit(handle.id, num=3)
+        late = asyncio.create_task(tokens_of(other))
+        scene.emit(handle.id, offset=3, num=3)
+        scene.settle(handle.id, offset=6)
+        found = await asyncio.gather(*reading, late)
+
+    assert found == [scene.tokens(1, a, 6 - a) for a in (0, 1, 4, 0, 1, 4, 0)]
+    check(scene)
+
+
+async def test_a_worker_that_sends_no_news_is_followed_all_the_same(scene: Scene, client: AsyncClient) -> None:
+    """Of the release before: it knows the output stream only. Its streams go on, also before their end."""
+    handle = await client.enqueue("x", max_tokens=9)
+    start(scene, handle)
+    stream = handle.stream(timeout=50)
+    begun = asyncio.ensure_future(anext(stream))
+    for turn in range(3):
+        await follows(scene, handle)
+        scene.raw.hdel(scene.keys.request(handle.id), "followers")
+        scene.emit(handle.id, offset=2 * turn, num=2)
+        assert list((await begun).token_ids) == scene.tokens(1, 2 * turn, 2)
+        begun = asyncio.ensure_future(anext(stream))
+    scene.raw.hdel(scene.keys.request(handle.id), "followers")
+    scene.settle(handle.id, offset=6)
+    assert (await begun).text == "end"
+    with pytest.raises(StopAsyncIteration):
+        await anext(stream)
+
+
+async def test_news_that_are_lost_are_read_from_the_output(scene: Scene, client: AsyncClient) -> None:
+    """The stream of news is deleted again and again, as by a failover."""
+    handle = await client.enqueue("x", max_tokens=99)
+    start(scene, handle)
+    reading = asyncio.create_task(tokens_of(handle))
+    await follows(scene, handle)
+    news = scene.keys.news(client._composer.client_id)
+    for turn in range(20):
+        scene.emit(handle.id, offset=2 * turn, num=2)
+        if turn % 3:
+            scene.raw.delete(news)
+        await asyncio.sleep(0.01)
+    scene.settle(handle.id, offset=40)
+    assert await reading == scene.tokens(1, 0, 40)
+
+
+async def test_large_output_is_read_where_it_is_stored(scene: Scene, client: AsyncClient) -> None:
+    """News tell of it, and do not carry it."""
+    handle = await client.enqueue("x", max_tokens=99)
+    start(scene, handle)
+    reading = asyncio.create_task(tokens_of(handle))
+    await follows(scene, handle)
+    scene.emit(handle.id, num=500)
+    scene.emit(handle.id, offset=500, num=1)
+    scene.settle(handle.id, offset=501)
+    assert await reading == scene.tokens(1, 0, 501)
+    news = scene.raw.xrange(scene.keys.news(client._composer.client_id))
+    assert sum(len(value) for _, values in news for value in values.values()) < 1000
+
+
+async def test_clients_that_never_stream_cost_nothing(scene: Scene, client: AsyncClient) -> None:
+    """Neither a field of the record nor news; and a result waits for the end alone."""
+    handle = await client.enqueue("x", max_tokens=9)
+    start(scene, handle)
+    waiting = asyncio.create_task(handle.result(timeout=50))
+    await until(lambda: true(not client._listener._demux.is_idle))
+    scene.emit(handle.id)
+    scene.settle(handle.id, offset=2)
+    assert (await waiting).token_ids == tuple(scene.tokens(1, 0, 2))
+    assert scene.raw.hget(scene.keys.request(handle.id), "followers") is None
+    assert scene.raw.exists(scene.keys.news(client._composer.client_id)) == 0
+
+
+async def test_an_outcome_other_than_done_follows_the_last_chunk(scene: Scene, client: AsyncClient) -> None:
+    """Cancelled in the middle, and failed before the beginning."""
+    cancelled, failed = await client.enqueue_many(["x", "y"], max_tokens=9)
+    start(scene, cancelled, failed)
+    scene.emit(cancelled.id)
+    stream = cancelled.stream(timeout=50)
+    assert (await anext(stream)).offset == 2
+    assert await cancelled.cancel()
+    with pytest.raises(RequestCancelled):
+        await anext(stream)
+    scene.settle(failed.id, state=FAILED)
+    with pytest.raises(RequestFailed):
+        await tokens_of(failed)
+
+
+async def test_a_closed_client_ends_its_waits(scene: Scene, client: AsyncClient, blocking: Client) -> None:
+    """They do not wait for ever for what nobody reads."""
+    handle = await client.enqueue("x", max_tokens=9)
+    waits = [asyncio.create_task(tokens_of(handle)), asyncio.create_task(handle.result())]
+    other = blocking.get(handle.id)
+    thread = asyncio.create_task(asyncio.to_thread(other.result))
+    await follows(scene, handle, number=2)
+    await client.close()
+    blocking.close()
+    for wait in (*waits, thread):
+        with pytest.raises(ServiceUnavailable, match="closed"):
+            await wait
+
+
+async def test_an_abandoned_stream_leaves_no_reader(scene: Scene, client: AsyncClient) -> None:
+    """The first chunk was enough."""
+    handle = await client.enqueue("x", max_tokens=9)
+    start(scene, handle)
+    scene.emit(handle.id)
+    async for chunk in handle.stream():
+        assert chunk.offset == 2
+        break
+    await until(lambda: true(client._listener._reader is None or client._listener._reader.done()))
+
+
+# ends ---------------------------------------------------------------------------------------------
+def finished(scene: Scene, handle: AsyncHandle | Handle) -> None:
+    """Five tokens, written as three and two."""
+    start(scene, handle)
+    scene.emit(handle.id, num=3)
+    scene.settle(handle.id, offset=3, num=2)
+
+
+@pytest.mark.parametrize(
+    ("after", "token_ids", "text_after", "text"),
+    [
+        (0, [1000, 1001, 1002, 1003, 1004], 0, "1000,1001,1002,1003,1004,end"),
+        (1, [1001, 1002, 1003, 1004], 0, "1000,1001,1002,1003,1004,end"),
+        (2, [1002, 1003, 1004], 0, "1000,1001,1002,1003,1004,end"),
+        (3, [1003, 1004], 3, "1003,1004,end"),
+        (4, [1004], 3, "1003,1004,end"),
+        (5, [], 5, "end"),
+    ],
+)
+async def test_a_stream_resumes_after_any_token(
+    scene: Scene, client: AsyncClient, after: int, token_ids: list[int], text_after: int, text: str
+) -> None:
+    """Exactly the tokens after it; text of the first chunk from where that was written on, and told so."""
+    handle = await client.enqueue("x", max_tokens=9)
+    finished(scene, handle)
+    chunks = [chunk async for chunk in handle.stream(after=after, timeout=0)]
+    assert [t for chunk in chunks for t in chunk.token_ids] == token_ids
+    assert (chunks[0].text_after, "".join(chunk.text for chunk in chunks)) == (text_after, text)
+    assert chunks[-1].offset == 5
+
+
+def test_a_blocking_stream_resumes_after_any_token(scene: Scene, blocking: Client) -> None:
+    """The same."""
+    handle = blocking.enqueue("x", max_tokens=9)
+    finished(scene, handle)
+    for after in range(6):
+        found = [t for chunk in handle.stream(after=after, timeout=0) for t in chunk.token_ids]
+        assert found == scene.tokens(1, after, 5 - after)
+
+
+async def test_after_beyond_the_end_is_an_error(scene: Scene, client: AsyncClient, blocking: Client) -> None:
+    """Not a wait until the record expires."""
+    handle = await client.enqueue("x", max_tokens=9)
+    finished(scene, handle)
+    with pytest.raises(InvalidRequest, match="beyond the end, the output has 5 tokens"):
+        await tokens_of(handle, after=6, timeout=50)
+    with pytest.raises(InvalidRequest, match="beyond the end"):
+        list(blocking.get(handle.id).stream(after=6, timeout=50))
+
+
+@pytest.mark.parametrize("left", [[], ["3-0"], ["5-0", "5-1"], ["5-1"]])
+async def test_output_that_is_gone_is_an_error_that_says_so(
+    scene: Scene, client: AsyncClient, blocking: Client, left: list[str]
+) -> None:
+    """All of it, its end, its beginning: neither a wait for ever, nor a result that lacks tokens."""
+    handle = await client.enqueue("x", max_tokens=9)
+    finished(scene, handle)
+    for entry_id in {"3-0", "5-0", "5-1"} - set(left):
+        scene.raw.xdel(scene.keys.output(handle.id), entry_id)
+    other = blocking.get(handle.id)
+    with pytest.raises(OutputLost, match="5 tokens"):
+        await handle.result(timeout=50)
+    with pytest.raises(OutputLost, match="5 tokens"):
+        await tokens_of(handle)
+    with pytest.raises(OutputLost):
+        other.result(timeout=50)
+    with pytest.raises(OutputLost):
+        list(other.stream(timeout=50))
+
+
+async def test_output_that_vanishes_under_a_stream_is_an_error(scene: Scene, client: AsyncClient) -> None:
+    """Somebody deletes it while the request runs; news of the next tokens leave a gap that nothing fills."""
+    handle = await client.enqueue("x", max_tokens=9)
+    start(scene, handle)
+    scene.emit(handle.id, num=3)
+    scene.raw.delete(scene.keys.output(handle.id))
+    with pytest.raises(OutputLost):
+        await tokens_of(handle)
+
+
+async def test_an_end_without_its_marker_ends_the_wait(scene: Scene, client: AsyncClient) -> None:
+    """The record is terminal, and all tokens are there."""
+    handle = await client.enqueue("x", max_tokens=9)
+    finished(scene, handle)
+    scene.raw.xdel(scene.keys.output(handle.id), "5-1")
+    assert await tokens_of(handle) == scene.tokens(1, 0, 5)
+    assert (await handle.result(timeout=50)).output_tokens == 5
+
+
+async def test_what_has_ended_is_there_whatever_the_timeout(
+    scene: Scene, client: AsyncClient, blocking: Client
+) -> None:
+    """Zero asks whether it is done."""
+    done, waits = await client.enqueue_many(["x", "y"], max_tokens=9)
+    finished(scene, done)
+    others = blocking.get(done.id), blocking.get(waits.id)
+    assert (await done.result(timeout=0)).output_tokens == 5
+    assert others[0].result(timeout=0).output_tokens == 5
+    assert await tokens_of(done, timeout=0) == scene.tokens(1, 0, 5)
+    for timeout in (0, -1.0):
+        with pytest.raises(ResultTimeout):
+            await waits.result(timeout=timeout)
+        with pytest.raises(ResultTimeout):
+            others[1].result(timeout=timeout)
+        with pytest.raises(ResultTimeout):
+            await tokens_of(waits, timeout=timeout)
+    completed = client.as_completed([waits, done], timeout=0)
+    assert await anext(completed) is done
+    with pytest.raises(ResultTimeout, match="1 requests"):
+        await anext(completed)
+
+
+async def test_a_record_that_goes_ends_every_wait(scene: Scene, client: AsyncClient, blocking: Client) -> None:
+    """It expired, or a batch deleted it."""
+    handle = await client.enqueue("x", max_tokens=9)
+    other = blocking.get(handle.id)
+    waits = [asyncio.create_task(tokens_of(handle)), asyncio.create_task(handle.result(timeout=50))]
+    waits.append(asyncio.create_task(asyncio.to_thread(other.result, timeout=50)))
+    await follows(scene, handle, number=2)
+    scene.raw.delete(scene.keys.request(handle.id))
+    for wait in waits:
+        with pytest.raises(UnknownRequest):
+            await wait
+
+
+# many ends ----------------------------------------------------------------------------------------
+@pytest.mark.parametrize("lose_mail", [False, True])
+async def test_3000_that_have_ended_come_at_once(scene: Scene, client: AsyncClient, lose_mail: bool) -> None:
+    """Also without mail, which is trimmed: none is passed over until the next look."""
+    handles = await client.enqueue_many(["x"] * 3000, max_tokens=9)
+    run(scene, [scene.calls.cancel(handle.id, reason="") for handle in handles])
+    if lose_mail:
+        scene.raw.delete(scene.keys.mailbox(client._composer.client_id))
+    ended = [handle async for handle in client.as_completed(handles, timeout=0)]
+    assert sorted(h.id for h in ended) == sorted(h.id for h in handles)
+
+
+def test_blocking_clients_get_all_that_have_ended(scene: Scene, blocking: Client) -> None:
+    """The same."""
+    handles = blocking.enqueue_many(["x"] * 2500, max_tokens=9)
+    run(scene, [scene.calls.cancel(handle.id, reason="") for handle in handles])
+    scene.raw.delete(scene.keys.mailbox(blocking._composer.client_id))
+    assert len(list(blocking.as_completed(handles, timeout=0))) == 2500
+
+
+async def test_handles_come_once_whosever_they_are(scene: Scene, client: AsyncClient, blocking: Client) -> None:
+    """One given twice comes once; two of one request are two; those of another client come, too."""
+    own = await client.enqueue("x", max_tokens=9)
+    same = await client.get(own.id)
+    foreign = await client.get(blocking.enqueue("y", max_tokens=9).id)
+    waiting = asyncio.create_task(_all(client.as_completed([own, own, same, foreign], timeout=50)))
+    await follows(scene, foreign)
+    for handle in (foreign, own):
+        scene.cancel(handle.id)
+    assert {id(h) for h in await waiting} == {id(own), id(same), id(foreign)}
+    assert len(waiting.result()) == 3
+
+
+@pytest.mark.parametrize("number", [1, 3])
+async def test_an_end_whose_mail_is_lost_is_found(scene: Scene, client: AsyncClient, number: int) -> None:
+    """Results and completions alike, by the next look."""
+    handles = await client.enqueue_many(["x"] * number, max_tokens=9)
+    waits = [asyncio.create_task(handle.result(timeout=50)) for handle in handles]
+    waits.append(asyncio.create_task(_all(client.as_completed(handles, timeout=50))))
+    await until(lambda: true(len(client._listener._demux._watches) == number))
+    pipe = scene.raw.pipeline()  # ended and its mail lost in one step
+    for handle in handles:
+        pipe.hset(scene.keys.request(handle.id), mapping={"state": "cancelled"})
+    pipe.execute()
+    for wait in waits[:-1]:
+        with pytest.raises(RequestCancelled):
+            await wait
+    assert len(await waits[-1]) == number
+
+
+async def _all(source: AsyncIterator[AsyncHandle]) -> list[AsyncHandle]:
+    return [handle async for handle in source]
+
+
+# few file descriptors -----------------------------------------------------------------------------
+_FEW = """
+import asyncio, resource, sys
+from l4queue import AsyncClient, Client, Settings
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+settings = Settings(redis_url=sys.argv[1], namespace=sys.argv[2])
+
+async def main():
+    async with AsyncClient(settings=settings) as client:
+        handles = await client.enqueue_many(["x"] * 1000, max_tokens=2)
+        async def read(handle):
+            try:
+                return [t async for chunk in handle.stream() for t in chunk.token_ids]
+            except Exception as error:
+                return repr(error)
+        reading = [asyncio.create_task(read(handle)) for handle in handles]
+        while len(client._listener._demux._watches) < 1000:
+            await asyncio.sleep(0.01)
+        cancelled = await asyncio.gather(*(handle.cancel() for handle in handles))
+        assert all(cancelled)
+        outcomes = await asyncio.gather(*reading)
+        assert all("RequestCancelled" in str(one) for one in outcomes), outcomes[:3]
+
+asyncio.run(main())
+print("fine")
+"""
+
+
+def test_1000_streams_need_few_file_descriptors(redis_url: str, namespace: str) -> None:
+    """`ulimit -n 256`."""
+    command = [sys.executable, "-c", _FEW, redis_url, namespace]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=55, check=False)
+    assert (done.stdout, done.returncode) == ("fine\n", 0), done.stderr[-2000:]
