@@ -7,10 +7,8 @@ What may mix, and what a version number means: docs/compatibility.md.
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
-from functools import cache
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
@@ -25,6 +23,8 @@ FORMAT = 1
 """The version that JSON values carry as `v`. A higher one says that a reader of this release would be misled."""
 MAX_NUMBER = 2**53
 """Largest number that is believed: what a double holds exactly, and far more tokens or ms than there are."""
+
+_adapters: dict[type[Any], TypeAdapter[Any]] = {}
 
 
 def object_of(text: str | bytes, *, what: str) -> dict[str, Any]:
@@ -48,20 +48,32 @@ def value_of(cls: type[T], data: object, *, what: str, signed: bool = False) -> 
     if not isinstance(data, Mapping):
         raise UnreadableValue(f"{what} is not a JSON object")
     try:
-        found = _adapter(cls).validate_json(json.dumps(data), strict=True)
+        found: T = _adapter(cls).validate_json(json.dumps(data), strict=True)
     except (ValidationError, ValueError, TypeError, RecursionError) as error:
         raise UnreadableValue(f"{what}: {_first(error)}") from None
     low = -MAX_NUMBER if signed else 0
-    for field in fields(found):  # type: ignore[arg-type]  # T is a dataclass
-        number = getattr(found, field.name)
-        if isinstance(number, int | float) and not (math.isfinite(number) and low <= number <= MAX_NUMBER):
-            raise UnreadableValue(f"{what}: {field.name} is {number!r}")
+    for field in fields(cls):  # type: ignore[arg-type]  # T is a dataclass
+        for number in _numbers(getattr(found, field.name)):
+            if not low <= number <= MAX_NUMBER:  # nor is NaN
+                raise UnreadableValue(f"{what}: {field.name} has {number!r:.40}")
     return found
 
 
-@cache
-def _adapter(cls: type[T]) -> TypeAdapter[T]:
-    return TypeAdapter(cls)
+def _adapter(cls: type[Any]) -> TypeAdapter[Any]:
+    if cls not in _adapters:
+        _adapters[cls] = TypeAdapter(cls)
+    return _adapters[cls]
+
+
+def _numbers(value: object) -> Iterator[int | float]:
+    if isinstance(value, int | float):
+        yield value
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from _numbers(part)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _numbers(part)
 
 
 def _first(error: Exception) -> str:

@@ -119,6 +119,11 @@ class RequestBody(Strict):
         description="W3C trace context of whoever asks; spans of the request go below it",
     )
 
+    @classmethod
+    def stored(cls, body: str | bytes) -> RequestBody:
+        """A body that some client had accepted: what only a newer one knows is ignored. ValidationError else."""
+        return cls.model_validate_json(body, extra="ignore")
+
 
 class RequestSpec(RequestBody):
     """One request as its user wrote it. Exactly one of `prompt`, `messages`, `token_ids` is set."""

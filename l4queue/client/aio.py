@@ -28,10 +28,11 @@ from l4queue.client.waiting import RECHECK_S, deadline_after, time_left_s
 from l4queue.config import Settings, load_settings
 from l4queue.errors import QueueFull
 from l4queue.models import TERMINAL, Plan, RequestSpec
-from l4queue.policy.plan_json import plan_from_json
 from l4queue.protocol.calls import SubmitReply, Verdict
 from l4queue.protocol.door import AsyncDoor
+from l4queue.protocol.foreign import text
 from l4queue.protocol.overview import Overview, read_overview_async
+from l4queue.protocol.plans import readable_plans
 from l4queue.protocol.reads import DeadLetter
 from l4queue.protocol.records import RequestRecord
 
@@ -112,7 +113,7 @@ class AsyncClient:
             found = await self._door.wait({mailbox: last_id}, block_s=min(left, RECHECK_S), count=1000)
             for entry_id, values in found.get(mailbox, ()):
                 last_id = entry_id.decode()
-                ended = pending.pop(values[b"i"].decode(), None)
+                ended = pending.pop(text(values.get(b"i", b"")), None)
                 if ended is not None:
                     yield ended
             if time.monotonic() - checked > RECHECK_S:
@@ -152,9 +153,9 @@ class AsyncClient:
         return await read_overview_async(self._door, self.settings.namespace)
 
     async def plan_history(self, *, count: int = 20) -> list[Plan]:
-        """The latest published plans, newest first."""
+        """The latest published plans that this release can read, newest first."""
         rows = await self._door.run(self._composer.reads.plan_history(count=count))
-        return [plan_from_json(body) for _, _, body in rows]
+        return readable_plans((body for _, _, body in rows), key=self._composer.keys.plans)
 
     async def dead_letters(self, *, count: int = 100) -> list[DeadLetter]:
         """The latest requests that kill their worker and entries that cannot be read, newest first."""
@@ -254,11 +255,13 @@ class AsyncHandle:
 
     async def _chunks(self, *, after: int, deadline: float | None) -> AsyncIterator[Chunk]:
         follower = Follower(self.id, after=after)
-        key = self._client._composer.keys.output(self.id)
+        key, has_ended = self._client._composer.keys.output(self.id), False
         while follower.ended is None:
             left = time_left_s(deadline, f"request {self.id} is not finished")
             found = await self._client._door.wait({key: follower.last_id}, block_s=min(left, RECHECK_S))
-            if not found:
-                await self.status()  # raises when the record is gone
+            if not found and await self._has_ended():  # or it raises: the record is gone
+                if has_ended:
+                    return  # and no end comes: the stream is not as a worker left it
+                has_ended = True
             for chunk in follower.feed(found.get(key, ())):
                 yield chunk

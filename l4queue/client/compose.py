@@ -24,6 +24,7 @@ from l4queue.errors import (
     RequestFailed,
     RequestTooLong,
     UnknownRequest,
+    UnreadableValue,
 )
 from l4queue.models import RequestBody, RequestSpec, RequestState, SamplingParams
 from l4queue.protocol.calls import Call, Calls, SubmitReply, Verdict
@@ -200,7 +201,7 @@ class Composer:
             texts.append(chunk.text)
             token_ids.extend(chunk.token_ids)
             logprobs.extend(chunk.logprobs or ())
-        body = json.loads(record.body)
+        body = record.body_fields
         tpot_ms, ttft_ms = record.tpot_ms, record.ttft_ms
         return Result(
             request_id=record.request_id,
@@ -216,7 +217,7 @@ class Composer:
             tpot_s=None if tpot_ms is None else tpot_ms / 1000,
             e2e_s=(record.e2e_ms or 0) / 1000,
             metadata=body.get("metadata"),
-            logprobs=tuple(logprobs) if "logprobs" in body.get("params", {}) else None,
+            logprobs=tuple(logprobs) if "logprobs" in (body.get("params") or {}) else None,
         )
 
 
@@ -235,12 +236,17 @@ class Follower:
         """Chunks of new entries, in order, without empty ones."""
         chunks = []
         for entry_id, values in entries:
-            entry = OutputEntry.parse(entry_id, values)
+            self.last_id = entry_id.decode()
+            try:
+                entry = OutputEntry.parse(entry_id, values)
+            except ValueError:  # no worker wrote it
+                continue
             start = entry.upto - len(entry.token_ids)
             if start < self.offset < entry.upto:
                 inside = f"{self.offset} is inside the chunk ({start}, {entry.upto}]"
                 raise InvalidRequest(f"{inside}; read it again from the start", field="after")
-            self.last_id = entry_id.decode()
+            if start > self.offset and entry.token_ids:
+                raise UnreadableValue(f"the output of {self.request_id} lacks tokens {self.offset} to {start}")
             self.offset = entry.upto
             self.ended = entry.state
             if entry.text or entry.token_ids:

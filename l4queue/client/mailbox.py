@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from l4queue.client.waiting import RECHECK_S
 from l4queue.protocol.door import AsyncDoor
+from l4queue.protocol.foreign import text
 
 __all__ = ("Mailbox",)
 
@@ -58,7 +59,7 @@ class Mailbox:
                 found = await self._door.wait({self._key: self._last_id}, block_s=RECHECK_S, count=1000)
                 for entry_id, values in found.get(self._key, ()):
                     self._last_id = entry_id.decode()
-                    self._wake(self._waiting.get(values[b"i"].decode(), ()))
+                    self._wake(self._waiting.get(text(values.get(b"i", b"")), ()))
         finally:
             for waiters in list(self._waiting.values()):  # after an error of Redis: let everybody look
                 self._wake(waiters)

@@ -26,10 +26,11 @@ from l4queue.client.waiting import RECHECK_S, deadline_after, time_left_s
 from l4queue.config import Settings, load_settings
 from l4queue.errors import QueueFull
 from l4queue.models import TERMINAL, Plan, RequestSpec
-from l4queue.policy.plan_json import plan_from_json
 from l4queue.protocol.calls import Verdict
 from l4queue.protocol.door import Door
+from l4queue.protocol.foreign import text
 from l4queue.protocol.overview import Overview, read_overview
+from l4queue.protocol.plans import readable_plans
 from l4queue.protocol.reads import DeadLetter
 from l4queue.protocol.records import RequestRecord
 
@@ -106,7 +107,7 @@ class Client:
             found = self._door.wait({mailbox: last_id}, block_s=min(left, RECHECK_S), count=1000)
             for entry_id, values in found.get(mailbox, ()):
                 last_id = entry_id.decode()
-                handle = pending.pop(values[b"i"].decode(), None)
+                handle = pending.pop(text(values.get(b"i", b"")), None)
                 if handle is not None:
                     yield handle
             if time.monotonic() - checked > RECHECK_S:
@@ -144,9 +145,9 @@ class Client:
         return read_overview(self._door, self.settings.namespace)
 
     def plan_history(self, *, count: int = 20) -> list[Plan]:
-        """The latest published plans, newest first."""
+        """The latest published plans that this release can read, newest first."""
         rows = self._door.run(self._composer.reads.plan_history(count=count))
-        return [plan_from_json(body) for _, _, body in rows]
+        return readable_plans((body for _, _, body in rows), key=self._composer.keys.plans)
 
     def dead_letters(self, *, count: int = 100) -> list[DeadLetter]:
         """The latest requests that kill their worker and entries that cannot be read, newest first."""
@@ -229,10 +230,12 @@ class Handle:
 
     def _chunks(self, *, after: int, timeout: float | None) -> Iterator[Chunk]:
         follower, deadline = Follower(self.id, after=after), deadline_after(timeout)
-        key = self._client._composer.keys.output(self.id)
+        key, has_ended = self._client._composer.keys.output(self.id), False
         while follower.ended is None:
             left = time_left_s(deadline, f"request {self.id} is not finished")
             found = self._client._door.wait({key: follower.last_id}, block_s=min(left, RECHECK_S))
-            if not found:
-                self.status()  # raises when the record is gone
+            if not found and self.status().state in TERMINAL:  # or it raises: the record is gone
+                if has_ended:
+                    return  # and no end comes: the stream is not as a worker left it
+                has_ended = True
             yield from follower.feed(found.get(key, ()))

@@ -1,7 +1,7 @@
 """What Redis holds under our names and cannot be read: an alarm and a dead letter, and the service goes on.
 
-Anybody who can write to Redis can write anything, and a newer release may write what this one does not know. Readers
-leave it out and report it here; the door then puts it among the dead letters, with its bytes, once a day.
+Anybody who can write to Redis can write anything, and a newer release may write what this one does not know.
+Readers leave it out and report it here; the door then puts it among the dead letters, with its bytes, once a day.
 """
 
 from __future__ import annotations
@@ -16,7 +16,18 @@ from typing import Any, TypeVar
 
 from l4queue.protocol.calls import MAX_DEAD_LETTER_BYTES, Call
 
-__all__ = ("UNREADABLE", "Finding", "burial", "each", "finding", "gathered", "or_else", "report", "set_aside", "text")
+__all__ = (
+    "UNREADABLE",
+    "Finding",
+    "burial",
+    "each",
+    "finding",
+    "gathered",
+    "or_else",
+    "report",
+    "set_aside",
+    "text",
+)
 
 T = TypeVar("T")
 
