@@ -151,7 +151,7 @@ def _lengths(families: Families, histogram: Mapping[str, int], settings: Setting
     prompts = Tally([2**k - 1 for k in range(4, 31) if 2**k < settings.max_model_len])
     for name, value in histogram.items():
         kind, _, bucket = name.partition(":")
-        if kind == "a":
+        if kind == "a" and bucket.isdecimal():
             prompts.add(edges[min(int(bucket), len(edges) - 1)], number=value)
     prompts.total = _sum(histogram, "p:")
     generated = _sum(histogram, "d:")

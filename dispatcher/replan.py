@@ -7,7 +7,9 @@ import json
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 
+from l4queue.compat import object_of, value_of
 from l4queue.config import Settings
+from l4queue.errors import UnreadableValue
 from l4queue.models import Plan, RequestState, Routing
 from l4queue.planner import Decision, PlannerSettings, Snapshot, expected_demand
 from l4queue.policy.change import Learned, Noise, is_early_round, learn, with_decision, work_ms
@@ -21,6 +23,7 @@ from l4queue.policy.steady_state import PartitionSettings
 from l4queue.policy.steal import StealFrom, StealLimits
 from l4queue.protocol.calls import Calls, Verdict
 from l4queue.protocol.door import AsyncDoor
+from l4queue.protocol.foreign import report
 from l4queue.protocol.keys import Keys
 from l4queue.protocol.overview import Overview, cost_in_force, price_in_force, read_overview_async
 from l4queue.protocol.reads import FinishedRequest, Reads
@@ -53,11 +56,14 @@ class _Memory:
     begun_s: float
 
     @classmethod
-    def parse(cls, text: str | None) -> _Memory | None:
-        """None where nothing is remembered, or only what an older release would understand."""
+    def parse(cls, text: str | None, *, key: str = "") -> _Memory | None:
+        """None where nothing is remembered, or only what another release would understand."""
+        if text is None:
+            return None
         try:
-            return None if text is None else cls(**json.loads(text))
-        except TypeError:
+            return value_of(cls, object_of(text, what="memory"), what="memory", signed=True)
+        except UnreadableValue as error:
+            report(key, error, text.encode(errors="replace"))
             return None
 
     @classmethod
@@ -123,6 +129,8 @@ async def _replan(door: AsyncDoor, settings: Settings) -> str:
     keys = Keys(settings.namespace)
     reads, calls = Reads(keys), Calls(keys)
     overview = await read_overview_async(door, settings.namespace)
+    if overview.has_unreadable_plan:
+        return await _replace_unreadable(door, settings, overview)
     if overview.plan.routing is not Routing.L4:
         return f"routing is {overview.plan.routing}: nothing to plan"
     known = await _learn(door, settings, overview)
@@ -137,14 +145,14 @@ async def _replan(door: AsyncDoor, settings: Settings) -> str:
     await door.run_many([calls.remember(json.dumps(asdict(memory))), calls.log_decision(_log_line(decision))])
     if not decision.publish:
         return decision.reason
-    return await _publish(door, settings, decision.plan, replaces=overview.plan)
+    return await _publish(door, settings, decision.plan, replaces=overview.plan.version)
 
 
 async def _refine(door: AsyncDoor, settings: Settings) -> str:
     overview = await read_overview_async(door, settings.namespace)
     plan = overview.plan
-    if plan.routing is not Routing.L4:
-        return f"routing is {plan.routing}: nothing to refine"
+    if plan.routing is not Routing.L4 or overview.has_unreadable_plan:
+        return f"routing is {plan.routing}, or of another release: nothing to refine"
     known = await _learn(door, settings, overview)
     if known.is_early:
         return await _replan(door, settings)
@@ -164,13 +172,22 @@ async def _refine(door: AsyncDoor, settings: Settings) -> str:
         return refined.reason
     # created_ms stays that of the plan it refines: nudging must not put off the planner
     new = replace(refined.plan, reason=f"refined: {refined.reason}")
-    return await _publish(door, settings, new, replaces=plan)
+    return await _publish(door, settings, new, replaces=plan.version)
 
 
-async def _publish(door: AsyncDoor, settings: Settings, new: Plan, *, replaces: Plan) -> str:
+async def _replace_unreadable(door: AsyncDoor, settings: Settings, overview: Overview) -> str:
+    """Publish the latest readable plan anew; that of a newer release stays, for its own planner to change."""
+    if overview.has_newer_plan:
+        return f"plan {overview.plan_version} is of a newer release: nothing to plan"
+    version = max(overview.plan.version, overview.plan_version) + 1
+    new = replace(overview.plan, version=version, reason="the plan in force could not be read")
+    return await _publish(door, settings, new, replaces=overview.plan_version)
+
+
+async def _publish(door: AsyncDoor, settings: Settings, new: Plan, *, replaces: int) -> str:
     """Publish by compare-and-set; what waits goes to the stages of its lengths by the new plan."""
     calls = Calls(Keys(settings.namespace))
-    call = calls.publish(expected_version=replaces.version, version=new.version, body=plan_to_json(new))
+    call = calls.publish(expected_version=replaces, version=new.version, body=plan_to_json(new))
     if await door.run(call) is Verdict.STALE:
         return "another planner was first"
     await Upkeep(settings=settings, door=door).reroute(new)
@@ -181,8 +198,8 @@ async def _learn(door: AsyncDoor, settings: Settings, overview: Overview) -> _Kn
     """Add what the counters gained since the last round of planning to what was remembered then."""
     reads = Reads(Keys(settings.namespace))
     fields, remembered = await door.run_many([reads.histogram(), reads.planner_memory()])
-    raw = {name: int(value) for name, value in fields.items()}
-    memory = _Memory.parse(remembered)
+    raw = {name: int(float(value)) for name, value in fields.items()}
+    memory = _Memory.parse(remembered, key=reads.keys.memory)
     buckets, cost = Buckets.log_spaced(settings.max_model_len), cost_in_force(overview, settings)
     now_s = overview.now_ms / 1000
     if memory is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,20 +15,22 @@ from dispatcher.metrics import RouterFigures
 from dispatcher.router import Router
 from dispatcher.tokenizer import Counted, PromptTokenizer, Refusal
 from l4queue.config import Settings
+from l4queue.errors import L4QueueError
 from l4queue.models import Plan, RequestBody, RequestState, SamplingParams
 from l4queue.policy.histogram import Buckets
-from l4queue.policy.plan_json import plan_from_json
 from l4queue.protocol.calls import Call, Calls, Verdict
 from l4queue.protocol.door import AsyncDoor
 from l4queue.protocol.inbox import Inbox
 from l4queue.protocol.keys import Keys
 from l4queue.protocol.overview import read_overview_async
+from l4queue.protocol.plans import read_plan
 from l4queue.protocol.reads import InboxBody, Reads, StreamEntry
 
 __all__ = ("Dispatcher",)
 
 log = logging.getLogger("l4queue.dispatcher")
 _LOOK_S = 0.25
+_NAME = re.compile(r"[!-+\--~]{1,200}")  # what an id may look like: the same as the scripts have it, and short
 _MAX_DELIVERIES = 3  # so many dispatchers may end while they work on an entry: the next one refuses it
 
 
@@ -83,7 +86,7 @@ class Dispatcher:
     async def run_once(self, *, block_s: float) -> int:
         """One round: read, count, route."""
         entries = await self._inbox.read(count=self.settings.dispatcher_batch, block_s=block_s)
-        return await self.handle(entries) if entries else 0
+        return await self._handle_all(entries) if entries else 0
 
     async def adopt_once(self) -> int:
         """Clear what dispatchers left behind that died or hang.
@@ -102,8 +105,27 @@ class Dispatcher:
             if num_deliveries > _MAX_DELIVERIES:
                 await self._refuse_poison(entry)
             else:
-                await self.handle([entry])
+                await self._handle_all([entry])
         return len(entry_ids)
+
+    async def _handle_all(self, entries: Sequence[StreamEntry]) -> int:
+        """Handle them together; where one of them cannot be handled, one by one, and that one is refused."""
+        try:
+            return await self.handle(entries)
+        except L4QueueError:
+            raise
+        except Exception as error:  # the edge of the service: no entry may end it
+            if len(entries) > 1:
+                return sum([await self._handle_all([entry]) for entry in entries])
+            log.exception("an entry of the inbox cannot be handled")
+            await self._door.run(self._refuse_unreadable(entries[0], f"it cannot be handled: {error!r:.200}"))
+            return 1
+
+    def _refuse_unreadable(self, entry: StreamEntry, error: str) -> Call[Verdict]:
+        self.figures.refused["unreadable"] += 1
+        request_id = entry[1].get(b"i", b"?").decode(errors="replace") or "?"
+        raw = repr(entry[1]).encode()
+        return self._calls.refuse(request_id, entry_id=entry[0].decode(), error=error, raw=raw)
 
     async def _refuse_poison(self, entry: StreamEntry) -> None:
         request_id = entry[1].get(b"i", b"?").decode(errors="replace")
@@ -117,17 +139,19 @@ class Dispatcher:
         begun_s = time.monotonic()
         readable = [(e.decode(), v[b"i"].decode()) for e, v in entries if _is_readable(v)]
         calls: list[Call[Verdict]] = [
-            self._calls.refuse("?", entry_id=e.decode(), error="unreadable inbox entry", raw=repr(v).encode())
-            for e, v in entries
-            if not _is_readable(v)
+            self._refuse_unreadable((e, v), "unreadable inbox entry") for e, v in entries if not _is_readable(v)
         ]
-        self.figures.refused["unreadable"] += len(calls)
         replies = await self._door.run_many([self._reads.plan(), *(self._reads.body(i) for _, i in readable)])
         await self._follow(*replies[0])
         arrivals = []
         for (entry_id, request_id), body in zip(readable, replies[1:], strict=True):
             if body is None or body.state != RequestState.SUBMITTED:  # gone, cancelled, or routed by another
                 calls.append(self._calls.refuse(request_id, entry_id=entry_id, error="no longer waiting"))
+            elif body.fault:
+                self.figures.refused["unreadable"] += 1
+                calls.append(
+                    self._calls.refuse(request_id, entry_id=entry_id, error=body.fault, field="body", raw=body.raw)
+                )
             else:
                 arrivals.append(_Arrival(entry_id=entry_id, request_id=request_id, body=body))
         prompts = [(arrival.body.kind, arrival.body.prompt) for arrival in arrivals]
@@ -158,7 +182,7 @@ class Dispatcher:
     def _check(self, body: InboxBody, prompt_tokens: int) -> tuple[SamplingParams, int] | Refusal:
         """Parameters and priority of a request that can run, or why it cannot."""
         try:
-            wire = RequestBody.model_validate_json(body.body)
+            wire = RequestBody.stored(body.body)
         except ValidationError as invalid:
             first = invalid.errors(include_url=False, include_input=False)[0]
             return Refusal(field=".".join(str(p) for p in first["loc"]) or "body", error=first["msg"])
@@ -188,8 +212,9 @@ class Dispatcher:
 
     async def _follow(self, version: int, body: str | None) -> None:
         """Route by the plan in force, and by loads that are not much older than a worker's heartbeat."""
-        if body is not None and version != self.plan.version:
-            self._router.follow(plan_from_json(body))
+        plan = read_plan(body, key=self.keys.plan) if version != self.plan.version else None
+        if plan is not None and plan.version != self.plan.version:
+            self._router.follow(plan)
             self._looked_s = 0.0
             log.info("plan", extra={"plan_version": version, "num_stages": len(self.plan.stages)})
         is_old = time.monotonic() - self._looked_s >= _LOOK_S
@@ -207,6 +232,6 @@ class Dispatcher:
 
 def _is_readable(values: dict[bytes, bytes]) -> bool:
     try:
-        return bool(values[b"i"].decode())
+        return bool(_NAME.fullmatch(values[b"i"].decode()))
     except (KeyError, UnicodeDecodeError):
         return False

@@ -15,7 +15,8 @@ L4QueueError
 │   ├── RequestExpired     its deadline passed
 │   └── RequestDead        it killed the engine each time it ran alone
 ├── ServiceUnavailable     Redis cannot be reached or answers with an error
-└── TraceError             a trace file is broken; names file, line and column
+├── TraceError             a trace file is broken; names file, line and column
+└── UnreadableValue        what another process wrote cannot be read; says what and why
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ __all__ = (
     "ServiceUnavailable",
     "TraceError",
     "UnknownRequest",
+    "UnreadableValue",
 )
 
 
@@ -146,6 +148,10 @@ class ServiceUnavailable(L4QueueError):
 
 class TraceError(L4QueueError, ValueError):
     """A trace file is broken; the message is one line naming file, line and column."""
+
+
+class UnreadableValue(L4QueueError, ValueError):
+    """What another process wrote cannot be read: it is broken, or of a format that this release does not know."""
 
 
 def _rebuilt(kind: type[PortableError], args: tuple[Any, ...], state: Mapping[str, Any]) -> PortableError:

@@ -129,6 +129,11 @@ class RequestBody(Strict):
         description="W3C trace context of whoever asks; spans of the request go below it",
     )
 
+    @classmethod
+    def stored(cls, body: str | bytes) -> RequestBody:
+        """A body that some client had accepted: what only a newer one knows is ignored. ValidationError else."""
+        return cls.model_validate_json(body, extra="ignore")
+
 
 _TOKEN_ID = Field(json_schema_extra={"minimum": 0, "maximum": 2**31 - 1})
 

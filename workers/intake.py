@@ -8,8 +8,6 @@ import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 
-from pydantic import ValidationError
-
 from l4queue.models import RequestState, Routing
 from l4queue.policy.escape import has_prefill
 from l4queue.policy.handover import look_again_at
@@ -17,6 +15,7 @@ from l4queue.policy.loads import batch_ms
 from l4queue.policy.room import UNBOUNDED_TOKENS, Room, RoomLimits, give_way_ms, room_of
 from l4queue.policy.steal import Steal, steal_waiting
 from l4queue.protocol.calls import Verdict
+from l4queue.protocol.foreign import finding
 from l4queue.protocol.keys import SOLO_STAGE, personal_stage
 from l4queue.protocol.records import Grant, Hold, Outcome, OutputEntry
 from workers.background import BackgroundWork
@@ -227,11 +226,12 @@ class Intake:
                 started_s=asyncio.get_running_loop().time(),
                 make_text=state.make_text,
             )
-        except ValidationError as error:
+            session.resume(entries, eos_token_ids=state.engine_info.eos_token_ids)
+        except ValueError as error:
             outcome = Outcome(state=RequestState.FAILED, finish_reason="invalid", error=str(error), field="body")
             await self._writer.refuse(grant, outcome)
+            await state.door.bury([finding(state.keys.request(grant.request_id), error, (grant, entries))])
             return None
-        session.resume(entries, eos_token_ids=state.engine_info.eos_token_ids)
         return session
 
 

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
 
+from l4queue.compat import FORMAT
 from l4queue.config import Settings
 from l4queue.models import WorkerLoad
 from l4queue.policy.cost import StepCost
@@ -102,6 +103,7 @@ class Lease:
         cost = self._cost()
         load = self.told = self._load()
         told = {
+            "v": FORMAT,
             "load": asdict(load),
             "cost": None if cost is None else cost.to_dict(),
             "price": asdict(self._price()),

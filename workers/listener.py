@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from l4queue.protocol.door import AsyncDoor
+from l4queue.protocol.foreign import Finding, finding, text
 from l4queue.protocol.keys import SOLO_STAGE, Keys, personal_stage
 from l4queue.protocol.reads import Reads
 
@@ -55,15 +56,20 @@ class Listener:
             for name, entries in found.items():
                 self._last[name] = entries[-1][0].decode()
                 if name == control:
-                    self._on_control([values for _, values in entries])
+                    self._on_cancel([text(values[b"i"]) for _, values in entries if b"i" in values])
+                    await self._door.bury([self._hear(control, values) for _, values in entries])
                 elif name == self._keys.plans:
-                    self._on_plan(entries[-1][1][b"body"].decode())
+                    self._on_plan(text(entries[-1][1].get(b"body", b"")))
                 elif name in other:
                     self._on_other()
                 else:
                     self._on_wake(name == self._personal)
 
-    def _on_control(self, entries: Sequence[Mapping[bytes, bytes]]) -> None:
-        self._on_cancel([values[b"i"].decode() for values in entries if b"i" in values])
-        for message in (values[b"m"].decode() for values in entries if b"m" in values):
-            self._on_message(message)
+    def _hear(self, control: str, values: Mapping[bytes, bytes]) -> Finding | None:
+        """Heed the message of an entry, if it has one; what cannot be read of it."""
+        if b"m" in values:
+            try:
+                self._on_message(values[b"m"].decode())
+            except ValueError as error:
+                return finding(control, error, values[b"m"])
+        return None if b"i" in values or b"m" in values else finding(control, "neither i nor m", repr(values))

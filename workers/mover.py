@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from typing import NoReturn
 
+from l4queue.compat import FORMAT, object_of, value_of
 from l4queue.models import Routing, WorkerLoad
 from l4queue.policy.escape import MIN_PREFILL_MS, NUM_REFUGES, REST_MS, Refuge, escapes, may_escape
 from l4queue.policy.handover import decide_handover, least_loaded, look_again_at, next_stage
@@ -137,12 +138,14 @@ class Mover:
         if request is None or victim is None:
             return
         self._last_ask_ms = _now_ms()
-        await state.door.run(state.calls.ask(victim.incarnation, message=json.dumps({"ask": asdict(request)})))
+        await state.door.run(
+            state.calls.ask(victim.incarnation, message=json.dumps({"v": FORMAT, "ask": asdict(request)}))
+        )
 
     def answer(self, message: str) -> None:
-        """A sibling asks: move what pays to it."""
+        """A sibling asks: move what pays to it. UnreadableValue where it asks what this release does not know."""
         state = self._state
-        request = Ask(**json.loads(message)["ask"])
+        request = value_of(Ask, object_of(message, what="message").get("ask"), what="ask")
         offers = bid(
             state.load(),
             [self._running(session) for session in state.sessions.values() if session.may_move],

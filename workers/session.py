@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
+from l4queue.errors import UnreadableValue
 from l4queue.models import RequestBody, RequestState, SamplingParams
 from l4queue.protocol.records import Grant, Outcome, OutputEntry, TokenLogprobs, unpack_ids
 from workers.engine import EngineOutput, EngineRequest, FinishReason
@@ -58,7 +59,7 @@ class Session:
         started_s: float,
         make_text: TextFactory,
     ) -> None:
-        body = RequestBody.model_validate_json(grant.body)
+        body = RequestBody.stored(grant.body)
         self.grant = grant
         self.incarnation = incarnation
         self.stage = stage
@@ -117,8 +118,13 @@ class Session:
         return self.has_ended or (are_first and not self.params.is_pinned)
 
     def resume(self, entries: Sequence[OutputEntry], *, eos_token_ids: frozenset[int]) -> None:
-        """Go on from what earlier workers committed. They may have died after the very last token."""
+        """Go on from what earlier workers committed. They may have died after the very last token.
+
+        UnreadableValue where that is not all that the record says there is.
+        """
         ids = [token for entry in entries for token in entry.token_ids]
+        if len(ids) != self.grant.offset:
+            raise UnreadableValue(f"its output has {len(ids)} tokens, its record says {self.grant.offset}")
         if not ids:
             return
         self.output_ids = ids

@@ -187,7 +187,7 @@ class WorkerState:
         record = await self.door.run(self.reads.record(request_id))
         verdict, _ = await self.door.run(self.calls.cancel(request_id, reason="revoked", nonce=uuid4().hex))
         if verdict is Verdict.OK and record is not None and record.state is not RequestState.RUNNING:
-            stage = int(record.stage) if record.stage is not None and record.stage.isdigit() else 0
+            stage = int(record.stage) if record.stage is not None and record.stage.isdecimal() else 0
             view = RequestView(
                 request_id=request_id,
                 stage=stage,

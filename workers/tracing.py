@@ -36,6 +36,7 @@ _CLOSE_S = 1.0
 _MOVES = ("hand-over", "steal")
 _MOVE_FACTS = ("benefit_ms", "cost_ms", "kv")
 _TAKES = ("taken", "stolen")
+_LEAVES = ("hand-over", "escape", "steal", "lost", "crashed", "released", "left", "repaired")
 _FAULTS = {"lost": "its worker was lost", "crashed": "its engine died", "repaired": "no lease was found"}
 
 
@@ -55,7 +56,10 @@ def tell_pieces(record: RequestRecord, ledger: Sequence[str]) -> list[Piece]:
     """The life of a request that has ended, in pieces; each is after the one that it is a part of."""
     teller = _Teller(record)
     for line in ledger:
-        teller.hear(json.loads(line))
+        try:
+            teller.hear(json.loads(line))
+        except (KeyError, TypeError, ValueError):  # another release tells it in other words
+            continue
     return teller.finish()
 
 
@@ -82,7 +86,7 @@ class _Teller:
             self._take(at_ms, str(line["worker"]))
         elif what == "resumed":
             self._first_token(at_ms)
-        elif what != "rerouted":
+        elif what in _LEAVES:  # others, of whatever release, end no lease
             self._leave(what, at_ms, line)
 
     def finish(self) -> list[Piece]:
@@ -257,8 +261,8 @@ class TraceSender:
         for record, ledger in zip(found[: len(request_ids)], found[len(request_ids) :], strict=True):
             if record is None or record.state not in TERMINAL:
                 continue
-            traceparent = json.loads(record.body).get("traceparent")
-            if traceparent is not None:
+            traceparent = record.body_fields.get("traceparent")
+            if isinstance(traceparent, str):
                 self._emit(record, traceparent, tell_pieces(record, ledger))
 
     def _emit(self, record: RequestRecord, traceparent: str, pieces: Sequence[Piece]) -> None:

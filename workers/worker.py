@@ -14,7 +14,7 @@ from l4queue.config import Settings
 from l4queue.models import Plan
 from l4queue.policy.cost import StepCost
 from l4queue.policy.histogram import Buckets, growth_fields
-from l4queue.policy.plan_json import plan_from_json
+from l4queue.protocol.plans import read_plan
 from l4queue.protocol.upkeep import Upkeep
 from workers.chores import Chores
 from workers.engine import Engine, EngineDied, EngineOutput
@@ -241,7 +241,9 @@ class Worker:
         self._chores.start(self.state.drop([s for s in self.state.sessions.values() if s.request_id in wanted]))
 
     def _on_plan(self, body: str) -> None:
-        self._adopt(plan_from_json(body))
+        plan = read_plan(body, key=self.state.keys.plans)
+        if plan is not None:
+            self._adopt(plan)
 
     def _adopt(self, plan: Plan) -> None:
         state = self.state

@@ -251,7 +251,7 @@ class Composer:
         if len(token_ids) != record.offset:
             told = f"request {record.request_id} has {record.offset} tokens by its record"
             raise OutputLost(f"{told}, but {len(token_ids)} are stored")
-        body = json.loads(record.body)
+        body = record.body_fields
         tpot_ms, ttft_ms = record.tpot_ms, record.ttft_ms
         return Result(
             request_id=record.request_id,
@@ -267,7 +267,7 @@ class Composer:
             tpot_s=None if tpot_ms is None else tpot_ms / 1000,
             e2e_s=(record.e2e_ms or 0) / 1000,
             metadata=body.get("metadata"),
-            logprobs=tuple(logprobs) if "logprobs" in body.get("params", {}) else None,
+            logprobs=tuple(logprobs) if "logprobs" in (body.get("params") or {}) else None,
         )
 
 

@@ -40,7 +40,7 @@ def tell(record: RequestRecord, *, why: str | None, ledger: Sequence[str]) -> tu
         )
     for line in lines:
         facts = {name: value for name, value in line.items() if name not in ("at_ms", "what")}
-        text = _TEXTS.get(line["what"], _unknown)(facts)
+        text = _text_of(line["what"], facts)
         events.append(Event(at_ms=int(line["at_ms"]), what=line["what"], text=text, facts=facts))
     if record.finished_ms is not None:
         events.append(_ended(record, record.finished_ms))
@@ -59,8 +59,13 @@ def _routed(record: RequestRecord, at_ms: int, why: dict[str, Any]) -> Event:
     facts = {"prompt_tokens": record.prompt_tokens, "max_tokens": record.max_tokens, "plan": record.plan, **why}
     text = f"counted: {record.prompt_tokens} prompt tokens, at most {record.max_tokens} to generate"
     if why:
-        text += f"; plan {record.plan}: stage {why['stage']} ({why['reason']})"
-        drains = [f"{other['stage']} ({_drain(other)})" for other in why.get("alternatives", [])]
+        text += f"; plan {record.plan}: stage {why.get('stage')} ({why.get('reason')})"
+        others = why.get("alternatives")
+        drains = [
+            f"{other.get('stage')} ({_drain(other)})"
+            for other in (others if isinstance(others, list) else ())
+            if isinstance(other, dict)
+        ]
         text += f", drains in {_drain(why)}; else stage {', '.join(drains)}" if drains else ""
     else:
         text += f"; plan {record.plan} has one stage"
@@ -69,7 +74,7 @@ def _routed(record: RequestRecord, at_ms: int, why: dict[str, Any]) -> Event:
 
 def _drain(stage: dict[str, Any]) -> str:
     drain_ms = stage.get("drain_ms")
-    return "load unknown" if drain_ms is None else f"{drain_ms:.0f} ms"
+    return f"{drain_ms:.0f} ms" if isinstance(drain_ms, int | float) else "load unknown"
 
 
 def _ended(record: RequestRecord, at_ms: int) -> Event:
@@ -126,3 +131,11 @@ _TEXTS: dict[str, Callable[[dict[str, Any]], str]] = {
     "left": lambda f: _back("it left:", f),
     "repaired": lambda f: _back("no lease was found (alarm) at", f),
 }
+
+
+def _text_of(what: str, facts: dict[str, Any]) -> str:
+    """The line for people; the bare facts of what another release told in its own way."""
+    try:
+        return _TEXTS[what](facts)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return f"{what}: {', '.join(f'{name} {value}' for name, value in facts.items())}"

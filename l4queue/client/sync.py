@@ -29,10 +29,10 @@ from l4queue.client.story import Event, tell
 from l4queue.client.waiting import Ends, deadline_after, time_left_s
 from l4queue.config import Settings, load_settings
 from l4queue.models import Plan, RequestSpec, RequestState
-from l4queue.policy.plan_json import plan_from_json
 from l4queue.protocol.calls import Verdict
 from l4queue.protocol.door import Door
 from l4queue.protocol.overview import Overview, read_overview
+from l4queue.protocol.plans import readable_plans
 from l4queue.protocol.reads import DeadLetter
 from l4queue.protocol.records import RequestRecord
 
@@ -135,9 +135,9 @@ class Client:
         return read_overview(self._door, self.settings.namespace)
 
     def plan_history(self, *, count: int = 20) -> list[Plan]:
-        """The latest published plans, newest first."""
+        """The latest published plans that this release can read, newest first."""
         rows = self._door.run(self._composer.reads.plan_history(count=count))
-        return [plan_from_json(body) for _, _, body in rows]
+        return readable_plans((body for _, _, body in rows), key=self._composer.keys.plans)
 
     def dead_letters(self, *, count: int = 100) -> list[DeadLetter]:
         """The latest requests that kill their worker and entries that cannot be read, newest first."""

@@ -122,7 +122,7 @@ class Counts:
         table = np.zeros((4, len(buckets)))
         for name, value in fields.items():
             kind, _, number = name.partition(":")
-            if kind in FIELDS and number.isdigit():
+            if kind in FIELDS and number.isdecimal() and len(number) < 10:
                 table[FIELDS.index(kind), min(int(number), len(buckets) - 1)] += float(value)
         return cls._of_table(table, observed_s)
 

@@ -1,20 +1,22 @@
-"""A plan as JSON and back, checked: what is read from outside may be anything."""
+"""A plan as JSON and back, checked: what is read from outside may be anything, also of a newer release."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from typing import Any
 
+from l4queue.compat import FORMAT, MAX_NUMBER
 from l4queue.errors import ConfigError
 from l4queue.models import Plan, Routing, StagePlan
 
-__all__ = ("check_plan", "plan_from_json", "plan_to_json", "split_of")
+__all__ = ("NewerPlan", "check_plan", "plan_from_json", "plan_to_json", "split_of")
 
-_PLAN_FIELDS = {f.name for f in fields(Plan)}
-_STAGE_FIELDS = {f.name for f in fields(StagePlan)}
+
+class NewerPlan(ConfigError):
+    """A plan that only a newer release understands: its planner's business, and nothing to repair."""
 
 
 def split_of(stages: Sequence[StagePlan]) -> dict[str, list[int]]:
@@ -32,16 +34,20 @@ def plan_to_json(plan: Plan) -> str:
 
 
 def plan_from_json(text: str | bytes) -> Plan:
-    """Read and check a plan. ConfigError names what is wrong: ranges must cover [0, ∞) once, in order."""
+    """Read and check a plan. ConfigError names what is wrong: ranges must cover [0, ∞) once, in order.
+
+    Fields that this release does not know are ignored. NewerPlan for a higher format version (`v`; plans of this
+    one have none) and for a routing that it does not know.
+    """
     try:
         data = json.loads(text, parse_constant=_refuse_constant)
-    except (ValueError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"a plan must be JSON: {error}") from None
     if not isinstance(data, dict) or not isinstance(data.get("stages"), list):
         raise ConfigError("a plan must be an object with a list `stages`")
-    unknown = sorted(set(data) - _PLAN_FIELDS)
-    if unknown:
-        raise ConfigError(f"a plan has no field {unknown[0]!r}")
+    version = _whole(data.get("v", FORMAT), "v")
+    if version > FORMAT:
+        raise NewerPlan(f"plan.v is {version}; this release knows up to {FORMAT}")
     stages = tuple(_stage(i, item) for i, item in enumerate(data["stages"]))
     plan = Plan(
         version=_whole(data.get("version"), "version"),
@@ -84,9 +90,6 @@ def _stage(index: int, item: Any) -> StagePlan:
     where = f"stages[{index}]"
     if not isinstance(item, dict):
         raise ConfigError(f"{where} must be an object")
-    unknown = sorted(set(item) - _STAGE_FIELDS)
-    if unknown:
-        raise ConfigError(f"{where} has no field {unknown[0]!r}")
     high = item.get("high_tokens")
     ids = item.get("worker_ids", [])
     if not isinstance(ids, list) or not all(isinstance(i, str) for i in ids):
@@ -100,8 +103,8 @@ def _stage(index: int, item: Any) -> StagePlan:
 
 
 def _whole(value: Any, name: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ConfigError(f"plan.{name} must be a whole number ≥ 0, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_NUMBER:
+        raise ConfigError(f"plan.{name} must be a whole number ≥ 0, got {value!r:.40}")
     return value
 
 
@@ -120,10 +123,12 @@ def _text(value: Any, name: str) -> str:
 
 
 def _routing(value: Any) -> Routing:
+    if not isinstance(value, str):
+        raise ConfigError(f"plan.routing must be one of {', '.join(Routing)}, got {value!r}")
     try:
         return Routing(value)
     except ValueError:
-        raise ConfigError(f"plan.routing must be one of {', '.join(Routing)}, got {value!r}") from None
+        raise NewerPlan(f"plan.routing must be one of {', '.join(Routing)}, got {value!r}") from None
 
 
 def _mapping(value: Any, name: str) -> dict[str, Any]:

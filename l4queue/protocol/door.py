@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import redis
@@ -13,6 +14,7 @@ from redis.exceptions import RedisError
 
 from l4queue.protocol.calls import Call
 from l4queue.protocol.connect import connect, connect_async, parse_url
+from l4queue.protocol.foreign import Finding, burial, gathered, set_aside
 from l4queue.protocol.reads import StreamEntry, parse_entries
 from l4queue.protocol.scripts import all_scripts
 from l4queue.protocol.wire import (
@@ -22,7 +24,9 @@ from l4queue.protocol.wire import (
     confirmed,
     explain,
     first_missing,
+    is_foreign_type,
     is_passing,
+    keys_of,
     parse_replies,
 )
 
@@ -59,10 +63,17 @@ class Door:
         if not calls:
             return []
         deadline = time.monotonic() + self.retry_s
+        was_cleared = False
         for pause_s in backoff_s():
             try:
-                return parse_replies(calls, self._exchange(calls))
+                with gathered() as found:
+                    values = parse_replies(calls, self._exchange(calls))
+                self._bury(found)
+                return values
             except RedisError as error:
+                if is_foreign_type(error) and not was_cleared:
+                    was_cleared = self._clear(keys_of(calls))
+                    continue
                 if not is_passing(error) or time.monotonic() + pause_s > deadline:
                     raise explain(error, self.url) from error
             time.sleep(pause_s)
@@ -76,11 +87,27 @@ class Door:
         try:
             reply = self._waiter.xread(dict(streams), count=count, block=block_ms)
         except RedisError as error:
+            if is_foreign_type(error) and self._clear(tuple(streams)):
+                return {}
             if not is_passing(error):
                 raise explain(error, self.url) from error
             time.sleep(min(0.1, block_s))
             return {}
         return _by_stream(reply)
+
+    def _clear(self, keys: Sequence[str]) -> bool:
+        """Set aside what is not ours under these names; whether there was anything."""
+        try:
+            return bool(keys) and parse_replies(call := [set_aside(keys)], self._exchange(call))[0] > 0
+        except RedisError as error:
+            raise explain(error, self.url) from error
+
+    def _bury(self, found: Sequence[Finding]) -> None:
+        """Dead letters of what could not be read; best effort, since it is in the log already."""
+        calls = [call for call in map(burial, found) if call is not None]
+        if calls:
+            with suppress(RedisError):
+                self._exchange(calls)
 
     def _exchange(self, calls: Sequence[Call[Any]]) -> list[Any]:
         replies = self._send(calls)
@@ -137,10 +164,18 @@ class AsyncDoor:
         if not calls:
             return []
         deadline = None if self.retry_s is None else time.monotonic() + self.retry_s
+        was_cleared = False
         for pause_s in backoff_s():
             try:
-                return parse_replies(calls, await self._exchange(calls))
+                replies = await self._exchange(calls)
+                with gathered() as found:
+                    values = parse_replies(calls, replies)
+                await self.bury(found)
+                return values
             except RedisError as error:
+                if is_foreign_type(error) and not was_cleared:
+                    was_cleared = await self.clear(keys_of(calls))
+                    continue
                 out_of_time = deadline is not None and time.monotonic() + pause_s > deadline
                 if not is_passing(error) or out_of_time:
                     raise explain(error, self.url) from error
@@ -155,11 +190,27 @@ class AsyncDoor:
         try:
             reply = await self._waiter.xread(dict(streams), count=count, block=block_ms)
         except RedisError as error:
+            if is_foreign_type(error) and await self.clear(tuple(streams)):
+                return {}
             if not is_passing(error):
                 raise explain(error, self.url) from error
             await asyncio.sleep(min(0.1, block_s))
             return {}
         return _by_stream(reply)
+
+    async def clear(self, keys: Sequence[str]) -> bool:
+        """Set aside what is not ours under these names; whether there was anything."""
+        try:
+            return bool(keys) and parse_replies(call := [set_aside(keys)], await self._exchange(call))[0] > 0
+        except RedisError as error:
+            raise explain(error, self.url) from error
+
+    async def bury(self, found: Sequence[Finding | None]) -> None:
+        """Dead letters of what could not be read; best effort, since it is in the log already."""
+        calls = [call for one in found if one is not None and (call := burial(one)) is not None]
+        if calls:
+            with suppress(RedisError):
+                await self._exchange(calls)
 
     async def _exchange(self, calls: Sequence[Call[Any]]) -> list[Any]:
         replies = await self._send(calls)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 
 from l4queue.models import Routing
-from l4queue.policy.plan_json import plan_from_json
 from l4queue.protocol.calls import Call
 from l4queue.protocol.door import Door
 from l4queue.protocol.keys import Keys
+from l4queue.protocol.plans import read_plan
 from l4queue.protocol.reads import Reads
+from l4queue.protocol.views import planned_ms
 
 __all__ = (
     "DISPATCHER_SILENT_S",
@@ -63,6 +63,8 @@ def planner_idle_s(door: Door, namespace: str) -> float | None:
     """Since when no round of planning ended, in s; None when none did yet, 0 where there is nothing to plan."""
     reads = Reads(Keys(namespace))
     now_ms, (_, body), memory = door.run_many([reads.server_time_ms(), reads.plan(), reads.planner_memory()])
-    if body is not None and plan_from_json(body).routing is not Routing.L4:
+    plan = read_plan(body, key=reads.keys.plan)
+    if plan is not None and plan.routing is not Routing.L4:
         return 0.0
-    return None if memory is None else max(0.0, (now_ms - json.loads(memory)["at_ms"]) / 1000)
+    at_ms = planned_ms(memory, key=reads.keys.memory)
+    return None if at_ms is None else max(0.0, (now_ms - at_ms) / 1000)

@@ -10,7 +10,7 @@ from redis.exceptions import RedisError, ResponseError
 from l4queue.protocol.door import AsyncDoor
 from l4queue.protocol.keys import Keys
 from l4queue.protocol.reads import StreamEntry, parse_entries
-from l4queue.protocol.wire import explain, is_passing
+from l4queue.protocol.wire import explain, is_foreign_type, is_passing
 
 __all__ = ("Inbox",)
 
@@ -83,5 +83,7 @@ class Inbox:
             return []
         if is_passing(error):
             await asyncio.sleep(0.1)
+            return []
+        if is_foreign_type(error) and await self._door.clear((self._key,)):
             return []
         raise explain(error, self._door.url) from error

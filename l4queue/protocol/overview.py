@@ -10,11 +10,11 @@ from l4queue.models import Plan, WorkerLoad
 from l4queue.policy.coefficients import load_coefficients
 from l4queue.policy.cost import StepCost
 from l4queue.policy.loads import StageLoad, stage_load
-from l4queue.policy.plan_json import plan_from_json
 from l4queue.policy.prices import MovePrice
 from l4queue.protocol.calls import Call
 from l4queue.protocol.door import AsyncDoor, Door
 from l4queue.protocol.keys import SOLO_STAGE, Keys
+from l4queue.protocol.plans import is_of_a_newer_release, read_plan, readable_plans
 from l4queue.protocol.reads import Reads, WorkerView
 
 __all__ = (
@@ -26,6 +26,8 @@ __all__ = (
     "read_overview_async",
     "stage_loads",
 )
+
+_MAX_HISTORY = 32  # so many plans back is one looked for that this release can read
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +49,10 @@ class QueueView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Overview:
-    """The deployment at one moment of the server's clock. Workers are those with a valid lease."""
+    """The deployment at one moment of the server's clock. Workers are those with a valid lease.
+
+    Where this release cannot read the plan in force, `plan` is the latest published one that it can.
+    """
 
     now_ms: int
     plan: Plan
@@ -57,6 +62,9 @@ class Overview:
     queues: dict[str, QueueView]
     inbox: int
     counts: dict[str, int]
+    plan_version: int = 0  # of the plan in force, 0 where that is no number
+    has_unreadable_plan: bool = False
+    has_newer_plan: bool = False  # unreadable because only a newer release understands it
 
     def in_play(self, stage: str, *, quiet_ms: float) -> QueueView | None:
         """What waits in a queue and may be taken: background only after `quiet_ms` without other requests."""
@@ -69,7 +77,7 @@ def read_overview(door: Door, namespace: str) -> Overview:
     keys = Keys(namespace)
     first = door.run_many(_first(keys))
     second = door.run_many(_second(keys, first))
-    return _assemble(first, second)
+    return _assemble(keys, first, second)
 
 
 async def read_overview_async(door: AsyncDoor, namespace: str) -> Overview:
@@ -77,7 +85,7 @@ async def read_overview_async(door: AsyncDoor, namespace: str) -> Overview:
     keys = Keys(namespace)
     first = await door.run_many(_first(keys))
     second = await door.run_many(_second(keys, first))
-    return _assemble(first, second)
+    return _assemble(keys, first, second)
 
 
 def stage_loads(
@@ -135,21 +143,29 @@ def _first(keys: Keys) -> list[Call[Any]]:
 
 def _second(keys: Keys, first: list[Any]) -> list[Call[Any]]:
     reads = Reads(keys)
-    _, _, incarnations, backlog, _, _, _ = first
+    _, (_, body), incarnations, backlog, _, _, _ = first
     calls: list[Call[Any]] = [reads.worker(name, expires_ms) for name, expires_ms in incarnations]
     calls += [reads.queue_length(stage) for stage in backlog]
-    return calls + [reads.num_foreground(stage) for stage in backlog]
+    calls += [reads.num_foreground(stage) for stage in backlog]
+    is_readable = body is None or read_plan(body, key=keys.plan) is not None
+    return calls if is_readable else [*calls, reads.plan_history(count=_MAX_HISTORY)]
 
 
-def _assemble(first: list[Any], second: list[Any]) -> Overview:
+def _assemble(keys: Keys, first: list[Any], second: list[Any]) -> Overview:
     now_ms, (version, body), incarnations, backlog, counts, inbox, came_ms = first
     num_workers = len(incarnations)
     views: list[WorkerView] = [view for view in second[:num_workers] if view is not None]
-    lengths, others = second[num_workers:][: len(backlog)], second[num_workers:][len(backlog) :]
+    num_queues = len(backlog)
+    lengths, others = (second[num_workers + i * num_queues :][:num_queues] for i in range(2))
+    plan = read_plan(body, key=keys.plan)
+    is_unreadable = body is not None and plan is None
+    if is_unreadable:
+        history = readable_plans((text for _, _, text in second[-1]), key=keys.plans)
+        plan = max(history, key=lambda known: known.version, default=None)
     queues = {
         stage: QueueView(
             num_requests=length,
-            tokens=max(0, int(tokens)),
+            tokens=max(0, int(float(tokens))),
             num_foreground=other,
             foreground_ms=came_ms.get(stage),
         )
@@ -159,11 +175,14 @@ def _assemble(first: list[Any], second: list[Any]) -> Overview:
     alive = sorted((v for v in views if v.expires_ms > now_ms), key=lambda v: (v.worker_id, v.incarnation))
     return Overview(
         now_ms=now_ms,
-        plan=plan_from_json(body) if body is not None and version else Plan.one_stage(),
+        plan=plan or Plan.one_stage(),
         workers=tuple(view.load for view in alive),
-        costs=tuple(view.cost for view in alive),
-        prices=tuple(MovePrice(**view.price) for view in alive if view.price),
+        costs=tuple(view.cost.to_dict() if view.cost else None for view in alive),
+        prices=tuple(view.price for view in alive if view.price),
         queues=queues,
         inbox=inbox,
         counts={name: int(float(value)) for name, value in counts.items()},
+        plan_version=version,
+        has_unreadable_plan=is_unreadable,
+        has_newer_plan=is_unreadable and is_of_a_newer_release(body),
     )

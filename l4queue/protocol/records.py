@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from l4queue.compat import MAX_NUMBER, object_of
+from l4queue.errors import UnreadableValue
 from l4queue.models import RequestState
 from l4queue.policy.room import UNBOUNDED_TOKENS
 
@@ -140,8 +142,8 @@ class Grant:
             submitted_ms=int(row[8]),
             deadline_ms=int(row[9]) or None,
             stage=row[10].decode(),
-            came_from=row[11].decode(),
-            kv=row[12].decode(),
+            came_from=row[11].decode(errors="replace"),
+            kv=row[12].decode(errors="replace"),
             is_background=row[13] == b"1",
         )
 
@@ -169,11 +171,17 @@ class OutputEntry:
 
     @classmethod
     def parse(cls, entry_id: bytes, values: Mapping[bytes, bytes]) -> OutputEntry:
-        """From one stream entry, whose id begins with the token offset after it."""
+        """From one stream entry, whose id begins with the token offset after it.
+
+        UnreadableValue, or another ValueError, where no worker can have written it.
+        """
         state, logprobs = values.get(b"e"), values.get(b"l")
+        upto, _, kind = entry_id.partition(b"-")
         token_ids = tuple(unpack_ids(values.get(b"t", b"")))
+        if kind != (b"1" if state else b"0") or len(token_ids) > int(upto) or not (state or token_ids):
+            raise UnreadableValue("no entry of an output")
         return cls(
-            upto=int(entry_id.partition(b"-")[0]),
+            upto=int(upto),
             token_ids=token_ids,
             text=values.get(b"x", b"").decode(),
             state=RequestState(state.decode()) if state else None,
@@ -262,11 +270,24 @@ class RequestRecord:
         for name, raw in zip(cls.field_names(), row, strict=True):
             if raw is None or raw == b"":
                 continue
-            values[name] = raw.decode() if name in _TEXT_FIELDS else int(raw)
+            if name in _TEXT_FIELDS:
+                values[name] = raw.decode(errors="replace")
+            elif (
+                raw.isdigit() and len(raw) <= 16 and int(raw) <= MAX_NUMBER
+            ):  # what else is there is as good as nothing
+                values[name] = int(raw)
         if "state" not in values:
             return None
         values["state"] = RequestState(values["state"])
         return cls(request_id=request_id, **values)
+
+    @property
+    def body_fields(self) -> dict[str, Any]:
+        """The body as plain values, for what is only passed on; nothing of a body that is no JSON object."""
+        try:
+            return object_of(self.body, what="body")
+        except UnreadableValue:
+            return {}
 
     @property
     def was_resumed(self) -> bool:

@@ -10,7 +10,9 @@ from importlib.resources import files
 __all__ = ("Script", "all_scripts", "script")
 
 _NAMES = (
+    "aside",
     "ask",
+    "bury",
     "cancel",
     "emit",
     "expire",

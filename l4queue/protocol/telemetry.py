@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ from l4queue.protocol.door import Door
 from l4queue.protocol.keys import Keys
 from l4queue.protocol.overview import Overview, read_overview
 from l4queue.protocol.reads import Reads
+from l4queue.protocol.views import planned_ms
 
 __all__ = ("ServerMemory", "Telemetry", "read_telemetry")
 
@@ -67,8 +67,8 @@ def read_telemetry(door: Door, namespace: str) -> Telemetry:
         overview=overview,
         inbox_age_s=_age_s(since_ms, overview.now_ms),
         waiting_s=waiting_s,
-        histogram={name: int(value) for name, value in histogram.items()},
-        planned_ms=None if planner is None else int(json.loads(planner)["at_ms"]),
+        histogram={name: int(float(value)) for name, value in histogram.items()},
+        planned_ms=planned_ms(planner, key=reads.keys.memory),
         num_dead_letters=num_dead,
         memory=memory,
     )

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 from l4queue.config import Settings
 from l4queue.models import Plan
-from l4queue.policy.plan_json import plan_from_json
 from l4queue.protocol.calls import Call, Calls, Reaped
 from l4queue.protocol.door import AsyncDoor
+from l4queue.protocol.foreign import text
 from l4queue.protocol.keys import Keys, is_personal, personal_stage
+from l4queue.protocol.plans import read_plan
 from l4queue.protocol.reads import Reads
 from l4queue.protocol.wire import ServerFull
 
@@ -66,11 +67,14 @@ class Upkeep:
         reaped, expired, (version, body), backlog, incarnations = await self._door.run_many(
             [reap, self._calls.expire(limit=_LIMIT), *looks]
         )
-        if body is not None and version > plan.version:  # who routes nothing for a while has an old one
-            plan = plan_from_json(body)
+        known: Plan | None = plan
+        if body is not None and version != plan.version:  # who routes nothing for a while has an old one
+            newer = read_plan(body, key=self._keys.plan)
+            known = newer if newer is None or newer.version > plan.version else plan
         alive = {personal_stage(name.rpartition(":")[0]) for name, _ in incarnations}
-        gone = [s for s, tokens in backlog.items() if int(tokens) > 0 and _is_gone(s, plan, alive)]
-        moves = [self._calls.migrate(source=s, highs=plan.highs, limit=_LIMIT) for s in gone]
+        gone = [s for s, tokens in backlog.items() if float(tokens) > 0 and _is_gone(s, known, alive)]
+        highs = (known or plan).highs
+        moves = [self._calls.migrate(source=s, highs=highs, limit=_LIMIT) for s in gone]
         report = UpkeepReport(
             num_requeued=reaped.num_requeued,
             num_dead=reaped.num_dead,
@@ -86,7 +90,7 @@ class Upkeep:
         """Move what waits to the stages where it belongs by a new plan; how many moved."""
         backlog = await self._door.run(self._reads.backlog())
         total = 0
-        for source in sorted(s for s, tokens in backlog.items() if s.isdigit() and int(tokens) > 0):
+        for source in sorted(s for s, tokens in backlog.items() if s.isdigit() and float(tokens) > 0):
             skip, num_seen = 0, _LIMIT
             while num_seen == _LIMIT:
                 answer = await self._door.run(
@@ -127,11 +131,12 @@ class Upkeep:
         return len(mended)
 
 
-def _is_gone(stage: str, plan: Plan, alive: set[str]) -> bool:
+def _is_gone(stage: str, plan: Plan | None, alive: set[str]) -> bool:
+    """Which stages there are nobody knows who cannot read the plan in force."""
     if is_personal(stage):
         return stage not in alive
-    return stage.isdigit() and int(stage) >= len(plan.stages)
+    return plan is not None and stage.isdecimal() and int(stage[:9]) >= len(plan.stages)
 
 
 def _page(reply: tuple[int | bytes, list[bytes]]) -> tuple[int, list[str]]:
-    return int(reply[0]), [key.decode() for key in reply[1]]
+    return int(reply[0]), [text(key) for key in reply[1]]

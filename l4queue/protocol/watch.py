@@ -111,6 +111,13 @@ def _move(request_id: str, line: dict[str, Any]) -> Move | None:
     kind = str(line["what"])
     if kind not in _MOVES:
         return None
+    try:
+        return _told(request_id, kind, line)
+    except (KeyError, TypeError, ValueError):  # another release tells it in other words
+        return None
+
+
+def _told(request_id: str, kind: str, line: dict[str, Any]) -> Move:
     taken = kind == "stolen"  # waiting in another stage's queue: then it is the worker that moved it
     return Move(
         at_ms=int(line["at_ms"]),

@@ -21,7 +21,9 @@ __all__ = (
     "confirmed",
     "explain",
     "first_missing",
+    "is_foreign_type",
     "is_passing",
+    "keys_of",
     "parse_replies",
     "redacted",
 )
@@ -88,6 +90,17 @@ def is_passing(error: Exception) -> bool:
     return isinstance(error, rx.ResponseError) and (
         text.startswith(_PASSING) or any(word in text for word in _IN_SCRIPT)
     )
+
+
+def is_foreign_type(error: Exception) -> bool:
+    """Whether a key is of another type than ours: somebody else wrote under our names."""
+    return isinstance(error, rx.ResponseError) and "WRONGTYPE" in str(error)
+
+
+def keys_of(calls: Sequence[Call[Any]]) -> tuple[str, ...]:
+    """The keys of plain commands; scripts see to theirs."""
+    found = (call.args[1] for call in calls if call.script is None and len(call.args) > 1)
+    return tuple(dict.fromkeys(key for key in found if isinstance(key, str) and "}:" in key))
 
 
 def parse_replies(calls: Sequence[Call[Any]], replies: Sequence[Any]) -> list[Any]:

@@ -8,6 +8,7 @@ import pytest
 
 from l4queue.config import Settings
 from l4queue.models import Plan, RequestState, StagePlan
+from l4queue.policy.cost import StepCost
 from l4queue.protocol.calls import Verdict
 from l4queue.protocol.door import AsyncDoor
 from l4queue.protocol.upkeep import Upkeep
@@ -107,14 +108,15 @@ def test_a_lost_worker_adds_no_counters(scene: Scene) -> None:
 def test_a_heartbeat_publishes_load_and_extends_the_lease(scene: Scene) -> None:
     """As others read it."""
     now_ms = scene.door.run(scene.reads.server_time_ms())
-    told = {"load": {"worker_id": "w1", "num_running": 3}, "cost": {"alpha_ms": 2.5}}
+    cost = StepCost(alpha_ms=2.5, beta_ms=0.1, gamma_ms=0.0, pi_ms=0.0, psi_ms=0.0)
+    told = {"load": {"worker_id": "w1", "num_running": 3}, "cost": cost.to_dict()}
     scene.register(lease_ms=5_000, load=json.dumps(told))
     ((name, expires_ms),) = scene.door.run(scene.reads.incarnations())
 
     view = scene.door.run(scene.reads.worker(name, expires_ms))
 
     assert view is not None
-    assert (view.worker_id, view.load.num_running, view.cost) == ("w1", 3, {"alpha_ms": 2.5})
+    assert (view.worker_id, view.load.num_running, view.cost) == ("w1", 3, cost)
     assert now_ms + 5_000 <= expires_ms <= now_ms + 65_000
     assert scene.door.run(scene.reads.worker("nobody", 0)) is None
 

@@ -14,6 +14,7 @@ from l4queue.errors import QueueFull
 from l4queue.models import TERMINAL, RequestState
 from l4queue.protocol.calls import Call, Verdict
 from l4queue.protocol.door import Door
+from l4queue.protocol.foreign import text
 from l4queue.protocol.records import OutputEntry, RequestRecord
 
 __all__ = ("Ended", "Flight", "Submission", "Ticket")
@@ -128,7 +129,7 @@ class Flight:
         found = self._door.wait({self._mailbox: self._last_mail}, block_s=block_s, count=1000)
         for entry_id, values in found.get(self._mailbox, ()):
             self._last_mail = entry_id.decode()
-            request_id = values[b"i"].decode()
+            request_id = text(values.get(b"i", b""))
             if request_id in self._pending:
                 self._ended[request_id] = None
         if time.monotonic() >= self._look_s:

@@ -7,13 +7,20 @@
 local v = redis.call('HMGET', KEYS[1], 'state', 'owner', 'epoch', 'offset', 'first_token_ms', 'moved_ms',
   'followers')
 if not is_owner(v, ARGV[1], ARGV[2]) then return 'FENCED' end
-local have, from, upto = tonumber(v[4]), tonumber(ARGV[3]), ARGV[3] + ARGV[4]
+local id, have, from, upto = string.sub(KEYS[1], #P + 5), whole(v[4]), tonumber(ARGV[3]), ARGV[3] + ARGV[4]
+if not have then
+  condemn(id, 'offset')
+  return 'FENCED'
+end
 if upto <= have then return 'DUP' end
 if from < have then return 'HAVE:' .. v[4] end
 if from > have then return 'GAP:' .. v[4] end
 redis.call('HDEL', KEYS[1], '-')
 resumed(KEYS[1], v[6])
-append(KEYS[2], upto, ARGV[5], ARGV[6], ARGV[7], v[7])
+if not append(KEYS[2], upto, ARGV[5], ARGV[6], ARGV[7], v[7]) then
+  condemn(id, 'output')
+  return 'FENCED'
+end
 if v[5] then
   redis.call('HSET', KEYS[1], 'offset', int(upto))
 else

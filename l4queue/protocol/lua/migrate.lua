@@ -8,7 +8,10 @@ local n, ids = 0, redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', '+inf', 'LIMIT', 
 for _, id in ipairs(ids) do
   local rk = P .. 'req:' .. id
   local v = redis.call('HMGET', rk, 'state', 'stage', 'prompt_tokens', 'offset', 'score')
-  if v[1] == 'queued' and v[2] == ARGV[1] then
+  local what = v[1] == 'queued' and v[2] == ARGV[1] and fault(id)
+  if what then
+    condemn(id, what)
+  elseif v[1] == 'queued' and v[2] == ARGV[1] then
     local tokens, to = tonumber(v[3]) + tonumber(v[4]), 0
     while ARGV[4 + to] and tokens >= tonumber(ARGV[4 + to]) do to = to + 1 end
     to = int(to)

@@ -3,6 +3,51 @@
 -- A server out of memory refuses a script's first command that needs memory, but not those after a write
 -- that needs none: scripts that drain the queue therefore begin with ZREM, SREM or DEL.
 local P = string.match(KEYS[1], '^{[^}]*}:')
+
+-- Anybody who can write to Redis can write anything under our names. A command that fails on that sets it aside and
+-- is run again; every script calls Redis this way.
+local server, redis, heal = redis, {pcall = redis.pcall}, nil
+function redis.call(...)
+  local reply = server.pcall(...)
+  if type(reply) ~= 'table' or not reply.err then return reply end
+  heal(reply.err, ...)
+  return server.call(...)  -- any other error is raised as ever
+end
+
+-- The types of our keys by the first part of their names.
+local TYPES = {['in'] = 'stream', out = 'stream', wake = 'stream', ctl = 'stream', mail = 'stream', news = 'stream', plans = 'stream',
+  decisions = 'stream', finished = 'stream', dead = 'stream', req = 'hash', w = 'hash', counts = 'hash', hist = 'hash',
+  backlog = 'hash', foreground = 'hash', plan = 'hash', q = 'zset', workers = 'zset', deadlines = 'zset', held = 'set', lost = 'hash',
+  tick = 'string', memory = 'string', d = 'string'}
+
+-- Adds a dead letter. Only the first bytes are kept.
+local function bury(name, why, bytes)
+  redis.call('XADD', P .. 'dead', 'MAXLEN', '~', 10000, '*', 'i', name, 'why', why, 'bytes', string.sub(bytes, 1, 16384))
+end
+
+-- Renames a key that is of another type than ours, or spoiled: foreign:<name>, for a week. False where it is sound.
+local function set_aside(key, is_spoiled)
+  local name = string.sub(key, #P + 1)
+  local kind, ours = server.pcall('TYPE', key).ok, TYPES[string.match(name, '^[^:]+') or '']
+  if not ours or kind == 'none' or kind == ours and not is_spoiled then return false end
+  local bytes = kind == 'string' and server.call('GETRANGE', key, 0, 16383) or server.call('DUMP', key)
+  server.call('RENAME', key, P .. 'foreign:' .. name)
+  server.call('PEXPIRE', P .. 'foreign:' .. name, 604800000)
+  bury(name, is_spoiled and 'no entry can be added any more' or 'a ' .. kind .. ' instead of a ' .. ours, bytes)
+  return true
+end
+
+function heal(err, command, key, field)
+  if string.find(err, 'WRONGTYPE', 1, true) then
+    set_aside(key)
+  elseif command == 'XADD' and (string.find(err, 'equal or smaller', 1, true) or string.find(err, 'last possible', 1, true)) then
+    set_aside(key, true)
+  elseif command == 'HINCRBY' and string.find(err, 'hash value is not an integer', 1, true) then
+    local bytes = server.call('HGET', key, field)
+    server.call('HDEL', key, field)
+    bury(string.sub(key, #P + 1) .. ' ' .. field, 'not a number', bytes)
+  end
+end
 -- Scores from here on are those of background requests: l4queue/policy/queue_order.py.
 local BACKGROUND = 2 ^ 50
 
@@ -15,6 +60,11 @@ local function int(n)
   return string.format('%.0f', n)
 end
 
+-- A record's number as a script may use it: a whole one that a double holds; nil else.
+local function whole(value)
+  return value and #value <= 15 and string.find(value, '^%d+$') and tonumber(value) or nil
+end
+
 -- Tells the followers of a request (client ids, split by spaces) that `upto` tokens exist or that it has ended. A client
 -- that has gone is told nothing: only itself makes its news stream, and keeps it alive.
 local function tell(followers, id, upto, ...)
@@ -25,17 +75,24 @@ end
 
 -- Appends tokens to an output stream; the entry id is the offset after them. `logprobs` only where asked for. Followers
 -- get the same, or only the offset where it is large: then they read the output stream.
+-- False where the stream holds what no worker wrote, so that they cannot follow.
 local function append(out, upto, ids, text, logprobs, followers)
   local entry = {'t', ids, 'x', text}
   if logprobs then entry[5], entry[6] = 'l', logprobs end
-  redis.call('XADD', out, int(upto) .. '-0', unpack(entry))
-  if not followers then return end
+  local reply = redis.pcall('XADD', out, int(upto) .. '-0', unpack(entry))
+  local err = type(reply) == 'table' and reply.err
+  if err then
+    if string.find(err, 'WRONGTYPE', 1, true) or string.find(err, 'equal or smaller', 1, true) then return false end
+    return server.call('XADD', out, int(upto) .. '-0', 't', ids)  -- raises what it was
+  end
+  if not followers then return true end
   local id = string.sub(out, #P + 5)
   if #ids + #text + #(logprobs or '') > 1024 then
     tell(followers, id, upto)
   else
     tell(followers, id, upto, unpack(entry))
   end
+  return true
 end
 
 -- Puts a request into a stage queue and wakes its waiting workers. `tokens` is its current length.
@@ -74,15 +131,18 @@ local function settle(id, state, text, facts)
   local v = redis.call('HMGET', rk, 'state', 'owner', 'stage', 'charge_tokens', 'charge_bytes', 'offset',
     'client', 'ttl_ms', 'prompt_tokens', 'submitted_ms', 'queued_ms', 'started_ms', 'first_token_ms',
     'worker', 'crashes', 'entry', 'followers')
-  local t, offset, ttl = now_ms(), tonumber(v[6]) or 0, tonumber(v[8])
+  for _, i in ipairs({4, 5, 6, 8, 9, 10, 11, 12, 13, 15}) do
+    if not whole(v[i]) then v[i] = false end
+  end
+  local t, offset, ttl = now_ms(), tonumber(v[6] or 0), v[8] or '86400000'
   redis.call('ZREM', P .. 'deadlines', id)
-  if v[1] == 'queued' then dequeue(id, v[3], tonumber(v[9]) + offset) end
+  if v[1] == 'queued' and v[3] then dequeue(id, v[3], (v[9] or 0) + offset) end
   if v[1] == 'submitted' and v[16] then
-    redis.call('XACK', P .. 'in', 'd', v[16])
-    redis.call('XDEL', P .. 'in', v[16])
+    redis.pcall('XACK', P .. 'in', 'd', v[16])
+    redis.pcall('XDEL', P .. 'in', v[16])
   end
   if v[2] then redis.call('SREM', P .. 'held:' .. v[2], id) end
-  if v[1] == 'running' and state ~= 'done' and state ~= 'failed' then hint(v[2], id) end
+  if v[1] == 'running' and v[2] and state ~= 'done' and state ~= 'failed' then hint(v[2], id) end
   redis.call('HDEL', rk, 'owner', 'prompt', 'ids', 'entry', 'followers')
   redis.call('HSET', rk, 'state', state, 'finished_ms', int(t), unpack(facts))
   redis.call('XADD', P .. 'out:' .. id, int(offset) .. '-1', 'e', state, 'x', text)
@@ -90,12 +150,12 @@ local function settle(id, state, text, facts)
   redis.call('PEXPIRE', P .. 'out:' .. id, ttl)
   local counts = P .. 'counts'
   redis.call('HINCRBY', counts, 'live', -1)
-  redis.call('HINCRBY', counts, 'live_tokens', -v[4])
-  redis.call('HINCRBY', counts, 'live_bytes', -v[5])
+  redis.call('HINCRBY', counts, 'live_tokens', -(v[4] or 0))
+  redis.call('HINCRBY', counts, 'live_bytes', -(v[5] or 0))
   redis.call('HINCRBY', counts, state, 1)
   redis.call('HINCRBY', counts, 'output_tokens', offset)
   redis.call('XADD', P .. 'finished', 'MAXLEN', '~', 20000, '*', 'i', id, 's', state,
-    'p', v[9] or 0, 'o', int(offset), 'a', v[10], 'q', v[11] or '', 'b', v[12] or '', 'f', v[13] or '',
+    'p', v[9] or 0, 'o', int(offset), 'a', v[10] or '', 'q', v[11] or '', 'b', v[12] or '', 'f', v[13] or '',
     'd', int(t), 'g', v[3] or '', 'w', v[14] or '', 'c', v[15] or 0)
   if v[7] and v[7] ~= '' then
     local mail = P .. 'mail:' .. v[7]
@@ -107,6 +167,39 @@ local function settle(id, state, text, facts)
   else
     tell(v[17], id, offset, 'e', state, 'x', text)
   end
+end
+
+-- What no script can work on in the record of a live request: the name of a field; nil where it is sound.
+local REQUIRED = {'epoch', 'offset', 'crashes', 'charge_tokens', 'charge_bytes', 'ttl_ms', 'submitted_ms', 'prompt_tokens'}
+local OPTIONAL = {'deadline_ms', 'queued_ms', 'started_ms', 'first_token_ms', 'moved_ms'}
+local function fault(id)
+  if not string.find(id, '^[!-+%-.-~]+$') then return 'id' end
+  local rk = P .. 'req:' .. id
+  local state, stage, score = unpack(redis.call('HMGET', rk, 'state', 'stage', 'score'))
+  local required, optional = redis.call('HMGET', rk, unpack(REQUIRED)), redis.call('HMGET', rk, unpack(OPTIONAL))
+  local num = state == 'submitted' and #REQUIRED - 1 or #REQUIRED
+  for i = 1, num do
+    if not whole(required[i]) then return REQUIRED[i] end
+  end
+  for i, value in ipairs(optional) do
+    if value and not whole(value) then return OPTIONAL[i] end
+  end
+  if state == 'submitted' then return nil end
+  if not stage or stage == '' then return 'stage' end
+  if not tonumber(score) or math.abs(tonumber(score)) >= 2 ^ 53 then return 'score' end
+  return nil
+end
+
+-- Ends a live request whose record no script can work on: its bytes, shortened, are a dead letter.
+local function condemn(id, what)
+  local rk, parts = P .. 'req:' .. id, {}
+  redis.call('ZREM', P .. 'deadlines', id)
+  for i, part in ipairs(redis.call('HGETALL', rk)) do
+    parts[i] = string.sub(part, 1, 1000) .. (i % 2 == 1 and '=' or '\n')
+  end
+  local why = 'its record cannot be read: ' .. what
+  bury(id, why, table.concat(parts))
+  settle(id, 'failed', '', {'error', why, 'field', what, 'finish_reason', 'invalid'})
 end
 
 -- Adds a line to a request's ledger, which `l4queue explain` tells. Ordinary steps leave none: the record has
@@ -121,7 +214,8 @@ end
 -- Returns a running request to a queue, and says why in its ledger. With two crashes to its name it waits to be
 -- run alone, and remembers its stage as `home`; with fewer it does not. `line` has what is to be said besides.
 local function requeue(id, stage, score, line)
-  local rk = P .. 'req:' .. id
+  local rk, what = P .. 'req:' .. id, fault(id)
+  if what then return condemn(id, what) end
   local v = redis.call('HMGET', rk, 'owner', 'crashes', 'prompt_tokens', 'offset', 'stage', 'score', 'worker',
     'home')
   if v[1] then redis.call('SREM', P .. 'held:' .. v[1], id) end
@@ -145,8 +239,9 @@ end
 -- Notes for how long a moved request made no token, with the first one that its new worker writes.
 local function resumed(rk, moved_ms)
   if not moved_ms then return end
-  local gap = now_ms() - moved_ms
   redis.call('HDEL', rk, 'moved_ms')
+  if not whole(moved_ms) then return end
+  local gap = now_ms() - moved_ms
   redis.call('HINCRBY', P .. 'counts', 'resumes', 1)
   redis.call('HINCRBY', P .. 'counts', 'resume_gap_ms', int(gap))
   note(rk, {what = 'resumed', gap_ms = gap})

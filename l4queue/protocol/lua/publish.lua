@@ -3,7 +3,7 @@
 -- ARGV  1 version it replaces  2 version  3 body (JSON)
 -- Returns 'OK' | 'DUP' | 'STALE:<version>'
 local v = redis.call('HMGET', KEYS[1], 'version', 'body')
-local version = v[1] or '0'
+local version = whole(v[1]) and v[1] or '0'
 if version == ARGV[2] and v[2] == ARGV[3] then return 'DUP' end
 if version ~= ARGV[1] then return 'STALE:' .. version end
 redis.call('HSET', KEYS[1], 'version', ARGV[2], 'body', ARGV[3], 'published_ms', int(now_ms()))

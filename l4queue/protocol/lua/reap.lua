@@ -7,7 +7,7 @@
 -- ARGV  1 most requests  2 gap that counts as an outage (ms)  3 grace (ms)  4 crashes alone that condemn
 -- Returns {requeued, dead, graced (0|1)}
 local t = now_ms()
-local last = tonumber(redis.call('GET', KEYS[2]) or t)
+local last = whole(redis.call('GET', KEYS[2])) or t
 redis.call('DEL', KEYS[2])
 redis.call('SET', KEYS[2], int(t))
 local graced = 0

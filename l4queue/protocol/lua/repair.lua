@@ -2,16 +2,21 @@
 -- The other scripts keep this true; a repair is an alarm that something else wrote to these keys.
 -- KEYS  1 req:<id>  2 in (stream)  3 workers (zset)
 -- ARGV  1 id  2 least age of a submitted request that counts as forgotten (ms)
--- Returns 'FINE' | 'INBOX' | 'QUEUE' | 'LEASE' (what was missing)
+-- Returns 'FINE' | 'INBOX' | 'QUEUE' | 'LEASE' (what was missing) | 'RECORD' (it cannot be read: failed)
 local function mended(what)
   redis.call('HINCRBY', P .. 'counts', 'repairs', 1)
   return what
 end
 local v = redis.call('HMGET', KEYS[1], 'state', 'owner', 'stage', 'score', 'prompt_tokens', 'offset',
   'submitted_ms', 'entry')
+local what = (v[1] == 'submitted' or v[1] == 'queued' or v[1] == 'running') and fault(ARGV[1])
+if what then
+  condemn(ARGV[1], what)
+  return mended('RECORD')
+end
 if v[1] == 'submitted' then
   if now_ms() - (tonumber(v[7]) or 0) < tonumber(ARGV[2]) then return 'FINE' end
-  if v[8] and #redis.call('XRANGE', KEYS[2], v[8], v[8]) > 0 then return 'FINE' end
+  if v[8] and #redis.pcall('XRANGE', KEYS[2], v[8], v[8]) > 0 then return 'FINE' end
   redis.call('HDEL', KEYS[1], 'entry')
   redis.call('HSET', KEYS[1], 'entry', redis.call('XADD', KEYS[2], '*', 'i', ARGV[1]))
   return mended('INBOX')

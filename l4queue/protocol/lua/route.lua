@@ -9,6 +9,11 @@ redis.call('XACK', KEYS[1], 'd', ARGV[2])
 redis.call('XDEL', KEYS[1], ARGV[2])
 local v = redis.call('HMGET', KEYS[2], 'state', 'charge_tokens')
 if v[1] ~= 'submitted' then return 'DUP' end
+local what = fault(ARGV[1])
+if what then
+  condemn(ARGV[1], what)
+  return 'DUP'
+end
 local charge = ARGV[5] + ARGV[6]
 redis.call('HDEL', KEYS[2], 'prompt', 'entry')
 redis.call('HSET', KEYS[2], 'state', 'queued', 'stage', ARGV[3], 'score', ARGV[4], 'prompt_tokens', ARGV[5],

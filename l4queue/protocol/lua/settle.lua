@@ -8,11 +8,18 @@ local v = redis.call('HMGET', KEYS[1], 'state', 'owner', 'epoch', 'offset', 'fir
   'moved_ms', 'followers')
 if v[1] == ARGV[9] and v[6] == ARGV[3] then return 'DUP' end
 if not is_owner(v, ARGV[2], ARGV[3]) then return 'FENCED' end
-local have, upto = tonumber(v[4]), ARGV[4] + ARGV[5]
+local have, upto = whole(v[4]), ARGV[4] + ARGV[5]
+if not have then
+  condemn(ARGV[1], 'offset')
+  return 'FENCED'
+end
 if upto ~= have then
   if tonumber(ARGV[4]) ~= have then return 'GAP:' .. v[4] end
   redis.call('SREM', P .. 'held:' .. ARGV[2], ARGV[1])
-  append(KEYS[2], upto, ARGV[6], ARGV[7], ARGV[13], v[8])
+  if not append(KEYS[2], upto, ARGV[6], ARGV[7], ARGV[13], v[8]) then
+    condemn(ARGV[1], 'output')
+    return 'FENCED'
+  end
   redis.call('HSET', KEYS[1], 'offset', int(upto))
   resumed(KEYS[1], v[7])
   if not v[5] then redis.call('HSET', KEYS[1], 'first_token_ms', int(now_ms())) end

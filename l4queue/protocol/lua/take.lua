@@ -51,7 +51,7 @@ local personal = string.sub(ARGV[7], 1, 1) == '@'
 local stolen = not solo and not personal and ARGV[11] ~= ARGV[7]
 local most = solo and math.min(1, ARGV[3]) or tonumber(ARGV[3])
 local background, longest_background = most, longest
-if now - (redis.call('HGET', P .. 'foreground', ARGV[11]) or 0) < tonumber(ARGV[15]) then
+if now - (whole(redis.call('HGET', P .. 'foreground', ARGV[11])) or 0) < tonumber(ARGV[15]) then
   background, longest_background = tonumber(ARGV[16]), tonumber(ARGV[17])
 end
 local shares, sharers = {most, most}, tonumber(ARGV[10])
@@ -114,6 +114,9 @@ repeat  -- again for those that were only dropped; bounded, as nobody else is se
       local full = #list > 0 and prefill <= 0 or not first and (room < tokens + ARGV[5] or tokens > longest)
       if v[1] ~= 'queued' or v[12] ~= ARGV[7] then
         dequeue(id, ARGV[7], 0)
+        gone, left = gone + 1, left - 1
+      elseif fault(id) or not v[4] or not v[5] or #v[5] % 4 > 0 then
+        condemn(id, fault(id) or 'ids')
         gone, left = gone + 1, left - 1
       elseif v[11] and tonumber(v[11]) <= now then
         settle(id, 'expired', '', {'error', 'its deadline passed while it was queued'})

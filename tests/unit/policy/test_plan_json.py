@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from l4queue.errors import ConfigError
 from l4queue.models import Plan, StagePlan
-from l4queue.policy.plan_json import plan_from_json, plan_to_json
+from l4queue.policy.plan_json import NewerPlan, plan_from_json, plan_to_json
 
 
 @st.composite
@@ -93,8 +93,8 @@ GOOD = {
         (lambda p: p["stages"][0].update(low_tokens=0.5), "low_tokens"),
         (lambda p: p["stages"][0].update(worker_ids=["b"]), "twice"),
         (lambda p: p["stages"][0].update(worker_ids="ab"), "worker_ids"),
-        (lambda p: p["stages"][0].update(colour="red"), "colour"),
-        (lambda p: p.update(extra=1), "extra"),
+        (lambda p: p.update(v="one"), "v must be"),
+        (lambda p: p.update(version=2**60), "version"),
         (lambda p: p.update(version=None), "version"),
         (lambda p: p.update(objective="low"), "objective"),
         (lambda p: p.update(reason=3), "reason"),
@@ -110,6 +110,22 @@ def test_a_broken_plan_is_refused_with_what_is_wrong(change, message: str) -> No
 
     with pytest.raises(ConfigError, match=message):
         plan_from_json(json.dumps(data))
+
+
+def test_fields_of_another_release_are_ignored() -> None:
+    """In the plan and in its stages; nothing else changes."""
+    data = json.loads(json.dumps(GOOD))
+    data.update(extra=1, v=1)
+    data["stages"][0].update(colour="red")
+
+    assert plan_from_json(json.dumps(data)) == plan_from_json(json.dumps(GOOD))
+
+
+@pytest.mark.parametrize("change", [{"v": 2}, {"routing": "by-moonlight"}])
+def test_a_plan_that_only_a_newer_release_understands_says_so(change) -> None:
+    """It is not broken: whoever published it goes by it."""
+    with pytest.raises(NewerPlan):
+        plan_from_json(json.dumps(GOOD | change))
 
 
 def test_numbers_that_are_not_finite_are_refused_both_ways() -> None:
