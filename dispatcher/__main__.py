@@ -31,7 +31,7 @@ async def keep_up(dispatcher: Dispatcher, upkeep: Upkeep, door: AsyncDoor, stopp
             await upkeep.run_once(dispatcher.plan)
             await dispatcher.adopt_once()
             if dispatcher.idle_s < _SLOW_ROUND_S:
-                await door.run(dispatcher_alive(dispatcher.keys, socket.gethostname()))
+                await door.offer(dispatcher_alive(dispatcher.keys, socket.gethostname()))
             if loop.time() >= next_slow:
                 next_slow = loop.time() + _SLOW_ROUND_S
                 await upkeep.measure_drain()

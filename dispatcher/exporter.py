@@ -47,7 +47,7 @@ class Exporter:
             try:
                 self._latencies.follow()
             except L4QueueError as error:
-                log.warning("cannot follow what finishes: %s", error)
+                log.debug("cannot follow what finishes: %s", error)  # the door has said so
 
     def collect(self) -> Iterator[Metric]:
         """All of it; while Redis is away only that it is, and the latencies seen so far."""
@@ -57,7 +57,7 @@ class Exporter:
                 self._latencies.follow()
                 telemetry = read_telemetry(self._door, self._settings.namespace)
             except L4QueueError as error:
-                log.warning("cannot read the deployment: %s", error)
+                log.debug("cannot read the deployment: %s", error)
                 telemetry = None
             families.gauge("redis_up", "Whether the exporter can read Redis", {(): float(telemetry is not None)})
             self._latencies.describe(families)
@@ -75,7 +75,7 @@ def serve(settings: Settings) -> None:
     stopping = Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
-    door = Door(settings.redis_url, retry_s=_RETRY_S)
+    door = Door(settings.redis_url, retry_s=_RETRY_S, says_outages=True)
     exporter = Exporter(settings, door)
     try:
         with MetricsServer(settings, exporter):

@@ -35,6 +35,7 @@ from l4queue.sim.shadow import decide, why_settled
 __all__ = ("refine_once", "replan_once")
 
 _BACKLOG_SAMPLE = 1000
+_RETRY_S = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,7 +119,7 @@ async def refine_once(settings: Settings) -> str:
 
 
 async def _with_door(settings: Settings, work: Callable[[AsyncDoor, Settings], Awaitable[str]]) -> str:
-    door = AsyncDoor(settings.redis_url)
+    door = AsyncDoor(settings.redis_url, retry_s=_RETRY_S, says_outages=True)
     try:
         return await work(door, settings)
     finally:

@@ -229,6 +229,8 @@ def celery_settings(settings: Settings) -> dict[str, Any]:
         "task_acks_late": True,
         "worker_send_task_events": True,
         "broker_connection_retry_on_startup": True,
+        # A broker that refuses (disk full, no memory, no right) is waited for as one that is away.
+        "broker_channel_error_retry": True,
         "broker_transport_options": {
             "visibility_timeout": 60,
             "global_keyprefix": f"{settings.namespace}-celery:",

@@ -138,9 +138,8 @@ class Mover:
         if request is None or victim is None:
             return
         self._last_ask_ms = _now_ms()
-        await state.door.run(
-            state.calls.ask(victim.incarnation, message=json.dumps({"v": FORMAT, "ask": asdict(request)}))
-        )
+        message = json.dumps({"v": FORMAT, "ask": asdict(request)})
+        await state.door.offer(state.calls.ask(victim.incarnation, message=message))
 
     def answer(self, message: str) -> None:
         """A sibling asks: move what pays to it. UnreadableValue where it asks what this release does not know."""

@@ -178,7 +178,7 @@ class TraceSender:
         self._exporting = exporting
         self._namespace = settings.namespace
         self._reads = Reads(Keys(settings.namespace))
-        self._door = Door(settings.redis_url, retry_s=_RETRY_S, max_connections=2)
+        self._door = Door(settings.redis_url, retry_s=_RETRY_S, max_connections=2, says_outages=True)
         self._ended: deque[str] = deque(maxlen=capacity)
         self._wake = threading.Event()
         self._stopping = threading.Event()
@@ -244,7 +244,7 @@ class TraceSender:
                 try:
                     self.send(batch)
                 except L4QueueError as error:
-                    log.warning("traces wait for Redis: %s", error)
+                    log.debug("traces wait for Redis: %s", error)  # the door has said so
                     self._ended.extendleft(reversed(batch))
                     if self._stopping.wait(_RETRY_S):
                         return

@@ -3,36 +3,38 @@
 from __future__ import annotations
 
 import asyncio
-import time
+import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
 
 import redis
 import redis.asyncio as aredis
-from redis.exceptions import RedisError
 
 from l4queue.protocol.calls import Call
 from l4queue.protocol.connect import connect, connect_async, parse_url
 from l4queue.protocol.foreign import Finding, burial, gathered, set_aside
 from l4queue.protocol.reads import StreamEntry, parse_entries
 from l4queue.protocol.scripts import all_scripts
+from l4queue.protocol.trouble import FAILURES, Outage, outage_of
 from l4queue.protocol.wire import (
-    backoff_s,
+    Tries,
+    Waits,
     command,
     confirmation,
     confirmed,
     explain,
+    first_error,
     first_missing,
     is_foreign_type,
-    is_passing,
     keys_of,
-    parse_replies,
+    names_of,
 )
 
 __all__ = ("AsyncDoor", "Door")
 
 T = TypeVar("T")
+_READ = "XREAD"
 _MAX_BLOCK_S = 30.0
 _SOCKET_TIMEOUT_S = 5.0
 _MAX_WAITERS = 4096  # each blocking read holds a connection; Redis accepts 10,000 by default
@@ -41,12 +43,24 @@ _MAX_WAITERS = 4096  # each blocking read holds a connection; Redis accepts 10,0
 class Door:
     """Blocking executor. Thread-safe: each thread borrows its own connection.
 
-    `retry_s` bounds how long a call is tried again while Redis is away; then ServiceUnavailable.
+    `retry_s` bounds how long a call is tried again while Redis is away or refuses it; then ServiceUnavailable.
+    None means for ever, until `close`: services outlive an outage of Redis. `says_outages` logs each outage once;
+    by default where it is waited for without end.
     """
 
-    def __init__(self, url: str, *, retry_s: float = 10.0, max_connections: int = 64) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        retry_s: float | None = 10.0,
+        max_connections: int = 64,
+        says_outages: bool | None = None,
+    ) -> None:
         self.url = url
         self.retry_s = retry_s
+        self._outage = _outage(url, retry_s, says_outages)
+        self.waits = Waits(url, retry_s, self._outage)
+        self._closed = threading.Event()
         address = parse_url(url)
         pool, waiters = redis.BlockingConnectionPool, redis.ConnectionPool
         self._client = connect(address, pool=pool, timeout_s=_SOCKET_TIMEOUT_S, most=max_connections)
@@ -60,24 +74,36 @@ class Door:
 
     def run_many(self, calls: Sequence[Call[Any]]) -> list[Any]:
         """Execute calls in one round trip, in order; all are repeated together when the connection breaks."""
+        found, error = self._try(calls, retry_s=self.retry_s)
+        if error is not None:
+            raise explain(error, self.url) from error
+        return found
+
+    def offer(self, call: Call[T]) -> T | None:
+        """Execute one call that may be left out, such as a hint, in one try; None while Redis does not take it."""
+        found, error = self._try((call,), retry_s=0.0)
+        return None if error is not None else found[0]
+
+    def _try(self, calls: Sequence[Call[Any]], *, retry_s: float | None) -> tuple[list[Any], Exception | None]:
+        """The values, or the error by which time ran out."""
         if not calls:
-            return []
-        deadline = time.monotonic() + self.retry_s
-        was_cleared = False
-        for pause_s in backoff_s():
+            return [], None
+        tries = Tries(names_of(calls), url=self.url, retry_s=retry_s, outage=self._outage)
+        while True:
             try:
-                with gathered() as found:
-                    values = parse_replies(calls, self._exchange(calls))
-                self._bury(found)
-                return values
-            except RedisError as error:
-                if is_foreign_type(error) and not was_cleared:
-                    was_cleared = self._clear(keys_of(calls))
+                replies = first_error(self._exchange(calls))
+            except FAILURES as error:
+                if is_foreign_type(error) and tries.may_clear() and self._clear(keys_of(calls)):
                     continue
-                if not is_passing(error) or time.monotonic() + pause_s > deadline:
-                    raise explain(error, self.url) from error
-            time.sleep(pause_s)
-        raise AssertionError("unreachable")
+                pause_s = tries.failed(error)
+                if pause_s is None or self._closed.wait(pause_s):
+                    return [], error
+            else:
+                tries.passed()
+                with gathered() as found:
+                    values = [call.parse(reply) for call, reply in zip(calls, replies, strict=True)]
+                self._bury(found)
+                return values, None
 
     def wait(
         self, streams: Mapping[str, str], *, block_s: float, count: int = 100
@@ -86,27 +112,24 @@ class Door:
         block_ms = max(1, int(min(block_s, _MAX_BLOCK_S) * 1000))
         try:
             reply = self._waiter.xread(dict(streams), count=count, block=block_ms)
-        except RedisError as error:
-            if is_foreign_type(error) and self._clear(tuple(streams)):
-                return {}
-            if not is_passing(error):
-                raise explain(error, self.url) from error
-            time.sleep(min(0.1, block_s))
+        except FAILURES as error:
+            if not (is_foreign_type(error) and self._clear(tuple(streams))):
+                self._closed.wait(min(self.waits.failed(error, _READ), block_s))
             return {}
+        self.waits.passed(_READ)
         return _by_stream(reply)
 
     def _clear(self, keys: Sequence[str]) -> bool:
         """Set aside what is not ours under these names; whether there was anything."""
-        try:
-            return bool(keys) and parse_replies(call := [set_aside(keys)], self._exchange(call))[0] > 0
-        except RedisError as error:
-            raise explain(error, self.url) from error
+        with suppress(*FAILURES):
+            return bool(keys) and first_error(self._exchange([set_aside(keys)]))[0] > 0
+        return False
 
     def _bury(self, found: Sequence[Finding]) -> None:
         """Dead letters of what could not be read; best effort, since it is in the log already."""
         calls = [call for call in map(burial, found) if call is not None]
         if calls:
-            with suppress(RedisError):
+            with suppress(*FAILURES):
                 self._exchange(calls)
 
     def _exchange(self, calls: Sequence[Call[Any]]) -> list[Any]:
@@ -134,20 +157,27 @@ class Door:
         return replies if wait is None else confirmed(replies, self._replicas)
 
     def close(self) -> None:
-        """Close all connections; safe to call twice."""
+        """Close all connections, and give up calls that wait for an outage to end; safe to call twice."""
+        self._closed.set()
         self._client.connection_pool.disconnect()
         self._waiter.connection_pool.disconnect()
 
 
 class AsyncDoor:
-    """The same for asyncio; belongs to the event loop that first uses it.
+    """The same for asyncio; belongs to the event loop that first uses it."""
 
-    `retry_s` None means for ever: services outlive an outage of Redis.
-    """
-
-    def __init__(self, url: str, *, retry_s: float | None = 10.0, max_connections: int = 64) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        retry_s: float | None = 10.0,
+        max_connections: int = 64,
+        says_outages: bool | None = None,
+    ) -> None:
         self.url = url
         self.retry_s = retry_s
+        self._outage = _outage(url, retry_s, says_outages)
+        self.waits = Waits(url, retry_s, self._outage)
         address = parse_url(url)
         pool, waiters = aredis.BlockingConnectionPool, aredis.ConnectionPool
         self.client = connect_async(address, pool=pool, timeout_s=_SOCKET_TIMEOUT_S, most=max_connections)
@@ -161,26 +191,39 @@ class AsyncDoor:
 
     async def run_many(self, calls: Sequence[Call[Any]]) -> list[Any]:
         """Execute calls in one round trip, in order; all are repeated together when the connection breaks."""
+        found, error = await self._try(calls, retry_s=self.retry_s)
+        if error is not None:
+            raise explain(error, self.url) from error
+        return found
+
+    async def offer(self, call: Call[T]) -> T | None:
+        """Execute one call that may be left out, such as a hint, in one try; None while Redis does not take it."""
+        found, error = await self._try((call,), retry_s=0.0)
+        return None if error is not None else found[0]
+
+    async def _try(
+        self, calls: Sequence[Call[Any]], *, retry_s: float | None
+    ) -> tuple[list[Any], Exception | None]:
+        """The values, or the error by which time ran out."""
         if not calls:
-            return []
-        deadline = None if self.retry_s is None else time.monotonic() + self.retry_s
-        was_cleared = False
-        for pause_s in backoff_s():
+            return [], None
+        tries = Tries(names_of(calls), url=self.url, retry_s=retry_s, outage=self._outage)
+        while True:
             try:
-                replies = await self._exchange(calls)
-                with gathered() as found:
-                    values = parse_replies(calls, replies)
-                await self.bury(found)
-                return values
-            except RedisError as error:
-                if is_foreign_type(error) and not was_cleared:
-                    was_cleared = await self.clear(keys_of(calls))
+                replies = first_error(await self._exchange(calls))
+            except FAILURES as error:
+                if is_foreign_type(error) and tries.may_clear() and await self.clear(keys_of(calls)):
                     continue
-                out_of_time = deadline is not None and time.monotonic() + pause_s > deadline
-                if not is_passing(error) or out_of_time:
-                    raise explain(error, self.url) from error
-            await asyncio.sleep(pause_s)
-        raise AssertionError("unreachable")
+                pause_s = tries.failed(error)
+                if pause_s is None:
+                    return [], error
+                await asyncio.sleep(pause_s)
+            else:
+                tries.passed()
+                with gathered() as found:
+                    values = [call.parse(reply) for call, reply in zip(calls, replies, strict=True)]
+                await self.bury(found)
+                return values, None
 
     async def wait(
         self, streams: Mapping[str, str], *, block_s: float, count: int = 100
@@ -189,27 +232,24 @@ class AsyncDoor:
         block_ms = max(1, int(min(block_s, _MAX_BLOCK_S) * 1000))
         try:
             reply = await self._waiter.xread(dict(streams), count=count, block=block_ms)
-        except RedisError as error:
-            if is_foreign_type(error) and await self.clear(tuple(streams)):
-                return {}
-            if not is_passing(error):
-                raise explain(error, self.url) from error
-            await asyncio.sleep(min(0.1, block_s))
+        except FAILURES as error:
+            if not (is_foreign_type(error) and await self.clear(tuple(streams))):
+                await asyncio.sleep(min(self.waits.failed(error, _READ), block_s))
             return {}
+        self.waits.passed(_READ)
         return _by_stream(reply)
 
     async def clear(self, keys: Sequence[str]) -> bool:
         """Set aside what is not ours under these names; whether there was anything."""
-        try:
-            return bool(keys) and parse_replies(call := [set_aside(keys)], await self._exchange(call))[0] > 0
-        except RedisError as error:
-            raise explain(error, self.url) from error
+        with suppress(*FAILURES):
+            return bool(keys) and first_error(await self._exchange([set_aside(keys)]))[0] > 0
+        return False
 
     async def bury(self, found: Sequence[Finding | None]) -> None:
         """Dead letters of what could not be read; best effort, since it is in the log already."""
         calls = [call for one in found if one is not None and (call := burial(one)) is not None]
         if calls:
-            with suppress(RedisError):
+            with suppress(*FAILURES):
                 await self._exchange(calls)
 
     async def _exchange(self, calls: Sequence[Call[Any]]) -> list[Any]:
@@ -240,6 +280,10 @@ class AsyncDoor:
         """Close all connections; safe to call twice."""
         await self.client.connection_pool.disconnect()
         await self._waiter.connection_pool.disconnect()
+
+
+def _outage(url: str, retry_s: float | None, says_outages: bool | None) -> Outage | None:
+    return outage_of(url) if (retry_s is None if says_outages is None else says_outages) else None
 
 
 def _by_stream(reply: Any) -> dict[str, list[StreamEntry]]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import ResponseError
 
 from l4queue.protocol.door import AsyncDoor
 from l4queue.protocol.keys import Keys
 from l4queue.protocol.reads import StreamEntry, parse_entries
-from l4queue.protocol.wire import explain, is_foreign_type, is_passing
+from l4queue.protocol.trouble import FAILURES
+from l4queue.protocol.wire import is_foreign_type
 
 __all__ = ("Inbox",)
 
@@ -32,8 +33,10 @@ class Inbox:
             reply: Any = await self._door.client.xreadgroup(
                 _GROUP, self._consumer, {self._key: ">"}, count=count, block=block_ms
             )
-        except RedisError as error:
-            return await self._mend(error)
+        except FAILURES as error:
+            await self._mend(error, "XREADGROUP")
+            return []
+        self._door.waits.passed("XREADGROUP")
         return parse_entries(reply[0][1]) if reply else []
 
     async def adopt(self, *, min_idle_s: float, count: int) -> list[bytes]:
@@ -46,9 +49,10 @@ class Inbox:
             reply: Any = await self._door.client.xautoclaim(
                 self._key, _GROUP, self._consumer, int(min_idle_s * 1000), "0-0", count=count, justid=True
             )
-        except RedisError as error:
-            await self._mend(error)
+        except FAILURES as error:
+            await self._mend(error, "XAUTOCLAIM")
             return []
+        self._door.waits.passed("XAUTOCLAIM")
         return list(reply)
 
     async def claim(self, entry_id: bytes) -> tuple[StreamEntry, int] | None:
@@ -56,9 +60,10 @@ class Inbox:
         try:
             reply: Any = await self._door.client.xclaim(self._key, _GROUP, self._consumer, 0, [entry_id])
             rows: Any = await self._door.client.xpending_range(self._key, _GROUP, entry_id, entry_id, 1)
-        except RedisError as error:
-            await self._mend(error)
+        except FAILURES as error:
+            await self._mend(error, "XCLAIM")
             return None
+        self._door.waits.passed("XCLAIM")
         entries = parse_entries(reply)
         return (entries[0], int(rows[0]["times_delivered"])) if entries and rows else None
 
@@ -68,22 +73,20 @@ class Inbox:
             pending: Any = await self._door.client.xpending_range(self._key, _GROUP, "-", "+", 1, self._consumer)
             if not pending:
                 await self._door.client.xgroup_delconsumer(self._key, _GROUP, self._consumer)
-        except RedisError:
+        except FAILURES:
             return
 
-    async def _mend(self, error: RedisError) -> list[StreamEntry]:
+    async def _mend(self, error: Exception, name: str) -> None:
         if isinstance(error, ResponseError) and str(error).startswith("NOGROUP"):
             try:  # from the beginning: whatever was accepted before the group existed is served too
                 await self._door.client.xgroup_create(self._key, _GROUP, id="0", mkstream=True)
-            except ResponseError as again:
+            except FAILURES as again:
                 if not str(again).startswith("BUSYGROUP"):
-                    raise explain(again, self._door.url) from again
-            except RedisError:
-                await asyncio.sleep(0.1)
-            return []
-        if is_passing(error):
-            await asyncio.sleep(0.1)
-            return []
-        if is_foreign_type(error) and await self._door.clear((self._key,)):
-            return []
-        raise explain(error, self._door.url) from error
+                    await self._pause(again, "XGROUP")
+                    return
+            self._door.waits.passed("XGROUP")
+        elif not (is_foreign_type(error) and await self._door.clear((self._key,))):
+            await self._pause(error, name)
+
+    async def _pause(self, error: Exception, name: str) -> None:
+        await asyncio.sleep(self._door.waits.failed(error, name))

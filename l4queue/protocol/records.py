@@ -203,17 +203,18 @@ class NewsEntry:
 
     @classmethod
     def parse(cls, values: Mapping[bytes, bytes]) -> NewsEntry | None:
-        """From one entry of the stream; None for what tells of no request."""
-        if b"i" not in values:
+        """From one entry of the stream; None for what no worker wrote."""
+        state, upto = values.get(b"e"), values.get(b"u", b"")
+        try:
+            entry_id = upto + (b"-1" if state else b"-0")
+            return cls(
+                request_id=values[b"i"].decode(),
+                upto=int(upto),
+                state=RequestState(state.decode()) if state else None,
+                entry=OutputEntry.parse(entry_id, values) if b"x" in values else None,
+            )
+        except (KeyError, ValueError):
             return None
-        output = OutputEntry.parse(values[b"u"], values)
-        is_whole = b"x" in values
-        return cls(
-            request_id=values[b"i"].decode(),
-            upto=output.upto,
-            state=output.state,
-            entry=output if is_whole else None,
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from contextlib import suppress
 from dataclasses import dataclass
 
 from l4queue.config import Settings
@@ -14,7 +13,6 @@ from l4queue.protocol.foreign import text
 from l4queue.protocol.keys import Keys, is_personal, personal_stage
 from l4queue.protocol.plans import read_plan
 from l4queue.protocol.reads import Reads
-from l4queue.protocol.wire import ServerFull
 
 __all__ = ("Upkeep", "UpkeepReport")
 
@@ -109,8 +107,7 @@ class Upkeep:
             tokens = sum(f.prompt_tokens + f.output_tokens for f in finished)
             rate = tokens * 1000.0 / max(1, span_ms)
         command = ("HSET", self._keys.counts, "drain_tokens_per_s", f"{rate:.1f}")
-        with suppress(ServerFull):  # only a hint: while memory is short the old one stands
-            await self._door.run(Call(None, (), command, int))
+        await self._door.offer(Call(None, (), command, int))  # a hint: the old one stands while memory is short
         return rate
 
     async def repair_once(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -10,37 +11,29 @@ import redis.exceptions as rx
 from l4queue.errors import ServiceUnavailable
 from l4queue.protocol.calls import Arg, Call
 from l4queue.protocol.scripts import script
+from l4queue.protocol.trouble import Outage, Trouble, trouble_of
 from l4queue.redis_url import redacted
 
 __all__ = (
-    "RETRYABLE",
     "ServerFull",
+    "Tries",
+    "Waits",
     "backoff_s",
     "command",
     "confirmation",
     "confirmed",
     "explain",
+    "first_error",
     "first_missing",
     "is_foreign_type",
-    "is_passing",
     "keys_of",
-    "parse_replies",
+    "names_of",
     "redacted",
 )
 
-RETRYABLE = (
-    rx.ConnectionError,
-    rx.TimeoutError,
-    rx.BusyLoadingError,
-    rx.ReadOnlyError,
-    rx.ClusterDownError,  # and MASTERDOWN
-    rx.TryAgainError,
-    rx.AskError,  # the slot is on its way to another node
-)
-_OUT_OF_MEMORY = "command not allowed when used memory"  # Redis 6.2 wraps it in the text of a script's error
-_PASSING = ("LOADING", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "READONLY", "NOREPLICAS", "UNBLOCKED", "BUSY ")
-_IN_SCRIPT = ("-READONLY ", "-NOREPLICAS ")  # Redis 6.2 wraps these, too
 _CONFIRM_MS = 1000
+_WAIT_PAUSE_S = 0.1
+_SERVICE_PAUSE_S = 0.5  # of many processes that wait for an outage to end
 
 
 class ServerFull(ServiceUnavailable):
@@ -82,16 +75,6 @@ def first_missing(replies: Sequence[Any]) -> int | None:
     return next((i for i, reply in enumerate(replies) if isinstance(reply, rx.NoScriptError)), None)
 
 
-def is_passing(error: Exception) -> bool:
-    """Whether trying again later can help: connection trouble, loading, failover, scripts flushed again."""
-    if isinstance(error, (*RETRYABLE, rx.NoScriptError)):
-        return True
-    text = str(error)
-    return isinstance(error, rx.ResponseError) and (
-        text.startswith(_PASSING) or any(word in text for word in _IN_SCRIPT)
-    )
-
-
 def is_foreign_type(error: Exception) -> bool:
     """Whether a key is of another type than ours: somebody else wrote under our names."""
     return isinstance(error, rx.ResponseError) and "WRONGTYPE" in str(error)
@@ -103,31 +86,95 @@ def keys_of(calls: Sequence[Call[Any]]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(key for key in found if isinstance(key, str) and "}:" in key))
 
 
-def parse_replies(calls: Sequence[Call[Any]], replies: Sequence[Any]) -> list[Any]:
-    """Values of the replies; the first error among them is raised as ours."""
-    values = []
-    for call, reply in zip(calls, replies, strict=True):
+def first_error(replies: list[Any]) -> list[Any]:
+    """The replies themselves; the first error among them is raised."""
+    for reply in replies:
         if isinstance(reply, Exception):
             raise reply
-        values.append(call.parse(reply))
-    return values
+    return replies
+
+
+def names_of(calls: Sequence[Call[Any]]) -> set[str]:
+    """What these calls run: scripts or commands."""
+    return {call.script or str(call.args[0]) for call in calls}
 
 
 def explain(error: Exception, url: str) -> ServiceUnavailable:
     """Our error for one of the library's, saying where and what to do."""
-    text = str(error)
-    where = redacted(url)
-    if isinstance(error, rx.OutOfMemoryError) or _OUT_OF_MEMORY in text:
-        return ServerFull(f"Redis at {where} is at its memory limit; raise maxmemory or let the queue drain")
-    if "MISCONF" in text:
-        return ServiceUnavailable(f"Redis at {where} cannot write its AOF (disk full?): {text}")
-    if "NOREPLICAS" in text:
-        return ServiceUnavailable(f"Redis at {where} lacks the replicas of min-replicas-to-write")
-    if isinstance(error, rx.AuthenticationError):
-        return ServiceUnavailable(f"Redis at {where} refuses the credentials in L4_REDIS_URL")
-    if is_passing(error):
-        return ServiceUnavailable(f"Redis at {where} cannot be reached ({text}); try `l4queue doctor`")
-    return ServiceUnavailable(f"Redis at {where} refused a command: {text}")
+    trouble, where = trouble_of(error), redacted(url)
+    if trouble is None:
+        return ServiceUnavailable(f"Redis at {where} refused a command: {error}")
+    kind = ServerFull if trouble is Trouble.MEMORY else ServiceUnavailable
+    return kind(f"Redis at {where} {trouble.tell(str(error))}")
+
+
+class Tries:
+    """The tries of one exchange: how long to pause before the next, and when to give up.
+
+    `retry_s` None is for ever. Troubles are told to `outage`, if there is one.
+    """
+
+    def __init__(self, names: set[str], *, url: str, retry_s: float | None, outage: Outage | None) -> None:
+        self._names = names
+        self._url = url
+        self._outage = outage
+        self._deadline_s = None if retry_s is None else time.monotonic() + retry_s
+        self._pauses_s = backoff_s()
+        self._has_cleared = False
+
+    def may_clear(self) -> bool:
+        """Whether foreign keys may be set aside once more: once in an exchange."""
+        may, self._has_cleared = not self._has_cleared, True
+        return may
+
+    def failed(self, error: Exception) -> float | None:
+        """Pause before the next try, s; None when time is over. Raises ours for what waiting does not mend."""
+        trouble = trouble_of(error)
+        if trouble is None:
+            raise explain(error, self._url) from error
+        if self._outage is not None:
+            self._outage.met(trouble, str(error), self._names)
+        pause_s = next(self._pauses_s)
+        is_over = self._deadline_s is not None and time.monotonic() + pause_s > self._deadline_s
+        return None if is_over else pause_s
+
+    def passed(self) -> None:
+        """It has come through."""
+        if self._outage is not None:
+            self._outage.passed(self._names)
+
+
+class Waits:
+    """For blocking reads, which come back empty-handed while Redis does not serve, as after a wait in vain.
+
+    A refusal that lasts longer than `retry_s` is raised; an outage is not, since waiters look at records too.
+    """
+
+    def __init__(self, url: str, retry_s: float | None, outage: Outage | None) -> None:
+        self._url = url
+        self._retry_s = retry_s
+        self._outage = outage
+        self._since_s: float | None = None
+
+    def failed(self, error: Exception, name: str) -> float:
+        """Pause before it is tried again, s; raises ours for what waiting does not mend, or has not mended."""
+        trouble, now_s = trouble_of(error), time.monotonic()
+        if trouble is None:
+            raise explain(error, self._url) from error
+        if self._outage is not None:
+            self._outage.met(trouble, str(error), (name,))
+        if self._retry_s is None:
+            return _SERVICE_PAUSE_S
+        self._since_s = self._since_s or now_s
+        if not trouble.is_brief and now_s - self._since_s > self._retry_s:
+            raise explain(error, self._url) from error
+        return _WAIT_PAUSE_S
+
+    def passed(self, name: str) -> None:
+        """It has come through."""
+        self._since_s = None
+        if self._outage is not None:
+            self._outage.passed((name,))
 
 
 def backoff_s() -> Iterator[float]:

@@ -33,7 +33,7 @@ def small_server(redis_executable: str, tmp_path_factory: pytest.TempPathFactory
 @pytest.fixture
 def full(small_server: RedisServer, namespace: str) -> Iterator[Scene]:
     """A deployment on it; `fill` puts it at its limit."""
-    door = Door(small_server.url)
+    door = Door(small_server.url, retry_s=0.2)
     scene = Scene(door, namespace)
     scene.raw.config_set("maxmemory", 0)
     yield scene
