@@ -46,7 +46,9 @@ MOVES = st.sampled_from(
         Move(kind=MoveKind.STEAL, benefit_ms=2.0, cost_ms=0.5, kv="seg-2"),
     ]
 )
-DISTURBANCES = st.sampled_from(["cancel", "late", "expire", "retire", "publish", "route", "repair", "renew", "extend"])
+DISTURBANCES = st.sampled_from(
+    ["cancel", "late", "expire", "retire", "publish", "route", "repair", "renew", "extend"]
+)
 
 
 class ProtocolMachine(RuleBasedStateMachine):
