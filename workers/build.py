@@ -12,6 +12,7 @@ from l4queue.tiny import cache_directory
 from workers.emulated import EmulatedEngine
 from workers.engine import Engine
 from workers.kv.store import SegmentStore, default_directory
+from workers.loop_work import LoopWork
 from workers.observer import Observer
 from workers.session import TextFactory
 from workers.text import no_text, text_factory
@@ -34,7 +35,8 @@ def model_path(settings: Settings) -> str:
 def make_worker(settings: Settings, observer: Observer) -> Worker:
     """The worker of this process; ConfigError says what is missing."""
     coefficients = read_coefficients(settings.emulated_gpu, settings.emulated_model)
-    engine, text = _engine(settings, coefficients)
+    work = LoopWork()
+    engine, text = _engine(settings, coefficients, work)
     return Worker(
         settings=settings,
         engine=engine,
@@ -42,6 +44,7 @@ def make_worker(settings: Settings, observer: Observer) -> Worker:
         worker_id=settings.worker_name,
         text=text,
         cost=coefficients.cost,
+        work=work,
     )
 
 
@@ -61,7 +64,7 @@ def kv_directory(settings: Settings) -> Path | None:
     return directory
 
 
-def _engine(settings: Settings, coefficients: CoefficientFile) -> tuple[Engine, TextFactory]:
+def _engine(settings: Settings, coefficients: CoefficientFile, work: LoopWork) -> tuple[Engine, TextFactory]:
     if settings.engine == "emulated":
         emulated = EmulatedEngine(
             coefficients.cost,
@@ -86,5 +89,6 @@ def _engine(settings: Settings, coefficients: CoefficientFile) -> tuple[Engine, 
         kv_directory=kv_directory(settings),
         kv_handover_bytes=settings.kv_handover_bytes,
         keep_metrics=bool(settings.metrics_port),
+        work=work,
     )
     return engine, text_factory(settings.tokenizer or path)

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable
 from typing import Any, NoReturn, Protocol
 
-import psutil
 from celery import bootsteps
 from celery.platforms import EX_FAILURE
 from celery.utils.sysinfo import load_average
@@ -21,6 +20,7 @@ from celery.worker import state as celery_state
 from pydantic import JsonValue
 
 from workers.figures import WorkerFigures
+from workers.guard import end_process
 from workers.observer import RequestView
 
 __all__ = ("EngineHost", "EngineThread", "ExitGuard", "RequestHeart", "WorkerLike")
@@ -72,10 +72,8 @@ class ExitGuard:
 
     @staticmethod
     def end_now() -> NoReturn:
-        """End this process and its children at once: an engine's children would otherwise keep the GPU."""
-        for child in psutil.Process().children(recursive=True):
-            child.kill()
-        os._exit(EX_FAILURE)
+        """End this process and its children at once."""
+        end_process()
 
 
 class EngineThread:

@@ -20,7 +20,7 @@ from l4queue.protocol.keys import SOLO_STAGE, personal_stage
 from l4queue.protocol.records import Grant, Hold, Outcome, OutputEntry
 from workers.background import BackgroundWork
 from workers.rollback import Rollback
-from workers.session import Session
+from workers.session import Session, engine_id
 from workers.state import WorkerState
 from workers.writer import Writer
 
@@ -212,21 +212,22 @@ class Intake:
             if not grant.kv and has_prefill(session.length_tokens, state.cost):
                 await self._make_way()
             if session.engine_id in state.sessions:  # it may have been cancelled meanwhile
-                await state.engine.add(session.engine_request())
+                await state.work.steps(session.engine_id, state.engine.add(session.engine_request()))
         await self._writer.flush(ended)
 
     async def _open(self, grant: Grant, entries: Sequence[OutputEntry]) -> Session | None:
         state = self._state
         try:
-            session = Session(
-                grant,
-                incarnation=state.lease.incarnation,
-                stage=state.stage,
-                range_text=state.range_text(state.stage),
-                started_s=asyncio.get_running_loop().time(),
-                make_text=state.make_text,
-            )
-            session.resume(entries, eos_token_ids=state.engine_info.eos_token_ids)
+            with state.work.on(engine_id(grant)):
+                session = Session(
+                    grant,
+                    incarnation=state.lease.incarnation,
+                    stage=state.stage,
+                    range_text=state.range_text(state.stage),
+                    started_s=asyncio.get_running_loop().time(),
+                    make_text=state.make_text,
+                )
+                session.resume(entries, eos_token_ids=state.engine_info.eos_token_ids)
         except ValueError as error:
             outcome = Outcome(state=RequestState.FAILED, finish_reason="invalid", error=str(error), field="body")
             await self._writer.refuse(grant, outcome)

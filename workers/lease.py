@@ -1,4 +1,7 @@
-"""The worker's lease: an incarnation, renewed only while its engine makes progress or is rightly idle."""
+"""The worker's lease: an incarnation, renewed only while loop and engine make progress, or are rightly idle.
+
+The loop renews it with its news; a thread (`workers.keeper`) keeps it while the loop stands still.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import time
 import uuid
 from collections import Counter
 from collections.abc import Callable
@@ -19,6 +23,8 @@ from l4queue.policy.prices import MovePrice
 from l4queue.protocol.calls import Calls, Verdict
 from l4queue.protocol.door import AsyncDoor
 from workers.engine import EngineDied
+from workers.keeper import LeaseKeeper
+from workers.loop_work import LoopWork, lease_of
 
 __all__ = ("Lease",)
 
@@ -41,6 +47,7 @@ class Lease:
         cost: Callable[[], StepCost | None],
         price: Callable[[], MovePrice],
         num_steps: Callable[[], int],
+        work: LoopWork,
     ) -> None:
         self._settings = settings
         self._door = door
@@ -50,19 +57,25 @@ class Lease:
         self._cost = cost
         self._price = price
         self._num_steps = num_steps
+        self._work = work
         self._sequence = 0
+        self._sent: dict[str, int] | None = None
         self._seen_steps = -1
         self._progress_s = 0.0
+        self._checked_s = 0.0
+        self._renewed_s = 0.0
+        self._keeper = LeaseKeeper(
+            settings=settings, calls=calls, incarnation=lambda: self.incarnation, work=work, on_lost=self.tell
+        )
         self._due = asyncio.Event()
         self.told: WorkerLoad | None = None  # the load that the others know
         self.histogram: Counter[str] = Counter()
         self.incarnation = self._fresh_name()
 
     async def begin(self) -> None:
-        """Register under a new incarnation."""
-        self.incarnation = self._fresh_name()
-        self._progress_s = asyncio.get_running_loop().time()
-        await self._send(register=True)
+        """Register, and let the thread keep the lease from now on, until `end` or `leave`."""
+        await self._register()
+        self._keeper.start()
 
     async def keep(self, on_lost: Callable[[], None]) -> None:
         """Renew for ever, three times a lease or more often, since siblings decide by the load it tells.
@@ -76,21 +89,49 @@ class Lease:
                     await self._due.wait()
             self._due.clear()
             self._check_progress()
-            if await self._send(register=False) is Verdict.LOST:
-                log.warning("lease of %s lost: its requests continue elsewhere", self.incarnation)
+            was_renewed_s, sent_s, incarnation = self._renewed_s, time.monotonic(), self.incarnation
+            is_lost = await self._send(register=False) is Verdict.LOST
+            if is_lost:
+                log.warning("lease of %s lost: its requests continue elsewhere", incarnation)
                 on_lost()
-                await self.begin()
+                await self._register()
+            if is_lost or self._renewed_s - was_renewed_s > self._settings.lease_s:  # else perhaps in part
+                await self._come_back(incarnation)
+            self._work.forget(before_s=sent_s)
 
     def tell(self) -> None:
         """Renew now: the load has changed by more than siblings should overlook."""
         self._due.set()
 
+    async def say(self) -> None:
+        """Renew with the news as of now."""
+        await self._send(register=False)
+
     async def end(self) -> None:
-        """Leave; what is still held is for the reaper."""
+        """Leave for good; what is still held goes back without blame."""
         await self._door.run(self._calls.retire(self.incarnation))
+        self.leave()
+
+    def leave(self) -> None:
+        """Keep the lease no longer; safe to call at any time."""
+        self._keeper.stop()
+
+    async def _register(self) -> None:
+        """Begin a new incarnation."""
+        self.incarnation = self._fresh_name()
+        self._progress_s = self._checked_s = asyncio.get_running_loop().time()
+        await self._send(register=True)
+
+    async def _come_back(self, incarnation: str) -> None:
+        """Tell that this one had not died, but for requests that had kept even the thread from renewing."""
+        guilty = [lease_of(engine_id)[0] for engine_id in self._work.busy_for(self._settings.lease_s / 3)]
+        await self._door.run(self._calls.pardon(incarnation, worker_id=self._worker_id, guilty=guilty))
 
     def _check_progress(self) -> None:
+        """An engine that has stalled too long is dead. While the loop stands still nobody sees its steps."""
         now_s, steps = asyncio.get_running_loop().time(), self._num_steps()
+        self._progress_s += max(0.0, now_s - self._checked_s - 2 * _NEWS_S)
+        self._checked_s = now_s
         if steps != self._seen_steps or self._load().num_running == 0:
             self._seen_steps, self._progress_s = steps, now_s
         stalled_s = now_s - self._progress_s
@@ -98,8 +139,10 @@ class Lease:
             raise EngineDied(f"no engine step for {stalled_s:.0f} s with requests running")
 
     async def _send(self, *, register: bool) -> Verdict:
-        self._sequence += 1
-        sent = dict(self.histogram)
+        if self._sent is None:  # else it is not known whether the last ones arrived: a repeat is not counted twice
+            self._sequence += 1
+            self._sent = dict(self.histogram)
+        sent = self._sent
         cost = self._cost()
         load = self.told = self._load()
         told = {
@@ -119,7 +162,9 @@ class Lease:
                 histogram=sent,
             )
         )
+        self._sent = None
         if verdict is Verdict.OK:
+            self._renewed_s = asyncio.get_running_loop().time()
             self.histogram.subtract(sent)
             self.histogram += Counter()  # drops what is zero
         return verdict

@@ -12,7 +12,7 @@ from l4queue.protocol.records import Grant, Outcome, OutputEntry, TokenLogprobs,
 from workers.engine import EngineOutput, EngineRequest, FinishReason
 from workers.text import TextStream
 
-__all__ = ("Session", "TextFactory", "Write", "resumed_seed")
+__all__ = ("Session", "TextFactory", "Write", "engine_id", "resumed_seed")
 
 _PREVIEW_CHARS = 120
 
@@ -30,6 +30,11 @@ class Write:
     text: str
     outcome: Outcome | None
     logprobs: tuple[TokenLogprobs, ...] = ()
+
+
+def engine_id(grant: Grant) -> str:
+    """The id in the engine: one per lease, so that output of an aborted lease cannot be mistaken."""
+    return f"{grant.request_id}:{grant.epoch}"
 
 
 def resumed_seed(seed: int, num_resumed: int) -> int:
@@ -153,8 +158,8 @@ class Session:
 
     @property
     def engine_id(self) -> str:
-        """The id in the engine: one per lease, so that output of an aborted lease cannot be mistaken."""
-        return f"{self.request_id}:{self.grant.epoch}"
+        """The id in the engine."""
+        return engine_id(self.grant)
 
     def feed(self, output: EngineOutput) -> None:
         """Take in new tokens; may end the session (a stop string needs no consent of the engine)."""

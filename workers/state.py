@@ -22,6 +22,7 @@ from l4queue.protocol.reads import Reads
 from workers.engine import Cut, Engine, EngineDied, EngineInfo
 from workers.figures import StepMeter, WorkerFigures
 from workers.lease import Lease
+from workers.loop_work import LoopWork
 from workers.observer import LEASE_ENDED, Observer, RequestView
 from workers.outlook import Outlook
 from workers.session import Session, TextFactory
@@ -45,12 +46,14 @@ class WorkerState:
         worker_id: str,
         text: TextFactory,
         cost: StepCost,
+        work: LoopWork | None = None,
     ) -> None:
         self.settings = settings
         self.worker_id = worker_id
         self.engine = engine
         self.observer = observer
         self.make_text = text
+        self.work = work or LoopWork()
         self.keys = Keys(settings.namespace)
         self.calls = Calls(self.keys)
         self.reads = Reads(self.keys)
@@ -76,6 +79,7 @@ class WorkerState:
             cost=self.measured_cost,
             price=lambda: self.move_price,
             num_steps=lambda: engine.stats().num_steps,
+            work=self.work,
         )
 
     @property

@@ -23,6 +23,7 @@ from workers.engine import (
 from workers.kv.desk import Desk, model_fingerprint
 from workers.kv.movable import kv_bytes_per_token
 from workers.kv.store import SegmentStore
+from workers.loop_work import LoopWork
 from workers.step_watch import StepWatch
 from workers.turns import PrefillTurns
 from workers.vllm_environment import bind_threads, prepare_environment
@@ -73,6 +74,7 @@ class VllmEngine:
         kv_directory: Path | None = None,
         kv_handover_bytes: int = 1 << 30,
         keep_metrics: bool = True,
+        work: LoopWork | None = None,
     ) -> None:
         self._model = model
         self._max_model_len = max_model_len
@@ -87,6 +89,7 @@ class VllmEngine:
         if kv_directory is not None and kv_handover_bytes > 0 and tensor_parallel == 1:
             self._desk = Desk(SegmentStore(kv_directory, limit_bytes=kv_handover_bytes))
         self._keep_metrics = keep_metrics
+        self._work = work or LoopWork()
         self._llm: Any = None
         self._running: dict[str, _Running] = {}
         self._out: list[EngineOutput] = []
@@ -189,7 +192,8 @@ class VllmEngine:
                 params.extra_args = {"kv_transfer_params": self._desk.admit(request_id, request.kv)}
             self._watch.arrived(request_id, num_tokens=len(request.token_ids), priority=request.priority)
             prompt = tokens_input(list(request.token_ids))
-            found = await self._llm.add_request(request_id, prompt, params, priority=request.priority)
+            adding = self._llm.add_request(request_id, prompt, params, priority=request.priority)
+            found = await self._work.steps(request_id, adding)
         except EngineDeadError as error:
             self._died(str(error))
         except Exception as error:  # it refuses with many types

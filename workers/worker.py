@@ -21,6 +21,7 @@ from workers.engine import Engine, EngineDied, EngineOutput
 from workers.figures import WorkerFigures
 from workers.intake import Intake
 from workers.listener import Listener
+from workers.loop_work import LoopWork
 from workers.mover import Mover
 from workers.observer import Observer, RequestView
 from workers.rollback import Rollback
@@ -51,10 +52,18 @@ class Worker:
         worker_id: str,
         text: TextFactory,
         cost: StepCost,
+        work: LoopWork | None = None,
     ) -> None:
+        """`work` is the one that the engine marks too, if it does."""
         self.settings = settings
         self.state = WorkerState(
-            settings=settings, engine=engine, observer=observer, worker_id=worker_id, text=text, cost=cost
+            settings=settings,
+            engine=engine,
+            observer=observer,
+            worker_id=worker_id,
+            text=text,
+            cost=cost,
+            work=work,
         )
         self._engine = engine
         self._writer = Writer(self.state)
@@ -78,6 +87,7 @@ class Worker:
             if not self._stopping.is_set():
                 await self._serve()
         finally:
+            state.lease.leave()
             await self._engine.stop()
             await state.door.close()
 
@@ -107,11 +117,13 @@ class Worker:
         await state.lease.begin()
         failure = await self._run_loops()
         async with asyncio.timeout(self.settings.drain_s):
+            await state.lease.say()  # that it drains: nobody is to hand over to it any more
             await self._mover.finish()
             await self._chores.finish()
             has_died = isinstance(failure, EngineDied)
             why = "engine died" if has_died else "worker stops"
-            await self._writer.give_back(list(state.sessions.values()), why=why, blame=has_died)
+            culprit = state.work.culprit(failure)
+            await self._writer.give_back(list(state.sessions.values()), why=why, blame=has_died, culprit=culprit)
             await state.lease.end()
         if failure is not None:
             raise failure
@@ -195,7 +207,8 @@ class Worker:
             session = self.state.sessions.get(output.request_id)
             if session is None:
                 continue
-            session.feed(output)
+            with self.state.work.on(session.engine_id):
+                session.feed(output)
             touched.append(session)
             if output.token_ids:
                 upto = session.length_tokens

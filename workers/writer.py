@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from l4queue.models import RequestState
 from l4queue.protocol.calls import Call, Verdict
 from l4queue.protocol.records import Grant, Outcome
+from workers.loop_work import lease_of
 from workers.session import Session, Write
 from workers.state import WorkerState
 
@@ -51,9 +52,16 @@ class Writer:
                 lost.append(write.session)
         await self._state.drop(lost)
 
-    async def give_back(self, sessions: Sequence[Session], *, why: str, blame: bool = False) -> None:
-        """Return these running requests with their progress; after a crash of the engine with blame."""
+    async def give_back(
+        self, sessions: Sequence[Session], *, why: str, blame: bool = False, culprit: str | None = None
+    ) -> None:
+        """Return these running requests with their progress: with blame after a crash of the engine.
+
+        `culprit` is the id in the engine of one that gets it all the same.
+        """
         state = self._state
+        if culprit is not None and culprit not in state.sessions:  # it had not begun
+            await state.door.run(self._blame(culprit))
         if not sessions:
             return
         await state.abort(sessions)
@@ -64,7 +72,8 @@ class Writer:
                 session.request_id,
                 incarnation=session.incarnation,
                 epoch=session.grant.epoch,
-                blame=blame,
+                blame=blame or session.engine_id == culprit,
+                max_crashes=state.settings.max_crashes,
             )
             for session in left
         ]
@@ -87,6 +96,16 @@ class Writer:
             outcome=outcome,
         )
         await state.door.run(call)
+
+    def _blame(self, engine_id: str) -> Call[Verdict]:
+        state, (request_id, epoch) = self._state, lease_of(engine_id)
+        return state.calls.release(
+            request_id,
+            incarnation=state.lease.incarnation,
+            epoch=epoch,
+            blame=True,
+            max_crashes=state.settings.max_crashes,
+        )
 
     def _call(self, write: Write) -> Call[Verdict]:
         state, session = self._state, write.session

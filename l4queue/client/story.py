@@ -108,7 +108,7 @@ def _rerouted(facts: dict[str, Any]) -> str:
     if "pardoned" in facts:
         came_back = f"{facts['pardoned']} came back: its loss is blamed on it no longer"
         way = f"; moved from queue {facts['from']} to stage {facts['to']}" if facts["from"] != facts["to"] else ""
-        return f"{came_back}, {facts['crashes']} crashes left{way}"
+        return f"{came_back}, crashes left: {facts['crashes']}{way}"
     return f"moved from queue {facts['from']} to stage {facts['to']}: a new plan, or nobody served it"
 
 

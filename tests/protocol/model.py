@@ -72,9 +72,7 @@ class Model:
         self.reqs: dict[str, Req] = {}
         self.leases: dict[str, Lease] = {}
         self.counts: Counter[str] = Counter()
-        self.lost: dict[
-            str, dict[str, bool]
-        ] = {}  # what was blamed for each loss of a worker: id -> whether alone
+        self.lost: dict[str, dict[str, bool]] = {}  # blamed for each loss of a worker: id -> whether alone
         self.foreground: set[str] = set()  # stages to which a request came that is not background
 
     # looking ------------------------------------------------------------------------------------

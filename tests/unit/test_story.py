@@ -107,8 +107,8 @@ def test_blame_that_was_taken_back_is_told() -> None:
     ]
     events = tell(DONE, why=None, ledger=lines)
     assert [event.text for event in events if event.what == "rerouted"] == [
-        "w1 came back: its loss is blamed on it no longer, 1 crashes left; moved from queue solo to stage 1",
-        "w0 came back: its loss is blamed on it no longer, 0 crashes left",
+        "w1 came back: its loss is blamed on it no longer, crashes left: 1; moved from queue solo to stage 1",
+        "w0 came back: its loss is blamed on it no longer, crashes left: 0",
     ]
 
 
