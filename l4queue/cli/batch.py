@@ -160,6 +160,8 @@ def _print(summary: BatchSummary, *, was_cancelled: bool) -> None:
         f"this run: {summary.lines_per_s:,.1f} lines/s, {summary.prompt_tokens:,} tokens in, "
         f"{summary.output_tokens:,} out, {summary.wall_s:,.1f} s"
     )
+    if summary.num_earlier:
+        say(f"{summary.num_earlier:,} answered before")
     if summary.num_found:
         say(f"{summary.num_found:,} were in flight from an earlier run and were collected")
     if summary.num_recomputed:

@@ -48,7 +48,10 @@ __all__ = (
     "build_spec",
     "check_outcome",
     "checked_id",
+    "checked_text",
     "known",
+    "printable",
+    "request_id_of",
     "spec_of",
     "unknown",
 )
@@ -126,14 +129,14 @@ def build_spec(prompt: str | None = None, **options: Any) -> RequestSpec:
             if value is not None:
                 sampling[name] = value
         else:
-            raise InvalidRequest(NOT_OFFERED.get(name, "unknown parameter"), field=_printable(name))
+            raise InvalidRequest(NOT_OFFERED.get(name, "unknown parameter"), field=printable(name))
     try:
         params = SamplingParams.model_validate(sampling)
         return RequestSpec.model_validate({**fields, "params": params})
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         location = ".".join(str(part) for part in first["loc"]) or "request"
-        raise InvalidRequest(first["msg"].removeprefix("Value error, "), field=_printable(location)) from None
+        raise InvalidRequest(first["msg"].removeprefix("Value error, "), field=printable(location)) from None
 
 
 def spec_of(request: str | dict[str, Any] | RequestSpec, common: Mapping[str, Any]) -> RequestSpec:
@@ -168,7 +171,7 @@ class Composer:
         digest = canonical = ""
         request_id = uuid.uuid4().hex
         if spec.idempotency_key is not None:
-            request_id = "k" + hashlib.sha256(spec.idempotency_key.encode()).hexdigest()[:31]
+            request_id = request_id_of(spec.idempotency_key)
             digest = _digest(kind, body, prompt)
             if spec.metadata or spec.params.structured_outputs is not None:  # their keys have no order
                 canonical = _digest(kind, canonical_json(json.loads(body)), prompt)
@@ -219,7 +222,7 @@ class Composer:
 
         Its repeat after a lost reply is answered like the first.
         """
-        text = _checked_text(reason, field="reason", most_chars=_MAX_REASON_CHARS)
+        text = checked_text(reason, field="reason", most_chars=_MAX_REASON_CHARS)
         return self.calls.cancel(request_id, reason=text, nonce=uuid.uuid4().hex)
 
     def output(
@@ -296,7 +299,12 @@ def known(request_id: str, record: RequestRecord | None) -> RequestRecord:
     return record
 
 
-def _checked_text(value: object, *, field: str, most_chars: int) -> str:
+def request_id_of(idempotency_key: str) -> str:
+    """The id of the one request that a key stands for."""
+    return "k" + hashlib.sha256(idempotency_key.encode()).hexdigest()[:31]
+
+
+def checked_text(value: object, *, field: str, most_chars: int) -> str:
     """A text from a caller that can be stored; InvalidRequest names what is wrong with it."""
     if not isinstance(value, str):
         raise InvalidRequest("must be a text", field=field)
@@ -312,7 +320,7 @@ def _checked_text(value: object, *, field: str, most_chars: int) -> str:
 def checked_id(request_id: object) -> str:
     """An id as there may be one; UnknownRequest for what never was one."""
     try:
-        return _checked_text(request_id, field="request_id", most_chars=_MAX_ID_CHARS)
+        return checked_text(request_id, field="request_id", most_chars=_MAX_ID_CHARS)
     except InvalidRequest as error:
         raise UnknownRequest(f"no such request: {error}") from None
 
@@ -321,7 +329,7 @@ def _digest(kind: str, body: str, prompt: bytes) -> str:
     return hashlib.sha256(f"{kind}\0{body}\0".encode() + prompt).hexdigest()
 
 
-def _printable(name: str) -> str:
+def printable(name: str) -> str:
     """A name that a caller wrote, as an error can tell it: in one line, of bounded length, in valid Unicode."""
     return name.encode("utf-8", "backslashreplace").decode()[:_MAX_NAME_CHARS]
 

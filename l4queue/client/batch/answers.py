@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from l4queue.client.batch.lines import CHAT_URL
+from l4queue.client.batch.lines import CHAT_URL, DIGEST_CHARS
 from l4queue.errors import InvalidRequest
 from l4queue.models import RequestState
 from l4queue.protocol.records import OutputEntry, RequestRecord
@@ -14,22 +16,46 @@ from l4queue.protocol.records import OutputEntry, RequestRecord
 __all__ = (
     "DUPLICATE",
     "INVALID",
+    "Answer",
     "duplicate_line",
     "invalid_line",
     "is_about_a_line",
     "outcome_line",
+    "read_answer",
     "refused_line",
     "success_line",
 )
 
 INVALID = "invalid_line"
 DUPLICATE = "duplicate_custom_id"
+_ID = re.compile(rf"batch_req_(?P<name>.+?)(?:_(?P<digest>[0-9a-f]{{{DIGEST_CHARS}}}))?", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What a line of the output or error file answers.
+
+    `name` is that of a request or of a line. `digest` tells which line of the input it belongs to; files of
+    earlier releases, and of other programs, have none. `line` is set for an error about a line.
+    """
+
+    custom_id: str | None
+    name: str
+    digest: str
+    is_success: bool
+    line: int | None
 
 
 def success_line(
-    record: RequestRecord, outputs: Sequence[OutputEntry], *, custom_id: str, url: str, model: str
+    record: RequestRecord,
+    outputs: Sequence[OutputEntry],
+    *,
+    custom_id: str,
+    url: str,
+    model: str,
+    digest: str = "",
 ) -> bytes:
-    """The output line of a request that is done."""
+    """The output line of a request that is done. `digest` is that of the line of the input that it answers."""
     text = "".join(entry.text for entry in outputs)
     prompt_tokens, output_tokens = record.prompt_tokens or 0, record.offset
     choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": record.finish_reason}
@@ -49,36 +75,65 @@ def success_line(
             "total_tokens": prompt_tokens + output_tokens,
         },
     }
-    return _line(record.request_id, custom_id, response=_response(200, record.request_id, body))
+    return _line(_name(record.request_id, digest), custom_id, response=_response(200, record.request_id, body))
 
 
-def outcome_line(record: RequestRecord, *, custom_id: str) -> bytes:
+def outcome_line(record: RequestRecord, *, custom_id: str, digest: str = "") -> bytes:
     """The error line of a request that ended in another way than done."""
+    name = _name(record.request_id, digest)
     message = record.error or f"the request ended as {record.state.value}"
     if record.state is not RequestState.FAILED:
         error = {"code": f"request_{record.state.value}", "message": message}
-        return _line(record.request_id, custom_id, error=error)
+        return _line(name, custom_id, error=error)
     status = 400 if record.field else 500
     body = _error_body(status, message, record.field)
-    return _line(record.request_id, custom_id, response=_response(status, record.request_id, body))
+    return _line(name, custom_id, response=_response(status, record.request_id, body))
 
 
-def refused_line(error: InvalidRequest, *, request_id: str, custom_id: str) -> bytes:
+def refused_line(error: InvalidRequest, *, request_id: str, custom_id: str, digest: str = "") -> bytes:
     """The error line of a request that was never sent: its body cannot be right."""
     message = str(error).removeprefix(f"{error.field}: ")
     response = _response(400, request_id, _error_body(400, message, error.field))
-    return _line(request_id, custom_id, response=response)
+    return _line(_name(request_id, digest), custom_id, response=response)
 
 
-def invalid_line(error: InvalidRequest, *, number: int) -> bytes:
+def invalid_line(error: InvalidRequest, *, number: int, digest: str = "") -> bytes:
     """The error line of line `number`, which has no custom_id that could be repeated."""
-    return _line(f"line_{number}", None, error={"code": INVALID, "message": str(error), "line": number})
+    told = {"code": INVALID, "message": str(error), "line": number}
+    return _line(_name(f"line_{number}", digest), None, error=told)
 
 
-def duplicate_line(custom_id: str, *, number: int, first: int) -> bytes:
+def duplicate_line(custom_id: str, *, number: int, first: int, digest: str = "") -> bytes:
     """The error line of line `number`, whose custom_id line `first` has already."""
     message = f"line {first} has this custom_id already"
-    return _line(f"line_{number}", custom_id, error={"code": DUPLICATE, "message": message, "line": number})
+    told = {"code": DUPLICATE, "message": message, "line": number}
+    return _line(_name(f"line_{number}", digest), custom_id, error=told)
+
+
+def read_answer(answer: dict[str, Any]) -> Answer | None:
+    """A line of the output or error file; None for what says neither a response nor an error."""
+    custom_id, response, error = answer.get("custom_id"), answer.get("response"), answer.get("error")
+    line = is_about_a_line(answer)
+    if not isinstance(custom_id, str) and not (custom_id is None and line is not None):
+        return None
+    if (response is None) == (error is None):
+        return None
+    if error is None and not (
+        isinstance(response, dict)
+        and isinstance(response.get("body"), dict)
+        and type(response.get("status_code")) is int
+    ):
+        return None
+    if response is None and not (isinstance(error, dict) and isinstance(error.get("code"), str)):
+        return None
+    found = _ID.fullmatch(str(answer.get("id")))
+    return Answer(
+        custom_id=custom_id,
+        name=found["name"] if found else "",
+        digest=(found["digest"] or "") if found else "",
+        is_success=response is not None and response["status_code"] == 200,
+        line=line,
+    )
 
 
 def is_about_a_line(answer: dict[str, Any]) -> int | None:
@@ -86,8 +141,12 @@ def is_about_a_line(answer: dict[str, Any]) -> int | None:
     error = answer.get("error")
     if isinstance(error, dict) and error.get("code") in (INVALID, DUPLICATE):
         number = error.get("line")
-        return number if isinstance(number, int) else None
+        return number if type(number) is int else None
     return None
+
+
+def _name(name: str, digest: str) -> str:
+    return f"{name}_{digest}" if digest else name
 
 
 def _line(

@@ -5,17 +5,22 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import stat
 import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from l4queue.client.batch.lines import MAX_LINE_BYTES
 from l4queue.errors import InvalidRequest
+from l4queue.strict_json import JsonError, parse_json, read_json
 
 __all__ = ("AnswerFile", "BatchIdentity", "IdentityFile", "InputFile", "RawLine")
 
 _READ_BYTES = 2**20
+_MAX_ANSWER_BYTES = 2**30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +41,7 @@ class InputFile:
             self._file: BinaryIO = path.open("rb", buffering=_READ_BYTES)
         except OSError as error:
             raise InvalidRequest(f"cannot read {path}: {error.strerror}", field="jsonl") from None
+        self.opened_version = self.version()
         if not self._file.seekable():
             self._file.close()
             raise InvalidRequest(f"{path} is read twice and cannot be a pipe", field="jsonl")
@@ -46,12 +52,19 @@ class InputFile:
         return found.st_size, found.st_mtime_ns
 
     def lines(self) -> Iterator[RawLine]:
-        """All lines from the start, with their ends."""
+        """All lines from the start, with their ends; of one that is longer than any request its beginning."""
         offset = 0
         self._file.seek(0)
-        for number, data in enumerate(self._file, 1):
+        for number in count(1):
+            data = self._file.readline(MAX_LINE_BYTES + 1)
+            if not data:
+                return
+            size, rest = len(data), data
+            while size > MAX_LINE_BYTES and not rest.endswith(b"\n") and rest:
+                rest = self._file.readline(_READ_BYTES)
+                size += len(rest)
             yield RawLine(number=number, offset=offset, data=data)
-            offset += len(data)
+            offset += size
 
     def again(self, number: int, offset: int, size: int) -> RawLine:
         """One line of `size` bytes again; does not disturb `lines`."""
@@ -66,7 +79,8 @@ class AnswerFile:
     """A file of JSON lines that is only appended to, by one process at a time.
 
     Opening takes the lock (InvalidRequest when another process has it) and repairs a line torn by a crash: one
-    that is complete but for its end gets its end, half a line is cut off.
+    that is complete but for its end gets its end, half a line is cut off. InvalidRequest, and nothing is cut, for
+    the end of a file that is not from a batch.
     """
 
     def __init__(self, path: Path, *, field: str) -> None:
@@ -75,25 +89,46 @@ class AnswerFile:
         try:
             self._file: BinaryIO = path.open("a+b", buffering=_READ_BYTES)
         except OSError as error:
-            raise InvalidRequest(f"cannot write {path}: {error.strerror}", field=field) from None
+            raise InvalidRequest(f"cannot write {path}: {error.strerror or error}", field=field) from None
+        if not stat.S_ISREG(os.fstat(self._file.fileno()).st_mode):
+            self._file.close()
+            raise InvalidRequest(f"{path} is not a file", field=field)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self._file.close()
             raise InvalidRequest(f"another process is writing {path}", field=field) from None
-        self.num_repaired_bytes = self._repair()
+        try:
+            self.num_repaired_bytes = self._repair()
+        except InvalidRequest:
+            self._file.close()
+            raise
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it has no answer yet."""
+        return os.fstat(self._file.fileno()).st_size == 0
 
     def answers(self) -> Iterator[dict[str, Any]]:
         """What the file has. InvalidRequest names a line that is not one of a batch."""
+        for _, answer in self.numbered():
+            yield answer
+
+    def numbered(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """The same with the numbers of the lines, from 1."""
         self._file.seek(0)
         for number, data in enumerate(self._file, 1):
             if not data.strip():
                 continue
             answer = _answer(data)
             if answer is None:
-                message = f"line {number} of {self.path} is not from a batch; move the file away or choose another"
-                raise InvalidRequest(message, field=self._field)
-            yield answer
+                raise self.unusable(number, "is not from a batch")
+            yield number, answer
+
+    def unusable(self, number: int, why: str) -> InvalidRequest:
+        """The error that a line of this file cannot stand there, and what to do."""
+        advice = "choose another file, or move this one away to have its lines computed again"
+        return InvalidRequest(f"line {number} of {self.path} {why}; {advice}", field=self._field)
 
     def append(self, line: bytes) -> None:
         """Add one line, its end included."""
@@ -119,13 +154,22 @@ class AnswerFile:
         if end == size:
             return 0
         self._file.seek(end)
-        if _answer(self._file.read()) is not None:
+        torn = self._file.read()
+        if _answer(torn) is not None:
             self._file.write(b"\n")
             self._file.flush()
             return -1
+        self._file.seek(0)
+        is_ours = end == 0 or _answer(self._file.readline()) is not None
+        if not is_ours or not _may_be_torn(torn):
+            raise self.unusable(self._num_lines(), "is not from a batch")
         self._file.truncate(end)
         self._file.seek(0, os.SEEK_END)
         return size - end
+
+    def _num_lines(self) -> int:
+        self._file.seek(0)
+        return sum(1 for _ in self._file)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,10 +189,13 @@ class IdentityFile:
     def read(self) -> BatchIdentity:
         """The identity of the batch that goes on, or a new one. InvalidRequest for a broken file."""
         try:
-            return BatchIdentity(**json.loads(self.path.read_bytes()))
+            found = BatchIdentity(**read_json(self.path.read_bytes()))
+            if not isinstance(found.batch_id, str) or not found.batch_id or type(found.num_submitted) is not int:
+                raise JsonError("no identity")
+            return found
         except FileNotFoundError:
             return BatchIdentity(batch_id=uuid.uuid4().hex)
-        except (OSError, ValueError, TypeError):
+        except (OSError, JsonError, TypeError):
             message = (
                 f"{self.path} is broken; without it, requests in flight are computed again: delete it for that"
             )
@@ -169,14 +216,24 @@ class IdentityFile:
 
 
 def _answer(data: bytes) -> dict[str, Any] | None:
-    """A line of a batch's output, or None when it is something else."""
+    """A line of a batch's output, or None when it is something else, such as a request."""
     try:
-        answer = json.loads(data)
-    except (ValueError, RecursionError):
+        answer = parse_json(data, max_bytes=_MAX_ANSWER_BYTES)
+    except JsonError:
         return None
     if not isinstance(answer, dict) or not isinstance(answer.get("custom_id"), str | None):
         return None
-    return answer if "custom_id" in answer else None
+    is_answer = answer.get("response") is not None or answer.get("error") is not None
+    return answer if "custom_id" in answer and is_answer else None
+
+
+def _may_be_torn(data: bytes) -> bool:
+    """Whether this may be the beginning of an answer, or what a crash leaves of one: not a document of its own."""
+    try:
+        parse_json(data, max_bytes=_MAX_ANSWER_BYTES)
+    except JsonError:
+        return data.startswith((b"{", b"\0"))
+    return False
 
 
 def _end_of_last_line(file: BinaryIO, size: int) -> int:

@@ -38,6 +38,7 @@ class Ticket:
     custom_id: str
     url: str
     model: str
+    digest: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

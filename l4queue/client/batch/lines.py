@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from l4queue.client.compose import build_spec
+from l4queue.client.compose import build_spec, checked_text, printable
 from l4queue.errors import InvalidRequest
 from l4queue.models import RequestSpec, SamplingParams
+from l4queue.strict_json import JsonError, canonical_json, parse_json
 
-__all__ = ("CHAT_URL", "COMPLETIONS_URL", "BatchLine", "custom_id_of", "parse_line")
+__all__ = (
+    "CHAT_URL",
+    "COMPLETIONS_URL",
+    "DIGEST_CHARS",
+    "MAX_LINE_BYTES",
+    "BatchLine",
+    "LineObject",
+    "custom_id_of",
+    "digest_of_bytes",
+    "object_of",
+    "parse_line",
+)
 
+MAX_LINE_BYTES = 128 * 2**20
+"""Longest line that is read, bytes: the longest prompt, each character of it escaped."""
+DIGEST_CHARS = 40
 CHAT_URL = "/v1/chat/completions"
 COMPLETIONS_URL = "/v1/completions"
 _SAMPLING = frozenset(SamplingParams.model_fields) | {"priority"}
@@ -43,11 +58,50 @@ class BatchLine:
     url: str
     model: str
     spec: RequestSpec
+    digest: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LineObject:
+    """A line that can be answered by name; whether its body can be computed is another question."""
+
+    custom_id: str
+    fields: dict[str, Any]
+
+    def digest(self, *, max_tokens: int | None) -> str:
+        """What an answer belongs to: the same for the same request, however its JSON is written.
+
+        `max_tokens` is that of the batch and counts where the line says none of its own.
+        """
+        body = self.fields.get("body")
+        given = body if isinstance(body, dict) else {}
+        has_own = any(given.get(name) is not None for name in ("max_tokens", "max_completion_tokens"))
+        told = {"line": self.fields} if has_own else {"line": self.fields, "max_tokens": max_tokens}
+        return hashlib.sha256(canonical_json(told).encode()).hexdigest()[:DIGEST_CHARS]
+
+
+def digest_of_bytes(raw: bytes) -> str:
+    """The digest of a line that is no request, by its bytes."""
+    return hashlib.sha256(b"bytes:" + raw.strip()).hexdigest()[:DIGEST_CHARS]
 
 
 def custom_id_of(raw: bytes) -> str:
     """The `custom_id` of a line. InvalidRequest when it is no JSON object or has no usable one."""
-    return _object_of(raw)[0]
+    return object_of(raw).custom_id
+
+
+def object_of(raw: bytes) -> LineObject:
+    """A line as JSON. InvalidRequest when it is no object, is ambiguous, or has no usable `custom_id`."""
+    try:
+        line = parse_json(raw, max_bytes=MAX_LINE_BYTES)
+    except JsonError as error:
+        raise InvalidRequest(str(error), field="line") from None
+    if not isinstance(line, dict):
+        raise InvalidRequest("must be a JSON object", field="line")
+    custom_id = line.get("custom_id")
+    if not isinstance(custom_id, str) or not 1 <= len(custom_id) <= 512:
+        raise InvalidRequest("must be a text of 1 to 512 characters", field="custom_id")
+    return LineObject(custom_id=checked_text(custom_id, field="custom_id", most_chars=512), fields=line)
 
 
 def parse_line(raw: bytes, *, max_tokens: int, priority: int, idempotency_key: str) -> BatchLine:
@@ -55,37 +109,22 @@ def parse_line(raw: bytes, *, max_tokens: int, priority: int, idempotency_key: s
 
     InvalidRequest names the field at fault. A body's own `priority` counts more than the batch's.
     """
-    custom_id, line = _object_of(raw)
-    body = line.get("body")
+    found = object_of(raw)
+    line, body = found.fields, found.fields.get("body")
     if not isinstance(body, dict):
         raise InvalidRequest("must be an object", field="body")
     if line.get("method", "POST") != "POST":
         raise InvalidRequest("must be POST", field="method")
-    url = line.get("url") or (CHAT_URL if "messages" in body else COMPLETIONS_URL)
+    url = line.get("url")
+    if url is None or url == "":
+        url = CHAT_URL if "messages" in body else COMPLETIONS_URL
     if url not in (CHAT_URL, COMPLETIONS_URL):
         raise InvalidRequest(f"must be {CHAT_URL} or {COMPLETIONS_URL}", field="url")
     options = {"max_tokens": max_tokens, "priority": priority, **_options(body)}
     spec = build_spec(**_prompt(body, url), **options, idempotency_key=idempotency_key)
-    return BatchLine(custom_id=custom_id, url=url, model=str(body.get("model") or ""), spec=spec)
-
-
-def _object_of(raw: bytes) -> tuple[str, dict[str, Any]]:
-    try:
-        line = json.loads(raw)
-    except UnicodeDecodeError as error:
-        raise InvalidRequest(f"not valid UTF-8 at byte {error.start + 1}", field="line") from None
-    except json.JSONDecodeError as error:
-        raise InvalidRequest(f"not JSON: {error.msg} at column {error.colno}", field="line") from None
-    except (ValueError, RecursionError):  # an integer of thousands of digits, or nested as deep
-        raise InvalidRequest("not JSON that can be read", field="line") from None
-    if not isinstance(line, dict):
-        raise InvalidRequest("must be a JSON object", field="line")
-    custom_id = line.get("custom_id")
-    if not isinstance(custom_id, str) or not 1 <= len(custom_id) <= 512:
-        raise InvalidRequest("must be a text of 1 to 512 characters", field="custom_id")
-    if any("\ud800" <= character <= "\udfff" for character in custom_id):
-        raise InvalidRequest("has half of a surrogate pair", field="custom_id")
-    return custom_id, line
+    model = checked_text("" if body.get("model") is None else body["model"], field="model", most_chars=512)
+    digest = found.digest(max_tokens=max_tokens)
+    return BatchLine(custom_id=found.custom_id, url=url, model=model, spec=spec, digest=digest)
 
 
 def _prompt(body: Mapping[str, Any], url: str) -> dict[str, Any]:
@@ -115,7 +154,7 @@ def _message(message: Any, index: int) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise InvalidRequest("must be an object", field=field)
     if odd := [name for name, v in message.items() if name not in ("role", "content", "name") and v is not None]:
-        raise InvalidRequest("is not offered", field=f"{field}.{odd[0]}")
+        raise InvalidRequest("is not offered", field=printable(f"{field}.{odd[0]}"))
     content = message.get("content")
     if isinstance(content, list):
         if not all(
@@ -133,16 +172,14 @@ def _options(body: Mapping[str, Any]) -> dict[str, Any]:
         if value is None or name in _NO_EFFECT or name in ("messages", "prompt"):
             continue
         if name in _NOT_OFFERED:
-            if value not in _NOT_OFFERED[name]:
+            if not any(type(value) is type(idle) and value == idle for idle in _NOT_OFFERED[name]):
                 raise InvalidRequest("is not offered", field=name)
         elif name == "max_completion_tokens":
             options["max_tokens"] = value
         elif name == "stop":
             options["stop"] = [value] if isinstance(value, str) else value
-        elif name in ("temperature", "top_p", "min_p") or name.endswith("_penalty"):
-            options[name] = float(value) if type(value) is int else value
         elif name in _SAMPLING:
             options[name] = value
         else:
-            raise InvalidRequest("unknown parameter", field=name)
+            raise InvalidRequest("unknown parameter", field=printable(name))
     return options

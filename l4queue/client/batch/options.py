@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from itertools import combinations
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -36,14 +37,20 @@ class BatchOptions:
     keep_results: bool = False
 
     def __post_init__(self) -> None:
-        if self.max_in_flight < 1:
-            raise InvalidRequest("must be at least 1", field="max_in_flight")
-        if not -100 <= self.priority <= 100:
-            raise InvalidRequest("must lie in [-100, 100]", field="priority")
-        if not 1 <= self.max_tokens <= 1_000_000:
-            raise InvalidRequest("must lie in [1, 1000000]", field="max_tokens")
-        if len({path.resolve() for path in (self.path_in, self.path_out, self.errors)}) < 3:
-            raise InvalidRequest("input, output and errors must be three files", field="out")
+        _check_whole("max_in_flight", self.max_in_flight, least=1, most=1_000_000)
+        _check_whole("priority", self.priority, least=-100, most=100)
+        _check_whole("max_tokens", self.max_tokens, least=1, most=1_000_000)
+        files = (self.path_in, self.path_out, self.errors, self.identity)
+        try:
+            are_one = len({path.resolve() for path in files}) < len(files) or any(
+                one.samefile(other) for one, other in combinations((f for f in files if f.exists()), 2)
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise InvalidRequest(f"is not a path that can be used: {error}", field="out") from None
+        if are_one:
+            raise InvalidRequest(
+                f"input, output, errors and {self.identity.name} must be different files", field="out"
+            )
 
     @property
     def errors(self) -> Path:
@@ -67,5 +74,14 @@ def batch_options(
     for name in options:
         if name not in known or name.startswith("path_"):
             raise InvalidRequest("unknown parameter", field=name)
-    errors = None if path_errors is None else Path(path_errors)
-    return BatchOptions(path_in=Path(path_in), path_out=Path(path_out), path_errors=errors, **options)
+    try:
+        errors = None if path_errors is None else Path(path_errors)
+        paths: dict[str, Any] = {"path_in": Path(path_in), "path_out": Path(path_out), "path_errors": errors}
+    except TypeError as error:
+        raise InvalidRequest(f"is not a path: {error}", field="out") from None
+    return BatchOptions(**paths, **options)
+
+
+def _check_whole(name: str, value: object, *, least: int, most: int) -> None:
+    if type(value) is not int or not least <= value <= most:
+        raise InvalidRequest(f"must be a whole number in [{least}, {most}]", field=name)

@@ -58,7 +58,16 @@ def run_batch(
         def checked(number: int) -> None:
             show.tell(BatchProgress(phase="checking", num_lines=0, num_finished=number))
 
-        index = check_files(lines, out, errors, stop=stop, progress=checked)
+        goes_on = IdentityFile(options.identity)
+        index = check_files(
+            lines,
+            out,
+            errors,
+            stop=stop,
+            progress=checked,
+            max_tokens=options.max_tokens,
+            batch_id=goes_on.read().batch_id if goes_on.path.exists() else None,
+        )
         if index is None:
             index = LineIndex()
             stopped = _Tally()
@@ -270,14 +279,19 @@ class _Run:
             return
         if record.state is RequestState.DONE:
             line = success_line(
-                record, ended.outputs, custom_id=ticket.custom_id, url=ticket.url, model=ticket.model
+                record,
+                ended.outputs,
+                custom_id=ticket.custom_id,
+                url=ticket.url,
+                model=ticket.model,
+                digest=ticket.digest,
             )
             self._out.append(line)
             self._index.mark(ticket.number, LineState.SUCCEEDED)
             self._tally.prompt_tokens += record.prompt_tokens or 0
             self._tally.output_tokens += record.offset
         else:
-            self._fail(ticket.number, outcome_line(record, custom_id=ticket.custom_id))
+            self._fail(ticket.number, outcome_line(record, custom_id=ticket.custom_id, digest=ticket.digest))
         self._uncommitted.append(ticket.request_id)
         if record.started_ms is not None and not ended.is_found:
             waited_s = (record.started_ms - record.submitted_ms) / 1000

@@ -12,6 +12,7 @@ from l4queue.client.batch.answers import (
     invalid_line,
     is_about_a_line,
     outcome_line,
+    read_answer,
     refused_line,
     success_line,
 )
@@ -96,3 +97,59 @@ def test_lines_that_were_never_sent_say_why() -> None:
     repeated = read(duplicate_line("a", number=9, first=2))
     assert (repeated["custom_id"], repeated["error"]["message"]) == ("a", "line 2 has this custom_id already")
     assert is_about_a_line(repeated) == 9
+
+
+DIGEST = "0123456789" * 4
+
+
+def test_each_line_says_which_line_it_answers() -> None:
+    """By the digest in its id, whatever became of the request."""
+    refusal = InvalidRequest("too hot", field="temperature")
+    done = record(RequestState.DONE, finish_reason="stop")
+    lines = {
+        "success": success_line(done, OUTPUTS, custom_id="a", url=CHAT_URL, model="m", digest=DIGEST),
+        "failed": outcome_line(record(RequestState.FAILED, error="why"), custom_id="a", digest=DIGEST),
+        "dead": outcome_line(record(RequestState.DEAD, error="why"), custom_id="a", digest=DIGEST),
+        "refused": refused_line(refusal, request_id="k1", custom_id="a", digest=DIGEST),
+        "invalid": invalid_line(refusal, number=7, digest=DIGEST),
+        "duplicate": duplicate_line("a", number=9, first=2, digest=DIGEST),
+    }
+    for kind, line in lines.items():
+        answer = read_answer(read(line))
+        assert answer is not None
+        about = {"invalid": 7, "duplicate": 9}.get(kind)
+        assert (answer.digest, answer.line, answer.is_success) == (DIGEST, about, kind == "success")
+        assert answer.name == ("k1" if about is None else f"line_{about}")
+        assert answer.custom_id == (None if kind == "invalid" else "a")
+
+
+def test_an_answer_of_an_earlier_release_has_the_name_of_its_request() -> None:
+    """And no digest."""
+    answer = read_answer(read(outcome_line(record(RequestState.CANCELLED), custom_id="a")))
+    assert answer is not None
+    assert (answer.name, answer.digest) == ("k1", "")
+
+
+RESPONSE = {"status_code": 200, "request_id": "r", "body": {}}
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"custom_id": "a", "method": "POST", "url": CHAT_URL, "body": {}},
+        {"custom_id": "a", "response": None, "error": None},
+        {"custom_id": "a", "response": RESPONSE, "error": {"code": "x"}},
+        {"custom_id": "a", "response": "text"},
+        {"custom_id": "a", "response": {**RESPONSE, "status_code": "200"}},
+        {"custom_id": "a", "response": {**RESPONSE, "status_code": True}},
+        {"custom_id": "a", "response": {**RESPONSE, "body": None}},
+        {"custom_id": "a", "error": "text"},
+        {"custom_id": "a", "error": {}},
+        {"custom_id": None, "response": RESPONSE},
+        {"custom_id": 5, "response": RESPONSE},
+        {"response": RESPONSE},
+    ],
+)
+def test_what_is_no_answer_is_not_taken_for_one(told: dict[str, Any]) -> None:
+    """A request above all."""
+    assert read_answer(told) is None

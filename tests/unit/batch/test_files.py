@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from contextlib import closing
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from l4queue.client.batch import files
 from l4queue.client.batch.files import AnswerFile, BatchIdentity, IdentityFile, InputFile
 from l4queue.client.batch.options import batch_options
 from l4queue.errors import InvalidRequest
@@ -45,13 +47,75 @@ def test_answers_are_those_of_the_file_and_can_be_appended_to(tmp_path: Path) ->
     assert path.read_bytes() == LINES[0] + b"\n" + LINES[1] + LINES[2]
 
 
-@pytest.mark.parametrize("line", [b"text", b"[]", b"{}", b'{"custom_id": 5}', b"\xff"])
+REQUEST = b'{"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": "x"}}'
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"text",
+        b"[]",
+        b"{}",
+        b'{"custom_id": 5}',
+        b"\xff",
+        REQUEST,
+        b'{"custom_id": "a", "response": null}',
+        b"[" * 10**5,
+    ],
+)
 def test_a_file_that_is_not_from_a_batch_is_not_appended_to(line: bytes, tmp_path: Path) -> None:
     """Its line is named."""
     path = tmp_path / "out"
     path.write_bytes(LINES[0] + line + b"\n" + LINES[1])
     with closing(AnswerFile(path, field="out")) as file, pytest.raises(InvalidRequest, match="line 2 of"):
         list(file.answers())
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        REQUEST,
+        REQUEST + b"\n" + REQUEST,
+        b"notes",
+        b"{}",
+        b"[1,\n2]",
+        LINES[0] + REQUEST,
+        LINES[0] + b"notes",
+        b"5",
+    ],
+)
+def test_the_end_of_a_file_that_is_not_from_a_batch_is_not_cut(content: bytes, tmp_path: Path) -> None:
+    """It would be lost: an input given as the output, a text without an end of line."""
+    path = tmp_path / "out"
+    path.write_bytes(content)
+    with (
+        pytest.raises(InvalidRequest, match="is not from a batch"),
+        closing(AnswerFile(path, field="out")) as file,
+    ):
+        list(file.answers())
+    assert path.read_bytes() == content
+    path.write_bytes(b"")
+    AnswerFile(path, field="out").close()  # no lock is left behind
+
+
+def test_what_is_no_file_takes_no_answers(tmp_path: Path) -> None:
+    """A device, a folder, a pipe."""
+    os.mkfifo(tmp_path / "pipe")
+    for path in (Path("/dev/null"), tmp_path, tmp_path / "pipe"):
+        with pytest.raises(InvalidRequest) as caught:
+            AnswerFile(path, field="out")
+        assert caught.value.field == "out"
+
+
+def test_a_line_longer_than_any_request_is_read_in_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those behind it have their places all the same."""
+    monkeypatch.setattr(files, "MAX_LINE_BYTES", 10)
+    monkeypatch.setattr(files, "_READ_BYTES", 4)
+    path = tmp_path / "in"
+    path.write_bytes(b"x" * 10 + b"\n" + b"y" * 25 + b"\n" + b"z\n" + b"w" * 13)
+    with closing(InputFile(path)) as file:
+        seen = [(line.number, line.offset, line.data) for line in file.lines()]
+    assert seen == [(1, 0, b"x" * 10 + b"\n"), (2, 11, b"y" * 11), (3, 37, b"z\n"), (4, 39, b"w" * 11)]
 
 
 def test_only_one_writes_a_file(tmp_path: Path) -> None:
@@ -97,9 +161,17 @@ def test_an_identity_lasts_until_it_is_removed(tmp_path: Path) -> None:
     identity = BatchIdentity(batch_id="b", num_submitted=5)
     file.write(identity)
     assert file.read() == identity
-    file.path.write_text("{")
-    with pytest.raises(InvalidRequest, match="delete it"):
-        file.read()
+    for broken in (
+        "{",
+        "[]",
+        '{"batch_id": 5}',
+        '{"batch_id": "b", "num_submitted": "x"}',
+        "[" * 10**5,
+        "9" * 5000,
+    ):
+        file.path.write_text(broken)
+        with pytest.raises(InvalidRequest, match="delete it"):
+            file.read()
     file.remove()
     file.remove()
     assert file.read().num_submitted == 0
@@ -114,6 +186,15 @@ def test_an_identity_lasts_until_it_is_removed(tmp_path: Path) -> None:
         ({"priority": 101}, "priority"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"speed": 3}, "speed"),
+        ({"path_errors": "out.batch.json"}, "out"),
+        ({"path_in": "out.batch.json"}, "out"),
+        ({"path_in": "\0"}, "out"),
+        ({"path_out": "\ud800"}, "out"),
+        ({"path_in": 5}, "out"),
+        ({"max_in_flight": True}, "max_in_flight"),
+        ({"max_in_flight": 10**400}, "max_in_flight"),
+        ({"priority": float("nan")}, "priority"),
+        ({"max_tokens": 1.5}, "max_tokens"),
     ],
 )
 def test_options_that_cannot_be_used_are_named(more: dict[str, object], field: str) -> None:
@@ -121,3 +202,13 @@ def test_options_that_cannot_be_used_are_named(more: dict[str, object], field: s
     with pytest.raises(InvalidRequest) as caught:
         batch_options(**{"path_in": "in", "path_out": "out", **more})  # type: ignore[arg-type]
     assert caught.value.field == field
+
+
+def test_two_names_of_one_file_are_one_file(tmp_path: Path) -> None:
+    """By a link of either kind."""
+    (tmp_path / "in").write_bytes(REQUEST)
+    os.link(tmp_path / "in", tmp_path / "hard")
+    (tmp_path / "soft").symlink_to(tmp_path / "in")
+    for name in ("hard", "soft"):
+        with pytest.raises(InvalidRequest, match="different files"):
+            batch_options(tmp_path / "in", tmp_path / name)

@@ -52,3 +52,35 @@ def test_a_marked_line_counts_in_its_new_state() -> None:
     index.mark(2, LineState.SUCCEEDED)
     assert [index.state(n) for n in (1, 2)] == [LineState.OPEN, LineState.SUCCEEDED]
     assert (index.count(LineState.OPEN), index.count(LineState.SUCCEEDED)) == (1, 1)
+
+
+PROVED = st.tuples(st.sampled_from("abcxyz"), st.integers(1, 3))
+
+
+@given(st.lists(PROVED, max_size=12), st.lists(PROVED, max_size=12), st.lists(PROVED, max_size=12))
+def test_an_answer_without_the_proof_of_its_line_finishes_nothing(
+    lines: list[tuple[str, int]], out: list[tuple[str, int]], errors: list[tuple[str, int]]
+) -> None:
+    """It is told by its place among those that were added; either of a line's proofs is enough."""
+    index = LineIndex(num_proofs=2)
+    for custom_id, proof in lines:
+        index.add(custom_id, proofs=(proof, proof + 10))
+    for custom_id, proof in out:
+        index.add_finished(custom_id, LineState.SUCCEEDED, proof=proof)
+    for custom_id, proof in errors:
+        index.add_finished(custom_id, LineState.FAILED, proof=proof + 10)
+    assert all(index.has_proof(n, p) and index.has_proof(n, p + 10) for n, (_, p) in enumerate(lines, 1))
+    assert not index.has_proof(0, 1)
+    assert not index.has_proof(len(lines) + 1, 1)
+    strays = index.resolve(reported=[0, len(lines) + 1])
+
+    firsts: dict[str, int] = {}
+    for custom_id, proof in lines:
+        firsts.setdefault(custom_id, proof)
+    right = [[firsts.get(custom_id) == proof for custom_id, proof in answers] for answers in (out, errors)]
+    assert strays.succeeded == tuple(i for i, is_right in enumerate(right[0]) if not is_right)
+    assert strays.failed == tuple(i for i, is_right in enumerate(right[1]) if not is_right)
+    assert strays.reported == (0, len(lines) + 1)
+    finished = {a for (a, _), ok in zip(out + errors, right[0] + right[1], strict=True) if ok}
+    states = (LineState.SUCCEEDED, LineState.FAILED)
+    assert sum(index.count(state) for state in states) == len(finished)

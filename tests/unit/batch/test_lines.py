@@ -99,6 +99,23 @@ def test_text_parts_of_a_message_are_joined() -> None:
         (body(max_tokens=True), "max_tokens"),
         (body(nonsense=1), "nonsense"),
         (body(idempotency_key="mine"), "idempotency_key"),
+        (body(temperature=10**400), "temperature"),
+        (b'{"custom_id": "a", "body": {"prompt": "x", "temperature": ' + b"9" * 5000 + b"}}", "temperature"),
+        (b'{"custom_id": "a", "body": {"prompt": "x", "seed": ' + b"9" * 5000 + b"}}", "seed"),
+        (b'{"custom_id": "a", "body": {"prompt": "x", "temperature": NaN}}', "temperature"),
+        (b'{"custom_id": "a", "body": {"prompt": "x", "temperature": 1e999}}', "temperature"),
+        (body(stop="\ud800"), "stop"),
+        (body(model="\ud800"), "model"),
+        (body(model=[[1]]), "model"),
+        (body(model="m" * 513), "model"),
+        (body(n=True), "n"),
+        (body(stream=0), "stream"),
+        ({"custom_id": "a", "url": [], "body": CHAT}, "url"),
+        ({"custom_id": "a", "body": {"prompt": "\ud800"}}, "prompt"),
+        (body(**{"\ud800": 1}), "\\ud800"),
+        (b'{"custom_id": "a", "custom_id": "b", "body": {"prompt": "x"}}', "line"),
+        (b'{"custom_id": "a", "body": {"prompt": "x", "prompt": "y"}}', "line"),
+        (b'{"custom_id": "a", "metadata": ' + b"[" * 70 + b"]" * 70 + b', "body": {"prompt": "x"}}', "line"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_run_names_its_field(line: Any, field: str) -> None:
@@ -106,6 +123,26 @@ def test_what_cannot_be_run_names_its_field(line: Any, field: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
         parse(line)
     assert caught.value.field == field
+
+
+def test_an_answer_belongs_to_a_request_not_to_its_spelling() -> None:
+    """Other spaces and another order of keys are the same line; any other value is another one."""
+    line = {"custom_id": "a", "method": "POST", "body": {"prompt": "x", "temperature": 0, "max_tokens": 5}}
+    same = b'{ "body": {"max_tokens":5, "temperature":0,"prompt":"\\u0078"}, "method":"POST","custom_id":"a"}\r\n'
+    digest = parse(line).digest
+
+    assert len(digest) == 40
+    assert parse(same, max_tokens=99).digest == digest
+    for other in ({"prompt": "y"}, {"temperature": 1}, {"max_tokens": 6}, {"max_tokens": None}, {"user": "u"}):
+        assert parse({**line, "body": {**line["body"], **other}}).digest != digest  # type: ignore[dict-item]
+
+
+def test_the_default_of_the_batch_counts_for_lines_without_their_own() -> None:
+    """The answer depends on it then."""
+    assert parse(body(), max_tokens=7).digest == parse(body(), max_tokens=7, priority=5).digest
+    assert parse(body(), max_tokens=7).digest != parse(body(), max_tokens=8).digest
+    own = body(max_completion_tokens=3)
+    assert parse(own, max_tokens=7).digest == parse(own, max_tokens=8).digest
 
 
 @given(st.binary(max_size=60) | st.from_type(dict).map(lambda d: repr(d).encode()))
