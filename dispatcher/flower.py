@@ -10,6 +10,7 @@ from dispatcher.app import make_app
 from dispatcher.flower_events import install
 from l4queue.config import Settings, load_settings
 from l4queue.errors import L4QueueError
+from l4queue.logs import start_logging, take_log_format
 
 __all__ = ("flower_options", "is_api_open", "main")
 
@@ -47,7 +48,9 @@ def is_api_open(settings: Settings, environment: Mapping[str, str], arguments: S
 
 def main(arguments: Sequence[str] = ()) -> None:
     """Run Flower until a signal; `arguments` are Flower's own and win over ours."""
+    arguments = take_log_format(arguments)
     settings = load_settings()
+    start_logging(settings.log_format)
     options = flower_options(settings, os.environ)
     if is_api_open(settings, os.environ, arguments):
         os.environ.setdefault("FLOWER_UNAUTHENTICATED_API", "true")

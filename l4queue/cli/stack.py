@@ -50,11 +50,12 @@ class StackOptions:
     flower_port: int | None = None
     flower: bool = True
     metrics_port: int | None = None
+    log_format: str | None = None
     quiet: bool = False
 
     def overrides(self) -> dict[str, Any]:
         """The options that are settings."""
-        names = ("engine", "model", "redis_url", "durability", "flower_port", "metrics_port")
+        names = ("engine", "model", "redis_url", "durability", "flower_port", "metrics_port", "log_format")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
@@ -233,7 +234,7 @@ class Stack:
         self.flower_url = f"http://127.0.0.1:{port}"
 
     def _environment(self) -> dict[str, str]:
-        names = ("redis_url", "namespace", "durability", "engine", "model", "flower_port")
+        names = ("redis_url", "namespace", "durability", "engine", "model", "flower_port", "log_format")
         ours = {f"L4_{name.upper()}": str(getattr(self.settings, name)) for name in names}
         return {**ours, "PYTHONUNBUFFERED": "1"}
 

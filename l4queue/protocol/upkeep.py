@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from l4queue.config import Settings
 from l4queue.models import Plan
@@ -77,7 +77,7 @@ class Upkeep:
             was_graced=reaped.was_graced,
         )
         if report != UpkeepReport():
-            log.info("upkeep", extra={"report": report})
+            log.info("upkeep", extra=asdict(report))
         return report
 
     async def reroute(self, plan: Plan) -> int:
@@ -103,9 +103,7 @@ class Upkeep:
             tokens = sum(f.prompt_tokens + f.output_tokens for f in finished)
             rate = tokens * 1000.0 / max(1, span_ms)
         command = ("HSET", self._keys.counts, "drain_tokens_per_s", f"{rate:.1f}")
-        await self._door.offer(
-            Call(None, (), command, int)
-        )  # a hint: the old one stands while memory is short
+        await self._door.offer(Call(None, (), command, int))  # a hint: the old one stands while memory is short
         return rate
 
     async def repair_once(self) -> int:
