@@ -8,11 +8,13 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Sequence
 
 from dispatcher.service import Dispatcher
 from dispatcher.tokenizer import PromptTokenizer
 from l4queue.config import Settings, load_settings
 from l4queue.errors import L4QueueError, ServiceUnavailable
+from l4queue.logs import start_logging, take_log_format
 from l4queue.metrics import MetricsServer
 from l4queue.protocol.door import AsyncDoor
 from l4queue.protocol.health import dispatcher_alive
@@ -69,11 +71,13 @@ async def serve(settings: Settings) -> None:
         await door.close()
 
 
-def main() -> int:
-    """Entry point; the exit code says whether it ended well."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+def main(arguments: Sequence[str] = ()) -> int:
+    """Entry point; the exit code says whether it ended well. `--log-format` wins over L4_LOG_FORMAT."""
+    take_log_format(arguments)
     try:
-        asyncio.run(serve(load_settings()))
+        settings = load_settings()
+        start_logging(settings.log_format)
+        asyncio.run(serve(settings))
     except L4QueueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -81,4 +85,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

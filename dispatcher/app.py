@@ -7,10 +7,11 @@ from functools import cache
 from typing import Any
 
 from celery import Celery
-from celery.signals import worker_init
+from celery.signals import setup_logging, worker_init
 
 from dispatcher.tasks import REFINE, REPLAN, add_tasks
 from l4queue.config import Settings, celery_settings, load_settings
+from l4queue.logs import start_logging
 
 __all__ = ("make_app",)
 
@@ -54,6 +55,12 @@ def make_app(settings: Settings) -> Celery:
 def _stand_back(**_: Any) -> None:
     """A replay takes seconds of a core: where it shares a machine with engines, those go first, on CPUs too."""
     os.nice(_NICENESS)
+
+
+@setup_logging.connect  # type: ignore[untyped-decorator] # Celery has no types
+def _log_as_the_others(loglevel: int | str | None = None, **_: Any) -> None:
+    """Celery's own formats would leave out the fields of a line."""
+    start_logging(load_settings().log_format, level=loglevel or "WARNING")
 
 
 @cache

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from threading import Event, Lock
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ from dispatcher.exported import describe
 from dispatcher.latency import Latencies
 from l4queue.config import Settings, load_settings
 from l4queue.errors import ConfigError, L4QueueError
+from l4queue.logs import start_logging, take_log_format
 from l4queue.metrics import Families, MetricsServer
 from l4queue.policy.capacity import Demand
 from l4queue.protocol.door import Door
@@ -87,11 +88,13 @@ def serve(settings: Settings) -> None:
         door.close()
 
 
-def main() -> int:
-    """Entry point; the exit code says whether it ended well."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+def main(arguments: Sequence[str] = ()) -> int:
+    """Entry point; the exit code says whether it ended well. `--log-format` wins over L4_LOG_FORMAT."""
+    take_log_format(arguments)
     try:
-        serve(load_settings())
+        settings = load_settings()
+        start_logging(settings.log_format)
+        serve(settings)
     except L4QueueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -99,4 +102,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -13,6 +13,7 @@ from dispatcher import flower_events, flower_guard
 from dispatcher.app import make_app
 from l4queue.config import Settings, load_settings
 from l4queue.errors import ConfigError, L4QueueError
+from l4queue.logs import start_logging, take_log_format
 
 __all__ = ("check_variables", "flower_options", "main")
 
@@ -59,10 +60,12 @@ def check_variables(environment: Mapping[str, str]) -> None:
 
 def main(arguments: Sequence[str] = ()) -> None:
     """Run Flower until a signal; `arguments` are Flower's own and win over ours. An empty variable is not set."""
+    arguments = take_log_format(arguments)
     settings = load_settings()
     for name in [name for name, value in os.environ.items() if name.startswith("FLOWER_") and not value]:
         del os.environ[name]
     check_variables(os.environ)
+    start_logging(settings.log_format)
     options = flower_options(settings, os.environ)
     flower_events.install()
     flower_guard.install(settings)

@@ -143,6 +143,9 @@ class Settings(BaseSettings):
         0, ge=0, le=65535, description="port of Prometheus metrics, of each process its own; 0: none"
     )
     metrics_host: str = Field("127.0.0.1", description="address that metrics listen on; 0.0.0.0: all")
+    log_format: Literal["text", "json"] = Field(
+        "text", description="log lines of all processes: text for people, json with one object a line"
+    )
     traces: bool = Field(
         False, description="send OpenTelemetry traces of requests; OTEL_ variables say where to (docs/tracing.md)"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from celery import Celery, signals
@@ -15,6 +15,7 @@ from pydantic import JsonValue
 
 from l4queue.config import Settings, load_settings
 from l4queue.errors import L4QueueError
+from l4queue.logs import start_logging, take_log_format
 from l4queue.metrics import MetricsServer
 from workers.app import QUEUE, make_app, node_name, task_name
 from workers.build import make_worker
@@ -114,18 +115,22 @@ def _controller(app: Celery, **steps_given: Any) -> Any:
 
 def launch(start: Callable[[], int]) -> int:
     """Set this process up for `serve`, which `start` calls, and return its exit code; our errors in one line."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     warnings.simplefilter("ignore", SecurityWarning)  # of root, because of pickle: which is off here
     guard_descendants()
     try:
+        start_logging(load_settings().log_format)
         return start()
     except L4QueueError as error:
         print(f"error: {error}", file=sys.stderr)
         return _FAILED
 
 
-def main() -> int:
-    """Entry point; the exit code is not zero when the engine failed or the drain did not end in time."""
+def main(arguments: Sequence[str] = ()) -> int:
+    """Entry point; the exit code is not zero when the engine failed or the drain did not end in time.
+
+    `--log-format` wins over L4_LOG_FORMAT.
+    """
+    take_log_format(arguments)
     return launch(lambda: serve(take_devices(load_settings())))
 
 
@@ -134,4 +139,4 @@ def _keep_logging(**_: Any) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

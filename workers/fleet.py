@@ -14,6 +14,7 @@ from pydantic import JsonValue
 
 from l4queue.config import Settings, load_settings
 from l4queue.errors import ConfigError
+from l4queue.logs import take_log_format
 from workers.__main__ import launch, serve
 from workers.build import make_worker
 from workers.figures import WorkerFigures
@@ -87,4 +88,4 @@ def _number(value: JsonValue) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(take_log_format(sys.argv[1:])))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
+
+from l4queue.logs import logs_json
 
 __all__ = ("bind_threads", "prepare_environment")
 
@@ -14,6 +17,8 @@ def prepare_environment(*, kv_cache_gib: int, cores: str, model: str) -> None:
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    if logs_json():  # the engine core's process too, which has a logging of its own
+        os.environ.setdefault("VLLM_LOGGING_CONFIG_PATH", str(Path(__file__).with_name("vllm_logging.json")))
     if cores:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", cores)
     if os.path.isdir(model):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import queue
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import BinaryIO, Protocol, TextIO
+from typing import Any, BinaryIO, Protocol, TextIO
 
 __all__ = ("ConsoleLog", "FileLog", "LineSplitter", "Log")
 
@@ -46,7 +49,7 @@ class LineSplitter:
 
 
 class ConsoleLog:
-    """`worker-0   | line`, written by a thread of its own.
+    """`worker-0   | line`, or a JSON object with `process`, written by a thread of its own.
 
     A terminal that is held (Ctrl-S) or a slow pipe must not stop the processes that log to it: at most
     `max_lines` wait, further ones are dropped and counted. `on_broken` is called from that thread, once, when
@@ -58,11 +61,13 @@ class ConsoleLog:
         stream: TextIO | None = None,
         *,
         colour: bool | None = None,
+        as_json: bool = False,
         max_lines: int = 10_000,
         on_broken: Callable[[], None] | None = None,
     ) -> None:
         self._stream = sys.stdout if stream is None else stream
         self._colour = (self._stream.isatty() and "NO_COLOR" not in os.environ) if colour is None else colour
+        self._as_json = as_json
         self._queue: queue.Queue[tuple[str, str] | None] = queue.Queue(maxsize=max_lines)
         self._num_dropped = 0
         self._width = 10
@@ -102,12 +107,25 @@ class ConsoleLog:
                     self._on_broken = None
 
     def _format(self, name: str, line: str) -> str:
+        if self._as_json:
+            return _json_line(name, line)
         self._width = max(self._width, len(name))
         prefix = f"{name:<{self._width}} |"
         if self._colour:
             code = self._colours.setdefault(name, _COLOURS[len(self._colours) % len(_COLOURS)])
             prefix = f"\x1b[{code}m{prefix}\x1b[0m"
         return f"{prefix} {line}\n"
+
+
+def _json_line(name: str, line: str) -> str:
+    """What a process logged as JSON with its name; of other lines, such as those of Redis, an object is made."""
+    told: Any = None
+    if line.startswith("{"):
+        with contextlib.suppress(ValueError):
+            told = json.loads(line)
+    if not isinstance(told, dict):
+        told = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "message": line}
+    return json.dumps({"process": name, **told}) + "\n"
 
 
 class FileLog:

@@ -53,11 +53,12 @@ class StackOptions:
     flower_port: int | None = None
     flower: bool = True
     metrics_port: int | None = None
+    log_format: str | None = None
     quiet: bool = False
 
     def overrides(self) -> dict[str, Any]:
         """The options that are settings."""
-        names = ("engine", "model", "redis_url", "durability", "flower_port", "metrics_port")
+        names = ("engine", "model", "redis_url", "durability", "flower_port", "metrics_port", "log_format")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
@@ -258,7 +259,7 @@ class Stack:
         self.flower = place
 
     def _environment(self) -> dict[str, str]:
-        names = ("namespace", "durability", "engine", "model", "flower_port")
+        names = ("namespace", "durability", "engine", "model", "flower_port", "log_format")
         ours = {f"L4_{name.upper()}": str(getattr(self.settings, name)) for name in names}
         return {**ours, "L4_REDIS_URL": self.redis_url, "PYTHONUNBUFFERED": "1"}
 

@@ -67,6 +67,12 @@ def up(
             show_default=False,
         ),
     ] = None,
+    log_format: Annotated[
+        str | None,
+        typer.Option(
+            help="text, or json for one object a line; default L4_LOG_FORMAT, else text.", show_default=False
+        ),
+    ] = None,
     ready_file: Annotated[
         Path | None,
         typer.Option(
@@ -96,6 +102,7 @@ def up(
         flower_port=flower_port,
         flower=flower,
         metrics_port=metrics_port,
+        log_format=log_format,
     )
     asyncio.run(_serve(options, ready_file=ready_file))
 
@@ -106,6 +113,7 @@ async def _serve(options: StackOptions, *, ready_file: Path | None) -> None:
 
     from l4queue.cli.logs import ConsoleLog
     from l4queue.cli.stack import Stack
+    from l4queue.config import load_settings
 
     loop = asyncio.get_running_loop()
     serving = asyncio.current_task()
@@ -124,7 +132,8 @@ async def _serve(options: StackOptions, *, ready_file: Path | None) -> None:
         else:
             stack.kill()
 
-    stack = Stack(options, log=ConsoleLog(on_broken=on_broken))
+    log_format = load_settings(**options.overrides()).log_format
+    stack = Stack(options, log=ConsoleLog(on_broken=on_broken, as_json=log_format == "json"))
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         loop.add_signal_handler(number, on_signal)
     try:

@@ -146,7 +146,8 @@ class Outage:
                 self._since_s = now_s
             self._failing.update(names)
             self._last_s = now_s
-            is_news = trouble not in self._said and (not trouble.is_brief or now_s - self._since_s >= _BRIEF_S)
+            lasts = not self._said and now_s - self._since_s >= _BRIEF_S  # connections also break by a refusal
+            is_news = lasts if trouble.is_brief else trouble not in self._said
             if is_news:
                 self._said.add(trouble)
         if is_news:

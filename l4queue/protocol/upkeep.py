@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from l4queue.config import Settings
 from l4queue.models import Plan
@@ -81,7 +81,7 @@ class Upkeep:
             was_graced=reaped.was_graced,
         )
         if report != UpkeepReport():
-            log.info("upkeep", extra={"report": report})
+            log.info("upkeep", extra=asdict(report))
         return report
 
     async def reroute(self, plan: Plan) -> int:
