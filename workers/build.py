@@ -22,6 +22,7 @@ from workers.worker import Worker
 __all__ = ("kv_directory", "make_worker", "model_path")
 
 log = logging.getLogger("l4queue.worker")
+_CONSTRAINT_PATIENCE = 4.0  # a worker's machine is busier than that of the dispatcher that checked the same before
 
 
 def model_path(settings: Settings) -> str:
@@ -86,5 +87,6 @@ def _engine(settings: Settings, coefficients: CoefficientFile) -> tuple[Engine, 
         kv_directory=kv_directory(settings),
         kv_handover_bytes=settings.kv_handover_bytes,
         keep_metrics=bool(settings.metrics_port),
+        constraint_limit_s=_CONSTRAINT_PATIENCE * settings.constraint_check_s,
     )
     return engine, text_factory(settings.tokenizer or path)

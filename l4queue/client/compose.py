@@ -30,7 +30,7 @@ from l4queue.protocol.calls import Call, Calls, SubmitReply, Verdict
 from l4queue.protocol.keys import Keys
 from l4queue.protocol.reads import Reads, StreamEntry
 from l4queue.protocol.records import OutputEntry, RequestRecord, TokenLogprobs, pack_ids
-from l4queue.sampling import NOT_OFFERED
+from l4queue.sampling import DEFAULT_MAX_TOKENS, NOT_OFFERED
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Span
@@ -146,14 +146,18 @@ class Composer:
         self._traces = EnqueueTraces(settings)
 
     def prepare(self, spec: RequestSpec) -> Prepared:
-        """Id, digest and submit call of a request. The same idempotency key gives the same id."""
+        """Id, digest and submit call of a request. The same idempotency key gives the same id.
+
+        The digest is that of the earlier release, which did not write a `max_tokens` of 256: a request that is
+        enqueued again after an upgrade is the same.
+        """
         kind, prompt = _encode_prompt(spec)
         body = spec.model_dump_json(include=_DIGEST_FIELDS, exclude_defaults=True)
         digest = ""
         request_id = uuid.uuid4().hex
         if spec.idempotency_key is not None:
             request_id = "k" + hashlib.sha256(spec.idempotency_key.encode()).hexdigest()[:31]
-            digest = hashlib.sha256(f"{kind}\0{body}\0".encode() + prompt).hexdigest()
+            digest = hashlib.sha256(f"{kind}\0{_digested(spec, body)}\0".encode() + prompt).hexdigest()
         traceparent, span = self._traces.begin(spec)
         if traceparent is not None:
             traced = spec.model_copy(update={"traceparent": traceparent})
@@ -165,12 +169,13 @@ class Composer:
             body=body,
             kind=kind,
             prompt=prompt,
-            charge_tokens=counted + spec.params.max_tokens,
+            charge_tokens=counted + (spec.params.max_tokens or DEFAULT_MAX_TOKENS),
             max_live_tokens=self.settings.max_backlog_tokens,
             max_live_bytes=self.settings.max_backlog_bytes,
             deadline_ms=int(spec.deadline_s * 1000) if spec.deadline_s else 0,
             ttl_ms=int(self.settings.result_ttl_s * 1000),
             client_id=self.client_id,
+            has_open_end=spec.params.max_tokens is None,
         )
         return Prepared(request_id=request_id, call=call, span=span)
 
@@ -272,6 +277,13 @@ def known(request_id: str, record: RequestRecord | None) -> RequestRecord:
     if record is None:
         raise UnknownRequest(f"no request {request_id}: never accepted, or its result has expired")
     return record
+
+
+def _digested(spec: RequestSpec, body: str) -> str:
+    if spec.params.max_tokens != DEFAULT_MAX_TOKENS:
+        return body
+    plain = spec.model_copy(update={"params": spec.params.model_copy(update={"max_tokens": None})})
+    return plain.model_dump_json(include=_DIGEST_FIELDS, exclude_defaults=True)
 
 
 def _encode_prompt(spec: RequestSpec) -> tuple[str, bytes]:

@@ -16,7 +16,7 @@ from l4queue.protocol.records import OutputEntry, RequestRecord
 __all__ = ("DeadLetter", "FinishedRequest", "InboxBody", "Reads", "StreamEntry", "WorkerView", "parse_entries")
 
 StreamEntry = tuple[bytes, dict[bytes, bytes]]
-_BODY_FIELDS = ("state", "kind", "prompt", "body", "submitted_ms", "deadline_ms")
+_BODY_FIELDS = ("state", "kind", "prompt", "body", "submitted_ms", "deadline_ms", "open_end")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +28,7 @@ class InboxBody:
     prompt: bytes
     body: bytes
     submitted_ms: int
+    has_open_end: bool = False  # max_tokens was left out
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,13 +124,14 @@ def _dead_letters(reply: Any) -> list[DeadLetter]:
 def _body(row: list[Any]) -> InboxBody | None:
     if row[0] is None:
         return None
-    state, kind, prompt, body, submitted_ms, _ = row
+    state, kind, prompt, body, submitted_ms, _, open_end = row
     return InboxBody(
         state=state.decode(),
         kind=(kind or b"").decode(),
         prompt=prompt or b"",
         body=body or b"{}",
         submitted_ms=int(submitted_ms or 0),
+        has_open_end=open_end is not None,
     )
 
 
@@ -201,7 +203,7 @@ class Reads:
     def ledger(self, request_id: str) -> Call[list[str]]:
         """What befell a request out of the ordinary, in order: JSON lines, each with `at_ms` and `what`."""
         args = ("HGET", self.keys.request(request_id), "ledger")
-        return Call(None, (), args, lambda r: r.decode().splitlines() if r else [])
+        return Call(None, (), args, lambda r: [line for line in (r or b"").decode().split("\n") if line])
 
     def routed_because(self, request_id: str) -> Call[str | None]:
         """Why a request was routed as it was (JSON); None when there was one stage only."""

@@ -50,7 +50,7 @@ def custom_id_of(raw: bytes) -> str:
     return _object_of(raw)[0]
 
 
-def parse_line(raw: bytes, *, max_tokens: int, priority: int, idempotency_key: str) -> BatchLine:
+def parse_line(raw: bytes, *, max_tokens: int | None, priority: int, idempotency_key: str) -> BatchLine:
     """The request of a line; what its body leaves open is taken from the arguments.
 
     InvalidRequest names the field at fault. A body's own `priority` counts more than the batch's.

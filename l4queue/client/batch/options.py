@@ -9,12 +9,11 @@ from typing import Any
 
 from l4queue.errors import InvalidRequest
 
-__all__ = ("DEFAULT_MAX_IN_FLIGHT", "DEFAULT_MAX_TOKENS", "DEFAULT_PRIORITY", "BatchOptions", "batch_options")
+__all__ = ("DEFAULT_MAX_IN_FLIGHT", "DEFAULT_PRIORITY", "BatchOptions", "batch_options")
 
 DEFAULT_PRIORITY = 100
 """The last class: a request of priority 0 that arrives up to half of `L4_STARVATION_BOUND_S` (5 minutes) later is
 served first, and the engine, too, takes a batch last. After that it has waited for long enough."""
-DEFAULT_MAX_TOKENS = 256
 DEFAULT_MAX_IN_FLIGHT = 4096
 
 
@@ -22,15 +21,15 @@ DEFAULT_MAX_IN_FLIGHT = 4096
 class BatchOptions:
     """What to run and how. `path_errors` None is the output's name with `.errors.jsonl` added.
 
-    `max_tokens` and `priority` are for lines that do not say; `max_in_flight` bounds the window of requests in
-    flight. InvalidRequest names an option that cannot be used.
+    `max_tokens` (None: what still fits) and `priority` are for lines that do not say; `max_in_flight` bounds the
+    window of requests in flight. InvalidRequest names an option that cannot be used.
     """
 
     path_in: Path
     path_out: Path
     path_errors: Path | None = None
     priority: int = DEFAULT_PRIORITY
-    max_tokens: int = DEFAULT_MAX_TOKENS
+    max_tokens: int | None = None
     max_in_flight: int = DEFAULT_MAX_IN_FLIGHT
     cancel_on_exit: bool = False
     keep_results: bool = False
@@ -40,7 +39,7 @@ class BatchOptions:
             raise InvalidRequest("must be at least 1", field="max_in_flight")
         if not -100 <= self.priority <= 100:
             raise InvalidRequest("must lie in [-100, 100]", field="priority")
-        if not 1 <= self.max_tokens <= 1_000_000:
+        if self.max_tokens is not None and not 1 <= self.max_tokens <= 1_000_000:
             raise InvalidRequest("must lie in [1, 1000000]", field="max_tokens")
         if len({path.resolve() for path in (self.path_in, self.path_out, self.errors)}) < 3:
             raise InvalidRequest("input, output and errors must be three files", field="out")

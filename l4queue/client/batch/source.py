@@ -14,6 +14,7 @@ from l4queue.client.batch.lines import custom_id_of, parse_line
 from l4queue.client.batch.options import BatchOptions
 from l4queue.client.compose import Composer
 from l4queue.errors import InvalidRequest
+from l4queue.sampling import DEFAULT_MAX_TOKENS
 
 __all__ = ("LineSource", "check_files")
 
@@ -79,7 +80,7 @@ class LineSource:
         self._lines = lines
         self._index = index
         self._options = options
-        self._salt = f"{batch_id}:{options.max_tokens}:".encode()
+        self._salt = f"{batch_id}:{options.max_tokens or DEFAULT_MAX_TOKENS}:".encode()
         self._composer = composer
         self._fail = fail
         self._version = lines.version()
