@@ -1,4 +1,4 @@
-"""The dispatcher: inbox → count → route by the current plan. Any number of replicas may run."""
+"""The dispatcher: inbox → check → count → route by the current plan. Any number of replicas may run."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pydantic import ValidationError
-
+from dispatcher.admission import Fitted, field_of, fit, read_body
+from dispatcher.constraints import ConstraintChecker
 from dispatcher.metrics import RouterFigures
+from dispatcher.pending_checks import PendingChecks
 from dispatcher.router import Router
 from dispatcher.tokenizer import Counted, PromptTokenizer, Refusal
 from l4queue.config import Settings
 from l4queue.errors import L4QueueError
-from l4queue.models import Plan, RequestBody, RequestState, SamplingParams
+from l4queue.models import Plan, RequestBody, RequestState
 from l4queue.policy.histogram import Buckets
 from l4queue.protocol.calls import Call, Calls, Verdict
 from l4queue.protocol.door import AsyncDoor
@@ -36,17 +37,26 @@ _MAX_DELIVERIES = 3  # so many dispatchers may end while they work on an entry: 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Arrival:
-    """One readable inbox entry with the body it refers to."""
+    """One readable inbox entry with the body it refers to, and what that says."""
 
     entry_id: str
     request_id: str
     body: InboxBody
+    wire: RequestBody
 
 
 class Dispatcher:
     """Routes what arrives. `run_once` does one round and returns how many entries it cleared."""
 
-    def __init__(self, *, settings: Settings, door: AsyncDoor, tokenizer: PromptTokenizer, name: str) -> None:
+    def __init__(
+        self,
+        *,
+        settings: Settings,
+        door: AsyncDoor,
+        tokenizer: PromptTokenizer,
+        name: str,
+        checker: ConstraintChecker | None = None,
+    ) -> None:
         self.settings = settings
         self.name = name
         self.keys = Keys(settings.namespace)
@@ -55,6 +65,15 @@ class Dispatcher:
         self._reads = Reads(self.keys)
         self._inbox = Inbox(door, self.keys, consumer=name)
         self._tokenizer = tokenizer
+        self._checker = checker or ConstraintChecker(
+            tokenizer=settings.tokenizer or settings.model, limit_s=settings.constraint_check_s
+        )
+        self._checks = PendingChecks(
+            inbox=self._inbox,
+            checker=self._checker,
+            resume=self._adopt,
+            claim_idle_s=settings.dispatcher_claim_idle_s,
+        )
         self._buckets = Buckets.log_spaced(settings.max_model_len)
         self._stopping = asyncio.Event()
         self._rounded_s = time.monotonic()
@@ -78,9 +97,12 @@ class Dispatcher:
 
     async def run(self) -> None:
         """Route until stopped. Redis may come and go meanwhile."""
-        while not self._stopping.is_set():
-            await self.run_once(block_s=1.0)
-            self._rounded_s = time.monotonic()
+        try:
+            while not self._stopping.is_set():
+                await self.run_once(block_s=1.0)
+                self._rounded_s = time.monotonic()
+        finally:
+            await self._checks.stop()
         await self._inbox.leave()
 
     async def run_once(self, *, block_s: float) -> int:
@@ -98,15 +120,19 @@ class Dispatcher:
             min_idle_s=self.settings.dispatcher_claim_idle_s, count=self.settings.dispatcher_batch
         )
         for entry_id in entry_ids:
-            claimed = await self._inbox.claim(entry_id)
-            if claimed is None:
-                continue
-            entry, num_deliveries = claimed
-            if num_deliveries > _MAX_DELIVERIES:
-                await self._refuse_poison(entry)
-            else:
-                await self._handle_all([entry])
+            if entry_id not in self._checks:
+                await self._adopt(entry_id)
         return len(entry_ids)
+
+    async def _adopt(self, entry_id: bytes) -> None:
+        claimed = await self._inbox.claim(entry_id)
+        if claimed is None:
+            return
+        entry, num_deliveries = claimed
+        if num_deliveries > _MAX_DELIVERIES:
+            await self._refuse_poison(entry)
+        else:
+            await self._handle_all([entry])
 
     async def _handle_all(self, entries: Sequence[StreamEntry]) -> int:
         """Handle them together; where one of them cannot be handled, one by one, and that one is refused."""
@@ -135,7 +161,10 @@ class Dispatcher:
         self.figures.refused["poison"] += 1
 
     async def handle(self, entries: Sequence[StreamEntry]) -> int:
-        """Count and route these entries; refusals end in `failed` with the field at fault."""
+        """Check, count and route these entries; refusals end in `failed` with the field at fault.
+
+        An entry whose constraint is not known yet is set aside; the others do not wait for it.
+        """
         begun_s = time.monotonic()
         readable = [(e.decode(), v[b"i"].decode()) for e, v in entries if _is_readable(v)]
         calls: list[Call[Verdict]] = [
@@ -153,7 +182,11 @@ class Dispatcher:
                     self._calls.refuse(request_id, entry_id=entry_id, error=body.fault, field="body", raw=body.raw)
                 )
             else:
-                arrivals.append(_Arrival(entry_id=entry_id, request_id=request_id, body=body))
+                examined = self._examine(entry_id, body)
+                if isinstance(examined, Refusal):
+                    calls.append(self._refuse(request_id, entry_id, examined))
+                elif examined is not None:
+                    arrivals.append(_Arrival(entry_id=entry_id, request_id=request_id, body=body, wire=examined))
         prompts = [(arrival.body.kind, arrival.body.prompt) for arrival in arrivals]
         counted_s = time.monotonic()
         counted = await asyncio.to_thread(self._tokenizer.count, prompts) if prompts else []
@@ -163,40 +196,43 @@ class Dispatcher:
         self.figures.rounds.add(time.monotonic() - begun_s)
         return len(calls)
 
+    def _examine(self, entry_id: str, body: InboxBody) -> RequestBody | Refusal | None:
+        """What a body says; None when its constraint has to be checked first."""
+        wire = read_body(body.body)
+        if isinstance(wire, Refusal) or wire.params.structured_outputs is None:
+            return wire
+        verdict = self._checker.known(wire.params.structured_outputs)
+        if verdict is None:
+            self._checks.hold(entry_id.encode(), wire.params.structured_outputs)
+            return None
+        if verdict.error:
+            return Refusal(field=field_of(wire.params.structured_outputs), error=verdict.error)
+        return wire
+
     def _decide(self, arrival: _Arrival, answer: Counted | Refusal) -> Call[Verdict]:
         if isinstance(answer, Counted):
-            checked = self._check(arrival.body, len(answer.token_ids))
-            if not isinstance(checked, Refusal):
-                return self._route(arrival, answer, checked)
-            answer = checked
+            fitted = fit(arrival.wire, arrival.body, len(answer.token_ids), self._tokenizer.max_model_len)
+            if not isinstance(fitted, Refusal):
+                return self._route(arrival, answer, fitted)
+            answer = fitted
+        return self._refuse(arrival.request_id, arrival.entry_id, answer)
+
+    def _refuse(self, request_id: str, entry_id: str, answer: Refusal) -> Call[Verdict]:
         self.figures.refused[answer.reason] += 1
-        log.info("refused", extra={"request_id": arrival.request_id, "field": answer.field})
+        log.info("refused", extra={"request_id": request_id, "field": answer.field})
         return self._calls.refuse(
-            arrival.request_id,
-            entry_id=arrival.entry_id,
+            request_id,
+            entry_id=entry_id,
             error=answer.error,
             field=answer.field,
             reason=answer.reason,
         )
 
-    def _check(self, body: InboxBody, prompt_tokens: int) -> tuple[SamplingParams, int] | Refusal:
-        """Parameters and priority of a request that can run, or why it cannot."""
-        try:
-            wire = RequestBody.stored(body.body)
-        except ValidationError as invalid:
-            first = invalid.errors(include_url=False, include_input=False)[0]
-            return Refusal(field=".".join(str(p) for p in first["loc"]) or "body", error=first["msg"])
-        limit, wanted = self._tokenizer.max_model_len, wire.params.max_tokens
-        if prompt_tokens + wanted > limit:
-            field = "prompt" if prompt_tokens >= limit else "max_tokens"
-            error = f"{prompt_tokens} prompt tokens and max_tokens {wanted} exceed the model's {limit} tokens"
-            return Refusal(field=field, error=error, reason="too_long")
-        return wire.params, wire.priority
-
-    def _route(self, arrival: _Arrival, answer: Counted, checked: tuple[SamplingParams, int]) -> Call[Verdict]:
-        params, priority = checked
+    def _route(self, arrival: _Arrival, answer: Counted, fitted: Fitted) -> Call[Verdict]:
         prompt_tokens = len(answer.token_ids)
-        place = self._router.place(prompt_tokens, submitted_ms=arrival.body.submitted_ms, priority=priority)
+        place = self._router.place(
+            prompt_tokens, submitted_ms=arrival.body.submitted_ms, priority=arrival.wire.priority
+        )
         self.figures.count_routed(place.stage)
         return self._calls.route(
             arrival.request_id,
@@ -204,10 +240,12 @@ class Dispatcher:
             stage=place.stage,
             score=place.score,
             token_ids=answer.token_ids,
-            max_tokens=params.max_tokens,
+            max_tokens=fitted.max_tokens,
             plan_version=self.plan.version,
             bucket=self._buckets.index(prompt_tokens),
             why=place.why,
+            charge_tokens=fitted.charge_tokens,
+            body=fitted.body,
         )
 
     async def _follow(self, version: int, body: str | None) -> None:

@@ -49,6 +49,8 @@ class PromptTokenizer:
         except (OSError, ValueError) as error:
             raise ConfigError(f"no tokenizer at {path!r}: set L4_MODEL or L4_TOKENIZER ({error})") from error
         self.max_model_len = max_model_len
+        self._bos: str = getattr(self._tokenizer, "bos_token", None) or ""
+        self._bos_id: int | None = getattr(self._tokenizer, "bos_token_id", None)
         vocabulary = self._tokenizer.get_vocab()
         self.vocabulary_size = max(vocabulary.values(), default=-1) + 1
         self._longest_token_bytes = max((len(t.encode()) for t in vocabulary), default=_FALLBACK_TOKEN_BYTES)
@@ -116,8 +118,15 @@ class PromptTokenizer:
             for index, text in texts.items():
                 self._encode({index: text}, answers, specials=specials)
             return
-        for index, token_ids in zip(texts, encoded, strict=True):
+        for (index, text), token_ids in zip(texts.items(), encoded, strict=True):
+            if specials and self._begins_twice(text, token_ids):
+                del token_ids[0]
             answers[index] = Counted(token_ids=tuple(token_ids)) if token_ids else _EMPTY
+
+    def _begins_twice(self, text: str, token_ids: Sequence[int]) -> bool:
+        """Whether the beginning of sequence stands in the text already, as in one that a template has rendered."""
+        has_own = bool(self._bos) and text.startswith(self._bos)
+        return has_own and len(token_ids) > 1 and token_ids[0] == token_ids[1] == self._bos_id
 
 
 _EMPTY = Refusal(field="prompt", error="the prompt is empty")

@@ -55,6 +55,9 @@ class Settings(BaseSettings):
 
     dispatcher_batch: int = Field(256, ge=1, le=4096, description="requests routed per round")
     dispatcher_claim_idle_s: float = Field(5.0, gt=0, description="age at which another dispatcher adopts")
+    constraint_check_s: float = Field(
+        5.0, gt=0, description="longest check of a request's structured_outputs before it is refused, s"
+    )
     ageing_tokens_per_s: float = Field(2000.0, gt=0, description="a second of waiting counts as so many tokens")
     priority_step_s: float = Field(30.0, ge=0, description="head start that one priority class is worth, s")
 

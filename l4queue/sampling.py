@@ -11,7 +11,14 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, f
 
 from l4queue.strict_json import MAX_NESTING, JsonError, check_json, check_text, read_json, values_of
 
-__all__ = ("LIST_AS_TUPLE", "NOT_OFFERED", "SamplingParams", "Strict", "StructuredOutputs")
+__all__ = (
+    "DEFAULT_MAX_TOKENS",
+    "LIST_AS_TUPLE",
+    "NOT_OFFERED",
+    "SamplingParams",
+    "Strict",
+    "StructuredOutputs",
+)
 
 NOT_OFFERED: Mapping[str, str] = MappingProxyType(
     {
@@ -34,7 +41,12 @@ NOT_OFFERED: Mapping[str, str] = MappingProxyType(
 )
 """Well-known parameters of other interfaces that are refused, with what to do instead."""
 MAX_SCHEMA_CHARS = 65_536
-"""Longest JSON schema accepted, characters of its JSON: what an engine compiles in well under a second."""
+"""Longest JSON schema accepted, characters of its JSON. The dispatcher bounds the time to compile it."""
+DEFAULT_MAX_TOKENS = 256
+"""What a stored body without `max_tokens` means: the earlier release leaves its default out. Also what admission
+counts as the output of a request without `max_tokens`."""
+MAX_TOKENS = 1_000_000
+"""Most tokens that one request may generate: no model holds more."""
 MAX_LOGPROBS = 2**20
 """Most logprobs of one request, (logprobs + 1) · max_tokens: 8 MiB in Redis."""
 LIST_AS_TUPLE = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
@@ -44,6 +56,14 @@ LIST_AS_TUPLE = BeforeValidator(lambda value: tuple(value) if isinstance(value, 
 def _bounded(least_chars: int, most_chars: int) -> Any:
     """Bounds of a text in a list, for the schema; a validator of the list says the error in our words."""
     return Field(json_schema_extra={"minLength": least_chars, "maxLength": most_chars})
+
+
+def _texts(value: object) -> object:
+    return (value,) if isinstance(value, str) else _ids(value)
+
+
+def _ids(value: object) -> object:
+    return () if value is None else tuple(value) if isinstance(value, list) else value
 
 
 class Strict(BaseModel):
@@ -109,25 +129,27 @@ class StructuredOutputs(Strict):
 class SamplingParams(Strict):
     """How to generate. Names, ranges and meanings are vLLM's; unknown names are refused."""
 
-    max_tokens: int = Field(default=256, ge=1, le=1_000_000, description="most tokens to generate")
+    max_tokens: int | None = Field(
+        default=None, ge=1, le=MAX_TOKENS, description="most tokens to generate; left out: what still fits"
+    )
     min_tokens: int = Field(
-        default=0, ge=0, le=1_000_000, description="no end of sequence before this many tokens"
+        default=0, ge=0, le=MAX_TOKENS, description="no end of sequence before this many tokens"
     )
-    temperature: float = Field(default=1.0, ge=0.0, le=100.0, description="0 is greedy")
+    temperature: float = Field(default=1.0, ge=0.0, le=2.0, description="0 is greedy")
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
-    top_k: int = Field(default=0, ge=0, lt=2**31, description="0 considers every token")
+    top_k: int = Field(default=0, ge=-1, lt=2**31, description="0 or -1 considers every token")
     min_p: float = Field(default=0.0, ge=0.0, le=1.0)
-    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
-    stop: Annotated[tuple[Annotated[str, _bounded(1, 256)], ...], LIST_AS_TUPLE] = Field(
-        default=(), max_length=16, description="text that ends the output"
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63, description="-1 is none")
+    stop: Annotated[tuple[Annotated[str, _bounded(1, 256)], ...], BeforeValidator(_texts)] = Field(
+        default=(), max_length=16, description="text that ends the output: one, or a list"
     )
-    stop_token_ids: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**31)], ...], LIST_AS_TUPLE] = Field(
+    stop_token_ids: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**31)], ...], BeforeValidator(_ids)] = Field(
         default=(), max_length=64
     )
     ignore_eos: bool = False
     presence_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
     frequency_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
-    repetition_penalty: float = Field(default=1.0, gt=0.0, le=10.0)
+    repetition_penalty: float = Field(default=1.0, gt=0.0)
     logprobs: int | None = Field(default=None, ge=0, le=20, description="of each token and so many most probable")
     structured_outputs: StructuredOutputs | None = Field(default=None, description="what the output must match")
 
@@ -138,6 +160,16 @@ class SamplingParams(Strict):
             if name in NOT_OFFERED:
                 raise ValueError(f"{name}: {NOT_OFFERED[name]}")
         return values
+
+    @field_validator("top_k")
+    @classmethod
+    def _every_token_is_0(cls, value: int) -> int:
+        return max(0, value)  # one spelling on the wire: the earlier release knows no other
+
+    @field_validator("seed")
+    @classmethod
+    def _no_seed_is_none(cls, value: int | None) -> int | None:
+        return None if value == -1 else value
 
     @field_validator("stop")
     @classmethod
@@ -150,14 +182,14 @@ class SamplingParams(Strict):
 
     @model_validator(mode="after")
     def _min_within_max(self) -> SamplingParams:
-        if self.min_tokens > self.max_tokens:
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens {self.min_tokens} exceeds max_tokens {self.max_tokens}")
         return self
 
     @model_validator(mode="after")
     def _logprobs_are_bounded(self) -> SamplingParams:
-        if self.logprobs is not None and (self.logprobs + 1) * self.max_tokens > MAX_LOGPROBS:
-            most = MAX_LOGPROBS // (self.logprobs + 1)
+        most = self._bound_tokens
+        if self.max_tokens is not None and self.max_tokens > most:
             raise ValueError(f"logprobs {self.logprobs} of {self.max_tokens} max_tokens; at most of {most}")
         return self
 
@@ -166,6 +198,14 @@ class SamplingParams(Strict):
         if self.structured_outputs is not None and (self.ignore_eos or self.min_tokens):
             raise ValueError("structured_outputs end by themselves: leave out ignore_eos and min_tokens")
         return self
+
+    def tokens_that_fit(self, room_tokens: int) -> int:
+        """What a left-out `max_tokens` means where the model has room for so many: all that the bounds allow."""
+        return min(room_tokens, self._bound_tokens)
+
+    @property
+    def _bound_tokens(self) -> int:
+        return MAX_TOKENS if self.logprobs is None else min(MAX_TOKENS, MAX_LOGPROBS // (self.logprobs + 1))
 
     @property
     def is_pinned(self) -> bool:

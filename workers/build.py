@@ -23,6 +23,7 @@ from workers.worker import Worker
 __all__ = ("kv_directory", "make_worker", "model_path")
 
 log = logging.getLogger("l4queue.worker")
+_CONSTRAINT_PATIENCE = 4.0  # a worker's machine is busier than that of the dispatcher that checked the same before
 
 
 def model_path(settings: Settings) -> str:
@@ -90,5 +91,6 @@ def _engine(settings: Settings, coefficients: CoefficientFile, work: LoopWork) -
         kv_handover_bytes=settings.kv_handover_bytes,
         keep_metrics=bool(settings.metrics_port),
         work=work,
+        constraint_limit_s=_CONSTRAINT_PATIENCE * settings.constraint_check_s,
     )
     return engine, text_factory(settings.tokenizer or path)

@@ -9,6 +9,7 @@ from hashlib import blake2b
 from l4queue.errors import UnreadableValue
 from l4queue.models import RequestBody, RequestState, SamplingParams
 from l4queue.protocol.records import Grant, Outcome, OutputEntry, TokenLogprobs, unpack_ids
+from l4queue.sampling import DEFAULT_MAX_TOKENS
 from workers.engine import EngineOutput, EngineRequest, FinishReason
 from workers.text import TextStream
 
@@ -76,6 +77,7 @@ class Session:
         self.is_moving = False
         self.watch_tokens: int | None = None  # the length at which moving it is thought about
         self.params: SamplingParams = body.params
+        self.max_tokens = body.params.max_tokens or DEFAULT_MAX_TOKENS
         self.prompt_ids: list[int] = unpack_ids(grant.packed_ids)
         self.output_ids: list[int] = []
         self.committed = 0
@@ -99,7 +101,7 @@ class Session:
     @property
     def remaining_tokens(self) -> int:
         """Most tokens that may still be generated."""
-        return self.params.max_tokens - len(self.output_ids)
+        return self.max_tokens - len(self.output_ids)
 
     @property
     def may_move(self) -> bool:
@@ -125,8 +127,11 @@ class Session:
     def resume(self, entries: Sequence[OutputEntry], *, eos_token_ids: frozenset[int]) -> None:
         """Go on from what earlier workers committed. They may have died after the very last token.
 
+        As in vLLM, the token that ends the output gives no text, whether or not the tokenizer calls it special.
         UnreadableValue where that is not all that the record says there is.
         """
+        if not self.params.ignore_eos:
+            self._text.silence(eos_token_ids)
         ids = [token for entry in entries for token in entry.token_ids]
         if len(ids) != self.grant.offset:
             raise UnreadableValue(f"its output has {len(ids)} tokens, its record says {self.grant.offset}")

@@ -237,7 +237,7 @@ class WorkerState:
             stage=session.stage,
             range_text=session.range_text,
             prompt_tokens=grant.prompt_tokens,
-            max_tokens=session.params.max_tokens,
+            max_tokens=session.max_tokens,
             num_resumed=grant.offset,
             epoch=grant.epoch,
             is_traced=session.is_traced,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -91,8 +91,9 @@ class TextStream:
 
     What might be the beginning of a stop string is held back until the next tokens decide. At a stop
     string the text ends before it; the tokens up to the one that completed it are kept. As in vLLM, a stop
-    string counts only where it ends after `min_tokens` tokens, and `silent_ids` (the request's own stop
-    tokens) give no text. Everything depends on the ids alone, not on how they were cut into pieces.
+    string counts only where it ends after `min_tokens` tokens, and `silent_ids` (stop tokens and ends of
+    sequence) give no text, whether or not the tokenizer calls them special. Everything depends on the
+    ids alone, not on how they were cut into pieces.
     """
 
     def __init__(
@@ -117,6 +118,10 @@ class TextStream:
         """Say which ids come before the output. Before the first `feed` or `replay`, if at all."""
         if self._decoder is not None and prompt_ids:
             self._decoder.prime(prompt_ids)
+
+    def silence(self, token_ids: Iterable[int]) -> None:
+        """Say which further ids give no text. Before the first `feed` or `replay`, if at all."""
+        self._silent_ids |= frozenset(token_ids)
 
     def feed(self, token_ids: Sequence[int]) -> Piece:
         """Take in further ids. Nothing may follow once it has stopped."""

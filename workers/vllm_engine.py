@@ -17,7 +17,6 @@ from workers.engine import (
     EngineOutput,
     EngineRequest,
     EngineStats,
-    FinishReason,
     StepRecord,
 )
 from workers.kv.desk import Desk, model_fingerprint
@@ -26,11 +25,12 @@ from workers.kv.store import SegmentStore
 from workers.loop_work import LoopWork
 from workers.step_watch import StepWatch
 from workers.turns import PrefillTurns
+from workers.vllm_constraints import ConstraintExaminer
 from workers.vllm_environment import bind_threads, prepare_environment
-from workers.vllm_terms import engine_output, sampling_params
+from workers.vllm_terms import engine_output, failed, prompt, sampling_params
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Coroutine
     from pathlib import Path
 
 __all__ = ("VllmEngine",)
@@ -40,10 +40,14 @@ _HEALTH_INTERVAL_S = 0.5
 
 @dataclass(slots=True, kw_only=True)
 class _Running:
-    """A request in the engine: length up to the last token seen, logprobs of each, where its tokens come out."""
+    """A request in the engine: length up to the last token seen, logprobs of each, where its tokens come out.
+
+    `examined` is the request in vLLM's own terms where that was made beforehand, off the event loop.
+    """
 
     length_tokens: int
     num_top: int | None
+    examined: Any = None
     collector: Any = None
 
 
@@ -53,6 +57,7 @@ class VllmEngine:
     `cpu_kv_cache_gib` sizes the cache of the CPU build; on a GPU `gpu_memory_share` does. With a `kv_directory`,
     requests are handed over with their KV through segments there, at most `kv_handover_bytes` of them; all
     engines of the host that name the same directory exchange with each other. Without, vLLM gets no connector.
+    vLLM has `constraint_limit_s` to accept a request with structured outputs; it does so in a thread.
     Without `keep_metrics` vLLM does not keep its own for Prometheus, which cost it time at every token.
 
     Tokens are collected once for every step, when vLLM reports it to our logger: a task for each request, as
@@ -75,6 +80,7 @@ class VllmEngine:
         kv_handover_bytes: int = 1 << 30,
         keep_metrics: bool = True,
         work: LoopWork | None = None,
+        constraint_limit_s: float = 20.0,
     ) -> None:
         self._model = model
         self._max_model_len = max_model_len
@@ -90,6 +96,7 @@ class VllmEngine:
             self._desk = Desk(SegmentStore(kv_directory, limit_bytes=kv_handover_bytes))
         self._keep_metrics = keep_metrics
         self._work = work or LoopWork()
+        self._examiner = ConstraintExaminer(limit_s=constraint_limit_s)
         self._llm: Any = None
         self._running: dict[str, _Running] = {}
         self._out: list[EngineOutput] = []
@@ -174,37 +181,51 @@ class VllmEngine:
         request_id, num_tokens = request.request_id, len(request.token_ids)
         if request_id in self._running:
             raise ValueError(f"request {request_id} is in the engine already")
-        self._running[request_id] = _Running(length_tokens=num_tokens, num_top=request.params.logprobs)
-        if self._turns.arrived(request):
+        running = _Running(length_tokens=num_tokens, num_top=request.params.logprobs)
+        self._running[request_id] = running
+        if request.params.structured_outputs is not None:
+            self._start(self._examine_and_begin(request, running))
+        elif self._turns.arrived(request):
+            await self._begin(request)
+
+    async def _examine_and_begin(self, request: EngineRequest, running: _Running) -> None:
+        """Have vLLM look at a constraint before the request takes its turn: it may take seconds."""
+        try:
+            running.examined = await self._examiner.examine(self._llm, request)
+        except Exception as error:  # it refuses with many types
+            self._not_begun(request.request_id, running, error)
+            return
+        if self._running.get(request.request_id) is running and self._turns.arrived(request):
             await self._begin(request)
 
     async def _begin(self, request: EngineRequest) -> None:
-        from vllm.inputs import tokens_input
-        from vllm.v1.engine.exceptions import EngineDeadError
-
         request_id = request.request_id
         running = self._running.get(request_id)
         if running is None:  # aborted just when its turn had come
             return
         try:
-            params = sampling_params(request)
+            asked = running.examined or prompt(request)
+            params = running.examined.sampling_params if running.examined else sampling_params(request)
             if self._desk is not None:
                 params.extra_args = {"kv_transfer_params": self._desk.admit(request_id, request.kv)}
             self._watch.arrived(request_id, num_tokens=len(request.token_ids), priority=request.priority)
-            prompt = tokens_input(list(request.token_ids))
-            adding = self._llm.add_request(request_id, prompt, params, priority=request.priority)
+            adding = self._llm.add_request(request_id, asked, params, priority=request.priority)
             found = await self._work.steps(request_id, adding)
-        except EngineDeadError as error:
-            self._died(str(error))
         except Exception as error:  # it refuses with many types
-            if self._running.get(request_id) is running:
-                why = str(error) or repr(error.__cause__ or error)
-                refusal = FinishReason.ERROR
-                self._end(EngineOutput(request_id=request_id, token_ids=(), finish_reason=refusal, error=why))
+            self._not_begun(request_id, running, error)
         else:
             running.collector = found
             if self._running.get(request_id) is not running:  # aborted while it was on its way
                 await self._llm.abort([request_id])
+
+    def _not_begun(self, request_id: str, running: _Running, error: Exception) -> None:
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        if isinstance(error, EngineDeadError):
+            self._died(str(error))
+        elif self._running.get(request_id) is running:
+            why = str(error) or repr(error.__cause__ or error)
+            self._end(failed(request_id, why))
 
     async def abort(self, request_ids: Iterable[str]) -> None:
         """Forget them; their outputs that nobody has seen are dropped."""
@@ -327,9 +348,12 @@ class VllmEngine:
     def _through(self, request_id: str) -> None:
         """Its prefill is over, if it had one: what waited for that may begin."""
         for following in self._turns.over(request_id):
-            beginning = asyncio.create_task(self._begin(following))
-            self._beginning.add(beginning)
-            beginning.add_done_callback(self._beginning.discard)
+            self._start(self._begin(following))
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        beginning = asyncio.create_task(work)
+        self._beginning.add(beginning)
+        beginning.add_done_callback(self._beginning.discard)
 
     def _forget(self, request_id: str) -> None:
         del self._running[request_id]

@@ -10,7 +10,7 @@ from workers.vllm_logprobs import token_logprobs
 if TYPE_CHECKING:
     from l4queue.sampling import StructuredOutputs
 
-__all__ = ("engine_output", "sampling_params")
+__all__ = ("engine_output", "failed", "prompt", "sampling_params")
 
 _REASONS = {
     "stop": FinishReason.STOP,
@@ -46,6 +46,13 @@ def sampling_params(request: EngineRequest) -> Any:
     )
 
 
+def prompt(request: EngineRequest) -> Any:
+    """vLLM's prompt of a request: ids that need no further work."""
+    from vllm.inputs import tokens_input
+
+    return tokens_input(list(request.token_ids))
+
+
 def _structured_outputs(given: StructuredOutputs | None) -> Any:
     """As vLLM's. Nothing in it is checked here: `add_request` does before the engine core sees it."""
     if given is None:
@@ -54,6 +61,11 @@ def _structured_outputs(given: StructuredOutputs | None) -> Any:
 
     choice = None if given.choice is None else list(given.choice)
     return StructuredOutputsParams(json=given.json_schema, regex=given.regex, choice=choice)
+
+
+def failed(request_id: str, why: str) -> EngineOutput:
+    """The only output of a request that vLLM refuses."""
+    return EngineOutput(request_id=request_id, token_ids=(), finish_reason=FinishReason.ERROR, error=why)
 
 
 def engine_output(request_id: str, done: Any, *, num_top: int | None) -> EngineOutput:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from l4queue.cli.batch import refuse_mixture, run_file
+from l4queue.json_lines import json_line
 
 if TYPE_CHECKING:
     from l4queue.client import Handle, Result
@@ -27,7 +28,7 @@ def enqueue(
     context: typer.Context,
     prompt: Annotated[str | None, typer.Argument(help="Prompt text; - or nothing reads standard input.")] = None,
     *,
-    max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 256,
+    max_tokens: Annotated[int | None, typer.Option(help="Most tokens to generate; else what still fits.")] = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
     top_p: Annotated[float, typer.Option()] = 1.0,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends the output; may be repeated.")] = None,
@@ -165,7 +166,7 @@ def _print_stream(handle: Handle, timeout: float | None) -> None:
 
 
 def _print_result(found: Result, as_json: bool) -> None:
-    print(json.dumps(asdict(found), ensure_ascii=False) if as_json else found.text)
+    print(json_line(asdict(found)) if as_json else found.text)
 
 
 def _record(record: RequestRecord) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from l4queue.protocol.calls import Call, Calls, SubmitReply, Verdict
 from l4queue.protocol.keys import Keys
 from l4queue.protocol.reads import Reads
 from l4queue.protocol.records import Followed, OutputEntry, RequestRecord, TokenLogprobs, pack_ids
-from l4queue.sampling import NOT_OFFERED
+from l4queue.sampling import DEFAULT_MAX_TOKENS, NOT_OFFERED
 from l4queue.strict_json import JsonError, canonical_json, check_text
 
 if TYPE_CHECKING:
@@ -162,7 +162,11 @@ class Composer:
         self._traces = EnqueueTraces(settings)
 
     def prepare(self, spec: RequestSpec) -> Prepared:
-        """Id, digest and submit call of a request. The same idempotency key gives the same id."""
+        """Id, digest and submit call of a request. The same idempotency key gives the same id.
+
+        The digest is that of the earlier release, which did not write a `max_tokens` of 256: a request that is
+        enqueued again after an upgrade is the same.
+        """
         try:
             kind, prompt = _encode_prompt(spec)
             body = spec.model_dump_json(include=_DIGEST_FIELDS, exclude_defaults=True)
@@ -171,10 +175,10 @@ class Composer:
         digest = canonical = ""
         request_id = uuid.uuid4().hex
         if spec.idempotency_key is not None:
-            request_id = request_id_of(spec.idempotency_key)
-            digest = _digest(kind, body, prompt)
+            request_id, digested = request_id_of(spec.idempotency_key), _digested(spec, body)
+            digest = _digest(kind, digested, prompt)
             if spec.metadata or spec.params.structured_outputs is not None:  # their keys have no order
-                canonical = _digest(kind, canonical_json(json.loads(body)), prompt)
+                canonical = _digest(kind, canonical_json(json.loads(digested)), prompt)
         traceparent, span = self._traces.begin(spec)
         if traceparent is not None:
             traced = spec.model_copy(update={"traceparent": traceparent})
@@ -186,13 +190,14 @@ class Composer:
             body=body,
             kind=kind,
             prompt=prompt,
-            charge_tokens=counted + spec.params.max_tokens,
+            charge_tokens=counted + (spec.params.max_tokens or DEFAULT_MAX_TOKENS),
             max_live_tokens=self.settings.max_backlog_tokens,
             max_live_bytes=self.settings.max_backlog_bytes,
             deadline_ms=ceil(spec.deadline_s * 1000) if spec.deadline_s else 0,  # 0 is none
             ttl_ms=int(self.settings.result_ttl_s * 1000),
             client_id=self.client_id,
             canonical=canonical,
+            has_open_end=spec.params.max_tokens is None,
         )
         return Prepared(request_id=request_id, call=call, span=span, has_key=bool(digest))
 
@@ -325,8 +330,15 @@ def checked_id(request_id: object) -> str:
         raise UnknownRequest(f"no such request: {error}") from None
 
 
+def _digested(spec: RequestSpec, body: str) -> str:
+    if spec.params.max_tokens != DEFAULT_MAX_TOKENS:
+        return body
+    plain = spec.model_copy(update={"params": spec.params.model_copy(update={"max_tokens": None})})
+    return plain.model_dump_json(include=_DIGEST_FIELDS, exclude_defaults=True)
+
+
 def _digest(kind: str, body: str, prompt: bytes) -> str:
-    return hashlib.sha256(f"{kind}\0{body}\0".encode() + prompt).hexdigest()
+    return hashlib.sha256(f"{kind}\\0{body}\\0".encode() + prompt).hexdigest()
 
 
 def printable(name: str) -> str:

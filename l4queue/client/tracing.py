@@ -71,6 +71,7 @@ class EnqueueTraces:
 
         if self._tracer is None:
             self._tracer = _tracer()
+        most = spec.params.max_tokens
         return self._tracer.start_span(
             "enqueue",
             context=None if spec.traceparent is None else context_of(spec.traceparent),
@@ -78,8 +79,8 @@ class EnqueueTraces:
             attributes={
                 "messaging.system": "l4queue",
                 "messaging.destination.name": self._namespace,
-                "gen_ai.request.max_tokens": spec.params.max_tokens,
                 "l4queue.priority": spec.priority,
+                **({} if most is None else {"gen_ai.request.max_tokens": most}),
             },
         )
 

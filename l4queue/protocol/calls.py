@@ -168,14 +168,16 @@ class Calls:
         ttl_ms: int,
         client_id: str,
         canonical: str = "",
+        has_open_end: bool = False,
     ) -> Call[SubmitReply]:
         """Accept a request. `charge_tokens` is an estimate until the dispatcher has counted.
 
-        `canonical` is a second digest, of the same request whatever the order of its keys.
+        `canonical` is a second digest, of the same request whatever the order of its keys. With `has_open_end` the
+        dispatcher decides `max_tokens`: what still fits.
         """
         k = self.keys
         args = (request_id, digest, body, kind, prompt, charge_tokens, len(prompt) + len(body))
-        limits = (max_live_tokens, max_live_bytes, deadline_ms, ttl_ms, client_id, canonical)
+        limits = (max_live_tokens, max_live_bytes, deadline_ms, ttl_ms, client_id, canonical, int(has_open_end))
         return Call("submit", (k.counts, k.inbox, k.request(request_id)), args + limits, _submitted)
 
     def route(
@@ -190,12 +192,18 @@ class Calls:
         plan_version: int,
         bucket: int,
         why: str = "",
+        charge_tokens: int | None = None,
+        body: str = "",
     ) -> Call[Verdict]:
-        """Queue a counted request in its stage and clear its inbox entry. `why` (JSON) is for `explain`."""
+        """Queue a counted request in its stage and clear its inbox entry. `why` (JSON) is for `explain`.
+
+        `charge_tokens` None is prompt and `max_tokens`. `body` replaces the one submitted, unless it is empty.
+        """
         k = self.keys
         ids = pack_ids(token_ids)
         queued = (request_id, entry_id, stage, repr(score), len(token_ids), max_tokens, ids)
-        args = (*queued, plan_version, bucket, why)
+        charge = "" if charge_tokens is None else charge_tokens
+        args = (*queued, plan_version, bucket, why, charge, body)
         return Call("route", (k.inbox, k.request(request_id), k.hist), args, _verdict)
 
     def refuse(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 from redis.exceptions import ResponseError
@@ -66,6 +67,34 @@ class Inbox:
         self._door.waits.passed("XCLAIM")
         entries = parse_entries(reply)
         return (entries[0], int(rows[0]["times_delivered"])) if entries and rows else None
+
+    async def set_aside(self, entry_id: bytes) -> None:
+        """Keep an entry for later without the delivery that was counted for reading it.
+
+        An end of this dispatcher while the entry waits does not count against it; `claim` counts it again.
+        """
+        try:
+            rows: Any = await self._door.client.xpending_range(self._key, _GROUP, entry_id, entry_id, 1)
+            if rows:
+                await self._keep([entry_id], retrycount=max(0, int(rows[0]["times_delivered"]) - 1))
+        except FAILURES as error:
+            await self._mend(error, "XCLAIM")
+        else:
+            self._door.waits.passed("XCLAIM")
+
+    async def keep(self, entry_ids: Sequence[bytes]) -> None:
+        """Let nobody adopt these entries for a while: they are as young as if just read."""
+        try:
+            await self._keep(entry_ids)
+        except FAILURES as error:
+            await self._mend(error, "XCLAIM")
+        else:
+            self._door.waits.passed("XCLAIM")
+
+    async def _keep(self, entry_ids: Sequence[bytes], *, retrycount: int | None = None) -> None:
+        await self._door.client.xclaim(
+            self._key, _GROUP, self._consumer, 0, list(entry_ids), retrycount=retrycount, justid=True
+        )
 
     async def leave(self) -> None:
         """Forget this consumer if nothing is pending for it; its name would stay in the group otherwise."""

@@ -38,7 +38,7 @@ __all__ = (
 T = TypeVar("T")
 
 StreamEntry = tuple[bytes, dict[bytes, bytes]]
-BODY_FIELDS = ("state", "kind", "prompt", "body", "submitted_ms", "deadline_ms")
+BODY_FIELDS = ("state", "kind", "prompt", "body", "submitted_ms", "deadline_ms", "open_end")
 _KINDS = (b"p", b"m", b"t")
 
 
@@ -51,6 +51,7 @@ class InboxBody:
     prompt: bytes
     body: bytes
     submitted_ms: int
+    has_open_end: bool = False  # max_tokens was left out
     fault: str = ""  # why it cannot be read; `raw` is what there is
     raw: bytes = b""
 
@@ -158,7 +159,7 @@ def body(row: list[Any]) -> InboxBody | None:
     """What there is of a record. One that cannot be read is for its reader to refuse, with its bytes."""
     if row[0] is None:
         return None
-    state, kind, prompt, body, submitted_ms, _ = row
+    state, kind, prompt, body, submitted_ms, _, open_end = row
     fault, accepted_ms = "", 0
     try:
         accepted_ms = whole(submitted_ms)
@@ -172,6 +173,7 @@ def body(row: list[Any]) -> InboxBody | None:
         prompt=prompt or b"",
         body=body or b"{}",
         submitted_ms=accepted_ms,
+        has_open_end=open_end is not None,
         fault=fault,
         raw=repr(dict(zip(BODY_FIELDS, row, strict=True))).encode() if fault else b"",
     )

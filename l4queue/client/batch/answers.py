@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import Any
 
 from l4queue.client.batch.lines import CHAT_URL, DIGEST_CHARS
 from l4queue.errors import InvalidRequest
+from l4queue.json_lines import json_line
 from l4queue.models import RequestState
 from l4queue.protocol.records import OutputEntry, RequestRecord
 
@@ -157,7 +157,7 @@ def _line(
     error: dict[str, Any] | None = None,
 ) -> bytes:
     answer = {"id": f"batch_req_{name}", "custom_id": custom_id, "response": response, "error": error}
-    return json.dumps(answer, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+    return json_line(answer).encode("utf-8", "replace") + b"\n"
 
 
 def _response(status: int, request_id: str, body: dict[str, Any]) -> dict[str, Any]:

@@ -104,7 +104,7 @@ def object_of(raw: bytes) -> LineObject:
     return LineObject(custom_id=checked_text(custom_id, field="custom_id", most_chars=512), fields=line)
 
 
-def parse_line(raw: bytes, *, max_tokens: int, priority: int, idempotency_key: str) -> BatchLine:
+def parse_line(raw: bytes, *, max_tokens: int | None, priority: int, idempotency_key: str) -> BatchLine:
     """The request of a line; what its body leaves open is taken from the arguments.
 
     InvalidRequest names the field at fault. A body's own `priority` counts more than the batch's.

@@ -10,12 +10,11 @@ from typing import Any
 
 from l4queue.errors import InvalidRequest
 
-__all__ = ("DEFAULT_MAX_IN_FLIGHT", "DEFAULT_MAX_TOKENS", "DEFAULT_PRIORITY", "BatchOptions", "batch_options")
+__all__ = ("DEFAULT_MAX_IN_FLIGHT", "DEFAULT_PRIORITY", "BatchOptions", "batch_options")
 
 DEFAULT_PRIORITY = 100
 """The last class: a request of priority 0 that arrives up to half of `L4_STARVATION_BOUND_S` (5 minutes) later is
 served first, and the engine, too, takes a batch last. After that it has waited for long enough."""
-DEFAULT_MAX_TOKENS = 256
 DEFAULT_MAX_IN_FLIGHT = 4096
 
 
@@ -23,15 +22,15 @@ DEFAULT_MAX_IN_FLIGHT = 4096
 class BatchOptions:
     """What to run and how. `path_errors` None is the output's name with `.errors.jsonl` added.
 
-    `max_tokens` and `priority` are for lines that do not say; `max_in_flight` bounds the window of requests in
-    flight. InvalidRequest names an option that cannot be used.
+    `max_tokens` (None: what still fits) and `priority` are for lines that do not say; `max_in_flight` bounds the
+    window of requests in flight. InvalidRequest names an option that cannot be used.
     """
 
     path_in: Path
     path_out: Path
     path_errors: Path | None = None
     priority: int = DEFAULT_PRIORITY
-    max_tokens: int = DEFAULT_MAX_TOKENS
+    max_tokens: int | None = None
     max_in_flight: int = DEFAULT_MAX_IN_FLIGHT
     cancel_on_exit: bool = False
     keep_results: bool = False
@@ -39,7 +38,8 @@ class BatchOptions:
     def __post_init__(self) -> None:
         _check_whole("max_in_flight", self.max_in_flight, least=1, most=1_000_000)
         _check_whole("priority", self.priority, least=-100, most=100)
-        _check_whole("max_tokens", self.max_tokens, least=1, most=1_000_000)
+        if self.max_tokens is not None:
+            _check_whole("max_tokens", self.max_tokens, least=1, most=1_000_000)
         files = (self.path_in, self.path_out, self.errors, self.identity)
         try:
             are_one = len({path.resolve() for path in files}) < len(files) or any(

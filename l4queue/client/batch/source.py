@@ -16,6 +16,7 @@ from l4queue.client.batch.lines import LineObject, custom_id_of, digest_of_bytes
 from l4queue.client.batch.options import BatchOptions
 from l4queue.client.compose import Composer, request_id_of
 from l4queue.errors import InvalidRequest
+from l4queue.sampling import DEFAULT_MAX_TOKENS
 
 __all__ = ("LineSource", "check_files")
 
@@ -31,7 +32,7 @@ def check_files(
     *,
     stop: threading.Event,
     progress: Callable[[int], None],
-    max_tokens: int,
+    max_tokens: int | None,
     batch_id: str | None = None,
 ) -> LineIndex | None:
     """First pass: which lines there are and which of them are finished; None when told to stop.
@@ -101,7 +102,7 @@ def _stray(file: AnswerFile, place: int) -> InvalidRequest:
 class _Proofs:
     """What an answer can show to belong to a line: its digest, or the id of its request in an unfinished batch."""
 
-    max_tokens: int
+    max_tokens: int | None
     batch_id: str | None
     is_wanted: bool
 
@@ -131,9 +132,12 @@ class _Proofs:
         return answer.line is not None and index.has_proof(answer.line, word_of(answer.digest))
 
 
-def _key(batch_id: str, max_tokens: int, raw: bytes) -> str:
+def _key(batch_id: str, max_tokens: int | None, raw: bytes) -> str:
     """The idempotency key of a line."""
-    return "batch:" + hashlib.sha256(f"{batch_id}:{max_tokens}:".encode() + raw.strip()).hexdigest()
+    return (
+        "batch:"
+        + hashlib.sha256(f"{batch_id}:{max_tokens or DEFAULT_MAX_TOKENS}:".encode() + raw.strip()).hexdigest()
+    )
 
 
 def _refused_id(key: str) -> str:

@@ -3,6 +3,7 @@
 -- KEYS  1 in (stream)  2 req:<id>  3 hist
 -- ARGV  1 id  2 inbox entry id  3 stage  4 score (lower is served first)  5 prompt_tokens  6 max_tokens
 --       7 packed token ids  8 plan version  9 length bucket  10 why this stage (JSON, '' = nothing to say)
+--       11 charge_tokens ('' = prompt and max_tokens)  12 body (JSON, '' = as submitted)
 -- Notes when a request that is not background last came to the stage: workers then hold back the others.
 -- Returns 'OK' | 'DUP'
 redis.call('XACK', KEYS[1], 'd', ARGV[2])
@@ -14,7 +15,7 @@ if what then
   condemn(ARGV[1], what)
   return 'DUP'
 end
-local charge = ARGV[5] + ARGV[6]
+local charge = tonumber(ARGV[11]) or ARGV[5] + ARGV[6]
 redis.call('HDEL', KEYS[2], 'prompt', 'entry')
 redis.call('HSET', KEYS[2], 'state', 'queued', 'stage', ARGV[3], 'score', ARGV[4], 'prompt_tokens', ARGV[5],
   'max_tokens', ARGV[6], 'ids', ARGV[7], 'plan', ARGV[8], 'charge_tokens', int(charge), 'queued_ms', int(now_ms()))
@@ -26,5 +27,6 @@ if tonumber(ARGV[4]) < BACKGROUND and string.sub(ARGV[3], 1, 1) ~= '@' then
   redis.call('HSET', P .. 'foreground', ARGV[3], int(now_ms()))
 end
 if ARGV[10] ~= '' then redis.call('HSET', KEYS[2], 'why', ARGV[10]) end
+if ARGV[12] ~= '' then redis.call('HSET', KEYS[2], 'body', ARGV[12]) end
 enqueue(ARGV[1], ARGV[3], ARGV[4], tonumber(ARGV[5]))
 return 'OK'

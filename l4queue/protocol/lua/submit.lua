@@ -5,6 +5,7 @@
 --       6 charge_tokens (estimate)  7 charge_bytes  8 bound of live tokens  9 bound of live bytes
 --       10 deadline (ms from now, 0 = none)  11 result TTL (ms)  12 client id ('' = no mailbox)
 --       13 digest without the order of keys ('' = the same as 2)
+--       14 1 = max_tokens was left out: the dispatcher decides what still fits (may be missing: 0)
 -- Returns {'OK', ms} | {'DUP', state} | {'CONFLICT', state} | {'FULL', live tokens, drained tokens/s}
 local known = redis.call('HMGET', KEYS[3], 'state', 'digest', 'canonical')
 if known[1] then
@@ -23,6 +24,7 @@ redis.call('HSET', KEYS[3], 'state', 'submitted', 'entry', entry, 'digest', ARGV
   'prompt', ARGV[5], 'charge_tokens', ARGV[6], 'charge_bytes', ARGV[7], 'ttl_ms', ARGV[11],
   'client', ARGV[12], 'submitted_ms', int(t), 'epoch', 0, 'offset', 0, 'crashes', 0, 'solo_crashes', 0)
 if ARGV[13] ~= '' then redis.call('HSET', KEYS[3], 'canonical', ARGV[13]) end
+if ARGV[14] == '1' then redis.call('HSET', KEYS[3], 'open_end', 1) end
 if ARGV[10] ~= '0' then
   redis.call('HSET', KEYS[3], 'deadline_ms', int(t + ARGV[10]))
   redis.call('ZADD', P .. 'deadlines', int(t + ARGV[10]), ARGV[1])

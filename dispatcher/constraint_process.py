@@ -1,0 +1,233 @@
+"""The process that checks constraints: `python -m dispatcher.constraint_process TOKENIZER`, for a dispatcher.
+
+It reads a question a line, `{"id", "limit_s", "given"}`, and writes an answer a line, `{"id", "error"}`; an empty
+error is a constraint that vLLM accepts. Each check runs in a child of its own, forked after vLLM is loaded, and is
+killed at its limit: compilation is native code that nothing else stops. It ends when its input does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import resource
+import selectors
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import IO, Any
+
+__all__ = ("Check", "Checks", "load_check", "serve")
+
+Check = Callable[[dict[str, Any]], str]
+"""The error of a constraint, or nothing."""
+
+_MAX_CHILDREN = 2
+_MAX_MEMORY_BYTES = 4 << 30  # address space of a child beyond what it begins with
+_MAX_ERROR_CHARS = 500
+_ADVICE = "use a smaller one: fewer properties and choices, no nested or long repetitions"
+
+
+@dataclass(frozen=True, slots=True)
+class _Child:
+    id: str
+    process_id: int
+    limit_s: float
+    deadline_s: float
+
+
+class Checks:
+    """Children and the questions that wait for one."""
+
+    def __init__(self, check: Check, *, answer: Callable[[str, str], None]) -> None:
+        self._check = check
+        self._answer = answer
+        self._waiting: deque[dict[str, Any]] = deque()
+        self._children: dict[int, _Child] = {}
+        self.selector = selectors.DefaultSelector()
+
+    def ask(self, question: dict[str, Any]) -> None:
+        """Check this as soon as there is a child free."""
+        self._waiting.append(question)
+        self._fill()
+
+    def next_deadline_s(self) -> float | None:
+        """Seconds until the first child is late; None without one."""
+        if not self._children:
+            return None
+        return max(0.0, min(child.deadline_s for child in self._children.values()) - time.monotonic())
+
+    def finished(self, pipe: int) -> None:
+        """A child has answered, or has ended without."""
+        child = self._children.pop(pipe)
+        answer = b""
+        while piece := os.read(pipe, 65_536):
+            answer += piece
+        _, status = os.waitpid(child.process_id, 0)
+        self._close(pipe)
+        if answer.startswith(b"="):
+            self._answer(child.id, answer[1:].decode(errors="replace"))
+        else:
+            self._answer(child.id, f"ends the process that compiles it ({_death(status)}): {_ADVICE}")
+        self._fill()
+
+    def kill_late(self) -> None:
+        """End the children whose time is over."""
+        now_s = time.monotonic()
+        for pipe, child in list(self._children.items()):
+            if child.deadline_s <= now_s:
+                del self._children[pipe]
+                self._end(pipe, child)
+                self._answer(child.id, f"takes longer than {child.limit_s:g} s to compile: {_ADVICE}")
+        self._fill()
+
+    def stop(self) -> None:
+        """End all."""
+        for pipe, child in self._children.items():
+            self._end(pipe, child)
+        self._children.clear()
+
+    def _fill(self) -> None:
+        while self._waiting and len(self._children) < _MAX_CHILDREN:
+            question = self._waiting.popleft()
+            reading, writing = os.pipe()
+            process_id = os.fork()
+            if process_id == 0:
+                self._run(question, writing)
+            os.close(writing)
+            limit_s = float(question["limit_s"])
+            child = _Child(question["id"], process_id, limit_s, time.monotonic() + limit_s)
+            self._children[reading] = child
+            self.selector.register(reading, selectors.EVENT_READ, self.finished)
+
+    def _run(self, question: dict[str, Any], writing: int) -> None:
+        """The child's life. It does not return."""
+        try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # compilers print what a request made them do
+            _bound_resources(float(question["limit_s"]))
+            error = self._check(question["given"])[:_MAX_ERROR_CHARS]
+            os.write(writing, b"=" + error.encode(errors="replace"))
+        except MemoryError:
+            os.write(writing, f"=takes too much memory to compile: {_ADVICE}".encode())
+        finally:
+            os._exit(1)
+
+    def _end(self, pipe: int, child: _Child) -> None:
+        os.kill(child.process_id, signal.SIGKILL)
+        os.waitpid(child.process_id, 0)
+        self._close(pipe)
+
+    def _close(self, pipe: int) -> None:
+        self.selector.unregister(pipe)
+        os.close(pipe)
+
+
+def serve(check: Check, questions: int, answers: IO[bytes]) -> None:
+    """Answer until the input ends."""
+
+    def answer(id_: str, error: str) -> None:
+        answers.write(json.dumps({"id": id_, "error": error}).encode() + b"\n")
+        answers.flush()
+
+    checks = Checks(check, answer=answer)
+    checks.selector.register(questions, selectors.EVENT_READ)
+    unread = b""
+    try:
+        while True:
+            for key, _ in checks.selector.select(checks.next_deadline_s()):
+                if key.data is not None:
+                    key.data(key.fd)
+                    continue
+                piece = os.read(questions, 65_536)
+                if not piece:
+                    return
+                *lines, unread = (unread + piece).split(b"\n")
+                for line in lines:
+                    checks.ask(json.loads(line))
+            checks.kill_late()
+    finally:
+        checks.stop()
+
+
+def load_check(tokenizer_path: str) -> Check:
+    """vLLM's validation and compilation of a constraint, with the model's tokenizer.
+
+    An engine core keeps the first backend that it needed for all later constraints. So each is compiled by the one
+    that vLLM chooses, which has to accept it, and by the usual ones, which have to end in time.
+    """
+    from types import SimpleNamespace
+
+    import xgrammar  # noqa: F401 - vLLM imports it at first use, which would be in every child
+    from vllm.config import StructuredOutputsConfig
+    from vllm.sampling_params import SamplingParams, StructuredOutputsParams
+    from vllm.tokenizers import get_tokenizer
+    from vllm.v1.structured_output.backend_guidance import GuidanceBackend
+    from vllm.v1.structured_output.backend_outlines import OutlinesBackend
+    from vllm.v1.structured_output.backend_xgrammar import XgrammarBackend
+    from vllm.v1.structured_output.request import get_structured_output_key
+
+    tokenizer = get_tokenizer(tokenizer_path)
+    config = StructuredOutputsConfig()
+    model = SimpleNamespace(is_diffusion=False, hf_config=SimpleNamespace(model_type=""))
+    engine = SimpleNamespace(structured_outputs_config=config, model_config=model, speculative_config=None)
+    vocabulary_size = max(tokenizer.get_vocab().values()) + 1
+    kinds = {"xgrammar": XgrammarBackend, "guidance": GuidanceBackend}
+    usual = {name: make(engine, tokenizer=tokenizer, vocab_size=vocabulary_size) for name, make in kinds.items()}
+
+    def check(given: dict[str, Any]) -> str:
+        try:
+            params = SamplingParams(structured_outputs=StructuredOutputsParams(**given))
+            params._validate_structured_outputs(model, config, tokenizer)
+            constraint = params.structured_outputs
+            key = get_structured_output_key(constraint)
+            chosen = usual.get(constraint._backend) or OutlinesBackend(
+                engine, tokenizer=tokenizer, vocab_size=vocabulary_size
+            )
+            chosen.compile_grammar(*key)
+        except MemoryError:
+            raise
+        except Exception as error:  # it refuses with many types
+            return f"vLLM does not accept it: {error or repr(error)}"
+        for other in usual.values():
+            if other is not chosen:
+                with contextlib.suppress(Exception):  # only that it ends is asked
+                    other.compile_grammar(*key)
+        return ""
+
+    return check
+
+
+def _bound_resources(limit_s: float) -> None:
+    """At the limit of memory, allocations fail in this process alone; that of CPU time ends an orphan."""
+    cpu_s = math.ceil(2 * limit_s * (os.cpu_count() or 1))
+    resource.setrlimit(resource.RLIMIT_CPU, (cpu_s, cpu_s))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with open("/proc/self/statm", encoding="ascii") as file:
+        used_bytes = int(file.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used_bytes + _MAX_MEMORY_BYTES,) * 2)
+
+
+def _death(status: int) -> str:
+    number = os.waitstatus_to_exitcode(status)
+    return signal.Signals(-number).name if number < 0 else f"exit code {number}"
+
+
+def main() -> int:
+    """Entry point. Whatever libraries print goes to standard error."""
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    path = sys.argv[1]
+    if path == "tiny":
+        from l4queue.tiny import build_tiny_tokenizer, cache_directory
+
+        path = str(build_tiny_tokenizer(cache_directory()))
+    serve(load_check(path), 0, answers)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
