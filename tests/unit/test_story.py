@@ -116,4 +116,4 @@ def test_a_note_of_a_later_release_is_told_as_it_is() -> None:
     """Releases serve together; none fails at what another has written."""
     line = json.dumps({"what": "teleported", "at_ms": 1050, "worker": "w1", "distance": 3})
     (event,) = [e for e in tell(DONE, why=None, ledger=[line]) if e.what == "teleported"]
-    assert event.text == "worker w1, distance 3"
+    assert event.text == "teleported: worker w1, distance 3"
