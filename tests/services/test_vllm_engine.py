@@ -320,7 +320,7 @@ async def test_a_constraint_that_cannot_be_kept_is_refused_alone(
 async def test_a_constraint_that_takes_too_long_fails_alone_and_others_do_not_wait(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Dispatchers refuse it before; those of the earlier release do not. It is looked at in a thread of its own."""
+    """Dispatchers refuse it before; older ones do not. vLLM looks at it in a thread of its own."""
     monkeypatch.setattr(served.engine._examiner, "_limit_s", 0.01)
     pattern = "^(([a-z]{0,200}){0,200}-){0,200}$"
     schema = {"type": "object", "properties": {f"p{i}": {"type": "string", "pattern": pattern} for i in range(6)}}
