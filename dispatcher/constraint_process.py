@@ -113,6 +113,8 @@ class Checks:
             os.write(writing, b"=" + error.encode(errors="replace"))
         except MemoryError:
             os.write(writing, f"=takes too much memory to compile: {_ADVICE}".encode())
+        except Exception as error:  # of a library; the process goes on with the next one
+            os.write(writing, f"=cannot be checked: {error!r}"[:_MAX_ERROR_CHARS].encode(errors="replace"))
         finally:
             os._exit(1)
 

@@ -14,7 +14,7 @@ __all__ = ("MAX_SIZE", "constraint_size")
 MAX_SIZE = 100_000
 """Most parts of a constraint. xgrammar compiles so many in about 4 s on one core."""
 _REPETITION = re.compile(r"\{(\d+)?(,)?(\d+)?\}")
-_BOUNDS = ("minItems", "maxItems", "minLength", "maxLength", "minProperties", "maxProperties")
+_BOUNDS = ("minItems", "maxItems", "minProperties", "maxProperties")
 
 
 def constraint_size(given: StructuredOutputs) -> int:
@@ -37,15 +37,14 @@ def _schema_size(node: JsonValue) -> int:
     properties = node.get("properties")
     if isinstance(properties, dict):  # any of them may be left out: a way from each to each
         size += len(properties) ** 2 // 2
-    for name in ("pattern", "format"):
-        text = node.get(name)
-        if isinstance(text, str):
-            size += _regex_size(text)
+    pattern = node.get("pattern")
+    if isinstance(pattern, str):
+        size += _regex_size(pattern)
     patterns = node.get("patternProperties")
     if isinstance(patterns, dict):
         size += sum(map(_regex_size, patterns))
     bounds = [value for name in _BOUNDS if type(value := node.get(name)) is int]
-    return _bounded(size * max(1, *bounds, 1))
+    return _bounded(size * max([1, *bounds]))
 
 
 def _regex_size(pattern: str) -> int:

@@ -49,8 +49,7 @@ class PromptTokenizer:
         except (OSError, ValueError) as error:
             raise ConfigError(f"no tokenizer at {path!r}: set L4_MODEL or L4_TOKENIZER ({error})") from error
         self.max_model_len = max_model_len
-        self._bos: str = getattr(self._tokenizer, "bos_token", None) or ""
-        self._bos_id: int | None = getattr(self._tokenizer, "bos_token_id", None)
+        self._added_bos, self._added_bos_id = _added_bos(self._tokenizer)
         vocabulary = self._tokenizer.get_vocab()
         self.vocabulary_size = max(vocabulary.values(), default=-1) + 1
         self._longest_token_bytes = max((len(t.encode()) for t in vocabulary), default=_FALLBACK_TOKEN_BYTES)
@@ -125,8 +124,17 @@ class PromptTokenizer:
 
     def _begins_twice(self, text: str, token_ids: Sequence[int]) -> bool:
         """Whether the beginning of sequence stands in the text already, as in one that a template has rendered."""
-        has_own = bool(self._bos) and text.startswith(self._bos)
-        return has_own and len(token_ids) > 1 and token_ids[0] == token_ids[1] == self._bos_id
+        has_own = bool(self._added_bos) and text.startswith(self._added_bos)
+        return has_own and len(token_ids) > 1 and token_ids[0] == token_ids[1] == self._added_bos_id
+
+
+def _added_bos(tokenizer: Any) -> tuple[str, int]:
+    """The beginning of sequence that a tokenizer puts before every text; ("", -1) when it puts none."""
+    text, token_id = getattr(tokenizer, "bos_token", None), getattr(tokenizer, "bos_token_id", None)
+    if not text or token_id is None:
+        return "", -1
+    alone = tokenizer("a", add_special_tokens=True, verbose=False)["input_ids"]
+    return (str(text), int(token_id)) if alone[:1] == [token_id] else ("", -1)
 
 
 _EMPTY = Refusal(field="prompt", error="the prompt is empty")

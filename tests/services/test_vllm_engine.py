@@ -20,6 +20,7 @@ from l4queue.models import SamplingParams
 from tests.services.served import GREEDY, Served, reference, reference_logprobs
 from workers.engine import EngineDied, FinishReason
 from workers.session import resumed_seed
+from workers.text import text_factory
 from workers.tiny import build_tiny_model
 from workers.vllm_engine import VllmEngine
 
@@ -85,6 +86,40 @@ async def test_end_of_sequence_ends_unless_ignored_or_too_early(served: Served) 
     tokens, _ = await served.one(EOS_PROMPT, 2 * EOS_AT, params=params, min_tokens=first + 3)
     assert len(tokens) >= first + 3
     assert tokens[: first - 1] == served.expected[: first - 1]
+
+
+async def test_text_is_that_of_vllm(served: Served) -> None:
+    """Also at its end: an end of sequence that the tokenizer does not call special gives none, unless ignored."""
+    from vllm import SamplingParams as VllmParams
+    from vllm.inputs import tokens_input
+
+    make_text = text_factory(served.info.model)
+    end = served.expected[EOS_AT]
+    for number, params in enumerate(
+        (
+            SamplingParams(temperature=0.0),
+            GREEDY,
+            SamplingParams(temperature=0.0, stop_token_ids=(served.expected[2],)),
+            GREEDY.model_copy(update={"stop_token_ids": (end,)}),
+        )
+    ):
+        asked = VllmParams(
+            temperature=0.0,
+            max_tokens=2 * EOS_AT,
+            ignore_eos=params.ignore_eos,
+            stop_token_ids=list(params.stop_token_ids),
+        )
+        llm = served.engine._llm
+        async for out in llm.generate(tokens_input(EOS_PROMPT), asked, f"of-vllm-{number}"):
+            theirs = out.outputs[0]
+        tokens, _ = await served.one(EOS_PROMPT, 2 * EOS_AT, params=params)
+        stream = make_text(params)
+        if not params.ignore_eos:
+            stream.silence(served.info.eos_token_ids)
+        stream.prime(EOS_PROMPT)
+
+        assert tokens == list(theirs.token_ids)
+        assert stream.feed(tokens).text + stream.flush() == theirs.text
 
 
 async def test_stop_tokens_end_and_are_kept(served: Served) -> None:
@@ -280,6 +315,27 @@ async def test_a_constraint_that_cannot_be_kept_is_refused_alone(
     assert words in (last.error or "")
     params = SamplingParams.model_validate({"structured_outputs": {"choice": ["a"]}})
     assert (await served.one(EOS_PROMPT, 8, params=params))[1].finish_reason is FinishReason.STOP
+
+
+async def test_a_constraint_that_takes_too_long_fails_alone_and_others_do_not_wait(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dispatchers refuse it before; older ones do not. vLLM looks at it in a thread of its own."""
+    monkeypatch.setattr(served.engine._examiner, "_limit_s", 0.01)
+    pattern = "^(([a-z]{0,200}){0,200}-){0,200}$"
+    schema = {"type": "object", "properties": {f"p{i}": {"type": "string", "pattern": pattern} for i in range(6)}}
+    params = SamplingParams.model_validate({"structured_outputs": {"json": schema}})
+    await served.add("slow", EOS_PROMPT, 8, params=params)
+    assert served.engine._running["slow"].examined is None  # accepted, and nothing was waited for
+    assert (await served.collect(["slow"]))["slow"][1].error == (
+        "structured_outputs: vLLM takes longer than 0.01 s to accept it"
+    )
+    assert (await served.one(EOS_PROMPT, 8))[0] == served.expected[:8]
+
+    for name in ("slow", "again"):  # forgotten before they begin
+        await served.add(name, EOS_PROMPT, 8, params=params)
+    await served.engine.abort(["slow", "again"])
+    assert (await served.one(EOS_PROMPT, 8))[0] == served.expected[:8]
 
 
 @pytest.mark.parametrize("cut", [1, 9])

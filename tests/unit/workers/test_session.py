@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 
 from l4queue.models import RequestBody, RequestState, SamplingParams
 from l4queue.protocol.records import (
@@ -128,6 +130,48 @@ def generate(request: EngineRequest, source: Sequence[int], num_tokens: int) -> 
         if reason is not None:
             break
     return outputs
+
+
+@pytest.mark.parametrize("ignore_eos", [False, True])
+def test_an_end_of_sequence_gives_no_text_whatever_the_tokenizer_calls_it(ignore_eos: bool) -> None:
+    """As in vLLM: one that is a token like any other has its text where it does not end the output."""
+    plain = json.loads(make_tiny_tokenizer().backend_tokenizer.to_str())
+    plain["added_tokens"] = [token for token in plain["added_tokens"] if token["id"] != EOS]
+    words = Tokenizer.from_str(json.dumps(plain))
+    assert words.decode([EOS], skip_special_tokens=True) == "</s>"
+    source = [*words.encode("the end").ids, EOS]
+    params = SamplingParams(max_tokens=len(source), ignore_eos=ignore_eos)
+
+    for leases in ([], [(1, 0)], [(len(source), 0)]):
+        ids, text, reason = run(words, params, source, leases).whole
+        assert list(ids) == source
+        assert text == ("the end</s>" if ignore_eos else "the end")
+        assert reason == ("length" if ignore_eos else "stop")
+
+
+@pytest.mark.parametrize(("body", "expected"), [(b"{}", 256), (b'{"params":{"max_tokens":9}}', 9)])
+def test_a_body_without_max_tokens_is_one_of_the_earlier_release(
+    tokenizer: Any, body: bytes, expected: int
+) -> None:
+    """Its client left the default out; today's dispatcher writes what still fits."""
+    grant = Grant(
+        request_id="r",
+        epoch=1,
+        body=body,
+        packed_ids=pack_ids(PROMPT),
+        offset=0,
+        prompt_tokens=len(PROMPT),
+        crashes=0,
+        score=0.0,
+        submitted_ms=0,
+        deadline_ms=None,
+        stage="0",
+    )
+    session = Session(
+        grant, incarnation="w", stage=0, range_text="", started_s=0.0, make_text=lambda _: TextStream(None)
+    )
+    session.resume([], eos_token_ids=frozenset())
+    assert session.engine_request().max_tokens == expected
 
 
 def run(

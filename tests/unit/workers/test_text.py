@@ -217,6 +217,15 @@ def test_the_factory_takes_over_the_parameters_of_a_request(tiny: Any, tmp_path:
     assert make(SamplingParams(stop_token_ids=(ids[-1],))).feed(ids).text == "one two three"
 
 
+def test_silent_tokens_give_no_text_and_those_around_them_do(byte_level: Any) -> None:
+    """Named one by one or with the parameters."""
+    ids = [byte_level.encode(letter).ids[0] for letter in "xabc"]
+    stream = TextStream(StreamDecoder(byte_level), silent_ids=frozenset(ids[:1]))
+    stream.silence(ids[2:3])
+
+    assert stream.feed(ids).text == "ac"
+
+
 def test_without_a_tokenizer_there_is_no_text() -> None:
     """Tokens are counted; nothing ever stops them."""
     stream = no_text(SamplingParams(stop=("a",)))

@@ -1,0 +1,175 @@
+"""Sampling parameters against vLLM's own checks: what it accepts is accepted, but for the bounds named here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from l4queue.models import SamplingParams
+from workers.engine import EngineRequest
+from workers.vllm_terms import sampling_params
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(240)]
+
+INF, NAN = math.inf, math.nan
+GRID: dict[str, list[Any]] = {
+    "temperature": [0, 0.0, 1e-9, 0.005, 1, 2, 2.0, 2.0000001, 2.5, 100.0, -0.1, INF, NAN],
+    "top_p": [0, 0.0, 1e-9, 0.5, 1, 1.0, 1.1, -0.1, INF, NAN],
+    "top_k": [-2, -1, 0, 1, 5, 8192, 10**6, 2**31 - 1, 2**31, 2**70, 5.0],
+    "min_p": [0, 0.0, 0.5, 1, 1.0, 1.1, -0.1, NAN],
+    "presence_penalty": [-2, -2.0, 0, 2, 2.0, 2.1, -2.1, INF, NAN],
+    "frequency_penalty": [-2, -2.0, 0, 2, 2.0, 2.1, -2.1, INF, NAN],
+    "repetition_penalty": [0, 0.0, 1e-6, 1, 10.0, 11, 1e9, -1.0, INF, NAN],
+    "seed": [None, -1, 0, 7, -2, 2**63 - 1, -(2**63), 2**63, -(2**63) - 1],
+    "stop": [
+        None,
+        "\n",
+        "",
+        [],
+        ["\n"],
+        ["a", "b"],
+        [""],
+        ["a", ""],
+        "x" * 256,
+        "x" * 257,
+        ["x"] * 16,
+        ["x"] * 17,
+    ],
+    "stop_token_ids": [None, [], [0], [5, 5], [-1], [2**31 - 1], [2**31], list(range(64)), list(range(65)), [1.0]],
+    "min_tokens": [0, 1, 16, 1000, 2**40, -1],
+    "max_tokens": [None, 1, 16, 10**6, 10**6 + 1, 0, -1],
+    "logprobs": [None, 0, 1, 20, 21, -1, -2],
+    "ignore_eos": [False, True],
+}
+"""Values at and around every bound."""
+
+
+def _any(values: Any, is_out: Callable[[Any], bool]) -> bool:
+    return any(map(is_out, values)) if isinstance(values, list) else False
+
+
+OWN_BOUNDS: dict[str, Callable[[Any], bool]] = {
+    "top_k": lambda value: value >= 2**31,
+    "seed": lambda value: not -(2**63) <= value < 2**63,
+    "stop": lambda value: len(value) > 16 if isinstance(value, list) else len(value) > 256,
+    "stop_token_ids": lambda value: len(value) > 64 or _any(value, lambda token: not 0 <= token < 2**31),
+    "max_tokens": lambda value: value is not None and value > 10**6,
+    "logprobs": lambda value: value == -1 or value > 20,
+}
+"""What vLLM's parameters accept and we do not: docs/requests.md names each of them."""
+
+
+def ours(values: dict[str, Any]) -> SamplingParams | None:
+    """Our parameters, or None when they are refused."""
+    try:
+        return SamplingParams.model_validate(values)
+    except ValidationError:
+        return None
+
+
+def vllm_accepts(values: dict[str, Any]) -> bool:
+    """Whether vLLM's own class does."""
+    from vllm import SamplingParams as VllmParams
+    from vllm.exceptions import VLLMValidationError
+
+    try:
+        VllmParams(**{"max_tokens": None, **values})
+    except (VLLMValidationError, TypeError):
+        return False
+    return True
+
+
+def translated(params: SamplingParams) -> Any:
+    """As a worker asks vLLM."""
+    most = params.max_tokens or params.tokens_that_fit(10**6)
+    request = EngineRequest(
+        request_id="a",
+        token_ids=[1],
+        max_tokens=most,
+        min_tokens=min(params.min_tokens, most),
+        params=params,
+        priority=0,
+        num_resumed=0,
+        kv="",
+    )
+    return sampling_params(request)
+
+
+@pytest.mark.parametrize("name", GRID)
+def test_one_parameter_is_accepted_where_vllm_accepts_it(name: str) -> None:
+    """At, below and above every bound; the exceptions are named, and are exceptions."""
+    for value in GRID[name]:
+        accepted = ours({name: value})
+        if accepted is not None:
+            assert vllm_accepts({name: value}), value
+            translated(accepted)
+        elif vllm_accepts({name: value}):
+            assert OWN_BOUNDS[name](value), value
+
+
+def test_every_parameter_has_a_grid() -> None:
+    """A new one is compared too."""
+    assert GRID.keys() == SamplingParams.model_fields.keys() - {"structured_outputs"}
+
+
+MIXED = st.fixed_dictionaries(
+    {},
+    optional={
+        "temperature": st.floats(-0.5, 3.0) | st.integers(-1, 3),
+        "top_p": st.floats(-0.5, 1.5),
+        "top_k": st.integers(-3, 2**31),
+        "min_p": st.floats(-0.5, 1.5),
+        "presence_penalty": st.floats(-3.0, 3.0),
+        "frequency_penalty": st.floats(-3.0, 3.0),
+        "repetition_penalty": st.floats(allow_nan=True, allow_infinity=True),
+        "seed": st.none() | st.integers(-(2**64), 2**64),
+        "stop": st.none() | st.text(max_size=300) | st.lists(st.text(max_size=3), max_size=20),
+        "stop_token_ids": st.none() | st.lists(st.integers(-2, 2**32), max_size=70),
+        "min_tokens": st.integers(-1, 20),
+        "max_tokens": st.none() | st.integers(-1, 20) | st.integers(10**6 - 1, 10**6 + 1),
+        "logprobs": st.none() | st.integers(-2, 22),
+        "ignore_eos": st.booleans(),
+    },
+)
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(values=MIXED)
+def test_any_parameters_are_accepted_where_vllm_accepts_them(values: dict[str, Any]) -> None:
+    """Together, as requests have them; what all logprobs of a request may take is a bound of ours."""
+    accepted = ours(values)
+    if accepted is not None:
+        assert vllm_accepts(values)
+        translated(accepted)
+    elif vllm_accepts(values):
+        logprobs = (values.get("logprobs") or 0) + 1 if values.get("logprobs") is not None else 0
+        is_bounded = any(is_out(values[n]) for n, is_out in OWN_BOUNDS.items() if values.get(n) is not None)
+        stop = values.get("stop")
+        has_long_stop = isinstance(stop, list) and any(len(text) > 256 for text in stop)
+        assert is_bounded or has_long_stop or logprobs * (values.get("max_tokens") or 0) > 2**20
+
+
+@pytest.mark.parametrize(
+    ("given_", "name", "expected"),
+    [
+        ({"top_k": -1}, "top_k", 0),
+        ({"seed": -1}, "seed", None),
+        ({"stop": "\n"}, "stop", ["\n"]),
+        ({"temperature": 0.001}, "temperature", 0.01),
+    ],
+)
+def test_values_mean_what_they_mean_in_vllm(given_: dict[str, Any], name: str, expected: Any) -> None:
+    """The same end up in both; our stop strings are found by the worker."""
+    from vllm import SamplingParams as VllmParams
+
+    params = SamplingParams.model_validate(given_)
+    wanted = getattr(VllmParams(**given_), name)
+    found = list(params.stop) if name == "stop" else getattr(translated(params), name)
+    assert found == expected
+    assert wanted in (expected, -1)  # vLLM has two spellings for every token
