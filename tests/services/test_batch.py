@@ -8,55 +8,27 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from l4queue import Client, Settings
-from l4queue.client import BatchProgress, BatchSummary
+from l4queue.client import BatchProgress
 from l4queue.client.batch import flight
 from l4queue.errors import InvalidRequest
 from l4queue.protocol.calls import Call
 from l4queue.protocol.keys import Keys
 from tests.protocol.server import RedisServer
+from tests.services.batches import Files, has_submitted, run, stopped_when, submitted, write_lines
 from tests.services.pipeline import Pipeline, open_pipeline, until
 from tests.services.processes import Processes
 from tests.services.processes import until as until_seen
 
 pytestmark = [pytest.mark.services, pytest.mark.timeout(120)]
 L4QUEUE = Path(sys.executable).with_name("l4queue")
-
-
-def write_lines(path: Path, num_lines: int, *, max_tokens: int = 2, chats: bool = True) -> None:
-    """Chats and completions in turn."""
-    with path.open("w") as file:
-        for i in range(num_lines):
-            body: dict[str, Any] = {"max_tokens": max_tokens, "prompt": f"line {i}"}
-            if chats and i % 2:
-                body = {"max_tokens": max_tokens, "messages": [{"role": "user", "content": f"line {i}"}]}
-            file.write(json.dumps({"custom_id": f"c{i}", "body": body}) + "\n")
-
-
-class Files:
-    """The files of one batch."""
-
-    def __init__(self, folder: Path) -> None:
-        self.lines, self.out = folder / "in.jsonl", folder / "out.jsonl"
-        self.errors = folder / "out.jsonl.errors.jsonl"
-
-    def answers(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.out.read_bytes().splitlines()] if self.out.exists() else []
-
-    def failures(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.errors.read_bytes().splitlines()]
-
-    def custom_ids(self) -> Counter[str]:
-        return Counter(answer["custom_id"] for answer in self.answers() + self.failures())
 
 
 @pytest.fixture
@@ -72,47 +44,11 @@ async def pipeline(redis_url: str, namespace: str) -> AsyncIterator[Pipeline]:
         yield opened
 
 
-async def run(pipeline: Pipeline, files: Files, **options: Any) -> BatchSummary:
-    """As the user of the asyncio client does."""
-    async with asyncio.timeout(60):
-        return await pipeline.client.run_batch(files.lines, files.out, **options)
-
-
-async def submitted(pipeline: Pipeline) -> int:
-    """Requests accepted since the beginning."""
-    return int((await pipeline.client.overview()).counts.get("submitted", 0))
-
-
 async def records(pipeline: Pipeline) -> int:
     """Records and outputs that Redis holds."""
     prefix = Keys(pipeline.settings.namespace).prefix
     keys = await pipeline.door.run(Call(None, (), ("KEYS", f"{prefix}[or][eu][qt]:*"), list))
     return len(keys)
-
-
-@asynccontextmanager
-async def stopped_when(
-    pipeline: Pipeline, files: Files, num_in_flight: int, **options: Any
-) -> AsyncIterator[asyncio.Task[BatchSummary]]:
-    """A batch that is stopped once so many requests are in flight; inside, it runs with these."""
-    stop, reached = threading.Event(), asyncio.Event()
-    loop = asyncio.get_running_loop()
-
-    def look(progress: BatchProgress) -> None:
-        if progress.num_in_flight >= num_in_flight:
-            loop.call_soon_threadsafe(reached.set)
-
-    with Client(settings=pipeline.settings) as client:
-        work = asyncio.create_task(
-            asyncio.to_thread(client.run_batch, files.lines, files.out, progress=look, stop=stop, **options)
-        )
-        try:
-            async with asyncio.timeout(20):
-                await reached.wait()
-            yield work
-        finally:
-            stop.set()
-            await work
 
 
 async def test_every_line_gets_its_answer_or_its_error_once(pipeline: Pipeline, files: Files) -> None:
@@ -184,7 +120,7 @@ async def test_a_cancelled_task_stops_its_batch(pipeline: Pipeline, files: Files
     """And the file is free at once."""
     write_lines(files.lines, 300)
     task = asyncio.create_task(run(pipeline, files))
-    await until(lambda: _has_submitted(pipeline))
+    await until(lambda: has_submitted(pipeline))
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
@@ -259,17 +195,13 @@ async def test_an_input_that_grows_meanwhile_is_noticed(pipeline: Pipeline, file
     """The next run takes it as it is then."""
     write_lines(files.lines, 3000)
     growing = asyncio.create_task(run(pipeline, files, max_in_flight=200))
-    await until(lambda: _has_submitted(pipeline))
+    await until(lambda: has_submitted(pipeline))
     with files.lines.open("a") as lines:
         lines.write('{"custom_id": "late", "body": {"prompt": "x"}}\n')
     pipeline.start("w0")
     with pytest.raises(InvalidRequest, match="has changed"):
         await growing
     assert (await run(pipeline, files)).num_succeeded == 3001
-
-
-async def _has_submitted(pipeline: Pipeline) -> bool:
-    return await submitted(pipeline) > 0
 
 
 async def _is_done(task: asyncio.Task[Any]) -> bool:
@@ -372,6 +304,7 @@ def test_the_command_says_what_it_did_and_how_it_ended(deployment: Deployment) -
         lines.write("nonsense\n")
     third = deployment.command()
     said, _ = third.communicate(timeout=30)
+    assert "4,000 answered before" in said
     assert (third.returncode, "errors: out.jsonl.errors.jsonl" in said) == (3, True), said
     for wrong in (("--stream",), ("--temperature", "0"), ("text",)):
         assert _code(deployment.command(*wrong)) == 2
