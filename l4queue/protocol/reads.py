@@ -11,7 +11,7 @@ from l4queue.models import WorkerLoad
 from l4queue.policy.queue_order import BACKGROUND
 from l4queue.protocol.calls import Call
 from l4queue.protocol.keys import Keys
-from l4queue.protocol.records import OutputEntry, RequestRecord
+from l4queue.protocol.records import OutputEntry, RequestRecord, in_order
 
 __all__ = ("DeadLetter", "FinishedRequest", "InboxBody", "Reads", "StreamEntry", "WorkerView", "parse_entries")
 
@@ -91,16 +91,17 @@ def _outputs(reply: Any) -> list[OutputEntry]:
 def _finished(reply: Any) -> list[FinishedRequest]:
     rows = []
     for _, v in parse_entries(reply):
+        times_ms = in_order(*(int(v[name]) if v[name] else None for name in (b"a", b"b", b"f", b"d")))
         rows.append(
             FinishedRequest(
                 request_id=v[b"i"].decode(),
                 state=v[b"s"].decode(),
                 prompt_tokens=int(v[b"p"]),
                 output_tokens=int(v[b"o"]),
-                submitted_ms=int(v[b"a"]),
-                started_ms=int(v[b"b"]) if v[b"b"] else None,
-                first_token_ms=int(v[b"f"]) if v[b"f"] else None,
-                finished_ms=int(v[b"d"]),
+                submitted_ms=times_ms[0] or 0,
+                started_ms=times_ms[1],
+                first_token_ms=times_ms[2],
+                finished_ms=times_ms[3] or 0,
                 stage=v[b"g"].decode(),
                 worker=v[b"w"].decode(),
             )
@@ -245,10 +246,13 @@ class Reads:
         args = ("ZRANGE", self.keys.queue(stage), 0, limit - 1)
         return Call(None, (), args, lambda r: [i.decode() for i in r])
 
-    def inbox_oldest_ms(self) -> Call[int | None]:
-        """When the oldest request that is not yet routed was accepted, server ms; None when there is none."""
+    def inbox_oldest(self) -> Call[list[str]]:
+        """Id of the oldest request that is not yet routed, if there is one.
+
+        When it was accepted says its record: ids of entries go on from the last one when the clock goes back.
+        """
         args = ("XRANGE", self.keys.inbox, "-", "+", "COUNT", 1)
-        return Call(None, (), args, lambda r: _order(parse_entries(r)[0][0])[0] if parse_entries(r) else None)
+        return Call(None, (), args, lambda r: [v[b"i"].decode(errors="replace") for _, v in parse_entries(r)])
 
     def inbox_length(self) -> Call[int]:
         """Requests accepted and not yet routed."""

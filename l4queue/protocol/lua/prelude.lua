@@ -120,7 +120,7 @@ end
 -- Notes for how long a moved request made no token, with the first one that its new worker writes.
 local function resumed(rk, moved_ms)
   if not moved_ms then return end
-  local gap = now_ms() - moved_ms
+  local gap = math.max(0, now_ms() - moved_ms)  -- a clock may go back
   redis.call('HDEL', rk, 'moved_ms')
   redis.call('HINCRBY', P .. 'counts', 'resumes', 1)
   redis.call('HINCRBY', P .. 'counts', 'resume_gap_ms', int(gap))
