@@ -21,8 +21,9 @@ _NICENESS = 19
 def make_app(settings: Settings) -> Celery:
     """The app with the `replan` task every `replan_interval_s` and `refine` every `refine_interval_s`.
 
-    A round that could not start before the next one is due is dropped, so a backlog never builds up. Any
-    number of beats and planners may run: a plan is published by compare-and-set.
+    Rounds that have waited are left out by the tasks, so a backlog never builds up: an expiry in the message would
+    compare the clock of beat's host with the planner's. Any number of beats and planners may run: a plan is
+    published by compare-and-set.
     """
     app = Celery("l4queue")
     app.conf.update(celery_settings(settings))
@@ -31,12 +32,10 @@ def make_app(settings: Settings) -> Celery:
             "replan": {
                 "task": REPLAN,
                 "schedule": settings.replan_interval_s,
-                "options": {"expires": 0.8 * settings.replan_interval_s},
             },
             "refine": {
                 "task": REFINE,
                 "schedule": settings.refine_interval_s,
-                "options": {"expires": 0.8 * settings.refine_interval_s},
             },
         },
         # Two entries that may start anew at any time: nothing is worth a schedule file.

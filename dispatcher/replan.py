@@ -209,6 +209,7 @@ async def _learn(door: AsyncDoor, settings: Settings, overview: Overview) -> _Kn
         elapsed_s = max(0.0, (overview.now_ms - memory.at_ms) / 1000)
         then = Counts.from_fields(buckets, memory.raw)
         before = memory.learned(buckets)
+        before = replace(before, begun_s=min(before.begun_s, now_s))  # the clock may have gone back
         gained = difference(Counts.from_fields(buckets, raw), then, elapsed_s=elapsed_s)
     num_unfinished = sum(load.num_running + load.num_waiting_in_engine for load in overview.workers)
     num_unfinished += sum(queue.num_requests for queue in overview.queues.values())

@@ -148,9 +148,13 @@ def plan(snapshot: Snapshot, settings: PlannerSettings, *, score: Score | None =
 
 
 def is_young(snapshot: Snapshot, settings: PlannerSettings) -> bool:
-    """Whether the plan has not lived its time; one that was made before traffic changed has."""
+    """Whether the plan has not lived its time; one that was made before traffic changed has.
+
+    So has one of the future: the clock has gone back since.
+    """
     created_ms = snapshot.plan.created_ms
-    return snapshot.now_ms - created_ms < settings.min_life_ms and created_ms > snapshot.changed_ms
+    is_fresh = 0 <= snapshot.now_ms - created_ms < settings.min_life_ms
+    return is_fresh and created_ms > snapshot.changed_ms
 
 
 def _partitions(problem: PartitionProblem, *, is_replayed: bool) -> list[Partition]:

@@ -120,6 +120,7 @@ def _check_redis(settings: Settings) -> list[Check]:
     from l4queue.cli.server import read_server
     from l4queue.errors import ServiceUnavailable
     from l4queue.protocol.door import Door
+    from l4queue.protocol.health import clock_ahead_s, clock_note
     from l4queue.protocol.keys import Keys
     from l4queue.protocol.reads import Reads
 
@@ -127,6 +128,7 @@ def _check_redis(settings: Settings) -> list[Check]:
     try:
         door.run(Reads(Keys(settings.namespace)).inbox_length())  # in a cluster: to the node that has our keys
         facts = read_server(door)
+        ahead_s = clock_ahead_s(door)
     except ServiceUnavailable as error:
         is_set = "redis_url" in settings.model_fields_set
         return [
@@ -157,7 +159,14 @@ def _check_redis(settings: Settings) -> list[Check]:
         detail=facts.durability_text,
         advice=None if is_durable else f"{needs}; until then a crash of Redis loses requests",
     )
-    return [reached, durability]
+    note = clock_note(ahead_s)
+    clock = Check(
+        name="clock",
+        verdict=Verdict.OK if note is None else Verdict.WARN,
+        detail=f"{abs(ahead_s):.1f} s {'ahead of' if ahead_s > 0 else 'behind'} Redis's",
+        advice=None if note is None else "synchronise the clocks (NTP): lines of logs and Flower's times are off",
+    )
+    return [reached, durability, clock]
 
 
 def _check_engine(settings: Settings, build: EngineBuild | None) -> Check:

@@ -45,7 +45,9 @@ def health(role: Annotated[Role, typer.Argument(help="Which process to ask after
 
 def sign_of_life(role: Role, settings: Settings) -> str:
     """What shows that it works; ServiceUnavailable says why it does not."""
+    from l4queue.errors import ServiceUnavailable
     from l4queue.protocol.door import Door
+    from l4queue.protocol.health import clock_ahead_s, clock_note
 
     if role is Role.FLOWER:
         return _flower(settings)
@@ -53,11 +55,13 @@ def sign_of_life(role: Role, settings: Settings) -> str:
         return _answers("the exporter", f"http://127.0.0.1:{settings.metrics_port}/metrics")
     door = Door(settings.redis_url, retry_s=_REDIS_TRY_S)
     try:
-        if role is Role.WORKER:
-            return _worker(door, settings)
-        if role is Role.DISPATCHER:
-            return _dispatcher(door, settings)
-        return _planner(door, settings)
+        note = clock_note(clock_ahead_s(door))
+        more = "" if note is None else f"; {note}"
+        look = {Role.WORKER: _worker, Role.DISPATCHER: _dispatcher}.get(role, _planner)
+        try:
+            return look(door, settings) + more
+        except ServiceUnavailable as error:
+            raise ServiceUnavailable(f"{error}{more}") from error
     finally:
         door.close()
 

@@ -35,6 +35,8 @@ def stats(
 
         for table in tables(overview):
             Console().print(table)
+        if (note := _clock_note()) is not None:
+            Console().print(note)
 
 
 def tables(overview: Overview) -> list[Any]:
@@ -92,6 +94,18 @@ def _moves(counts: dict[str, int]) -> Any:
 def register(app: typer.Typer) -> None:
     """Add these commands to the application."""
     app.command()(stats)
+
+
+def _clock_note() -> str | None:
+    from l4queue.config import load_settings
+    from l4queue.protocol.door import Door
+    from l4queue.protocol.health import clock_ahead_s, clock_note
+
+    door = Door(load_settings().redis_url)
+    try:
+        return clock_note(clock_ahead_s(door))
+    finally:
+        door.close()
 
 
 def _read() -> Overview:

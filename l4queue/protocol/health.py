@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from l4queue.models import Routing
@@ -13,14 +15,21 @@ from l4queue.protocol.reads import Reads
 from l4queue.protocol.views import planned_ms
 
 __all__ = (
+    "CLOCK_TOLERANCE_S",
     "DISPATCHER_SILENT_S",
     "WorkerLife",
+    "clock_ahead_s",
+    "clock_note",
     "dispatcher_alive",
     "dispatcher_heard_s",
     "planner_idle_s",
     "worker_life",
 )
 
+CLOCK_TOLERANCE_S = 1.0
+"""Clocks that differ by less are the same to a reader of logs."""
+_LOOKS = 3
+_JITTER_S = 1.0
 DISPATCHER_SILENT_S = 15.0
 """A dispatcher that said nothing for so long does not work."""
 
@@ -56,7 +65,8 @@ def dispatcher_alive(keys: Keys, host: str) -> Call[None]:
 def dispatcher_heard_s(door: Door, namespace: str, host: str) -> float | None:
     """Since when no dispatcher of this host said that it routes, in s; None when too long ago, or never."""
     left_ms: int = door.run(Call(None, (), ("PTTL", Keys(namespace).dispatcher(host)), int))
-    return None if left_ms < 0 else DISPATCHER_SILENT_S - left_ms / 1000
+    heard_s = DISPATCHER_SILENT_S - left_ms / 1000
+    return heard_s if left_ms >= 0 and heard_s > -_JITTER_S else None  # from the future: the clock went back
 
 
 def planner_idle_s(door: Door, namespace: str) -> float | None:
@@ -67,4 +77,24 @@ def planner_idle_s(door: Door, namespace: str) -> float | None:
     if plan is not None and plan.routing is not Routing.L4:
         return 0.0
     at_ms = planned_ms(memory, key=reads.keys.memory)
-    return None if at_ms is None else max(0.0, (now_ms - at_ms) / 1000)
+    idle_s = None if at_ms is None else (now_ms - at_ms) / 1000
+    return None if idle_s is None or idle_s < -_JITTER_S else max(0.0, idle_s)
+
+
+def clock_ahead_s(door: Door, *, clock: Callable[[], float] = time.time) -> float:
+    """By how much this host's clock is ahead of Redis's, in s; the best of a few looks, without their time."""
+    looks = []
+    for _ in range(_LOOKS):
+        before_s, begun_s = clock(), time.monotonic()
+        server_s = door.run(Call(None, (), ("TIME",), lambda r: int(r[0]) + int(r[1]) / 1e6))
+        took_s = time.monotonic() - begun_s
+        looks.append((took_s, before_s + took_s / 2 - server_s))
+    return min(looks)[1]
+
+
+def clock_note(ahead_s: float) -> str | None:
+    """What is to be said of a difference of clocks; None of one that does no harm."""
+    if abs(ahead_s) < CLOCK_TOLERANCE_S:
+        return None
+    way = "ahead of" if ahead_s > 0 else "behind"
+    return f"this host's clock is {abs(ahead_s):.0f} s {way} Redis's: synchronise them (NTP)"

@@ -159,10 +159,13 @@ class Reads:
         args = ("ZRANGE", self.keys.queue(stage), 0, limit - 1)
         return Call(None, (), args, lambda r: [text(i) for i in r])
 
-    def inbox_oldest_ms(self) -> Call[int | None]:
-        """When the oldest request that is not yet routed was accepted, server ms; None when there is none."""
+    def inbox_oldest(self) -> Call[list[str]]:
+        """Id of the oldest request that is not yet routed, if there is one.
+
+        When it was accepted says its record: ids of entries go on from the last one when the clock goes back.
+        """
         args = ("XRANGE", self.keys.inbox, "-", "+", "COUNT", 1)
-        return Call(None, (), args, lambda r: order(parse_entries(r)[0][0])[0] if parse_entries(r) else None)
+        return Call(None, (), args, lambda r: [text(v.get(b"i", b"")) for _, v in parse_entries(r)])
 
     def inbox_length(self) -> Call[int]:
         """Requests accepted and not yet routed."""

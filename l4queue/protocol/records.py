@@ -298,19 +298,28 @@ class RequestRecord:
     @property
     def ttft_ms(self) -> int | None:
         """Time to first token: from acceptance to the first token a client could read, ms."""
-        return None if self.first_token_ms is None else self.first_token_ms - self.submitted_ms
+        return None if self.first_token_ms is None else max(0, self.first_token_ms - self.submitted_ms)
 
     @property
     def e2e_ms(self) -> int | None:
         """End to end: from acceptance to the stored outcome, ms."""
-        return None if self.finished_ms is None else self.finished_ms - self.submitted_ms
+        return None if self.finished_ms is None else max(0, self.finished_ms - self.submitted_ms)
 
     @property
     def tpot_ms(self) -> float | None:
         """Time per output token after the first, ms; None with fewer than two tokens."""
         if self.finished_ms is None or self.first_token_ms is None or self.offset < 2:
             return None
-        return (self.finished_ms - self.first_token_ms) / (self.offset - 1)
+        return max(0, self.finished_ms - self.first_token_ms) / (self.offset - 1)
+
+
+def in_order(*times_ms: int | None) -> tuple[int | None, ...]:
+    """Times of a request, none before the one before it: the server's clock may have gone back meanwhile."""
+    ordered, latest_ms = list[int | None](), 0
+    for time_ms in times_ms:
+        latest_ms = latest_ms if time_ms is None else max(latest_ms, time_ms)
+        ordered.append(None if time_ms is None else latest_ms)
+    return tuple(ordered)
 
 
 _TEXT_FIELDS = frozenset({"state", "stage", "worker", "finish_reason", "error", "field", "body"})

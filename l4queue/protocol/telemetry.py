@@ -48,9 +48,9 @@ def read_telemetry(door: Door, namespace: str) -> Telemetry:
     reads = Reads(Keys(namespace))
     overview = read_overview(door, namespace)
     stages = [stage for stage, queue in overview.queues.items() if queue.num_requests]
-    since_ms, histogram, num_dead, memory, planner, *ids = door.run_many(
+    oldest, histogram, num_dead, memory, planner, *ids = door.run_many(
         [
-            reads.inbox_oldest_ms(),
+            reads.inbox_oldest(),
             reads.histogram(),
             Call(None, (), ("XLEN", reads.keys.dead), int),
             Call(None, (), ("INFO", "memory"), _memory),
@@ -58,7 +58,8 @@ def read_telemetry(door: Door, namespace: str) -> Telemetry:
             *(reads.queue_ids(stage, limit=_SAMPLE) for stage in stages),
         ]
     )
-    accepted = iter(door.run_many([reads.submitted_ms(i) for some in ids for i in some]))
+    ages = door.run_many([reads.submitted_ms(i) for some in (oldest, *ids) for i in some])
+    since_ms, accepted = next(iter(ages[: len(oldest)]), None), iter(ages[len(oldest) :])
     waiting_s = {}
     for stage, some in zip(stages, ids, strict=True):
         known = [ms for ms in (next(accepted) for _ in some) if ms is not None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 
 from l4queue.config import Settings
 from l4queue.models import Plan
@@ -103,7 +104,8 @@ class Upkeep:
         finished = await self._door.run(self._reads.finished(count=500))
         rate = 0.0
         if len(finished) >= 2:
-            span_ms = finished[0].finished_ms - finished[-1].finished_ms
+            times_ms = [f.finished_ms for f in finished]  # newest first; steps back of the clock are left out
+            span_ms = sum(max(0, later - earlier) for later, earlier in pairwise(times_ms))
             tokens = sum(f.prompt_tokens + f.output_tokens for f in finished)
             rate = tokens * 1000.0 / max(1, span_ms)
         command = ("HSET", self._keys.counts, "drain_tokens_per_s", f"{rate:.1f}")

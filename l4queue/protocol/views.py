@@ -12,6 +12,7 @@ from l4queue.models import WorkerLoad
 from l4queue.policy.cost import StepCost
 from l4queue.policy.prices import MovePrice
 from l4queue.protocol.foreign import each, or_else, text
+from l4queue.protocol.records import in_order
 
 __all__ = (
     "BODY_FIELDS",
@@ -130,16 +131,19 @@ def figures(key: str, reply: Any) -> dict[str, str]:
 
 
 def finished_one(_: bytes, v: Mapping[bytes, bytes]) -> FinishedRequest:
-    """One entry of the stream of outcomes."""
+    """One entry of the stream of outcomes. A clock that went back leaves its times in order all the same."""
+    times_ms = in_order(
+        whole(v[b"a"]), *(whole(v[name]) if v.get(name) else None for name in (b"b", b"f")), whole(v[b"d"])
+    )
     return FinishedRequest(
         request_id=v[b"i"].decode(),
         state=v[b"s"].decode(),
         prompt_tokens=whole(v[b"p"]),
         output_tokens=whole(v[b"o"]),
-        submitted_ms=whole(v[b"a"]),
-        started_ms=whole(v[b"b"]) if v.get(b"b") else None,
-        first_token_ms=whole(v[b"f"]) if v.get(b"f") else None,
-        finished_ms=whole(v[b"d"]),
+        submitted_ms=times_ms[0] or 0,
+        started_ms=times_ms[1],
+        first_token_ms=times_ms[2],
+        finished_ms=times_ms[3] or 0,
         stage=v.get(b"g", b"").decode(),
         worker=v.get(b"w", b"").decode(),
     )

@@ -73,9 +73,12 @@ class Watch:
     def _ages_ms(self, overview: Overview) -> dict[str, int]:
         """How long the one that waits longest at the head of each queue has waited."""
         names = [name for name, queue in overview.queues.items() if queue.num_requests]
-        heads = self._door.run_many([self._reads.queue_ids(name, limit=MAX_AGED) for name in names])
+        queues = [self._reads.queue_ids(name, limit=MAX_AGED) for name in names]
+        oldest, *heads = self._door.run_many([self._reads.inbox_oldest(), *queues])
         calls = [self._reads.waiting_since_ms(request_id) for ids in heads for request_id in ids]
-        inbox_ms, *since = self._door.run_many([self._reads.inbox_oldest_ms(), *calls])
+        accepted = [self._reads.submitted_ms(request_id) for request_id in oldest]
+        found = self._door.run_many([*accepted, *calls])
+        inbox_ms, since = next(iter(found[: len(oldest)]), None), found[len(oldest) :]
         ages_ms = {} if inbox_ms is None else {"in": max(0, overview.now_ms - inbox_ms)}
         rest = iter(since)
         for name, ids in zip(names, heads, strict=True):

@@ -294,7 +294,7 @@ class _Run:
             self._fail(ticket.number, outcome_line(record, custom_id=ticket.custom_id, digest=ticket.digest))
         self._uncommitted.append(ticket.request_id)
         if record.started_ms is not None and not ended.is_found:
-            waited_s = (record.started_ms - record.submitted_ms) / 1000
+            waited_s = max(0, record.started_ms - record.submitted_ms) / 1000
             self._window.ended(waited_s, in_flight=len(self._flight))
 
     def _fail(self, number: int, answer: bytes) -> None:

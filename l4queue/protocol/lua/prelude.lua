@@ -241,7 +241,7 @@ local function resumed(rk, moved_ms)
   if not moved_ms then return end
   redis.call('HDEL', rk, 'moved_ms')
   if not whole(moved_ms) then return end
-  local gap = now_ms() - moved_ms
+  local gap = math.max(0, now_ms() - moved_ms)  -- a clock may go back
   redis.call('HINCRBY', P .. 'counts', 'resumes', 1)
   redis.call('HINCRBY', P .. 'counts', 'resume_gap_ms', int(gap))
   note(rk, {what = 'resumed', gap_ms = gap})

@@ -3,6 +3,8 @@
 -- Anybody may call it at any time. After a gap between two calls in which nobody could renew (Redis was away),
 -- every lease lasts one lease longer. A worker that does not renew then gets this three times at most:
 -- reapers that are merely slow must not keep the dead alive.
+-- A clock that goes back leaves what lies in its future: leases are cut to their term from now, and when requests
+-- last came to a stage to now. A worker of an older release tells no term: ten times the grace is allowed then.
 -- KEYS  1 workers (zset)  2 tick (string: ms of the last call)
 -- ARGV  1 most requests  2 gap that counts as an outage (ms)  3 grace (ms)  4 crashes alone that condemn
 -- Returns {requeued, dead, graced (0|1)}
@@ -18,6 +20,14 @@ if t - last > tonumber(ARGV[2]) then
       graced = 1
     end
   end
+end
+for _, incarnation in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '(' .. int(t + ARGV[3] + 1000), '+inf')) do
+  local told = tonumber(redis.call('HGET', P .. 'w:' .. incarnation, 'lease_ms') or 10 * ARGV[3])
+  redis.call('ZADD', KEYS[1], 'XX', 'LT', int(t + math.max(told, ARGV[3])), incarnation)
+end
+local stamps = redis.call('HGETALL', P .. 'foreground')
+for i = 1, #stamps, 2 do
+  if tonumber(stamps[i + 1]) > t + 1000 then redis.call('HSET', P .. 'foreground', stamps[i], int(t)) end
 end
 local room, requeued, dead = tonumber(ARGV[1]), 0, 0
 for _, incarnation in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', int(t))) do

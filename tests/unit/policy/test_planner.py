@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from l4queue.config import load_settings
 from l4queue.models import Plan, StagePlan, WorkerLoad
-from l4queue.planner import Decision, PlannerSettings, Snapshot, plan, score_by_model
+from l4queue.planner import Decision, PlannerSettings, Snapshot, is_young, plan, score_by_model
 from l4queue.policy.coefficients import load_coefficients
 from l4queue.policy.histogram import Buckets, Demand
 from l4queue.policy.plan_json import plan_from_json, plan_to_json
@@ -278,3 +278,12 @@ def test_nothing_is_published_that_is_predicted_worse(workers, rate, long_share,
     assert score(first.plan) <= score(one) * (1 + 1e-9)
     assert not again.publish
     json.loads(plan_to_json(first.plan))
+
+
+def test_a_plan_from_the_future_has_lived_its_time() -> None:
+    """The clock has gone back since it was made; it would stay young for as long."""
+    young = _snapshot(plan=replace(Plan.one_stage(), created_ms=999_999))
+    future = _snapshot(plan=replace(Plan.one_stage(), created_ms=4_600_000))
+
+    assert is_young(young, PlannerSettings())
+    assert not is_young(future, PlannerSettings())
