@@ -168,7 +168,7 @@ class AsyncClient:
         progress: Callable[[int], None] | None = None,
     ) -> list[AsyncHandle]:
         bulk = Bulk(self._composer, prepared, lambda i, has_mail: AsyncHandle(self, i, has_mail=has_mail))
-        with bulk.accounted_for():
+        with bulk:
             while bulk.is_open:
                 full = bulk.answered(await self._door.run_many(bulk.next_batch()))
                 if progress is not None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import Any, Generic, TypeVar
 
 from l4queue.client.compose import Composer, Prepared
@@ -78,15 +78,14 @@ class Bulk(Generic[H]):
             raise conflict
         return full
 
-    @contextmanager
-    def accounted_for(self) -> Iterator[None]:
+    def __enter__(self) -> Bulk[H]:
         """Whatever is raised inside says what became of the requests: see `L4QueueError`."""
-        try:
-            yield
-        except BaseException as error:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is not None:
             with suppress(AttributeError):  # a class of the user's may take no attributes
                 self._account(error)
-            raise
 
     def _account(self, error: Any) -> None:
         ids = [self._prepared[position].request_id for position in self._sent]

@@ -164,7 +164,7 @@ class Client:
         progress: Callable[[int], None] | None = None,
     ) -> list[Handle]:
         bulk = Bulk(self._composer, prepared, lambda i, has_mail: Handle(self, i, has_mail=has_mail))
-        with bulk.accounted_for():
+        with bulk:
             while bulk.is_open:
                 full = bulk.answered(self._door.run_many(bulk.next_batch()))
                 if progress is not None:

@@ -149,6 +149,28 @@ async def test_results_that_are_gone_are_computed_again_and_counted(
     assert files.custom_ids() == Counter(f"c{i}" for i in range(100))
 
 
+async def test_an_answer_without_its_output_is_computed_again(pipeline: Pipeline, files: Files) -> None:
+    """Between two runs the output of some was deleted, and their records were not: no line is answered with nothing."""
+    write_lines(files.lines, 20)
+    async with stopped_when(pipeline, files, 20) as first:
+        pass
+    assert (await first).num_in_flight == 20
+    pipeline.start("w0")
+    await until(lambda: _are_done(pipeline, 20))
+    prefix = Keys(pipeline.settings.namespace).prefix
+    outputs = sorted(await pipeline.door.run(Call(None, (), ("KEYS", f"{prefix}out:*"), list)))
+    await pipeline.door.run(Call(None, (), ("DEL", *outputs[:5]), int))
+    summary = await run(pipeline, files)
+
+    assert (summary.is_complete, summary.num_succeeded, summary.num_recomputed) == (True, 20, 5)
+    assert files.custom_ids() == Counter(f"c{i}" for i in range(20))
+    assert await submitted(pipeline) == 25
+
+
+async def _are_done(pipeline: Pipeline, number: int) -> bool:
+    return int((await pipeline.client.overview()).counts.get("done", 0)) == number
+
+
 async def test_a_full_backlog_is_waited_for_and_half_of_it_is_left_to_others(
     redis_url: str, namespace: str, files: Files
 ) -> None:

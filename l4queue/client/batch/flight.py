@@ -138,7 +138,10 @@ class Flight:
             self._look_s = time.monotonic() + _LOOK_EVERY_S
 
     def fetch(self, *, limit: int) -> list[Ended]:
-        """Records and outputs of some that have ended. They stay in flight until `landed`."""
+        """Records and outputs of some that have ended. They stay in flight until `landed`.
+
+        A done request whose output is not all there is forgotten: its line has to be sent again.
+        """
         ids = list(islice(self._ended, limit))
         reads = self.composer.reads
         replies = self._door.run_many([call for i in ids for call in (reads.record(i), reads.output(i))])
@@ -148,6 +151,10 @@ class Flight:
             pending = self._pending[request_id]
             if record is not None and record.state not in TERMINAL:  # forgotten and sent again meanwhile
                 continue
+            num_tokens = sum(len(entry.token_ids) for entry in outputs)
+            if record is not None and record.state is RequestState.DONE and num_tokens != record.offset:
+                self.forget([request_id])
+                record = None
             ended.append(Ended(ticket=pending.ticket, record=record, outputs=outputs, is_found=pending.is_found))
         return ended
 
@@ -164,11 +171,12 @@ class Flight:
 
     def cancel_all(self) -> int:
         """Cancel all in flight and forget them, so that they may be sent afresh; how many were cancelled."""
-        calls = self.composer.calls
         ids, cancelled = list(self._pending), []
         for start in range(0, len(ids), 256):
             chunk = ids[start : start + 256]
-            replies = self._door.run_many([calls.cancel(i, reason="the batch was stopped") for i in chunk])
+            replies = self._door.run_many(
+                [self.composer.cancel(i, reason="the batch was stopped") for i in chunk]
+            )
             cancelled += [i for i, (verdict, _) in zip(chunk, replies, strict=True) if verdict is Verdict.OK]
         self.forget(cancelled)
         for request_id in cancelled:
