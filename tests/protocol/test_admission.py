@@ -10,7 +10,7 @@ from l4queue.protocol.calls import Verdict
 from l4queue.protocol.keys import SOLO_STAGE
 from tests.conftest import SEED
 from tests.protocol.consistency import check
-from tests.protocol.scene import Scene
+from tests.protocol.scene import PROMPT_TOKENS, Scene
 
 S = RequestState
 
@@ -44,6 +44,22 @@ def test_one_request_larger_than_the_bound_passes_when_nothing_else_is_there(sce
     assert scene.submit("b", charge_tokens=1, max_live_tokens=100).verdict is Verdict.FULL
     scene.cancel("a")
     assert scene.submit("b", charge_tokens=1, max_live_tokens=100).verdict is Verdict.OK
+
+
+def test_a_left_out_max_tokens_is_decided_by_the_dispatcher(scene: Scene) -> None:
+    """It is told so; its body is the one that workers get, and admission counts what it says."""
+    scene.submit("a", charge_tokens=10, body="{}", has_open_end=True)
+    scene.submit("b", charge_tokens=10, body="{}")
+    told = [scene.door.run(scene.reads.body(name)) for name in ("a", "b")]
+    assert [body is not None and body.has_open_end for body in told] == [True, False]
+
+    body = '{"params":{"max_tokens":900}}'
+    scene.route("a", max_tokens=900, charge_tokens=20, body=body)
+    scene.route("b", max_tokens=8)
+    check(scene)
+    assert scene.counts()["live_tokens"] == 20 + PROMPT_TOKENS + 8
+    scene.renew("w1", register=True)
+    assert {grant.request_id: grant.body for grant in scene.take("w1").grants} == {"a": body.encode(), "b": b"{}"}
 
 
 def test_a_full_backlog_still_answers_for_what_was_accepted(scene: Scene) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -127,6 +128,24 @@ async def test_a_full_backlog_is_refused_with_a_time_to_come_back(redis_url: str
         pipeline.start("w0")
         handles = await pipeline.client.enqueue_many(["c"] * 4, max_tokens=60)
         assert [(await h.result(timeout=20)).output_tokens for h in handles] == [60] * 4
+
+
+@pytest.mark.parametrize("num_bytes", [1, 1900, 2047])
+async def test_a_left_out_max_tokens_is_what_still_fits(pipeline: Pipeline, num_bytes: int) -> None:
+    """A long prompt is served, and one that leaves no room says so. Admission counts a usual output for it."""
+    handle = await pipeline.client.enqueue("x" * num_bytes)
+    await until(lambda: _is_queued(handle))
+    live = (await pipeline.client.overview()).counts["live_tokens"]
+    assert live == num_bytes + min(256, 2048 - num_bytes)
+    pipeline.start("w0")
+    assert (await handle.result(timeout=20)).output_tokens == 2048 - num_bytes
+    with pytest.raises(RequestTooLong) as caught:
+        await (await pipeline.client.enqueue("x" * 2048)).result(timeout=20)
+    assert caught.value.field == "prompt"
+
+
+async def _is_queued(handle: Any) -> bool:
+    return (await handle.status()).state is RequestState.QUEUED
 
 
 async def test_limits_and_unknown_ids_are_typed_errors(pipeline: Pipeline) -> None:
