@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import os
+import time
+from datetime import UTC, datetime, timedelta
 from functools import cache
 from typing import Any
 
 from celery import Celery
+from celery.schedules import schedule
 from celery.signals import setup_logging, worker_init
 
 from dispatcher.tasks import REFINE, REPLAN, add_tasks
 from l4queue.config import Settings, celery_settings, load_settings
 from l4queue.logs import start_logging
 
-__all__ = ("make_app",)
+__all__ = ("make_app", "steady_now")
 
 _NICENESS = 19
+_BEGUN_AT, _BEGUN_S = datetime.now(UTC), time.monotonic()
+
+
+def steady_now() -> datetime:
+    """The time by which beat counts periods: its clock may be set back, and rounds would wait for as long."""
+    return _BEGUN_AT + timedelta(seconds=time.monotonic() - _BEGUN_S)
 
 
 def make_app(settings: Settings) -> Celery:
@@ -31,11 +40,11 @@ def make_app(settings: Settings) -> Celery:
         beat_schedule={
             "replan": {
                 "task": REPLAN,
-                "schedule": settings.replan_interval_s,
+                "schedule": schedule(settings.replan_interval_s, nowfun=steady_now),
             },
             "refine": {
                 "task": REFINE,
-                "schedule": settings.refine_interval_s,
+                "schedule": schedule(settings.refine_interval_s, nowfun=steady_now),
             },
         },
         # Two entries that may start anew at any time: nothing is worth a schedule file.

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import redis
 
-from dispatcher.app import make_app
+from dispatcher.app import make_app, steady_now
 from dispatcher.tasks import REPLAN
 from l4queue.config import load_settings
 from l4queue.protocol.door import Door
@@ -112,7 +112,8 @@ def test_the_schedule_comes_from_the_settings() -> None:
 
     entry = app.conf.beat_schedule["replan"]
 
-    assert entry["schedule"] == 7.0
+    assert entry["schedule"].seconds == 7.0
+    assert entry["schedule"].nowfun is steady_now
     assert "expires" not in entry.get("options", {})
     assert app.conf.accept_content == ["json"]
     assert app.tasks[REPLAN].ignore_result
