@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import flower.options
+import flower.utils.broker
 from flower.utils import strtobool
 
 from dispatcher import flower_events, flower_guard
@@ -15,12 +18,22 @@ from l4queue.config import Settings, load_settings
 from l4queue.errors import ConfigError, L4QueueError
 from l4queue.logs import start_logging, take_log_format
 
-__all__ = ("check_variables", "flower_options", "main")
+__all__ = ("SocketBroker", "check_variables", "flower_options", "main")
 
 MAX_TASKS = 20_000
 """Requests that Flower remembers; it forgets the least recently seen."""
 _PURGE_OFFLINE_S = 3600
 _COLUMNS = "name,uuid,state,args,result,received,runtime,worker"
+
+
+class SocketBroker(flower.utils.broker.RedisSocket):  # type: ignore[misc]  # flower has no types
+    """How many messages wait in a Redis behind a Unix socket: Flower's own asks database 0, without a user."""
+
+    def __init__(self, broker_url: str, *given: Any, **named: Any) -> None:
+        super().__init__(broker_url, *given, **named)
+        database = parse_qs(urlsplit(broker_url).query).get("virtual_host", ["0"])[0]
+        own = {"path": unquote(f"/{self.vhost}"), "username": self.username or None, "db": int(database)}
+        self.redis.connection_pool.connection_kwargs.update(own)
 
 
 def flower_options(settings: Settings, environment: Mapping[str, str]) -> dict[str, str]:
@@ -69,6 +82,7 @@ def main(arguments: Sequence[str] = ()) -> None:
     options = flower_options(settings, os.environ)
     flower_events.install()
     flower_guard.install(settings)
+    flower.utils.broker.RedisSocket = SocketBroker
     given = [f"--{name}={value}" for name, value in options.items()]
     make_app(settings).start(["flower", *given, *arguments])
 

@@ -16,10 +16,12 @@ BEGIN, END = "  # BEGIN settings: written by docker/env_example.py\n", "  # END 
 
 FIXED = {
     "redis_url": "containers use the redis service; on the host it is redis://127.0.0.1:6379/0",
+    "redis_password": "see REDIS_PASSWORD",
     "celery_broker_url": "the database after the queue's",
     "devices_dir": "a volume that all workers of the machine share",
     "cpu_cores": "each worker takes cores of its own; see L4_CPU_CORES_PER_WORKER",
     "flower_port": "see FLOWER_PORT",
+    "flower_login": "see DASHBOARD_USER and DASHBOARD_PASSWORD",
     "metrics_port": "9400 in every container; only Prometheus reaches it",
     "metrics_host": "0.0.0.0: the network of the containers",
     "kv_handover_bytes": "0: containers share no memory, so requests that move are prefilled again",
@@ -39,7 +41,7 @@ class Variable:
 
 VARIABLES = (
     Variable(name="DASHBOARD_USER", default="admin", meaning="login of Flower and Grafana"),
-    Variable(name="DASHBOARD_PASSWORD", default="", meaning="password of Flower and Grafana; must be set"),
+    Variable(name="DASHBOARD_PASSWORD", default="", meaning="password of Flower and Grafana; must be set; ASCII"),
     Variable(
         name="WORKER_TARGET",
         default="worker-cpu",
@@ -77,7 +79,11 @@ VARIABLES = (
     ),
     Variable(name="SERVICE_MEMORY", default="2g", meaning="memory limit of each other container of ours"),
     Variable(name="HEALTH_INTERVAL", default="15s", meaning="time between two health checks of a container"),
-    Variable(name="REDIS_PASSWORD", default="", meaning="password of Redis; letters and digits; empty: none"),
+    Variable(
+        name="REDIS_PASSWORD",
+        default="",
+        meaning="password of Redis; must be set. Passwords with $, # or spaces stand in single quotes",
+    ),
     Variable(name="REDIS_PORT", default="6379", meaning="port of Redis on 127.0.0.1, for clients on this machine"),
     Variable(
         name="REDIS_APPENDFSYNC",
@@ -115,7 +121,10 @@ VARIABLES = (
     ),
 )
 
-HEAD = """# Settings of docker-compose.yml: copy this file to .env and set DASHBOARD_PASSWORD.
+NEEDED = ("DASHBOARD_PASSWORD", "REDIS_PASSWORD")
+"""Without these Compose does not start."""
+
+HEAD = """# Settings of docker-compose.yml: copy this file to .env and set DASHBOARD_PASSWORD and REDIS_PASSWORD.
 # A line without # in front is needed; every other one shows the default.
 # Written by docker/env_example.py.
 
@@ -145,7 +154,7 @@ def example() -> str:
     """The whole of .env.example."""
     lines = [HEAD]
     for variable in VARIABLES:
-        comment = "" if variable.name == "DASHBOARD_PASSWORD" else "# "
+        comment = "" if variable.name in NEEDED else "# "
         lines.append(f"# {variable.meaning}\n{comment}{variable.name}={variable.default}\n")
     lines.append(SETTINGS_HEAD)
     for name, info in Settings.model_fields.items():

@@ -53,8 +53,8 @@ class RedisServer:
 
     @property
     def text(self) -> str:
-        """Product and version."""
-        return f"{self.product} {'.'.join(map(str, self.version))}"
+        """Program and version."""
+        return f"{self.path.name} {'.'.join(map(str, self.version))}"
 
 
 def find_redis_server() -> RedisServer:

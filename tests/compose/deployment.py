@@ -68,8 +68,8 @@ class Deployment:
     @property
     def settings(self) -> Settings:
         """Of a client on this machine."""
-        url = f"redis://:{self.redis_password}@127.0.0.1:{self.redis_port}/0"
-        return Settings(redis_url=url, _env_file=None)  # type: ignore[call-arg]  # pydantic-settings' own
+        url = f"redis://127.0.0.1:{self.redis_port}/0"
+        return Settings(redis_url=url, redis_password=self.redis_password, _env_file=None)  # type: ignore[call-arg]  # pydantic-settings' own
 
     def compose(self, *arguments: str, timeout_s: float = 1800.0) -> str:
         """Run compose on this project."""

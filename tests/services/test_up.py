@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import psutil
 import pytest
@@ -21,7 +22,8 @@ from l4queue.cli.embedded import is_port_free
 from l4queue.client import Client
 from l4queue.protocol.door import Door
 from l4queue.protocol.overview import read_overview
-from l4queue.redis_url import redacted
+from l4queue.redis_url import parse_url, redacted
+from tests.protocol.server import RedisServer
 
 pytestmark = [pytest.mark.services, pytest.mark.timeout(240)]
 
@@ -57,16 +59,16 @@ class Up:
 
 
 @contextmanager
-def running(place: Path, *arguments: str, stdout: Any = None) -> Iterator[Up]:
+def running(place: Path, *arguments: str, stdout: Any = None, more: dict[str, str] | None = None) -> Iterator[Up]:
     command = [
         str(L4QUEUE), "up", "--engine", "emulated", "--data-dir", str(place / "data"),
         "--ready-file", str(place / "ready.json"), *arguments,
     ]  # fmt: skip
     environment = {k: v for k, v in os.environ.items() if not k.startswith("L4_")}
-    environment |= {"L4_EMULATED_SPEED": "0", "L4_MODEL": "tiny"}
+    environment |= {"L4_EMULATED_SPEED": "0", "L4_MODEL": "tiny", **(more or {})}
     with (place / "output").open("wb") as output:
         process = subprocess.Popen(
-            command, stdout=stdout or output, stderr=output, env=environment, start_new_session=True
+            command, stdout=stdout or output, stderr=output, env=environment, start_new_session=True, cwd=place
         )
         up = Up(process, place)
         family: list[psutil.Process] = []
@@ -109,6 +111,63 @@ def test_it_serves_survives_and_ends(tmp_path: Path) -> None:
         prefixes = {line.split("|")[0].strip() for line in up.output.splitlines()}
         assert prefixes <= NAMES | {"l4queue"}
         assert f"ready: Redis at {redacted(url)}, Flower at {up.facts['flower_url']}" in up.output
+
+
+def test_its_password_is_shown_to_nobody_and_clients_of_the_directory_have_it(tmp_path: Path) -> None:
+    """Only in files of this user, which end with it. Flower's own variables say
+    where Flower is."""
+    flower_port = str(free_ports(1))
+    own = {"FLOWER_PORT": flower_port, "FLOWER_URL_PREFIX": "flower"}
+    with running(tmp_path, "--workers", "1", "--data-dir", ".l4queue", more=own) as up:
+        up.wait_ready()
+        url = up.facts["redis_url"]
+        password = str(parse_url(url).password)
+        program = (
+            "from l4queue import Client; c = Client(); print(c.enqueue('a', max_tokens=5).result().output_tokens)"
+        )
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("L4_")}
+        done = subprocess.run(
+            [sys.executable, "-c", program], cwd=tmp_path, env=environment,
+            capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+        assert done.stdout == "5\n", done.stderr
+        lines = [" ".join(process.cmdline()) for process in up.family()]
+        assert len(lines) > 5
+        assert [line for line in [*lines, *up.output.splitlines()] if password in line] == []
+        for file in (tmp_path / ".l4queue" / "url", tmp_path / "ready.json"):
+            assert password in file.read_text()
+            assert file.stat().st_mode & 0o777 == 0o600
+        assert up.facts["flower_url"] == f"http://127.0.0.1:{flower_port}/flower"
+        with urllib.request.urlopen(up.facts["flower_url"] + "/api/workers", timeout=10) as reply:
+            assert reply.status == 200
+
+        up.process.send_signal(signal.SIGINT)
+        assert up.process.wait(90) == 0
+        assert not (tmp_path / ".l4queue" / "url").exists()
+
+
+def test_a_flower_that_fails_holds_nothing_up(tmp_path: Path) -> None:
+    """It says so, and all else serves."""
+    with running(tmp_path, "--workers", "1", more={"FLOWER_MAX_TASKS": "many"}) as up:
+        up.wait_ready()
+        assert generated(up.facts["redis_url"]) == 5
+        assert "flower is not ready, and all else serves: error: FLOWER_MAX_TASKS: many is no int" in up.output
+
+
+def test_a_password_of_a_redis_of_ones_own_is_not_shown(tmp_path: Path, redis_executable: str) -> None:
+    """Whatever it is made of; queue and broker log in with it."""
+    secret = "a/b#c ?d@e:f%g"
+    server = RedisServer(redis_executable, tmp_path, password=secret).start()
+    try:
+        more = {"L4_REDIS_URL": server.url, "L4_REDIS_PASSWORD": secret}
+        with running(tmp_path, "--workers", "1", "--no-flower", more=more) as up:
+            up.wait_ready()
+            assert generated(up.facts["redis_url"]) == 5
+            lines = [" ".join(process.cmdline()) for process in up.family()]
+            shown = (secret, quote(secret, safe=""))
+            assert [line for line in [*lines, *up.output.splitlines()] if any(s in line for s in shown)] == []
+    finally:
+        server.kill()
 
 
 def _workers(url: str) -> list[str]:

@@ -74,7 +74,7 @@ def test_its_password_is_kept_asked_for_and_shown_nowhere(server: RedisServer, t
         assert password not in " ".join(psutil.Process(redis.pid).cmdline())
         assert password not in f"{redis.url} {redis.url!r} {redis.argv}"
         door = Door(f"redis://127.0.0.1:{redis.port}/0", retry_s=0.0)
-        with pytest.raises(ServiceUnavailable, match="refuses the credentials|Authentication required"):
+        with pytest.raises(ServiceUnavailable, match=r"refuses the credentials|Authentication required"):
             door.run(Call(None, (), ("GET", "a"), lambda reply: reply))
         door.close()
     files = [

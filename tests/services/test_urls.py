@@ -1,0 +1,212 @@
+"""Every form of Redis URL that the docs name, against a real server: queue and broker alike."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import quote
+
+import pytest
+import redis
+from flower.utils.broker import Broker
+from kombu.exceptions import OperationalError
+
+from dispatcher.flower import SocketBroker
+from l4queue import AsyncClient, Client
+from l4queue.config import Settings, load_settings
+from l4queue.errors import ServiceUnavailable
+from l4queue.protocol.calls import Call
+from l4queue.protocol.door import Door
+from tests.protocol.server import RedisServer
+from tests.services.redis_sets import has_tls, make_certificate
+from workers.app import make_app
+
+pytestmark = [pytest.mark.services, pytest.mark.timeout(120)]
+
+SPECIAL = "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~ äß€%41"
+ENCODED = quote(SPECIAL, safe="")
+
+
+class Place:
+    """A server with a password full of special characters, a user of its own, TCP, a socket and TLS."""
+
+    def __init__(self, binary: str, folder: Path) -> None:
+        self.socket = folder / "my redis.sock"
+        self.certificate, key = make_certificate(folder)
+        files = (
+            "--tls-cert-file",
+            self.certificate,
+            "--tls-key-file",
+            key,
+            "--tls-ca-cert-file",
+            self.certificate,
+        )
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.tls_port = int(probe.getsockname()[1])
+        tls = (*files, "--tls-auth-clients", "no", "--tls-port", str(self.tls_port))
+        bind = ("--bind", "127.0.0.1", "::1") if _has_ipv6() else ()
+        tls = tls if has_tls(binary) else ()
+        options = ("--appendonly", "no", "--unixsocket", str(self.socket), *tls, *bind)
+        self.has_tls = bool(tls)
+        self.server = RedisServer(binary, folder, options, password=SPECIAL).start()
+        with redis.Redis(port=self.server.port, password=SPECIAL) as client:
+            client.execute_command("ACL", "SETUSER", "me", "on", f">{SPECIAL}", "+@all", "~*", "&*")
+
+    def databases(self, namespace: str) -> list[int]:
+        """Where this namespace has keys."""
+        found = []
+        for number in range(16):
+            with redis.Redis(port=self.server.port, password=SPECIAL, db=number) as client:
+                found += [number] if next(client.scan_iter(f"*{namespace}*", count=1000), None) else []
+        return found
+
+    def url(self, form: str) -> str:
+        """One of the forms below with this server's places in it."""
+        if form.startswith("rediss") and not self.has_tls:
+            pytest.skip("this server was built without TLS")
+        return form.format(
+            port=self.server.port,
+            tls=self.tls_port,
+            password=ENCODED,
+            user=f"me:{ENCODED}",
+            socket=quote(str(self.socket)),
+            ca=quote(self.certificate, safe=""),
+        )
+
+
+def _has_ipv6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+@pytest.fixture(scope="module")
+def place(redis_executable: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    opened = Place(redis_executable, tmp_path_factory.mktemp("redis"))
+    yield opened
+    opened.server.kill()
+
+
+FORMS = {
+    "redis://:{password}@127.0.0.1:{port}": 0,
+    "redis://:{password}@localhost:{port}/3": 3,
+    "redis://default:{password}@127.0.0.1:{port}/?db=3": 3,
+    "redis://127.0.0.1:{port}/3?password={password}": 3,
+    "redis://{user}@127.0.0.1:{port}/2": 2,
+    **({"redis://:{password}@[::1]:{port}/1": 1} if _has_ipv6() else {}),
+    "redis://:{password}@127.0.0.1:{port}/0?client_name=me&health_check_interval=10&max_connections=50": 0,
+    "redis://:{password}@127.0.0.1:{port}/0?socket_timeout=40&socket_connect_timeout=2&socket_keepalive=no": 0,
+    "rediss://:{password}@127.0.0.1:{tls}/2?ssl_ca_certs={ca}": 2,
+    "rediss://{user}@127.0.0.1:{tls}/2?ssl_ca_certs={ca}&ssl_check_hostname=true&ssl_min_version=771": 2,
+    "rediss://:{password}@127.0.0.1:{tls}/2?ssl_cert_reqs=none": 2,
+    "unix://:{password}@{socket}": 0,
+    "unix://:{password}@{socket}?db=2": 2,
+    "unix://{user}@{socket}?db=2": 2,
+    "unix://{socket}?db=2&username=default&password={password}": 2,
+}
+"""Each with the database that it names."""
+
+
+@pytest.mark.parametrize(("form", "database"), FORMS.items())
+def test_it_works_for_the_queue(place: Place, form: str, database: int, namespace: str) -> None:
+    """Blocking and asyncio, calls and waits, scripts included."""
+    settings = load_settings(redis_url=place.url(form), namespace=namespace)
+    door = Door(settings.redis_url, retry_s=0.0)
+    with Client(settings=settings) as client:
+        assert client.enqueue("hello", max_tokens=3).id
+        assert door.wait({"none": "0"}, block_s=0.01) == {}
+    door.close()
+
+    async def again() -> str:
+        async with AsyncClient(settings=settings) as other:
+            return (await other.enqueue("hello", max_tokens=3)).id
+
+    assert asyncio.run(again())
+    assert place.databases(namespace) == [database]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_it_works_for_the_broker(place: Place, form: str, namespace: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the database after the queue's, and as a setting of its own; Flower counts what waits there."""
+    url = place.url(form)
+    for settings in (
+        Settings(redis_url=url, namespace=namespace),
+        Settings(redis_url="redis+sentinel://s/q", celery_broker_url=url, namespace=namespace),
+    ):
+        with make_app(settings) as app, app.connection_for_write() as connection:
+            connection.ensure_connection(max_retries=1)
+            queue = connection.SimpleQueue("letters")
+            queue.put({"a": 1})
+            shown = connection.as_uri(include_password=True)
+            options, tls = app.conf.broker_transport_options, app.conf.broker_use_ssl
+            monkeypatch.setattr("flower.utils.broker.RedisSocket", SocketBroker)  # as our Flower does
+            counted = asyncio.run(Broker(shown, broker_options=options, broker_use_ssl=tls).queues(["letters"]))
+            message = queue.get(timeout=5)
+            message.ack()
+            queue.close()
+        assert message.payload == {"a": 1}
+        assert ENCODED not in connection.as_uri()
+        assert counted == [{"name": "letters", "messages": 1}]
+
+
+@pytest.mark.parametrize(
+    "form",
+    ["rediss://:{password}@127.0.0.1:{tls}/2", "rediss://:{password}@127.0.0.1:{tls}/2?ssl_cert_reqs=required"],
+)
+def test_a_certificate_that_nobody_vouches_for_is_refused_by_both(place: Place, form: str) -> None:
+    """Or an impostor reads the password."""
+    settings = Settings(redis_url=place.url(form))
+    door = Door(settings.redis_url, retry_s=0.0)
+    with pytest.raises(ServiceUnavailable, match=r"CERTIFICATE_VERIFY_FAILED|certificate verify failed"):
+        door.run(Call(None, (), ("PING",), lambda reply: reply))
+    door.close()
+    with (
+        make_app(settings) as app,
+        app.connection_for_write() as connection,
+        pytest.raises(OperationalError, match="certificate verify failed"),
+    ):
+        connection.ensure_connection(max_retries=1, interval_start=0)
+
+
+def test_a_certificate_of_another_host_is_refused_by_both(place: Place) -> None:
+    """Vouched for, and of 127.0.0.1 only."""
+    settings = Settings(redis_url=place.url("rediss://:{password}@localhost:{tls}/2?ssl_ca_certs={ca}"))
+    door = Door(settings.redis_url, retry_s=0.0)
+    with pytest.raises(ServiceUnavailable, match="localhost"):
+        door.run(Call(None, (), ("PING",), lambda reply: reply))
+    door.close()
+    with (
+        make_app(settings) as app,
+        app.connection_for_write() as connection,
+        pytest.raises(OperationalError, match="certificate verify failed"),
+    ):
+        connection.ensure_connection(max_retries=1, interval_start=0)
+
+
+@pytest.mark.parametrize("form", ["redis://:wrong@127.0.0.1:{port}/0", "unix://:wrong@{socket}"])
+def test_a_wrong_password_is_told_without_it(place: Place, form: str) -> None:
+    """By TCP and socket."""
+    door = Door(place.url(form), retry_s=0.0)
+    with pytest.raises(ServiceUnavailable, match="refuses the credentials") as caught:
+        door.run(Call(None, (), ("PING",), lambda reply: reply))
+    door.close()
+    assert "wrong" not in str(caught.value)
+
+
+def test_a_password_of_its_own_setting_reaches_queue_and_broker(
+    place: Place, namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it is, which a URL could not have."""
+    monkeypatch.setenv("L4_REDIS_URL", place.url("redis://127.0.0.1:{port}/4"))
+    monkeypatch.setenv("L4_REDIS_PASSWORD", SPECIAL)
+    settings = load_settings(namespace=namespace)
+    with Client(settings=settings) as client:
+        assert client.enqueue("hello", max_tokens=3).id
+    with make_app(settings) as app, app.connection_for_write() as connection:
+        connection.ensure_connection(max_retries=1)
