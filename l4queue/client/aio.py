@@ -18,6 +18,7 @@ from l4queue.client.compose import (
     Prepared,
     Result,
     build_spec,
+    check_kept,
     check_outcome,
     known,
     spec_of,
@@ -258,7 +259,12 @@ class AsyncHandle:
         while follower.ended is None:
             left = time_left_s(deadline, f"request {self.id} is not finished")
             found = await self._client._door.wait({key: follower.last_id}, block_s=min(left, RECHECK_S))
-            if not found:
-                await self.status()  # raises when the record is gone
             for chunk in follower.feed(found.get(key, ())):
                 yield chunk
+            if not found and (record := await self.status()).state in TERMINAL:  # raises when the record is gone
+                read = self._client._composer.reads.output(self.id, after=follower.offset)
+                rest = await self._client._door.run(read)
+                for chunk in follower.follow(rest):
+                    yield chunk
+                if follower.ended is None:
+                    check_kept(record)

@@ -23,11 +23,13 @@ from l4queue.errors import (
     RequestExpired,
     RequestFailed,
     RequestTooLong,
+    ResultExpired,
     UnknownRequest,
 )
-from l4queue.models import RequestBody, RequestSpec, RequestState, SamplingParams
+from l4queue.models import TERMINAL, RequestBody, RequestSpec, RequestState, SamplingParams
 from l4queue.protocol.calls import Call, Calls, SubmitReply, Verdict
 from l4queue.protocol.keys import Keys
+from l4queue.protocol.packed import entries_of
 from l4queue.protocol.reads import Reads, StreamEntry
 from l4queue.protocol.records import OutputEntry, RequestRecord, TokenLogprobs, pack_ids
 from l4queue.sampling import NOT_OFFERED
@@ -42,6 +44,7 @@ __all__ = (
     "Prepared",
     "Result",
     "build_spec",
+    "check_kept",
     "check_outcome",
     "known",
     "spec_of",
@@ -146,12 +149,14 @@ class Composer:
         self._traces = EnqueueTraces(settings)
 
     def prepare(self, spec: RequestSpec) -> Prepared:
-        """Id, digest and submit call of a request. The same idempotency key gives the same id."""
+        """Id, digest and submit call of a request. While an idempotency key is known, it gives the same id."""
         kind, prompt = _encode_prompt(spec)
         body = spec.model_dump_json(include=_DIGEST_FIELDS, exclude_defaults=True)
         digest = ""
+        key_ttl_ms: int | None = None
         request_id = uuid.uuid4().hex
         if spec.idempotency_key is not None:
+            key_ttl_ms = int(self.settings.idempotency_ttl_s * 1000)
             request_id = "k" + hashlib.sha256(spec.idempotency_key.encode()).hexdigest()[:31]
             digest = hashlib.sha256(f"{kind}\0{body}\0".encode() + prompt).hexdigest()
         traceparent, span = self._traces.begin(spec)
@@ -171,11 +176,13 @@ class Composer:
             deadline_ms=int(spec.deadline_s * 1000) if spec.deadline_s else 0,
             ttl_ms=int(self.settings.result_ttl_s * 1000),
             client_id=self.client_id,
+            key_ttl_ms=key_ttl_ms,
         )
         return Prepared(request_id=request_id, call=call, span=span)
 
     def accepted(self, prepared: Prepared, reply: SubmitReply) -> str:
-        """The id of an accepted request; QueueFull or IdempotencyConflict otherwise."""
+        """The id of an accepted request, or of the one that its key stands for; else QueueFull or IdempotencyConflict."""
+        request_id = reply.request_id or prepared.request_id
         if reply.verdict is Verdict.FULL:
             drain = reply.drain_tokens_per_s
             wait_s = reply.live_tokens * 0.05 / drain if drain > 0 else 1.0
@@ -184,11 +191,11 @@ class Composer:
             )
         if reply.verdict is Verdict.CONFLICT:
             raise IdempotencyConflict(
-                f"the idempotency key of request {prepared.request_id} was used with a different body"
+                f"the idempotency key of request {request_id} was used with a different body"
             )
         if prepared.span is not None:
-            self._traces.end(prepared.span, request_id=prepared.request_id, is_new=reply.verdict is Verdict.OK)
-        return prepared.request_id
+            self._traces.end(prepared.span, request_id=request_id, is_new=reply.verdict is Verdict.OK)
+        return request_id
 
     def result(self, record: RequestRecord, chunks: Iterable[Chunk]) -> Result:
         """The result of a done request from all its chunks; the matching error for any other outcome."""
@@ -233,20 +240,36 @@ class Follower:
 
     def feed(self, entries: Sequence[StreamEntry]) -> list[Chunk]:
         """Chunks of new entries, in order, without empty ones."""
-        chunks = []
+        chunks: list[Chunk] = []
         for entry_id, values in entries:
-            entry = OutputEntry.parse(entry_id, values)
+            chunks += self.follow(entries_of(entry_id, values))
+            self.last_id = entry_id.decode()
+        return chunks
+
+    def follow(self, entries: Sequence[OutputEntry]) -> list[Chunk]:
+        """The same of entries that are read already; those that were seen are left out."""
+        chunks = []
+        for entry in entries:
+            if entry.upto <= self.offset and entry.state is None:
+                continue
             start = entry.upto - len(entry.token_ids)
             if start < self.offset < entry.upto:
                 inside = f"{self.offset} is inside the chunk ({start}, {entry.upto}]"
                 raise InvalidRequest(f"{inside}; read it again from the start", field="after")
-            self.last_id = entry_id.decode()
             self.offset = entry.upto
+            self.last_id = f"{entry.upto}-{0 if entry.state is None else 1}"
             self.ended = entry.state
             if entry.text or entry.token_ids:
                 new = Chunk(text=entry.text, token_ids=entry.token_ids, offset=entry.upto, logprobs=entry.logprobs)
                 chunks.append(new)
         return chunks
+
+
+def check_kept(record: RequestRecord) -> None:
+    """Raise ResultExpired for a request that has ended: the caller has found no end in its output."""
+    if record.state in TERMINAL:
+        why = "has expired" if record.dropped_ms is None else "was dropped early: L4_MAX_RESULT_BYTES was reached"
+        raise ResultExpired(f"request {record.request_id} is {record.state.value}; its output {why}")
 
 
 def check_outcome(record: RequestRecord) -> None:
@@ -270,7 +293,7 @@ def check_outcome(record: RequestRecord) -> None:
 def known(request_id: str, record: RequestRecord | None) -> RequestRecord:
     """The record, or UnknownRequest."""
     if record is None:
-        raise UnknownRequest(f"no request {request_id}: never accepted, or its result has expired")
+        raise UnknownRequest(f"no request {request_id}: never accepted, or its result has expired or was dropped for want of room")
     return record
 
 

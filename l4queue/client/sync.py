@@ -17,6 +17,7 @@ from l4queue.client.compose import (
     Prepared,
     Result,
     build_spec,
+    check_kept,
     check_outcome,
     known,
     spec_of,
@@ -233,6 +234,10 @@ class Handle:
         while follower.ended is None:
             left = time_left_s(deadline, f"request {self.id} is not finished")
             found = self._client._door.wait({key: follower.last_id}, block_s=min(left, RECHECK_S))
-            if not found:
-                self.status()  # raises when the record is gone
             yield from follower.feed(found.get(key, ()))
+            if not found and (record := self.status()).state in TERMINAL:  # raises when the record is gone
+                read = self._client._composer.reads.output(self.id, after=follower.offset)
+                rest = self._client._door.run(read)
+                yield from follower.follow(rest)
+                if follower.ended is None:
+                    check_kept(record)

@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeVar
 from l4queue.policy.room import UNBOUNDED_TOKENS
 from l4queue.protocol.keys import Keys
 from l4queue.protocol.records import NO_HOLD, Grant, Hold, Outcome, TokenLogprobs, pack_ids, pack_logprobs
+from l4queue.protocol.sizes import waiting_bytes
 
 __all__ = ("Arg", "Call", "Calls", "Migrated", "Move", "MoveKind", "Reaped", "SubmitReply", "Taken", "Verdict")
 
@@ -51,9 +52,13 @@ class Call(Generic[T]):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SubmitReply:
-    """Answer to `submit`. `at_ms` is set for OK; the backlog for FULL; the state for DUP and CONFLICT."""
+    """Answer to `submit`. `at_ms` is set for OK; the backlog for FULL; the state for DUP and CONFLICT.
+
+    `request_id` is set but for FULL: it is another one than was sent where the idempotency key had an earlier life.
+    """
 
     verdict: Verdict
+    request_id: str | None = None
     at_ms: int | None = None
     state: str | None = None
     live_tokens: int = 0
@@ -120,10 +125,10 @@ def _cancelled(reply: bytes) -> tuple[Verdict, str | None]:
 def _submitted(reply: list[bytes]) -> SubmitReply:
     verdict = Verdict(reply[0].decode())
     if verdict is Verdict.OK:
-        return SubmitReply(verdict=verdict, at_ms=int(reply[1]))
+        return SubmitReply(verdict=verdict, at_ms=int(reply[1]), request_id=reply[2].decode())
     if verdict is Verdict.FULL:
         return SubmitReply(verdict=verdict, live_tokens=int(reply[1]), drain_tokens_per_s=float(reply[2]))
-    return SubmitReply(verdict=verdict, state=reply[1].decode())
+    return SubmitReply(verdict=verdict, state=reply[1].decode(), request_id=reply[2].decode())
 
 
 def _taken(reply: list[Any]) -> Taken:
@@ -158,11 +163,18 @@ class Calls:
         deadline_ms: int,
         ttl_ms: int,
         client_id: str,
+        canonical: str = "",
+        key_ttl_ms: int | None = None,
     ) -> Call[SubmitReply]:
-        """Accept a request. `charge_tokens` is an estimate until the dispatcher has counted."""
+        """Accept a request. `charge_tokens` is an estimate until the dispatcher has counted.
+
+        `canonical` is a second digest, of the same request whatever the order of its keys. `key_ttl_ms` says that
+        `request_id` was made of an idempotency key, and how long the key is known after the end.
+        """
         k = self.keys
-        args = (request_id, digest, body, kind, prompt, charge_tokens, len(prompt) + len(body))
-        limits = (max_live_tokens, max_live_bytes, deadline_ms, ttl_ms, client_id)
+        args = (request_id, digest, body, kind, prompt, charge_tokens, waiting_bytes(body, prompt))
+        known_ms = "" if key_ttl_ms is None else key_ttl_ms
+        limits = (max_live_tokens, max_live_bytes, deadline_ms, ttl_ms, client_id, canonical, known_ms)
         return Call("submit", (k.counts, k.inbox, k.request(request_id)), args + limits, _submitted)
 
     def route(

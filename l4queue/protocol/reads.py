@@ -11,6 +11,7 @@ from l4queue.models import WorkerLoad
 from l4queue.policy.queue_order import BACKGROUND
 from l4queue.protocol.calls import Call
 from l4queue.protocol.keys import Keys
+from l4queue.protocol.packed import cut, entries_of
 from l4queue.protocol.records import OutputEntry, RequestRecord
 
 __all__ = ("DeadLetter", "FinishedRequest", "InboxBody", "Reads", "StreamEntry", "WorkerView", "parse_entries")
@@ -84,8 +85,9 @@ def _hash(reply: Any) -> dict[str, str]:
     return {key.decode(): value.decode() for key, value in _pairs(reply).items()}
 
 
-def _outputs(reply: Any) -> list[OutputEntry]:
-    return [OutputEntry.parse(entry_id, values) for entry_id, values in parse_entries(reply)]
+def _outputs(reply: Any, after: int) -> list[OutputEntry]:
+    entries = [entry for entry_id, values in parse_entries(reply) for entry in entries_of(entry_id, values)]
+    return [entry for entry in entries if entry.upto > after or entry.state is not None]
 
 
 def _finished(reply: Any) -> list[FinishedRequest]:
@@ -149,9 +151,13 @@ class Reads:
         return Call(None, (), ("HMGET", self.keys.request(request_id), *_BODY_FIELDS), _body)
 
     def output(self, request_id: str, *, after: int = 0) -> Call[list[OutputEntry]]:
-        """Output entries beyond the first `after` tokens, in order, the end marker included."""
+        """Output entries beyond the first `after` tokens, in order, the end marker included; also of a packed output.
+
+        Empty although the request has ended: its output has expired, or was dropped for want of room.
+        """
         start = f"({after}-0" if after else "-"
-        return Call(None, (), ("XRANGE", self.keys.output(request_id), start, "+"), _outputs)
+        args = ("XRANGE", self.keys.output(request_id), start, "+")
+        return Call(None, (), args, lambda reply: _outputs(reply, after))
 
     def plan(self) -> Call[tuple[int, str | None]]:
         """Version and JSON of the current plan; (0, None) when none was published."""
@@ -200,13 +206,13 @@ class Reads:
 
     def ledger(self, request_id: str) -> Call[list[str]]:
         """What befell a request out of the ordinary, in order: JSON lines, each with `at_ms` and `what`."""
-        args = ("HGET", self.keys.request(request_id), "ledger")
-        return Call(None, (), args, lambda r: r.decode().splitlines() if r else [])
+        args = ("HMGET", self.keys.request(request_id), *cut("ledger"))
+        return Call(None, (), args, lambda r: b"".join(filter(None, r)).decode().splitlines())
 
     def routed_because(self, request_id: str) -> Call[str | None]:
         """Why a request was routed as it was (JSON); None when there was one stage only."""
-        args = ("HGET", self.keys.request(request_id), "why")
-        return Call(None, (), args, lambda r: r.decode() if r else None)
+        args = ("HMGET", self.keys.request(request_id), *cut("why"))
+        return Call(None, (), args, lambda r: b"".join(filter(None, r)).decode() or None)
 
     def queue_length(self, stage: str) -> Call[int]:
         """Waiting requests of one stage."""

@@ -12,10 +12,13 @@ __all__ = ("Script", "all_scripts", "script")
 _NAMES = (
     "ask",
     "cancel",
+    "discard",
     "emit",
+    "evict",
     "expire",
     "forget",
     "migrate",
+    "pack",
     "publish",
     "reap",
     "refuse",

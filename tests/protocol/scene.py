@@ -10,6 +10,7 @@ import redis
 from l4queue.models import RequestState
 from l4queue.protocol.calls import Calls, Reaped, SubmitReply, Taken, Verdict
 from l4queue.protocol.door import Door
+from l4queue.protocol.keeping import Keeping, Packed
 from l4queue.protocol.keys import Keys
 from l4queue.protocol.reads import Reads
 from l4queue.protocol.records import Grant, Outcome, RequestRecord
@@ -28,6 +29,7 @@ class Scene:
         self.door = door
         self.keys = Keys(namespace)
         self.calls = Calls(self.keys)
+        self.keeping = Keeping(self.keys)
         self.reads = Reads(self.keys)
         self.raw: Any = redis.Redis.from_url(door.url, single_connection_client=True)
         self._nonces = itertools.count()
@@ -43,7 +45,7 @@ class Scene:
             "prompt": b"hello",
             "charge_tokens": 10,
             "max_live_tokens": 1000,
-            "max_live_bytes": 100_000,
+            "max_live_bytes": 10**8,
             "deadline_ms": 0,
             "ttl_ms": 60_000,
             "client_id": "c1",
@@ -176,6 +178,10 @@ class Scene:
 
     def expire(self) -> int:
         return self.door.run(self.calls.expire(limit=100))
+
+    def pack(self, *, min_age_ms: int = 0, max_requests: int = 1000, max_entries: int = 10**6) -> Packed:
+        call = self.keeping.pack(min_age_ms=min_age_ms, max_requests=max_requests, max_entries=max_entries)
+        return self.door.run(call)
 
     def migrate(self, source: str = "0", target: str = "1", limit: int = 100) -> int:
         """All that is looked at belongs to the target stage."""

@@ -12,9 +12,15 @@ if from > have then return 'GAP:' .. v[4] end
 redis.call('HDEL', KEYS[1], '-')
 resumed(KEYS[1], v[6])
 append(KEYS[2], upto, ARGV[5], ARGV[6], ARGV[7])
+local grown = OUTPUT_STEP_BYTES * (math.floor(upto / 256) - math.floor(have / 256)) + #(ARGV[7] or '')
 if v[5] then
   redis.call('HSET', KEYS[1], 'offset', int(upto))
 else
   redis.call('HSET', KEYS[1], 'offset', int(upto), 'first_token_ms', int(now_ms()))
+  grown = grown + OUTPUT_BYTES
+end
+if grown > 0 then
+  redis.call('HINCRBY', KEYS[1], 'charge_bytes', grown)
+  redis.call('HINCRBY', P .. 'counts', 'live_bytes', grown)
 end
 return 'OK'

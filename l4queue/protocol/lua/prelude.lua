@@ -15,6 +15,26 @@ local function int(n)
   return string.format('%.0f', n)
 end
 
+-- Bytes that Redis uses for a record and its places in inbox, queue or results. A server that may not tell counts what
+-- is written, and what a small hash costs beside.
+local function footprint(rk)
+  local bytes = redis.pcall('MEMORY', 'USAGE', rk, 'SAMPLES', 0)
+  if type(bytes) == 'number' then return bytes + 150 end
+  bytes = 650
+  for _, value in ipairs(redis.call('HVALS', rk)) do bytes = bytes + #value end
+  return bytes
+end
+
+-- Bytes that Redis uses for the output of a running request: for its first 256 tokens, and for as many more.
+local OUTPUT_BYTES, OUTPUT_STEP_BYTES = 4450, 4000
+
+-- Notes that an id made of an idempotency key has been given, and says whether it had been before (or one like it: of
+-- the hash 24 bits count). Such a key gets another id then: no id has two lives.
+local function given(id)
+  local bits = string.match(id, '^k(%x%x%x%x%x%x)%x+$')
+  return bits and redis.call('SETBIT', P .. 'given', tonumber(bits, 16), 1) == 1
+end
+
 -- Appends tokens to an output stream; the entry id is the offset after them. `logprobs` only where asked for.
 local function append(out, upto, ids, text, logprobs)
   if logprobs then
@@ -59,8 +79,9 @@ local function settle(id, state, text, facts)
   local rk = P .. 'req:' .. id
   local v = redis.call('HMGET', rk, 'state', 'owner', 'stage', 'charge_tokens', 'charge_bytes', 'offset',
     'client', 'ttl_ms', 'prompt_tokens', 'submitted_ms', 'queued_ms', 'started_ms', 'first_token_ms',
-    'worker', 'crashes', 'entry')
+    'worker', 'crashes', 'entry', 'key_ttl_ms')
   local t, offset, ttl = now_ms(), tonumber(v[6]) or 0, tonumber(v[8])
+  local key = string.match(id, '^(k%x+)%-%d+$')
   redis.call('ZREM', P .. 'deadlines', id)
   if v[1] == 'queued' then dequeue(id, v[3], tonumber(v[9]) + offset) end
   if v[1] == 'submitted' and v[16] then
@@ -72,8 +93,10 @@ local function settle(id, state, text, facts)
   redis.call('HDEL', rk, 'owner', 'prompt', 'ids', 'entry')
   redis.call('HSET', rk, 'state', state, 'finished_ms', int(t), unpack(facts))
   redis.call('XADD', P .. 'out:' .. id, int(offset) .. '-1', 'e', state, 'x', text)
-  redis.call('PEXPIRE', rk, ttl)
   redis.call('PEXPIRE', P .. 'out:' .. id, ttl)
+  ttl = math.max(ttl, tonumber(v[17]) or 0)
+  redis.call('PEXPIRE', rk, ttl)
+  if key then redis.call('PEXPIRE', P .. 'key:' .. key, ttl) end
   local counts = P .. 'counts'
   redis.call('HINCRBY', counts, 'live', -1)
   redis.call('HINCRBY', counts, 'live_tokens', -v[4])
