@@ -43,7 +43,9 @@ class Settings(BaseSettings):
         500_000_000, ge=1, description="memory of Redis for what has ended, bytes; beyond it the oldest goes early"
     )
     result_ttl_s: float = Field(86_400.0, gt=0, description="how long a finished request can be read, s")
-    idempotency_ttl_s: float = Field(86_400.0, gt=0, description="least time an idempotency key is known after the end, s")
+    idempotency_ttl_s: float = Field(
+        86_400.0, gt=0, description="least time an idempotency key is known after the end, s"
+    )
 
     dispatcher_batch: int = Field(256, ge=1, le=4096, description="requests routed per round")
     dispatcher_claim_idle_s: float = Field(5.0, gt=0, description="age at which another dispatcher adopts")

@@ -293,7 +293,9 @@ def check_outcome(record: RequestRecord) -> None:
 def known(request_id: str, record: RequestRecord | None) -> RequestRecord:
     """The record, or UnknownRequest."""
     if record is None:
-        raise UnknownRequest(f"no request {request_id}: never accepted, or its result has expired or was dropped for want of room")
+        raise UnknownRequest(
+            f"no request {request_id}: never accepted, or its result has expired or was dropped for want of room"
+        )
     return record
 
 

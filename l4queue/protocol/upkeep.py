@@ -103,9 +103,7 @@ class Upkeep:
 
     async def _pack(self) -> int:
         """Pack what ended a while ago; how many requests."""
-        call = self._keeping.pack(
-            min_age_ms=PACK_AGE_MS, max_requests=_PACK_REQUESTS, max_entries=_PACK_ENTRIES
-        )
+        call = self._keeping.pack(min_age_ms=PACK_AGE_MS, max_requests=_PACK_REQUESTS, max_entries=_PACK_ENTRIES)
         total = 0
         for _ in range(_PACK_TURNS):
             answer = await self._door.run(call)

@@ -3,6 +3,10 @@
 -- ARGV  1 incarnation  2 epoch  3 offset before  4 number of tokens  5 packed ids  6 text
 --       7 packed logprobs (only when asked for)
 -- Returns 'OK' | 'DUP' | 'HAVE:<offset>' (partly there) | 'GAP:<offset>' (earlier ones are missing) | 'FENCED'
+-- Charged at the end of each 256 tokens but the first, as many as there is room for from the beginning.
+local function steps(tokens)
+  return math.max(1, math.floor(tokens / 256))
+end
 local v = redis.call('HMGET', KEYS[1], 'state', 'owner', 'epoch', 'offset', 'first_token_ms', 'moved_ms')
 if not is_owner(v, ARGV[1], ARGV[2]) then return 'FENCED' end
 local have, from, upto = tonumber(v[4]), tonumber(ARGV[3]), ARGV[3] + ARGV[4]
@@ -12,7 +16,7 @@ if from > have then return 'GAP:' .. v[4] end
 redis.call('HDEL', KEYS[1], '-')
 resumed(KEYS[1], v[6])
 append(KEYS[2], upto, ARGV[5], ARGV[6], ARGV[7])
-local grown = OUTPUT_STEP_BYTES * (math.floor(upto / 256) - math.floor(have / 256)) + #(ARGV[7] or '')
+local grown = (steps(upto) - steps(have)) * 256 / ARGV[4] * (#ARGV[5] + #ARGV[6] + #(ARGV[7] or '') + 15)
 if v[5] then
   redis.call('HSET', KEYS[1], 'offset', int(upto))
 else
@@ -20,7 +24,7 @@ else
   grown = grown + OUTPUT_BYTES
 end
 if grown > 0 then
-  redis.call('HINCRBY', KEYS[1], 'charge_bytes', grown)
-  redis.call('HINCRBY', P .. 'counts', 'live_bytes', grown)
+  redis.call('HINCRBY', KEYS[1], 'charge_bytes', int(grown))
+  redis.call('HINCRBY', P .. 'counts', 'live_bytes', int(grown))
 end
 return 'OK'

@@ -25,8 +25,8 @@ local function footprint(rk)
   return bytes
 end
 
--- Bytes that Redis uses for the output of a running request: for its first 256 tokens, and for as many more.
-local OUTPUT_BYTES, OUTPUT_STEP_BYTES = 4450, 4000
+-- Bytes that Redis uses for the output of a running request, the first 256 tokens included.
+local OUTPUT_BYTES = 4450
 
 -- Notes that an id made of an idempotency key has been given, and says whether it had been before (or one like it: of
 -- the hash 24 bits count). Such a key gets another id then: no id has two lives.
