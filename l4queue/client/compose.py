@@ -181,7 +181,10 @@ class Composer:
         return Prepared(request_id=request_id, call=call, span=span)
 
     def accepted(self, prepared: Prepared, reply: SubmitReply) -> str:
-        """The id of an accepted request, or of the one that its key stands for; else QueueFull or IdempotencyConflict."""
+        """The id of the accepted request, or of the one that its key stands for.
+
+        QueueFull or IdempotencyConflict otherwise.
+        """
         request_id = reply.request_id or prepared.request_id
         if reply.verdict is Verdict.FULL:
             drain = reply.drain_tokens_per_s

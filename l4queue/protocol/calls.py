@@ -54,7 +54,7 @@ class Call(Generic[T]):
 class SubmitReply:
     """Answer to `submit`. `at_ms` is set for OK; the backlog for FULL; the state for DUP and CONFLICT.
 
-    `request_id` is set but for FULL: it is another one than was sent where the idempotency key had an earlier life.
+    `request_id` is set but for FULL. It is not the one that was sent where that one had been given before.
     """
 
     verdict: Verdict

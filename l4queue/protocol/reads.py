@@ -151,7 +151,7 @@ class Reads:
         return Call(None, (), ("HMGET", self.keys.request(request_id), *_BODY_FIELDS), _body)
 
     def output(self, request_id: str, *, after: int = 0) -> Call[list[OutputEntry]]:
-        """Output entries beyond the first `after` tokens, in order, the end marker included; also of a packed output.
+        """Output entries beyond the first `after` tokens, in order, the end marker included; packed or not.
 
         Empty although the request has ended: its output has expired, or was dropped for want of room.
         """

@@ -1,4 +1,4 @@
-"""Upkeep that any dispatcher or worker does, as often as it likes: reap, expire, migrate, pack, repair, measure."""
+"""Upkeep that any dispatcher or worker does, as often as it likes: reap, expire, move, pack, repair, measure."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ class Upkeep:
     async def run_once(self, plan: Plan) -> UpkeepReport:
         """Return the work of dead workers, end what is too late, move what waits where nobody takes it.
 
-        That is in stages that the plan no longer has, and in the own queues of workers that are gone. What has ended
-        is packed, and kept within its bound.
+        That is in stages that the plan no longer has, and in the own queues of workers that are gone. What has
+        ended is packed, and kept within its bound.
         """
         lease_ms = int(self._settings.lease_s * 1000)
         reap: Call[Reaped] = self._calls.reap(

@@ -73,8 +73,7 @@ def test_a_key_that_was_forgotten_gets_a_new_id_each_time(scene: Scene) -> None:
         _finish(scene, ids[-1])
         scene.pack()
         assert _submit(scene).state == "done"
-        check_known = scene.record(ids[-1])
-        assert check_known.state is S.DONE
+        assert scene.state(ids[-1]) is S.DONE
         _forget(scene, ids[-1])
 
     assert len(set(ids)) == 4
@@ -83,7 +82,7 @@ def test_a_key_that_was_forgotten_gets_a_new_id_each_time(scene: Scene) -> None:
 
 
 def test_a_writer_of_the_first_life_cannot_touch_the_second(scene: Scene) -> None:
-    """Same key, same worker, same epoch; and a reader of the first finds nothing instead of the second's tokens."""
+    """Same key, same worker, same epoch. A reader of the first finds no tokens of the second."""
     _submit(scene)
     scene.route(KEYED)
     scene.register()

@@ -195,7 +195,7 @@ def test_a_settle_repeated_after_packing_is_still_known(scene: Scene) -> None:
 def test_an_entry_whose_bounds_are_wrong_is_refused() -> None:
     """Instead of being shown in pieces that never were."""
     for bounds in (b"\x01\x01", b"\x01", b"\x01\x81", b"\x02\x02"):
-        with pytest.raises(ValueError, match="bounds|number|shorter"):
+        with pytest.raises(ValueError, match=r"bounds|number|shorter"):
             entries_of(b"1-1", {b"t": b"\x01\0\0\0", b"x": b"ab", b"c": bounds, b"e": b"done"})
 
 
