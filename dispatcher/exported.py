@@ -88,9 +88,11 @@ def _backlog(families: Families, overview: Overview, settings: Settings) -> None
     families.gauge(
         "unfinished_tokens", "Prompt and most output tokens of those", {(): counts.get("live_tokens", 0)}
     )
-    families.gauge("unfinished_bytes", "Prompt bytes of those", {(): counts.get("live_bytes", 0)})
+    families.gauge("unfinished_bytes", "Memory of Redis for those", {(): counts.get("live_bytes", 0)})
     families.gauge("unfinished_limit_tokens", "Beyond it requests are rejected", {(): settings.max_backlog_tokens})
     families.gauge("unfinished_limit_bytes", "Beyond it requests are rejected", {(): settings.max_backlog_bytes})
+    families.gauge("result_bytes", "Memory of Redis for what has ended", {(): counts.get("result_bytes", 0)})
+    families.gauge("result_limit_bytes", "Beyond it results go early", {(): settings.max_result_bytes})
 
 
 def _workers(families: Families, overview: Overview) -> None:
@@ -140,6 +142,7 @@ def _totals(families: Families, counts: Mapping[str, int]) -> None:
     families.counter("steals", "Requests that an idle worker took over", steals, labels=("kind",))
     families.counter("handovers", "Running requests that outgrew a stage or left a prefill", total("handovers"))
     families.summary("resume_gap_seconds", "For how long a moved request made no token", gaps)
+    families.counter("results_dropped", "Results that went early for want of room", total("results_dropped"))
     families.counter("repairs", "Records mended; each is an alarm", total("repairs"))
     families.counter("output_tokens", "Tokens of finished requests", total("output_tokens"))
 

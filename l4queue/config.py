@@ -49,9 +49,16 @@ class Settings(BaseSettings):
     max_model_len: int = Field(16_384, ge=16, description="longest prompt + output, tokens")
 
     max_backlog_tokens: int = Field(50_000_000, ge=1, description="accepted and unfinished tokens")
-    max_backlog_bytes: int = Field(1_000_000_000, ge=1, description="accepted and unfinished prompt bytes")
+    max_backlog_bytes: int = Field(
+        1_000_000_000, ge=1, description="memory of Redis for accepted and unfinished requests, bytes"
+    )
+    max_result_bytes: int = Field(
+        500_000_000, ge=1, description="memory of Redis for what has ended, bytes; beyond it the oldest goes early"
+    )
     result_ttl_s: float = Field(86_400.0, gt=0, description="how long a finished request can be read, s")
-    idempotency_ttl_s: float = Field(86_400.0, gt=0, description="least time an idempotency key is known, s")
+    idempotency_ttl_s: float = Field(
+        86_400.0, gt=0, description="least time an idempotency key is known after the end, s"
+    )
 
     dispatcher_batch: int = Field(256, ge=1, le=4096, description="requests routed per round")
     dispatcher_claim_idle_s: float = Field(5.0, gt=0, description="age at which another dispatcher adopts")

@@ -6,6 +6,7 @@ L4QueueError
 ├── QueueFull              the bounded backlog is full; `retry_after_s` says when to try again
 ├── IdempotencyConflict    the same idempotency key with a different body
 ├── UnknownRequest         no record of this id (never accepted, or its result has expired)
+│   └── ResultExpired      how it ended is known, and its output is no longer there
 ├── ResultTimeout          the wait ended before the request did; it goes on
 ├── OutputLost             the request is known, but not all of its output is there any more
 ├── RequestNotDone         a terminal outcome other than `done`
@@ -38,6 +39,7 @@ __all__ = (
     "RequestFailed",
     "RequestNotDone",
     "RequestTooLong",
+    "ResultExpired",
     "ResultTimeout",
     "ServiceUnavailable",
     "TraceError",
@@ -103,6 +105,11 @@ class UnknownRequest(L4QueueError, KeyError):
 
     def __str__(self) -> str:
         return str(self.args[0]) if self.args else ""
+
+
+class ResultExpired(UnknownRequest):
+    """The request has ended and its idempotency key is known, but its output has expired or went early for want of
+    room: `status()` says how it ended."""
 
 
 class ResultTimeout(L4QueueError, TimeoutError):

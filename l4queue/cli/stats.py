@@ -40,7 +40,7 @@ def stats(
 
 
 def tables(overview: Overview) -> list[Any]:
-    """Tables for a terminal of 80 columns: stages, workers, totals, moves."""
+    """Tables for a terminal of 80 columns: stages, workers, totals, results, moves."""
     from rich.table import Table
 
     plan = overview.plan
@@ -74,7 +74,18 @@ def tables(overview: Overview) -> list[Any]:
         *(str(counts.get(name, 0)) for name in ("live", "inbox", "done", "failed")),
         *(str(counts.get(name, 0)) for name in ("cancelled", "expired", "dead")),
     )
-    return [stages, workers, totals, _moves(counts)]
+    return [stages, workers, totals, _results(counts), _moves(counts)]
+
+
+def _results(counts: dict[str, int]) -> Any:
+    """What has ended and is kept, and how many results went early because `L4_MAX_RESULT_BYTES` was reached."""
+    from rich.table import Table
+
+    table = Table(title="results", title_justify="left")
+    for name in ("kept MB", "dropped early"):
+        table.add_column(name, justify="right")
+    table.add_row(f"{counts.get('result_bytes', 0) / 1e6:.1f}", str(counts.get("results_dropped", 0)))
+    return table
 
 
 def _moves(counts: dict[str, int]) -> Any:

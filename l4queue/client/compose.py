@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import TYPE_CHECKING, Any
@@ -25,9 +25,10 @@ from l4queue.errors import (
     RequestExpired,
     RequestFailed,
     RequestTooLong,
+    ResultExpired,
     UnknownRequest,
 )
-from l4queue.models import RequestBody, RequestSpec, RequestState, SamplingParams
+from l4queue.models import TERMINAL, RequestBody, RequestSpec, RequestState, SamplingParams
 from l4queue.protocol.calls import Call, Calls, SubmitReply, Verdict
 from l4queue.protocol.keys import Keys
 from l4queue.protocol.reads import Reads
@@ -46,6 +47,7 @@ __all__ = (
     "Prepared",
     "Result",
     "build_spec",
+    "check_kept",
     "check_outcome",
     "checked_id",
     "checked_text",
@@ -162,7 +164,7 @@ class Composer:
         self._traces = EnqueueTraces(settings)
 
     def prepare(self, spec: RequestSpec) -> Prepared:
-        """Id, digest and submit call of a request. The same idempotency key gives the same id.
+        """Id, digest and submit call of a request. While an idempotency key is known, it gives the same id.
 
         The digest is that of the earlier release, which did not write a `max_tokens` of 256: a request that is
         enqueued again after an upgrade is the same.
@@ -173,8 +175,10 @@ class Composer:
         except ValueError as error:  # changed behind its checks: by model_copy, or in a dictionary that it holds
             raise InvalidRequest(f"is not what was checked: {error}", field="request") from None
         digest = canonical = ""
+        key_ttl_ms: int | None = None
         request_id = uuid.uuid4().hex
         if spec.idempotency_key is not None:
+            key_ttl_ms = int(self.settings.idempotency_ttl_s * 1000)
             request_id, digested = request_id_of(spec.idempotency_key), _digested(spec, body)
             digest = _digest(kind, digested, prompt)
             if spec.metadata or spec.params.structured_outputs is not None:  # their keys have no order
@@ -197,12 +201,17 @@ class Composer:
             ttl_ms=int(self.settings.result_ttl_s * 1000),
             client_id=self.client_id,
             canonical=canonical,
+            key_ttl_ms=key_ttl_ms,
             has_open_end=spec.params.max_tokens is None,
         )
         return Prepared(request_id=request_id, call=call, span=span, has_key=bool(digest))
 
     def accepted(self, prepared: Prepared, reply: SubmitReply) -> str:
-        """The id of an accepted request; QueueFull or IdempotencyConflict otherwise."""
+        """The id of the accepted request, or of the one that its key stands for.
+
+        QueueFull or IdempotencyConflict otherwise.
+        """
+        request_id = reply.request_id or prepared.request_id
         if reply.verdict is Verdict.FULL:
             drain = reply.drain_tokens_per_s
             wait_s = reply.live_tokens * 0.05 / drain if drain > 0 else 1.0
@@ -211,11 +220,11 @@ class Composer:
             )
         if reply.verdict is Verdict.CONFLICT:
             raise IdempotencyConflict(
-                f"the idempotency key of request {prepared.request_id} was used with a different body"
+                f"the idempotency key of request {request_id} was used with a different body"
             )
         if prepared.span is not None:
-            self._traces.end(prepared.span, request_id=prepared.request_id, is_new=reply.verdict is Verdict.OK)
-        return prepared.request_id
+            self._traces.end(prepared.span, request_id=request_id, is_new=reply.verdict is Verdict.OK)
+        return request_id
 
     @staticmethod
     def has_mail(prepared: Prepared, reply: SubmitReply) -> bool:
@@ -246,9 +255,11 @@ class Composer:
         """The call that drops news up to this entry, which have been read."""
         return Call(None, (), ("XTRIM", self.keys.news(self.client_id), "MINID", "~", last_id), int)
 
-    def result(self, record: RequestRecord, entries: Iterable[OutputEntry]) -> Result:
+    def result(self, record: RequestRecord, entries: Sequence[OutputEntry]) -> Result:
         """The result of a done request from all its output; the matching error for any other outcome."""
         check_outcome(record)
+        if record.offset and not entries:
+            check_kept(record)
         texts: list[str] = []
         token_ids: list[int] = []
         logprobs: list[TokenLogprobs] = []
@@ -277,6 +288,13 @@ class Composer:
             metadata=body.get("metadata"),
             logprobs=tuple(logprobs) if "logprobs" in (body.get("params") or {}) else None,
         )
+
+
+def check_kept(record: RequestRecord) -> None:
+    """Raise ResultExpired for a request that has ended: the caller has found no end in its output."""
+    if record.state in TERMINAL:
+        why = "has expired" if record.dropped_ms is None else "was dropped early: L4_MAX_RESULT_BYTES was reached"
+        raise ResultExpired(f"request {record.request_id} is {record.state.value}; its output {why}")
 
 
 def check_outcome(record: RequestRecord) -> None:
@@ -348,7 +366,9 @@ def printable(name: str) -> str:
 
 def unknown(request_id: str) -> UnknownRequest:
     """The error for a request without a record."""
-    return UnknownRequest(f"no request {request_id}: never accepted, or its result has expired")
+    return UnknownRequest(
+        f"no request {request_id}: never accepted, or its result has expired or was dropped for want of room"
+    )
 
 
 def _encode_prompt(spec: RequestSpec) -> tuple[str, bytes]:

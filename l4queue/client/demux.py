@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 
-from l4queue.client.compose import Chunk, known, unknown
+from l4queue.client.compose import Chunk, check_kept, known, unknown
 from l4queue.errors import InvalidRequest, L4QueueError, OutputLost
 from l4queue.models import TERMINAL, RequestState
 from l4queue.protocol.reads import StreamEntry
@@ -114,7 +114,7 @@ class Watch:
     def read(self, record: RequestRecord | None, entries: Sequence[OutputEntry]) -> None:
         """The record, and the output stream after `offset`, which was read after the record.
 
-        A terminal record ends the wait. OutputLost where tokens are missing that the record has.
+        A terminal record ends the wait. ResultExpired where its output has gone, OutputLost where a part has.
         """
         record = known(self.request_id, record)
         is_whole = True
@@ -127,6 +127,9 @@ class Watch:
             raise InvalidRequest(
                 f"{self.after} is beyond the end, the output has {record.offset} tokens", field="after"
             )
+        is_dropped = record.dropped_ms is not None
+        if is_terminal and not entries and (is_dropped or record.offset > self.offset):
+            check_kept(record)
         if not is_whole or record.offset > self.offset or (is_terminal and record.offset < self.offset):
             told = f"request {self.request_id} has {record.offset} tokens by its record"
             raise OutputLost(f"{told}, but its output leads from {self.after or 0} to {self.offset} only")

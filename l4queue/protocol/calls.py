@@ -19,6 +19,7 @@ from l4queue.protocol.records import (
     pack_ids,
     pack_logprobs,
 )
+from l4queue.protocol.sizes import waiting_bytes
 
 __all__ = ("Arg", "Call", "Calls", "Migrated", "Move", "MoveKind", "Reaped", "SubmitReply", "Taken", "Verdict")
 
@@ -60,9 +61,13 @@ class Call(Generic[T]):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SubmitReply:
-    """Answer to `submit`. `at_ms` is set for OK; the backlog for FULL; the state for DUP and CONFLICT."""
+    """Answer to `submit`. `at_ms` is set for OK; the backlog for FULL; the state for DUP and CONFLICT.
+
+    `request_id` is set but for FULL. It is not the one that was sent where that one had been given before.
+    """
 
     verdict: Verdict
+    request_id: str | None = None
     at_ms: int | None = None
     state: str | None = None
     live_tokens: int = 0
@@ -129,10 +134,10 @@ def _cancelled(reply: bytes) -> tuple[Verdict, str | None]:
 def _submitted(reply: list[bytes]) -> SubmitReply:
     verdict = Verdict(reply[0].decode())
     if verdict is Verdict.OK:
-        return SubmitReply(verdict=verdict, at_ms=int(reply[1]))
+        return SubmitReply(verdict=verdict, at_ms=int(reply[1]), request_id=reply[2].decode())
     if verdict is Verdict.FULL:
         return SubmitReply(verdict=verdict, live_tokens=int(reply[1]), drain_tokens_per_s=float(reply[2]))
-    return SubmitReply(verdict=verdict, state=reply[1].decode())
+    return SubmitReply(verdict=verdict, state=reply[1].decode(), request_id=reply[2].decode())
 
 
 def _taken(reply: list[Any]) -> Taken:
@@ -168,17 +173,21 @@ class Calls:
         ttl_ms: int,
         client_id: str,
         canonical: str = "",
+        key_ttl_ms: int | None = None,
         has_open_end: bool = False,
     ) -> Call[SubmitReply]:
         """Accept a request. `charge_tokens` is an estimate until the dispatcher has counted.
 
-        `canonical` is a second digest, of the same request whatever the order of its keys. With `has_open_end` the
-        dispatcher decides `max_tokens`: what still fits.
+        `canonical` is a second digest, of the same request whatever the order of its keys. `key_ttl_ms` says that
+        `request_id` was made of an idempotency key, and how long the key is known after the end. With
+        `has_open_end` the dispatcher decides `max_tokens`: what still fits.
         """
         k = self.keys
-        args = (request_id, digest, body, kind, prompt, charge_tokens, len(prompt) + len(body))
-        limits = (max_live_tokens, max_live_bytes, deadline_ms, ttl_ms, client_id, canonical, int(has_open_end))
-        return Call("submit", (k.counts, k.inbox, k.request(request_id)), args + limits, _submitted)
+        args = (request_id, digest, body, kind, prompt, charge_tokens, waiting_bytes(body, prompt))
+        known_ms = "" if key_ttl_ms is None else key_ttl_ms
+        limits = (max_live_tokens, max_live_bytes, deadline_ms, ttl_ms, client_id)
+        more = (canonical, known_ms, int(has_open_end))
+        return Call("submit", (k.counts, k.inbox, k.request(request_id)), args + limits + more, _submitted)
 
     def route(
         self,

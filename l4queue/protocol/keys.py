@@ -72,6 +72,18 @@ class Keys:
         return self.prefix + "finished"
 
     @property
+    def packed(self) -> str:
+        return self.prefix + "packed"
+
+    @property
+    def results(self) -> str:
+        return self.prefix + "results"
+
+    @property
+    def keyed(self) -> str:
+        return self.prefix + "keyed"
+
+    @property
     def plan(self) -> str:
         return self.prefix + "plan"
 

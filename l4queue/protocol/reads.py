@@ -15,6 +15,7 @@ from l4queue.protocol import views
 from l4queue.protocol.calls import Call
 from l4queue.protocol.foreign import each, or_else, text
 from l4queue.protocol.keys import Keys
+from l4queue.protocol.packed import cut, entries_of
 from l4queue.protocol.records import OutputEntry, RequestRecord
 from l4queue.protocol.views import (
     DeadLetter,
@@ -65,9 +66,18 @@ class Reads:
         return Call(None, (), ("HMGET", self.keys.request(request_id), *views.BODY_FIELDS), views.body)
 
     def output(self, request_id: str, *, after: int = 0) -> Call[list[OutputEntry]]:
-        """Output entries beyond the first `after` tokens, in order, the end marker included."""
+        """Output entries beyond the first `after` tokens, in order, the end marker included; packed or not.
+
+        Empty although the request has ended: its output has expired, or was dropped for want of room.
+        """
         start = f"({after}-0" if after else "-"
-        return self._entries(("XRANGE", self.keys.output(request_id), start, "+"), OutputEntry.parse)
+        args = ("XRANGE", self.keys.output(request_id), start, "+")
+
+        def read(reply: Any) -> list[OutputEntry]:
+            entries = [entry for part in each(args[1], parse_entries(reply), entries_of) for entry in part]
+            return [entry for entry in entries if entry.upto > after or entry.state is not None]
+
+        return Call(None, (), args, read)
 
     def plan(self) -> Call[tuple[int, str | None]]:
         """Version and JSON of the current plan; (0, None) when none was published, (0, "") for none of ours."""
@@ -109,13 +119,18 @@ class Reads:
 
     def ledger(self, request_id: str) -> Call[list[str]]:
         """What befell a request out of the ordinary, in order: JSON lines, each with `at_ms` and `what`."""
-        args = ("HGET", self.keys.request(request_id), "ledger")
-        return Call(None, (), args, partial(views.ledger_lines, args[1]))
+        args = ("HMGET", self.keys.request(request_id), *cut("ledger"))
+        return Call(None, (), args, lambda r: views.ledger_lines(args[1], b"".join(filter(None, r))))
 
     def routed_because(self, request_id: str) -> Call[str | None]:
         """Why a request was routed as it was (JSON); None when there was one stage only."""
-        args = ("HGET", self.keys.request(request_id), "why")
-        return self._read(args, lambda r: text(r) if r and object_of(r, what="why") else None, _none)
+        args = ("HMGET", self.keys.request(request_id), *cut("why"))
+
+        def read(reply: Any) -> str | None:
+            whole_text = b"".join(filter(None, reply))
+            return text(whole_text) if whole_text and object_of(whole_text, what="why") else None
+
+        return self._read(args, read, _none)
 
     def queue_length(self, stage: str) -> Call[int]:
         """Waiting requests of one stage."""

@@ -257,6 +257,7 @@ class RequestRecord:
     finish_reason: str | None = None
     error: str | None = None
     field: str | None = None
+    dropped_ms: int | None = None  # when its output went early, for want of room
     body: str = "{}"
 
     @classmethod

@@ -1,9 +1,9 @@
-"""Upkeep that any dispatcher or worker does, as often as it likes: reap, expire, migrate, repair, measure."""
+"""Upkeep that any dispatcher or worker does, as often as it likes: reap, expire, move, pack, repair, measure."""
 
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 
 from l4queue.config import Settings
@@ -11,6 +11,7 @@ from l4queue.models import Plan
 from l4queue.protocol.calls import Call, Calls, Reaped
 from l4queue.protocol.door import AsyncDoor
 from l4queue.protocol.foreign import text
+from l4queue.protocol.keeping import PACK_AGE_MS, Keeping
 from l4queue.protocol.keys import Keys, is_personal, personal_stage
 from l4queue.protocol.plans import read_plan
 from l4queue.protocol.reads import Reads
@@ -21,6 +22,7 @@ log = logging.getLogger("l4queue.upkeep")
 _LIMIT = 200
 _FORGOTTEN_MS = 60_000
 _UNSEEN_MS = 3_600_000
+_PACK_REQUESTS, _PACK_ENTRIES, _PACK_TURNS = 100, 1000, 50  # a turn takes the server some milliseconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +33,8 @@ class UpkeepReport:
     num_dead: int = 0
     num_expired: int = 0
     num_migrated: int = 0
+    num_packed: int = 0
+    num_dropped: int = 0
     was_graced: bool = False
 
 
@@ -42,6 +46,7 @@ class Upkeep:
         self._door = door
         self._keys = Keys(settings.namespace)
         self._calls = Calls(self._keys)
+        self._keeping = Keeping(self._keys)
         self._reads = Reads(self._keys)
         self._scan_cursor = 0
 
@@ -53,7 +58,8 @@ class Upkeep:
     async def run_once(self, plan: Plan) -> UpkeepReport:
         """Return the work of dead workers, end what is too late, move what waits where nobody takes it.
 
-        That is in stages that the plan no longer has, and in the own queues of workers that are gone.
+        That is in stages that the plan no longer has, and in the own queues of workers that are gone. What has
+        ended is packed, and kept within its bound.
         """
         lease_ms = int(self._settings.lease_s * 1000)
         reap: Call[Reaped] = self._calls.reap(
@@ -74,16 +80,39 @@ class Upkeep:
         gone = [s for s, tokens in backlog.items() if float(tokens) > 0 and _is_gone(s, known, alive)]
         highs = (known or plan).highs
         moves = [self._calls.migrate(source=s, highs=highs, limit=_LIMIT) for s in gone]
+        num_migrated = sum(answer.num_moved for answer in await self._door.run_many(moves))
+        num_packed = await self._pack()
+        evicted = await self._door.run(
+            self._keeping.evict(max_bytes=self._settings.max_result_bytes, limit=_LIMIT)
+        )
         report = UpkeepReport(
             num_requeued=reaped.num_requeued,
             num_dead=reaped.num_dead,
             num_expired=expired,
-            num_migrated=sum(answer.num_moved for answer in await self._door.run_many(moves)),
+            num_migrated=num_migrated,
+            num_packed=num_packed,
+            num_dropped=evicted.num_dropped,
             was_graced=reaped.was_graced,
         )
-        if report != UpkeepReport():
+        if evicted.num_dropped or evicted.num_forgotten:
+            log.warning(
+                "results beyond L4_MAX_RESULT_BYTES",
+                extra={"num_dropped": evicted.num_dropped, "num_keys_forgotten": evicted.num_forgotten},
+            )
+        if replace(report, num_packed=0) != UpkeepReport():  # packing goes on always: not worth a line
             log.info("upkeep", extra=asdict(report))
         return report
+
+    async def _pack(self) -> int:
+        """Pack what ended a while ago; how many requests."""
+        call = self._keeping.pack(min_age_ms=PACK_AGE_MS, max_requests=_PACK_REQUESTS, max_entries=_PACK_ENTRIES)
+        total = 0
+        for _ in range(_PACK_TURNS):
+            answer = await self._door.run(call)
+            total += answer.num_packed
+            if not answer.has_more:
+                break
+        return total
 
     async def reroute(self, plan: Plan) -> int:
         """Move what waits to the stages where it belongs by a new plan; how many moved."""

@@ -43,6 +43,8 @@ _MODULES = (
     "illegal",
     "totals",
     "following",
+    "keeping",
+    "identity",
 )
 _NUMBERS = itertools.count()
 

@@ -10,9 +10,10 @@ import redis
 from l4queue.models import RequestState
 from l4queue.protocol.calls import Calls, Reaped, SubmitReply, Taken, Verdict
 from l4queue.protocol.door import Door
+from l4queue.protocol.keeping import Evicted, Keeping, Packed
 from l4queue.protocol.keys import Keys
 from l4queue.protocol.reads import Reads
-from l4queue.protocol.records import Grant, Outcome, RequestRecord
+from l4queue.protocol.records import Grant, Outcome, OutputEntry, RequestRecord
 
 __all__ = ("PROMPT_TOKENS", "Scene")
 
@@ -28,6 +29,7 @@ class Scene:
         self.door = door
         self.keys = Keys(namespace)
         self.calls = Calls(self.keys)
+        self.keeping = Keeping(self.keys)
         self.reads = Reads(self.keys)
         self.raw: Any = redis.Redis.from_url(door.url, single_connection_client=True)
         self._nonces = itertools.count()
@@ -43,7 +45,7 @@ class Scene:
             "prompt": b"hello",
             "charge_tokens": 10,
             "max_live_tokens": 1000,
-            "max_live_bytes": 100_000,
+            "max_live_bytes": 10**8,
             "deadline_ms": 0,
             "ttl_ms": 60_000,
             "client_id": "c1",
@@ -184,6 +186,13 @@ class Scene:
     def expire(self) -> int:
         return self.door.run(self.calls.expire(limit=100))
 
+    def pack(self, *, min_age_ms: int = 0, max_requests: int = 1000, max_entries: int = 10**6) -> Packed:
+        call = self.keeping.pack(min_age_ms=min_age_ms, max_requests=max_requests, max_entries=max_entries)
+        return self.door.run(call)
+
+    def evict(self, *, max_bytes: int = 10**9, limit: int = 1000) -> Evicted:
+        return self.door.run(self.keeping.evict(max_bytes=max_bytes, limit=limit))
+
     def migrate(self, source: str = "0", target: str = "1", limit: int = 100) -> int:
         """All that is looked at belongs to the target stage."""
         highs = (0,) * int(target)
@@ -196,6 +205,16 @@ class Scene:
         return self.door.run(self.calls.publish(expected_version=expected, version=version, body=body))
 
     # looking ------------------------------------------------------------------------------------
+    def story(self, request_id: str = "a") -> tuple[str | None, list[str]]:
+        """Why it was routed as it was, and its ledger."""
+        reads = (self.reads.routed_because(request_id), self.reads.ledger(request_id))
+        because, ledger = self.door.run_many(reads)
+        return because, ledger
+
+    def output(self, request_id: str = "a", *, after: int = 0) -> list[OutputEntry]:
+        """What is written of its output."""
+        return self.door.run(self.reads.output(request_id, after=after))
+
     def record(self, request_id: str = "a") -> RequestRecord:
         record = self.door.run(self.reads.record(request_id))
         assert record is not None, f"no record of {request_id}"

@@ -32,10 +32,16 @@ def test_the_backlog_is_bounded_in_tokens(scene: Scene) -> None:
 
 
 def test_the_backlog_is_bounded_in_bytes(scene: Scene) -> None:
-    """Prompt and parameters count."""
-    assert scene.submit("a", prompt=b"x" * 60, body="{}", max_live_bytes=100).verdict is Verdict.OK
-    assert scene.submit("b", prompt=b"x" * 37, body="{}", max_live_bytes=100).verdict is Verdict.FULL
-    assert scene.submit("b", prompt=b"x" * 36, body="{}", max_live_bytes=100).verdict is Verdict.OK
+    """Of what Redis uses for each, prompt and parameters included: what an end frees may be used again."""
+    assert scene.submit("a", prompt=b"x" * 5000, body="{}").verdict is Verdict.OK
+    one = scene.counts()["live_bytes"]
+    assert 5500 < one < 8000
+    bound = round(2.1 * one)
+
+    assert scene.submit("b", prompt=b"x" * 5000, body="{}", max_live_bytes=bound).verdict is Verdict.OK
+    assert scene.submit("c", prompt=b"x" * 5000, body="{}", max_live_bytes=bound).verdict is Verdict.FULL
+    scene.cancel("a")
+    assert scene.submit("c", prompt=b"x" * 5000, body="{}", max_live_bytes=bound).verdict is Verdict.OK
 
 
 def test_one_request_larger_than_the_bound_passes_when_nothing_else_is_there(scene: Scene) -> None:

@@ -189,3 +189,21 @@ def test_upkeep_goes_on_while_the_server_is_full(full: Scene, small_server: Redi
 
     assert asyncio.run(rounds()) == 1
     check(full)
+
+
+def test_a_full_server_is_made_room_on_by_packing_and_by_the_bound(full: Scene) -> None:
+    """Both need memory for a moment and free more: they must not wait for somebody else to free it."""
+    _running(full, "a", "b")
+    for request_id in "ab":
+        full.emit(request_id, num=2)
+        full.settle(request_id, offset=2)
+    before = full.record("a"), full.shown("a")
+    fill(full)
+    assert full.raw.memory_usage(full.keys.output("a")) > 4000
+
+    assert full.pack().num_packed == 2
+
+    assert full.raw.memory_usage(full.keys.output("a")) < 1000
+    assert (full.record("a"), full.shown("a")) == before
+    assert full.evict(max_bytes=1).num_dropped == 2
+    assert full.counts()["result_bytes"] == 0

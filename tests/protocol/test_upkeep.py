@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+from typing import Any
 
 import pytest
 
@@ -11,7 +13,7 @@ from l4queue.models import Plan, RequestState, StagePlan
 from l4queue.policy.cost import StepCost
 from l4queue.protocol.calls import Verdict
 from l4queue.protocol.door import AsyncDoor
-from l4queue.protocol.upkeep import Upkeep
+from l4queue.protocol.upkeep import Upkeep, UpkeepReport
 from tests.protocol.consistency import check
 from tests.protocol.scene import Scene
 
@@ -262,3 +264,32 @@ async def test_a_round_of_upkeep_does_all_that_is_due(scene: Scene, redis_url: s
     await door.close()
     assert scene.waiting("1") == ["e"]
     check(scene)
+
+
+def test_upkeep_packs_and_bounds_what_has_ended(
+    scene: Scene, redis_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """All that is due in one round; what goes early for want of room is counted, and said in the log."""
+    monkeypatch.setattr("l4queue.protocol.upkeep.PACK_AGE_MS", 0)
+    scene.register()
+    for request_id in (f"r{n}" for n in range(250)):
+        scene.submit(request_id)
+        scene.cancel(request_id)
+
+    async def round_of(**over: Any) -> UpkeepReport:
+        door = AsyncDoor(redis_url)
+        settings = Settings(namespace=scene.keys.namespace, redis_url=redis_url, **over)
+        report = await Upkeep(settings=settings, door=door).run_once(Plan.one_stage())
+        await door.close()
+        return report
+
+    assert asyncio.run(round_of()).num_packed == 250
+    kept = scene.counts()["result_bytes"]
+    assert not caplog.records
+
+    report = asyncio.run(round_of(max_result_bytes=kept // 2))
+
+    assert 125 <= report.num_dropped < 130
+    assert scene.counts()["results_dropped"] == report.num_dropped
+    assert scene.counts()["result_bytes"] <= kept // 2
+    assert "L4_MAX_RESULT_BYTES" in caplog.text

@@ -5,16 +5,17 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 
 from l4queue.client.compose import Composer, Prepared
 from l4queue.config import Settings
 from l4queue.errors import QueueFull
 from l4queue.models import TERMINAL, RequestState
-from l4queue.protocol.calls import Call, Verdict
+from l4queue.protocol.calls import Verdict
 from l4queue.protocol.door import Door
 from l4queue.protocol.foreign import text
+from l4queue.protocol.keeping import Keeping
 from l4queue.protocol.records import OutputEntry, RequestRecord
 
 __all__ = ("Ended", "Flight", "Submission", "Ticket")
@@ -115,6 +116,8 @@ class Flight:
                     full = error
                 continue
             ticket, is_found = submission.ticket, reply.verdict is not Verdict.OK
+            if reply.request_id is not None:
+                ticket = replace(ticket, request_id=reply.request_id)
             self._pending[ticket.request_id] = _Pending(ticket, is_found)
             if not is_found:
                 self.composer.accepted(submission.prepared, reply)
@@ -138,24 +141,23 @@ class Flight:
             self._look_s = time.monotonic() + _LOOK_EVERY_S
 
     def fetch(self, *, limit: int) -> list[Ended]:
-        """Records and outputs of some that have ended. They stay in flight until `landed`.
-
-        A done request whose output is not all there is forgotten: its line has to be sent again.
-        """
+        """Records and outputs of some that have ended, both or none. They stay in flight until `landed`."""
         ids = list(islice(self._ended, limit))
         reads = self.composer.reads
         replies = self._door.run_many([call for i in ids for call in (reads.record(i), reads.output(i))])
-        ended = []
+        ended, lost = [], []
         for request_id, record, outputs in zip(ids, replies[::2], replies[1::2], strict=True):
             del self._ended[request_id]
             pending = self._pending[request_id]
             if record is not None and record.state not in TERMINAL:  # forgotten and sent again meanwhile
                 continue
             num_tokens = sum(len(entry.token_ids) for entry in outputs)
-            if record is not None and record.state is RequestState.DONE and num_tokens != record.offset:
-                self.forget([request_id])
+            is_whole = any(entry.state for entry in outputs) and num_tokens == (record.offset if record else 0)
+            if record is not None and not is_whole:  # expired, went early, or was deleted: its line is sent again
+                lost.append(request_id)
                 record = None
             ended.append(Ended(ticket=pending.ticket, record=record, outputs=outputs, is_found=pending.is_found))
+        self.forget(lost)  # their keys, so that they can be sent again
         return ended
 
     def landed(self, ticket: Ticket) -> None:
@@ -164,19 +166,15 @@ class Flight:
 
     def forget(self, request_ids: Sequence[str]) -> None:
         """Delete what Redis still has of requests that have ended."""
-        keys = self.composer.keys
-        self._door.run_many(
-            [Call(None, (), ("UNLINK", keys.request(i), keys.output(i)), int) for i in request_ids]
-        )
+        keeping = Keeping(self.composer.keys)
+        self._door.run_many([keeping.discard(i) for i in request_ids])
 
     def cancel_all(self) -> int:
         """Cancel all in flight and forget them, so that they may be sent afresh; how many were cancelled."""
         ids, cancelled = list(self._pending), []
         for start in range(0, len(ids), 256):
             chunk = ids[start : start + 256]
-            replies = self._door.run_many(
-                [self.composer.cancel(i, reason="the batch was stopped") for i in chunk]
-            )
+            replies = self._door.run_many([self.composer.cancel(i, reason="the batch was stopped") for i in chunk])
             cancelled += [i for i, (verdict, _) in zip(chunk, replies, strict=True) if verdict is Verdict.OK]
         self.forget(cancelled)
         for request_id in cancelled:

@@ -249,12 +249,12 @@ class _Run:
 
     def _count(self, chunk: list[Submission], refused: list[Submission], known: list[Ticket]) -> None:
         waiting = {submission.ticket.request_id for submission in refused}
-        found = {ticket.request_id for ticket in known}
+        found = {ticket.number for ticket in known}
         for submission in chunk:
             ticket = submission.ticket
             if ticket.request_id in waiting:
                 continue
-            if ticket.request_id in found:
+            if ticket.number in found:
                 self._tally.num_found += self._goes_on and not submission.is_again
             elif submission.is_again or (self._goes_on and ticket.number <= self._identity.num_submitted):
                 self._tally.num_recomputed += 1

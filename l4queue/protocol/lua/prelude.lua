@@ -17,8 +17,8 @@ end
 -- The types of our keys by the first part of their names.
 local TYPES = {['in'] = 'stream', out = 'stream', wake = 'stream', ctl = 'stream', mail = 'stream', news = 'stream', plans = 'stream',
   decisions = 'stream', finished = 'stream', dead = 'stream', req = 'hash', w = 'hash', counts = 'hash', hist = 'hash',
-  backlog = 'hash', foreground = 'hash', plan = 'hash', q = 'zset', workers = 'zset', deadlines = 'zset', held = 'set', lost = 'hash',
-  tick = 'string', memory = 'string', d = 'string'}
+  backlog = 'hash', foreground = 'hash', plan = 'hash', q = 'zset', workers = 'zset', deadlines = 'zset', results = 'zset', keyed = 'zset', held = 'set', lost = 'hash',
+  tick = 'string', packed = 'string', given = 'string', key = 'string', memory = 'string', d = 'string'}
 
 -- Adds a dead letter. Only the first bytes are kept.
 local function bury(name, why, bytes)
@@ -63,6 +63,26 @@ end
 -- A record's number as a script may use it: a whole one that a double holds; nil else.
 local function whole(value)
   return value and #value <= 15 and string.find(value, '^%d+$') and tonumber(value) or nil
+end
+
+-- Bytes that Redis uses for a record and its places in inbox, queue or results. A server that may not tell counts what
+-- is written, and what a small hash costs beside.
+local function footprint(rk)
+  local bytes = redis.pcall('MEMORY', 'USAGE', rk, 'SAMPLES', 0)
+  if type(bytes) == 'number' then return bytes + 150 end
+  bytes = 650
+  for _, value in ipairs(redis.call('HVALS', rk)) do bytes = bytes + #value end
+  return bytes
+end
+
+-- Bytes that Redis uses for the output of a running request, the first 256 tokens included.
+local OUTPUT_BYTES = 4450
+
+-- Notes that an id made of an idempotency key has been given, and says whether it had been before (or one like it: of
+-- the hash 24 bits count). Such a key gets another id then: no id has two lives.
+local function given(id)
+  local bits = string.match(id, '^k(%x%x%x%x%x%x)%x+$')
+  return bits and redis.call('SETBIT', P .. 'given', tonumber(bits, 16), 1) == 1
 end
 
 -- Tells the followers of a request (client ids, split by spaces) that `upto` tokens exist or that it has ended. A client
@@ -130,11 +150,12 @@ local function settle(id, state, text, facts)
   local rk = P .. 'req:' .. id
   local v = redis.call('HMGET', rk, 'state', 'owner', 'stage', 'charge_tokens', 'charge_bytes', 'offset',
     'client', 'ttl_ms', 'prompt_tokens', 'submitted_ms', 'queued_ms', 'started_ms', 'first_token_ms',
-    'worker', 'crashes', 'entry', 'followers')
-  for _, i in ipairs({4, 5, 6, 8, 9, 10, 11, 12, 13, 15}) do
+    'worker', 'crashes', 'entry', 'followers', 'key_ttl_ms')
+  for _, i in ipairs({4, 5, 6, 8, 9, 10, 11, 12, 13, 15, 18}) do
     if not whole(v[i]) then v[i] = false end
   end
-  local t, offset, ttl = now_ms(), tonumber(v[6] or 0), v[8] or '86400000'
+  local t, offset, ttl = now_ms(), tonumber(v[6] or 0), tonumber(v[8] or 86400000)
+  local key = string.match(id, '^(k%x+)%-%d+$')
   redis.call('ZREM', P .. 'deadlines', id)
   if v[1] == 'queued' and v[3] then dequeue(id, v[3], (v[9] or 0) + offset) end
   if v[1] == 'submitted' and v[16] then
@@ -146,8 +167,10 @@ local function settle(id, state, text, facts)
   redis.call('HDEL', rk, 'owner', 'prompt', 'ids', 'entry', 'followers')
   redis.call('HSET', rk, 'state', state, 'finished_ms', int(t), unpack(facts))
   redis.call('XADD', P .. 'out:' .. id, int(offset) .. '-1', 'e', state, 'x', text)
-  redis.call('PEXPIRE', rk, ttl)
   redis.call('PEXPIRE', P .. 'out:' .. id, ttl)
+  ttl = math.max(ttl, tonumber(v[18] or 0))
+  redis.call('PEXPIRE', rk, ttl)
+  if key then redis.call('PEXPIRE', P .. 'key:' .. key, ttl) end
   local counts = P .. 'counts'
   redis.call('HINCRBY', counts, 'live', -1)
   redis.call('HINCRBY', counts, 'live_tokens', -(v[4] or 0))

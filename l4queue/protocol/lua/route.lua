@@ -8,7 +8,7 @@
 -- Returns 'OK' | 'DUP'
 redis.call('XACK', KEYS[1], 'd', ARGV[2])
 redis.call('XDEL', KEYS[1], ARGV[2])
-local v = redis.call('HMGET', KEYS[2], 'state', 'charge_tokens')
+local v = redis.call('HMGET', KEYS[2], 'state', 'charge_tokens', 'charge_bytes')
 if v[1] ~= 'submitted' then return 'DUP' end
 local what = fault(ARGV[1])
 if what then
@@ -28,5 +28,8 @@ if tonumber(ARGV[4]) < BACKGROUND and string.sub(ARGV[3], 1, 1) ~= '@' then
 end
 if ARGV[10] ~= '' then redis.call('HSET', KEYS[2], 'why', ARGV[10]) end
 if ARGV[12] ~= '' then redis.call('HSET', KEYS[2], 'body', ARGV[12]) end
+local bytes = footprint(KEYS[2])
+redis.call('HSET', KEYS[2], 'charge_bytes', int(bytes))
+redis.call('HINCRBY', P .. 'counts', 'live_bytes', int(bytes - v[3]))
 enqueue(ARGV[1], ARGV[3], ARGV[4], tonumber(ARGV[5]))
 return 'OK'

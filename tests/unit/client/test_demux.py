@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from l4queue.client.compose import Chunk
 from l4queue.client.demux import RECHECK_S, Demultiplexer, Watch
-from l4queue.errors import InvalidRequest, OutputLost, ServiceUnavailable, UnknownRequest
+from l4queue.errors import InvalidRequest, OutputLost, ResultExpired, ServiceUnavailable, UnknownRequest
 from l4queue.models import TERMINAL, RequestState
 from l4queue.protocol.reads import StreamEntry
 from l4queue.protocol.records import Followed, OutputEntry, RequestRecord, pack_ids
@@ -189,9 +189,10 @@ def test_tokens_that_are_not_there_are_an_error(state: RequestState) -> None:
     """The record has five, and the output stream fewer, or a hole."""
     record = RequestRecord(request_id="r", state=state, offset=5)
     tail = [OutputEntry(upto=5, token_ids=(3, 4), text="de")]
-    for found in ([], tail):
-        with pytest.raises(OutputLost, match="5 tokens"):
-            Reader(demultiplexer(), 0).watch.read(record, found)
+    with pytest.raises(OutputLost, match="5 tokens"):
+        Reader(demultiplexer(), 0).watch.read(record, tail)
+    with pytest.raises(OutputLost if state is RUNNING else ResultExpired):
+        Reader(demultiplexer(), 0).watch.read(record, [])
 
 
 def test_after_beyond_the_end_is_the_caller_s_error_and_a_loss_is_not() -> None:

@@ -1,0 +1,62 @@
+"""What has ended, and how it is kept: packed, within a bound, until its time is over or its client has it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from l4queue.protocol.calls import Call
+from l4queue.protocol.keys import Keys
+
+__all__ = ("PACK_AGE_MS", "Evicted", "Keeping", "Packed")
+
+PACK_AGE_MS = 15_000
+"""Age at which an ended request is packed. A reader of an earlier release that is then in the middle of its output
+has to begin again: it knows no bounds within an entry."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Packed:
+    """Answer to `pack`: requests packed, and whether more are due."""
+
+    num_packed: int
+    has_more: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evicted:
+    """Answer to `evict`: results and idempotency keys that went early, and the bytes of those that are kept."""
+
+    num_dropped: int
+    num_forgotten: int
+    kept_bytes: int
+
+
+class Keeping:
+    """Builders of the calls that concern what has ended. Pure."""
+
+    def __init__(self, keys: Keys) -> None:
+        self.keys = keys
+
+    def pack(self, *, min_age_ms: int, max_requests: int, max_entries: int) -> Call[Packed]:
+        """Store what ended at least `min_age_ms` ago in little memory, and count that memory."""
+        k = self.keys
+        args = (min_age_ms, max_requests, max_entries)
+        return Call("pack", (k.finished, k.packed, k.results), args, _packed)
+
+    def evict(self, *, max_bytes: int, limit: int) -> Call[Evicted]:
+        """Remove results early while all together take more than `max_bytes`."""
+        return Call("evict", (self.keys.results, self.keys.keyed), (max_bytes, limit), _evicted)
+
+    def discard(self, request_id: str) -> Call[str]:
+        """Delete a request that has ended, its output and its idempotency key. OK, UNKNOWN or LIVE."""
+        k = self.keys
+        keys = (k.request(request_id), k.output(request_id), k.results, k.keyed)
+        return Call("discard", keys, (request_id,), bytes.decode)
+
+
+def _packed(reply: list[int]) -> Packed:
+    return Packed(num_packed=reply[0], has_more=bool(reply[1]))
+
+
+def _evicted(reply: list[int]) -> Evicted:
+    return Evicted(num_dropped=reply[0], num_forgotten=reply[1], kept_bytes=reply[2])
