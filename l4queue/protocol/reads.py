@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from l4queue.models import WorkerLoad
@@ -13,7 +13,17 @@ from l4queue.protocol.calls import Call
 from l4queue.protocol.keys import Keys
 from l4queue.protocol.records import OutputEntry, RequestRecord
 
-__all__ = ("DeadLetter", "FinishedRequest", "InboxBody", "Reads", "StreamEntry", "WorkerView", "parse_entries")
+__all__ = (
+    "DeadLetter",
+    "FinishedRequest",
+    "InboxBody",
+    "Reads",
+    "StreamEntry",
+    "WorkerView",
+    "load_from_json",
+    "load_to_json",
+    "parse_entries",
+)
 
 StreamEntry = tuple[bytes, dict[bytes, bytes]]
 _BODY_FIELDS = ("state", "kind", "prompt", "body", "submitted_ms", "deadline_ms")
@@ -41,6 +51,22 @@ class WorkerView:
     load: WorkerLoad
     cost: dict[str, Any] | None
     price: dict[str, Any] | None
+
+
+_LOAD_FIELDS = frozenset(field.name for field in fields(WorkerLoad))
+_NEW_FIELDS = ("is_emptying", "can_empty")  # readers of an older release fail at unknown names in `load`
+
+
+def load_to_json(load: WorkerLoad) -> dict[str, dict[str, Any]]:
+    """`load` and `more` of what a worker publishes."""
+    told = asdict(load)
+    return {"more": {name: told.pop(name) for name in _NEW_FIELDS}, "load": told}
+
+
+def load_from_json(told: Mapping[str, Any]) -> WorkerLoad:
+    """The inverse, from any release: what is unknown here is left out, what is missing has its default."""
+    known = {**told["load"], **told.get("more", {})}
+    return WorkerLoad(**{name: value for name, value in known.items() if name in _LOAD_FIELDS})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -271,7 +297,7 @@ class Reads:
                 worker_id=row[0].decode(),
                 expires_ms=expires_ms,
                 seen_ms=int(row[2]),
-                load=WorkerLoad(**told["load"]),
+                load=load_from_json(told),
                 cost=told["cost"],
                 price=told.get("price"),  # workers of an older release do not tell
             )
