@@ -65,7 +65,7 @@ class Router:
             self._loads = stage_loads(overview, expected_output_tokens=expected, cost=cost, quiet_ms=quiet_ms)
         self._workers = {}
         for load in overview.workers:
-            if not load.is_draining:
+            if load.is_open:
                 queue = overview.queues.get(personal_stage(load.worker_id))
                 num_running = held.get(load.incarnation, load.num_running)
                 self._workers[load.worker_id] = Outstanding(

@@ -293,6 +293,13 @@ class WorkerLoad:
     engine: str = ""
     num_finished: int = 0
     num_preemptions: int = 0  # requests that the engine put back for want of KV blocks
+    is_emptying: bool = False  # takes nothing: runs empty for a request that is to run alone, or runs one
+    can_empty: bool = False  # tells `is_emptying`; workers of an older release do not
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it takes work: what goes to one that does not waits there for nothing."""
+        return not (self.is_draining or self.is_emptying)
 
     @property
     def kv_share(self) -> float:

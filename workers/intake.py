@@ -21,13 +21,13 @@ from l4queue.protocol.records import Grant, Hold, Outcome, OutputEntry
 from workers.background import BackgroundWork
 from workers.rollback import Rollback
 from workers.session import Session, engine_id
+from workers.solo import SoloTurn
 from workers.state import WorkerState
 from workers.writer import Writer
 
 __all__ = ("Intake",)
 
 log = logging.getLogger("l4queue.worker")
-_SOLO_PATIENCE_S = 5.0
 _PREFILL_STEPS = 2  # prompts of two steps wait in the engine: it never runs dry, and little is out of reach
 _LONG_PREFILL_STEPS = 1  # beside a prompt of many steps nothing waits: others can take it, and there is time
 _IDLE_ROOM = Room(
@@ -52,28 +52,47 @@ class Intake:
         self._background = BackgroundWork(state, writer)
         self._rollback = rollback
         self._make_way = make_way
-        self._solo_since_s: float | None = None
+        self._solo = SoloTurn(state, writer)
+        self._waits_for: frozenset[str] | None = None  # what ran when the queue was last found to wait
         self.personal_due = True  # something may wait for this worker alone
 
     async def pull_once(self) -> int:
-        """One round: our own queue, the solo queue when idle, the stage's queue, or else a sibling's."""
+        """One round: our own queue, the solo queue when idle, the stage's queue, or else a sibling's.
+
+        While this worker is to be empty for a request of the solo queue, nothing but that.
+        """
         state = self._state
+        if await self._solo.look():
+            if self.personal_due:
+                self.personal_due = await self._solo.send_on()
+            return await self._take_solo()
         if self.personal_due:
             self.personal_due = False
             if taken := await self._take_personal():
                 self.personal_due = True  # there may be more
                 return taken
-        if not state.sessions and await self._take(SOLO_STAGE, _IDLE_ROOM):
-            self._solo_since_s = None
+        if await self._take_solo():
             return 1
-        if await self._must_make_way():
-            return 0
         await self._background.make_way()
         room = self.room()
         if room.num_requests == 0:
             return 0
+        room = self._without_newcomers(room)
         hold = self._background.hold(room)
-        return await self._take(str(state.stage), room, hold=hold) or await self._steal(room, hold)
+        if taken := await self._take(str(state.stage), room, hold=hold):
+            self._waits_for = None
+            return taken
+        return await self._steal(room, hold)
+
+    def _without_newcomers(self, room: Room) -> Room:
+        """A prompt that waits for what runs to end waits for what ran when it began to, not for hand-overs."""
+        state = self._state
+        if not state.outlook.num_queued(state.stage):
+            self._waits_for = None
+            return room
+        here = frozenset(state.sessions)
+        self._waits_for = here if self._waits_for is None else self._waits_for & here
+        return room if self._waits_for else replace(room, longest_tokens=UNBOUNDED_TOKENS)
 
     def room(self) -> Room:
         """What may be taken now: by the policy, and a step of prefill at a time: a long prompt is seen first."""
@@ -95,6 +114,14 @@ class Intake:
             return 0.0
         lightest_ms = state.outlook.lightest_ms(state.stage, cost=state.cost)
         return give_way_ms(batch_ms(state.load(), cost=state.cost), lightest_ms=lightest_ms) / 1000
+
+    async def _take_solo(self) -> int:
+        """One request that is to run alone, where nothing runs here."""
+        if self._state.sessions:
+            return 0
+        taken = await self._take(SOLO_STAGE, _IDLE_ROOM)
+        self._solo.taken()
+        return taken
 
     async def _take_personal(self) -> int:
         """What was handed over or pushed to this worker, up to its slots: whoever sent it looked at the room."""
@@ -178,19 +205,6 @@ class Intake:
             cost=state.cost,
             limits=state.steal_limits,
         )
-
-    async def _must_make_way(self) -> bool:
-        """Whether to run empty so that a request of the solo queue gets its turn: one worker does, the first."""
-        state = self._state
-        now_s = asyncio.get_running_loop().time()
-        if await state.door.run(self._state.reads.queue_length(SOLO_STAGE)) == 0:
-            self._solo_since_s = None
-            return False
-        self._solo_since_s = self._solo_since_s or now_s
-        if now_s - self._solo_since_s < _SOLO_PATIENCE_S:
-            return False
-        incarnations = await state.door.run(self._state.reads.incarnations())
-        return state.lease.incarnation == min((name for name, _ in incarnations), default="")
 
     async def start(self, grants: Sequence[Grant]) -> None:
         """Hand leased requests to the engine; those that had ended before a crash are settled at once."""

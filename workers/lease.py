@@ -22,6 +22,7 @@ from l4queue.policy.cost import StepCost
 from l4queue.policy.prices import MovePrice
 from l4queue.protocol.calls import Calls, Verdict
 from l4queue.protocol.door import AsyncDoor
+from l4queue.protocol.views import load_to_json
 from workers.engine import EngineDied
 from workers.keeper import LeaseKeeper
 from workers.loop_work import LoopWork, lease_of
@@ -147,7 +148,7 @@ class Lease:
         load = self.told = self._load()
         told = {
             "v": FORMAT,
-            "load": asdict(load),
+            **load_to_json(load),
             "cost": None if cost is None else cost.to_dict(),
             "price": asdict(self._price()),
         }

@@ -14,7 +14,7 @@ from l4queue.policy.cost import StepCost
 from l4queue.policy.loads import StageLoad, batch_ms, prefill_ahead_ms
 from l4queue.policy.outputs import OutputLengths
 from l4queue.protocol.door import AsyncDoor
-from l4queue.protocol.keys import Keys
+from l4queue.protocol.keys import SOLO_STAGE, Keys
 from l4queue.protocol.overview import Overview, read_overview_async, stage_loads
 from l4queue.protocol.reads import Reads
 
@@ -51,7 +51,7 @@ class Outlook:
         """Look at plan, workers and queues, and at what has finished since the last look."""
         async with self._looking:
             self.overview = overview = await read_overview_async(self._door, self._namespace)
-            self._num_able = Counter(self.stage_of(w) for w in overview.workers if not w.is_draining)
+            self._num_able = Counter(self.stage_of(w) for w in overview.workers if w.is_open)
             self._finished_id, lengths = await self._door.run(self._reads.output_lengths(after=self._finished_id))
             self.outputs.add(lengths)
         return overview
@@ -70,7 +70,7 @@ class Outlook:
         """The least that another worker of this stage had before it; infinite where there is none."""
         known, of_stage, found_ms = self._lightest
         if known is not self.overview or of_stage != stage:
-            loads = (batch_ms(load, cost=cost) for load in self.others(stage=stage) if not load.is_draining)
+            loads = (batch_ms(load, cost=cost) for load in self.others(stage=stage) if load.is_open)
             found_ms = min(loads, default=math.inf)
             self._lightest = (self.overview, stage, found_ms)
         return found_ms
@@ -102,6 +102,12 @@ class Outlook:
             return 0
         queues = [self.overview.in_play(stage, quiet_ms=self._quiet_ms) for stage in self.overview.queues]
         return self.overview.inbox + sum(queue.num_requests for queue in queues if queue is not None)
+
+    @property
+    def num_solo(self) -> int:
+        """Requests that wait to be run alone."""
+        queue = self.overview.queues.get(SOLO_STAGE) if self.overview else None
+        return queue.num_requests if queue else 0
 
     def num_queued(self, stage: int) -> int:
         """Requests in play that wait in the queue of a stage."""

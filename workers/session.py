@@ -8,6 +8,7 @@ from hashlib import blake2b
 
 from l4queue.errors import UnreadableValue
 from l4queue.models import RequestBody, RequestState, SamplingParams
+from l4queue.protocol.keys import SOLO_STAGE
 from l4queue.protocol.records import Grant, Outcome, OutputEntry, TokenLogprobs, unpack_ids
 from l4queue.sampling import DEFAULT_MAX_TOKENS
 from workers.engine import EngineOutput, EngineRequest, FinishReason
@@ -105,8 +106,12 @@ class Session:
 
     @property
     def may_move(self) -> bool:
-        """Whether it may go on elsewhere. Before its first token here it would only be prefilled twice."""
-        is_free = not (self.is_moving or self.has_ended or self.params.is_pinned)
+        """Whether it may go on elsewhere. Before its first token here it would only be prefilled twice.
+
+        One that runs alone stays: it would wait to be run alone again.
+        """
+        is_alone = self.grant.stage == SOLO_STAGE
+        is_free = not (self.is_moving or self.has_ended or self.params.is_pinned or is_alone)
         return is_free and len(self.output_ids) > self.grant.offset
 
     @property

@@ -69,6 +69,7 @@ class WorkerState:
         self.num_handed_over = 0
         self.steps = StepMeter()
         self.is_draining = False
+        self.is_emptying = False
         self.nudge = asyncio.Event()
         self.lease = Lease(
             settings=settings,
@@ -262,6 +263,8 @@ class WorkerState:
             engine=info.name if info else "",
             num_finished=self.num_finished,
             num_preemptions=stats.num_preemptions,
+            is_emptying=self.is_emptying,
+            can_empty=True,
         )
 
     def figures(self) -> list[WorkerFigures]:

@@ -75,9 +75,7 @@ def escapes(
     left = (limits or StealLimits()).max_moves - moves_in_flight
     able = [item for item in running if not item.is_pinned]
     places = {
-        refuge.load.worker_id: refuge
-        for refuge in refuges
-        if refuge.ahead_ms < ahead_ms and not refuge.load.is_draining
+        refuge.load.worker_id: refuge for refuge in refuges if refuge.ahead_ms < ahead_ms and refuge.load.is_open
     }
     if not may_escape(here.pending_prefill_tokens, cost=cost, price=price) or left < 1 or not places:
         return ()

@@ -57,7 +57,7 @@ def decide_handover(
     """
     if high_tokens is None or length_tokens < high_tokens:
         return Handover(is_move=False, benefit_ms=0.0, cost_ms=0.0, reason="within its range")
-    if there is None or there.is_draining:
+    if there is None or not there.is_open:
         return Handover(is_move=False, benefit_ms=0.0, cost_ms=0.0, reason="nobody to take it")
     if expected_remaining_tokens <= 0.0:
         return Handover(is_move=False, benefit_ms=0.0, cost_ms=0.0, reason="nearly finished")
@@ -88,7 +88,7 @@ def least_loaded(
 
     Of equals one that still holds the request's prefix in its cache (`holders`), then the first by id.
     """
-    able = [w for w in workers if not w.is_draining]
+    able = [w for w in workers if w.is_open]
     if not able:
         return None
     busy = {w.worker_id: _busy_ms(w, cost) for w in able}

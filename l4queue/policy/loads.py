@@ -83,11 +83,11 @@ def stage_load(
     expected_output_tokens: float,
     cost: StepCost,
 ) -> StageLoad:
-    """Load of a stage from its queue and its workers; those that drain take no part.
+    """Load of a stage from its queue and its workers; those that take no work have no part.
 
     Of a running request half of the expected output is taken to be left.
     """
-    able = [w for w in workers if not w.is_draining]
+    able = [w for w in workers if w.is_open]
     num_running = sum(w.num_running + w.num_waiting_in_engine for w in able)
     context = sum(w.context_tokens for w in able)
     mean = queued_tokens / queued_requests if queued_requests else 0.0

@@ -200,7 +200,7 @@ def ask(
     cost: StepCost,
     limits: StealLimits | None = None,
 ) -> Ask | None:
-    """Ask for running requests; None if something waits, or it drains, moves enough already or cools down.
+    """Ask for running requests; None if something waits, or it takes no work, moves enough already or cools down.
 
     Prefill pending that fills more than an eighth of a step counts as waiting: decodes would stand behind it.
     """
@@ -211,7 +211,7 @@ def ask(
     capacity = load.kv_capacity_tokens or cost.kv_capacity_tokens
     room = capacity - load.kv_used_tokens if capacity else 2**62
     is_prefilling = load.pending_prefill_tokens > cost.max_batched_tokens * _IDLE_PREFILL_SHARE
-    if num_waiting_anywhere or is_prefilling or load.is_draining or cooling or slots < 1 or room < 1:
+    if num_waiting_anywhere or is_prefilling or not load.is_open or cooling or slots < 1 or room < 1:
         return None
     return Ask(
         worker_id=load.worker_id,
@@ -244,7 +244,7 @@ def choose_victim(
     if not slow:
         return None
     own = (steps[asker.worker_id], asker.worker_id)
-    rank = sum((steps[s.worker_id], s.worker_id) < own for s in siblings if not s.is_draining)
+    rank = sum((steps[s.worker_id], s.worker_id) < own for s in siblings if s.is_open)
     slow.sort(key=lambda s: (-steps[s.worker_id], s.worker_id))
     return slow[rank % len(slow)]
 

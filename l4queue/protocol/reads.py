@@ -28,7 +28,15 @@ from l4queue.protocol.views import (
     whole,
 )
 
-__all__ = ("DeadLetter", "FinishedRequest", "InboxBody", "Reads", "StreamEntry", "WorkerView", "parse_entries")
+__all__ = (
+    "DeadLetter",
+    "FinishedRequest",
+    "InboxBody",
+    "Reads",
+    "StreamEntry",
+    "WorkerView",
+    "parse_entries",
+)
 
 T = TypeVar("T")
 _NEVER_MS = "18446744073709551615"  # the last of all stream ids: nothing can follow it

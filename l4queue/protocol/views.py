@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 from l4queue.compat import MAX_NUMBER, object_of, value_of
@@ -26,6 +26,8 @@ __all__ = (
     "figures",
     "finished_one",
     "ledger_lines",
+    "load_from_json",
+    "load_to_json",
     "order",
     "parse_entries",
     "plan",
@@ -183,19 +185,32 @@ def body(row: list[Any]) -> InboxBody | None:
     )
 
 
+_NEW_FIELDS = ("is_emptying", "can_empty")  # readers of the first release fail at unknown names in `load`
+
+
+def load_to_json(load: WorkerLoad) -> dict[str, dict[str, Any]]:
+    """`load` and `more` of what a worker publishes: all that release 1 knows, and what came after it."""
+    told = asdict(load)
+    return {"more": {name: told.pop(name) for name in _NEW_FIELDS}, "load": told}
+
+
+def load_from_json(told: Mapping[str, Any]) -> WorkerLoad:
+    """The inverse, from any release: what is unknown here is left out, what is missing has its default."""
+    more = told.get("more")
+    return value_of(WorkerLoad, {**(more if isinstance(more, dict) else {}), **told["load"]}, what="load")
+
+
 def worker(incarnation: str, expires_ms: int, key: str, row: list[Any]) -> WorkerView | None:
     """What a worker of any release published: `more` has the facts that came after release 1."""
     if row[0] is None:
         return None
     told = object_of(row[1], what="load")
-    more = told.get("more")
-    facts = {**(more if isinstance(more, dict) else {}), **told["load"]}
     return WorkerView(
         incarnation=incarnation,
         worker_id=row[0].decode(),
         expires_ms=expires_ms,
         seen_ms=whole(row[2]),
-        load=value_of(WorkerLoad, facts, what="load"),
+        load=load_from_json(told),
         cost=_part(key, told.get("cost"), _cost),
         price=_part(key, told.get("price"), _price),  # workers of an older release do not tell
     )

@@ -62,7 +62,7 @@ async def test_a_cancellation_reaches_the_coroutine() -> None:
 
 
 async def test_the_culprit_of_a_failure_is_who_raised_it() -> None:
-    """By the error itself: not one that was handled, nor the death of an engine that any of them may have caused."""
+    """By the error itself: not one that was handled, nor the death of an engine, for which nobody is known."""
     work = LoopWork()
 
     async def fail(error: Exception) -> None:
