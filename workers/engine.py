@@ -54,12 +54,16 @@ class EngineRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOutput:
-    """New tokens of one request (possibly none, with a finish reason), with `logprobs` each when asked for."""
+    """New tokens of one request (possibly none, with a finish reason), with `logprobs` each when asked for.
+
+    `field` is the parameter at fault where `error` is about one.
+    """
 
     request_id: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None = None
     error: str | None = None
+    field: str = ""
     logprobs: tuple[TokenLogprobs, ...] = ()
 
 

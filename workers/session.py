@@ -176,7 +176,8 @@ class Session:
         if self.has_ended:
             return
         if output.finish_reason is FinishReason.ERROR:
-            self._outcome = Outcome(state=RequestState.FAILED, finish_reason="error", error=output.error or "")
+            error, field = output.error or "", output.field
+            self._outcome = Outcome(state=RequestState.FAILED, finish_reason="error", error=error, field=field)
             return
         if output.token_ids:
             piece = self._text.feed(output.token_ids)

@@ -40,7 +40,7 @@ class ConstraintExaminer:
         working.add_done_callback(lambda _: self._free.release())
         done, _ = await asyncio.wait({working}, timeout=self._limit_s)
         if not done:
-            raise ValueError(f"structured_outputs: vLLM takes longer than {self._limit_s:g} s to accept it")
+            raise ValueError(f"vLLM takes longer than {self._limit_s:g} s to accept it: use a smaller one")
         return working.result()
 
 

@@ -193,7 +193,7 @@ class VllmEngine:
         try:
             running.examined = await self._examiner.examine(self._llm, request)
         except Exception as error:  # it refuses with many types
-            self._not_begun(request.request_id, running, error)
+            self._not_begun(request.request_id, running, error, field="structured_outputs")
             return
         if self._running.get(request.request_id) is running and self._turns.arrived(request):
             await self._begin(request)
@@ -218,14 +218,14 @@ class VllmEngine:
             if self._running.get(request_id) is not running:  # aborted while it was on its way
                 await self._llm.abort([request_id])
 
-    def _not_begun(self, request_id: str, running: _Running, error: Exception) -> None:
+    def _not_begun(self, request_id: str, running: _Running, error: Exception, *, field: str = "") -> None:
         from vllm.v1.engine.exceptions import EngineDeadError
 
         if isinstance(error, EngineDeadError):
             self._died(str(error))
         elif self._running.get(request_id) is running:
             why = str(error) or repr(error.__cause__ or error)
-            self._end(failed(request_id, why))
+            self._end(failed(request_id, why, field=field))
 
     async def abort(self, request_ids: Iterable[str]) -> None:
         """Forget them; their outputs that nobody has seen are dropped."""

@@ -63,9 +63,10 @@ def _structured_outputs(given: StructuredOutputs | None) -> Any:
     return StructuredOutputsParams(json=given.json_schema, regex=given.regex, choice=choice)
 
 
-def failed(request_id: str, why: str) -> EngineOutput:
-    """The only output of a request that vLLM refuses."""
-    return EngineOutput(request_id=request_id, token_ids=(), finish_reason=FinishReason.ERROR, error=why)
+def failed(request_id: str, why: str, *, field: str) -> EngineOutput:
+    """The only output of a request that vLLM refuses, for this field if it is for one."""
+    reason = FinishReason.ERROR
+    return EngineOutput(request_id=request_id, token_ids=(), finish_reason=reason, error=why, field=field)
 
 
 def engine_output(request_id: str, done: Any, *, num_top: int | None) -> EngineOutput:

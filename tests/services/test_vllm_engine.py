@@ -313,6 +313,7 @@ async def test_a_constraint_that_cannot_be_kept_is_refused_alone(
     tokens, last = ended["bad"]
     assert (tokens, last.finish_reason) == ([], FinishReason.ERROR)
     assert words in (last.error or "")
+    assert last.field == "structured_outputs"
     params = SamplingParams.model_validate({"structured_outputs": {"choice": ["a"]}})
     assert (await served.one(EOS_PROMPT, 8, params=params))[1].finish_reason is FinishReason.STOP
 
@@ -327,9 +328,9 @@ async def test_a_constraint_that_takes_too_long_fails_alone_and_others_do_not_wa
     params = SamplingParams.model_validate({"structured_outputs": {"json": schema}})
     await served.add("slow", EOS_PROMPT, 8, params=params)
     assert served.engine._running["slow"].examined is None  # accepted, and nothing was waited for
-    assert (await served.collect(["slow"]))["slow"][1].error == (
-        "structured_outputs: vLLM takes longer than 0.01 s to accept it"
-    )
+    _, last = (await served.collect(["slow"]))["slow"]
+    assert last.error == "vLLM takes longer than 0.01 s to accept it: use a smaller one"
+    assert last.field == "structured_outputs"
     assert (await served.one(EOS_PROMPT, 8))[0] == served.expected[:8]
 
     for name in ("slow", "again"):  # forgotten before they begin

@@ -35,6 +35,7 @@ def record(state: RequestState, **facts: Any) -> RequestRecord:
 def read(line: bytes) -> dict[str, Any]:
     assert line.endswith(b"\n")
     assert line.count(b"\n") == 1
+    assert len(line.decode().splitlines()) == 1  # by any reader: U+2028 and its like are ends of lines for some
     found: dict[str, Any] = json.loads(line)
     assert set(found) == {"id", "custom_id", "response", "error"}
     return found

@@ -16,7 +16,7 @@ from l4queue.errors import InvalidRequest
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
 
 
-def parse(line: Any, *, max_tokens: int = 7, priority: int = 100) -> BatchLine:
+def parse(line: Any, *, max_tokens: int | None = 7, priority: int = 100) -> BatchLine:
     raw = line if isinstance(line, bytes) else json.dumps(line).encode()
     return parse_line(raw, max_tokens=max_tokens, priority=priority, idempotency_key="k")
 
@@ -165,3 +165,11 @@ def test_no_body_does_worse_than_be_refused(fields: dict[str, Any], url: Any) ->
     """A valid line around anything."""
     with suppress(InvalidRequest):
         assert parse({"custom_id": "a", "url": url, "body": fields}).custom_id == "a"
+
+
+def test_without_any_max_tokens_a_line_gets_what_still_fits() -> None:
+    """The dispatcher decides it; a null says as little as nothing."""
+    for more in ({}, {"max_tokens": None}):
+        line = {"custom_id": "a", "body": {"prompt": "x", **more}}
+        assert parse(line, max_tokens=None).spec.params.max_tokens is None
+        assert parse(line, max_tokens=7).spec.params.max_tokens == 7
