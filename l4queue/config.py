@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import re
 import socket
 from typing import Any, Literal
 from urllib.parse import urlsplit, urlunsplit
 
-from pydantic import Field, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from l4queue.errors import ConfigError
+from l4queue.strict_json import check_text
 
 __all__ = ("Settings", "celery_settings", "load_settings")
+
+
+MAX_SETTING = 2**53
+"""Largest number of a setting, in milliseconds or bytes or tokens: what Redis and Lua count exactly."""
+MAX_SETTING_CHARS = 4096
 
 
 class Settings(BaseSettings):
     """Settings shared by client, dispatcher, planner and workers."""
 
-    model_config = SettingsConfigDict(env_prefix="L4_", env_file=".env", extra="ignore", frozen=True)
+    model_config = SettingsConfigDict(
+        env_prefix="L4_", env_file=".env", extra="ignore", frozen=True, allow_inf_nan=False
+    )
 
     redis_url: str = Field(
         "redis://127.0.0.1:6379/0",
@@ -128,6 +137,18 @@ class Settings(BaseSettings):
         False, description="send OpenTelemetry traces of requests; OTEL_ variables say where to (docs/tracing.md)"
     )
 
+    @field_validator("*")
+    @classmethod
+    def _can_be_kept(cls, value: object) -> object:
+        """A number that Redis and Lua count exactly, a text of bounded length in valid Unicode."""
+        if isinstance(value, str):
+            check_text(value)
+            if len(value) > MAX_SETTING_CHARS:
+                raise ValueError(f"has {len(value)} characters; at most {MAX_SETTING_CHARS} are accepted")
+        elif isinstance(value, int | float) and abs(value) > MAX_SETTING:
+            raise ValueError("must lie within ±2^53")
+        return value
+
     @property
     def worker_name(self) -> str:
         """The stable name of a worker in this process: its setting, else worker@host."""
@@ -138,13 +159,16 @@ class Settings(BaseSettings):
         """The Celery broker: its own setting, or the database after `redis_url`'s."""
         if self.celery_broker_url:
             return self.celery_broker_url
-        parts = urlsplit(self.redis_url)
+        try:
+            parts = urlsplit(self.redis_url)
+        except ValueError:  # its text may show the password
+            raise ConfigError("L4_REDIS_URL: it cannot be read as a URL") from None
         if "+" in parts.scheme:
             raise ConfigError(
                 "L4_CELERY_BROKER_URL: name a Redis of its own for Celery's control messages, which go neither "
                 "through Sentinel nor to a cluster: docs/failover.md"
             )
-        if parts.scheme == "unix" or not parts.path.strip("/").isdigit():
+        if parts.scheme == "unix" or not re.fullmatch("[0-9]{1,9}", parts.path.strip("/")):
             database = 0
         else:
             database = int(parts.path.strip("/"))
@@ -157,9 +181,11 @@ def load_settings(**overrides: Any) -> Settings:
     try:
         return Settings(**overrides)
     except ValidationError as error:
-        first = error.errors()[0]
+        first = error.errors(include_url=False, include_input=False)[0]
         name = "L4_" + "_".join(str(part) for part in first["loc"]).upper()
-        raise ConfigError(f"{name}: {first['msg']}") from None
+        raise ConfigError(f"{name}: {first['msg'].removeprefix('Value error, ')}") from None
+    except (OSError, ValueError, SettingsError) as error:
+        raise ConfigError(f".env cannot be read: {error}") from None
 
 
 def celery_settings(settings: Settings) -> dict[str, Any]:

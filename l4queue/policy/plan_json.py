@@ -10,9 +10,14 @@ from typing import Any
 
 from l4queue.errors import ConfigError
 from l4queue.models import Plan, Routing, StagePlan
+from l4queue.strict_json import JsonError, read_json
 
 __all__ = ("check_plan", "plan_from_json", "plan_to_json", "split_of")
 
+MAX_PLAN_BYTES = 16 * 2**20
+"""Largest plan that is read, bytes."""
+_MOST = 2**53  # what Lua and other readers of JSON count exactly
+_MAX_SHOWN_CHARS = 80
 _PLAN_FIELDS = {f.name for f in fields(Plan)}
 _STAGE_FIELDS = {f.name for f in fields(StagePlan)}
 
@@ -27,21 +32,21 @@ def plan_to_json(plan: Plan) -> str:
     check_plan(plan)
     try:
         return json.dumps(asdict(plan), sort_keys=True, separators=(",", ":"), allow_nan=False)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"plan {plan.version} cannot be written as JSON: {error}") from None
 
 
 def plan_from_json(text: str | bytes) -> Plan:
     """Read and check a plan. ConfigError names what is wrong: ranges must cover [0, ∞) once, in order."""
     try:
-        data = json.loads(text, parse_constant=_refuse_constant)
-    except (ValueError, UnicodeDecodeError) as error:
+        data = read_json(text, max_bytes=MAX_PLAN_BYTES)
+    except JsonError as error:
         raise ConfigError(f"a plan must be JSON: {error}") from None
     if not isinstance(data, dict) or not isinstance(data.get("stages"), list):
         raise ConfigError("a plan must be an object with a list `stages`")
     unknown = sorted(set(data) - _PLAN_FIELDS)
     if unknown:
-        raise ConfigError(f"a plan has no field {unknown[0]!r}")
+        raise ConfigError(f"a plan has no field {_shown(unknown[0])}")
     stages = tuple(_stage(i, item) for i, item in enumerate(data["stages"]))
     plan = Plan(
         version=_whole(data.get("version"), "version"),
@@ -86,7 +91,7 @@ def _stage(index: int, item: Any) -> StagePlan:
         raise ConfigError(f"{where} must be an object")
     unknown = sorted(set(item) - _STAGE_FIELDS)
     if unknown:
-        raise ConfigError(f"{where} has no field {unknown[0]!r}")
+        raise ConfigError(f"{where} has no field {_shown(unknown[0])}")
     high = item.get("high_tokens")
     ids = item.get("worker_ids", [])
     if not isinstance(ids, list) or not all(isinstance(i, str) for i in ids):
@@ -100,8 +105,8 @@ def _stage(index: int, item: Any) -> StagePlan:
 
 
 def _whole(value: Any, name: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ConfigError(f"plan.{name} must be a whole number ≥ 0, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _MOST:
+        raise ConfigError(f"plan.{name} must be a whole number in [0, 2^53], got {_shown(value)}")
     return value
 
 
@@ -109,13 +114,13 @@ def _number(value: Any, name: str) -> float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ConfigError(f"plan.{name} must be a finite number, got {value!r}")
+        raise ConfigError(f"plan.{name} must be a finite number, got {_shown(value)}")
     return float(value)
 
 
 def _text(value: Any, name: str) -> str:
     if not isinstance(value, str):
-        raise ConfigError(f"plan.{name} must be text, got {value!r}")
+        raise ConfigError(f"plan.{name} must be text, got {_shown(value)}")
     return value
 
 
@@ -123,14 +128,15 @@ def _routing(value: Any) -> Routing:
     try:
         return Routing(value)
     except ValueError:
-        raise ConfigError(f"plan.routing must be one of {', '.join(Routing)}, got {value!r}") from None
+        raise ConfigError(f"plan.routing must be one of {', '.join(Routing)}, got {_shown(value)}") from None
 
 
 def _mapping(value: Any, name: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise ConfigError(f"plan.{name} must be an object, got {value!r}")
+        raise ConfigError(f"plan.{name} must be an object, got {_shown(value)}")
     return value
 
 
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is not a finite number")
+def _shown(value: Any) -> str:
+    """A value of a plan in an error, which is one line."""
+    return repr(value)[:_MAX_SHOWN_CHARS]

@@ -7,8 +7,10 @@ asks where that server is before it connects, and breaks when it learns that it 
 from __future__ import annotations
 
 import asyncio
+import re
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit
@@ -24,6 +26,7 @@ from redis.connection import parse_url as parse_options
 from redis.retry import Retry
 
 from l4queue.errors import ConfigError
+from l4queue.strict_json import check_text
 
 __all__ = ("Address", "Place", "connect", "connect_async", "parse_url")
 
@@ -31,6 +34,7 @@ Place = tuple[str, int]
 
 _SCHEMES = ("redis", "rediss", "unix")
 _WAYS = ("", "sentinel", "cluster")
+_NUMBER = re.compile("[0-9]{1,5}")
 _SENTINEL_PORT, _PORT = 26379, 6379
 _SENTINEL: Any = redis.sentinel.Sentinel  # without types
 _ASYNC_SENTINEL: Any = asentinel.Sentinel
@@ -69,15 +73,19 @@ def parse_url(url: str) -> Address:
     redis+cluster://[user:password@]host[:port][,host[:port]...]
     Options after `?`: replicas=N; sentinel_username, sentinel_password; and those of redis-py.
     """
-    parts = urlsplit(url)
+    try:
+        check_text(url)
+        parts = urlsplit(url)
+    except ValueError:  # its text may show the password
+        raise ConfigError("L4_REDIS_URL: it cannot be read as a URL") from None
     scheme, _, way = parts.scheme.partition("+")
     if scheme not in _SCHEMES or way not in _WAYS or (way and scheme == "unix"):
         known = "redis, rediss, unix, redis+sentinel, rediss+sentinel, redis+cluster, rediss+cluster"
         raise ConfigError(f"L4_REDIS_URL: {parts.scheme or 'it'} is no scheme of a Redis URL; known are {known}")
     options = dict(parse_qsl(parts.query))
     replicas = options.pop("replicas", "0")
-    if not replicas.isdigit():
-        raise ConfigError(f"L4_REDIS_URL: replicas={replicas} is no number")
+    if _NUMBER.fullmatch(replicas) is None:
+        raise ConfigError(f"L4_REDIS_URL: replicas={replicas[:20]} is no number of replicas")
     login = {k: options.pop(f"sentinel_{k}") for k in ("username", "password") if f"sentinel_{k}" in options}
     credentials, at, hosts = parts.netloc.rpartition("@")
     path = [part for part in parts.path.split("/") if part]
@@ -112,9 +120,8 @@ def connect(address: Address, *, pool: type[redis.ConnectionPool], timeout_s: fl
     if address.way:
         more["connection_class"] = _TlsConnection if address.is_tls else _Connection
         more["locator"] = _Locator(address)
-    return redis.Redis(
-        connection_pool=pool.from_url(address.plain_url, socket_timeout=timeout_s, max_connections=most, **more)
-    )
+    more |= {"socket_timeout": timeout_s, "max_connections": most}
+    return redis.Redis(connection_pool=_opened(pool, address, more))
 
 
 def connect_async(address: Address, *, pool: type[aredis.ConnectionPool], timeout_s: float, most: int) -> Any:
@@ -123,17 +130,24 @@ def connect_async(address: Address, *, pool: type[aredis.ConnectionPool], timeou
     if address.way:
         more["connection_class"] = _AsyncTlsConnection if address.is_tls else _AsyncConnection
         more["locator"] = _AsyncLocator(address)
-    return aredis.Redis(
-        connection_pool=pool.from_url(address.plain_url, socket_timeout=timeout_s, max_connections=most, **more)
-    )
+    more |= {"socket_timeout": timeout_s, "max_connections": most}
+    return aredis.Redis(connection_pool=_opened(pool, address, more))
+
+
+def _opened(pool: Any, address: Address, options: Mapping[str, Any]) -> Any:
+    """A pool of connections, which reads the rest of the URL."""
+    try:
+        return pool.from_url(address.plain_url, **options)
+    except ValueError as error:
+        raise ConfigError(f"L4_REDIS_URL: {error}") from None
 
 
 def _place(text: str, default_port: int) -> Place:
     host, colon, port = text.rpartition(":")
     if not colon or port.endswith("]"):
         host, port = text, str(default_port)
-    if not host or not port.isdigit():
-        raise ConfigError(f"L4_REDIS_URL: {text!r} is not host:port")
+    if not host or _NUMBER.fullmatch(port) is None or int(port) > 65535:
+        raise ConfigError(f"L4_REDIS_URL: {text[:80]!r} is not host:port")
     return host.strip("[]"), int(port)
 
 

@@ -7,6 +7,7 @@ import pytest
 from l4queue.config import Settings
 from l4queue.errors import ConfigError
 from l4queue.protocol.connect import parse_url
+from l4queue.protocol.door import AsyncDoor, Door
 from l4queue.protocol.wire import redacted
 
 
@@ -46,12 +47,41 @@ def test_a_cluster_is_named_by_some_of_its_nodes() -> None:
         ("redis+cluster://n1,,n2", "'' is not host:port"),
         ("redis+cluster://n1/1", "database 0 only"),
         ("redis://host?replicas=all", "replicas=all is no number"),
+        ("redis://host?replicas=" + "9" * 5000, "is no number"),
+        ("redis://host?replicas=\u00b2", "is no number"),
+        ("redis://:secret@[host", "cannot be read"),
+        ("redis://:secret@\ud800", "cannot be read"),
+        ("redis://:secret@host\u2100", "cannot be read"),
+        ("redis+sentinel://s1:99999/queue", "is not host:port"),
+        ("redis+cluster://n1:\u00b2", "is not host:port"),
     ],
 )
 def test_a_wrong_url_is_told(url: str, says: str) -> None:
     """ConfigError names the variable and what is wrong."""
-    with pytest.raises(ConfigError, match=f"L4_REDIS_URL: .*{says}"):
+    with pytest.raises(ConfigError, match=f"L4_REDIS_URL: .*{says}") as caught:
         parse_url(url)
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url", ["redis://host:port", "redis://host:99999", "redis://host?db=x", "redis://host?socket_timeout=soon"]
+)
+def test_what_the_library_cannot_read_is_told_as_well(url: str) -> None:
+    """When the first connection is prepared, not when it is needed."""
+    with pytest.raises(ConfigError, match="L4_REDIS_URL"):
+        Door(url)
+    with pytest.raises(ConfigError, match="L4_REDIS_URL"):
+        AsyncDoor(url)
+
+
+@pytest.mark.parametrize("url", ["redis://[host", "redis://host/\u00b2", "redis://host/" + "9" * 5000])
+def test_the_broker_of_an_odd_url_is_a_url_or_an_error_of_its_setting(url: str) -> None:
+    """Whatever stands for the database."""
+    try:
+        broker = Settings(redis_url=url[:4096]).broker_url
+    except ConfigError as error:
+        broker = str(error)
+    assert broker.startswith(("redis://host/1", "L4_REDIS_URL"))
 
 
 def test_passwords_are_not_shown() -> None:
