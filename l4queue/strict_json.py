@@ -18,6 +18,7 @@ __all__ = (
     "canonical_json",
     "check_json",
     "check_text",
+    "is_unicode",
     "parse_json",
     "read_json",
     "values_of",
@@ -29,6 +30,7 @@ MAX_JSON_BYTES = 64 * 2**20
 """Largest document that is read, bytes."""
 _LEAST, _MOST = -(2**63), 2**64 - 1  # 64 bits, signed or unsigned: what other readers of JSON hold
 _PLAIN = (str, bool, int, float, type(None))
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _TO_LOOK_AT = re.compile(r"\\u[dD][89a-fA-F]|\d{19}|[eE]\+?\d\d|N|Infinity")
 
 
@@ -96,6 +98,11 @@ def check_text(text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise JsonError(f"has half of a surrogate pair at character {error.start + 1}") from None
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written as UTF-8."""
+    return not _SURROGATE.search(text)
 
 
 def canonical_json(value: Any) -> str:
