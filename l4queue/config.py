@@ -8,11 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, SecretStr, ValidationError, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from l4queue.errors import ConfigError
 from l4queue.redis_url import SecretUrl, celery_url, parse_url, with_password
+from l4queue.strict_json import check_text
 
 __all__ = ("URL_FILE", "Settings", "celery_settings", "load_settings")
 
@@ -21,11 +22,21 @@ URL_FILE = Path(".l4queue/url")
 _OTHER_BROKERS = ("amqp", "amqps", "pyamqp")
 
 
+MAX_SETTING = 2**53
+"""Largest number of a setting, in milliseconds or bytes or tokens: what Redis and Lua count exactly."""
+MAX_SETTING_CHARS = 4096
+
+
 class Settings(BaseSettings):
     """Settings shared by client, dispatcher, planner and workers."""
 
     model_config = SettingsConfigDict(
-        env_prefix="L4_", env_file=".env", extra="ignore", frozen=True, hide_input_in_errors=True
+        env_prefix="L4_",
+        env_file=".env",
+        extra="ignore",
+        frozen=True,
+        hide_input_in_errors=True,
+        allow_inf_nan=False,
     )
 
     redis_url: SecretUrl = Field(
@@ -160,6 +171,18 @@ class Settings(BaseSettings):
         False, description="send OpenTelemetry traces of requests; OTEL_ variables say where to (docs/tracing.md)"
     )
 
+    @field_validator("*")
+    @classmethod
+    def _can_be_kept(cls, value: object) -> object:
+        """A number that Redis and Lua count exactly, a text of bounded length in valid Unicode."""
+        if isinstance(value, str):
+            check_text(value)
+            if len(value) > MAX_SETTING_CHARS:
+                raise ValueError(f"has {len(value)} characters; at most {MAX_SETTING_CHARS} are accepted")
+        elif isinstance(value, int | float) and abs(value) > MAX_SETTING:
+            raise ValueError("must lie within ±2^53")
+        return value
+
     @property
     def worker_name(self) -> str:
         """The stable name of a worker in this process: its setting, else worker@host."""
@@ -203,9 +226,11 @@ def load_settings(**overrides: Any) -> Settings:
     try:
         settings = Settings(**overrides)
     except ValidationError as error:
-        first = error.errors()[0]
+        first = error.errors(include_url=False, include_input=False)[0]
         name = "L4_" + "_".join(str(part) for part in first["loc"]).upper()
-        raise ConfigError(f"{name}: {first['msg']}") from None
+        raise ConfigError(f"{name}: {first['msg'].removeprefix('Value error, ')}") from None
+    except (OSError, ValueError, SettingsError) as error:
+        raise ConfigError(f".env cannot be read: {error}") from None
     found = None if {"redis_url", "redis_password"} & settings.model_fields_set else _url_of_up()
     if found is None:
         return settings

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
+
+from l4queue.strict_json import read_json
 
 __all__ = ("load_tokenizer",)
 
@@ -18,13 +19,19 @@ def load_tokenizer(path: str | Path) -> Any:
     but a generic tokenizer leaves it no choice of a class, and is loaded by that class at once. Raises OSError or
     ValueError where there is no tokenizer, ImportError without transformers.
     """
-    if _is_generic(Path(path)):
-        from transformers import PreTrainedTokenizerFast
+    is_generic = _is_generic(Path(path))
+    try:
+        if is_generic:
+            from transformers import PreTrainedTokenizerFast
 
-        return PreTrainedTokenizerFast.from_pretrained(path)
-    from transformers import AutoTokenizer
+            return PreTrainedTokenizerFast.from_pretrained(path)
+        from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path)
+    except (ImportError, OSError, ValueError):
+        raise
+    except Exception as error:  # a broken file is met by foreign code, which raises all kinds
+        raise ValueError(f"its files cannot be read: {error}") from error
 
 
 def _is_generic(folder: Path) -> bool:
@@ -32,5 +39,5 @@ def _is_generic(folder: Path) -> bool:
     told = folder / "tokenizer_config.json"
     if not told.is_file() or (folder / "config.json").exists() or not (folder / "tokenizer.json").is_file():
         return False
-    config = json.loads(told.read_text())
-    return config.get("tokenizer_class") in _GENERIC and "auto_map" not in config
+    config = read_json(told.read_bytes())
+    return isinstance(config, dict) and config.get("tokenizer_class") in _GENERIC and "auto_map" not in config

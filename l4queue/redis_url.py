@@ -87,6 +87,9 @@ class Address:
         return {name: value for name, value in self.options.items() if name.startswith("ssl_")}
 
 
+_MAX_CHARS = 4096
+
+
 def parse_url(url: str, *, name: str = "L4_REDIS_URL") -> Address:
     """Read a URL; ConfigError names the setting and says what is wrong with it, never with a piece of a password.
 
@@ -96,6 +99,8 @@ def parse_url(url: str, *, name: str = "L4_REDIS_URL") -> Address:
     Options after `?`: replicas=N; sentinel_username, sentinel_password; db, username, password; some of redis-py.
     """
     text = url.reveal().strip() if isinstance(url, SecretUrl) else url.strip()
+    if len(text) > _MAX_CHARS or not text.isprintable():
+        raise ConfigError(f"{name}: a URL has at most {_MAX_CHARS} characters, all of them printable")
     whole, colon, rest = text.partition("://")
     scheme, _, way = whole.lower().partition("+")
     if not colon or scheme not in _SCHEMES or way not in _WAYS or (way and scheme == "unix"):

@@ -18,6 +18,7 @@ __all__ = (
     "canonical_json",
     "check_json",
     "check_text",
+    "is_unicode",
     "parse_json",
     "read_json",
     "values_of",
@@ -27,8 +28,9 @@ MAX_NESTING = 64
 """Most levels of lists and objects in one another; vLLM's bound for schemas."""
 MAX_JSON_BYTES = 64 * 2**20
 """Largest document that is read, bytes."""
-_INTEGERS = range(-(2**63), 2**64)  # 64 bits, signed or unsigned: what other readers of JSON hold
+_LEAST, _MOST = -(2**63), 2**64 - 1  # 64 bits, signed or unsigned: what other readers of JSON hold
 _PLAIN = (str, bool, int, float, type(None))
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _TO_LOOK_AT = re.compile(r"\\u[dD][89a-fA-F]|\d{19}|[eE]\+?\d\d|N|Infinity")
 
 
@@ -80,7 +82,7 @@ def check_json(value: Any, *, max_bytes: int = MAX_JSON_BYTES, max_nesting: int 
         elif isinstance(item, float):
             if not math.isfinite(item):
                 raise JsonError("has a number that is not finite, or too large")
-        elif isinstance(item, int) and item not in _INTEGERS:
+        elif isinstance(item, int) and not _LEAST <= item <= _MOST:
             raise JsonError("has an integer of more than 64 bits")
         least_bytes += len(item) if isinstance(item, str) else 1
         if least_bytes > max_bytes:
@@ -96,6 +98,11 @@ def check_text(text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise JsonError(f"has half of a surrogate pair at character {error.start + 1}") from None
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written as UTF-8."""
+    return not _SURROGATE.search(text)
 
 
 def canonical_json(value: Any) -> str:

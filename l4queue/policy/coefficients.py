@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, fields
 from functools import cache
@@ -11,8 +10,16 @@ from typing import Any
 
 from l4queue.errors import ConfigError
 from l4queue.policy.cost import StepCost
+from l4queue.strict_json import JsonError, read_json
 
 __all__ = ("CoefficientFile", "known_coefficients", "load_coefficients", "parse_coefficients", "read_coefficients")
+
+
+_KINDS = {
+    "gpu": str, "model": str, "engine": str, "source": str, "date": str,
+    "kv_bytes_per_token": int, "assumptions": dict, "errors": dict,
+}  # fmt: skip
+_WORDS = {str: "a text", int: "a whole number ≥ 0", dict: "an object"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +68,7 @@ def _read(name: str) -> CoefficientFile:
 def parse_coefficients(text: str, *, name: str) -> CoefficientFile:
     """Read a coefficient file of one's own. ConfigError names the file and what is wrong in it."""
     try:
-        data = json.loads(text)
+        data = read_json(text)
         values = data["coefficients"]
         unknown = set(values) - {f.name for f in fields(StepCost)}
         if unknown:
@@ -78,10 +85,16 @@ def parse_coefficients(text: str, *, name: str) -> CoefficientFile:
             assumptions=data["assumptions"],
             errors=data["errors"],
         )
+    except JsonError as error:
+        raise ConfigError(f"{name}: not a coefficient file: {error}") from None
     except (KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"{name}: not a coefficient file: {error!r}") from None
+        raise ConfigError(f"{name}: not a coefficient file: {repr(error)[:200]}") from None
     for field in fields(StepCost):
         value = getattr(cost, field.name)
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
-            raise ConfigError(f"{name}: {field.name} must be a finite number ≥ 0, got {value!r}")
+            raise ConfigError(f"{name}: {field.name} must be a finite number ≥ 0, got {repr(value)[:80]}")
+    for part, kind in _KINDS.items():
+        found: Any = getattr(parsed, part)
+        if type(found) is not kind or (part == "kv_bytes_per_token" and parsed.kv_bytes_per_token < 0):
+            raise ConfigError(f"{name}: {part} must be {_WORDS[kind]}, got {repr(found)[:80]}")
     return parsed

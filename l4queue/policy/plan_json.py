@@ -11,8 +11,13 @@ from typing import Any
 from l4queue.compat import FORMAT, MAX_NUMBER
 from l4queue.errors import ConfigError
 from l4queue.models import Plan, Routing, StagePlan
+from l4queue.strict_json import JsonError, read_json
 
 __all__ = ("NewerPlan", "check_plan", "plan_from_json", "plan_to_json", "split_of")
+
+MAX_PLAN_BYTES = 16 * 2**20
+"""Largest plan that is read, bytes."""
+_MAX_SHOWN_CHARS = 80
 
 
 class NewerPlan(ConfigError):
@@ -29,7 +34,7 @@ def plan_to_json(plan: Plan) -> str:
     check_plan(plan)
     try:
         return json.dumps(asdict(plan), sort_keys=True, separators=(",", ":"), allow_nan=False)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"plan {plan.version} cannot be written as JSON: {error}") from None
 
 
@@ -40,8 +45,8 @@ def plan_from_json(text: str | bytes) -> Plan:
     one have none) and for a routing that it does not know.
     """
     try:
-        data = json.loads(text, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
+        data = read_json(text, max_bytes=MAX_PLAN_BYTES)
+    except JsonError as error:
         raise ConfigError(f"a plan must be JSON: {error}") from None
     if not isinstance(data, dict) or not isinstance(data.get("stages"), list):
         raise ConfigError("a plan must be an object with a list `stages`")
@@ -104,7 +109,7 @@ def _stage(index: int, item: Any) -> StagePlan:
 
 def _whole(value: Any, name: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_NUMBER:
-        raise ConfigError(f"plan.{name} must be a whole number ≥ 0, got {value!r:.40}")
+        raise ConfigError(f"plan.{name} must be a whole number in [0, 2^53], got {_shown(value)}")
     return value
 
 
@@ -112,13 +117,13 @@ def _number(value: Any, name: str) -> float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ConfigError(f"plan.{name} must be a finite number, got {value!r}")
+        raise ConfigError(f"plan.{name} must be a finite number, got {_shown(value)}")
     return float(value)
 
 
 def _text(value: Any, name: str) -> str:
     if not isinstance(value, str):
-        raise ConfigError(f"plan.{name} must be text, got {value!r}")
+        raise ConfigError(f"plan.{name} must be text, got {_shown(value)}")
     return value
 
 
@@ -128,14 +133,15 @@ def _routing(value: Any) -> Routing:
     try:
         return Routing(value)
     except ValueError:
-        raise NewerPlan(f"plan.routing must be one of {', '.join(Routing)}, got {value!r}") from None
+        raise NewerPlan(f"plan.routing must be one of {', '.join(Routing)}, got {_shown(value)}") from None
 
 
 def _mapping(value: Any, name: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise ConfigError(f"plan.{name} must be an object, got {value!r}")
+        raise ConfigError(f"plan.{name} must be an object, got {_shown(value)}")
     return value
 
 
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is not a finite number")
+def _shown(value: Any) -> str:
+    """A value of a plan in an error, which is one line."""
+    return repr(value)[:_MAX_SHOWN_CHARS]

@@ -21,6 +21,7 @@ __all__ = ("COLUMNS", "Trace", "read_trace")
 
 COLUMNS = ("arrival_s", "input_tokens", "output_tokens")
 MAX_TOKENS = 100_000_000
+MAX_ARRIVAL_S = 1e9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +81,8 @@ def read_trace(path: str | Path) -> Trace:
     outputs: list[int] = []
     for line, values in _rows(path):
         at_s = _number(values[0], path=path, line=line, column=COLUMNS[0])
+        if at_s > MAX_ARRIVAL_S:
+            raise _error(path, line, COLUMNS[0], f"must be at most {MAX_ARRIVAL_S:g}, got {at_s:g}")
         if arrival and at_s < arrival[-1]:
             raise _error(path, line, COLUMNS[0], f"arrivals must not decrease: {at_s:g} follows {arrival[-1]:g}")
         arrival.append(at_s)
@@ -104,7 +107,7 @@ def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
             raise _error(path, 1, COLUMNS[0], f"the file is empty; expected a header with {', '.join(COLUMNS)}")
         for name in COLUMNS:
             if name not in header:
-                raise _error(path, 1, name, f"the column is missing; the header has {', '.join(header)}")
+                raise _error(path, 1, name, f"the column is missing; the header has {_shown(', '.join(header))}")
         places = [header.index(name) for name in COLUMNS]
         for row in reader:
             if not row or (len(row) == 1 and not row[0].strip()):
@@ -125,7 +128,7 @@ def _lines(path: Path) -> Iterable[str]:
         if path.name.endswith(".gz"):
             data = gzip.decompress(data)
         return io.StringIO(data.decode("utf-8-sig"), newline="")
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise _error(path, 1, COLUMNS[0], f"the file cannot be read: {reason}") from None
 
@@ -134,11 +137,11 @@ def _number(text: str, *, path: Path, line: int, column: str) -> float:
     try:
         value = float(text)
     except ValueError:
-        raise _error(path, line, column, f"not a number: {text.strip()[:40]!r}") from None
+        raise _error(path, line, column, f"not a number: {_shown(text)!r}") from None
     if not math.isfinite(value):
-        raise _error(path, line, column, f"must be finite, got {text.strip()}")
+        raise _error(path, line, column, f"must be finite, got {_shown(text)}")
     if value < 0:
-        raise _error(path, line, column, f"must not be negative, got {text.strip()}")
+        raise _error(path, line, column, f"must not be negative, got {_shown(text)}")
     return value
 
 
@@ -146,9 +149,14 @@ def _tokens(text: str, *, path: Path, line: int, column: str) -> int:
     value = _number(text, path=path, line=line, column=column)
     if value != int(value) or value > MAX_TOKENS:
         raise _error(
-            path, line, column, f"must be a whole number of tokens up to {MAX_TOKENS}, got {text.strip()}"
+            path, line, column, f"must be a whole number of tokens up to {MAX_TOKENS}, got {_shown(text)}"
         )
     return int(value)
+
+
+def _shown(text: str) -> str:
+    """A text of the file in an error, which is one line."""
+    return " ".join(text.split())[:80]
 
 
 def _error(path: Path, line: int, column: str, what: str) -> TraceError:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-__all__ = ("BODIES", "JSON", "TEXTS", "nested", "shuffled")
+__all__ = ("BODIES", "DEEP", "JSON", "ODD", "TEXTS", "nested", "shuffled")
 
 
 class Color(StrEnum):

@@ -44,6 +44,12 @@ def test_a_plain_and_a_gzipped_file_read_alike(tmp_path: Path) -> None:
         (HEADER + "0,abc,1\n", "2: input_tokens", "not a number"),
         (HEADER + "0,1.5,1\n", "2: input_tokens", "whole number"),
         (HEADER + "0,1e300,1\n", "2: input_tokens", "whole number"),
+        (HEADER + "1e10,1,1\n", "2: arrival_s", "at most"),
+        (HEADER + "9" * 5000 + ",1,1\n", "2: arrival_s", "must be finite"),
+        (HEADER + '0,"-1\n\n ",1\n', "4: input_tokens", "not be negative, got -1"),
+        (HEADER + '"a\nb",1,1\n', "3: arrival_s", "not a number: 'a b'"),
+        ('"a\nb",c\n0,1\n', "1: arrival_s", "the header has a b, c"),
+        (HEADER + "0," + "1" * 200_000 + ",1\n", "2: arrival_s", "field larger"),
     ],
 )
 def test_a_broken_file_names_file_line_and_column(tmp_path: Path, text: str, place: str, why: str) -> None:
@@ -58,6 +64,7 @@ def test_a_broken_file_names_file_line_and_column(tmp_path: Path, text: str, pla
     assert message.startswith(f"{path}:{place}: ")
     assert why in message
     assert "\n" not in message
+    assert len(message) < 300 + len(str(path))
 
 
 def test_files_that_cannot_be_opened_or_unpacked_are_trace_errors(tmp_path: Path) -> None:

@@ -51,3 +51,14 @@ def test_torch_is_imported_only_where_a_model_stands_beside(is_model: bool, gene
 def test_a_folder_without_a_tokenizer_is_an_error_that_its_callers_know(tmp_path: Path) -> None:
     with pytest.raises((OSError, ValueError)):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b"\xff", b"{", b"[1]", b'{"tokenizer_class": "\xff"}'])
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "tokenizer.json"])
+def test_a_broken_file_is_an_error_that_its_callers_know(
+    name: str, content: bytes, generic: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(generic, tmp_path / "tokenizer")
+    (folder / name).write_bytes(content)
+    with pytest.raises((OSError, ValueError)):
+        load_tokenizer(folder)

@@ -116,6 +116,13 @@ def test_a_password_of_its_own_setting_needs_no_encoding(password: str, url: str
         ("redis://host?sentinel_password=x", r"redis\+sentinel:// only"),
         ("redis://host?db=1&db=1", "given twice"),
         ("redis://host?max_connections=0", "max_connections=0 cannot be used"),
+        ("redis://host?replicas=" + "9" * 5000, "at most 4096 characters"),
+        ("redis://host?replicas=\u00b2", "replicas="),
+        ("redis+sentinel://s1:99999/queue", "99999"),
+        ("redis+cluster://n1:\u00b2", "L4_REDIS_URL|is no"),
+        ("redis://host:port", "port"),
+        ("redis://host?db=x", "x"),
+        ("redis://host?socket_timeout=soon", "soon"),
     ],
 )
 def test_a_wrong_url_is_told(url: str, says: str) -> None:
@@ -147,6 +154,14 @@ def test_a_raw_password_is_told_and_not_shown(url: str) -> None:
     for shown in (str(caught.value), redacted(url)):
         assert "zyzzyva" not in shown
         assert "pa#" not in shown
+
+
+@pytest.mark.parametrize("host", ["[host", "\ud800", "host\x00", "host/\u00b2", "host/" + "9" * 5000])
+def test_what_no_url_can_hold_is_told_without_the_password(host: str) -> None:
+    """One typed error, whatever the parsers of URLs raise."""
+    with pytest.raises(ConfigError, match="L4_REDIS_URL") as caught:
+        parse_url(f"redis://:zyzzyva@{host}")
+    assert "zyzzyva" not in str(caught.value)
 
 
 def test_a_broker_that_is_wrong_is_told_by_its_own_name() -> None:

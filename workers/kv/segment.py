@@ -224,7 +224,7 @@ class Segment:
             fields = json.loads(header)
             ids_crc, sums_crc = fields.pop("ids_crc"), fields.pop("sums_crc")
             layout = Layout(**fields)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
             raise SegmentError(MissCause.FOREIGN, f"{name}: written by another version") from error
         if size != layout.total_bytes:
             raise SegmentError(MissCause.DAMAGED, f"{name}: {size} bytes instead of {layout.total_bytes}")

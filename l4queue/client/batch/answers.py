@@ -12,6 +12,7 @@ from l4queue.errors import InvalidRequest
 from l4queue.json_lines import json_line
 from l4queue.models import RequestState
 from l4queue.protocol.records import OutputEntry, RequestRecord
+from l4queue.strict_json import is_unicode
 
 __all__ = (
     "DUPLICATE",
@@ -114,7 +115,7 @@ def read_answer(answer: dict[str, Any]) -> Answer | None:
     """A line of the output or error file; None for what says neither a response nor an error."""
     custom_id, response, error = answer.get("custom_id"), answer.get("response"), answer.get("error")
     line = is_about_a_line(answer)
-    if not isinstance(custom_id, str) and not (custom_id is None and line is not None):
+    if not (isinstance(custom_id, str) and is_unicode(custom_id)) and not (custom_id is None and line is not None):
         return None
     if (response is None) == (error is None):
         return None

@@ -147,6 +147,7 @@ RESPONSE = {"status_code": 200, "request_id": "r", "body": {}}
         {"custom_id": "a", "error": "text"},
         {"custom_id": "a", "error": {}},
         {"custom_id": None, "response": RESPONSE},
+        {"custom_id": "\ud800", "response": RESPONSE},
         {"custom_id": 5, "response": RESPONSE},
         {"response": RESPONSE},
     ],

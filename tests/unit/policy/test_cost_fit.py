@@ -240,8 +240,11 @@ def test_an_unknown_gpu_is_told_what_is_known() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"coefficients": {"alpha_ms": 1}}', '{"coefficients": {"tau": 1}}']
-)
+    "text",
+    ["", "[]", "{}", '{"coefficients": {"alpha_ms": 1}}', '{"coefficients": {"tau": 1}}', "[" * 100_000,
+     "9" * 5000, '{"coefficients": []}', '{"coefficients": [[]]}', '{"coefficients": 5}', "\ud800",
+     '{"coefficients": {"a": NaN}}', '{"coefficients": {}, "coefficients": {}}'],
+)  # fmt: skip
 def test_a_broken_coefficient_file_is_named(text: str) -> None:
     """Whatever is wrong in it, the error begins with the name of the file."""
     with pytest.raises(ConfigError, match=r"^mine\.json: "):
@@ -258,3 +261,11 @@ def test_a_coefficient_below_zero_is_refused() -> None:
 
     with pytest.raises(ConfigError, match="psi_ms must be a finite number"):
         parse_coefficients(json.dumps(data), name="mine.json")
+    data["coefficients"] = file.cost.to_dict()
+    assert parse_coefficients(json.dumps(data), name="mine.json").cost == file.cost
+    for name, value in (("gpu", 5), ("kv_bytes_per_token", True), ("kv_bytes_per_token", -1), ("errors", [])):
+        with pytest.raises(ConfigError, match=f"{name} must be "):
+            parse_coefficients(json.dumps({**data, name: value}), name="mine.json")
+    huge = {**data, "coefficients": file.cost.to_dict() | {"psi_ms": 10**400}}
+    with pytest.raises(ConfigError, match="64 bits"):
+        parse_coefficients(json.dumps(huge), name="mine.json")

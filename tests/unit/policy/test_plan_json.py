@@ -99,6 +99,11 @@ GOOD = {
         (lambda p: p.update(objective="low"), "objective"),
         (lambda p: p.update(reason=3), "reason"),
         (lambda p: p.update(details=[]), "details"),
+        (lambda p: p.update(version=2**53 + 1), "version"),
+        (lambda p: p.update(objective=10**400), "64 bits"),
+        (lambda p: p.update(reason="\ud800"), "surrogate"),
+        (lambda p: p.update(routing=[]), "routing"),
+        (lambda p: p.update(routing="x" * 10_000), "routing"),
         (lambda p: p.update(stages=[]), "no stages"),
         (lambda p: p.update(stages=[1]), "must be an object"),
     ],
@@ -126,6 +131,18 @@ def test_a_plan_that_only_a_newer_release_understands_says_so(change) -> None:
     """It is not broken: whoever published it goes by it."""
     with pytest.raises(NewerPlan):
         plan_from_json(json.dumps(GOOD | change))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[" * 100_000, '{"a":' * 100_000, "9" * 5000, '{"version":1e999}', '{"version":1,"version":2}', b"\xff",
+     "\ud800", b"\xed\xa0\x80", '{"details":' + "[" * 70 + "]" * 70 + "}"],
+)  # fmt: skip
+def test_what_python_reads_in_four_ways_is_one_error(text: str | bytes) -> None:
+    """In one line of bounded length."""
+    with pytest.raises(ConfigError, match="a plan must be JSON") as caught:
+        plan_from_json(text)
+    assert len(str(caught.value)) < 300
 
 
 def test_numbers_that_are_not_finite_are_refused_both_ways() -> None:

@@ -1,0 +1,49 @@
+"""Settings from the environment and from .env: what cannot be used is a ConfigError that names it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from l4queue.config import load_settings
+from l4queue.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("RESULT_TTL_S", "inf"),
+        ("RESULT_TTL_S", "nan"),
+        ("RESULT_TTL_S", "1e400"),
+        ("RESULT_TTL_S", "1e300"),
+        ("LEASE_S", "inf"),
+        ("MAX_MODEL_LEN", "9" * 5000),
+        ("MAX_MODEL_LEN", "9" * 400),
+        ("BACKGROUND_PRIORITY", str(-(2**53) - 1)),
+        ("NAMESPACE", "a\n"),
+        ("NAMESPACE", "{a}"),
+        ("MODEL", "\udcff"),  # a byte that is no UTF-8, as the environment gives it
+        ("MODEL", "m" * 4097),
+        ("MAX_RUNNING", "1.5"),
+    ],
+)
+def test_a_value_that_cannot_be_used_names_its_variable(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is computed with it."""
+    monkeypatch.setenv(f"L4_{name}", value)
+    with pytest.raises(ConfigError, match=f"^L4_{name}: ") as caught:
+        load_settings()
+    assert str(caught.value).encode()
+
+
+@pytest.mark.parametrize("content", [b"L4_MODEL=\xff\n", b"\xff\xfe\x00"])
+def test_a_file_of_settings_that_is_no_text_is_told(
+    content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is the one of the working directory."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".env").write_bytes(content)
+    with pytest.raises(ConfigError, match="env cannot be read"):
+        load_settings()
