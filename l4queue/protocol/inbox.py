@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from redis.exceptions import ResponseError
@@ -26,6 +27,7 @@ class Inbox:
         self._door = door
         self._key = keys.inbox
         self._consumer = consumer
+        self._others: dict[bytes, tuple[bytes, int, float]] = {}  # (consumer, deliveries, since when, s)
 
     async def read(self, *, count: int, block_s: float) -> list[StreamEntry]:
         """New entries, waiting at most `block_s` for the first; [] when there are none or Redis is away."""
@@ -46,15 +48,36 @@ class Inbox:
         Not counted as a delivery yet: that is `claim`, one by one, so that an end of this dispatcher counts
         against the entry that it was working on and no other.
         """
+        client, key = self._door.client, self._key
         try:
-            reply: Any = await self._door.client.xautoclaim(
-                self._key, _GROUP, self._consumer, int(min_idle_s * 1000), "0-0", count=count, justid=True
+            reply: Any = await client.xautoclaim(
+                key, _GROUP, self._consumer, int(min_idle_s * 1000), "0-0", count=count, justid=True
             )
+            pending: Any = await client.xpending_range(key, _GROUP, "-", "+", count)
+            if left := self._left_behind(pending, older_s=2 * min_idle_s):
+                reply += await client.xclaim(key, _GROUP, self._consumer, 0, left, justid=True)
         except FAILURES as error:
             await self._mend(error, "XAUTOCLAIM")
             return []
         self._door.waits.passed("XAUTOCLAIM")
         return list(reply)
+
+    def _left_behind(self, pending: Sequence[Mapping[str, Any]], *, older_s: float) -> list[bytes]:
+        """Entries of others that stand as they were for so long by this process's clock.
+
+        Redis reckons idle times by its own clock: once that has gone back, nothing is idle for as long.
+        """
+        now_s, before = time.monotonic(), self._others
+        self._others = {
+            row["message_id"]: (row["consumer"], row["times_delivered"], now_s)
+            for row in pending
+            if row["consumer"] != self._consumer.encode()
+        }
+        for entry_id, fact in self._others.items():
+            known = before.get(entry_id)
+            if known is not None and known[:2] == fact[:2]:
+                self._others[entry_id] = known
+        return [entry_id for entry_id, (_, _, since_s) in self._others.items() if now_s - since_s >= older_s]
 
     async def claim(self, entry_id: bytes) -> tuple[StreamEntry, int] | None:
         """An adopted entry and how often it was delivered, this time included; None when it is cleared by now."""

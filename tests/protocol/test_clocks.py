@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import time
 
 import pytest
@@ -22,6 +23,7 @@ from l4queue.protocol.health import (
     dispatcher_heard_s,
     planner_idle_s,
 )
+from l4queue.protocol.inbox import Inbox
 from l4queue.protocol.records import Hold, in_order
 from l4queue.protocol.telemetry import read_telemetry
 from l4queue.protocol.upkeep import Upkeep
@@ -147,6 +149,52 @@ def test_a_move_from_the_future_has_no_gap(scene: Scene) -> None:
 
     assert scene.emit(epoch=2, offset=2) is Verdict.OK
     assert scene.counts()["resume_gap_ms"] == 0
+
+
+async def test_entries_of_a_dead_dispatcher_are_adopted_in_spite_of_the_clock(
+    scene: Scene, redis_url: str
+) -> None:
+    """Redis calls them fresh for an hour; a dispatcher sees by its own clock that nobody works on them."""
+    scene.submit()
+    scene.read_inbox("dead")
+    _deliver_in_the_future(scene)
+    door = AsyncDoor(redis_url)
+    inbox = Inbox(door, scene.keys, consumer="living")
+
+    assert await inbox.adopt(min_idle_s=0.05, count=10) == []
+    while not (adopted := await inbox.adopt(min_idle_s=0.05, count=10)):
+        continue
+    claimed = await inbox.claim(adopted[0])
+    await door.close()
+
+    assert adopted == [scene.entry().encode()]
+    assert claimed is not None
+    assert (claimed[0][1], claimed[1]) == ({b"i": b"a"}, 2)
+
+
+def _deliver_in_the_future(scene: Scene) -> None:
+    """Write the inbox anew with its one delivery an hour ahead: no command of Redis sets it so."""
+    dump = bytearray(scene.raw.dump(scene.keys.inbox))
+    idle_ms = scene.raw.xpending_range(scene.keys.inbox, "d", "-", "+", 1)[0]["time_since_delivered"]
+    now_ms = _now_ms(scene)
+    for at_ms in range(now_ms - idle_ms - 1000, now_ms + 1):
+        written = struct.pack("<Q", at_ms) + b"\x01"  # of the delivery: time, and how often
+        if (at := dump.find(written)) >= 0:
+            dump[at : at + 8] = struct.pack("<Q", at_ms + HOUR_MS)
+    dump[-8:] = struct.pack("<Q", _crc64(dump[:-8]))
+    scene.raw.restore(scene.keys.inbox, 0, bytes(dump), replace=True)
+    scene.raw.xautoclaim(scene.keys.inbox, "d", "probe", 1, "0-0", justid=True)
+    assert scene.raw.xpending_range(scene.keys.inbox, "d", "-", "+", 1)[0]["consumer"] == b"dead"
+
+
+def _crc64(data: bytes | bytearray) -> int:
+    """Of Jones, as Redis signs dumps."""
+    crc = 0
+    for byte in data:
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ (0x95AC9329AC4BC9B5 if crc & 1 else 0)
+    return crc
 
 
 async def test_the_drain_rate_leaves_out_steps_back(scene: Scene, redis_url: str) -> None:
