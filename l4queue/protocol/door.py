@@ -24,7 +24,7 @@ from l4queue.protocol.wire import (
     confirmed,
     explain,
     first_missing,
-    is_foreign_type,
+    is_foreign,
     is_passing,
     keys_of,
     parse_replies,
@@ -71,7 +71,7 @@ class Door:
                 self._bury(found)
                 return values
             except RedisError as error:
-                if is_foreign_type(error) and not was_cleared:
+                if is_foreign(error) and not was_cleared:
                     was_cleared = self._clear(keys_of(calls))
                     continue
                 if not is_passing(error) or time.monotonic() + pause_s > deadline:
@@ -87,7 +87,7 @@ class Door:
         try:
             reply = self._waiter.xread(dict(streams), count=count, block=block_ms)
         except RedisError as error:
-            if is_foreign_type(error) and self._clear(tuple(streams)):
+            if is_foreign(error) and self._clear(tuple(streams)):
                 return {}
             if not is_passing(error):
                 raise explain(error, self.url) from error
@@ -173,7 +173,7 @@ class AsyncDoor:
                 await self.bury(found)
                 return values
             except RedisError as error:
-                if is_foreign_type(error) and not was_cleared:
+                if is_foreign(error) and not was_cleared:
                     was_cleared = await self.clear(keys_of(calls))
                     continue
                 out_of_time = deadline is not None and time.monotonic() + pause_s > deadline
@@ -190,7 +190,7 @@ class AsyncDoor:
         try:
             reply = await self._waiter.xread(dict(streams), count=count, block=block_ms)
         except RedisError as error:
-            if is_foreign_type(error) and await self.clear(tuple(streams)):
+            if is_foreign(error) and await self.clear(tuple(streams)):
                 return {}
             if not is_passing(error):
                 raise explain(error, self.url) from error

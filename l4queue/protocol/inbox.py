@@ -10,7 +10,7 @@ from redis.exceptions import RedisError, ResponseError
 from l4queue.protocol.door import AsyncDoor
 from l4queue.protocol.keys import Keys
 from l4queue.protocol.reads import StreamEntry, parse_entries
-from l4queue.protocol.wire import explain, is_foreign_type, is_passing
+from l4queue.protocol.wire import explain, is_foreign, is_passing
 
 __all__ = ("Inbox",)
 
@@ -84,6 +84,6 @@ class Inbox:
         if is_passing(error):
             await asyncio.sleep(0.1)
             return []
-        if is_foreign_type(error) and await self._door.clear((self._key,)):
+        if is_foreign(error) and await self._door.clear((self._key,)):
             return []
         raise explain(error, self._door.url) from error

@@ -22,7 +22,7 @@ __all__ = (
     "confirmed",
     "explain",
     "first_missing",
-    "is_foreign_type",
+    "is_foreign",
     "is_passing",
     "keys_of",
     "parse_replies",
@@ -94,9 +94,10 @@ def is_passing(error: Exception) -> bool:
     )
 
 
-def is_foreign_type(error: Exception) -> bool:
-    """Whether a key is of another type than ours: somebody else wrote under our names."""
-    return isinstance(error, rx.ResponseError) and "WRONGTYPE" in str(error)
+def is_foreign(error: Exception) -> bool:
+    """Whether somebody else wrote under our names: a key of another type, or a stream that ends all streams."""
+    text = str(error)
+    return isinstance(error, rx.ResponseError) and ("WRONGTYPE" in text or "last possible ID" in text)
 
 
 def keys_of(calls: Sequence[Call[Any]]) -> tuple[str, ...]:
