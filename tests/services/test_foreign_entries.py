@@ -70,7 +70,7 @@ class Place:
 
     async def running(self) -> str:
         """The id of a request that the worker runs, and will for long."""
-        handle = await self.client.enqueue(token_ids=[1] * 9, max_tokens=2000, ignore_eos=True)
+        handle = await self.client.enqueue(token_ids=[1] * 9, max_tokens=8000, ignore_eos=True)
         await until(lambda: self._runs(handle.id), timeout_s=LONG_S)
         return handle.id
 
@@ -477,7 +477,8 @@ async def test_what_somebody_else_wrote_ends_no_process(place: Place, table: str
         assert await place.ended(request_id) in TERMINAL
     await place.look()
     await place.good()
-    assert await (await place.client.get(before)).cancel()
+    await (await place.client.get(before)).cancel()
+    assert await place.ended(before) in (RequestState.CANCELLED, RequestState.DONE)
     await place.good()
     assert place.letters(), "nothing of it is among the dead letters"
 
