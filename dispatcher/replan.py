@@ -126,10 +126,17 @@ async def _with_door(settings: Settings, work: Callable[[AsyncDoor, Settings], A
         await door.close()
 
 
+async def _look(door: AsyncDoor, settings: Settings) -> Overview:
+    """The deployment, each worker once: one that started again has two leases until the first runs out."""
+    overview = await read_overview_async(door, settings.namespace)
+    workers = {load.worker_id: load for load in overview.workers}
+    return replace(overview, workers=tuple(workers.values()))
+
+
 async def _replan(door: AsyncDoor, settings: Settings) -> str:
     keys = Keys(settings.namespace)
     reads, calls = Reads(keys), Calls(keys)
-    overview = await read_overview_async(door, settings.namespace)
+    overview = await _look(door, settings)
     if overview.has_unreadable_plan:
         return await _replace_unreadable(door, settings, overview)
     if overview.plan.routing is not Routing.L4:
@@ -150,7 +157,7 @@ async def _replan(door: AsyncDoor, settings: Settings) -> str:
 
 
 async def _refine(door: AsyncDoor, settings: Settings) -> str:
-    overview = await read_overview_async(door, settings.namespace)
+    overview = await _look(door, settings)
     plan = overview.plan
     if plan.routing is not Routing.L4 or overview.has_unreadable_plan:
         return f"routing is {plan.routing}, or of another release: nothing to refine"

@@ -26,7 +26,7 @@ from l4queue.protocol.wire import (
     explain,
     first_error,
     first_missing,
-    is_foreign_type,
+    is_foreign,
     keys_of,
     names_of,
 )
@@ -93,7 +93,7 @@ class Door:
             try:
                 replies = first_error(self._exchange(calls))
             except FAILURES as error:
-                if is_foreign_type(error) and tries.may_clear() and self._clear(keys_of(calls)):
+                if is_foreign(error) and tries.may_clear() and self._clear(keys_of(calls)):
                     continue
                 pause_s = tries.failed(error)
                 if pause_s is None or self._closed.wait(pause_s):
@@ -113,7 +113,7 @@ class Door:
         try:
             reply = self._waiter.xread(dict(streams), count=count, block=block_ms)
         except FAILURES as error:
-            if not (is_foreign_type(error) and self._clear(tuple(streams))):
+            if not (is_foreign(error) and self._clear(tuple(streams))):
                 self._closed.wait(min(self.waits.failed(error, _READ), block_s))
             return {}
         self.waits.passed(_READ)
@@ -212,7 +212,7 @@ class AsyncDoor:
             try:
                 replies = first_error(await self._exchange(calls))
             except FAILURES as error:
-                if is_foreign_type(error) and tries.may_clear() and await self.clear(keys_of(calls)):
+                if is_foreign(error) and tries.may_clear() and await self.clear(keys_of(calls)):
                     continue
                 pause_s = tries.failed(error)
                 if pause_s is None:
@@ -233,7 +233,7 @@ class AsyncDoor:
         try:
             reply = await self._waiter.xread(dict(streams), count=count, block=block_ms)
         except FAILURES as error:
-            if not (is_foreign_type(error) and await self.clear(tuple(streams))):
+            if not (is_foreign(error) and await self.clear(tuple(streams))):
                 await asyncio.sleep(min(self.waits.failed(error, _READ), block_s))
             return {}
         self.waits.passed(_READ)

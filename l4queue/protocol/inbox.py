@@ -13,7 +13,7 @@ from l4queue.protocol.door import AsyncDoor
 from l4queue.protocol.keys import Keys
 from l4queue.protocol.reads import StreamEntry, parse_entries
 from l4queue.protocol.trouble import FAILURES
-from l4queue.protocol.wire import is_foreign_type
+from l4queue.protocol.wire import is_foreign
 
 __all__ = ("Inbox",)
 
@@ -137,7 +137,7 @@ class Inbox:
                     await self._pause(again, "XGROUP")
                     return
             self._door.waits.passed("XGROUP")
-        elif not (is_foreign_type(error) and await self._door.clear((self._key,))):
+        elif not (is_foreign(error) and await self._door.clear((self._key,))):
             await self._pause(error, name)
 
     async def _pause(self, error: Exception, name: str) -> None:

@@ -110,7 +110,7 @@ class Reads:
 
     def histogram(self) -> Call[dict[str, str]]:
         """Cumulative counters by length bucket: a: arrivals, p: prompt tokens, d: decode steps, c: context."""
-        return self._figures(self.keys.hist)
+        return Call(None, (), ("HGETALL", self.keys.hist), partial(views.figures, self.keys.hist, least=0.0))
 
     def planner_memory(self) -> Call[str | None]:
         """What the planner wrote down in its last round (JSON)."""

@@ -120,12 +120,12 @@ def whole(raw: bytes | None) -> int:
     return number
 
 
-def figures(key: str, reply: Any) -> dict[str, str]:
+def figures(key: str, reply: Any, *, least: float = -MAX_NUMBER) -> dict[str, str]:
     """The fields of a hash of numbers; others are reported."""
 
     def one(name: bytes, values: Mapping[bytes, bytes]) -> tuple[str, str]:
         number = values[name].decode()
-        if not abs(float(number)) <= MAX_NUMBER:
+        if not least <= float(number) <= MAX_NUMBER:
             raise UnreadableValue(f"not a number that counts anything: {number:.40}")
         return name.decode(), number
 

@@ -25,7 +25,7 @@ __all__ = (
     "explain",
     "first_error",
     "first_missing",
-    "is_foreign_type",
+    "is_foreign",
     "keys_of",
     "names_of",
     "redacted",
@@ -75,9 +75,10 @@ def first_missing(replies: Sequence[Any]) -> int | None:
     return next((i for i, reply in enumerate(replies) if isinstance(reply, rx.NoScriptError)), None)
 
 
-def is_foreign_type(error: Exception) -> bool:
-    """Whether a key is of another type than ours: somebody else wrote under our names."""
-    return isinstance(error, rx.ResponseError) and "WRONGTYPE" in str(error)
+def is_foreign(error: Exception) -> bool:
+    """Whether somebody else wrote under our names: a key of another type, or a stream that ends all streams."""
+    text = str(error)
+    return isinstance(error, rx.ResponseError) and ("WRONGTYPE" in text or "last possible ID" in text)
 
 
 def keys_of(calls: Sequence[Call[Any]]) -> tuple[str, ...]:

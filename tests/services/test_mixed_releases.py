@@ -54,8 +54,8 @@ def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
     found = subprocess.run(("git", "archive", RELEASE), cwd=ROOT, capture_output=True, check=False)
     if found.returncode:
         pytest.fail(
-            f"commit {RELEASE} is not in this checkout, so nothing says whether releases mix: take a clone with its "
-            f"history (git fetch --unshallow) and not an archive. git: {found.stderr.decode().strip()}"
+            f"commit {RELEASE} is not in this checkout, so nothing says whether releases mix: take a clone with "
+            f"its history (git fetch --unshallow) and not an archive. git: {found.stderr.decode().strip()}"
         )
     tree = tmp_path_factory.mktemp("release")
     with tarfile.open(fileobj=io.BytesIO(found.stdout)) as archive:

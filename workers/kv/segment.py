@@ -25,7 +25,8 @@ import numpy as np
 import numpy.typing as npt
 from xxhash import xxh3_64_intdigest
 
-from l4queue.errors import PortableError
+from l4queue.compat import object_of, value_of
+from l4queue.errors import PortableError, UnreadableValue
 
 __all__ = ("Layout", "MissCause", "Piece", "Segment", "SegmentError", "SegmentWriter")
 
@@ -173,7 +174,7 @@ class Segment:
 
     def __init__(self, path: Path) -> None:
         try:
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         except OSError as error:
             raise SegmentError(MissCause.MISSING, f"{path.name}: {error.strerror}") from error
         try:
@@ -181,6 +182,9 @@ class Segment:
             self.token_ids = self._read_words(self.layout.ids_at, self.layout.num_tokens, ids_crc)
             num_sums = self.layout.num_layers * self.layout.pieces_per_layer
             self._sums = self._read_words(self.layout.sums_at, num_sums, sums_crc)
+        except OSError as error:  # a directory, or a disk that fails
+            self.close()
+            raise SegmentError(MissCause.DAMAGED, f"{path.name}: {error.strerror}") from error
         except BaseException:
             self.close()
             raise
@@ -221,11 +225,13 @@ class Segment:
         if magic != _MAGIC or len(header) != length or crc32(header) != crc:
             raise SegmentError(MissCause.DAMAGED, f"{name}: no valid header")
         try:
-            fields = json.loads(header)
-            ids_crc, sums_crc = fields.pop("ids_crc"), fields.pop("sums_crc")
-            layout = Layout(**fields)
-        except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
-            raise SegmentError(MissCause.FOREIGN, f"{name}: written by another version") from error
+            fields = object_of(header, what="header")
+            layout = value_of(Layout, fields, what="layout")
+            ids_crc, sums_crc = fields["ids_crc"], fields["sums_crc"]
+        except (KeyError, UnreadableValue) as error:
+            raise SegmentError(MissCause.FOREIGN, f"{name}: written by another version: {error}") from error
+        if min(layout.num_layers, layout.block_tokens, layout.block_bytes, layout.num_tokens) < 1:
+            raise SegmentError(MissCause.FOREIGN, f"{name}: {layout} holds nothing")
         if size != layout.total_bytes:
             raise SegmentError(MissCause.DAMAGED, f"{name}: {size} bytes instead of {layout.total_bytes}")
         return layout, ids_crc, sums_crc

@@ -7,6 +7,9 @@ local P = string.match(KEYS[1], '^{[^}]*}:')
 -- Anybody who can write to Redis can write anything under our names. A command that fails on that sets it aside and
 -- is run again; every script calls Redis this way.
 local server, redis, heal = redis, {pcall = redis.pcall}, nil
+local function is_spoiled(err)  -- a stream that takes no more entries, or not the one that is to follow
+  return string.find(err, 'equal or smaller', 1, true) or string.find(err, 'last possible', 1, true)
+end
 function redis.call(...)
   local reply = server.pcall(...)
   if type(reply) ~= 'table' or not reply.err then return reply end
@@ -26,21 +29,21 @@ local function bury(name, why, bytes)
 end
 
 -- Renames a key that is of another type than ours, or spoiled: foreign:<name>, for a week. False where it is sound.
-local function set_aside(key, is_spoiled)
+local function set_aside(key, is_full)
   local name = string.sub(key, #P + 1)
   local kind, ours = server.pcall('TYPE', key).ok, TYPES[string.match(name, '^[^:]+') or '']
-  if not ours or kind == 'none' or kind == ours and not is_spoiled then return false end
+  if not ours or kind == 'none' or kind == ours and not is_full then return false end
   local bytes = kind == 'string' and server.call('GETRANGE', key, 0, 16383) or server.call('DUMP', key)
   server.call('RENAME', key, P .. 'foreign:' .. name)
   server.call('PEXPIRE', P .. 'foreign:' .. name, 604800000)
-  bury(name, is_spoiled and 'no entry can be added any more' or 'a ' .. kind .. ' instead of a ' .. ours, bytes)
+  bury(name, is_full and 'no entry can be added any more' or 'a ' .. kind .. ' instead of a ' .. ours, bytes)
   return true
 end
 
 function heal(err, command, key, field)
   if string.find(err, 'WRONGTYPE', 1, true) then
     set_aside(key)
-  elseif command == 'XADD' and (string.find(err, 'equal or smaller', 1, true) or string.find(err, 'last possible', 1, true)) then
+  elseif command == 'XADD' and is_spoiled(err) then
     set_aside(key, true)
   elseif command == 'HINCRBY' and string.find(err, 'hash value is not an integer', 1, true) then
     local bytes = server.call('HGET', key, field)
@@ -102,7 +105,7 @@ local function append(out, upto, ids, text, logprobs, followers)
   local reply = redis.pcall('XADD', out, int(upto) .. '-0', unpack(entry))
   local err = type(reply) == 'table' and reply.err
   if err then
-    if string.find(err, 'WRONGTYPE', 1, true) or string.find(err, 'equal or smaller', 1, true) then return false end
+    if string.find(err, 'WRONGTYPE', 1, true) or is_spoiled(err) then return false end
     return server.call('XADD', out, int(upto) .. '-0', 't', ids)  -- raises what it was
   end
   if not followers then return true end
@@ -173,12 +176,12 @@ local function settle(id, state, text, facts)
   if key then redis.call('PEXPIRE', P .. 'key:' .. key, ttl) end
   local counts = P .. 'counts'
   redis.call('HINCRBY', counts, 'live', -1)
-  redis.call('HINCRBY', counts, 'live_tokens', -(v[4] or 0))
-  redis.call('HINCRBY', counts, 'live_bytes', -(v[5] or 0))
+  redis.call('HINCRBY', counts, 'live_tokens', 0 - (v[4] or 0))
+  redis.call('HINCRBY', counts, 'live_bytes', 0 - (v[5] or 0))
   redis.call('HINCRBY', counts, state, 1)
   redis.call('HINCRBY', counts, 'output_tokens', offset)
   redis.call('XADD', P .. 'finished', 'MAXLEN', '~', 20000, '*', 'i', id, 's', state,
-    'p', v[9] or 0, 'o', int(offset), 'a', v[10] or '', 'q', v[11] or '', 'b', v[12] or '', 'f', v[13] or '',
+    'p', v[9] or 0, 'o', int(offset), 'a', v[10] or int(t), 'q', v[11] or '', 'b', v[12] or '', 'f', v[13] or '',
     'd', int(t), 'g', v[3] or '', 'w', v[14] or '', 'c', v[15] or 0)
   if v[7] and v[7] ~= '' then
     local mail = P .. 'mail:' .. v[7]
@@ -208,7 +211,7 @@ local function fault(id)
     if value and not whole(value) then return OPTIONAL[i] end
   end
   if state == 'submitted' then return nil end
-  if not stage or stage == '' then return 'stage' end
+  if not stage or not string.find(stage, '^[!-~]') or string.find(stage, '^[^@].*[^!-~]') then return 'stage' end
   if not tonumber(score) or math.abs(tonumber(score)) >= 2 ^ 53 then return 'score' end
   return nil
 end

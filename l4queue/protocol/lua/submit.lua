@@ -26,10 +26,10 @@ if not known and is_keyed then
 end
 if known then return known end
 local v = redis.call('HMGET', KEYS[1], 'live_tokens', 'live_bytes', 'drain_tokens_per_s')
-local tokens, bytes = tonumber(v[1]) or 0, tonumber(v[2]) or 0
+local tokens, bytes = whole(v[1]) or 0, whole(v[2]) or 0
 if tokens > 0 and tokens + ARGV[6] > tonumber(ARGV[8]) or bytes > 0 and bytes + ARGV[7] > tonumber(ARGV[9]) then
   redis.pcall('HINCRBY', KEYS[1], 'rejected', 1)  -- pcall: a server out of memory may refuse to count, not to answer
-  return {'FULL', int(tokens), tostring(tonumber(v[3]) or 0)}
+  return {'FULL', int(tokens), v[3] and string.find(v[3], '^%d+%.?%d*$') and v[3] or '0'}
 end
 local t = now_ms()
 local number = redis.call('HINCRBY', KEYS[1], 'submitted', 1)

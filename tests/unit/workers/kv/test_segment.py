@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+import struct
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 import pytest
@@ -156,3 +159,59 @@ def test_no_file_is_missing(tmp_path: Path) -> None:
         with pytest.raises(SegmentError) as error:
             Segment(tmp_path / name)
         assert error.value.cause is MissCause.MISSING
+
+
+def _forge(path: Path, change: dict[str, object] | bytes) -> None:
+    """Another header, with a checksum that is right."""
+    data = bytearray(path.read_bytes())
+    magic, length, _ = struct.unpack_from("<8sII", data)
+    header = change
+    if isinstance(change, dict):
+        header = json.dumps(json.loads(data[16 : 16 + length]) | change).encode()
+    data[: 16 + len(header)] = struct.pack("<8sII", magic, len(header), crc32(header)) + header
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        b"no json",
+        b"[]",
+        b"{}",
+        b"\xff",
+        b"[" * 4000,
+        {"block_bytes": 0},
+        {"block_tokens": 0},
+        {"num_layers": -1},
+        {"num_tokens": "many"},
+        {"num_tokens": 10**400},
+        {"fingerprint": 3},
+        {"v": 2},
+    ],
+)
+def test_a_header_of_somebody_else_is_foreign(tmp_path: Path, change: dict[str, object] | bytes) -> None:
+    """Whatever it says, with a valid checksum too."""
+    write(tmp_path / "s", layout(40))
+    _forge(tmp_path / "s", change)
+
+    with pytest.raises(SegmentError) as found:
+        Segment(tmp_path / "s")
+    assert found.value.cause is MissCause.FOREIGN
+
+
+def test_a_header_with_more_fields_is_read(tmp_path: Path) -> None:
+    """A newer release may add some; one that changes the meaning of the others raises `v`."""
+    blocks = write(tmp_path / "s", layout(40))
+    _forge(tmp_path / "s", {"later": 1, "v": 1})
+
+    assert read(tmp_path / "s")[0, 0] == blocks[0, 0].tobytes()
+
+
+def test_what_is_no_file_is_damaged(tmp_path: Path) -> None:
+    """A directory, and a pipe that nobody writes to."""
+    (tmp_path / "d").mkdir()
+    os.mkfifo(tmp_path / "p")
+    for name in ("d", "p"):
+        with pytest.raises(SegmentError) as found:
+            Segment(tmp_path / name)
+        assert found.value.cause is MissCause.DAMAGED
