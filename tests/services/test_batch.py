@@ -214,7 +214,7 @@ async def test_results_that_are_gone_are_computed_again_and_counted(
 
 
 async def test_an_answer_without_its_output_is_computed_again(pipeline: Pipeline, files: Files) -> None:
-    """Between two runs the output of some was deleted, and their records were not: no line is answered with nothing."""
+    """Between two runs the output of some was deleted, but not their records: no line is answered with nothing."""
     write_lines(files.lines, 20)
     async with stopped_when(pipeline, files, 20) as first:
         pass

@@ -172,9 +172,7 @@ class Flight:
         ids, cancelled = list(self._pending), []
         for start in range(0, len(ids), 256):
             chunk = ids[start : start + 256]
-            replies = self._door.run_many(
-                [self.composer.cancel(i, reason="the batch was stopped") for i in chunk]
-            )
+            replies = self._door.run_many([self.composer.cancel(i, reason="the batch was stopped") for i in chunk])
             cancelled += [i for i, (verdict, _) in zip(chunk, replies, strict=True) if verdict is Verdict.OK]
         self.forget(cancelled)
         for request_id in cancelled:
