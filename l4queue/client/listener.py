@@ -24,7 +24,6 @@ __all__ = ("AsyncListener", "Listener")
 
 _Waiting = tuple[Sequence[Call[Any]], asyncio.Future[list[Any]]]
 _COUNT = 1000
-_BLOCK_S = 1.0
 _TRIM_EVERY = 4096  # news
 _BATCH = 128  # calls of one round trip
 _CLOSED = "the client was closed"
@@ -92,7 +91,8 @@ class AsyncListener:
                 replies = await self._door.run_many([self._composer.follow(look) for look in looks])
                 for look, reply in zip(looks, replies, strict=True):
                     self._demux.answered(look, reply, now_s=time.monotonic())
-                found = await self._door.wait(self._demux.streams, block_s=_BLOCK_S, count=_COUNT)
+                block_s = self._demux.block_s(time.monotonic())
+                found = await self._door.wait(self._demux.streams, block_s=block_s, count=_COUNT)
                 num_news += self._demux.feed(found, now_s=time.monotonic(), is_drained=_is_drained(found))
                 if num_news >= _TRIM_EVERY:
                     num_news = 0
@@ -212,8 +212,8 @@ class Listener:
                 with self._lock:
                     for look, reply in zip(looks, replies, strict=True):
                         self._demux.answered(look, reply, now_s=time.monotonic())
-                    streams = self._demux.streams
-                found = self._door.wait(streams, block_s=_BLOCK_S, count=_COUNT)
+                    streams, block_s = self._demux.streams, self._demux.block_s(time.monotonic())
+                found = self._door.wait(streams, block_s=block_s, count=_COUNT)
                 with self._lock:
                     now_s = time.monotonic()
                     num_news += self._demux.feed(found, now_s=now_s, is_drained=_is_drained(found))

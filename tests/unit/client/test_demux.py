@@ -111,7 +111,7 @@ OPS = st.lists(
 
 
 @given(sizes=st.lists(st.integers(1, 4), max_size=10), data=st.data(), ops=OPS)
-@settings(deadline=None, max_examples=400)
+@settings(deadline=None, max_examples=500)
 def test_any_news_give_the_exact_output(sizes: list[int], data: st.DataObject, ops: list[tuple]) -> None:  # type: ignore[type-arg]
     """Lost, doubled, late, in any order, without content, never sent: each token comes once, in order."""
     server, demux = Server(tuple(sizes)), demultiplexer()
@@ -159,6 +159,18 @@ def check(chunks: list[Chunk], after: int, sizes: list[int]) -> None:
     assert "".join(chunk.text for chunk in chunks) == "".join(f"{i}," for i in range(begin, total)) + "end"
     boundaries = {sum(sizes[:i]) for i in range(len(sizes) + 1)}
     assert begin == max(b for b in boundaries if b <= after)
+
+
+def test_an_end_that_news_and_output_both_tell_comes_once() -> None:
+    """The news arrive while the output stream is being read."""
+    server, demux = Server(()), demultiplexer()
+    reader = Reader(demux, 0)
+    server.write(is_told=True)
+    demux.opened([reader.watch], place(server))
+    assert reader.watch.take() == ([], True, False)
+    feed(demux, server.news, now_s=0.0)
+    reader.watch.read(server.record, server.after(0))
+    assert [chunk.text for chunk in reader.watch.take()[0]] == ["end"]
 
 
 def test_what_nobody_takes_is_not_kept() -> None:
@@ -251,7 +263,9 @@ def test_news_on_their_way_are_awaited_before_the_output_stream_is_read() -> Non
     server.write()
     (look,) = demux.due(2.0)
     demux.answered(look, place(server), now_s=2.0)
+    assert demux.block_s(2.0) == 0.0
     feed(demux, server.news, now_s=2.0, is_drained=True)
+    assert 0.0 < demux.block_s(2.0) <= 1.0
     assert not reader.watch.must_read
     assert reader.watch.offset == 2
 
