@@ -121,7 +121,7 @@ class Watch:
         is_whole = True
         for entry in entries:
             is_whole &= self._accept(entry)
-        if self.is_over:
+        if self.is_over or self.error is not None:
             return
         is_terminal = record.state in TERMINAL
         if is_terminal and record.offset < (self.after or 0):
@@ -156,6 +156,9 @@ class Watch:
             return True
         elif start > self.offset:
             return False
+        elif start < self.offset != self.after:  # no chunk ends inside another, unless a server forgot one
+            self.error = OutputLost(f"request {self.request_id} has other chunks than were read; read it again")
+            return True
         if entry.text or entry.token_ids:
             skip = self.offset - start
             self._chunks.append(

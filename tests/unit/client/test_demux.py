@@ -219,6 +219,26 @@ def test_after_beyond_the_end_is_the_caller_s_error_and_a_loss_is_not() -> None:
         Watch("r", wake=lambda: None, after=-1)
 
 
+@pytest.mark.parametrize("is_told", [True, False])
+def test_chunks_that_no_longer_meet_are_an_error(is_told: bool) -> None:
+    """A failover lost tokens that were read here, and they were computed again in other pieces."""
+    demux = demultiplexer()
+    reader = Reader(demux, 1)
+    first, other = Server((3, 3)), Server((2, 2, 2))
+    first.write()
+    feed(demux, first.news, now_s=0.0)
+    for _ in range(2):
+        other.write()
+    reader.step(other)
+    if is_told:
+        feed(demux, other.news, now_s=0.0)
+    else:
+        reader.watch.read(other.record, other.after(reader.watch.offset))
+    assert [chunk.token_ids for chunk in reader.chunks] == [(1, 2)]
+    with pytest.raises(OutputLost, match="read it again"):
+        reader.watch.take()
+
+
 def test_an_unknown_request_ends_its_wait_alone() -> None:
     """And every wait has an exception of its own."""
     demux = demultiplexer()
