@@ -25,6 +25,7 @@ RECHECK_S = 5.0
 """A silent request is looked at so often, should what tells of it have been lost."""
 _FIRST_RECHECK_S = 1.0
 _UNTOLD_S = 0.25  # the same where output came without news: its worker is of an earlier release
+_BLOCK_S = 1.0  # a wait that begins meanwhile is looked at by then
 _SCAN_S = 0.25  # least time between two searches for silent requests
 _FOLLOW_AGAIN_S = 15.0  # keeps the news stream alive where no request is silent
 _MOST_IDS = 256  # of one look
@@ -120,7 +121,7 @@ class Watch:
         is_whole = True
         for entry in entries:
             is_whole &= self._accept(entry)
-        if self.is_over:
+        if self.is_over or self.error is not None:
             return
         is_terminal = record.state in TERMINAL
         if is_terminal and record.offset < (self.after or 0):
@@ -147,15 +148,20 @@ class Watch:
 
     def _accept(self, entry: OutputEntry) -> bool:
         """Whether this entry is one more or known already; False: tokens before it are missing."""
+        if self.is_over:
+            return True
         start = entry.upto - len(entry.token_ids)
         if entry.state is not None:
             if entry.upto != self.offset:
-                return self.is_over
+                return False
             self.state, self.is_over = entry.state, True
         elif entry.upto <= self.offset:
             return True
         elif start > self.offset:
             return False
+        elif start < self.offset != self.after:  # no chunk ends inside another, unless a server forgot one
+            self.error = OutputLost(f"request {self.request_id} has other chunks than were read; read it again")
+            return True
         if entry.text or entry.token_ids:
             skip = self.offset - start
             self._chunks.append(
@@ -203,6 +209,10 @@ class Demultiplexer:
         """Whether nobody waits."""
         self._purge()
         return not self._watches
+
+    def block_s(self, now_s: float) -> float:
+        """How long to wait for entries at most: not at all to see whether some are there already."""
+        return 0.0 if self._suspects else min(_BLOCK_S, max(0.01, self._next_scan_s - now_s))
 
     def add(self, watch: Watch, *, now_s: float) -> None:
         """Begin a wait. After that the server has to be asked once where the request is: `opened`."""

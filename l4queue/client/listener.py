@@ -8,8 +8,10 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections import deque
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from copy import copy
+from typing import Any
 
 from l4queue.client.compose import Chunk, Composer
 from l4queue.client.demux import Demultiplexer, Watch
@@ -20,9 +22,8 @@ from l4queue.protocol.records import OutputEntry, RequestRecord
 
 __all__ = ("AsyncListener", "Listener")
 
-T = TypeVar("T")
+_Waiting = tuple[Sequence[Call[Any]], asyncio.Future[list[Any]]]
 _COUNT = 1000
-_BLOCK_S = 1.0
 _TRIM_EVERY = 4096  # news
 _BATCH = 128  # calls of one round trip
 _CLOSED = "the client was closed"
@@ -45,19 +46,16 @@ class AsyncListener:
         self._composer = composer
         self._demux = _demultiplexer(composer)
         self._reader: asyncio.Task[None] | None = None
-        self._calls: list[tuple[Call[Any], asyncio.Future[Any]]] = []
+        self._calls: deque[_Waiting] = deque()
         self._sender: asyncio.Task[None] | None = None
-        self._is_closed = False
 
     async def begin(self, watches: Sequence[Watch]) -> None:
         """Begin waits: on return each knows where its request is."""
-        if self._is_closed:
-            raise ServiceUnavailable(_CLOSED)
         now_s = time.monotonic()
         for watch in watches:
             self._demux.add(watch, now_s=now_s)
         looks = list(self._demux.first_look(watches))
-        replies = await asyncio.gather(*(self._run(self._composer.follow(look)) for _, look in looks))
+        replies = await self._run([self._composer.follow(look) for _, look in looks])
         for (asked, _), reply in zip(looks, replies, strict=True):
             self._demux.opened(asked, reply)
         if (self._reader is None or self._reader.done()) and not all(watch.is_over for watch in watches):
@@ -74,13 +72,11 @@ class AsyncListener:
 
     async def output(self, request_id: str, *, after: int = 0) -> tuple[RequestRecord | None, list[OutputEntry]]:
         """The record and the output beyond `after` tokens."""
-        record, output = self._composer.output(request_id, after=after)
-        found = await asyncio.gather(self._run(record), self._run(output))
-        return found[0], found[1]
+        record, entries = await self._run(self._composer.output(request_id, after=after))
+        return record, entries
 
     async def close(self) -> None:
-        """End the reader; what still waits fails."""
-        self._is_closed = True
+        """End the reader; what still waits fails. The next wait begins anew."""
         tasks = [task for task in (self._reader, self._sender) if task is not None]
         for task in tasks:
             task.cancel()
@@ -95,7 +91,8 @@ class AsyncListener:
                 replies = await self._door.run_many([self._composer.follow(look) for look in looks])
                 for look, reply in zip(looks, replies, strict=True):
                     self._demux.answered(look, reply, now_s=time.monotonic())
-                found = await self._door.wait(self._demux.streams, block_s=_BLOCK_S, count=_COUNT)
+                block_s = self._demux.block_s(time.monotonic())
+                found = await self._door.wait(self._demux.streams, block_s=block_s, count=_COUNT)
                 num_news += self._demux.feed(found, now_s=time.monotonic(), is_drained=_is_drained(found))
                 if num_news >= _TRIM_EVERY:
                     num_news = 0
@@ -106,28 +103,31 @@ class AsyncListener:
             self._demux.fail(ServiceUnavailable(f"the client cannot read what it is told: {error!r}"))
             raise
 
-    async def _run(self, call: Call[T]) -> T:
-        """Execute a call, together with those of other waits."""
-        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        self._calls.append((call, future))
+    async def _run(self, calls: Sequence[Call[Any]]) -> list[Any]:
+        """Execute calls in order, in one round trip with those of other waits."""
+        future: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
+        self._calls.append((calls, future))
         if self._sender is None or self._sender.done():
             self._sender = asyncio.create_task(self._send())
         return await future
 
     async def _send(self) -> None:
         while self._calls:
-            batch, self._calls = self._calls[:_BATCH], self._calls[_BATCH:]
+            batch = [self._calls.popleft()]
+            while self._calls and sum(len(calls) for calls, _ in batch) < _BATCH:
+                batch.append(self._calls.popleft())
             try:
                 await self._send_batch(batch)
             except asyncio.CancelledError:
                 for _, future in (*batch, *self._calls):
                     if not future.done():
                         future.set_exception(ServiceUnavailable(_CLOSED))
+                self._calls.clear()
                 raise
 
-    async def _send_batch(self, batch: Sequence[tuple[Call[Any], asyncio.Future[Any]]]) -> None:
+    async def _send_batch(self, batch: Sequence[_Waiting]) -> None:
         try:
-            values = await self._door.run_many([call for call, _ in batch])
+            values = await self._door.run_many([call for calls, _ in batch for call in calls])
         except Exception as error:
             if len(batch) > 1 and not isinstance(error, ServiceUnavailable):
                 for one in batch:  # what cannot be read of one request is no fault of the others
@@ -135,11 +135,13 @@ class AsyncListener:
                 return
             for _, future in batch:
                 if not future.done():
-                    future.set_exception(error)
+                    future.set_exception(copy(error))
             return
-        for (_, future), value in zip(batch, values, strict=True):
+        found = iter(values)
+        for calls, future in batch:
+            answers = [next(found) for _ in calls]
             if not future.done():
-                future.set_result(value)
+                future.set_result(answers)
 
 
 class Listener:
@@ -156,8 +158,7 @@ class Listener:
     def begin(self, watches: Sequence[Watch]) -> None:
         """Begin waits: on return each knows where its request is."""
         with self._lock:
-            if self._is_closed:
-                raise ServiceUnavailable(_CLOSED)
+            self._is_closed = False
             now_s = time.monotonic()
             for watch in watches:
                 self._demux.add(watch, now_s=now_s)
@@ -193,7 +194,7 @@ class Listener:
         return record, entries
 
     def close(self) -> None:
-        """What still waits fails; the reader ends."""
+        """What still waits fails, and the reader ends. The next wait begins anew."""
         with self._lock:
             self._is_closed = True
             self._demux.fail(ServiceUnavailable(_CLOSED))
@@ -211,8 +212,8 @@ class Listener:
                 with self._lock:
                     for look, reply in zip(looks, replies, strict=True):
                         self._demux.answered(look, reply, now_s=time.monotonic())
-                    streams = self._demux.streams
-                found = self._door.wait(streams, block_s=_BLOCK_S, count=_COUNT)
+                    streams, block_s = self._demux.streams, self._demux.block_s(time.monotonic())
+                found = self._door.wait(streams, block_s=block_s, count=_COUNT)
                 with self._lock:
                     now_s = time.monotonic()
                     num_news += self._demux.feed(found, now_s=now_s, is_drained=_is_drained(found))

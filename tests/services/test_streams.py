@@ -26,8 +26,10 @@ from l4queue.errors import (
 )
 from l4queue.models import RequestState
 from l4queue.protocol.calls import Call
+from l4queue.protocol.door import Door
 from tests.protocol.consistency import check
 from tests.protocol.scene import Scene
+from tests.protocol.server import RedisServer
 from tests.services.pipeline import true, until
 
 pytestmark = pytest.mark.services
@@ -232,6 +234,11 @@ async def test_a_closed_client_ends_its_waits(scene: Scene, client: AsyncClient,
     for wait in (*waits, thread):
         with pytest.raises(ServiceUnavailable, match="closed"):
             await wait
+    finished(scene, handle)
+    assert (await handle.result(timeout=50)).output_tokens == 5
+    assert await asyncio.to_thread(other.result, timeout=50) == await handle.result(timeout=0)
+    await client.close()
+    blocking.close()
 
 
 async def test_an_abandoned_stream_leaves_no_reader(scene: Scene, client: AsyncClient) -> None:
@@ -243,6 +250,64 @@ async def test_an_abandoned_stream_leaves_no_reader(scene: Scene, client: AsyncC
         assert chunk.offset == 2
         break
     await until(lambda: true(client._listener._reader is None or client._listener._reader.done()))
+
+
+def test_streams_survive_a_restart_of_redis(durable_server: RedisServer, namespace: str) -> None:
+    """Killed with what it has in its AOF: blocking and asyncio streams go on without gap or repeat."""
+    settings = Settings(redis_url=durable_server.url, namespace=namespace)
+    scene = Scene(Door(durable_server.url), namespace)
+    found: list[list[int]] = []
+
+    def read(handle: Handle) -> None:
+        found.append([t for chunk in handle.stream(timeout=50) for t in chunk.token_ids])
+
+    async def read_async(request_id: str) -> None:
+        async with AsyncClient(settings=settings) as client:
+            found.append(await tokens_of(await client.get(request_id)))
+
+    with Client(settings=settings) as client:
+        handle = client.enqueue("x", max_tokens=99)
+        start(scene, handle)
+        threads = [threading.Thread(target=read, args=(handle,))]
+        threads.append(threading.Thread(target=lambda: asyncio.run(read_async(handle.id))))
+        for thread in threads:
+            thread.start()
+        asyncio.run(follows(scene, handle, number=2))
+        for turn in range(4):
+            scene.emit(handle.id, offset=3 * turn, num=3)
+            durable_server.restart()
+        scene.settle(handle.id, offset=12)
+        for thread in threads:
+            thread.join()
+    assert found == [scene.tokens(1, 0, 12)] * 2
+    scene.close()
+    scene.door.close()
+
+
+async def test_an_outage_ends_every_wait_and_the_next_one_goes_on(
+    durable_server: RedisServer, namespace: str
+) -> None:
+    """Those that wait are told by what they wait for; a stream goes on from its offset."""
+    scene = Scene(Door(durable_server.url), namespace)
+    async with AsyncClient(settings=Settings(redis_url=durable_server.url, namespace=namespace)) as client:
+        client._door.retry_s = 0.1
+        handle = await client.enqueue("x", max_tokens=9)
+        start(scene, handle)
+        stream = handle.stream(timeout=50)
+        scene.emit(handle.id)
+        assert (await anext(stream)).offset == 2
+        waits = [asyncio.ensure_future(anext(stream)), asyncio.ensure_future(handle.result(timeout=50))]
+        await until(lambda: true(len(client._listener._demux._watches[handle.id]) == 2))
+        durable_server.kill()
+        for wait in waits:
+            with pytest.raises(ServiceUnavailable, match="cannot be reached"):
+                await wait
+        durable_server.start()
+        client._door.retry_s = 10.0
+        scene.settle(handle.id, offset=2, num=1)
+        assert await tokens_of(handle, after=2) == scene.tokens(1, 2, 1)
+    scene.close()
+    scene.door.close()
 
 
 # ends ---------------------------------------------------------------------------------------------

@@ -111,7 +111,7 @@ OPS = st.lists(
 
 
 @given(sizes=st.lists(st.integers(1, 4), max_size=10), data=st.data(), ops=OPS)
-@settings(deadline=None, max_examples=400)
+@settings(deadline=None, max_examples=500)
 def test_any_news_give_the_exact_output(sizes: list[int], data: st.DataObject, ops: list[tuple]) -> None:  # type: ignore[type-arg]
     """Lost, doubled, late, in any order, without content, never sent: each token comes once, in order."""
     server, demux = Server(tuple(sizes)), demultiplexer()
@@ -161,6 +161,18 @@ def check(chunks: list[Chunk], after: int, sizes: list[int]) -> None:
     assert begin == max(b for b in boundaries if b <= after)
 
 
+def test_an_end_that_news_and_output_both_tell_comes_once() -> None:
+    """The news arrive while the output stream is being read."""
+    server, demux = Server(()), demultiplexer()
+    reader = Reader(demux, 0)
+    server.write(is_told=True)
+    demux.opened([reader.watch], place(server))
+    assert reader.watch.take() == ([], True, False)
+    feed(demux, server.news, now_s=0.0)
+    reader.watch.read(server.record, server.after(0))
+    assert [chunk.text for chunk in reader.watch.take()[0]] == ["end"]
+
+
 def test_what_nobody_takes_is_not_kept() -> None:
     """A slow reader has 64 chunks in memory, and gets the rest from the output stream."""
     server, demux = Server((1,) * 1000), demultiplexer()
@@ -208,6 +220,26 @@ def test_after_beyond_the_end_is_the_caller_s_error_and_a_loss_is_not() -> None:
         Watch("r", wake=lambda: None, after=-1)
 
 
+@pytest.mark.parametrize("is_told", [True, False])
+def test_chunks_that_no_longer_meet_are_an_error(is_told: bool) -> None:
+    """A failover lost tokens that were read here, and they were computed again in other pieces."""
+    demux = demultiplexer()
+    reader = Reader(demux, 1)
+    first, other = Server((3, 3)), Server((2, 2, 2))
+    first.write()
+    feed(demux, first.news, now_s=0.0)
+    for _ in range(2):
+        other.write()
+    reader.step(other)
+    if is_told:
+        feed(demux, other.news, now_s=0.0)
+    else:
+        reader.watch.read(other.record, other.after(reader.watch.offset))
+    assert [chunk.token_ids for chunk in reader.chunks] == [(1, 2)]
+    with pytest.raises(OutputLost, match="read it again"):
+        reader.watch.take()
+
+
 def test_an_unknown_request_ends_its_wait_alone() -> None:
     """And every wait has an exception of its own."""
     demux = demultiplexer()
@@ -252,7 +284,9 @@ def test_news_on_their_way_are_awaited_before_the_output_stream_is_read() -> Non
     server.write()
     (look,) = demux.due(2.0)
     demux.answered(look, place(server), now_s=2.0)
+    assert demux.block_s(2.0) == 0.0
     feed(demux, server.news, now_s=2.0, is_drained=True)
+    assert 0.0 < demux.block_s(2.0) <= 1.0
     assert not reader.watch.must_read
     assert reader.watch.offset == 2
 
