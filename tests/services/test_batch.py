@@ -22,6 +22,7 @@ from l4queue.client import BatchProgress, BatchSummary
 from l4queue.client.batch import flight
 from l4queue.errors import InvalidRequest
 from l4queue.protocol.calls import Call
+from l4queue.protocol.keeping import Keeping
 from l4queue.protocol.keys import Keys
 from tests.protocol.server import RedisServer
 from tests.services.pipeline import Pipeline, open_pipeline, until
@@ -211,6 +212,28 @@ async def test_results_that_are_gone_are_computed_again_and_counted(
 
     assert (summary.is_complete, summary.num_succeeded, summary.num_recomputed) == (True, 100, 200)
     assert files.custom_ids() == Counter(f"c{i}" for i in range(100))
+
+
+async def _have_ended(pipeline: Pipeline, number: int) -> bool:
+    return (await pipeline.client.overview()).counts.get("done", 0) >= number
+
+
+async def test_results_that_went_early_are_computed_again(pipeline: Pipeline, files: Files) -> None:
+    """Their keys are still known then: the batch frees them, since they stand for nothing that it could read."""
+    write_lines(files.lines, 20)
+    async with stopped_when(pipeline, files, 20) as first:
+        pass
+    assert (await first).num_in_flight == 20
+    keeping = Keeping(Keys(pipeline.settings.namespace))
+    pipeline.start("w0")
+    await until(lambda: _have_ended(pipeline, 20), timeout_s=30)
+    await pipeline.door.run(keeping.pack(min_age_ms=0, max_requests=100, max_entries=10**6))
+    assert (await pipeline.door.run(keeping.evict(max_bytes=1, limit=20))).num_dropped == 20
+
+    summary = await run(pipeline, files)
+
+    assert (summary.is_complete, summary.num_succeeded) == (True, 20)
+    assert files.custom_ids() == Counter(f"c{i}" for i in range(20))
 
 
 async def test_a_full_backlog_is_waited_for_and_half_of_it_is_left_to_others(
