@@ -1,45 +1,69 @@
-"""Memory in Redis of one waiting and one finished request.
+"""Memory in Redis of one waiting and one finished request, what the AOF takes, and whether a day fits.
 
     python bench/redis_memory.py [--requests 256]
+    python bench/redis_memory.py --aof
+    python bench/redis_memory.py --day [--scale 0.1]
 
 A redis-server of its own; client, dispatcher and worker in this process. The engine is emulated at the pace of an
 H100 and its text is that of the tiny model, so output is written as often and in such pieces as it would be. What
-is shown is the growth of `used_memory`, divided by the number of requests.
+is shown is the growth of `used_memory`, divided by the number of requests, beside what l4queue counts for it.
+With `--aof`: the growth of the AOF, and the time of an enqueue. With `--day`: as many requests as a day has at the
+rate of docs/operations.md, and their bound, both reduced to the scale.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import statistics
 import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, Literal
 
 from dispatcher.service import Dispatcher
 from dispatcher.tokenizer import PromptTokenizer
 from l4queue import AsyncClient, Settings
 from l4queue.cli.embedded import EmbeddedRedis
+from l4queue.models import RequestState
 from l4queue.policy.coefficients import read_coefficients
-from l4queue.protocol.calls import Call
-from l4queue.protocol.door import AsyncDoor
+from l4queue.protocol.calls import Call, Calls
+from l4queue.protocol.door import AsyncDoor, Door
+from l4queue.protocol.keeping import Keeping
+from l4queue.protocol.keys import Keys
+from l4queue.protocol.records import Outcome
 from l4queue.tiny import build_tiny_tokenizer, cache_directory
 from workers.emulated import EmulatedEngine
 from workers.observer import NullObserver
 from workers.text import text_factory
 from workers.worker import Worker
 
-CASES = ((100, 100), (1000, 100), (1000, 500), (8000, 500))  # prompt and output tokens
+CASES = ((10, 20), (100, 100), (1000, 100), (1000, 500), (1000, 1024), (8000, 500))  # prompt and output tokens
+DAY_S = 86_400
+DAY_RATE_PER_S = 7.0
 MAX_LEN = 65_536
 
 
-async def used_bytes(door: AsyncDoor) -> int:
-    """Memory that Redis has given out."""
+async def told(door: AsyncDoor, section: str, name: str) -> int:
+    """A figure of INFO."""
 
     def parse(reply: bytes | dict[str, int]) -> int:
         if isinstance(reply, dict):
-            return int(reply["used_memory"])
-        return int(reply.split(b"used_memory:")[1].split(b"\r\n")[0])
+            return int(reply[name])
+        return int(reply.split(name.encode() + b":")[1].split(b"\r\n")[0])
 
-    return await door.run(Call(None, (), ("INFO", "memory"), parse))
+    return await door.run(Call(None, (), ("INFO", section), parse))
+
+
+async def used_bytes(door: AsyncDoor, keys: Keys, client_id: str) -> int:
+    """Memory in use without the streams that keep their latest entries, however many requests there are."""
+    used = await told(door, "memory", "used_memory")
+    for key in (keys.finished, keys.mailbox(client_id)):
+        used -= await door.run(Call(None, (), ("MEMORY", "USAGE", key, "SAMPLES", 0), lambda r: int(r or 0)))
+    return used
 
 
 async def routed(client: AsyncClient) -> None:
@@ -48,66 +72,200 @@ async def routed(client: AsyncClient) -> None:
         await asyncio.sleep(0.1)
 
 
-async def measure(url: str, *, prompt_tokens: int, output_tokens: int, num_requests: int) -> tuple[float, float]:
-    """Bytes of a waiting and of a finished request."""
-    settings = Settings(
-        redis_url=url,
-        namespace=f"m{prompt_tokens}",
-        max_model_len=MAX_LEN,
-        max_running=256,
-        max_backlog_tokens=10**12,
-        max_backlog_bytes=10**12,
-    )
-    door = AsyncDoor(url)
-    tokenizer = PromptTokenizer("tiny", max_model_len=MAX_LEN)
-    dispatcher = Dispatcher(settings=settings, door=door, tokenizer=tokenizer, name="d")
-    cost = read_coefficients("h100", "llama-3.1-8b").cost
-    worker = Worker(
-        settings=settings,
-        engine=EmulatedEngine(cost, speed=1.0, max_model_len=MAX_LEN),
-        observer=NullObserver(),
-        worker_id="w",
-        text=text_factory(str(build_tiny_tokenizer(cache_directory()))),
-        cost=cost,
-    )
-    async with AsyncClient(settings=settings) as client:
+async def pack(door: AsyncDoor, keys: Keys) -> None:
+    """What upkeep does a while after the end."""
+    while (await door.run(Keeping(keys).pack(min_age_ms=0, max_requests=50, max_entries=1000))).has_more:
+        pass
+
+
+class Parts:
+    """Dispatcher and worker in this process, on one Redis."""
+
+    def __init__(self, url: str, namespace: str) -> None:
+        self.settings = Settings(
+            redis_url=url,
+            namespace=namespace,
+            max_model_len=MAX_LEN,
+            max_running=256,
+            max_backlog_tokens=10**12,
+            max_backlog_bytes=10**12,
+            max_result_bytes=10**12,
+        )
+        self.door = AsyncDoor(url)
+        self.keys = Keys(namespace)
+        tokenizer = PromptTokenizer("tiny", max_model_len=MAX_LEN)
+        self.dispatcher = Dispatcher(settings=self.settings, door=self.door, tokenizer=tokenizer, name="d")
+        cost = read_coefficients("h100", "llama-3.1-8b").cost
+        self.worker = Worker(
+            settings=self.settings,
+            engine=EmulatedEngine(cost, speed=1.0, max_model_len=MAX_LEN),
+            observer=NullObserver(),
+            worker_id="w",
+            text=text_factory(str(build_tiny_tokenizer(cache_directory()))),
+            cost=cost,
+        )
+
+    async def counted(self, name: str) -> int:
+        """One of the totals."""
+        return await self.door.run(Call(None, (), ("HGET", self.keys.counts, name), lambda r: int(r or 0)))
+
+
+async def measure(url: str, *, prompt_tokens: int, output_tokens: int, num_requests: int) -> tuple[float, ...]:
+    """Bytes of a waiting request, in use and counted; of a finished one: before it is packed, after, counted."""
+    parts = Parts(url, f"m{prompt_tokens}")
+    door, keys = parts.door, parts.keys
+    async with AsyncClient(settings=parts.settings) as client:
+        client_id = client._composer.client_id
         ids = [7 + n % 1000 for n in range(prompt_tokens)]
         request = {"token_ids": ids, "max_tokens": output_tokens, "ignore_eos": True}
-        routing = asyncio.create_task(dispatcher.run())
-        warm = await client.enqueue_many([request | {"max_tokens": 1}] * 256)  # scripts and buffers are there then
+        routing = asyncio.create_task(parts.dispatcher.run())
+        warm = await client.enqueue_many(
+            [request | {"max_tokens": 1}] * num_requests
+        )  # buffers have their size then
         await routed(client)
         await asyncio.gather(*(handle.cancel() for handle in warm))
-        before = await used_bytes(door)
+        await pack(door, keys)
+        kept = await parts.counted("result_bytes")
+        before = await used_bytes(door, keys, client_id)
         handles = await client.enqueue_many([request] * num_requests)
         await routed(client)
-        waiting = await used_bytes(door) - before
-        serving = asyncio.create_task(worker.run())
+        waiting = await used_bytes(door, keys, client_id) - before, await parts.counted("live_bytes")
+        serving = asyncio.create_task(parts.worker.run())
         async for _ in client.as_completed(handles, timeout=600):
             pass
-        worker.request_stop()
-        dispatcher.request_stop()
+        parts.worker.request_stop()
+        parts.dispatcher.request_stop()
         await asyncio.gather(routing, serving)
-        finished = await used_bytes(door) - before
+        ended = await used_bytes(door, keys, client_id) - before
+        await pack(door, keys)
+        finished = await used_bytes(door, keys, client_id) - before, await parts.counted("result_bytes") - kept
         await door.close()
-    return waiting / num_requests, finished / num_requests
+    return tuple(value / num_requests for value in (*waiting, ended, *finished))
+
+
+async def write_out(
+    url: str, *, prompt_tokens: int, output_tokens: int, num_requests: int
+) -> tuple[float, list[float], float]:
+    """Bytes of the AOF for a request; times of single enqueues, s; enqueues/s of a thousand in one call."""
+    parts = Parts(url, f"a{prompt_tokens}")
+    async with AsyncClient(settings=parts.settings) as client:
+        ids = [7 + n % 1000 for n in range(prompt_tokens)]
+        request: dict[str, Any] = {"token_ids": ids, "max_tokens": output_tokens, "ignore_eos": True}
+        running = [asyncio.create_task(part.run()) for part in (parts.dispatcher, parts.worker)]
+        async for _ in client.as_completed([await client.enqueue(**request)]):
+            pass
+        before = await told(parts.door, "persistence", "aof_current_size")
+        handles = await client.enqueue_many([request] * num_requests)
+        async for _ in client.as_completed(handles, timeout=600):
+            pass
+        await pack(parts.door, parts.keys)
+        written = (await told(parts.door, "persistence", "aof_current_size") - before) / num_requests
+        took_s = []
+        for _ in range(300):
+            began_s = time.perf_counter()
+            handles = [await client.enqueue(**request)]
+            took_s.append(time.perf_counter() - began_s)
+        began_s = time.perf_counter()
+        await client.enqueue_many([request] * 1000)
+        rate = 1000 / (time.perf_counter() - began_s)
+        parts.dispatcher.request_stop()
+        parts.worker.request_stop()
+        await asyncio.gather(*running, return_exceptions=True)
+        await parts.door.close()
+    return written, took_s, rate
+
+
+def live_a_day(url: str, *, num_requests: int, max_bytes: int) -> None:
+    """Short requests one after the other from the beginning to the end, packed and bounded as upkeep does."""
+    door, keys = Door(url), Keys("day")
+    calls, keeping = Calls(keys), Keeping(keys)
+    owner: dict[str, Any] = {"incarnation": "w:1", "epoch": 1}
+    outcome = Outcome(state=RequestState.DONE, finish_reason="length")
+    register = calls.renew("w:1", worker_id="w", lease_ms=10**9, load="{}", sequence=0, register=True)
+    info: Call[Any] = Call(None, (), ("INFO", "memory"), lambda reply: reply["used_memory"])
+    door.run(register)
+    empty, dropped, most = door.run(info), 0, 0
+    for start in range(0, num_requests, 50):
+        ids = [uuid.uuid4().hex for _ in range(50)]
+        common: dict[str, Any] = {"digest": "", "kind": "p", "prompt": b"Name a river.", "client_id": "c"}
+        bounds = {"max_live_tokens": 10**9, "max_live_bytes": 10**9, "deadline_ms": 0, "ttl_ms": DAY_S * 1000}
+        body = '{"params":{"max_tokens":20}}'
+        door.run_many([calls.submit(i, body=body, charge_tokens=30, **common, **bounds) for i in ids])
+        entries = door.run(Call(None, (), ("XRANGE", keys.inbox, "-", "+"), list))
+        where = {fields[b"i"].decode(): entry.decode() for entry, fields in entries}
+        route: dict[str, Any] = {"stage": "0", "score": 1.0, "token_ids": range(4), "max_tokens": 20}
+        door.run_many([calls.route(i, entry_id=where[i], plan_version=0, bucket=2, **route) for i in ids])
+        take = calls.take("0", incarnation="w:1", worker_id="w", nonce=str(start), max_requests=50)
+        door.run(take)
+        for offset in range(0, 20, 4):
+            part: dict[str, Any] = {"offset": offset, "token_ids": range(4), "text": " a word or two"}
+            door.run_many([calls.emit(i, **owner, **part) for i in ids])
+        last: dict[str, Any] = {"offset": 20, "token_ids": (), "text": "", "outcome": outcome}
+        door.run_many([calls.settle(i, **owner, **last) for i in ids])
+        door.run(keeping.pack(min_age_ms=0, max_requests=100, max_entries=10**4))
+        evicted = door.run(keeping.evict(max_bytes=max_bytes, limit=200))
+        dropped, most = dropped + evicted.num_dropped, max(most, door.run(info) - empty)
+    print(
+        f"{num_requests:,} requests; results counted {evicted.kept_bytes / 1e6:.1f} of {max_bytes / 1e6:.1f} MB,"
+    )
+    print(f"most memory in use {most / 1e6:.1f} MB, {dropped} results went early")
+    door.close()
+
+
+def measure_memory(num_requests: int) -> None:
+    """Its table."""
+    print("| prompt | output tokens | waiting, bytes | counted | ended | packed | counted |")
+    print("|---|---|---|---|---|---|---|")
+    for prompt_tokens, output_tokens in CASES:
+        sizes: dict[str, int] = {"prompt_tokens": prompt_tokens, "output_tokens": output_tokens}
+        with redis_of_its_own("fast") as url:
+            figures = asyncio.run(measure(url, num_requests=num_requests, **sizes))
+        shown = " | ".join(f"{value:,.0f}" for value in figures)
+        print(f"| {prompt_tokens} | {output_tokens} | {shown} |", flush=True)
+
+
+def measure_aof(num_requests: int) -> None:
+    """Its table."""
+    print("| appendfsync | prompt | output tokens | AOF, bytes | enqueue p50, ms | p99, ms | enqueue_many, 1/s |")
+    print("|---|---|---|---|---|---|---|")
+    modes: tuple[tuple[str, Literal["strict", "fast"]], ...] = (("always", "strict"), ("everysec", "fast"))
+    for name, durability in modes:
+        for prompt_tokens, output_tokens in ((100, 100), (1000, 500)):
+            sizes = {"prompt_tokens": prompt_tokens, "output_tokens": output_tokens}
+            with redis_of_its_own(durability) as url:
+                written, took_s, rate = asyncio.run(write_out(url, num_requests=num_requests, **sizes))
+            p50, p99 = statistics.median(took_s) * 1000, statistics.quantiles(took_s, n=100)[98] * 1000
+            figures = f"{written:,.0f} | {p50:.2f} | {p99:.2f} | {rate:,.0f}"
+            print(f"| {name} | {prompt_tokens} | {output_tokens} | {figures} |", flush=True)
+
+
+@contextmanager
+def redis_of_its_own(durability: Literal["strict", "fast"]) -> Iterator[str]:
+    """Its URL; it is empty at first."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        EmbeddedRedis(Path(folder), durability=durability, port=0) as redis,
+    ):
+        yield redis.url
 
 
 def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--requests", type=int, default=256)
+    parser.add_argument("--aof", action="store_true", help="bytes of the AOF and times of an enqueue instead")
+    parser.add_argument("--day", action="store_true", help="a day of short requests instead")
+    parser.add_argument("--scale", type=float, default=0.1, help="share of the day")
     given = parser.parse_args()
-    print("| prompt tokens | output tokens | waiting, bytes | finished, bytes |\n|---|---|---|---|")
-    for prompt_tokens, output_tokens in CASES:
-        with (
-            tempfile.TemporaryDirectory() as folder,
-            EmbeddedRedis(Path(folder), durability="fast", port=0) as redis,
-        ):
-            number = given.requests
-            waiting, finished = asyncio.run(
-                measure(redis.url, prompt_tokens=prompt_tokens, output_tokens=output_tokens, num_requests=number)
-            )
-            print(f"| {prompt_tokens} | {output_tokens} | {waiting:,.0f} | {finished:,.0f} |", flush=True)
+    if given.day:
+        number = round(DAY_RATE_PER_S * DAY_S * given.scale)
+        bound = round(Settings().max_result_bytes * given.scale)
+        with redis_of_its_own("fast") as url:
+            live_a_day(url, num_requests=number, max_bytes=bound)
+    elif given.aof:
+        measure_aof(given.requests)
+    else:
+        measure_memory(given.requests)
 
 
 if __name__ == "__main__":

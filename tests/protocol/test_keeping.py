@@ -31,10 +31,14 @@ def _run(scene: Scene, request_id: str, chunks: list[int], *, state: RequestStat
     scene.route(request_id, max_tokens=10**6, why=WHY)
     scene.register()
     scene.grant()
-    offset = 0
+    offset, calls = 0, []
     for num in chunks:
-        assert scene.emit(request_id, offset=offset, num=num) is Verdict.OK
+        ids = scene.tokens(1, offset, num)
+        text = "".join(f"{i}," for i in ids)
+        emit = scene.calls.emit(request_id, incarnation="w1", epoch=1, offset=offset, token_ids=ids, text=text)
+        calls.append(emit)
         offset += num
+    assert set(scene.door.run_many(calls)) <= {Verdict.OK}
     assert scene.settle(request_id, offset=offset, state=state) is Verdict.OK
 
 

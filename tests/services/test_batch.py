@@ -20,6 +20,7 @@ from l4queue.client import BatchProgress
 from l4queue.client.batch import flight
 from l4queue.errors import InvalidRequest
 from l4queue.protocol.calls import Call
+from l4queue.protocol.keeping import Keeping
 from l4queue.protocol.keys import Keys
 from tests.protocol.server import RedisServer
 from tests.services.batches import Files, has_submitted, run, stopped_when, submitted, write_lines
@@ -165,6 +166,28 @@ async def test_an_answer_without_its_output_is_computed_again(pipeline: Pipeline
     assert (summary.is_complete, summary.num_succeeded, summary.num_recomputed) == (True, 20, 5)
     assert files.custom_ids() == Counter(f"c{i}" for i in range(20))
     assert await submitted(pipeline) == 25
+
+
+async def _have_ended(pipeline: Pipeline, number: int) -> bool:
+    return (await pipeline.client.overview()).counts.get("done", 0) >= number
+
+
+async def test_results_that_went_early_are_computed_again(pipeline: Pipeline, files: Files) -> None:
+    """Their keys are still known then: the batch frees them, since they stand for nothing that it could read."""
+    write_lines(files.lines, 20)
+    async with stopped_when(pipeline, files, 20) as first:
+        pass
+    assert (await first).num_in_flight == 20
+    keeping = Keeping(Keys(pipeline.settings.namespace))
+    pipeline.start("w0")
+    await until(lambda: _have_ended(pipeline, 20), timeout_s=30)
+    await pipeline.door.run(keeping.pack(min_age_ms=0, max_requests=100, max_entries=10**6))
+    assert (await pipeline.door.run(keeping.evict(max_bytes=1, limit=20))).num_dropped == 20
+
+    summary = await run(pipeline, files)
+
+    assert (summary.is_complete, summary.num_succeeded) == (True, 20)
+    assert files.custom_ids() == Counter(f"c{i}" for i in range(20))
 
 
 async def _are_done(pipeline: Pipeline, number: int) -> bool:

@@ -32,8 +32,5 @@ else
   redis.call('HSET', KEYS[1], 'offset', int(upto), 'first_token_ms', int(now_ms()))
   grown = grown + OUTPUT_BYTES
 end
-if grown > 0 then
-  redis.call('HINCRBY', KEYS[1], 'charge_bytes', int(grown))
-  redis.call('HINCRBY', P .. 'counts', 'live_bytes', int(grown))
-end
+if grown > 0 then charge(KEYS[1], grown) end
 return 'OK'

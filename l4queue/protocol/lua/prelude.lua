@@ -81,6 +81,12 @@ end
 -- Bytes that Redis uses for the output of a running request, the first 256 tokens included.
 local OUTPUT_BYTES = 4450
 
+-- Counts more memory for a live request.
+local function charge(rk, bytes)
+  redis.call('HINCRBY', rk, 'charge_bytes', int(bytes))
+  redis.call('HINCRBY', P .. 'counts', 'live_bytes', int(bytes))
+end
+
 -- Notes that an id made of an idempotency key has been given, and says whether it had been before (or one like it: of
 -- the hash 24 bits count). Such a key gets another id then: no id has two lives.
 local function given(id)
@@ -234,7 +240,9 @@ local function note(rk, line)
   local had = redis.call('HGET', rk, 'ledger') or ''
   if #had > 8000 then return end
   line.at_ms = now_ms()
-  redis.call('HSET', rk, 'ledger', had .. cjson.encode(line) .. '\n')
+  local text = cjson.encode(line) .. '\n'
+  redis.call('HSET', rk, 'ledger', had .. text)
+  charge(rk, #text)
 end
 
 -- Returns a running request to a queue, and says why in its ledger. With two crashes to its name it waits to be

@@ -15,11 +15,11 @@ if what then
   condemn(ARGV[1], what)
   return 'DUP'
 end
-local charge = tonumber(ARGV[11]) or ARGV[5] + ARGV[6]
+local tokens = tonumber(ARGV[11]) or ARGV[5] + ARGV[6]
 redis.call('HDEL', KEYS[2], 'prompt', 'entry')
 redis.call('HSET', KEYS[2], 'state', 'queued', 'stage', ARGV[3], 'score', ARGV[4], 'prompt_tokens', ARGV[5],
-  'max_tokens', ARGV[6], 'ids', ARGV[7], 'plan', ARGV[8], 'charge_tokens', int(charge), 'queued_ms', int(now_ms()))
-redis.call('HINCRBY', P .. 'counts', 'live_tokens', int(charge - v[2]))
+  'max_tokens', ARGV[6], 'ids', ARGV[7], 'plan', ARGV[8], 'charge_tokens', int(tokens), 'queued_ms', int(now_ms()))
+redis.call('HINCRBY', P .. 'counts', 'live_tokens', int(tokens - v[2]))
 redis.call('HINCRBY', P .. 'counts', 'prompt_tokens', ARGV[5])
 redis.call('HINCRBY', KEYS[3], 'a:' .. ARGV[9], 1)
 redis.call('HINCRBY', KEYS[3], 'p:' .. ARGV[9], ARGV[5])
@@ -28,8 +28,6 @@ if tonumber(ARGV[4]) < BACKGROUND and string.sub(ARGV[3], 1, 1) ~= '@' then
 end
 if ARGV[10] ~= '' then redis.call('HSET', KEYS[2], 'why', ARGV[10]) end
 if ARGV[12] ~= '' then redis.call('HSET', KEYS[2], 'body', ARGV[12]) end
-local bytes = footprint(KEYS[2])
-redis.call('HSET', KEYS[2], 'charge_bytes', int(bytes))
-redis.call('HINCRBY', P .. 'counts', 'live_bytes', int(bytes - v[3]))
+charge(KEYS[2], footprint(KEYS[2]) - (v[3] or 0))
 enqueue(ARGV[1], ARGV[3], ARGV[4], tonumber(ARGV[5]))
 return 'OK'

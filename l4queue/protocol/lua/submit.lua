@@ -50,9 +50,7 @@ if ARGV[10] ~= '0' then
   redis.call('HSET', rk, 'deadline_ms', int(t + ARGV[10]))
   redis.call('ZADD', P .. 'deadlines', int(t + ARGV[10]), id)
 end
-local charge = int(footprint(rk))
-redis.call('HSET', rk, 'charge_bytes', charge)
+charge(rk, footprint(rk))
 redis.call('HINCRBY', KEYS[1], 'live', 1)
 redis.call('HINCRBY', KEYS[1], 'live_tokens', ARGV[6])
-redis.call('HINCRBY', KEYS[1], 'live_bytes', charge)
 return {'OK', int(t), id}
