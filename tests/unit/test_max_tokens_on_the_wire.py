@@ -12,7 +12,7 @@ from l4queue.client.compose import Composer, build_spec
 from l4queue.config import Settings
 from l4queue.protocol.calls import Arg
 
-BODY, CHARGE, OPEN_END = 2, 5, 12
+BODY, CHARGE, OPEN_END = 2, 5, 14
 """Places among the arguments of `submit`."""
 
 
