@@ -1,8 +1,10 @@
 """The process that checks constraints: `python -m dispatcher.constraint_process TOKENIZER`, for a dispatcher.
 
-It reads a question a line, `{"id", "limit_s", "given"}`, and writes an answer a line, `{"id", "error"}`; an empty
-error is a constraint that vLLM accepts. Each check runs in a child of its own, forked after vLLM is loaded, and is
-killed at its limit: compilation is native code that nothing else stops. It ends when its input does.
+It reads a question a line, `{"id", "limit_s", "given", "is_large"}`, and writes an answer a line, `{"id", "error",
+"is_late"}`; an empty error is a constraint that vLLM accepts. A large one leaves a child free for others.
+
+Each check runs in a child of its own, forked after vLLM is loaded, and is killed at its limit: compilation is
+native code that nothing else stops. The process ends when its input does.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ Check = Callable[[dict[str, Any]], str]
 """The error of a constraint, or nothing."""
 
 _MAX_CHILDREN = 2
+_MAX_LARGE = 1
 _MAX_MEMORY_BYTES = 4 << 30  # address space of a child beyond what it begins with
 _MAX_ERROR_CHARS = 500
 _ADVICE = "use a smaller one: fewer properties and choices, no nested or long repetitions"
@@ -38,21 +41,22 @@ class _Child:
     process_id: int
     limit_s: float
     deadline_s: float
+    is_large: bool
 
 
 class Checks:
     """Children and the questions that wait for one."""
 
-    def __init__(self, check: Check, *, answer: Callable[[str, str], None]) -> None:
+    def __init__(self, check: Check, *, answer: Callable[[str, str, bool], None]) -> None:
         self._check = check
         self._answer = answer
-        self._waiting: deque[dict[str, Any]] = deque()
+        self._waiting: dict[bool, deque[dict[str, Any]]] = {False: deque(), True: deque()}  # large ones apart
         self._children: dict[int, _Child] = {}
         self.selector = selectors.DefaultSelector()
 
     def ask(self, question: dict[str, Any]) -> None:
         """Check this as soon as there is a child free."""
-        self._waiting.append(question)
+        self._waiting[bool(question.get("is_large"))].append(question)
         self._fill()
 
     def next_deadline_s(self) -> float | None:
@@ -70,9 +74,9 @@ class Checks:
         _, status = os.waitpid(child.process_id, 0)
         self._close(pipe)
         if answer.startswith(b"="):
-            self._answer(child.id, answer[1:].decode(errors="replace"))
+            self._answer(child.id, answer[1:].decode(errors="replace"), False)
         else:
-            self._answer(child.id, f"ends the process that compiles it ({_death(status)}): {_ADVICE}")
+            self._answer(child.id, f"ends the process that compiles it ({_death(status)}): {_ADVICE}", False)
         self._fill()
 
     def kill_late(self) -> None:
@@ -82,7 +86,7 @@ class Checks:
             if child.deadline_s <= now_s:
                 del self._children[pipe]
                 self._end(pipe, child)
-                self._answer(child.id, f"takes longer than {child.limit_s:g} s to compile: {_ADVICE}")
+                self._answer(child.id, f"takes longer than {child.limit_s:g} s to compile: {_ADVICE}", True)
         self._fill()
 
     def stop(self) -> None:
@@ -91,16 +95,24 @@ class Checks:
             self._end(pipe, child)
         self._children.clear()
 
+    def _next(self) -> dict[str, Any] | None:
+        """The question that a child may begin with now."""
+        num_large = sum(child.is_large for child in self._children.values())
+        for is_large, waiting in self._waiting.items():
+            if waiting and len(self._children) < _MAX_CHILDREN and not (is_large and num_large >= _MAX_LARGE):
+                return waiting.popleft()
+        return None
+
     def _fill(self) -> None:
-        while self._waiting and len(self._children) < _MAX_CHILDREN:
-            question = self._waiting.popleft()
+        while (question := self._next()) is not None:
             reading, writing = os.pipe()
             process_id = os.fork()
             if process_id == 0:
                 self._run(question, writing)
             os.close(writing)
             limit_s = float(question["limit_s"])
-            child = _Child(question["id"], process_id, limit_s, time.monotonic() + limit_s)
+            is_large = bool(question.get("is_large"))
+            child = _Child(question["id"], process_id, limit_s, time.monotonic() + limit_s, is_large)
             self._children[reading] = child
             self.selector.register(reading, selectors.EVENT_READ, self.finished)
 
@@ -131,8 +143,8 @@ class Checks:
 def serve(check: Check, questions: int, answers: IO[bytes]) -> None:
     """Answer until the input ends."""
 
-    def answer(id_: str, error: str) -> None:
-        answers.write(json.dumps({"id": id_, "error": error}).encode() + b"\n")
+    def answer(id_: str, error: str, is_late: bool) -> None:
+        answers.write(json.dumps({"id": id_, "error": error, "is_late": is_late}).encode() + b"\n")
         answers.flush()
 
     checks = Checks(check, answer=answer)

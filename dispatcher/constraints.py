@@ -8,8 +8,10 @@ import hashlib
 import importlib.util
 import json
 import logging
+import math
 import os
 import sys
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ __all__ = ("ConstraintChecker", "ConstraintVerdict")
 
 log = logging.getLogger("l4queue.dispatcher")
 _MAX_VERDICTS = 4096
+_LATE_KEPT_S = 300.0
 _MAX_LINE_BYTES = 1 << 20
 _MAX_STARTS = 3  # so often the process may end while it checks the same constraint
 _END_S = 1.0
@@ -28,9 +31,13 @@ _END_S = 1.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConstraintVerdict:
-    """Whether engines can use a constraint; `error` says why not, and what to do."""
+    """Whether engines can use a constraint; `error` says why not, and what to do.
+
+    One that came too late is true for a while only: the machine may have been busy.
+    """
 
     error: str = ""
+    until_s: float = math.inf
 
 
 class _ProcessEnded(Exception):
@@ -62,8 +69,9 @@ class ConstraintChecker:
         """The verdict, if it was found before."""
         digest = _digest(given)
         verdict = self._verdicts.get(digest)
-        if verdict is not None:
-            self._verdicts.move_to_end(digest)
+        if verdict is None or verdict.until_s <= time.monotonic():
+            return None
+        self._verdicts.move_to_end(digest)
         return verdict
 
     async def check(self, given: StructuredOutputs) -> ConstraintVerdict:
@@ -97,12 +105,18 @@ class ConstraintChecker:
     async def _check(self, digest: str, given: StructuredOutputs) -> ConstraintVerdict:
         verdict = await self._ask(digest, given) if self._command else _by_size(given)
         self._verdicts[digest] = verdict
+        self._verdicts.move_to_end(digest)
         while len(self._verdicts) > _MAX_VERDICTS:
             self._verdicts.popitem(last=False)
         return verdict
 
     async def _ask(self, digest: str, given: StructuredOutputs) -> ConstraintVerdict:
-        question = {"id": digest, "limit_s": self._limit_s, "given": given.model_dump(exclude_none=True)}
+        question = {
+            "id": digest,
+            "limit_s": self._limit_s,
+            "given": given.model_dump(exclude_none=True),
+            "is_large": constraint_size(given) > MAX_SIZE,
+        }
         for _ in range(_MAX_STARTS):
             process = await self._running()
             answer: asyncio.Future[ConstraintVerdict] = asyncio.get_running_loop().create_future()
@@ -142,7 +156,8 @@ class ConstraintChecker:
                 told = json.loads(line)
                 answer = self._answers.get(told["id"])
                 if answer is not None and not answer.done():
-                    answer.set_result(ConstraintVerdict(error=told["error"]))
+                    until_s = time.monotonic() + _LATE_KEPT_S if told["is_late"] else math.inf
+                    answer.set_result(ConstraintVerdict(error=told["error"], until_s=until_s))
         finally:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()

@@ -38,6 +38,7 @@ class PendingChecks:
         self._keep_s = max(_LEAST_KEEP_S, claim_idle_s / 3)
         self._held: dict[bytes, asyncio.Task[None]] = {}
         self._keeping: asyncio.Task[None] | None = None
+        self._has_stopped = False
 
     def __contains__(self, entry_id: bytes) -> bool:
         return entry_id in self._held
@@ -48,7 +49,7 @@ class PendingChecks:
 
     def hold(self, entry_id: bytes, given: StructuredOutputs) -> None:
         """Have the constraint of an entry checked, and the entry handled after that."""
-        if entry_id in self._held:
+        if entry_id in self._held or self._has_stopped:
             return
         is_one_too_many = len(self._held) >= _MAX_HELD
         self._held[entry_id] = asyncio.create_task(self._settle(entry_id, None if is_one_too_many else given))
@@ -57,6 +58,7 @@ class PendingChecks:
 
     async def stop(self) -> None:
         """Wait no longer. Other dispatchers adopt what is held here."""
+        self._has_stopped = True
         tasks = [*self._held.values(), *([self._keeping] if self._keeping else [])]
         for task in tasks:
             task.cancel()

@@ -68,6 +68,39 @@ async def test_a_slow_check_does_not_hold_up_another(checker: ConstraintChecker,
     assert (await slow).error == ""
 
 
+async def test_large_constraints_leave_room_for_usual_ones(checker: ConstraintChecker, tmp_path: Path) -> None:
+    """However many of them take long."""
+    text = f"until:{tmp_path / 'go'}"
+    padding = ["x" * 1000] * 200
+    large = [asyncio.create_task(checker.check(choice(text, str(i), *padding))) for i in range(5)]
+    assert (await checker.check(choice("quick"))).error == ""
+    assert not any(task.done() for task in large)
+    (tmp_path / "go").touch()
+    assert {verdict.error for verdict in await asyncio.gather(*large)} == {""}
+
+
+async def test_one_that_came_too_late_is_tried_again_after_a_while(
+    checker: ConstraintChecker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The machine may have been busy; other verdicts stay."""
+    slow = choice(f"until:{tmp_path / 'go'}")
+    checker._limit_s = 0.5
+    await checker.check(slow)
+    assert checker.known(slow) is not None
+    checker._limit_s = 600.0
+    monkeypatch.setattr(constraints, "_LATE_KEPT_S", 0.0)
+    for text in ("bad", "good"):
+        await checker.check(choice(text))
+        assert checker.known(choice(text)) is not None
+    checker._verdicts.clear()
+    checker._limit_s = 0.5
+    await checker.check(slow)
+    assert checker.known(slow) is None
+    checker._limit_s = 600.0
+    (tmp_path / "go").touch()
+    assert (await checker.check(slow)).error == ""
+
+
 async def test_a_constraint_is_checked_once(checker: ConstraintChecker, tmp_path: Path) -> None:
     """For those that ask at the same time, and for those that ask later; another one is another one."""
     given = choice(f"count:{tmp_path / 'checks'}")
