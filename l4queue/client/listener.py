@@ -94,6 +94,7 @@ class AsyncListener:
                 block_s = self._demux.block_s(time.monotonic())
                 found = await self._door.wait(self._demux.streams, block_s=block_s, count=_COUNT)
                 num_news += self._demux.feed(found, now_s=time.monotonic(), is_drained=_is_drained(found))
+                await self._door.run_many([self._composer.unfollow(i) for i in self._demux.unwanted()])
                 if num_news >= _TRIM_EVERY:
                     num_news = 0
                     await self._door.run(self._composer.trim_news(self._demux.last_news))
@@ -217,6 +218,8 @@ class Listener:
                 with self._lock:
                     now_s = time.monotonic()
                     num_news += self._demux.feed(found, now_s=now_s, is_drained=_is_drained(found))
+                    unwanted = self._demux.unwanted()
+                self._door.run_many([self._composer.unfollow(i) for i in unwanted])
                 if num_news >= _TRIM_EVERY:
                     num_news = 0
                     self._door.run(self._composer.trim_news(self._demux.last_news))

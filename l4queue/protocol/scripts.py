@@ -28,6 +28,7 @@ _NAMES = (
     "settle",
     "submit",
     "take",
+    "unfollow",
 )
 
 

@@ -251,6 +251,26 @@ async def test_an_abandoned_stream_leaves_no_reader(scene: Scene, client: AsyncC
     await until(lambda: true(client._listener._reader is None or client._listener._reader.done()))
 
 
+async def test_an_abandoned_stream_is_unfollowed(scene: Scene, client: AsyncClient) -> None:
+    """By the next news of it, where the client waits for others."""
+    handle, other = await client.enqueue_many(["x", "y"], max_tokens=99)
+    start(scene, handle, other)
+    scene.emit(handle.id)
+    waiting = asyncio.create_task(tokens_of(other))
+    async for _ in handle.stream():
+        break
+    await follows(scene, handle, other)
+    scene.emit(handle.id, offset=2)
+
+    async def is_unfollowed() -> bool:
+        return not scene.raw.hexists(scene.keys.request(handle.id), "followers")
+
+    await until(is_unfollowed)
+    await follows(scene, other)
+    scene.settle(other.id, num=1)
+    assert await waiting == scene.tokens(1, 0, 1)
+
+
 def test_streams_survive_a_restart_of_redis(durable_server: RedisServer, namespace: str) -> None:
     """Killed with what it has in its AOF: blocking and asyncio streams go on without gap or repeat."""
     settings = Settings(redis_url=durable_server.url, namespace=namespace)
