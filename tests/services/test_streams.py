@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import subprocess
 import sys
 import threading
@@ -269,6 +270,33 @@ async def test_an_abandoned_stream_is_unfollowed(scene: Scene, client: AsyncClie
     await follows(scene, other)
     scene.settle(other.id, num=1)
     assert await waiting == scene.tokens(1, 0, 1)
+
+
+def test_a_fork_reads_for_itself(scene: Scene, blocking: Client) -> None:
+    """A client that was made, and is used, before a server forks its processes."""
+    own, other = blocking.enqueue_many(["x", "y"], max_tokens=9)
+    start(scene, own, other)
+    found: list[list[int]] = []
+
+    def read(handle: Handle) -> list[int]:
+        return [t for chunk in handle.stream(timeout=50) for t in chunk.token_ids]
+
+    thread = threading.Thread(target=lambda: found.append(read(own)))
+    thread.start()
+    asyncio.run(follows(scene, own))
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    with blocking._listener._lock:  # as the reader may hold it
+        child = context.Process(target=lambda: theirs.send(read(other)))
+        child.start()
+    asyncio.run(follows(scene, other))
+    for handle in (own, other):
+        scene.emit(handle.id)
+        scene.settle(handle.id, offset=2, num=1)
+    thread.join()
+    assert ours.poll(50)
+    assert [ours.recv(), *found] == [scene.tokens(1, 0, 3)] * 2
+    child.join()
 
 
 def test_streams_survive_a_restart_of_redis(durable_server: RedisServer, namespace: str) -> None:
