@@ -40,6 +40,7 @@ _OUT_OF_MEMORY = "command not allowed when used memory"  # Redis 6.2 wraps it in
 _PASSING = ("LOADING", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "READONLY", "NOREPLICAS", "UNBLOCKED", "BUSY ")
 _IN_SCRIPT = ("-READONLY ", "-NOREPLICAS ")  # Redis 6.2 wraps these, too
 _CONFIRM_MS = 1000
+_NO_TRANSITION = frozenset({"follow", "unfollow"})  # nothing depends on them: a client reads without replicas
 _PASSWORD = re.compile(r"(password=)[^&]*")
 
 
@@ -56,7 +57,7 @@ def command(call: Call[Any]) -> tuple[Arg, ...]:
 
 def confirmation(calls: Sequence[Call[Any]], replicas: int) -> tuple[Arg, ...] | None:
     """The command that waits until replicas have what these calls write; None where none is wanted."""
-    if replicas and any(call.script is not None for call in calls):
+    if replicas and any(call.script is not None and call.script not in _NO_TRANSITION for call in calls):
         return ("WAIT", replicas, _CONFIRM_MS)
     return None
 

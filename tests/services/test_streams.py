@@ -357,6 +357,21 @@ async def test_an_outage_ends_every_wait_and_the_next_one_goes_on(
     scene.door.close()
 
 
+async def test_results_and_streams_are_read_without_replicas(scene: Scene, redis_url: str, namespace: str) -> None:
+    """`?replicas=1` is about what is written; with the replica away, what there is can be read."""
+    async with AsyncClient(settings=Settings(redis_url=redis_url, namespace=namespace)) as client:
+        handle = await client.enqueue("x", max_tokens=9)
+    finished(scene, handle)
+    settings = Settings(redis_url=redis_url + "?replicas=1", namespace=namespace)
+    async with AsyncClient(settings=settings) as client:
+        same = await client.get(handle.id)
+        assert (await same.result(timeout=50)).output_tokens == 5
+        assert await tokens_of(same) == scene.tokens(1, 0, 5)
+    with Client(settings=settings) as blocking:
+        assert blocking.get(handle.id).result(timeout=50).output_tokens == 5
+        assert list(blocking.as_completed([blocking.get(handle.id)], timeout=50))
+
+
 # ends ---------------------------------------------------------------------------------------------
 def finished(scene: Scene, handle: AsyncHandle | Handle) -> None:
     """Five tokens, written as three and two."""
