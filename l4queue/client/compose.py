@@ -251,6 +251,10 @@ class Composer:
             self.client_id, followed=look.followed, looked_at=look.looked_at, ttl_ms=_NEWS_TTL_MS
         )
 
+    def unfollow(self, request_id: str) -> Call[Verdict]:
+        """The call after which this client is told of the request no more."""
+        return self.calls.unfollow(request_id, client_id=self.client_id)
+
     def trim_news(self, last_id: str) -> Call[int]:
         """The call that drops news up to this entry, which have been read."""
         return Call(None, (), ("XTRIM", self.keys.news(self.client_id), "MINID", "~", last_id), int)
@@ -356,7 +360,7 @@ def _digested(spec: RequestSpec, body: str) -> str:
 
 
 def _digest(kind: str, body: str, prompt: bytes) -> str:
-    return hashlib.sha256(f"{kind}\\0{body}\\0".encode() + prompt).hexdigest()
+    return hashlib.sha256(f"{kind}\0{body}\0".encode() + prompt).hexdigest()
 
 
 def printable(name: str) -> str:

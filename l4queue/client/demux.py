@@ -191,6 +191,7 @@ class Demultiplexer:
         self._watches: dict[str, list[Watch]] = {}
         self._removed: deque[Watch] = deque()
         self._suspects: dict[Watch, tuple[RequestState | None, int, float]] = {}
+        self._unwanted: set[str] = set()
         self._next_scan_s = 0.0
         self._followed_s = 0.0
 
@@ -257,6 +258,8 @@ class Demultiplexer:
             told = NewsEntry.parse(values)
             if told is None:
                 continue
+            if told.request_id not in self._watches and told.state is None:
+                self._unwanted.add(told.request_id)
             for watch in self._watches.get(told.request_id, ()):
                 watch.hear(told)
                 watch.due_s = now_s + RECHECK_S
@@ -297,6 +300,12 @@ class Demultiplexer:
             for watch in self._watches.get(request_id, ()):
                 if watch.lacks(state, upto):
                     self._suspects.setdefault(watch, (state, upto, now_s))
+
+    def unwanted(self) -> list[str]:
+        """Requests that are still followed although nobody waits for them any more."""
+        found = [request_id for request_id in self._unwanted if request_id not in self._watches]
+        self._unwanted.clear()
+        return found
 
     def fail(self, error: L4QueueError) -> None:
         """All waits end with this error."""

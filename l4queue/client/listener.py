@@ -6,6 +6,7 @@ The asyncio one reads in a task, the blocking one in a thread; both run only whi
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 import time
 from collections import deque
@@ -94,6 +95,7 @@ class AsyncListener:
                 block_s = self._demux.block_s(time.monotonic())
                 found = await self._door.wait(self._demux.streams, block_s=block_s, count=_COUNT)
                 num_news += self._demux.feed(found, now_s=time.monotonic(), is_drained=_is_drained(found))
+                await self._door.run_many([self._composer.unfollow(i) for i in self._demux.unwanted()])
                 if num_news >= _TRIM_EVERY:
                     num_news = 0
                     await self._door.run(self._composer.trim_news(self._demux.last_news))
@@ -150,13 +152,21 @@ class Listener:
     def __init__(self, door: Door, composer: Composer) -> None:
         self._door = door
         self._composer = composer
-        self._demux = _demultiplexer(composer)
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        self._pid = os.getpid()
+        self._demux = _demultiplexer(self._composer)
         self._lock = threading.RLock()
         self._reader: threading.Thread | None = None
         self._is_closed = False
 
     def begin(self, watches: Sequence[Watch]) -> None:
         """Begin waits: on return each knows where its request is."""
+        if (
+            self._pid != os.getpid()
+        ):  # a fork has neither the thread nor the waits, and maybe a lock that stays held
+            self._begin_anew()
         with self._lock:
             self._is_closed = False
             now_s = time.monotonic()
@@ -217,6 +227,8 @@ class Listener:
                 with self._lock:
                     now_s = time.monotonic()
                     num_news += self._demux.feed(found, now_s=now_s, is_drained=_is_drained(found))
+                    unwanted = self._demux.unwanted()
+                self._door.run_many([self._composer.unfollow(i) for i in unwanted])
                 if num_news >= _TRIM_EVERY:
                     num_news = 0
                     self._door.run(self._composer.trim_news(self._demux.last_news))

@@ -388,6 +388,10 @@ class Calls:
         args: tuple[Arg, ...] = (client_id, ttl_ms, len(followed), *followed, *looked_at)
         return Call("follow", (self.keys.news(client_id),), args, Followed.parse)
 
+    def unfollow(self, request_id: str, *, client_id: str) -> Call[Verdict]:
+        """Have a client told of this request no more."""
+        return Call("unfollow", (self.keys.request(request_id),), (client_id,), _verdict)
+
     def expire(self, *, limit: int) -> Call[int]:
         """End live requests whose deadline has passed."""
         return Call("expire", (self.keys.deadlines,), (limit,), int)

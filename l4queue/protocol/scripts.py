@@ -35,6 +35,7 @@ _NAMES = (
     "settle",
     "submit",
     "take",
+    "unfollow",
 )
 
 

@@ -34,6 +34,7 @@ __all__ = (
 _CONFIRM_MS = 1000
 _WAIT_PAUSE_S = 0.1
 _SERVICE_PAUSE_S = 0.5  # of many processes that wait for an outage to end
+_NO_TRANSITION = frozenset({"follow", "unfollow"})  # nothing depends on them: a client reads without replicas
 
 
 class ServerFull(ServiceUnavailable):
@@ -49,7 +50,7 @@ def command(call: Call[Any]) -> tuple[Arg, ...]:
 
 def confirmation(calls: Sequence[Call[Any]], replicas: int) -> tuple[Arg, ...] | None:
     """The command that waits until replicas have what these calls write; None where none is wanted."""
-    if replicas and any(call.script is not None for call in calls):
+    if replicas and any(call.script is not None and call.script not in _NO_TRANSITION for call in calls):
         return ("WAIT", replicas, _CONFIRM_MS)
     return None
 

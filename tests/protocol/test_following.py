@@ -182,6 +182,22 @@ def test_names_that_contain_each_other_are_different(scene: Scene) -> None:
     assert followers(scene) == ["n11", "n1"]
 
 
+def test_a_client_that_unfollows_is_told_nothing_more(scene: Scene) -> None:
+    """The others are; a repeat changes nothing."""
+    scene.bring(S.RUNNING)
+    for client in ("n1", "n2", "n3"):
+        follow(scene, "a", client=client)
+    verdicts = [scene.door.run(scene.calls.unfollow("a", client_id="n2")) for _ in range(2)]
+    assert verdicts == [Verdict.OK, Verdict.DUP]
+    assert followers(scene) == ["n1", "n3"]
+    for client in ("n1", "n3"):
+        scene.door.run(scene.calls.unfollow("a", client_id=client))
+    assert scene.raw.hexists(scene.keys.request("a"), "followers") == 0
+    assert scene.door.run(scene.calls.unfollow("gone", client_id="n1")) is Verdict.DUP
+    assert scene.raw.exists(scene.keys.request("gone")) == 0
+    check(scene)
+
+
 def test_news_are_bounded(scene: Scene) -> None:
     """Whoever does not read loses the oldest, and reads the output stream."""
     scene.bring(S.RUNNING)

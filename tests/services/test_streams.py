@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import subprocess
 import sys
 import threading
@@ -252,6 +253,53 @@ async def test_an_abandoned_stream_leaves_no_reader(scene: Scene, client: AsyncC
     await until(lambda: true(client._listener._reader is None or client._listener._reader.done()))
 
 
+async def test_an_abandoned_stream_is_unfollowed(scene: Scene, client: AsyncClient) -> None:
+    """By the next news of it, where the client waits for others."""
+    handle, other = await client.enqueue_many(["x", "y"], max_tokens=99)
+    start(scene, handle, other)
+    scene.emit(handle.id)
+    waiting = asyncio.create_task(tokens_of(other))
+    async for _ in handle.stream():
+        break
+    await follows(scene, handle, other)
+    scene.emit(handle.id, offset=2)
+
+    async def is_unfollowed() -> bool:
+        return not scene.raw.hexists(scene.keys.request(handle.id), "followers")
+
+    await until(is_unfollowed)
+    await follows(scene, other)
+    scene.settle(other.id, num=1)
+    assert await waiting == scene.tokens(1, 0, 1)
+
+
+def test_a_fork_reads_for_itself(scene: Scene, blocking: Client) -> None:
+    """A client that was made, and is used, before a server forks its processes."""
+    own, other = blocking.enqueue_many(["x", "y"], max_tokens=9)
+    start(scene, own, other)
+    found: list[list[int]] = []
+
+    def read(handle: Handle) -> list[int]:
+        return [t for chunk in handle.stream(timeout=50) for t in chunk.token_ids]
+
+    thread = threading.Thread(target=lambda: found.append(read(own)))
+    thread.start()
+    asyncio.run(follows(scene, own))
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    with blocking._listener._lock:  # as the reader may hold it
+        child = context.Process(target=lambda: theirs.send(read(other)))
+        child.start()
+    asyncio.run(follows(scene, other))
+    for handle in (own, other):
+        scene.emit(handle.id)
+        scene.settle(handle.id, offset=2, num=1)
+    thread.join()
+    assert ours.poll(50)
+    assert [ours.recv(), *found] == [scene.tokens(1, 0, 3)] * 2
+    child.join()
+
+
 def test_streams_survive_a_restart_of_redis(durable_server: RedisServer, namespace: str) -> None:
     """Killed with what it has in its AOF: blocking and asyncio streams go on without gap or repeat."""
     settings = Settings(redis_url=durable_server.url, namespace=namespace)
@@ -308,6 +356,21 @@ async def test_an_outage_ends_every_wait_and_the_next_one_goes_on(
         assert await tokens_of(handle, after=2) == scene.tokens(1, 2, 1)
     scene.close()
     scene.door.close()
+
+
+async def test_results_and_streams_are_read_without_replicas(scene: Scene, redis_url: str, namespace: str) -> None:
+    """`?replicas=1` is about what is written; with the replica away, what there is can be read."""
+    async with AsyncClient(settings=Settings(redis_url=redis_url, namespace=namespace)) as client:
+        handle = await client.enqueue("x", max_tokens=9)
+    finished(scene, handle)
+    settings = Settings(redis_url=redis_url + "?replicas=1", namespace=namespace)
+    async with AsyncClient(settings=settings) as client:
+        same = await client.get(handle.id)
+        assert (await same.result(timeout=50)).output_tokens == 5
+        assert await tokens_of(same) == scene.tokens(1, 0, 5)
+    with Client(settings=settings) as blocking:
+        assert blocking.get(handle.id).result(timeout=50).output_tokens == 5
+        assert list(blocking.as_completed([blocking.get(handle.id)], timeout=50))
 
 
 # ends ---------------------------------------------------------------------------------------------

@@ -316,6 +316,23 @@ def test_a_new_news_stream_is_read_from_its_beginning() -> None:
     assert demux.streams[NEWS] == "0-0"
 
 
+def test_what_nobody_waits_for_any_more_is_unfollowed() -> None:
+    """Its news say that it is still followed; an end needs nothing."""
+    server, demux = Server((1, 1)), demultiplexer()
+    reader, other = Reader(demux, 0), Watch("s", wake=lambda: None)
+    demux.add(other, now_s=0.0)
+    server.write()
+    feed(demux, server.news, now_s=0.0)
+    assert demux.unwanted() == []
+    demux.remove(reader.watch)
+    feed(demux, server.news, now_s=0.0)
+    assert (demux.unwanted(), demux.unwanted()) == (["r"], [])
+    for _ in range(2):
+        server.write()
+    feed(demux, server.news[-1:], now_s=0.0)
+    assert demux.unwanted() == []
+
+
 def test_a_wait_that_was_ended_is_forgotten() -> None:
     """Nobody waits any more: nothing to read."""
     demux = demultiplexer()
