@@ -16,7 +16,7 @@ import typer
 
 if TYPE_CHECKING:
     from l4queue.config import Settings
-    from l4queue.hardware import EngineBuild, Gpu
+    from l4queue.hardware import EngineBuild, GpuView
 
 __all__ = ("Check", "Verdict", "register", "run_checks")
 
@@ -70,17 +70,17 @@ def doctor(
 def run_checks(data_dir: Path) -> list[Check]:
     """All checks for the settings of the environment, in the order of dependence."""
     from l4queue.config import load_settings
-    from l4queue.hardware import engine_build, list_gpus
+    from l4queue.hardware import engine_build, view_gpus
 
     settings = load_settings()
     build = engine_build()
-    gpus = list_gpus()
+    view = view_gpus()
     return [
         _check_python(),
         _check_redis_server(),
         *_check_redis(settings),
         _check_engine(settings, build),
-        _check_gpus(settings, build, gpus),
+        _check_gpus(settings, build, view),
         _check_model(settings),
         _check_port("Flower's port", settings.flower_port, "set L4_FLOWER_PORT; `up` takes another by itself"),
         _check_disk(data_dir),
@@ -187,13 +187,14 @@ def _check_engine(settings: Settings, build: EngineBuild | None) -> Check:
     return Check(name="engine", verdict=Verdict.OK, detail=f"vLLM {build.version} ({build.kind} build)")
 
 
-def _check_gpus(settings: Settings, build: EngineBuild | None, gpus: list[Gpu]) -> Check:
-    names = ", ".join(f"{g.index}: {g.name}, {g.free_bytes / 2**30:.0f} GiB free" for g in gpus)
+def _check_gpus(settings: Settings, build: EngineBuild | None, view: GpuView) -> Check:
+    gpus = view.gpus
+    names = ", ".join(f"{g.cuda_name}: {g.name}, {g.memory_text}" for g in gpus)
     if settings.engine == "vllm" and build is not None and build.kind == "gpu" and not gpus:
         return Check(
             name="GPUs",
             verdict=Verdict.FAIL,
-            detail="nvidia-smi shows none",
+            detail=view.why,
             advice="install the driver, check CUDA_VISIBLE_DEVICES, or install the CPU build: make ENGINE=cpu",
         )
     if settings.engine == "vllm" and build is not None and build.kind == "cpu" and gpus:
@@ -202,6 +203,13 @@ def _check_gpus(settings: Settings, build: EngineBuild | None, gpus: list[Gpu]) 
             verdict=Verdict.WARN,
             detail=f"{names}; not used by the CPU build of vLLM",
             advice="remove .venv, then make install ENGINE=gpu",
+        )
+    if gpus and view.notes:
+        return Check(
+            name="GPUs",
+            verdict=Verdict.WARN,
+            detail=f"{names}; {view.why}",
+            advice="check CUDA_VISIBLE_DEVICES and the driver",
         )
     return Check(name="GPUs", verdict=Verdict.OK, detail=names or "none, and none is needed")
 
