@@ -79,6 +79,7 @@ def run_checks(data_dir: Path) -> list[Check]:
         _check_python(),
         _check_redis_server(),
         *_check_redis(settings),
+        *_check_broker(settings),
         _check_engine(settings, build),
         _check_gpus(settings, build, view),
         _check_model(settings),
@@ -118,12 +119,15 @@ def _check_redis_server() -> Check:
 
 def _check_redis(settings: Settings) -> list[Check]:
     from l4queue.cli.server import read_server
-    from l4queue.errors import ServiceUnavailable
+    from l4queue.errors import ConfigError, ServiceUnavailable
     from l4queue.protocol.door import Door
     from l4queue.protocol.keys import Keys
     from l4queue.protocol.reads import Reads
 
-    door = Door(settings.redis_url, retry_s=_REDIS_TRY_S)
+    try:
+        door = Door(settings.redis_url, retry_s=_REDIS_TRY_S)
+    except ConfigError as error:
+        return [Check(name="Redis", verdict=Verdict.FAIL, detail=str(error), advice="correct L4_REDIS_URL")]
     try:
         door.run(Reads(Keys(settings.namespace)).inbox_length())  # in a cluster: to the node that has our keys
         facts = read_server(door)
@@ -158,6 +162,32 @@ def _check_redis(settings: Settings) -> list[Check]:
         advice=None if is_durable else f"{needs}; until then a crash of Redis loses requests",
     )
     return [reached, durability]
+
+
+def _check_broker(settings: Settings) -> list[Check]:
+    """A broker that has its own setting; else it is the next database of the same Redis."""
+    from l4queue.errors import ConfigError, ServiceUnavailable
+    from l4queue.protocol.calls import Call
+    from l4queue.protocol.door import Door
+
+    advice = "correct L4_CELERY_BROKER_URL"
+    try:
+        is_redis = settings.broker_url.startswith("redis")
+        if not settings.celery_broker_url or not is_redis:
+            return []
+        door = Door(settings.celery_broker_url, retry_s=_REDIS_TRY_S)
+    except ConfigError as error:
+        if not str(error).startswith("L4_CELERY_BROKER_URL"):
+            return []  # told of the queue
+        return [Check(name="broker", verdict=Verdict.FAIL, detail=str(error), advice=advice)]
+    try:
+        door.run(Call(None, (), ("PING",), lambda reply: reply))
+    except ServiceUnavailable as error:
+        detail = str(error).removesuffix("; try `l4queue doctor`")
+        return [Check(name="broker", verdict=Verdict.FAIL, detail=detail, advice=advice)]
+    finally:
+        door.close()
+    return [Check(name="broker", verdict=Verdict.OK, detail=f"{settings.celery_broker_url}")]
 
 
 def _check_engine(settings: Settings, build: EngineBuild | None) -> Check:
