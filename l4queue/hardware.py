@@ -4,37 +4,28 @@ from __future__ import annotations
 
 import ctypes
 import os
-import subprocess
 from collections.abc import Collection
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
+from l4queue.nvidia import Gpu, GpuView, list_gpus, view_gpus
+
 __all__ = (
     "EngineBuild",
     "Gpu",
+    "GpuView",
     "available_memory_bytes",
     "cores_of_worker",
     "engine_build",
     "list_gpus",
     "missing_library",
-    "parse_gpus",
+    "view_gpus",
     "whole_cores",
 )
 
 _TOPOLOGY = Path("/sys/devices/system/cpu")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Gpu:
-    """One NVIDIA GPU that this process may use; `index` is what CUDA_VISIBLE_DEVICES takes in PCI order."""
-
-    index: str
-    uuid: str
-    name: str
-    memory_bytes: int
-    free_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,34 +34,6 @@ class EngineBuild:
 
     kind: Literal["cpu", "gpu"]
     version: str
-
-
-def list_gpus() -> list[Gpu]:
-    """GPUs by nvidia-smi, restricted by CUDA_VISIBLE_DEVICES; none when there is no driver."""
-    query = "--query-gpu=index,uuid,name,memory.total,memory.free"
-    try:
-        reply = subprocess.run(
-            ["nvidia-smi", query, "--format=csv,noheader,nounits"],
-            capture_output=True,
-            text=True,
-            timeout=20,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return parse_gpus(reply.stdout, visible=os.environ.get("CUDA_VISIBLE_DEVICES"))
-
-
-def parse_gpus(table: str, *, visible: str | None) -> list[Gpu]:
-    """GPUs of nvidia-smi's CSV (MiB), in the order of `visible` (indices or UUIDs) when that is given."""
-    by_id: dict[str, Gpu] = {}
-    for line in table.splitlines():
-        index, uuid, name, total, free = (cell.strip() for cell in line.split(","))
-        gpu = Gpu(index=index, uuid=uuid, name=name, memory_bytes=int(total) << 20, free_bytes=int(free) << 20)
-        by_id[index] = by_id[uuid] = gpu
-    if visible is None:
-        return sorted({g.index: g for g in by_id.values()}.values(), key=lambda g: int(g.index))
-    return [by_id[name.strip()] for name in visible.split(",") if name.strip() in by_id]
 
 
 def engine_build() -> EngineBuild | None:

@@ -36,11 +36,12 @@ def rng() -> np.random.Generator:
 
 
 @pytest.fixture(scope="session")
-def redis_executable() -> str:
-    """Path of the redis-server under test. A laptop may lack one; CI may not."""
-    from tests.protocol.server import redis_binary
+def redis_executable(request: pytest.FixtureRequest) -> str:
+    """Path of the redis-server under test, or of one that a test names. A laptop may lack one; CI may not."""
+    from tests.protocol.server import named_binary, redis_binary
 
-    binary = redis_binary()
+    name = getattr(request, "param", None)
+    binary = redis_binary() if name is None else named_binary(name)
     if binary is None:
         message = "redis-server is not on PATH (on Debian: apt-get install redis-server)"
         if os.environ.get("CI") == "true":

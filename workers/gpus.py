@@ -18,7 +18,7 @@ from pathlib import Path
 
 from l4queue.config import Settings
 from l4queue.errors import ConfigError
-from l4queue.hardware import EngineBuild, Gpu, engine_build, list_gpus, whole_cores
+from l4queue.hardware import EngineBuild, GpuView, engine_build, list_gpus, view_gpus, whole_cores
 
 __all__ = ("DeviceLocks", "choose", "take_devices")
 
@@ -88,7 +88,7 @@ class DeviceLocks:
         return descriptor
 
     def _open(self, name: str) -> int:
-        return os.open(self._directory / f"{name}.lock", os.O_RDWR | os.O_CREAT, 0o666)
+        return os.open(self._directory / f"{name.replace('/', '_')}.lock", os.O_RDWR | os.O_CREAT, 0o666)
 
 
 def take_devices(settings: Settings, *, pause: Callable[[float], None] = time.sleep) -> Settings:
@@ -103,35 +103,36 @@ def take_devices(settings: Settings, *, pause: Callable[[float], None] = time.sl
         return settings
     if build.kind == "cpu":
         return _take_cores(settings, pause=pause)
-    gpus = list_gpus()
-    if not gpus and settings.without_gpu == "emulated":
-        log.warning("no GPU on this machine: the engine is emulated, its text is noise (L4_WITHOUT_GPU)")
+    view = view_gpus()
+    if not view.gpus and settings.without_gpu == "emulated":
+        log.warning("no GPU (%s): the engine is emulated, its text is noise (L4_WITHOUT_GPU)", view.why)
         return settings.model_copy(update={"engine": "emulated"})
-    return _take_gpus(settings, gpus, build, pause=pause)
+    return _take_gpus(settings, view, build, pause=pause)
 
 
 def _take_gpus(
-    settings: Settings, gpus: Sequence[Gpu], build: EngineBuild, *, pause: Callable[[float], None]
+    settings: Settings, view: GpuView, build: EngineBuild, *, pause: Callable[[float], None]
 ) -> Settings:
     count = settings.tensor_parallel
     if not settings.devices_dir:
         return settings
+    gpus = view.for_groups_of(count)
     if len(gpus) < count:
+        why = f" ({view.why})" if view.notes else ""
         raise ConfigError(
-            f"vLLM {build.version} needs {count} GPU(s) and nvidia-smi shows {len(gpus)}: see `l4queue doctor`, "
-            "lower L4_TENSOR_PARALLEL, or set L4_WITHOUT_GPU=emulated"
+            f"vLLM {build.version} needs {count} GPU(s) and {len(gpus)} can be used here{why}: "
+            "see `l4queue doctor`, lower L4_TENSOR_PARALLEL, or set L4_WITHOUT_GPU=emulated"
         )
 
     def usable() -> list[str]:
-        share = settings.gpu_memory_share
-        return [gpu.uuid for gpu in list_gpus() if gpu.free_bytes >= share * gpu.memory_bytes]
+        return [gpu.uuid for gpu in list_gpus() if gpu.has_free(settings.gpu_memory_share)]
 
     uuids = [gpu.uuid for gpu in gpus]
     what = f"{count} GPU(s) with {settings.gpu_memory_share:.0%} of the memory free"
     taken = _wait_for(DeviceLocks(Path(settings.devices_dir)), uuids, usable, count, what=what, pause=pause)
     ours = [gpu for gpu in gpus if gpu.uuid in taken]
     os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # nvidia-smi's order, by which the indices count
-    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpu.index for gpu in ours)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpu.cuda_name for gpu in ours)
     log.info("took %s", ", ".join(f"GPU {gpu.index} ({gpu.name}, {gpu.uuid})" for gpu in ours))
     return settings
 

@@ -16,7 +16,7 @@ import typer
 
 if TYPE_CHECKING:
     from l4queue.config import Settings
-    from l4queue.hardware import EngineBuild, Gpu
+    from l4queue.hardware import EngineBuild, GpuView
 
 __all__ = ("Check", "Verdict", "register", "run_checks")
 
@@ -70,17 +70,18 @@ def doctor(
 def run_checks(data_dir: Path) -> list[Check]:
     """All checks for the settings of the environment, in the order of dependence."""
     from l4queue.config import load_settings
-    from l4queue.hardware import engine_build, list_gpus
+    from l4queue.hardware import engine_build, view_gpus
 
     settings = load_settings()
     build = engine_build()
-    gpus = list_gpus()
+    view = view_gpus()
     return [
         _check_python(),
         _check_redis_server(),
         *_check_redis(settings),
+        *_check_broker(settings),
         _check_engine(settings, build),
-        _check_gpus(settings, build, gpus),
+        _check_gpus(settings, build, view),
         _check_model(settings),
         _check_port("Flower's port", settings.flower_port, "set L4_FLOWER_PORT; `up` takes another by itself"),
         _check_disk(data_dir),
@@ -118,13 +119,16 @@ def _check_redis_server() -> Check:
 
 def _check_redis(settings: Settings) -> list[Check]:
     from l4queue.cli.server import read_server
-    from l4queue.errors import ServiceUnavailable
+    from l4queue.errors import ConfigError, ServiceUnavailable
     from l4queue.protocol.door import Door
     from l4queue.protocol.health import clock_ahead_s, clock_note
     from l4queue.protocol.keys import Keys
     from l4queue.protocol.reads import Reads
 
-    door = Door(settings.redis_url, retry_s=_REDIS_TRY_S)
+    try:
+        door = Door(settings.redis_url, retry_s=_REDIS_TRY_S)
+    except ConfigError as error:
+        return [Check(name="Redis", verdict=Verdict.FAIL, detail=str(error), advice="correct L4_REDIS_URL")]
     try:
         door.run(Reads(Keys(settings.namespace)).inbox_length())  # in a cluster: to the node that has our keys
         facts = read_server(door)
@@ -169,6 +173,32 @@ def _check_redis(settings: Settings) -> list[Check]:
     return [reached, durability, clock]
 
 
+def _check_broker(settings: Settings) -> list[Check]:
+    """A broker that has its own setting; else it is the next database of the same Redis."""
+    from l4queue.errors import ConfigError, ServiceUnavailable
+    from l4queue.protocol.calls import Call
+    from l4queue.protocol.door import Door
+
+    advice = "correct L4_CELERY_BROKER_URL"
+    try:
+        is_redis = settings.broker_url.startswith("redis")
+        if not settings.celery_broker_url or not is_redis:
+            return []
+        door = Door(settings.celery_broker_url, retry_s=_REDIS_TRY_S)
+    except ConfigError as error:
+        if not str(error).startswith("L4_CELERY_BROKER_URL"):
+            return []  # told of the queue
+        return [Check(name="broker", verdict=Verdict.FAIL, detail=str(error), advice=advice)]
+    try:
+        door.run(Call(None, (), ("PING",), lambda reply: reply))
+    except ServiceUnavailable as error:
+        detail = str(error).removesuffix("; try `l4queue doctor`")
+        return [Check(name="broker", verdict=Verdict.FAIL, detail=detail, advice=advice)]
+    finally:
+        door.close()
+    return [Check(name="broker", verdict=Verdict.OK, detail=f"{settings.celery_broker_url}")]
+
+
 def _check_engine(settings: Settings, build: EngineBuild | None) -> Check:
     from l4queue.hardware import missing_library
 
@@ -196,13 +226,14 @@ def _check_engine(settings: Settings, build: EngineBuild | None) -> Check:
     return Check(name="engine", verdict=Verdict.OK, detail=f"vLLM {build.version} ({build.kind} build)")
 
 
-def _check_gpus(settings: Settings, build: EngineBuild | None, gpus: list[Gpu]) -> Check:
-    names = ", ".join(f"{g.index}: {g.name}, {g.free_bytes / 2**30:.0f} GiB free" for g in gpus)
+def _check_gpus(settings: Settings, build: EngineBuild | None, view: GpuView) -> Check:
+    gpus = view.gpus
+    names = ", ".join(f"{g.cuda_name}: {g.name}, {g.memory_text}" for g in gpus)
     if settings.engine == "vllm" and build is not None and build.kind == "gpu" and not gpus:
         return Check(
             name="GPUs",
             verdict=Verdict.FAIL,
-            detail="nvidia-smi shows none",
+            detail=view.why,
             advice="install the driver, check CUDA_VISIBLE_DEVICES, or install the CPU build: make ENGINE=cpu",
         )
     if settings.engine == "vllm" and build is not None and build.kind == "cpu" and gpus:
@@ -211,6 +242,13 @@ def _check_gpus(settings: Settings, build: EngineBuild | None, gpus: list[Gpu]) 
             verdict=Verdict.WARN,
             detail=f"{names}; not used by the CPU build of vLLM",
             advice="remove .venv, then make install ENGINE=gpu",
+        )
+    if gpus and view.notes:
+        return Check(
+            name="GPUs",
+            verdict=Verdict.WARN,
+            detail=f"{names}; {view.why}",
+            advice="check CUDA_VISIBLE_DEVICES and the driver",
         )
     return Check(name="GPUs", verdict=Verdict.OK, detail=names or "none, and none is needed")
 

@@ -19,7 +19,7 @@ from l4queue.cli.scrape import with_metrics, write_targets
 from l4queue.cli.supervisor import ChildSpec, RestartPolicy, Supervisor
 from l4queue.config import URL_FILE, Settings, load_settings
 from l4queue.errors import ConfigError, L4QueueError
-from l4queue.hardware import Gpu, cores_of_worker, engine_build, list_gpus, missing_library
+from l4queue.hardware import Gpu, cores_of_worker, engine_build, missing_library, view_gpus
 from l4queue.protocol.door import AsyncDoor
 from l4queue.protocol.overview import read_overview_async
 from l4queue.redis_url import SecretUrl, parse_url
@@ -182,11 +182,13 @@ class Stack:
         missing = missing_library(build)
         if missing is not None:
             raise ConfigError(missing)
-        gpus = list_gpus() if build.kind == "gpu" else []
+        view = view_gpus()
+        gpus = view.for_groups_of(self.settings.tensor_parallel) if build.kind == "gpu" else []
         needed = (self.options.workers or 1) * self.settings.tensor_parallel
         if build.kind == "gpu" and len(gpus) < needed:
+            why = f" ({view.why})" if view.notes else ""
             raise ConfigError(
-                f"{self.options.workers or 1} workers need {needed} GPUs, and {len(gpus)} can be used here; "
+                f"{self.options.workers or 1} workers need {needed} GPUs, and {len(gpus)} can be used here{why}; "
                 "see `l4queue doctor`, or install the CPU build of vLLM"
             )
         return gpus
@@ -307,7 +309,7 @@ class Stack:
         if gpus:
             group = self.settings.tensor_parallel
             ours = gpus[index * group : (index + 1) * group]
-            env |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ",".join(g.index for g in ours)}
+            env |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ",".join(g.cuda_name for g in ours)}
         elif "VLLM_CPU_OMP_THREADS_BIND" not in os.environ:
             cores = cores_of_worker(index, num_workers=num_workers, cores=sorted(os.sched_getaffinity(0)))
             env["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))

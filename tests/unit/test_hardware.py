@@ -1,4 +1,4 @@
-"""GPUs from nvidia-smi's table, cores for CPU engines."""
+"""Cores for CPU engines, memory, libraries. GPUs: test_nvidia.py."""
 
 from __future__ import annotations
 
@@ -14,30 +14,8 @@ from l4queue.hardware import (
     available_memory_bytes,
     cores_of_worker,
     missing_library,
-    parse_gpus,
     whole_cores,
 )
-
-TABLE = """0, GPU-aaaa, NVIDIA H100 80GB HBM3, 81559, 80994
-1, GPU-bbbb, NVIDIA H100 80GB HBM3, 81559, 100
-10, GPU-cccc, NVIDIA L4, 23034, 22000
-"""
-
-
-def test_gpus_come_in_numeric_order_with_bytes() -> None:
-    """nvidia-smi counts in MiB."""
-    gpus = parse_gpus(TABLE, visible=None)
-
-    assert [g.index for g in gpus] == ["0", "1", "10"]
-    assert gpus[1].free_bytes == 100 * 2**20
-    assert gpus[2].name == "NVIDIA L4"
-
-
-def test_visible_devices_choose_and_order_gpus() -> None:
-    """By index or UUID; an empty variable hides all; unknown names count for nothing."""
-    assert [g.index for g in parse_gpus(TABLE, visible="GPU-cccc,0")] == ["10", "0"]
-    assert parse_gpus(TABLE, visible="") == []
-    assert parse_gpus(TABLE, visible="7") == []
 
 
 @given(st.integers(1, 40), st.integers(1, 64))

@@ -40,6 +40,31 @@ def test_a_redis_that_was_named_and_is_away_fails_with_exit_code_1(capsys: pytes
     assert "L4_REDIS_URL" in lines[broken + 1]
 
 
+@pytest.mark.parametrize("name", ["redis_url", "celery_broker_url"])
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("redis://:hunter#2@host/0", "it cannot be read"),
+        ("redis://host/zero", "/zero is no database"),
+        ("redis://:hunter2@127.0.0.1:1/0", "cannot be reached"),
+        ("unix://:hunter2@/nonexistent.sock", "cannot be reached"),
+    ],
+)
+def test_a_wrong_url_is_a_line_of_the_report_without_its_password(
+    name: str, url: str, says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of queue and broker; all other checks are done as well."""
+    monkeypatch.setenv(f"L4_{name.upper()}", url)
+
+    assert cli.main(["doctor"]) == 1
+
+    output = capsys.readouterr()
+    row = "Redis" if name == "redis_url" else "broker"
+    assert any(line.startswith("fail") and row in line and says in line for line in output.out.splitlines())
+    assert "memory" in output.out
+    assert "hunter" not in output.out + output.err
+
+
 @pytest.mark.services
 def test_a_sound_machine_passes_and_the_report_is_json(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

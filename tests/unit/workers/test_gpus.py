@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pynvml
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,18 +15,11 @@ from hypothesis import strategies as st
 from l4queue.config import Settings, load_settings
 from l4queue.errors import ConfigError
 from l4queue.hardware import EngineBuild
+from tests.unit.nvml import Device, FakeNvml, plug
 from workers import gpus
 from workers.gpus import DeviceLocks, choose, take_devices
 
-NVIDIA_SMI = """#!/bin/sh
-cat <<'TABLE'
-0, GPU-aaaa, NVIDIA H100 80GB HBM3, 81559, 80994
-1, GPU-bbbb, NVIDIA H100 80GB HBM3, 81559, 80994
-2, GPU-cccc, NVIDIA H100 80GB HBM3, 81559, 10000
-3, GPU-dddd, NVIDIA H100 80GB HBM3, 81559, 80994
-4, GPU-eeee, NVIDIA H100 80GB HBM3, 81559, 80994
-TABLE
-"""
+FIVE = tuple(Device(uuid=f"GPU-{4 * name}", memory=(80, 10 if name == "c" else 79)) for name in "abcde")
 HOLDER = """
 import sys
 from pathlib import Path
@@ -126,16 +120,9 @@ def test_a_directory_that_cannot_be_used_is_named(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+def machine(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """A machine with five GPUs, of which number 2 is used by a stranger, and the GPU build of vLLM."""
-    tool = tmp_path / "bin" / "nvidia-smi"
-    tool.parent.mkdir()
-    tool.write_text(NVIDIA_SMI)
-    tool.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tool.parent}:{os.environ['PATH']}")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    monkeypatch.setenv("CUDA_DEVICE_ORDER", "")
+    plug(monkeypatch, FakeNvml(*FIVE))
     monkeypatch.setattr(gpus, "engine_build", lambda: EngineBuild(kind="gpu", version="0"))
     return monkeypatch
 
@@ -182,15 +169,42 @@ def test_gpus_given_by_the_environment_bound_the_choice(tmp_path: Path, machine:
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "4"
 
 
+def test_memory_that_the_driver_does_not_tell_keeps_no_worker_waiting(
+    tmp_path: Path, machine: pytest.MonkeyPatch
+) -> None:
+    """Where CPU and GPU share it."""
+    plug(machine, FakeNvml(Device(uuid="GPU-aaaa", name="NVIDIA GB10", memory=None)))
+
+    take_devices(settings(tmp_path), pause=stop)
+
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "0"
+
+
+def test_instances_of_a_divided_gpu_go_to_one_worker_each(tmp_path: Path, machine: pytest.MonkeyPatch) -> None:
+    """By UUID, for they have no index; of older drivers' names as well, which have slashes."""
+    parts = [Device(uuid=uuid) for uuid in ("MIG-1111", "MIG-GPU-aaaa/2/0")]
+    plug(machine, FakeNvml(Device(uuid="GPU-aaaa", parts=parts)))
+    seen = []
+    for _ in parts:
+        machine.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        take_devices(settings(tmp_path), pause=stop)
+        seen.append(os.environ["CUDA_VISIBLE_DEVICES"])
+    machine.delenv("CUDA_VISIBLE_DEVICES")
+
+    assert seen == ["MIG-1111", "MIG-GPU-aaaa/2/0"]
+    with pytest.raises(ConfigError, match="needs 2 GPU"):
+        take_devices(settings(tmp_path, tensor_parallel=2), pause=stop)
+
+
 def test_without_a_gpu_the_engine_is_emulated_only_if_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Noise instead of answers is nothing to fall into."""
-    monkeypatch.setenv("PATH", str(tmp_path))
+    plug(monkeypatch, FakeNvml(init_error=pynvml.NVMLError_LibraryNotFound))
     monkeypatch.setattr(gpus, "engine_build", lambda: EngineBuild(kind="gpu", version="0"))
 
     assert take_devices(settings(tmp_path, without_gpu="emulated"), pause=stop).engine == "emulated"
-    with pytest.raises(ConfigError, match="nvidia-smi shows 0"):
+    with pytest.raises(ConfigError, match=r"0 can be used here \(there is no NVIDIA driver\)"):
         take_devices(settings(tmp_path), pause=stop)
 
 
