@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 import threading
 import time
@@ -135,8 +136,10 @@ class Outage:
         self._lock = threading.Lock()
         self._failing: set[str] = set()
         self._said: set[Trouble] = set()
+        self._tail: set[Trouble] = set()  # kinds that have only just ended: late replies may still tell of them
         self._since_s = 0.0
         self._last_s = 0.0
+        self._over_s = -math.inf
 
     def met(self, trouble: Trouble, text: str, names: Iterable[str]) -> None:
         """Commands of these names have failed."""
@@ -144,10 +147,14 @@ class Outage:
         with self._lock:
             if not self._failing:
                 self._since_s = now_s
+                self._tail = self._tail if now_s - self._over_s < _BRIEF_S else set()
             self._failing.update(names)
             self._last_s = now_s
-            lasts = not self._said and now_s - self._since_s >= _BRIEF_S  # connections also break by a refusal
-            is_news = lasts if trouble.is_brief else trouble not in self._said
+            is_news = trouble not in self._said
+            if trouble.is_brief:  # connections also break by a refusal, which has said more
+                is_news = not self._said
+            if trouble.is_brief or trouble in self._tail:
+                is_news = is_news and now_s - self._since_s >= _BRIEF_S
             if is_news:
                 self._said.add(trouble)
         if is_news:
@@ -167,8 +174,10 @@ class Outage:
             if self._failing and time.monotonic() - self._last_s < _FORGOTTEN_S:
                 return
             self._failing.clear()
-            lasted_s, was_said = time.monotonic() - self._since_s, bool(self._said)
-            self._said.clear()
+            self._over_s = time.monotonic()
+            lasted_s, was_said = self._over_s - self._since_s, bool(self._said)
+            if was_said:
+                self._tail, self._said = self._said, set()
         if was_said:
             log.warning("Redis at %s serves again after %.0f s", self._where, lasted_s)
 

