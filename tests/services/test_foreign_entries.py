@@ -31,7 +31,7 @@ from workers.observer import NullObserver
 from workers.text import no_text
 from workers.worker import Worker
 
-pytestmark = [pytest.mark.services, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.services, pytest.mark.timeout(600)]
 
 COST = StepCost(
     alpha_ms=4.0, beta_ms=0.01, gamma_ms=0.0, pi_ms=0.001, psi_ms=0.0, kv_capacity_tokens=100_000, max_num_seqs=32
