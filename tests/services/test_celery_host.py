@@ -209,7 +209,7 @@ def test_a_warm_shutdown_gives_requests_back_without_blame(deployment: Deploymen
 
 
 def test_a_cold_shutdown_does_not_drain(deployment: Deployment) -> None:
-    """SIGQUIT ends it with what it runs; another worker goes on from what is written once the lease has run out."""
+    """SIGQUIT ends it with what it runs; another one goes on from what is written once the lease has run out."""
     deployment.processes.worker("w1")
     deployment.enqueue("a", max_tokens=700)
     until(deployment.is_serving, "it serves")

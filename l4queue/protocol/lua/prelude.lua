@@ -232,7 +232,7 @@ local function crashed(id, limit)
   if redis.call('HGET', rk, 'stage') ~= 'solo' then return false end
   if redis.call('HINCRBY', rk, 'solo_crashes', 1) < tonumber(limit) then return false end
   local why = 'worker lost ' .. crashes .. ' times while computing it, the last ' .. limit .. ' times alone'
-  redis.call('XADD', P .. 'dead', 'MAXLEN', '~', 10000, '*', 'i', id, 'why', why, 'bytes', '')
+  bury(id, why, '')
   settle(id, 'dead', '', {'error', why})
   return true
 end
