@@ -141,6 +141,7 @@ def _totals(families: Families, counts: Mapping[str, int]) -> None:
     families.counter("handovers", "Running requests that outgrew a stage or left a prefill", total("handovers"))
     families.summary("resume_gap_seconds", "For how long a moved request made no token", gaps)
     families.counter("repairs", "Records mended; each is an alarm", total("repairs"))
+    families.counter("unreadable", "Values in Redis that nobody of ours could read; an alarm", total("unreadable"))
     families.counter("output_tokens", "Tokens of finished requests", total("output_tokens"))
 
 
