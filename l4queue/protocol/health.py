@@ -64,7 +64,7 @@ def planner_idle_s(door: Door, namespace: str) -> float | None:
     reads = Reads(Keys(namespace))
     now_ms, (_, body), memory = door.run_many([reads.server_time_ms(), reads.plan(), reads.planner_memory()])
     plan = read_plan(body, key=reads.keys.plan)
-    if plan is not None and plan.routing is not Routing.L4 or is_of_a_newer_release(body or ""):
+    if (plan is not None and plan.routing is not Routing.L4) or is_of_a_newer_release(body or ""):
         return 0.0
     at_ms = planned_ms(memory, key=reads.keys.memory)
     return None if at_ms is None else max(0.0, (now_ms - at_ms) / 1000)

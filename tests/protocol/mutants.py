@@ -32,7 +32,18 @@ from tests.protocol.server import RedisServer, redis_binary
 
 __all__ = ("MUTANTS", "Mutant", "killed_by_machine", "killed_by_tests", "mutated")
 
-_MODULES = ("transitions", "output", "take", "blame", "upkeep", "moves", "admission", "illegal", "totals", "bounds")
+_MODULES = (
+    "transitions",
+    "output",
+    "take",
+    "blame",
+    "upkeep",
+    "moves",
+    "admission",
+    "illegal",
+    "totals",
+    "bounds",
+)
 _NUMBERS = itertools.count()
 
 

@@ -49,7 +49,7 @@ def test_a_stream_that_is_full_stays_at_its_bound(scene: Scene, name: str) -> No
 @pytest.mark.parametrize("has_record", [True, False])
 @pytest.mark.parametrize("raw", [b"", b"its bytes"])
 def test_a_refused_entry_is_pending_for_nobody(scene: Scene, raw: bytes, has_record: bool) -> None:
-    """Else its dispatcher would have it for ever, and the next one adopt it; whether its record is there or gone."""
+    """Else its dispatcher would have it for ever, and the next one adopt it."""
     scene.submit()
     entries = scene.read_inbox()
     if not has_record:
