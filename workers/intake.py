@@ -190,7 +190,10 @@ class Intake:
         if now_s - self._solo_since_s < _SOLO_PATIENCE_S:
             return False
         incarnations = await state.door.run(self._state.reads.incarnations())
-        return state.lease.incarnation == min((name for name, _ in incarnations), default="")
+        overview = state.outlook.overview
+        served = {load.incarnation for load in overview.workers} if overview else set()
+        names = (name for name, _ in incarnations if name in served)  # others may be nobody of ours
+        return state.lease.incarnation == min(names, default="")
 
     async def start(self, grants: Sequence[Grant]) -> None:
         """Hand leased requests to the engine; those that had ended before a crash are settled at once."""
