@@ -144,6 +144,7 @@ def _totals(families: Families, counts: Mapping[str, int]) -> None:
     families.summary("resume_gap_seconds", "For how long a moved request made no token", gaps)
     families.counter("results_dropped", "Results that went early for want of room", total("results_dropped"))
     families.counter("repairs", "Records mended; each is an alarm", total("repairs"))
+    families.counter("unreadable", "Values in Redis that nobody of ours could read; an alarm", total("unreadable"))
     families.counter("output_tokens", "Tokens of finished requests", total("output_tokens"))
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import hypothesis
 import numpy as np
 import pytest
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from tests.protocol.scene import Scene
     from tests.protocol.server import RedisServer
 
+hypothesis.settings.register_profile("shared machines", deadline=None)
+hypothesis.settings.load_profile("shared machines")
 SEED = int(os.environ.get("L4_TEST_SEED") or secrets.randbits(32))
 _NUMBERS = itertools.count()
 

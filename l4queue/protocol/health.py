@@ -10,7 +10,7 @@ from l4queue.models import Routing
 from l4queue.protocol.calls import Call
 from l4queue.protocol.door import Door
 from l4queue.protocol.keys import Keys
-from l4queue.protocol.plans import read_plan
+from l4queue.protocol.plans import is_of_a_newer_release, read_plan
 from l4queue.protocol.reads import Reads
 from l4queue.protocol.views import planned_ms
 
@@ -74,7 +74,7 @@ def planner_idle_s(door: Door, namespace: str) -> float | None:
     reads = Reads(Keys(namespace))
     now_ms, (_, body), memory = door.run_many([reads.server_time_ms(), reads.plan(), reads.planner_memory()])
     plan = read_plan(body, key=reads.keys.plan)
-    if plan is not None and plan.routing is not Routing.L4:
+    if (plan is not None and plan.routing is not Routing.L4) or is_of_a_newer_release(body or ""):
         return 0.0
     at_ms = planned_ms(memory, key=reads.keys.memory)
     idle_s = None if at_ms is None else (now_ms - at_ms) / 1000

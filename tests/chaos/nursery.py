@@ -20,6 +20,7 @@ from typing import Any
 __all__ = ("Nursery",)
 
 _LOOK_S = 0.02
+_START_S = 300.0  # far more than it takes: only a nursery that is dead is to be noticed
 
 
 class Nursery:
@@ -57,7 +58,7 @@ class Nursery:
         future = self._started[name] = asyncio.get_running_loop().create_future()
         self._process.stdin.write(json.dumps({"name": name, "role": role, "job": job}).encode() + b"\n")
         await self._process.stdin.drain()
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(_START_S):
             return await future
 
     def send(self, name: str, number: int) -> bool:

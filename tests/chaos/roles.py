@@ -39,7 +39,7 @@ __all__ = ("ROLES", "fuse_from", "fuse_to", "settings_of")
 
 # each request in a batch slows the others, a prefill costs next to nothing: moving pays at once
 CROWDED = replace(COST, alpha_ms=4.0, beta_ms=4.0, pi_ms=0.0001, kv_capacity_tokens=20_000, max_num_seqs=8)
-_DEADLINE_S = 120.0
+_DEADLINE_S = 300.0
 
 
 def fuse_to(fuse: Fuse) -> list[Any]:

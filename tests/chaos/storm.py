@@ -45,7 +45,7 @@ SCRIPTS: dict[str, dict[str, int]] = {
 WORKERS = ("w0", "w1", "w2", "w3")
 _TERM_S = 2.0
 _BLACKOUT_S = 12.0
-_CALM_S = 90.0
+_CALM_S = 300.0
 
 
 def all_points(kind: Kind | None = None) -> list[Point]:

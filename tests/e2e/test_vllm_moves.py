@@ -105,7 +105,7 @@ def test_a_long_conversation_grows_through_the_stages_and_reads_as_if_uncut(movi
                 w.worker_id == "worker-0" and w.num_running >= CROWD // 2 for w in client.overview().workers
             ),
             "a crowd in the first stage",
-            timeout_s=60,
+            timeout_s=120,
         )
         handle = client.enqueue(STORY, **GROWING)
         chunks = list(handle.stream(timeout=240))
@@ -113,7 +113,7 @@ def test_a_long_conversation_grows_through_the_stages_and_reads_as_if_uncut(movi
         for thread in threads:
             thread.join(120)
 
-        result, uncut = handle.result(timeout=10), moving.uncut[STORY]
+        result, uncut = handle.result(timeout=120), moving.uncut[STORY]
         assert result.token_ids == uncut.token_ids
         assert result.text == uncut.text == "".join(chunk.text for chunk in chunks)
         check_logprobs(result, uncut)
@@ -135,14 +135,14 @@ def test_a_constraint_is_kept_and_a_bad_one_is_a_failed_request(moving: Moving) 
     with moving.deployment.client() as client:
         bad = client.enqueue(STORY, max_tokens=8, structured_outputs={"regex": "[a-z"})
         with pytest.raises(RequestFailed, match="unclosed"):
-            bad.result(timeout=60)
+            bad.result(timeout=120)
         choices = {"choice": ["red", "green", "blue"]}
         handles = [client.enqueue(STORY, seed=seed, structured_outputs=choices) for seed in range(6)]
         for handle in handles:
-            chunks = list(handle.stream(timeout=60))
+            chunks = list(handle.stream(timeout=120))
             assert len(chunks) == 1
             assert chunks[0].text in choices["choice"]
-            assert handle.result(timeout=10).finish_reason == "stop"
+            assert handle.result(timeout=120).finish_reason == "stop"
 
 
 def test_damaged_segments_and_a_source_killed_amid_its_moves_change_nothing(moving: Moving) -> None:
@@ -170,5 +170,5 @@ def test_damaged_segments_and_a_source_killed_amid_its_moves_change_nothing(movi
         )
         moving.check(handles)
         assert moving.engine(1)["kv_misses"] > misses
-    processes.stop("worker-1", timeout_s=40)
+    processes.stop("worker-1", timeout_s=120)
     assert not moving.directory.exists()

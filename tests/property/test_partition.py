@@ -20,7 +20,7 @@ from l4queue.policy.prices import MovePrice
 from l4queue.policy.search import best_splits
 from l4queue.policy.steady_state import Objective, PartitionSettings
 
-pytestmark = pytest.mark.timeout(300)  # brute force by the thousand, on machines that are busy otherwise
+pytestmark = pytest.mark.timeout(600)  # brute force by the thousand, on machines that are busy otherwise
 
 _spec = importlib.util.spec_from_file_location("partition_oracle", Path(__file__).with_name("oracle.py"))
 assert _spec is not None

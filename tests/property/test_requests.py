@@ -34,7 +34,9 @@ def prepared(spec: RequestSpec) -> tuple[Prepared, dict[str, Any]]:
         "live_bytes",
         "deadline_ms",
     )
-    sent = dict(zip((*names, "ttl_ms", "client", "canonical", "key_ttl_ms", "open_end"), found.call.args, strict=True))
+    sent = dict(
+        zip((*names, "ttl_ms", "client", "canonical", "key_ttl_ms", "open_end"), found.call.args, strict=True)
+    )
     return found, sent
 
 

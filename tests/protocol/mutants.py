@@ -45,6 +45,7 @@ _MODULES = (
     "following",
     "keeping",
     "identity",
+    "bounds",
 )
 _NUMBERS = itertools.count()
 

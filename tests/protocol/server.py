@@ -15,7 +15,7 @@ __all__ = ("DURABLE", "VOLATILE", "RedisServer", "named_binary", "redis_binary")
 
 VOLATILE = ("--appendonly", "no")
 DURABLE = ("--appendonly", "yes", "--appendfsync", "always")
-_START_S = 20.0
+_START_S = 120.0
 _MAX_PORT = 55_535
 
 

@@ -31,14 +31,14 @@ def _chosen() -> list[Mutant]:
     return [MUTANTS[i] for i in sorted(int(p) for p in picks)]
 
 
-@pytest.mark.timeout(90)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("mutant", _chosen(), ids=lambda m: m.name)
 def test_a_mistake_in_a_script_is_found_by_the_tests(redis_server: RedisServer, mutant: Mutant) -> None:
     """At least one written test fails with it."""
     assert killed_by_tests(redis_server, mutant) is not None
 
 
-@pytest.mark.timeout(90)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("mutant", [m for m in MUTANTS if m.name in _CORE], ids=lambda m: m.name)
 def test_a_mistake_in_a_script_is_found_by_random_histories(redis_server: RedisServer, mutant: Mutant) -> None:
     """Without knowing where to look."""

@@ -129,7 +129,7 @@ def test_a_killed_server_loses_nothing_it_acknowledged(durable_server: RedisServ
     thread = threading.Thread(target=submit_many)
     thread.start()
     for _ in range(2):
-        enough.wait(20)
+        enough.wait(120)
         enough.clear()
         durable_server.restart()
     thread.join()

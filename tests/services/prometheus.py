@@ -50,7 +50,7 @@ def tool(name: str) -> str:
 def promtool(*arguments: str, text: str | None = None) -> None:
     """Run promtool, with text for its input; AssertionError with what it says when it finds fault."""
     command = [tool("promtool"), *arguments]
-    done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert not done.stderr.strip(), done.stderr
 
@@ -67,7 +67,7 @@ class Prometheus:
     def __init__(self, folder: Path, targets: Mapping[str, Sequence[int]]) -> None:
         self.folder = folder
         self.port = free_port()
-        self.http = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=10)
+        self.http = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=120)
         self._process: subprocess.Popen[bytes] | None = None
         config = copy.deepcopy(yaml.safe_load((MONITORING / "prometheus.yml").read_text("utf-8")))
         config["global"] = {
@@ -164,7 +164,7 @@ def draw_dashboard(prometheus: Prometheus, folder: Path) -> None:
     url = f"http://127.0.0.1:{prometheus.port}"
     options = ("--prometheus", url, "--minutes", "3", "--window", "10s", "--out", str(file))
     command = [sys.executable, str(script), *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{file} written\n"
     assert file.read_bytes().startswith(b"\x89PNG")

@@ -61,7 +61,7 @@ class Sentinels:
     def fail_over(self) -> None:
         """SIGKILL the primary and wait until the replica is the primary."""
         self.primary.kill()
-        until(lambda: self.role(self.replica) == "master", "the replica is promoted", timeout_s=30)
+        until(lambda: self.role(self.replica) == "master", "the replica is promoted", timeout_s=120)
 
     def come_back(self) -> None:
         """The old primary as the replica of the new one."""

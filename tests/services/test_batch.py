@@ -28,7 +28,7 @@ from tests.services.pipeline import Pipeline, open_pipeline, until
 from tests.services.processes import Processes
 from tests.services.processes import until as until_seen
 
-pytestmark = [pytest.mark.services, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.services, pytest.mark.timeout(600)]
 L4QUEUE = Path(sys.executable).with_name("l4queue")
 
 
@@ -143,7 +143,7 @@ async def test_results_that_are_gone_are_computed_again_and_counted(
     async with stopped_when(pipeline, files, 100) as second:
         await _lose_all(pipeline)
         pipeline.start("w0")
-        await until(lambda: _is_done(second), timeout_s=30)
+        await until(lambda: _is_done(second), timeout_s=120)
     summary = await second
 
     assert (summary.is_complete, summary.num_succeeded, summary.num_recomputed) == (True, 100, 200)
@@ -299,7 +299,7 @@ class Deployment:
 
     def reached(self, number: int) -> None:
         """Wait for so many answers."""
-        until_seen(lambda: self.num_answers() >= number, f"{number} answers", timeout_s=60)
+        until_seen(lambda: self.num_answers() >= number, f"{number} answers", timeout_s=120)
 
 
 @pytest.fixture
@@ -323,7 +323,7 @@ def test_a_batch_survives_two_kills_of_its_client_and_one_of_its_worker(deployme
         client.kill()
         client.communicate()
     last = deployment.command("--json")
-    output, errors = last.communicate(timeout=60)
+    output, errors = last.communicate(timeout=120)
 
     assert last.returncode == 0, errors
     assert json.loads(output)["num_succeeded"] == 3000
@@ -338,17 +338,17 @@ def test_the_command_says_what_it_did_and_how_it_ended(deployment: Deployment) -
     first = deployment.command("--max-in-flight", "50")
     deployment.reached(100)
     first.send_signal(signal.SIGTERM)
-    said, progress = first.communicate(timeout=30)
+    said, progress = first.communicate(timeout=120)
     assert (first.returncode, "The same command continues." in said) == (130, True), said
     assert "of 4,000 lines" in progress
 
     second = deployment.command()
-    said, _ = second.communicate(timeout=60)
+    said, _ = second.communicate(timeout=120)
     assert (second.returncode, said.startswith("4,000 succeeded, 0 failed, of 4,000 lines")) == (0, True), said
     with deployment.files.lines.open("a") as lines:
         lines.write("nonsense\n")
     third = deployment.command()
-    said, _ = third.communicate(timeout=30)
+    said, _ = third.communicate(timeout=120)
     assert "4,000 answered before" in said
     assert (third.returncode, "errors: out.jsonl.errors.jsonl" in said) == (3, True), said
     for wrong in (("--stream",), ("--temperature", "0"), ("text",)):
@@ -356,5 +356,5 @@ def test_the_command_says_what_it_did_and_how_it_ended(deployment: Deployment) -
 
 
 def _code(process: subprocess.Popen[str]) -> int:
-    process.communicate(timeout=30)
+    process.communicate(timeout=120)
     return process.returncode

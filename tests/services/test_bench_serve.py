@@ -14,7 +14,7 @@ from l4queue.cli.bench_traffic import bench_trace, small_mix
 from l4queue.errors import ConfigError
 from l4queue.sim.metrics import SimResult
 
-pytestmark = [pytest.mark.services, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.services, pytest.mark.timeout(600)]
 POLICIES = ("round-robin", "two-pool", "l4")
 
 
@@ -27,7 +27,7 @@ def test_every_policy_serves_the_same_arrivals_and_reports_the_keys_of_simulate(
     load = ("--workload", "mixed", "--rate", "20", "--duration-s", "3", "--warmup-s", "1", "--seed", "3")
     files = ("--data-dir", str(tmp_path / "data"), "--plot", str(tmp_path / "plots"))
     command = [str(Path(sys.executable).with_name("l4queue")), "bench", "serve", *options, *load, *files, "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=220, cwd=tmp_path)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     said = json.loads(done.stdout)
 
@@ -73,7 +73,7 @@ def test_a_run_of_many_workers_in_few_processes_can_be_held_against_the_simulato
     l4queue = str(Path(sys.executable).with_name("l4queue"))
     command = [l4queue, "bench", "serve", str(file), *fleet, *load, "--policy", "least-loaded,l4", "--json"]
     environment = {**os.environ, "L4_MAX_RUNNING": "256"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     said = json.loads(done.stdout)
     assert said["setting"]["rate_rps"] == pytest.approx(40.0)
@@ -95,7 +95,7 @@ def test_a_run_of_many_workers_in_few_processes_can_be_held_against_the_simulato
         "--img",
         str(tmp_path),
     ]
-    done = subprocess.run(compare, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    done = subprocess.run(compare, capture_output=True, text=True, timeout=300, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert [line.split("|")[2].strip() for line in done.stdout.splitlines()[2:7]] == [
         "live", "simulated", "live", "simulated", "punctual"

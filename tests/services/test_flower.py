@@ -24,7 +24,7 @@ from workers.app import node_name, task_name
 if TYPE_CHECKING:
     from selenium.webdriver import Chrome
 
-pytestmark = [pytest.mark.services, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.services, pytest.mark.timeout(600)]
 
 WORKERS = ("w1", "w2")
 CANARY = "zanzibar"
@@ -46,7 +46,7 @@ class Monitored:
         self.settings = load_settings(**given)
         self.processes = Processes(folder, flower_port=self.port, **given)
         self.client = Client(settings=self.settings)
-        self.http = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=20)
+        self.http = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=120)
         self.name = task_name(self.settings)
         self.done: list[str] = []
 
@@ -54,13 +54,13 @@ class Monitored:
         """Everything up, and the first requests served."""
         self.processes.start("flower", "-m", "dispatcher.flower")
         self.processes.start("dispatcher", "-m", "dispatcher")
-        until(self.online, "Flower answers", timeout_s=60)
+        until(self.online, "Flower answers", timeout_s=120)
         for name in WORKERS:
             self.processes.worker(name)
-        until(lambda: self.is_online(*WORKERS), "both workers are online", timeout_s=60)
-        until(lambda: all("stage" in self.stats(name) for name in WORKERS), "both serve", timeout_s=60)
+        until(lambda: self.is_online(*WORKERS), "both workers are online", timeout_s=120)
+        until(lambda: all("stage" in self.stats(name) for name in WORKERS), "both serve", timeout_s=120)
         handles = self.client.enqueue_many([f"{CANARY} {'word ' * n}" for n in range(NUM_REQUESTS)], max_tokens=8)
-        self.done = [handle.id for handle in handles if handle.result(timeout=60)]
+        self.done = [handle.id for handle in handles if handle.result(timeout=120)]
 
     def online(self) -> dict[str, bool] | None:
         """Worker status by Flower, or None while it does not answer."""
@@ -184,7 +184,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
 def show(browser: Chrome, monitored: Monitored, path: str, *texts: str) -> str:
     """Load a page, wait until all texts are on it, keep a picture of it, and return its text."""
     browser.get(f"http://127.0.0.1:{monitored.port}{path}")
-    found = until(lambda: on_page(browser, *texts), f"{path} shows {texts}", timeout_s=30)
+    found = until(lambda: on_page(browser, *texts), f"{path} shows {texts}", timeout_s=120)
     pictures = os.environ.get("L4_TEST_PICTURES")
     if pictures:
         browser.save_screenshot(str(Path(pictures) / f"{path.strip('/').split('/')[0]}.png"))
@@ -257,7 +257,7 @@ def test_a_revoked_request_is_cancelled_while_it_runs(monitored: Monitored) -> N
 def test_a_failure_is_shown_as_a_failure(monitored: Monitored) -> None:
     """With the engine's reason."""
     monitored.processes.worker("small", max_model_len=64)
-    until(lambda: monitored.is_online("small"), "it is online", timeout_s=40)
+    until(lambda: monitored.is_online("small"), "it is online", timeout_s=120)
     for name in WORKERS:  # so that the small one takes the request
         monitored.processes.send(name, signal.SIGSTOP)
     try:
@@ -276,12 +276,12 @@ def test_a_failure_is_shown_as_a_failure(monitored: Monitored) -> None:
 def test_the_totals_are_right_where_most_requests_are_left_out(monitored: Monitored) -> None:
     """A worker that shows one request a second and serves hundreds: the workers page counts them all."""
     monitored.processes.worker("sampled", flower_sample_above_per_s=1, emulated_speed=0)
-    until(lambda: monitored.is_online("sampled"), "it is online", timeout_s=40)
+    until(lambda: monitored.is_online("sampled"), "it is online", timeout_s=120)
     for name in WORKERS:  # so that it takes all
         monitored.processes.send(name, signal.SIGSTOP)
     try:
         handles = monitored.client.enqueue_many([f"word {n}" for n in range(400)], max_tokens=1)
-        assert all(handle.result(timeout=60) for handle in handles)
+        assert all(handle.result(timeout=120) for handle in handles)
     finally:
         for name in WORKERS:
             monitored.processes.send(name, signal.SIGCONT)
@@ -312,12 +312,12 @@ def test_cut_off_by_redis_it_comes_back_and_its_totals_are_right(monitored: Moni
     with redis.Redis.from_url(monitored.settings.broker_url) as broker:
         assert broker.client_kill_filter(_type="pubsub") > 0
     handles = monitored.client.enqueue_many([f"word {n}" for n in range(50)], max_tokens=1)
-    assert all(handle.result(timeout=60) for handle in handles)
+    assert all(handle.result(timeout=120) for handle in handles)
 
-    until(lambda: shown() == before + 50, "the page has all", timeout_s=30)
+    until(lambda: shown() == before + 50, "the page has all", timeout_s=120)
     assert served() == before + 50
     late = monitored.client.enqueue("late", max_tokens=1)
-    assert late.result(timeout=60)
+    assert late.result(timeout=120)
     until(lambda: monitored.state(late.id) == "SUCCESS", "new requests are shown again")
 
 
@@ -357,7 +357,7 @@ def test_a_shutdown_from_flower_drains_and_the_request_goes_on_elsewhere(monitor
 
     assert monitored.http.post(f"/api/worker/shutdown/{victim}").status_code == 200
 
-    until(lambda: monitored.state(request_id) == "SUCCESS", "it is finished", timeout_s=90)
+    until(lambda: monitored.state(request_id) == "SUCCESS", "it is finished", timeout_s=120)
     task = monitored.http.get(f"/api/task/info/{request_id}").json()
     assert task["worker"] == other
     assert task["retries"] == 1

@@ -69,7 +69,7 @@ def test_a_worker_that_ends_in_good_order_kills_nobody(
     assert process.stdin is not None
     process.stdin.write("\n")
     process.stdin.flush()
-    assert process.wait(20) == 0
+    assert process.wait(120) == 0
 
     until(lambda: not any(is_alive(guard) for guard in guards), "the guard gone")
     assert all(is_alive(member) for member in family)

@@ -94,7 +94,7 @@ class Deployment:
 
     def text(self, role: str) -> str:
         """What a process answers to a scrape."""
-        return httpx.get(f"http://127.0.0.1:{self.ports[role]}/metrics", timeout=10).raise_for_status().text
+        return httpx.get(f"http://127.0.0.1:{self.ports[role]}/metrics", timeout=120).raise_for_status().text
 
     def samples(self, role: str) -> Samples:
         """The same as values by name and label values, in the order of the label names."""
@@ -108,7 +108,7 @@ class Deployment:
         """Serve so many requests to the end."""
         prompts = ["x" * prompt_tokens] * number
         for handle in self.client.enqueue_many(prompts, max_tokens=max_tokens, ignore_eos=True):
-            handle.result(timeout=60)
+            handle.result(timeout=120)
 
     def close(self) -> None:
         """Leave nothing behind."""
@@ -217,7 +217,7 @@ def test_plan_queues_and_workers_are_told_by_stage(deployment: Deployment) -> No
         for name in ROLES[3:]:
             deployment.processes.signal(name, signal.SIGCONT)
     for handle in handles:
-        handle.result(timeout=60)
+        handle.result(timeout=120)
     found = deployment.samples("exporter")
     assert (found["l4queue_queue_requests", "0"], found["l4queue_queue_oldest_age_seconds", "0"]) == (0, 0)
 
@@ -247,7 +247,7 @@ def test_refusals_rejections_and_redeliveries_are_counted(deployment: Deployment
         lambda: deployment.samples("w1")["l4queue_worker_running_requests", "w1"] > 0, "w1 runs some", timeout_s=30
     )
     deployment.processes.stop("w1", signal.SIGKILL)
-    until(lambda: growth("l4queue_requests_requeued_total", "lost") > 0, "its requests went back", timeout_s=60)
+    until(lambda: growth("l4queue_requests_requeued_total", "lost") > 0, "its requests went back", timeout_s=120)
     assert growth("l4queue_requests_rejected_total") == 2
     deployment.start_worker()
     for handle in handles:
@@ -346,7 +346,7 @@ def test_prometheus_finds_data_for_every_expression(deployment: Deployment, tmp_
     try:
         prometheus.start()
         with Load(deployment):
-            until(lambda: set(prometheus.targets().values()) == {"up"}, "all are scraped", timeout_s=60)
+            until(lambda: set(prometheus.targets().values()) == {"up"}, "all are scraped", timeout_s=120)
             missing: dict[str, str] = {}
 
             def all_found() -> bool:

@@ -43,6 +43,6 @@ async def test_a_lease_that_was_undone_and_had_again_is_given_back(redis_url: st
             return (await handle.status()).epoch == 2
 
         await until(is_third)
-        assert (await handle.result(timeout=20)).token_ids == expected(PROMPT, 2)
+        assert (await handle.result(timeout=120)).token_ids == expected(PROMPT, 2)
         record = await handle.status()
     assert (record.state, record.crashes, record.epoch) == (RequestState.DONE, 0, 2)

@@ -25,7 +25,7 @@ from tests.protocol.server import RedisServer
 from tests.services.processes import Processes
 from tests.services.processes import until as until_seen
 
-pytestmark = [pytest.mark.services, pytest.mark.timeout(150)]
+pytestmark = [pytest.mark.services, pytest.mark.timeout(600)]
 
 CELERY = ("-m", "celery", "-A", "dispatcher.app")
 COMMANDS: dict[str, tuple[str, ...]] = {
@@ -65,7 +65,7 @@ class Load:
         handle = await self.client.enqueue(token_ids=ids, max_tokens=max_tokens, ignore_eos=True)
         self.ids.append(handle.id)
         got: list[int] = []
-        async for chunk in handle.stream(timeout=60):
+        async for chunk in handle.stream(timeout=120):
             got += chunk.token_ids
             if chunk.offset != len(got):
                 self.wrong.append(f"{handle.id}: {len(got)} tokens at {chunk.offset}")
@@ -106,11 +106,11 @@ class Deployment:
         """Start these at once and wait until each does its part."""
         signs = {name: self.launch(name) for name in names}
         for name, sign in signs.items():
-            until_seen(sign, f"{name} is at work", timeout_s=90)
+            until_seen(sign, f"{name} is at work", timeout_s=120)
 
     def stop(self, name: str) -> int:
         """SIGTERM; the exit code."""
-        return self.processes.stop(name, timeout_s=40)
+        return self.processes.stop(name, timeout_s=120)
 
     def close(self) -> None:
         """Kill what runs."""

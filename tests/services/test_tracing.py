@@ -21,7 +21,7 @@ from l4queue.protocol.keys import Keys
 from tests.services.collector import Collector, ReceivedSpan, open_collector
 from tests.services.processes import Processes, free_port, until
 
-pytestmark = [pytest.mark.services, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.services, pytest.mark.timeout(600)]
 ENQUEUE = """
 import json, sys
 from l4queue import Client
@@ -107,7 +107,7 @@ def _enqueue_and_say(processes: Processes, **request: object) -> tuple[str, str]
 def _up(client: Client, *names: str) -> None:
     """Until these workers hold a lease."""
     wanted = set(names)
-    until(lambda: {load.worker_id for load in client.overview().workers} == wanted, f"{names}", timeout_s=60)
+    until(lambda: {load.worker_id for load in client.overview().workers} == wanted, f"{names}", timeout_s=120)
 
 
 def _publish(client: Client, *stages: StagePlan) -> None:
@@ -155,7 +155,7 @@ def test_one_request_is_one_tree_across_a_hand_over_and_a_crash(
     victim = str(handle.status().worker)
     offset = until(lambda: handle.status().offset, "its progress")
     processes.signal(victim, signal.SIGKILL)
-    result = handle.result(timeout=90)
+    result = handle.result(timeout=120)
 
     assert result.output_tokens == 6000
     spans = until(
@@ -198,7 +198,7 @@ def test_requests_go_below_the_span_of_the_application_that_sends_them(
     assert len(ids) == 2, ids
     foreign = _enqueue(processes, prompt="x", max_tokens=2, traceparent=f"00-{'ab' * 16}-{'cd' * 8}-01")
     for request_id in (*ids, foreign):
-        client.get(request_id).result(timeout=60)
+        client.get(request_id).result(timeout=120)
 
     until(lambda: sum(span.name == "request" for span in collector.spans()) == 3, "three requests")
     named = _check_tree(collector.trace_of(ids[0]), root="checkout")
@@ -219,7 +219,7 @@ def test_the_same_request_in_another_trace_is_the_same_request(
     processes.worker("w0")
     first, again = (_enqueue(processes, prompt="x", max_tokens=2, idempotency_key="k") for _ in range(2))
     assert first == again
-    client.get(first).result(timeout=60)
+    client.get(first).result(timeout=120)
 
     until(lambda: "request" in {span.name for span in collector.spans()}, "its spans")
     enqueues = [span for span in collector.spans() if span.name == "enqueue"]
@@ -235,7 +235,7 @@ def test_what_is_cancelled_while_it_runs_has_failed_in_its_trace(
     processes = deploy(collector.endpoint)
     processes.worker("w0")
     request_id = _enqueue(processes, prompt="x", max_tokens=8000, ignore_eos=True)
-    until(lambda: client.get(request_id).status().offset > 0, "it runs", timeout_s=60)
+    until(lambda: client.get(request_id).status().offset > 0, "it runs", timeout_s=120)
     assert client.get(request_id).cancel(reason="changed my mind")
 
     until(lambda: "request" in {span.name for span in collector.spans()}, "its spans")
@@ -253,7 +253,7 @@ def test_nothing_is_sent_or_imported_where_traces_are_off(
     body, modules = processes.run("-c", OFF).splitlines()
     assert json.loads(body) == {"params": {"max_tokens": 1}}
     assert modules == "[]"
-    until(lambda: client.overview().counts.get("done", 0) == 1, "it is done", timeout_s=60)
+    until(lambda: client.overview().counts.get("done", 0) == 1, "it is done", timeout_s=120)
     assert processes.stop("w0") == 0
     assert collector.spans() == []
 
@@ -302,7 +302,7 @@ def test_a_collector_that_is_away_or_hangs_costs_no_request_and_no_clean_end(
         processes.worker("w0")
         for _ in range(2):  # the second comes after the first one's spans
             request_id = _enqueue(processes, prompt="x", max_tokens=2)
-            assert client.get(request_id).result(timeout=60).output_tokens == 2
+            assert client.get(request_id).result(timeout=120).output_tokens == 2
         assert processes.stop("w0") == 0, processes.log("w0")[-2000:]
 
 
@@ -314,6 +314,6 @@ def test_variables_that_opentelemetry_refuses_cost_the_traces_and_nothing_else(
     processes.environment["OTEL_BSP_MAX_QUEUE_SIZE"] = "-1"
     processes.worker("w0")
     request_id, said = _enqueue_and_say(processes, prompt="x", max_tokens=2)
-    assert client.get(request_id).result(timeout=60).output_tokens == 2
+    assert client.get(request_id).result(timeout=120).output_tokens == 2
     assert said.count("no traces from this client: ValueError") == 1
     assert "no traces from this worker: ValueError" in processes.log("w0")

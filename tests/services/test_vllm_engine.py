@@ -24,7 +24,7 @@ from workers.text import text_factory
 from workers.tiny import build_tiny_model
 from workers.vllm_engine import VllmEngine
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(240), pytest.mark.asyncio(loop_scope="module")]
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600), pytest.mark.asyncio(loop_scope="module")]
 
 MAX_MODEL_LEN = 4096
 MAX_BATCHED_TOKENS = 512
@@ -408,7 +408,7 @@ async def expect_death(served: Served) -> None:
             assert all(output.finish_reason is None for output in await served.engine.outputs())
 
     with pytest.raises(EngineDied):
-        await asyncio.wait_for(until_death(), 30)
+        await asyncio.wait_for(until_death(), 120)
     with pytest.raises(EngineDied):
         await served.engine.outputs()
     with pytest.raises(EngineDied):

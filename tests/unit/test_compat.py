@@ -1,4 +1,4 @@
-"""Values of other releases: unknown fields are ignored, missing ones have defaults, wrong ones are a typed error."""
+"""Values of other releases: unknown fields are ignored, missing ones have defaults, wrong ones a typed error."""
 
 from __future__ import annotations
 

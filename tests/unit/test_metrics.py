@@ -43,7 +43,7 @@ def free_port() -> int:
 
 def scrape(port: int) -> dict[str, float]:
     """Samples by name and labels, as a parser of the text format reads them."""
-    with urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as reply:
+    with urlopen(f"http://127.0.0.1:{port}/metrics", timeout=120) as reply:
         text = reply.read().decode()
     found = {}
     for family in text_string_to_metric_families(text):

@@ -17,12 +17,6 @@ function redis.call(...)
   return server.call(...)  -- any other error is raised as ever
 end
 
--- The types of our keys by the first part of their names.
-local TYPES = {['in'] = 'stream', out = 'stream', wake = 'stream', ctl = 'stream', mail = 'stream', news = 'stream', plans = 'stream',
-  decisions = 'stream', finished = 'stream', dead = 'stream', req = 'hash', w = 'hash', counts = 'hash', hist = 'hash',
-  backlog = 'hash', foreground = 'hash', plan = 'hash', q = 'zset', workers = 'zset', deadlines = 'zset', results = 'zset', keyed = 'zset', held = 'set', lost = 'hash',
-  tick = 'string', packed = 'string', given = 'string', key = 'string', memory = 'string', d = 'string'}
-
 -- Adds a dead letter. Only the first bytes are kept.
 local function bury(name, why, bytes)
   redis.call('XADD', P .. 'dead', 'MAXLEN', '~', 10000, '*', 'i', name, 'why', why, 'bytes', string.sub(bytes, 1, 16384))
@@ -30,6 +24,12 @@ end
 
 -- Renames a key that is of another type than ours, or spoiled: foreign:<name>, for a week. False where it is sound.
 local function set_aside(key, is_full)
+  -- the types of our keys by the first part of their names
+  local TYPES = {['in'] = 'stream', out = 'stream', pack = 'stream', wake = 'stream', ctl = 'stream', mail = 'stream',
+    news = 'stream', plans = 'stream', decisions = 'stream', finished = 'stream', dead = 'stream', req = 'hash',
+    w = 'hash', counts = 'hash', hist = 'hash', backlog = 'hash', foreground = 'hash', plan = 'hash', lost = 'hash',
+    q = 'zset', workers = 'zset', deadlines = 'zset', results = 'zset', keyed = 'zset', held = 'set', tick = 'string',
+    packed = 'string', given = 'string', key = 'string', memory = 'string', d = 'string'}
   local name = string.sub(key, #P + 1)
   local kind, ours = server.pcall('TYPE', key).ok, TYPES[string.match(name, '^[^:]+') or '']
   if not ours or kind == 'none' or kind == ours and not is_full then return false end
@@ -202,23 +202,19 @@ local function settle(id, state, text, facts)
 end
 
 -- What no script can work on in the record of a live request: the name of a field; nil where it is sound.
-local REQUIRED = {'epoch', 'offset', 'crashes', 'charge_tokens', 'charge_bytes', 'ttl_ms', 'submitted_ms', 'prompt_tokens'}
-local OPTIONAL = {'deadline_ms', 'queued_ms', 'started_ms', 'first_token_ms', 'moved_ms'}
 local function fault(id)
   if not string.find(id, '^[!-+%-.-~]+$') then return 'id' end
-  local rk = P .. 'req:' .. id
-  local state, stage, score = unpack(redis.call('HMGET', rk, 'state', 'stage', 'score'))
-  local required, optional = redis.call('HMGET', rk, unpack(REQUIRED)), redis.call('HMGET', rk, unpack(OPTIONAL))
-  local num = state == 'submitted' and #REQUIRED - 1 or #REQUIRED
-  for i = 1, num do
-    if not whole(required[i]) then return REQUIRED[i] end
+  local names = {'state', 'stage', 'score', 'epoch', 'offset', 'crashes', 'charge_tokens', 'charge_bytes', 'ttl_ms',
+    'submitted_ms', 'prompt_tokens', 'deadline_ms', 'queued_ms', 'started_ms', 'first_token_ms', 'moved_ms'}
+  local v = redis.call('HMGET', P .. 'req:' .. id, unpack(names))
+  local is_routed = v[1] ~= 'submitted'
+  for i = 4, 16 do  -- the last ones need not be there
+    if not whole(v[i]) and (v[i] or i < 11 or i == 11 and is_routed) then return names[i] end
   end
-  for i, value in ipairs(optional) do
-    if value and not whole(value) then return OPTIONAL[i] end
-  end
-  if state == 'submitted' then return nil end
+  if not is_routed then return nil end
+  local stage, score = v[2], tonumber(v[3])
   if not stage or not string.find(stage, '^[!-~]') or string.find(stage, '^[^@].*[^!-~]') then return 'stage' end
-  if not tonumber(score) or math.abs(tonumber(score)) >= 2 ^ 53 then return 'score' end
+  if not score or score ~= score or math.abs(score) >= 2 ^ 53 then return 'score' end
   return nil
 end
 
@@ -289,7 +285,7 @@ local function crashed(id, limit)
   if redis.call('HGET', rk, 'stage') ~= 'solo' then return false end
   if redis.call('HINCRBY', rk, 'solo_crashes', 1) < tonumber(limit) then return false end
   local why = 'worker lost ' .. crashes .. ' times while computing it, the last ' .. limit .. ' times alone'
-  redis.call('XADD', P .. 'dead', 'MAXLEN', '~', 10000, '*', 'i', id, 'why', why, 'bytes', '')
+  bury(id, why, '')
   settle(id, 'dead', '', {'error', why})
   return true
 end

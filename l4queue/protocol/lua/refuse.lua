@@ -6,7 +6,7 @@
 redis.call('XACK', KEYS[1], 'd', ARGV[2])
 local is_first = redis.call('XDEL', KEYS[1], ARGV[2]) == 1
 if ARGV[5] ~= '' and is_first then
-  redis.call('XADD', KEYS[3], 'MAXLEN', '~', 10000, '*', 'i', ARGV[1], 'why', ARGV[3], 'bytes', ARGV[5])
+  bury(ARGV[1], ARGV[3], ARGV[5])
 end
 if redis.call('HGET', KEYS[2], 'state') ~= 'submitted' then return 'DUP' end
 settle(ARGV[1], 'failed', '', {'error', ARGV[3], 'field', ARGV[4], 'finish_reason', ARGV[6]})

@@ -144,7 +144,7 @@ signal.pause()
 
     with EmbeddedRedis(tmp_path, port=0) as redis:
         assert redis.pid != orphan.pid
-        assert psutil.wait_procs([orphan], timeout=20)[1] == []
+        assert psutil.wait_procs([orphan], timeout=120)[1] == []
 
 
 def test_the_usual_port_is_taken_only_when_it_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

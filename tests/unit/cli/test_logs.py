@@ -57,7 +57,7 @@ def test_a_reader_that_does_not_read_holds_nobody_up_and_lost_lines_are_counted(
 
     class Held(io.StringIO):
         def write(self, text: str) -> int:
-            gate.wait(10)
+            gate.wait(120)
             return super().write(text)
 
     stream = Held()
@@ -83,7 +83,7 @@ def test_a_reader_that_has_gone_is_reported_once() -> None:
 
     log.write("p", "x")
 
-    assert gone.wait(10)
+    assert gone.wait(120)
     log.close()
     with pytest.raises(BrokenPipeError):
         stream.close()

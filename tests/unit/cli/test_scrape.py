@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from l4queue.cli.embedded import is_port_free
 from l4queue.cli.scrape import with_metrics, write_targets
 from l4queue.cli.supervisor import ChildSpec
 from l4queue.config import Settings
@@ -22,11 +23,13 @@ def specs() -> list[ChildSpec]:
 
 
 def free_ports(number: int) -> int:
-    """The first of so many free ports in a row, most likely."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
-    return port if port + number < 65536 else port - number
+    """The first of so many ports in a row that were all free a moment ago."""
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            first = int(probe.getsockname()[1])
+        if first + number < 65536 and all(is_port_free(first + i) for i in range(number)):
+            return first
 
 
 def test_each_process_has_a_port_of_its_own_and_the_exporter_the_first() -> None:

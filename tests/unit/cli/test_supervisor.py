@@ -310,5 +310,5 @@ asyncio.run(main())
 
         parent.kill()
 
-    gone, alive = psutil.wait_procs([child], timeout=20)
+    gone, alive = psutil.wait_procs([child], timeout=120)
     assert (gone, alive) == ([child], [])

@@ -1,0 +1,180 @@
+"""What is bounded stays bounded, what is in ms is in ms, and what is cleared is cleared from the group as well."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from l4queue import Client, Settings
+from tests.protocol.scene import Scene
+
+SLACK = 128
+"""A stream is cut by whole nodes of 100 entries."""
+_FILL = "for i = 1, ARGV[1] do redis.call('XADD', KEYS[1], '*', 'i', 'x') end"
+STREAMS = {
+    "finished": (20_000, lambda s: s.keys.finished),
+    "dead": (10_000, lambda s: s.keys.dead),
+    "mail": (20_000, lambda s: s.keys.mailbox("c1")),
+    "wake": (64, lambda s: s.keys.wake("0")),
+    "control": (256, lambda s: s.keys.control("w1")),
+    "plans": (256, lambda s: s.keys.plans),
+}
+
+
+def _write_to_all(scene: Scene) -> None:
+    """One entry to each of them."""
+    scene.register()
+    scene.submit()
+    scene.route()
+    scene.grant()
+    scene.door.run(scene.calls.ask("w1", message="{}"))
+    scene.door.run(scene.calls.publish(expected_version=0, version=1, body="{}"))
+    scene.submit("b")
+    scene.refuse("b", raw=b"its bytes")
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_a_stream_that_is_full_stays_at_its_bound(scene: Scene, name: str) -> None:
+    """It has its latest entries, whatever was there before."""
+    bound, key_of = STREAMS[name]
+    key = key_of(scene)
+    scene.raw.eval(_FILL, 1, key, bound + 3 * SLACK)
+
+    _write_to_all(scene)
+
+    assert bound <= scene.raw.xlen(key) <= bound + SLACK
+
+
+@pytest.mark.parametrize("has_record", [True, False])
+@pytest.mark.parametrize("raw", [b"", b"its bytes"])
+def test_a_refused_entry_is_pending_for_nobody(scene: Scene, raw: bytes, has_record: bool) -> None:
+    """Else its dispatcher would have it for ever, and the next one adopt it."""
+    scene.submit()
+    entries = scene.read_inbox()
+    if not has_record:
+        scene.raw.delete(scene.keys.request("a"))
+    scene.refuse(raw=raw)
+
+    assert len(entries) == 1
+    assert scene.raw.xlen(scene.keys.inbox) == 0
+    assert scene.raw.xpending(scene.keys.inbox, "d")["pending"] == 0
+
+
+def test_a_routed_entry_is_pending_for_nobody(scene: Scene) -> None:
+    """The same where all went well, and where it was cancelled meanwhile."""
+    scene.submit()
+    scene.submit("b")
+    scene.read_inbox()
+    scene.cancel("b")
+    scene.route()
+
+    assert scene.raw.xpending(scene.keys.inbox, "d")["pending"] == 0
+
+
+def test_a_deadline_is_so_many_ms_after_acceptance(scene: Scene) -> None:
+    """In the record and in the set that `expire` reads."""
+    reply = scene.submit(deadline_ms=5_000)
+    record = scene.record()
+
+    assert record.submitted_ms == reply.at_ms
+    assert record.deadline_ms == record.submitted_ms + 5_000
+    assert scene.raw.zscore(scene.keys.deadlines, "a") == record.deadline_ms
+
+
+def test_seconds_of_a_client_are_ms_in_redis(scene: Scene, redis_url: str, namespace: str) -> None:
+    """Its deadline and the life of its result."""
+    settings = Settings(redis_url=redis_url, namespace=namespace, result_ttl_s=90.0, _env_file=None)  # type: ignore[call-arg]
+    with Client(settings=settings) as client:
+        handle = client.enqueue("hello", max_tokens=1, deadline_s=7.5)
+        record = handle.status()
+        key = scene.keys.request(handle.id)
+        assert record.deadline_ms is not None
+        assert record.deadline_ms - record.submitted_ms == 7_500
+        assert scene.raw.hget(key, "ttl_ms") == b"90000"
+        assert handle.cancel()
+    assert 60_000 < scene.raw.pttl(key) <= 90_000
+
+
+def test_a_lease_is_so_many_ms_from_now(scene: Scene) -> None:
+    """By the clock of the server."""
+    before_ms = scene.door.run(scene.reads.server_time_ms())
+    scene.register(lease_ms=5_000)
+    after_ms = scene.door.run(scene.reads.server_time_ms())
+    ((_, expires_ms),) = scene.door.run(scene.reads.incarnations())
+
+    assert before_ms + 5_000 <= expires_ms <= after_ms + 5_000
+
+
+def _foreign_record(scene: Scene, **fields: Any) -> None:
+    scene.submit()
+    scene.route()
+    scene.raw.hset(scene.keys.request("a"), mapping=fields)
+
+
+@pytest.mark.parametrize("field", ["offset", "epoch", "prompt_tokens", "score", "submitted_ms", "charge_tokens"])
+def test_a_queued_record_that_cannot_be_read_is_failed_with_its_bytes(scene: Scene, field: str) -> None:
+    """By `take`, which serves the next one in the same call."""
+    _foreign_record(scene, **{field: "abc"})
+    scene.submit("b")
+    scene.route("b", score=2.0)
+    scene.register()
+
+    assert [grant.request_id for grant in scene.take().grants] == ["b"]
+    assert scene.raw.hget(scene.keys.request("a"), "state") == b"failed"
+    ((_, letter),) = scene.raw.xrange(scene.keys.dead)
+    assert letter[b"i"] == b"a"
+    assert f"{field}=abc".encode() in letter[b"bytes"]
+    assert scene.counts()["live"] == 1
+
+
+def test_a_running_record_that_cannot_be_read_is_failed_by_its_next_write(scene: Scene) -> None:
+    """Its worker is told that it is no longer the owner."""
+    for request_id, act in (("a", "emit"), ("b", "settle"), ("c", "release")):
+        scene.submit(request_id)
+        scene.route(request_id)
+        scene.register()
+        scene.grant()
+        scene.raw.hset(scene.keys.request(request_id), "offset", "abc")
+        verdict = getattr(scene, act)(request_id)
+        assert verdict in ("FENCED", "OK")
+        assert scene.raw.hget(scene.keys.request(request_id), "state") == b"failed"
+    assert scene.counts()["live"] == 0
+    assert len(scene.raw.xrange(scene.keys.dead)) == 3
+
+
+def test_a_counter_that_is_no_number_begins_anew(scene: Scene) -> None:
+    """What it was is a dead letter."""
+    scene.raw.hset(scene.keys.counts, mapping={"live": "abc", "submitted": b"\xff"})
+    scene.submit()
+
+    assert scene.counts()["live"] == scene.counts()["submitted"] == 1
+    assert {letter[b"bytes"] for _, letter in scene.raw.xrange(scene.keys.dead)} == {b"abc", b"\xff"}
+
+
+def test_what_a_reader_cannot_read_is_buried_once(scene: Scene) -> None:
+    """However many readers find it, with its bytes, and counted."""
+    from l4queue.protocol.foreign import Finding, burial
+
+    found = Finding(key=scene.keys.plan, why="no JSON", raw=b"nonsense")
+    call = burial(found)
+    assert call is not None
+    assert [scene.door.run(call) for _ in range(3)] == [1, 0, 0]
+    ((_, letter),) = scene.raw.xrange(scene.keys.dead)
+    assert (letter[b"i"], letter[b"why"], letter[b"bytes"]) == (b"plan", b"no JSON", b"nonsense")
+    assert scene.counts()["unreadable"] == 1
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_a_key_of_another_type_is_set_aside_by_the_script_that_meets_it(scene: Scene, name: str) -> None:
+    """For a week, and its bytes are a dead letter; the script does its work."""
+    key = STREAMS[name][1](scene)
+    scene.raw.set(key, "somebody else's")
+
+    _write_to_all(scene)
+
+    assert scene.raw.type(key) == b"stream"
+    aside = scene.keys.prefix + "foreign:" + key.removeprefix(scene.keys.prefix)
+    assert scene.raw.get(aside) == b"somebody else's"
+    assert 0 < scene.raw.pttl(aside) <= 7 * 24 * 3600 * 1000
+    assert any(letter.get(b"bytes") == b"somebody else's" for _, letter in scene.raw.xrange(scene.keys.dead))
