@@ -62,7 +62,7 @@ def test_a_packed_request_reads_as_before(scene: Scene, chunks: list[int]) -> No
         pass
 
     assert _everything(scene) == before
-    assert scene.raw.xlen(scene.keys.output("a")) == max(1, -(-(len(chunks) + 1) // 500))
+    assert scene.raw.xlen(scene.keys.output("a")) == -(-len(chunks) // 500) + 1
     for index in (0, len(chunks) // 2, len(chunks) - 1, len(chunks)):
         after = sum(chunks[: max(0, index)])
         rest = [e for e in entries if e.upto > after or e.state is not None]
@@ -104,7 +104,7 @@ def test_any_output_reads_as_before(
     assert scene.pack().num_packed == 1
 
     assert scene.output() == before
-    assert scene.raw.xlen(scene.keys.output("a")) == 1
+    assert scene.raw.xlen(scene.keys.output("a")) == (2 if chunks else 1)
     for entry in before:
         rest = [e for e in before if e.upto > entry.upto or e.state is not None]
         assert scene.output(after=entry.upto) == rest
@@ -112,17 +112,32 @@ def test_any_output_reads_as_before(
 
 
 def test_a_reader_of_an_earlier_release_finds_a_packed_output(scene: Scene) -> None:
-    """Without knowing bounds it reads one entry: all tokens, the whole text, and the end."""
+    """Without knowing bounds it reads one entry with all tokens and their text, and the end as it was."""
     _run(scene, "a", [2, 3, 1])
     before = scene.output()
     scene.pack()
 
-    ((entry_id, values),) = scene.raw.xrange(scene.keys.output("a"))
-    entry = OutputEntry.parse(entry_id, values)
+    entries = [
+        OutputEntry.parse(entry_id, values) for entry_id, values in scene.raw.xrange(scene.keys.output("a"))
+    ]
 
-    assert (entry.upto, entry.state) == (6, S.DONE)
-    assert entry.token_ids == tuple(t for e in before for t in e.token_ids)
-    assert entry.text == "".join(e.text for e in before)
+    assert [(entry.upto, entry.state) for entry in entries] == [(6, None), (6, S.DONE)]
+    assert entries[0].token_ids == tuple(t for e in before for t in e.token_ids)
+    assert "".join(e.text for e in entries) == "".join(e.text for e in before)
+    assert scene.raw.xrange(scene.keys.output("a"), "(6-0", "+")[0][1] == {b"e": b"done", b"x": b"end"}
+
+
+def test_what_an_earlier_release_submitted_keeps_its_entries(scene: Scene) -> None:
+    """Its client may go on from any of them; only the room that nobody needs any more is given back."""
+    _run(scene, "a", [2, 3, 1], body=BODY)
+    scene.raw.hdel(scene.keys.request("a"), "bounds")
+    before = scene.raw.xrange(scene.keys.output("a"))
+
+    assert scene.pack().num_packed == 1
+
+    assert scene.raw.xrange(scene.keys.output("a")) == before
+    assert scene.raw.memory_usage(scene.keys.output("a")) < 1500
+    assert scene.raw.memory_usage(scene.keys.request("a")) < 1000
 
 
 def test_outcomes_that_an_earlier_release_wrote_are_packed_too(scene: Scene) -> None:
@@ -141,7 +156,7 @@ def test_outcomes_that_an_earlier_release_wrote_are_packed_too(scene: Scene) -> 
     assert scene.pack().num_packed == 1
 
     assert _everything(scene) == before
-    assert scene.raw.xlen(scene.keys.output("a")) == 1
+    assert scene.raw.xlen(scene.keys.output("a")) == 2
 
 
 def test_what_has_just_ended_is_left_alone(scene: Scene) -> None:
@@ -200,7 +215,7 @@ def test_an_entry_whose_bounds_are_wrong_is_refused() -> None:
     """Instead of being shown in pieces that never were."""
     for bounds in (b"\x01\x01", b"\x01", b"\x01\x81", b"\x02\x02"):
         with pytest.raises(ValueError, match=r"bounds|number|shorter"):
-            entries_of(b"1-1", {b"t": b"\x01\0\0\0", b"x": b"ab", b"c": bounds, b"e": b"done"})
+            entries_of(b"1-1", {b"t": b"\x01\0\0\0", b"x": b"ab", b"c": bounds})
 
 
 # the bound ------------------------------------------------------------------------------------------
