@@ -10,8 +10,8 @@ from l4queue.protocol.keys import Keys
 __all__ = ("PACK_AGE_MS", "Evicted", "Keeping", "Packed")
 
 PACK_AGE_MS = 15_000
-"""Age at which an ended request is packed. A reader of an earlier release that is then in the middle of its output,
-and did not submit it, has to begin again: it knows no bounds within an entry."""
+"""Age at which an ended request is packed. A reader of an earlier release that is then in the middle of an output
+that it did not submit has to begin again: it knows no bounds within an entry."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
