@@ -218,6 +218,46 @@ def test_an_entry_whose_bounds_are_wrong_is_refused() -> None:
             entries_of(b"1-1", {b"t": b"\x01\0\0\0", b"x": b"ab", b"c": bounds})
 
 
+def test_what_nobody_of_ours_wrote_is_no_obstacle(scene: Scene) -> None:
+    """Keys of other types, entries that tell of nothing, a time to come: the others are packed all the same."""
+    for request_id in "abcde":
+        _run(scene, request_id, [2, 1])
+    scene.raw.delete(scene.keys.request("a"), scene.keys.output("b"))
+    scene.raw.set(scene.keys.request("a"), "foreign")
+    scene.raw.set(scene.keys.output("b"), "foreign")
+    scene.raw.delete(scene.keys.output("c"))
+    for entry_id, fields in (("2-0", {"t": b"123"}), ("7-0", {"x": b"?"}), ("9-1", {"e": b"done", "x": b""})):
+        scene.raw.xadd(scene.keys.output("c"), fields, id=entry_id)
+    scene.raw.pexpire(scene.keys.output("c"), 60_000)
+    scene.raw.xadd(scene.keys.finished, {"q": "?"})
+    _run(scene, "f", [2])
+
+    scene.raw.xadd(scene.keys.finished, {"i": "?"}, id="9999999999999-0")
+    _run(scene, "g", [2])
+
+    assert scene.pack(min_age_ms=0).num_packed == 9
+    scene.raw.zadd(scene.keys.results, {"no bytes": 0, "a 5": 0, "?": 0})
+    scene.evict(max_bytes=1)
+
+    assert scene.raw.get(scene.keys.request("a")) == b"foreign"
+    assert scene.raw.zcard(scene.keys.results) == 0
+    assert scene.raw.exists(scene.keys.request("d"), scene.keys.request("f")) == 0
+
+
+def test_output_that_does_not_fit_is_left_as_it_is(scene: Scene) -> None:
+    """Readers leave out what they cannot read of it, and would not know what of it is right once it is joined."""
+    _run(scene, "a", [2, 1])
+    scene.raw.delete(scene.keys.output("a"))
+    for entry_id, fields in (("2-0", {"t": b"12345678"}), ("7-0", {"t": b"1234"}), ("9-1", {"e": b"done"})):
+        scene.raw.xadd(scene.keys.output("a"), fields, id=entry_id)
+    scene.raw.pexpire(scene.keys.output("a"), 60_000)
+    before = scene.raw.xrange(scene.keys.output("a"))
+
+    assert scene.pack().num_packed == 1
+
+    assert scene.raw.xrange(scene.keys.output("a")) == before
+
+
 # the bound ------------------------------------------------------------------------------------------
 
 

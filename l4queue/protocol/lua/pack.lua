@@ -27,27 +27,29 @@ local function fields_of(row)
   return values
 end
 
--- One entry for all these, as arguments of XADD; nil where they are not to be joined: packed already, or only some of
--- them have logprobs.
+local function tokens_of(entry_id) return tonumber(string.match(entry_id, '^%d+')) end
+
+-- One entry for all these, as arguments of XADD; nil where they are not to be joined: packed already, not one after the
+-- other, or with logprobs of other widths.
 local function joined(rows)
-  local ids, texts, bounds, lows, highs = {}, {}, {}, {}, {}
+  local ids, texts, bounds, lows, highs, upto, width = {}, {}, {}, {}, {}, nil, nil
   for i, row in ipairs(rows) do
     local v = fields_of(row)
-    local t, x = v.t or '', v.x or ''
-    if v.c then return nil end
-    if v.l then lows[#lows + 1], highs[#highs + 1] = string.sub(v.l, 1, #v.l / 2), string.sub(v.l, #v.l / 2 + 1) end
-    if #lows > 0 and #lows ~= i then return nil end
+    local t, x, l = v.t or '', v.x or '', v.l or ''
+    upto, width = upto or tokens_of(row[1]) - #t / 4, width or #l / #t
+    if v.c or t == '' or tokens_of(row[1]) ~= upto + #t / 4 or #l / #t ~= width or width % 2 ~= 0 then return nil end
+    upto, lows[i], highs[i] = tokens_of(row[1]), string.sub(l, 1, #l / 2), string.sub(l, #l / 2 + 1)
     ids[i], texts[i], bounds[i] = t, x, varint(#t / 4) .. varint(#x)
   end
   local entry = {'t', table.concat(ids), 'x', table.concat(texts), 'c', table.concat(bounds)}
-  if #lows > 0 then entry[7], entry[8] = 'l', table.concat(lows) .. table.concat(highs) end
+  if width > 0 then entry[7], entry[8] = 'l', table.concat(lows) .. table.concat(highs) end
   return entry
 end
 
 -- Packs the next page of an output. Returns whether that was the last one, and how many entries were read.
 local function pack_output(out, made)
   local last = redis.call('XREVRANGE', made, '+', '-', 'COUNT', 1)[1]
-  local from = last and '(' .. string.match(last[1], '^%d+') .. '-0' or '-'
+  local from = last and '(' .. int(tokens_of(last[1])) .. '-0' or '-'
   local rows = redis.call('XRANGE', out, from, '+', 'COUNT', PAGE)
   local num_read, ended = #rows, nil
   if num_read > 0 and fields_of(rows[num_read]).e then ended = table.remove(rows) end
@@ -132,23 +134,24 @@ local function pack(id)
 end
 
 redis.call('DEL', P .. 'pack:')
-local last, grace, t = redis.call('GET', KEYS[2]), tonumber(ARGV[1]), now_ms()
-local function ms(entry_id) return tonumber(string.match(entry_id, '^%d+')) end
+local last, grace, t = string.match(redis.call('GET', KEYS[2]) or '', '^%d+%-%d+$'), tonumber(ARGV[1]), now_ms()
+local ms = tokens_of
 if redis.call('XLEN', KEYS[1]) >= 10000 then  -- so many end in so short a time that `finished` would lose them
   grace = math.min(grace, (t - ms(redis.call('XRANGE', KEYS[1], '-', '+', 'COUNT', 1)[1][1])) / 2)
 end
 local n, room, more = 0, tonumber(ARGV[3]), 0
 local rows = redis.call('XRANGE', KEYS[1], last and '(' .. last or '-', '+', 'COUNT', ARGV[2])
 for _, row in ipairs(rows) do
-  if t - ms(row[1]) < grace then break end
+  local age = t - ms(row[1])
+  if age < grace and age > -3600000 then break end  -- a clock that was an hour ahead is no reason to wait for it
   if room <= 0 then
     more = 1
     break
   end
-  local is_done
+  local is_ours, is_done, num_read
   repeat
-    local num_read
-    is_done, num_read = pack(fields_of(row).i or '')
+    is_ours, is_done, num_read = pcall(pack, fields_of(row).i or '')
+    if not is_ours then is_done, num_read = true, 1 end  -- foreign keys or entries: they expire as they are
     room = room - num_read
   until is_done or room <= 0
   if not is_done then
