@@ -24,11 +24,12 @@ class Packed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evicted:
-    """Answer to `evict`: results and idempotency keys that went early, and the bytes of those that are kept."""
+    """Answer to `evict`: results and idempotency keys that went early, bytes of what is kept, whether more is due."""
 
     num_dropped: int
     num_forgotten: int
     kept_bytes: int
+    has_more: bool
 
 
 class Keeping:
@@ -59,4 +60,4 @@ def _packed(reply: list[int]) -> Packed:
 
 
 def _evicted(reply: list[int]) -> Evicted:
-    return Evicted(num_dropped=reply[0], num_forgotten=reply[1], kept_bytes=reply[2])
+    return Evicted(num_dropped=reply[0], num_forgotten=reply[1], kept_bytes=reply[2], has_more=bool(reply[3]))

@@ -3,7 +3,7 @@
 -- A request with an idempotency key leaves its record, so that the key stays known; others leave nothing.
 -- KEYS  1 results (zset: "<id> <bytes>" -> end of the output, ms)  2 keyed (zset: the same -> end of the record, ms)
 -- ARGV  1 bound (bytes)  2 most requests
--- Returns {results that went early, keys forgotten early, bytes kept}
+-- Returns {results that went early, keys forgotten early, bytes kept, 1 when there is more to do at once}
 local counts, t = P .. 'counts', now_ms()
 local room, dropped, forgotten = tonumber(ARGV[2]), 0, 0
 
@@ -61,4 +61,4 @@ while is_beyond() do
   forgotten, room = forgotten + 1, room - 1
 end
 if dropped > 0 then redis.call('HINCRBY', counts, 'results_dropped', dropped) end
-return {dropped, forgotten, tonumber(redis.call('HGET', counts, 'result_bytes')) or 0}
+return {dropped, forgotten, tonumber(redis.call('HGET', counts, 'result_bytes')) or 0, room > 0 and 0 or 1}
