@@ -24,7 +24,7 @@ class Packed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evicted:
-    """Answer to `evict`: results and idempotency keys that went early, bytes of what is kept, whether more is due."""
+    """Answer to `evict`: results and keys that went early, bytes of what is kept, whether more is due."""
 
     num_dropped: int
     num_forgotten: int
