@@ -85,9 +85,8 @@ local function settle(id, state, text, facts)
   local rk = P .. 'req:' .. id
   local v = redis.call('HMGET', rk, 'state', 'owner', 'stage', 'charge_tokens', 'charge_bytes', 'offset',
     'client', 'ttl_ms', 'prompt_tokens', 'submitted_ms', 'queued_ms', 'started_ms', 'first_token_ms',
-    'worker', 'crashes', 'entry', 'key_ttl_ms')
+    'worker', 'crashes', 'entry')
   local t, offset, ttl = now_ms(), tonumber(v[6]) or 0, tonumber(v[8])
-  local key = string.match(id, '^(k%x+)%-%d+$')
   redis.call('ZREM', P .. 'deadlines', id)
   if v[1] == 'queued' then dequeue(id, v[3], tonumber(v[9]) + offset) end
   if v[1] == 'submitted' and v[16] then
@@ -100,8 +99,9 @@ local function settle(id, state, text, facts)
   redis.call('HSET', rk, 'state', state, 'finished_ms', int(t), unpack(facts))
   redis.call('XADD', P .. 'out:' .. id, int(offset) .. '-1', 'e', state, 'x', text)
   redis.call('PEXPIRE', P .. 'out:' .. id, ttl)
-  ttl = math.max(ttl, tonumber(v[17]) or 0)
+  ttl = math.max(ttl, tonumber(redis.call('HGET', rk, 'key_ttl_ms')) or 0)
   redis.call('PEXPIRE', rk, ttl)
+  local key = string.match(id, '^(k%x+)%-%d+$')
   if key then redis.call('PEXPIRE', P .. 'key:' .. key, ttl) end
   local counts = P .. 'counts'
   redis.call('HINCRBY', counts, 'live', -1)
