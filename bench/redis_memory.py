@@ -19,7 +19,7 @@ import statistics
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +28,7 @@ from dispatcher.service import Dispatcher
 from dispatcher.tokenizer import PromptTokenizer
 from l4queue import AsyncClient, Settings
 from l4queue.cli.embedded import EmbeddedRedis
+from l4queue.client import AsyncHandle
 from l4queue.models import RequestState
 from l4queue.policy.coefficients import read_coefficients
 from l4queue.protocol.calls import Call, Calls
@@ -59,8 +60,13 @@ async def told(door: AsyncDoor, section: str, name: str) -> int:
 
 
 async def used_bytes(door: AsyncDoor, keys: Keys, client_id: str) -> int:
-    """Memory in use without the streams that keep their latest entries, however many requests there are."""
+    """Memory in use for requests.
+
+    Without the streams that keep their latest entries, however many requests there are, and without buffers.
+    """
     used = await told(door, "memory", "used_memory")
+    for name in ("mem_clients_normal", "mem_aof_buffer"):
+        used -= await told(door, "memory", name)
     for key in (keys.finished, keys.mailbox(client_id)):
         used -= await door.run(Call(None, (), ("MEMORY", "USAGE", key, "SAMPLES", 0), lambda r: int(r or 0)))
     return used
@@ -95,8 +101,11 @@ class Parts:
         self.keys = Keys(namespace)
         tokenizer = PromptTokenizer("tiny", max_model_len=MAX_LEN)
         self.dispatcher = Dispatcher(settings=self.settings, door=self.door, tokenizer=tokenizer, name="d")
+
+    def worker(self) -> Worker:
+        """One that is not running yet."""
         cost = read_coefficients("h100", "llama-3.1-8b").cost
-        self.worker = Worker(
+        return Worker(
             settings=self.settings,
             engine=EmulatedEngine(cost, speed=1.0, max_model_len=MAX_LEN),
             observer=NullObserver(),
@@ -110,8 +119,19 @@ class Parts:
         return await self.door.run(Call(None, (), ("HGET", self.keys.counts, name), lambda r: int(r or 0)))
 
 
+async def serve(parts: Parts, client: AsyncClient, requests: Sequence[AsyncHandle | dict[str, Any]]) -> None:
+    """A worker that runs until these have ended; requests that are none yet are enqueued."""
+    handles = [r if isinstance(r, AsyncHandle) else await client.enqueue(**r) for r in requests]
+    worker = parts.worker()
+    serving = asyncio.create_task(worker.run())
+    async for _ in client.as_completed(handles, timeout=600):
+        pass
+    worker.request_stop()
+    await serving
+
+
 async def measure(url: str, *, prompt_tokens: int, output_tokens: int, num_requests: int) -> tuple[float, ...]:
-    """Bytes of a waiting request, in use and counted; of a finished one: before it is packed, after, counted."""
+    """Bytes of a waiting request, in use and counted; of a finished one, packed: the same."""
     parts = Parts(url, f"m{prompt_tokens}")
     door, keys = parts.door, parts.keys
     async with AsyncClient(settings=parts.settings) as client:
@@ -119,28 +139,20 @@ async def measure(url: str, *, prompt_tokens: int, output_tokens: int, num_reque
         ids = [7 + n % 1000 for n in range(prompt_tokens)]
         request = {"token_ids": ids, "max_tokens": output_tokens, "ignore_eos": True}
         routing = asyncio.create_task(parts.dispatcher.run())
-        warm = await client.enqueue_many(
-            [request | {"max_tokens": 1}] * num_requests
-        )  # buffers have their size then
-        await routed(client)
-        await asyncio.gather(*(handle.cancel() for handle in warm))
+        await serve(parts, client, [request] * 64)  # what is there once is there then
         await pack(door, keys)
         kept = await parts.counted("result_bytes")
         before = await used_bytes(door, keys, client_id)
         handles = await client.enqueue_many([request] * num_requests)
         await routed(client)
         waiting = await used_bytes(door, keys, client_id) - before, await parts.counted("live_bytes")
-        serving = asyncio.create_task(parts.worker.run())
-        async for _ in client.as_completed(handles, timeout=600):
-            pass
-        parts.worker.request_stop()
+        await serve(parts, client, handles)
         parts.dispatcher.request_stop()
-        await asyncio.gather(routing, serving)
-        ended = await used_bytes(door, keys, client_id) - before
+        await routing
         await pack(door, keys)
         finished = await used_bytes(door, keys, client_id) - before, await parts.counted("result_bytes") - kept
         await door.close()
-    return tuple(value / num_requests for value in (*waiting, ended, *finished))
+    return tuple(value / num_requests for value in (*waiting, *finished))
 
 
 async def write_out(
@@ -151,7 +163,8 @@ async def write_out(
     async with AsyncClient(settings=parts.settings) as client:
         ids = [7 + n % 1000 for n in range(prompt_tokens)]
         request: dict[str, Any] = {"token_ids": ids, "max_tokens": output_tokens, "ignore_eos": True}
-        running = [asyncio.create_task(part.run()) for part in (parts.dispatcher, parts.worker)]
+        worker = parts.worker()
+        running = [asyncio.create_task(part.run()) for part in (parts.dispatcher, worker)]
         async for _ in client.as_completed([await client.enqueue(**request)]):
             pass
         before = await told(parts.door, "persistence", "aof_current_size")
@@ -169,7 +182,7 @@ async def write_out(
         await client.enqueue_many([request] * 1000)
         rate = 1000 / (time.perf_counter() - began_s)
         parts.dispatcher.request_stop()
-        parts.worker.request_stop()
+        worker.request_stop()
         await asyncio.gather(*running, return_exceptions=True)
         await parts.door.close()
     return written, took_s, rate
@@ -214,8 +227,8 @@ def live_a_day(url: str, *, num_requests: int, max_bytes: int) -> None:
 
 def measure_memory(num_requests: int) -> None:
     """Its table."""
-    print("| prompt | output tokens | waiting, bytes | counted | ended | packed | counted |")
-    print("|---|---|---|---|---|---|---|")
+    print("| prompt | output tokens | waiting, bytes | counted | finished, bytes | counted |")
+    print("|---|---|---|---|---|---|")
     for prompt_tokens, output_tokens in CASES:
         sizes: dict[str, int] = {"prompt_tokens": prompt_tokens, "output_tokens": output_tokens}
         with redis_of_its_own("fast") as url:

@@ -298,7 +298,9 @@ def check_kept(record: RequestRecord) -> None:
     """Raise ResultExpired for a request that has ended: the caller has found no end in its output."""
     if record.state in TERMINAL:
         why = "has expired" if record.dropped_ms is None else "was dropped early: L4_MAX_RESULT_BYTES was reached"
-        raise ResultExpired(f"request {record.request_id} is {record.state.value}; its output {why}")
+        raise ResultExpired(
+            f"request {record.request_id} is {record.state.value}; its output of {record.offset} tokens {why}"
+        )
 
 
 def check_outcome(record: RequestRecord) -> None:

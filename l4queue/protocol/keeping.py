@@ -10,8 +10,8 @@ from l4queue.protocol.keys import Keys
 __all__ = ("PACK_AGE_MS", "Evicted", "Keeping", "Packed")
 
 PACK_AGE_MS = 15_000
-"""Age at which an ended request is packed. A reader of an earlier release that is then in the middle of its output
-has to begin again: it knows no bounds within an entry."""
+"""Age at which an ended request is packed. A reader of an earlier release that is then in the middle of an output
+that it did not submit has to begin again: it knows no bounds within an entry."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,11 +24,12 @@ class Packed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evicted:
-    """Answer to `evict`: results and idempotency keys that went early, and the bytes of those that are kept."""
+    """Answer to `evict`: results and keys that went early, bytes of what is kept, whether more is due."""
 
     num_dropped: int
     num_forgotten: int
     kept_bytes: int
+    has_more: bool
 
 
 class Keeping:
@@ -59,4 +60,4 @@ def _packed(reply: list[int]) -> Packed:
 
 
 def _evicted(reply: list[int]) -> Evicted:
-    return Evicted(num_dropped=reply[0], num_forgotten=reply[1], kept_bytes=reply[2])
+    return Evicted(num_dropped=reply[0], num_forgotten=reply[1], kept_bytes=reply[2], has_more=bool(reply[3]))

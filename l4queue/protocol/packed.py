@@ -37,8 +37,6 @@ def entries_of(entry_id: bytes, values: Mapping[bytes, bytes]) -> list[OutputEnt
         )
         entries.append(entry)
         token, byte = token + num, byte + size
-    if whole.state is not None:
-        entries[-1] = replace(entries[-1], state=whole.state)
     return entries
 
 

@@ -22,7 +22,7 @@ log = logging.getLogger("l4queue.upkeep")
 _LIMIT = 200
 _FORGOTTEN_MS = 60_000
 _UNSEEN_MS = 3_600_000
-_PACK_REQUESTS, _PACK_ENTRIES, _PACK_TURNS = 100, 1000, 50  # a turn takes the server some milliseconds
+_PACK_REQUESTS, _PACK_ENTRIES, _TURNS = 100, 1000, 50  # a turn takes the server some milliseconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,23 +82,16 @@ class Upkeep:
         moves = [self._calls.migrate(source=s, highs=highs, limit=_LIMIT) for s in gone]
         num_migrated = sum(answer.num_moved for answer in await self._door.run_many(moves))
         num_packed = await self._pack()
-        evicted = await self._door.run(
-            self._keeping.evict(max_bytes=self._settings.max_result_bytes, limit=_LIMIT)
-        )
+        num_dropped = await self._evict()
         report = UpkeepReport(
             num_requeued=reaped.num_requeued,
             num_dead=reaped.num_dead,
             num_expired=expired,
             num_migrated=num_migrated,
             num_packed=num_packed,
-            num_dropped=evicted.num_dropped,
+            num_dropped=num_dropped,
             was_graced=reaped.was_graced,
         )
-        if evicted.num_dropped or evicted.num_forgotten:
-            log.warning(
-                "results beyond L4_MAX_RESULT_BYTES",
-                extra={"num_dropped": evicted.num_dropped, "num_keys_forgotten": evicted.num_forgotten},
-            )
         if replace(report, num_packed=0) != UpkeepReport():  # packing goes on always: not worth a line
             log.info("upkeep", extra=asdict(report))
         return report
@@ -107,12 +100,28 @@ class Upkeep:
         """Pack what ended a while ago; how many requests."""
         call = self._keeping.pack(min_age_ms=PACK_AGE_MS, max_requests=_PACK_REQUESTS, max_entries=_PACK_ENTRIES)
         total = 0
-        for _ in range(_PACK_TURNS):
+        for _ in range(_TURNS):
             answer = await self._door.run(call)
             total += answer.num_packed
             if not answer.has_more:
                 break
         return total
+
+    async def _evict(self) -> int:
+        """Keep what has ended within its bound; how many results went early."""
+        call = self._keeping.evict(max_bytes=self._settings.max_result_bytes, limit=_LIMIT)
+        dropped = forgotten = 0
+        for _ in range(_TURNS):
+            answer = await self._door.run(call)
+            dropped, forgotten = dropped + answer.num_dropped, forgotten + answer.num_forgotten
+            if not answer.has_more:
+                break
+        if dropped or forgotten:
+            log.warning(
+                "results beyond L4_MAX_RESULT_BYTES went early",
+                extra={"num_dropped": dropped, "num_keys_forgotten": forgotten},
+            )
+        return dropped
 
     async def reroute(self, plan: Plan) -> int:
         """Move what waits to the stages where it belongs by a new plan; how many moved."""

@@ -62,7 +62,7 @@ def test_a_packed_request_reads_as_before(scene: Scene, chunks: list[int]) -> No
         pass
 
     assert _everything(scene) == before
-    assert scene.raw.xlen(scene.keys.output("a")) == max(1, -(-(len(chunks) + 1) // 500))
+    assert scene.raw.xlen(scene.keys.output("a")) == -(-len(chunks) // 500) + 1
     for index in (0, len(chunks) // 2, len(chunks) - 1, len(chunks)):
         after = sum(chunks[: max(0, index)])
         rest = [e for e in entries if e.upto > after or e.state is not None]
@@ -104,7 +104,7 @@ def test_any_output_reads_as_before(
     assert scene.pack().num_packed == 1
 
     assert scene.output() == before
-    assert scene.raw.xlen(scene.keys.output("a")) == 1
+    assert scene.raw.xlen(scene.keys.output("a")) == (2 if chunks else 1)
     for entry in before:
         rest = [e for e in before if e.upto > entry.upto or e.state is not None]
         assert scene.output(after=entry.upto) == rest
@@ -112,17 +112,32 @@ def test_any_output_reads_as_before(
 
 
 def test_a_reader_of_an_earlier_release_finds_a_packed_output(scene: Scene) -> None:
-    """Without knowing bounds it reads one entry: all tokens, the whole text, and the end."""
+    """Without knowing bounds it reads one entry with all tokens and their text, and the end as it was."""
     _run(scene, "a", [2, 3, 1])
     before = scene.output()
     scene.pack()
 
-    ((entry_id, values),) = scene.raw.xrange(scene.keys.output("a"))
-    entry = OutputEntry.parse(entry_id, values)
+    entries = [
+        OutputEntry.parse(entry_id, values) for entry_id, values in scene.raw.xrange(scene.keys.output("a"))
+    ]
 
-    assert (entry.upto, entry.state) == (6, S.DONE)
-    assert entry.token_ids == tuple(t for e in before for t in e.token_ids)
-    assert entry.text == "".join(e.text for e in before)
+    assert [(entry.upto, entry.state) for entry in entries] == [(6, None), (6, S.DONE)]
+    assert entries[0].token_ids == tuple(t for e in before for t in e.token_ids)
+    assert "".join(e.text for e in entries) == "".join(e.text for e in before)
+    assert scene.raw.xrange(scene.keys.output("a"), "(6-0", "+")[0][1] == {b"e": b"done", b"x": b"end"}
+
+
+def test_what_an_earlier_release_submitted_keeps_its_entries(scene: Scene) -> None:
+    """Its client may go on from any of them; only the room that nobody needs any more is given back."""
+    _run(scene, "a", [2, 3, 1], body=BODY)
+    scene.raw.hdel(scene.keys.request("a"), "bounds")
+    before = scene.raw.xrange(scene.keys.output("a"))
+
+    assert scene.pack().num_packed == 1
+
+    assert scene.raw.xrange(scene.keys.output("a")) == before
+    assert scene.raw.memory_usage(scene.keys.output("a")) < 1500
+    assert scene.raw.memory_usage(scene.keys.request("a")) < 1000
 
 
 def test_outcomes_that_an_earlier_release_wrote_are_packed_too(scene: Scene) -> None:
@@ -141,7 +156,7 @@ def test_outcomes_that_an_earlier_release_wrote_are_packed_too(scene: Scene) -> 
     assert scene.pack().num_packed == 1
 
     assert _everything(scene) == before
-    assert scene.raw.xlen(scene.keys.output("a")) == 1
+    assert scene.raw.xlen(scene.keys.output("a")) == 2
 
 
 def test_what_has_just_ended_is_left_alone(scene: Scene) -> None:
@@ -200,7 +215,47 @@ def test_an_entry_whose_bounds_are_wrong_is_refused() -> None:
     """Instead of being shown in pieces that never were."""
     for bounds in (b"\x01\x01", b"\x01", b"\x01\x81", b"\x02\x02"):
         with pytest.raises(ValueError, match=r"bounds|number|shorter"):
-            entries_of(b"1-1", {b"t": b"\x01\0\0\0", b"x": b"ab", b"c": bounds, b"e": b"done"})
+            entries_of(b"1-1", {b"t": b"\x01\0\0\0", b"x": b"ab", b"c": bounds})
+
+
+def test_what_nobody_of_ours_wrote_is_no_obstacle(scene: Scene) -> None:
+    """Keys of other types, entries that tell of nothing, a time to come: the others are packed all the same."""
+    for request_id in "abcde":
+        _run(scene, request_id, [2, 1])
+    scene.raw.delete(scene.keys.request("a"), scene.keys.output("b"))
+    scene.raw.set(scene.keys.request("a"), "foreign")
+    scene.raw.set(scene.keys.output("b"), "foreign")
+    scene.raw.delete(scene.keys.output("c"))
+    for entry_id, fields in (("2-0", {"t": b"123"}), ("7-0", {"x": b"?"}), ("9-1", {"e": b"done", "x": b""})):
+        scene.raw.xadd(scene.keys.output("c"), fields, id=entry_id)
+    scene.raw.pexpire(scene.keys.output("c"), 60_000)
+    scene.raw.xadd(scene.keys.finished, {"q": "?"})
+    _run(scene, "f", [2])
+
+    scene.raw.xadd(scene.keys.finished, {"i": "?"}, id="9999999999999-0")
+    _run(scene, "g", [2])
+
+    assert scene.pack(min_age_ms=0).num_packed == 9
+    scene.raw.zadd(scene.keys.results, {"no bytes": 0, "a 5": 0, "?": 0})
+    scene.evict(max_bytes=1)
+
+    assert scene.raw.get(scene.keys.request("a")) == b"foreign"
+    assert scene.raw.zcard(scene.keys.results) == 0
+    assert scene.raw.exists(scene.keys.request("d"), scene.keys.request("f")) == 0
+
+
+def test_output_that_does_not_fit_is_left_as_it_is(scene: Scene) -> None:
+    """Readers leave out what they cannot read of it, and would not know what of it is right once it is joined."""
+    _run(scene, "a", [2, 1])
+    scene.raw.delete(scene.keys.output("a"))
+    for entry_id, fields in (("2-0", {"t": b"12345678"}), ("7-0", {"t": b"1234"}), ("9-1", {"e": b"done"})):
+        scene.raw.xadd(scene.keys.output("a"), fields, id=entry_id)
+    scene.raw.pexpire(scene.keys.output("a"), 60_000)
+    before = scene.raw.xrange(scene.keys.output("a"))
+
+    assert scene.pack().num_packed == 1
+
+    assert scene.raw.xrange(scene.keys.output("a")) == before
 
 
 # the bound ------------------------------------------------------------------------------------------

@@ -272,7 +272,7 @@ def test_upkeep_packs_and_bounds_what_has_ended(
     """All that is due in one round; what goes early for want of room is counted, and said in the log."""
     monkeypatch.setattr("l4queue.protocol.upkeep.PACK_AGE_MS", 0)
     scene.register()
-    for request_id in (f"r{n}" for n in range(250)):
+    for request_id in (f"r{n}" for n in range(450)):
         scene.submit(request_id)
         scene.cancel(request_id)
 
@@ -283,13 +283,13 @@ def test_upkeep_packs_and_bounds_what_has_ended(
         await door.close()
         return report
 
-    assert asyncio.run(round_of()).num_packed == 250
+    assert asyncio.run(round_of()).num_packed == 450
     kept = scene.counts()["result_bytes"]
     assert not caplog.records
 
     report = asyncio.run(round_of(max_result_bytes=kept // 2))
 
-    assert 125 <= report.num_dropped < 130
+    assert 225 <= report.num_dropped < 232
     assert scene.counts()["results_dropped"] == report.num_dropped
     assert scene.counts()["result_bytes"] <= kept // 2
     assert "L4_MAX_RESULT_BYTES" in caplog.text

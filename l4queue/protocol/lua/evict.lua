@@ -3,20 +3,19 @@
 -- A request with an idempotency key leaves its record, so that the key stays known; others leave nothing.
 -- KEYS  1 results (zset: "<id> <bytes>" -> end of the output, ms)  2 keyed (zset: the same -> end of the record, ms)
 -- ARGV  1 bound (bytes)  2 most requests
--- Returns {results that went early, keys forgotten early, bytes kept}
+-- Returns {results that went early, keys forgotten early, bytes kept, 1 when there is more to do at once}
 local counts, t = P .. 'counts', now_ms()
 local room, dropped, forgotten = tonumber(ARGV[2]), 0, 0
 
 local function uncount(set, member)
   redis.call('ZREM', set, member)
   local id, bytes = string.match(member, '^(.*) (%d+)$')
-  redis.call('HINCRBY', counts, 'result_bytes', -bytes)
-  return id
+  if bytes then redis.call('HINCRBY', counts, 'result_bytes', -bytes) end
+  return id or ''
 end
 
 -- Removes the output. What stays of a request with an idempotency key is counted until it expires, too.
-local function drop(member, is_early)
-  local id = uncount(KEYS[1], member)
+local function drop(id, is_early)
   local rk = P .. 'req:' .. id
   redis.call('UNLINK', P .. 'out:' .. id)
   local is_keyed, is_there = redis.call('HEXISTS', rk, 'key_ttl_ms') == 1, redis.call('EXISTS', rk) == 1
@@ -39,7 +38,7 @@ local function drop(member, is_early)
 end
 
 for _, member in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', int(t), 'LIMIT', 0, room)) do
-  drop(member, false)
+  pcall(drop, uncount(KEYS[1], member), false)  -- a foreign key in this place stays as it is
   room = room - 1
 end
 for _, member in ipairs(redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', int(t), 'LIMIT', 0, room)) do
@@ -47,12 +46,12 @@ for _, member in ipairs(redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', int(t), 'LI
   room = room - 1
 end
 local function is_beyond()
-  return room > 0 and tonumber(redis.call('HGET', counts, 'result_bytes') or 0) > tonumber(ARGV[1])
+  return room > 0 and (tonumber(redis.call('HGET', counts, 'result_bytes')) or 0) > tonumber(ARGV[1])
 end
 while is_beyond() do
   local member = redis.call('ZRANGE', KEYS[1], 0, 0)[1]
   if not member then break end
-  drop(member, true)
+  pcall(drop, uncount(KEYS[1], member), true)
   room = room - 1
 end
 while is_beyond() do
@@ -62,4 +61,4 @@ while is_beyond() do
   forgotten, room = forgotten + 1, room - 1
 end
 if dropped > 0 then redis.call('HINCRBY', counts, 'results_dropped', dropped) end
-return {dropped, forgotten, tonumber(redis.call('HGET', counts, 'result_bytes') or 0)}
+return {dropped, forgotten, tonumber(redis.call('HGET', counts, 'result_bytes')) or 0, room > 0 and 0 or 1}

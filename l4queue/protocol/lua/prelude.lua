@@ -164,7 +164,6 @@ local function settle(id, state, text, facts)
     if not whole(v[i]) then v[i] = false end
   end
   local t, offset, ttl = now_ms(), tonumber(v[6] or 0), tonumber(v[8] or 86400000)
-  local key = string.match(id, '^(k%x+)%-%d+$')
   redis.call('ZREM', P .. 'deadlines', id)
   if v[1] == 'queued' and v[3] then dequeue(id, v[3], (v[9] or 0) + offset) end
   if v[1] == 'submitted' and v[16] then
@@ -179,6 +178,7 @@ local function settle(id, state, text, facts)
   redis.call('PEXPIRE', P .. 'out:' .. id, ttl)
   ttl = math.max(ttl, tonumber(v[18] or 0))
   redis.call('PEXPIRE', rk, ttl)
+  local key = string.match(id, '^(k%x+)%-%d+$')
   if key then redis.call('PEXPIRE', P .. 'key:' .. key, ttl) end
   local counts = P .. 'counts'
   redis.call('HINCRBY', counts, 'live', -1)

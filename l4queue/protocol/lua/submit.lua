@@ -42,7 +42,8 @@ end
 local entry = redis.call('XADD', KEYS[2], '*', 'i', id)
 redis.call('HSET', rk, 'state', 'submitted', 'entry', entry, 'digest', ARGV[2], 'body', ARGV[3], 'kind', ARGV[4],
   'prompt', ARGV[5], 'charge_tokens', ARGV[6], 'charge_bytes', 0, 'ttl_ms', ARGV[11],
-  'client', ARGV[12], 'submitted_ms', int(t), 'epoch', 0, 'offset', 0, 'crashes', 0, 'solo_crashes', 0)
+  'client', ARGV[12], 'submitted_ms', int(t), 'epoch', 0, 'offset', 0, 'crashes', 0, 'solo_crashes', 0,
+  'bounds', 1)  -- whoever waits for it knows packed outputs
 if ARGV[13] ~= '' then redis.call('HSET', rk, 'canonical', ARGV[13]) end
 if is_keyed then redis.call('HSET', rk, 'key_ttl_ms', ARGV[14]) end
 if ARGV[15] == '1' then redis.call('HSET', rk, 'open_end', 1) end
