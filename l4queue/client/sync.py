@@ -18,6 +18,7 @@ from l4queue.client.compose import (
     Result,
     build_spec,
     check_outcome,
+    checked_count,
     checked_id,
     known,
     spec_of,
@@ -146,12 +147,12 @@ class Client:
 
     def plan_history(self, *, count: int = 20) -> list[Plan]:
         """The latest published plans, newest first."""
-        rows = self._door.run(self._composer.reads.plan_history(count=count))
+        rows = self._door.run(self._composer.reads.plan_history(count=checked_count(count)))
         return [plan_from_json(body) for _, _, body in rows]
 
     def dead_letters(self, *, count: int = 100) -> list[DeadLetter]:
         """The latest requests that kill their worker and entries that cannot be read, newest first."""
-        return self._door.run(self._composer.reads.dead_letters(count=count))
+        return self._door.run(self._composer.reads.dead_letters(count=checked_count(count)))
 
     def close(self) -> None:
         """Close all connections; safe to call twice."""
