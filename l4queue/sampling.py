@@ -86,7 +86,7 @@ class StructuredOutputs(Strict):
         alias="json",
         description=f"JSON schema, object or text: at most {MAX_SCHEMA_CHARS} characters, {MAX_NESTING} levels",
     )
-    regex: str | None = Field(default=None, max_length=4096, description="the whole output matches")
+    regex: str | None = Field(default=None, min_length=1, max_length=4096, description="the whole output matches")
     choice: Annotated[tuple[Annotated[str, _bounded(1, 1000)], ...] | None, LIST_AS_TUPLE] = Field(
         default=None, min_length=1, max_length=1000, description="one of these"
     )

@@ -38,12 +38,15 @@ class JsonError(ValueError):
     """What is wrong with a document or a value, in words for its author."""
 
 
-def read_json(data: str | bytes, *, max_bytes: int = MAX_JSON_BYTES) -> Any:
-    """A document whose every value can be written, sent and read again. JsonError says what is wrong."""
+def read_json(data: str | bytes, *, max_bytes: int = MAX_JSON_BYTES, any_integers: bool = False) -> Any:
+    """A document whose every value can be written, sent and read again. JsonError says what is wrong.
+
+    `any_integers`: also those of more than 64 bits, which Python alone reads.
+    """
     value = parse_json(data, max_bytes=max_bytes)
     text = data if isinstance(data, str) else data.decode("utf-8-sig")
     if _TO_LOOK_AT.search(text):
-        check_json(value)
+        check_json(value, any_integers=any_integers)
     return value
 
 
@@ -73,7 +76,9 @@ def parse_json(data: str | bytes, *, max_bytes: int = MAX_JSON_BYTES, max_nestin
     return value
 
 
-def check_json(value: Any, *, max_bytes: int = MAX_JSON_BYTES, max_nesting: int = MAX_NESTING) -> None:
+def check_json(
+    value: Any, *, max_bytes: int = MAX_JSON_BYTES, max_nesting: int = MAX_NESTING, any_integers: bool = False
+) -> None:
     """JsonError unless JSON of at most `max_bytes` holds this value, and whoever reads it gets it unchanged."""
     least_bytes = 0
     for item in values_of(value, max_nesting=max_nesting):
@@ -82,7 +87,7 @@ def check_json(value: Any, *, max_bytes: int = MAX_JSON_BYTES, max_nesting: int 
         elif isinstance(item, float):
             if not math.isfinite(item):
                 raise JsonError("has a number that is not finite, or too large")
-        elif isinstance(item, int) and not _LEAST <= item <= _MOST:
+        elif isinstance(item, int) and not (any_integers or _LEAST <= item <= _MOST):
             raise JsonError("has an integer of more than 64 bits")
         least_bytes += len(item) if isinstance(item, str) else 1
         if least_bytes > max_bytes:

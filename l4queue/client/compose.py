@@ -49,6 +49,7 @@ __all__ = (
     "build_spec",
     "check_kept",
     "check_outcome",
+    "checked_count",
     "checked_id",
     "checked_text",
     "known",
@@ -63,6 +64,7 @@ _BODY_FIELDS = set(RequestBody.model_fields)
 _DIGEST_FIELDS = _BODY_FIELDS - {"traceparent"}  # the same request in another trace is the same request
 _MAX_ID_CHARS, _MAX_REASON_CHARS, _MAX_NAME_CHARS = 512, 1000, 200
 _NEWS_TTL_MS = 60_000  # a client that has gone is told nothing after that
+_MAX_COUNT = 1_000_000
 _BYTES_PER_TOKEN = 4  # estimate for admission only; the dispatcher counts
 
 
@@ -344,6 +346,13 @@ def checked_text(value: object, *, field: str, most_chars: int) -> str:
     except JsonError as error:
         raise InvalidRequest(str(error), field=field) from None
     return value
+
+
+def checked_count(count: object) -> int:
+    """How many entries to read at most; InvalidRequest for what is no such number."""
+    if type(count) is not int or not 0 <= count <= _MAX_COUNT:
+        raise InvalidRequest(f"must be a whole number in [0, {_MAX_COUNT}]", field="count")
+    return count
 
 
 def checked_id(request_id: object) -> str:

@@ -18,6 +18,7 @@ from l4queue.client.compose import (
     Result,
     build_spec,
     check_outcome,
+    checked_count,
     checked_id,
     known,
     spec_of,
@@ -136,12 +137,12 @@ class Client:
 
     def plan_history(self, *, count: int = 20) -> list[Plan]:
         """The latest published plans that this release can read, newest first."""
-        rows = self._door.run(self._composer.reads.plan_history(count=count))
+        rows = self._door.run(self._composer.reads.plan_history(count=checked_count(count)))
         return readable_plans((body for _, _, body in rows), key=self._composer.keys.plans)
 
     def dead_letters(self, *, count: int = 100) -> list[DeadLetter]:
         """The latest requests that kill their worker and entries that cannot be read, newest first."""
-        return self._door.run(self._composer.reads.dead_letters(count=count))
+        return self._door.run(self._composer.reads.dead_letters(count=checked_count(count)))
 
     def close(self) -> None:
         """Close all connections, which ends what still waits; safe to call twice."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -45,7 +45,7 @@ def plan_from_json(text: str | bytes) -> Plan:
     one have none) and for a routing that it does not know.
     """
     try:
-        data = read_json(text, max_bytes=MAX_PLAN_BYTES)
+        data = read_json(text, max_bytes=MAX_PLAN_BYTES, any_integers=True)
     except JsonError as error:
         raise ConfigError(f"a plan must be JSON: {error}") from None
     if not isinstance(data, dict) or not isinstance(data.get("stages"), list):
@@ -116,7 +116,7 @@ def _whole(value: Any, name: str) -> int:
 def _number(value: Any, name: str) -> float | None:
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
         raise ConfigError(f"plan.{name} must be a finite number, got {_shown(value)}")
     return float(value)
 

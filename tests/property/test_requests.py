@@ -100,6 +100,7 @@ def _check_is_told(refusal: InvalidRequest) -> None:
         ({"structured_outputs": {"choice": ["a\ud800"]}}, "structured_outputs.choice"),
         ({"structured_outputs": {"choice": ["a\0"]}}, "structured_outputs.choice"),
         ({"structured_outputs": {"regex": "\ud800"}}, "structured_outputs.regex"),
+        ({"structured_outputs": {"regex": ""}}, "structured_outputs.regex"),
         ({"structured_outputs": {"json": {"a": "\0"}}}, "structured_outputs.json"),
         ({"structured_outputs": {"json": {"a": "x" * MAX_SCHEMA_CHARS}}}, "structured_outputs.json"),
         ({"structured_outputs": {"json": '{"a": 1, "a": 2}'}}, "structured_outputs.json"),

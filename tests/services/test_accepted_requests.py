@@ -92,3 +92,24 @@ async def test_a_timeout_that_is_no_time_is_refused(redis_url: str, namespace: s
             await handle.result(timeout=timeout)
         assert caught.value.field == "timeout"
         assert (await handle.result(timeout=10**400)).output_tokens == 2
+
+
+@pytest.mark.parametrize("count", [-1, 2**63, 10**400, 1.5, True, "5"])
+async def test_a_count_that_is_none_is_refused(redis_url: str, namespace: str, count: Any) -> None:
+    """Of plans and of dead letters."""
+    async with open_pipeline(redis_url, namespace) as pipeline:
+        for read in (pipeline.client.plan_history, pipeline.client.dead_letters):
+            with pytest.raises(InvalidRequest) as caught:
+                await read(count=count)
+            assert caught.value.field == "count"
+            assert await read(count=1_000_000) == []
+
+
+@pytest.mark.parametrize("after", [-1, 2**63, 10**5000, 1.5, True, "5"], ids=lambda after: str(type(after)))
+async def test_an_offset_that_is_none_is_refused(redis_url: str, namespace: str, after: Any) -> None:
+    """Where a stream is to be read on."""
+    async with open_pipeline(redis_url, namespace) as pipeline:
+        handle = await pipeline.client.enqueue("a", max_tokens=2)
+        with pytest.raises(InvalidRequest) as caught:
+            await anext(handle.stream(after=after))
+        assert caught.value.field == "after"
