@@ -7,14 +7,31 @@ from functools import cache
 from typing import Any
 
 from celery import Celery
+from celery.app.amqp import AMQP
 from celery.signals import worker_init
+from kombu import Connection
 
 from dispatcher.tasks import REFINE, REPLAN, add_tasks
 from l4queue.config import Settings, celery_settings, load_settings
+from l4queue.redis_url import without_secrets
 
 __all__ = ("make_app",)
 
 _NICENESS = 19
+
+
+class _Connection(Connection):  # type: ignore[misc]  # kombu has no types
+    """A connection that tells no secrets: what it tells goes to Flower and `celery inspect stats`."""
+
+    def info(self) -> dict[str, Any]:
+        """Facts about it."""
+        return without_secrets(super().info())
+
+
+class _Amqp(AMQP):  # type: ignore[misc]  # Celery has no types
+    """Celery's, with these connections."""
+
+    Connection = _Connection
 
 
 def make_app(settings: Settings) -> Celery:
@@ -23,7 +40,7 @@ def make_app(settings: Settings) -> Celery:
     A round that could not start before the next one is due is dropped, so a backlog never builds up. Any
     number of beats and planners may run: a plan is published by compare-and-set.
     """
-    app = Celery("l4queue")
+    app = Celery("l4queue", amqp=_Amqp)
     app.conf.update(celery_settings(settings))
     app.conf.update(
         beat_schedule={

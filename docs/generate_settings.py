@@ -41,7 +41,9 @@ def allowed(info: FieldInfo) -> str:
             bounds.append(f"≤ {item.le:g}")
         elif getattr(item, "pattern", None):
             return f"`{item.pattern}`"
-    kind = {"int": "whole number", "float": "number", "str": "text", "SecretUrl": "text", "SecretStr": "text"}[getattr(info.annotation, "__name__", "")]
+    kind = {"int": "whole number", "float": "number", "str": "text", "SecretUrl": "text", "SecretStr": "text"}[
+        getattr(info.annotation, "__name__", "")
+    ]
     return " ".join([kind, ", ".join(bounds)]).strip()
 
 
