@@ -9,12 +9,15 @@ from functools import cache
 from typing import Any
 
 from celery import Celery
+from celery.app.amqp import AMQP
 from celery.schedules import schedule
 from celery.signals import setup_logging, worker_init
+from kombu import Connection
 
 from dispatcher.tasks import REFINE, REPLAN, add_tasks
 from l4queue.config import Settings, celery_settings, load_settings
 from l4queue.logs import start_logging
+from l4queue.redis_url import without_secrets
 
 __all__ = ("make_app", "steady_now")
 
@@ -27,6 +30,20 @@ def steady_now() -> datetime:
     return _BEGUN_AT + timedelta(seconds=time.monotonic() - _BEGUN_S)
 
 
+class _Connection(Connection):  # type: ignore[misc]  # kombu has no types
+    """A connection that tells no secrets: what it tells goes to Flower and `celery inspect stats`."""
+
+    def info(self) -> dict[str, Any]:
+        """Facts about it."""
+        return without_secrets(super().info())
+
+
+class _Amqp(AMQP):  # type: ignore[misc]  # Celery has no types
+    """Celery's, with these connections."""
+
+    Connection = _Connection
+
+
 def make_app(settings: Settings) -> Celery:
     """The app with the `replan` task every `replan_interval_s` and `refine` every `refine_interval_s`.
 
@@ -34,7 +51,7 @@ def make_app(settings: Settings) -> Celery:
     compare the clock of beat's host with the planner's. Any number of beats and planners may run: a plan is
     published by compare-and-set.
     """
-    app = Celery("l4queue")
+    app = Celery("l4queue", amqp=_Amqp)
     app.conf.update(celery_settings(settings))
     app.conf.update(
         beat_schedule={

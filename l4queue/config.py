@@ -19,7 +19,7 @@ __all__ = ("URL_FILE", "Settings", "celery_settings", "load_settings")
 
 URL_FILE = Path(".l4queue/url")
 """Where `l4queue up` leaves the URL of the Redis that it has started, for clients in the same directory."""
-_OTHER_BROKERS = ("amqp", "amqps", "pyamqp")
+_OTHER_BROKERS = ("amqp", "amqps", "pyamqp", "redis+socket")  # as kombu has them
 
 
 MAX_SETTING = 2**53

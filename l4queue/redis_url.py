@@ -14,7 +14,16 @@ from pydantic_core import core_schema
 
 from l4queue.errors import ConfigError
 
-__all__ = ("Address", "Place", "SecretUrl", "celery_url", "parse_url", "redacted", "with_password")
+__all__ = (
+    "Address",
+    "Place",
+    "SecretUrl",
+    "celery_url",
+    "parse_url",
+    "redacted",
+    "with_password",
+    "without_secrets",
+)
 
 Place = tuple[str, int]
 
@@ -297,6 +306,16 @@ def with_password(url: str, password: str) -> SecretUrl:
     username, _, hosts = authority.rpartition("@")
     username = username.removesuffix(":")
     return SecretUrl(f"{scheme}://{username}:{quote(password, safe='')}@{hosts}{mark}{tail}")
+
+
+def without_secrets(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What kombu tells of a connection, which workers tell to all who ask: without the secrets in them."""
+    told = dict(facts)
+    if "://" in str(told.get("hostname")):  # of a socket it is the whole URL
+        told["hostname"] = redacted(str(told["hostname"]))
+    if isinstance(told.get("ssl"), Mapping):
+        told["ssl"] = {name: value for name, value in told["ssl"].items() if name != "ssl_password"}
+    return told
 
 
 def _split_before(text: str, marks: str) -> tuple[str, str, str]:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import socket
 from functools import cache
 from pathlib import PurePath
+from typing import Any
 
 from celery import Celery
+from celery.app.amqp import AMQP
+from kombu import Connection
 
 from l4queue.config import Settings, celery_settings, load_settings
+from l4queue.redis_url import without_secrets
 
 __all__ = ("QUEUE", "make_app", "node_name", "task_name")
 
@@ -16,9 +20,23 @@ QUEUE = "l4-workers"
 """What GPU workers consume, because Celery wants a queue. Nothing is put there; the planner's is another."""
 
 
+class _Connection(Connection):  # type: ignore[misc]  # kombu has no types
+    """A connection that tells no secrets: what it tells goes to Flower and `celery inspect stats`."""
+
+    def info(self) -> dict[str, Any]:
+        """Facts about it."""
+        return without_secrets(super().info())
+
+
+class _Amqp(AMQP):  # type: ignore[misc]  # Celery has no types
+    """Celery's, with these connections."""
+
+    Connection = _Connection
+
+
 def make_app(settings: Settings) -> Celery:
     """The app: control and events only. Requests never travel through Celery."""
-    app = Celery("l4queue-workers")
+    app = Celery("l4queue-workers", amqp=_Amqp)
     app.conf.update(celery_settings(settings))
     # An engine serves on while the broker is away, however long that takes.
     app.conf.broker_connection_max_retries = None

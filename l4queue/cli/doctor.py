@@ -181,10 +181,10 @@ def _check_broker(settings: Settings) -> list[Check]:
 
     advice = "correct L4_CELERY_BROKER_URL"
     try:
-        is_redis = settings.broker_url.startswith("redis")
-        if not settings.celery_broker_url or not is_redis:
+        own = settings.celery_broker_url
+        if not own or (own == settings.broker_url and not own.startswith(("redis://", "rediss://"))):
             return []
-        door = Door(settings.celery_broker_url, retry_s=_REDIS_TRY_S)
+        door = Door(own, retry_s=_REDIS_TRY_S)
     except ConfigError as error:
         if not str(error).startswith("L4_CELERY_BROKER_URL"):
             return []  # told of the queue
@@ -196,7 +196,7 @@ def _check_broker(settings: Settings) -> list[Check]:
         return [Check(name="broker", verdict=Verdict.FAIL, detail=detail, advice=advice)]
     finally:
         door.close()
-    return [Check(name="broker", verdict=Verdict.OK, detail=f"{settings.celery_broker_url}")]
+    return [Check(name="broker", verdict=Verdict.OK, detail=f"{own}")]
 
 
 def _check_engine(settings: Settings, build: EngineBuild | None) -> Check:

@@ -6,6 +6,7 @@ import asyncio
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import pytest
@@ -20,6 +21,7 @@ from l4queue.errors import ServiceUnavailable
 from l4queue.protocol.calls import Call
 from l4queue.protocol.door import Door
 from tests.protocol.server import RedisServer
+from tests.services.processes import Processes, until
 from tests.services.redis_sets import has_tls, make_certificate
 from workers.app import make_app
 
@@ -151,7 +153,8 @@ def test_it_works_for_the_broker(place: Place, form: str, namespace: str, monkey
             message.ack()
             queue.close()
         assert message.payload == {"a": 1}
-        assert ENCODED not in connection.as_uri()
+        facts = connection.info() | {"password": None}  # which Celery leaves out
+        assert not [text for text in (connection.as_uri(), repr(facts)) if ENCODED in text or SPECIAL in text]
         assert counted == [{"name": "letters", "messages": 1}]
 
 
@@ -210,3 +213,29 @@ def test_a_password_of_its_own_setting_reaches_queue_and_broker(
         assert client.enqueue("hello", max_tokens=3).id
     with make_app(settings) as app, app.connection_for_write() as connection:
         connection.ensure_connection(max_retries=1)
+
+
+@pytest.mark.parametrize("form", ["redis://{user}@127.0.0.1:{port}/5", "unix://{user}@{socket}?db=5"])
+def test_workers_tell_no_password_to_those_who_ask(
+    place: Place, form: str, namespace: str, tmp_path: Path
+) -> None:
+    """What Flower's pages and `celery inspect` show of GPU workers and of the planner, and their logs."""
+    given: dict[str, Any] = {"redis_url": place.url(form), "namespace": namespace, "engine": "emulated"}
+    processes = Processes(tmp_path, **given)
+    processes.worker("w1")
+    planner = ("worker", "-P", "solo", "-Q", "l4-control", "-n", "planner@%h", "--loglevel", "INFO")
+    processes.start("planner", "-m", "celery", "-A", "dispatcher.app", *planner)
+    try:
+        with make_app(load_settings(**given)) as app:
+            inspect = app.control.inspect(timeout=2.0)
+            until(lambda: len(inspect.ping() or {}) == 2, "both answer", timeout_s=60)
+            told = [inspect.stats(), inspect.conf(with_defaults=True), inspect.report()]
+        said = [processes.log("w1"), processes.log("planner")]
+    finally:
+        processes.close()
+
+    assert [len(answers or {}) for answers in told] == [2, 2, 2]
+    text = "\n".join([*map(repr, told), *said])
+    assert "Connected to redis" in text
+    assert ENCODED not in text
+    assert SPECIAL not in text

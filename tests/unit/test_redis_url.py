@@ -227,7 +227,8 @@ def test_celery_wants_a_redis_of_its_own() -> None:
     assert own.broker_url == "redis://broker:6379/0"
     with pytest.raises(ConfigError, match="L4_CELERY_BROKER_URL"):
         _ = Settings(celery_broker_url=url).broker_url
-    assert Settings(celery_broker_url="amqp://me:x@rabbit//").broker_url == "amqp://me:x@rabbit//"
+    for other in ("amqp://me:x@rabbit//", "redis+socket:///run/redis.sock?virtual_host=1"):
+        assert Settings(celery_broker_url=other).broker_url == other
 
 
 def test_the_broker_is_the_next_database_and_checks_certificates_as_the_queue_does() -> None:
