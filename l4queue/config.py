@@ -116,7 +116,9 @@ class Settings(BaseSettings):
         0, ge=0, description="most tokens in one step of the vLLM engine; 0: vLLM's own default (2,048)"
     )
     lease_s: float = Field(5.0, gt=0.2, description="a silent worker loses its requests after, s")
-    stall_limit_s: float = Field(60.0, gt=0, description="an engine without progress this long is dead, s")
+    stall_limit_s: float = Field(
+        60.0, gt=0, description="an engine or event loop without progress this long is dead, s"
+    )
     drain_s: float = Field(20.0, gt=0, description="deadline of a graceful stop, s")
     emit_interval_ms: float = Field(
         50.0, ge=0, description="tokens are written at most this often, ms; first tokens and ends at once"

@@ -17,6 +17,7 @@ from dataclasses import asdict
 
 from l4queue.compat import FORMAT
 from l4queue.config import Settings
+from l4queue.errors import ServiceUnavailable
 from l4queue.models import WorkerLoad
 from l4queue.policy.cost import StepCost
 from l4queue.policy.prices import MovePrice
@@ -105,8 +106,11 @@ class Lease:
         self._due.set()
 
     async def say(self) -> None:
-        """Renew with the news as of now."""
-        await self._send(register=False)
+        """Renew with the news as of now, if Redis takes them."""
+        try:
+            await self._send(register=False)
+        except ServiceUnavailable as error:  # what follows matters more
+            log.warning("news not told: %s", error)
 
     async def end(self) -> None:
         """Leave for good; what is still held goes back without blame."""

@@ -32,9 +32,12 @@ class LoopWork:
         self._busy: dict[str, tuple[float, float]] = {}  # CPU time of a long piece, and when it ended
         self._raised: tuple[BaseException, str] | None = None
 
-    def on(self, engine_id: str) -> _Mark:
-        """A context in which the loop works for this request, without `await`."""
-        return _Mark(self, engine_id)
+    def on(self, engine_id: str, *, is_timed: bool = True) -> _Mark:
+        """A context in which the loop works for this request, without `await`.
+
+        Reading the clock of the processor takes longer than most work for a token: `is_timed` false spares it.
+        """
+        return _Mark(self, engine_id, is_timed)
 
     def steps(self, engine_id: str, work: Coroutine[Any, Any, T]) -> _Steps[T]:
         """The same coroutine, marked whenever the loop is inside it; not while it waits."""
@@ -67,20 +70,22 @@ class LoopWork:
 class _Mark:
     """Marks until it is left; what was marked before counts again then."""
 
-    __slots__ = ("_before", "_began_s", "_engine_id", "_work")
+    __slots__ = ("_before", "_began_s", "_engine_id", "_is_timed", "_work")
 
-    def __init__(self, work: LoopWork, engine_id: str) -> None:
-        self._work, self._engine_id = work, engine_id
+    def __init__(self, work: LoopWork, engine_id: str, is_timed: bool) -> None:
+        self._work, self._engine_id, self._is_timed = work, engine_id, is_timed
 
     def __enter__(self) -> None:
         self._before, self._work.current = self._work.current, self._engine_id
-        self._began_s = time.thread_time()
+        self._began_s = time.thread_time() if self._is_timed else 0.0
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._work.current = self._before
-        self._work.ended(self._engine_id, time.thread_time() - self._began_s, error)
+        if self._is_timed or error is not None:
+            busy_s = time.thread_time() - self._began_s if self._is_timed else 0.0
+            self._work.ended(self._engine_id, busy_s, error)
 
 
 class _Steps(Generic[T]):

@@ -207,7 +207,7 @@ class Worker:
             session = self.state.sessions.get(output.request_id)
             if session is None:
                 continue
-            with self.state.work.on(session.engine_id):
+            with self.state.work.on(session.engine_id, is_timed=False):
                 session.feed(output)
             touched.append(session)
             if output.token_ids:

@@ -181,9 +181,9 @@ async def test_a_long_prompt_does_not_wait_for_what_is_handed_over_after_it(
     pipeline: Pipeline, scene: Scene
 ) -> None:
     """Its prefill takes longer than what runs, so that goes first; what comes later does not."""
-    slow = replace(COST, alpha_ms=4.0, beta_ms=0.0, pi_ms=20.0)
+    slow = replace(COST, alpha_ms=4.0, beta_ms=0.0, pi_ms=40.0)
     worker = pipeline.start("w0", speed=0.05, cost=slow)
-    async with _handed_over(scene, "w0", num_tokens=300, every_s=0.05):
-        await until(lambda: true(worker.state.num_finished > 5 and len(worker.active()) > 1))
+    async with _handed_over(scene, "w0", num_tokens=500, every_s=0.03):
+        await until(lambda: true(worker.state.num_finished > 5 and len(worker.active()) > 4))
         long = await pipeline.client.enqueue("y" * 1900, max_tokens=2, ignore_eos=True)
         assert (await long.result(timeout=40)).output_tokens == 2

@@ -1,0 +1,88 @@
+"""The thread that keeps a lease: while the loop answers; and what it does when the loop does not."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import pytest
+
+from l4queue.config import Settings
+from l4queue.models import RequestState
+from l4queue.protocol.keys import SOLO_STAGE
+from tests.protocol.consistency import check
+from tests.protocol.scene import Scene
+from tests.services.pipeline import true, until
+from workers.keeper import LeaseKeeper
+from workers.loop_work import LoopWork
+
+pytestmark = pytest.mark.services
+
+
+def _keeper(
+    scene: Scene, worker: str, work: LoopWork, *, on_lost: Callable[[], None] = lambda: None, **over: float
+) -> LeaseKeeper:
+    values = {"lease_s": 0.6, "stall_limit_s": 0.6, **over}
+    settings = Settings(redis_url=scene.door.url, namespace=scene.keys.namespace, **values)  # type: ignore[arg-type]
+    return LeaseKeeper(
+        settings=settings, calls=scene.calls, incarnation=lambda: worker, work=work, on_lost=on_lost
+    )
+
+
+async def test_a_lease_is_kept_until_it_is_let_go(scene: Scene) -> None:
+    """Extended again and again; afterwards it runs out. One that was reaped is told to the loop."""
+    lost = threading.Event()
+    scene.register(lease_ms=600)
+    keeper = _keeper(scene, "w1", LoopWork(), on_lost=lost.set, stall_limit_s=60.0)
+
+    def expires_ms() -> int:
+        return dict(scene.door.run(scene.reads.incarnations()))["w1"]
+
+    before_ms = expires_ms()
+    keeper.start()
+    for _ in range(3):
+        await until(lambda least_ms=before_ms: true(expires_ms() > least_ms))  # type: ignore[misc]
+        before_ms = expires_ms()
+    scene.lapse()
+    scene.retire()
+    await until(lambda: true(lost.is_set()))
+    keeper.stop()
+    keeper.stop()
+
+
+async def test_all_workers_of_a_process_give_up_before_it_ends(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their loop stands still for a request of one: that one is blamed, the others' requests are not."""
+    at_end: list[dict[str, int]] = []
+    ended = threading.Event()
+
+    def end() -> None:
+        at_end.append({name: scene_at_end.record(name).crashes for name in "abcd"})
+        if len(at_end) == 2:
+            ended.set()
+
+    scene_at_end = Scene(scene.door, scene.keys.namespace)
+    monkeypatch.setattr("workers.keeper.end_process", end)
+    for name in "abcd":
+        scene.submit(name)
+        scene.route(name)
+    works = {"w1": LoopWork(), "w2": LoopWork()}
+    keepers = []
+    for worker, work in works.items():
+        scene.register(worker)
+        scene.take(worker, max_requests=2)
+        keepers.append(_keeper(scene, worker, work))
+    suspect = sorted(scene.door.run(scene.reads.held("w1")))[0]
+    for keeper in keepers:
+        keeper.start()
+    with works["w1"].on(f"{suspect}:1"):
+        assert ended.wait(30)  # this blocks the loop
+
+    expected = {name: int(name == suspect) for name in "abcd"}
+    assert at_end == [expected, expected], "the process does not end before all have given up"
+    assert {scene.state(name) for name in "abcd"} == {RequestState.QUEUED}
+    assert scene.waiting(SOLO_STAGE) == []
+    assert scene.door.run(scene.reads.incarnations()) == []
+    check(scene)
+    scene_at_end.close()
