@@ -135,7 +135,7 @@ def test_a_constraint_is_kept_and_a_bad_one_is_a_failed_request(moving: Moving) 
     with moving.deployment.client() as client:
         bad = client.enqueue(STORY, max_tokens=8, structured_outputs={"regex": "[a-z"})
         with pytest.raises(RequestFailed, match="unclosed"):
-            bad.result(timeout=60)
+            bad.result(timeout=120)
         choices = {"choice": ["red", "green", "blue"]}
         handles = [client.enqueue(STORY, seed=seed, structured_outputs=choices) for seed in range(6)]
         for handle in handles:
