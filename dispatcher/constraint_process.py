@@ -201,7 +201,7 @@ def load_check(tokenizer_path: str) -> Check:
             chosen = usual.get(constraint._backend) or OutlinesBackend(
                 engine, tokenizer=tokenizer, vocab_size=vocabulary_size
             )
-            chosen.compile_grammar(*key)
+            _begin(chosen, key)
         except MemoryError:
             raise
         except Exception as error:  # it refuses with many types
@@ -209,10 +209,15 @@ def load_check(tokenizer_path: str) -> Check:
         for other in usual.values():
             if other is not chosen:
                 with contextlib.suppress(Exception):  # only that it ends is asked
-                    other.compile_grammar(*key)
+                    _begin(other, key)
         return ""
 
     return check
+
+
+def _begin(backend: Any, key: Any) -> None:
+    """Compile a constraint and find what its first token may be: some compilers leave their work to that."""
+    backend.compile_grammar(*key).fill_bitmask(backend.allocate_token_bitmask(1), 0)
 
 
 def _bound_resources(limit_s: float) -> None:
