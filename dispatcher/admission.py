@@ -41,7 +41,9 @@ def field_of(given: StructuredOutputs) -> str:
     return "structured_outputs." + next(name for name, value in kinds.items() if value is not None)
 
 
-def fit(wire: RequestBody, body: InboxBody, prompt_tokens: int, limit_tokens: int) -> Fitted | Refusal:
+def fit(
+    wire: RequestBody, body: InboxBody, prompt_tokens: int, *, limit_tokens: int, vocabulary_size: int
+) -> Fitted | Refusal:
     """How many tokens a request may generate, or why it cannot run.
 
     A left-out `max_tokens` is what the model still holds. It is written into the body, since every worker reads it
@@ -49,6 +51,9 @@ def fit(wire: RequestBody, body: InboxBody, prompt_tokens: int, limit_tokens: in
     themselves, and a backlog of rests would be full at once.
     """
     room_tokens, params = limit_tokens - prompt_tokens, wire.params
+    if max(params.stop_token_ids, default=0) >= vocabulary_size:
+        error = f"token id {max(params.stop_token_ids)} is outside the vocabulary of {vocabulary_size}"
+        return Refusal(field="stop_token_ids", error=error)
     if room_tokens < 1:
         error = f"{prompt_tokens} prompt tokens leave no room in the model's {limit_tokens} tokens"
         return Refusal(field="prompt", error=error, reason="too_long")

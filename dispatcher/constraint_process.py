@@ -76,7 +76,7 @@ class Checks:
         if answer.startswith(b"="):
             self._answer(child.id, answer[1:].decode(errors="replace"), False)
         else:
-            self._answer(child.id, f"ends the process that compiles it ({_death(status)}): {_ADVICE}", False)
+            self._answer(child.id, f"ends the process that compiles it ({_ending(status)}): {_ADVICE}", False)
         self._fill()
 
     def kill_late(self) -> None:
@@ -117,7 +117,7 @@ class Checks:
             self.selector.register(reading, selectors.EVENT_READ, self.finished)
 
     def _run(self, question: dict[str, Any], writing: int) -> None:
-        """The child's life. It does not return."""
+        """What the child does. It does not return."""
         try:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # compilers print what a request made them do
             _bound_resources(float(question["limit_s"]))
@@ -201,7 +201,7 @@ def load_check(tokenizer_path: str) -> Check:
             chosen = usual.get(constraint._backend) or OutlinesBackend(
                 engine, tokenizer=tokenizer, vocab_size=vocabulary_size
             )
-            chosen.compile_grammar(*key)
+            _begin(chosen, key)
         except MemoryError:
             raise
         except Exception as error:  # it refuses with many types
@@ -209,10 +209,15 @@ def load_check(tokenizer_path: str) -> Check:
         for other in usual.values():
             if other is not chosen:
                 with contextlib.suppress(Exception):  # only that it ends is asked
-                    other.compile_grammar(*key)
+                    _begin(other, key)
         return ""
 
     return check
+
+
+def _begin(backend: Any, key: Any) -> None:
+    """Compile a constraint and find what its first token may be: some compilers leave their work to that."""
+    backend.compile_grammar(*key).fill_bitmask(backend.allocate_token_bitmask(1), 0)
 
 
 def _bound_resources(limit_s: float) -> None:
@@ -225,7 +230,7 @@ def _bound_resources(limit_s: float) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (used_bytes + _MAX_MEMORY_BYTES,) * 2)
 
 
-def _death(status: int) -> str:
+def _ending(status: int) -> str:
     number = os.waitstatus_to_exitcode(status)
     return signal.Signals(-number).name if number < 0 else f"exit code {number}"
 

@@ -75,7 +75,7 @@ class ConstraintChecker:
         return verdict
 
     async def check(self, given: StructuredOutputs) -> ConstraintVerdict:
-        """The verdict; whoever asks for the same constraint meanwhile gets the same one."""
+        """The verdict. Questions about the same constraint share one check."""
         verdict = self.known(given)
         if verdict is not None:
             return verdict

@@ -211,7 +211,13 @@ class Dispatcher:
 
     def _decide(self, arrival: _Arrival, answer: Counted | Refusal) -> Call[Verdict]:
         if isinstance(answer, Counted):
-            fitted = fit(arrival.wire, arrival.body, len(answer.token_ids), self._tokenizer.max_model_len)
+            fitted = fit(
+                arrival.wire,
+                arrival.body,
+                len(answer.token_ids),
+                limit_tokens=self._tokenizer.max_model_len,
+                vocabulary_size=self._tokenizer.vocabulary_size,
+            )
             if not isinstance(fitted, Refusal):
                 return self._route(arrival, answer, fitted)
             answer = fitted

@@ -15,7 +15,7 @@ from l4queue.models import RequestBody
 from l4queue.protocol.reads import InboxBody
 from l4queue.sampling import MAX_LOGPROBS
 
-LIMIT = 1000
+LIMIT, VOCABULARY = 1000, 100
 
 
 def fitted(prompt_tokens: int, *, is_left_out: bool, limit: int = LIMIT, **params: Any) -> Fitted | Refusal:
@@ -24,7 +24,7 @@ def fitted(prompt_tokens: int, *, is_left_out: bool, limit: int = LIMIT, **param
     wire = read_body(data)
     assert isinstance(wire, RequestBody)
     body = InboxBody(state="submitted", kind="p", prompt=b"", body=data, submitted_ms=0, has_open_end=is_left_out)
-    return fit(wire, body, prompt_tokens, limit)
+    return fit(wire, body, prompt_tokens, limit_tokens=limit, vocabulary_size=VOCABULARY)
 
 
 @settings(deadline=None)
@@ -56,6 +56,14 @@ def test_a_client_of_the_earlier_release_leaves_out_its_default() -> None:
     assert fitted(10, is_left_out=False) == Fitted(max_tokens=256, charge_tokens=266)
     assert fitted(10, is_left_out=False, max_tokens=40) == Fitted(max_tokens=40, charge_tokens=50)
     assert fitted(10, is_left_out=True, max_tokens=40) == Fitted(max_tokens=40, charge_tokens=50)
+
+
+def test_a_stop_token_outside_the_vocabulary_is_refused() -> None:
+    """As vLLM does it in the worker."""
+    assert isinstance(fitted(10, is_left_out=True, stop_token_ids=[0, VOCABULARY - 1]), Fitted)
+    found = fitted(10, is_left_out=True, stop_token_ids=[VOCABULARY, 1])
+    assert isinstance(found, Refusal)
+    assert (found.field, found.reason) == ("stop_token_ids", "invalid")
 
 
 @pytest.mark.parametrize(
