@@ -26,7 +26,7 @@ from l4queue.errors import (
     RequestTooLong,
     UnknownRequest,
 )
-from l4queue.models import RequestBody, RequestSpec, RequestState, SamplingParams
+from l4queue.models import TERMINAL, RequestBody, RequestSpec, RequestState, SamplingParams
 from l4queue.protocol.calls import Call, Calls, SubmitReply, Verdict
 from l4queue.protocol.keys import Keys
 from l4queue.protocol.reads import Reads
@@ -265,6 +265,9 @@ def check_outcome(record: RequestRecord) -> None:
     """Raise the error that a terminal state other than done stands for."""
     if record.state is RequestState.DONE:
         return
+    if record.state not in TERMINAL:
+        told = f"request {record.request_id} had ended and is {record.state.value} again"
+        raise OutputLost(f"{told}: a server lost its outcome; read it again")
     kinds: Mapping[RequestState, type[L4QueueError]] = {
         RequestState.CANCELLED: RequestCancelled,
         RequestState.EXPIRED: RequestExpired,

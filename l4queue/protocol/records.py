@@ -195,17 +195,22 @@ class NewsEntry:
 
     @classmethod
     def parse(cls, values: Mapping[bytes, bytes]) -> NewsEntry | None:
-        """From one entry of the stream; None for what tells of no request."""
-        if b"i" not in values:
+        """From one entry of the stream; None for what cannot be read: news are a hint."""
+        try:
+            output = OutputEntry.parse(values[b"u"], values)
+            entry = output if b"x" in values else None
+            return cls(request_id=values[b"i"].decode(), upto=output.upto, state=output.state, entry=entry)
+        except (KeyError, ValueError):
             return None
-        output = OutputEntry.parse(values[b"u"], values)
-        is_whole = b"x" in values
-        return cls(
-            request_id=values[b"i"].decode(),
-            upto=output.upto,
-            state=output.state,
-            entry=output if is_whole else None,
-        )
+
+    @classmethod
+    def parse_mail(cls, values: Mapping[bytes, bytes]) -> NewsEntry | None:
+        """The same from one entry of a mailbox, which tells of an end alone."""
+        try:
+            state = RequestState(values[b"s"].decode())
+            return cls(request_id=values[b"i"].decode(), upto=0, state=state, entry=None)
+        except (KeyError, ValueError):
+            return None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
