@@ -309,6 +309,9 @@ def check_outcome(record: RequestRecord) -> None:
     """Raise the error that a terminal state other than done stands for."""
     if record.state is RequestState.DONE:
         return
+    if record.state not in TERMINAL:
+        told = f"request {record.request_id} had ended and is {record.state.value} again"
+        raise OutputLost(f"{told}: a server lost its outcome; read it again")
     kinds: Mapping[RequestState, type[L4QueueError]] = {
         RequestState.CANCELLED: RequestCancelled,
         RequestState.EXPIRED: RequestExpired,

@@ -93,13 +93,14 @@ class Watch:
 
     def see(self, state: RequestState | None, upto: int) -> None:
         """The server was asked where the request is; state None: it knows nothing of it."""
+        if not self.lacks(state, upto):
+            return
         if state is None:
             self.fail(unknown(self.request_id))
-        elif self.lacks(state, upto):
-            if self.after is None:
-                self._end(state)
-            else:
-                self.read_on()
+        elif self.after is None:
+            self._end(state)
+        else:
+            self.read_on()
 
     def lacks(self, state: RequestState | None, upto: int) -> bool:
         """Whether there is more than was heard here of a request in this state with so many tokens."""
@@ -244,9 +245,9 @@ class Demultiplexer:
         self._purge()
         for entry_id, values in found.get(self._mail_key, ()):
             self._last[self._mail_key] = entry_id.decode()
-            ended = NewsEntry(
-                request_id=values[b"i"].decode(), upto=0, state=RequestState(values[b"s"].decode()), entry=None
-            )
+            ended = NewsEntry.parse_mail(values)
+            if ended is None:
+                continue
             for watch in self._watches.get(ended.request_id, ()):
                 if watch.after is None:
                     watch.hear(ended)

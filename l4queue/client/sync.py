@@ -29,7 +29,7 @@ from l4queue.client.listener import Listener
 from l4queue.client.story import Event, tell
 from l4queue.client.waiting import Ends, deadline_after, time_left_s
 from l4queue.config import Settings, load_settings
-from l4queue.models import Plan, RequestSpec, RequestState
+from l4queue.models import TERMINAL, Plan, RequestSpec, RequestState
 from l4queue.protocol.calls import Verdict
 from l4queue.protocol.door import Door
 from l4queue.protocol.overview import Overview, read_overview
@@ -203,17 +203,21 @@ class Handle:
         repeated, skipped or changed, whatever happens to workers. ResultTimeout after `timeout` seconds;
         InvalidRequest for `after` beyond the end; OutputLost when output was deleted before its record.
         """
-        return self._chunks(after=after, timeout=timeout)
+        return self._chunks(after=after, deadline=deadline_after(timeout))
 
     def result(self, *, timeout: float | None = None) -> Result:
         """Wait for the outcome: the result of a done request, or the error that says how it ended.
 
         The result of a request that has ended is there whatever the timeout. OutputLost when its output is not.
         """
-        for _ in self._chunks(after=None, timeout=timeout):
-            pass
-        record, entries = self._client._listener.output(self.id)
-        return self._client._composer.result(known(self.id, record), entries)
+        deadline = deadline_after(timeout)
+        while True:
+            for _ in self._chunks(after=None, deadline=deadline):
+                pass
+            found, entries = self._client._listener.output(self.id)
+            record = known(self.id, found)
+            if record.state in TERMINAL:  # mail may tell of an end that a server has forgotten
+                return self._client._composer.result(record, entries)
 
     def explain(self) -> tuple[Event, ...]:
         """What befell this request and why, in order: routing, steals, hand-overs, crashes."""
@@ -233,10 +237,9 @@ class Handle:
             raise unknown(self.id)
         return verdict is Verdict.OK
 
-    def _chunks(self, *, after: int | None, timeout: float | None) -> Iterator[Chunk]:
+    def _chunks(self, *, after: int | None, deadline: float | None) -> Iterator[Chunk]:
         """Chunks after so many tokens until the end; with None the end alone is waited for."""
         event, listener = threading.Event(), self._client._listener
-        deadline = deadline_after(timeout)
         watch = Watch(self.id, wake=event.set, after=after, has_mail=self._has_mail)
         try:
             listener.begin([watch])

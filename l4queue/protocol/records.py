@@ -203,7 +203,7 @@ class NewsEntry:
 
     @classmethod
     def parse(cls, values: Mapping[bytes, bytes]) -> NewsEntry | None:
-        """From one entry of the stream; None for what no worker wrote."""
+        """From one entry of the stream; None for what no worker wrote: news are a hint."""
         state, upto = values.get(b"e"), values.get(b"u", b"")
         try:
             entry_id = upto + (b"-1" if state else b"-0")
@@ -213,6 +213,15 @@ class NewsEntry:
                 state=RequestState(state.decode()) if state else None,
                 entry=OutputEntry.parse(entry_id, values) if b"x" in values else None,
             )
+        except (KeyError, ValueError):
+            return None
+
+    @classmethod
+    def parse_mail(cls, values: Mapping[bytes, bytes]) -> NewsEntry | None:
+        """The same from one entry of a mailbox, which tells of an end alone."""
+        try:
+            state = RequestState(values[b"s"].decode())
+            return cls(request_id=values[b"i"].decode(), upto=0, state=state, entry=None)
         except (KeyError, ValueError):
             return None
 

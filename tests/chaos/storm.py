@@ -40,7 +40,7 @@ SCRIPTS: dict[str, dict[str, int]] = {
     },
     "dispatcher": {"route": 15, "refuse": 2, "reap": 10, "expire": 10, "repair": 40, "forget": 4, "migrate": 1},
     "planner": {"publish": 3, "migrate": 3},
-    "client": {"submit": 20, "cancel": 2},
+    "client": {"submit": 20, "follow": 20, "cancel": 2, "unfollow": 1},
 }
 WORKERS = ("w0", "w1", "w2", "w3")
 _TERM_S = 2.0

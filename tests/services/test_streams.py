@@ -532,6 +532,33 @@ async def test_handles_come_once_whosever_they_are(scene: Scene, client: AsyncCl
     assert len(waiting.result()) == 3
 
 
+async def test_an_end_that_a_server_has_forgotten_is_none(
+    scene: Scene, client: AsyncClient, blocking: Client
+) -> None:
+    """Mail tells of it, and the record does not: the result is waited for."""
+    handle, other = await client.enqueue("x", max_tokens=9), blocking.enqueue("y", max_tokens=9)
+    start(scene, handle, other)
+    for one, of in ((handle, client), (other, blocking)):
+        mail = scene.keys.mailbox(of._composer.client_id)  # type: ignore[attr-defined]
+        scene.raw.xadd(mail, {"i": one.id, "s": "done"})
+        scene.raw.xadd(mail, {"i": one.id, "s": "a state of a later release"})
+        scene.raw.xadd(mail, {"nothing": "known"})
+    waits = [asyncio.create_task(handle.result(timeout=50))]
+    waits.append(asyncio.create_task(asyncio.to_thread(other.result, timeout=50)))
+    await asyncio.to_thread(lambda: [until_read(scene, of) for of in (client, blocking)])
+    for one in (handle, other):
+        scene.emit(one.id)
+        scene.settle(one.id, offset=2)
+    assert [(await wait).output_tokens for wait in waits] == [2, 2]
+
+
+def until_read(scene: Scene, client: Any) -> None:
+    """Wait until a client has read all of its mail."""
+    mail = scene.keys.mailbox(client._composer.client_id)
+    while client._listener._demux.streams[mail] == "0-0":
+        threading.Event().wait(0.01)
+
+
 @pytest.mark.parametrize("number", [1, 3])
 async def test_an_end_whose_mail_is_lost_is_found(scene: Scene, client: AsyncClient, number: int) -> None:
     """Results and completions alike, by the next look."""

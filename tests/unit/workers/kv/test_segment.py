@@ -215,6 +215,8 @@ def test_what_is_no_file_is_damaged(tmp_path: Path) -> None:
         with pytest.raises(SegmentError) as found:
             Segment(tmp_path / name)
         assert found.value.cause is MissCause.DAMAGED
+
+
 @pytest.mark.parametrize("header", [b"{", b"[]", b"5", b"{}", b"[" * 4000, b"\xff", b"9" * 4000 + b"9" * 50])
 def test_a_header_of_another_kind_is_of_another_version(tmp_path: Path, header: bytes) -> None:
     """Its checksum is right; what it says cannot be read."""
