@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -54,6 +55,7 @@ class Finding:
 
 
 _known: set[str] = set()
+_pending: deque[Finding] = deque(maxlen=100)  # reported between two replies
 _gathering: ContextVar[list[Finding] | None] = ContextVar("gathering", default=None)
 
 
@@ -71,16 +73,19 @@ def finding(key: str, why: object, raw: object) -> Finding | None:
 
 
 def report(key: str, why: object, raw: object) -> None:
-    """The same, while replies are read: the door buries it then."""
+    """The same, for the door to bury: at once while it reads replies, else with the next ones."""
     found, gathering = finding(key, why, raw), _gathering.get()
-    if found is not None and gathering is not None:
-        gathering.append(found)
+    if found is not None:
+        (_pending if gathering is None else gathering).append(found)
 
 
 @contextmanager
 def gathered() -> Iterator[list[Finding]]:
-    """Collects what is reported meanwhile."""
+    """Collects what is reported meanwhile, and what was since the last time."""
     found: list[Finding] = []
+    with suppress(IndexError):  # until it is empty, whoever else takes from it
+        while True:
+            found.append(_pending.popleft())
     token = _gathering.set(found)
     try:
         yield found

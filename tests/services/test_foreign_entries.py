@@ -606,14 +606,3 @@ async def test_counts_are_whole_after_records_that_nobody_can_read(place: Place)
     assert await place.ended(request_id) is RequestState.FAILED
     await place.good()
     assert int(place.raw.hget(place.keys.counts, "live")) == 0
-
-
-async def test_a_lease_of_nobody_keeps_no_suspect_from_its_turn(place: Place) -> None:
-    """The first worker by name makes way for what runs alone: the first that serves."""
-    place.raw.zadd(place.keys.workers, {"": 9e15, "AAA:1": 9e15})
-    busy = await place.running()
-    suspect = forged(place, stage="solo", crashes="2")
-    place.raw.zadd(place.keys.queue("solo"), {suspect: 0})
-
-    assert await place.ended(suspect) is RequestState.DONE
-    await (await place.client.get(busy)).cancel()
