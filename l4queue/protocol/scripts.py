@@ -12,7 +12,6 @@ __all__ = ("Script", "all_scripts", "script")
 _NAMES = (
     "ask",
     "cancel",
-    "discard",
     "emit",
     "evict",
     "expire",
