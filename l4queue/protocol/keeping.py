@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from l4queue.protocol.calls import Call
+from l4queue.protocol.calls import Arg, Call
 from l4queue.protocol.keys import Keys
 
 __all__ = ("PACK_AGE_MS", "Evicted", "Keeping", "Packed")
@@ -12,6 +13,9 @@ __all__ = ("PACK_AGE_MS", "Evicted", "Keeping", "Packed")
 PACK_AGE_MS = 15_000
 """Age at which an ended request is packed. A reader of an earlier release that is then in the middle of an output
 that it did not submit has to begin again: it knows no bounds within an entry."""
+
+
+_UNBOUNDED = 2**53
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,11 +52,10 @@ class Keeping:
         """Remove results early while all together take more than `max_bytes`."""
         return Call("evict", (self.keys.results, self.keys.keyed), (max_bytes, limit), _evicted)
 
-    def discard(self, request_id: str) -> Call[str]:
-        """Delete a request that has ended, its output and its idempotency key. OK, UNKNOWN or LIVE."""
-        k = self.keys
-        keys = (k.request(request_id), k.output(request_id), k.results, k.keyed)
-        return Call("discard", keys, (request_id,), bytes.decode)
+    def discard(self, request_ids: Sequence[str]) -> Call[int]:
+        """Delete requests that have ended, their output and their idempotency keys; how many were there."""
+        args: tuple[Arg, ...] = (_UNBOUNDED, 0, *request_ids)
+        return Call("evict", (self.keys.results, self.keys.keyed), args, lambda reply: int(reply[4]))
 
 
 def _packed(reply: list[int]) -> Packed:

@@ -14,7 +14,6 @@ _NAMES = (
     "ask",
     "bury",
     "cancel",
-    "discard",
     "emit",
     "evict",
     "expire",

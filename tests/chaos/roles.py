@@ -23,6 +23,7 @@ from l4queue import AsyncClient, Settings
 from l4queue.errors import L4QueueError, RequestCancelled, RequestExpired, RequestTooLong, UnknownRequest
 from l4queue.models import Plan, StagePlan
 from l4queue.policy.plan_json import plan_from_json, plan_to_json
+from l4queue.protocol import upkeep as upkeep_module
 from l4queue.protocol.calls import Calls, Verdict
 from l4queue.protocol.keys import Keys
 from l4queue.protocol.reads import Reads
@@ -40,6 +41,7 @@ __all__ = ("ROLES", "fuse_from", "fuse_to", "settings_of")
 # each request in a batch slows the others, a prefill costs next to nothing: moving pays at once
 CROWDED = replace(COST, alpha_ms=4.0, beta_ms=4.0, pi_ms=0.0001, kv_capacity_tokens=20_000, max_num_seqs=8)
 _DEADLINE_S = 300.0
+_PACK_AGE_MS = 500  # outputs are packed while clients read them
 
 
 def fuse_to(fuse: Fuse) -> list[Any]:
@@ -66,6 +68,7 @@ def _begin(job: dict[str, Any]) -> Settings:
     modules: tuple[Any, ...] = (worker_state, client_module, replanning)
     for module in modules:
         module.AsyncDoor = FaultyDoor
+    upkeep_module.PACK_AGE_MS = _PACK_AGE_MS
     return settings_of(job)
 
 

@@ -37,7 +37,8 @@ def test_the_backlog_is_bounded_in_bytes(scene: Scene) -> None:
     one = scene.counts()["live_bytes"]
     assert 5500 < one < 8000
     bound = round(2.1 * one)
-    assert 0 < one - scene.raw.memory_usage(scene.keys.request("a"), samples=0) < 250
+    used = scene.raw.memory_usage(scene.keys.request("a"), samples=0)  # and its places in inbox and counts
+    assert used < one < 1.1 * used
 
     assert scene.submit("b", prompt=b"x" * 5000, body="{}", max_live_bytes=bound).verdict is Verdict.OK
     assert scene.submit("c", prompt=b"x" * 5000, body="{}", max_live_bytes=bound).verdict is Verdict.FULL

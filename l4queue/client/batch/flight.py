@@ -167,7 +167,8 @@ class Flight:
     def forget(self, request_ids: Sequence[str]) -> None:
         """Delete what Redis still has of requests that have ended."""
         keeping = Keeping(self.composer.keys)
-        self._door.run_many([keeping.discard(i) for i in request_ids])
+        chunks = (request_ids[start : start + 100] for start in range(0, len(request_ids), 100))
+        self._door.run_many([keeping.discard(chunk) for chunk in chunks])
 
     def cancel_all(self) -> int:
         """Cancel all in flight and forget them, so that they may be sent afresh; how many were cancelled."""

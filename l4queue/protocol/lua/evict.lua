@@ -2,8 +2,10 @@
 -- first that would expire first, and after them the idempotency keys of results that have gone.
 -- A request with an idempotency key leaves its record, so that the key stays known; others leave nothing.
 -- KEYS  1 results (zset: "<id> <bytes>" -> end of the output, ms)  2 keyed (zset: the same -> end of the record, ms)
--- ARGV  1 bound (bytes)  2 most requests
--- Returns {results that went early, keys forgotten early, bytes kept, 1 when there is more to do at once}
+-- ARGV  1 bound (bytes)  2 most requests  3... requests that have ended and go now, with their keys: their clients have
+--       what they want of them
+-- Returns {results that went early, keys forgotten early, bytes kept, 1 when there is more to do at once, how many of
+--         those named were there}
 local counts, t = P .. 'counts', now_ms()
 local room, dropped, forgotten = tonumber(ARGV[2]), 0, 0
 
@@ -37,6 +39,21 @@ local function drop(id, is_early)
   redis.call('HINCRBY', counts, 'result_bytes', bytes)
 end
 
+local function discard(id)
+  local rk = P .. 'req:' .. id
+  local v = redis.call('HMGET', rk, 'finished_ms', 'kept_bytes')
+  if not v[1] then return 0 end
+  redis.call('UNLINK', rk, P .. 'out:' .. id)
+  local member = id .. ' ' .. (v[2] or '')
+  for _, set in ipairs({KEYS[1], KEYS[2]}) do
+    if redis.call('ZSCORE', set, member) then uncount(set, member) end
+  end
+  given(id)
+  return 1
+end
+
+local discarded = 0
+for i = 3, #ARGV do discarded = discarded + discard(ARGV[i]) end
 for _, member in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', int(t), 'LIMIT', 0, room)) do
   pcall(drop, uncount(KEYS[1], member), false)  -- a foreign key in this place stays as it is
   room = room - 1
@@ -61,4 +78,5 @@ while is_beyond() do
   forgotten, room = forgotten + 1, room - 1
 end
 if dropped > 0 then redis.call('HINCRBY', counts, 'results_dropped', dropped) end
-return {dropped, forgotten, tonumber(redis.call('HGET', counts, 'result_bytes')) or 0, room > 0 and 0 or 1}
+return {dropped, forgotten, tonumber(redis.call('HGET', counts, 'result_bytes')) or 0, room > 0 and 0 or 1,
+  discarded}

@@ -63,7 +63,7 @@ def test_a_repetition_counts_as_often_as_it_may_come(regex: str, expected: int) 
 
 
 @settings(deadline=None)
-@given(regex=st.text(alphabet="ab(){}[]\\,0123456789*+?|", max_size=60))
+@given(regex=st.text(min_size=1, alphabet="ab(){}[]\\,0123456789*+?|", max_size=60))
 def test_any_text_has_a_bounded_size(regex: str) -> None:
     """It need not be an expression."""
     assert 1 <= size(regex=regex) <= MAX_SIZE + 1
