@@ -12,7 +12,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from l4queue.config import Settings, celery_settings, load_settings
@@ -59,6 +59,7 @@ def test_a_cluster_is_named_by_some_of_its_nodes() -> None:
         assert (found.way, found.places) == ("cluster", (("n1", 7000), ("n2", 6379)))
 
 
+@settings(deadline=None)
 @given(SECRETS, SECRETS, HOSTS, st.integers(0, 15), st.booleans())
 def test_every_password_is_read_as_it_was_encoded(
     username: str, password: str, host: str, database: int, tls: bool
@@ -75,6 +76,7 @@ def test_every_password_is_read_as_it_was_encoded(
     assert ";" not in celery_url(found)[0].reveal()  # separates alternatives in kombu
 
 
+@settings(deadline=None)
 @given(SECRETS, st.sampled_from(["redis://h:1/2", "redis://me@h", "unix:///run/s?db=1", "redis+sentinel://a,b/q"]))
 def test_a_password_of_its_own_setting_needs_no_encoding(password: str, url: str) -> None:
     """It joins a URL that has none, and stays away from one that has."""

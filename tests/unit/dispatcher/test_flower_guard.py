@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dispatcher.flower import check_variables, flower_options
@@ -33,12 +33,14 @@ FOREIGN = st.sampled_from(
 RULES = st.sampled_from([LOOPBACK, OPEN, LOGIN, PROXIED])
 
 
+@settings(deadline=None)
 @given(METHODS, FOREIGN, RULES)
 def test_a_foreign_origin_is_refused_with_any_method(method: str, origin: str, rules: Rules) -> None:
     """With a login as well: the browser would add it."""
     assert refusal(method, {"Host": "127.0.0.1:5555", "Origin": origin}, rules)
 
 
+@settings(deadline=None)
 @given(
     METHODS,
     st.sampled_from(["evil.example", "evil.example:5555", "127.0.0.1.evil.example", "a,127.0.0.1", "[::1"]),
@@ -50,6 +52,7 @@ def test_a_foreign_name_is_refused(method: str, host: str) -> None:
         assert refusal(method, {"Host": host}, rules)
 
 
+@settings(deadline=None)
 @given(
     METHODS, st.sampled_from(["127.0.0.1:5555", "localhost:5555", "[::1]:5555", "LOCALHOST", "127.9.9.9"]), RULES
 )
