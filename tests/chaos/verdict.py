@@ -30,6 +30,10 @@ _FOR_EVER = {
     "memory",
     "decisions",
     "finished",
+    "packed",
+    "results",
+    "keyed",
+    "given",
 }
 _MAX_LEDGER_BYTES = 8_400
 
