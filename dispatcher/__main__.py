@@ -66,9 +66,21 @@ async def serve(settings: Settings) -> None:
             await asyncio.wait({routing, upkeep, stop}, return_when=asyncio.FIRST_COMPLETED)
             dispatcher.request_stop()
             stopping.set()
-            await asyncio.gather(routing, upkeep)
+            await _end(routing, upkeep, within_s=settings.drain_s)
     finally:
         await door.close()
+
+
+async def _end(*tasks: asyncio.Task[None], within_s: float) -> None:
+    """Wait for what is in progress; what Redis holds up longer is for other dispatchers, who adopt it."""
+    ended, late = await asyncio.wait(tasks, timeout=within_s)
+    if late:
+        log.warning("not finished within %.0f s, as Redis does not serve: others adopt it", within_s)
+        for task in late:
+            task.cancel()
+        await asyncio.wait(late)
+    for task in ended:
+        task.result()
 
 
 def main(arguments: Sequence[str] = ()) -> int:

@@ -197,3 +197,20 @@ def test_processes_wait_for_what_an_operator_can_mend(
     record = d.door.run(d.scene.reads.record("running"))
     assert record is not None
     assert record.crashes == 0
+
+
+def test_a_dispatcher_ends_while_redis_refuses(server: RedisServer, admin: redis.Redis, tmp_path: Path) -> None:
+    """Within `L4_DRAIN_S`: what it has in hand is for others."""
+    processes = Processes(tmp_path, redis_url=server.url, model="tiny", drain_s=1.0)
+    try:
+        processes.start("d1", "-m", "dispatcher")
+        until(lambda: " ready: " in processes.log("d1"), "it serves", timeout_s=60)
+        _set_password(server, admin)
+        until(lambda: SAID.search(processes.log("d1")), "it says so", timeout_s=60)
+        before = _num_refused(admin)
+        until(lambda: _num_refused(admin) >= before + 30, "upkeep has met it, too", timeout_s=60)
+
+        assert processes.stop("d1") == 0
+        assert "others adopt it" in processes.log("d1")
+    finally:
+        processes.close()
