@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from told import machine
 
-from l4queue.cli.stack import Stack, StackOptions
+from l4queue.cli.stack.stack import Stack, StackOptions
 from l4queue.client import AsyncClient, Result
 
 L4QUEUE = Path(sys.executable).with_name("l4queue")

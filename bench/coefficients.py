@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from l4queue.policy.fit import fit_step_cost, limits_of_engine
+from l4queue.cost.fit import fit_step_cost, limits_of_engine
 
 GIB = 2**30
 ASSUMPTIONS = {

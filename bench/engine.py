@@ -10,11 +10,11 @@ import asyncio
 import sys
 import time
 
+from l4queue.cost.step import StepCost
 from l4queue.models import SamplingParams
-from l4queue.policy.cost import StepCost
-from workers.emulated import EmulatedEngine
-from workers.engine import EngineRequest
-from workers.text import text_factory
+from workers.engine.base import EngineRequest
+from workers.engine.emulated.engine import EmulatedEngine
+from workers.loop.text import text_factory
 
 COST = StepCost(alpha_ms=5, beta_ms=0.1, gamma_ms=0.001, pi_ms=0.02, psi_ms=0.0001)
 

@@ -17,16 +17,16 @@ from math import log2
 
 import numpy as np
 
-from l4queue.cli.bench_traffic import bench_trace
+from l4queue.cli.bench.traffic import bench_trace
+from l4queue.cost.coefficients import read_coefficients
+from l4queue.cost.move import MovePrice
+from l4queue.cost.step import StepCost
 from l4queue.models import Plan
-from l4queue.policy.coefficients import read_coefficients
-from l4queue.policy.cost import StepCost
-from l4queue.policy.prices import MovePrice
 from l4queue.sim.capacity import capacity_rps
-from l4queue.sim.l4 import L4, L4Options
-from l4queue.sim.policies import make_policy
+from l4queue.sim.policies.l4 import L4, L4Options
+from l4queue.sim.registry import make_policy
 from l4queue.sim.runner import Run, Setting, run_policy
-from l4queue.sim.trace import Trace
+from l4queue.sim.traces.trace import Trace
 
 GPU, MODEL = "h100", "llama-3.1-8b"
 PARTS = 3

@@ -28,8 +28,8 @@ import httpx
 import psutil
 from told import machine
 
-from l4queue.cli.embedded import free_port
-from l4queue.cli.stack import Stack, StackOptions
+from l4queue.cli.stack.embedded import free_port
+from l4queue.cli.stack.stack import Stack, StackOptions
 from l4queue.client import AsyncClient
 
 CHUNK = 1_000

@@ -25,10 +25,10 @@ from pathlib import Path
 import numpy as np
 
 from l4queue.models import SamplingParams
-from workers.engine import EngineRequest
+from workers.engine.base import EngineRequest
+from workers.engine.vllm.engine import VllmEngine
 from workers.kv.store import default_directory
 from workers.tiny import build_tiny_model
-from workers.vllm_engine import VllmEngine
 
 MAX_MODEL_LEN = 12_288
 MAX_BATCHED_TOKENS = 2048

@@ -26,23 +26,23 @@ from typing import Any
 
 import numpy as np
 
-from l4queue.cli.bench_traffic import bench_trace
+from l4queue.cli.bench.traffic import bench_trace
+from l4queue.cost.coefficients import read_coefficients
+from l4queue.cost.move import MovePrice
 from l4queue.models import Plan, Routing, StagePlan
-from l4queue.policy.coefficients import read_coefficients
-from l4queue.policy.plan_json import split_of
-from l4queue.policy.prices import MovePrice
-from l4queue.policy.push import PUSHING, Outstanding, push
-from l4queue.sim.central import Central, CentralSjf
-from l4queue.sim.l4 import L4, L4Options
+from l4queue.plan_json import split_of
+from l4queue.policy.push_routing import PUSHING, Outstanding, push
+from l4queue.sim.engine.request import SimRequest
 from l4queue.sim.metrics import Measured, SimResult, summarize
 from l4queue.sim.plots import require_matplotlib, save_figure
+from l4queue.sim.policies.central import Central, CentralSjf
+from l4queue.sim.policies.l4 import L4, L4Options
+from l4queue.sim.policies.views import worker_id
 from l4queue.sim.policy import Policy
+from l4queue.sim.prove import prove_recent
 from l4queue.sim.replay import MAX_ARRIVALS
-from l4queue.sim.request import SimRequest
 from l4queue.sim.runner import Setting, run_policy
-from l4queue.sim.shadow import prove_recent
-from l4queue.sim.trace import Trace, read_trace
-from l4queue.sim.views import worker_id
+from l4queue.sim.traces.trace import Trace, read_trace
 from l4queue.sim.wake import WAKE_JITTER_MS
 
 BEGIN, END = "<!-- live: begin -->", "<!-- live: end -->"

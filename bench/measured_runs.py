@@ -11,12 +11,12 @@ import numpy as np
 from coefficients import Profiles, Step, _in_m
 from scipy.optimize import nnls
 
-from l4queue.policy.cost import BatchShape, StepCost
-from l4queue.policy.fit import error_by_regime, fit_step_cost, limits_of_engine
-from l4queue.sim.blind import RoundRobin
+from l4queue.cost.fit import error_by_regime, fit_step_cost, limits_of_engine
+from l4queue.cost.step import BatchShape, StepCost
 from l4queue.sim.plots import save_figure
+from l4queue.sim.policies.length_blind import RoundRobin
 from l4queue.sim.runner import Setting, run_policy
-from l4queue.sim.trace import Trace
+from l4queue.sim.traces.trace import Trace
 
 __all__ = ("error", "measured_runs")
 

@@ -20,10 +20,10 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import numpy as np  # after the thread limits, which it reads when it is loaded
 
-from l4queue.policy.coefficients import load_coefficients
-from l4queue.policy.histogram import Buckets, Demand
-from l4queue.policy.partition import PartitionProblem
-from l4queue.policy.steady_state import Objective, PartitionSettings
+from l4queue.cost.coefficients import load_coefficients
+from l4queue.planning.histogram import Buckets, Demand
+from l4queue.planning.partition import PartitionProblem
+from l4queue.planning.steady_state import Objective, PartitionSettings
 
 COST = load_coefficients("h100", "llama-3.1-8b")
 TARGETS = ((16, 64, 5.0), (1024, 128, 100.0))

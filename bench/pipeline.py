@@ -20,7 +20,7 @@ from typing import Any
 
 from told import machine, tell
 
-from l4queue.cli.stack import Stack, StackOptions
+from l4queue.cli.stack.stack import Stack, StackOptions
 from l4queue.client import AsyncClient
 
 

@@ -24,23 +24,23 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from dispatcher.service import Dispatcher
-from dispatcher.tokenizer import PromptTokenizer
+from dispatcher.routing.service import Dispatcher
+from dispatcher.routing.tokenizer import PromptTokenizer
 from l4queue import AsyncClient, Settings
-from l4queue.cli.embedded import EmbeddedRedis
+from l4queue.cli.stack.embedded import EmbeddedRedis
 from l4queue.client import AsyncHandle
+from l4queue.cost.coefficients import read_coefficients
 from l4queue.models import RequestState
-from l4queue.policy.coefficients import read_coefficients
 from l4queue.protocol.calls import Call, Calls
-from l4queue.protocol.door import AsyncDoor, Door
-from l4queue.protocol.keeping import Keeping
+from l4queue.protocol.executor import AsyncDoor, Door
 from l4queue.protocol.keys import Keys
 from l4queue.protocol.records import Outcome
+from l4queue.protocol.retention import Keeping
 from l4queue.tiny import build_tiny_tokenizer, cache_directory
-from workers.emulated import EmulatedEngine
-from workers.observer import NullObserver
-from workers.text import text_factory
-from workers.worker import Worker
+from workers.engine.emulated.engine import EmulatedEngine
+from workers.loop.text import text_factory
+from workers.loop.worker import Worker
+from workers.telemetry.observer import NullObserver
 
 CASES = ((10, 20), (100, 100), (1000, 100), (1000, 500), (1000, 1024), (8000, 500))  # prompt and output tokens
 DAY_S = 86_400

@@ -19,16 +19,16 @@ import numpy as np
 
 import l4queue
 from l4queue.cli.progress import progress_bars
+from l4queue.cost.coefficients import read_coefficients
+from l4queue.cost.move import MovePrice
 from l4queue.models import Plan, StagePlan
-from l4queue.policy.coefficients import read_coefficients
-from l4queue.policy.prices import MovePrice
 from l4queue.sim.capacity import capacity_rps, meets, parse_slo
-from l4queue.sim.l4 import L4, L4Options
 from l4queue.sim.metrics import ClassResult, SimResult
-from l4queue.sim.policies import make_policy
+from l4queue.sim.policies.l4 import L4, L4Options
+from l4queue.sim.registry import make_policy
 from l4queue.sim.runner import Setting, run_policy
-from l4queue.sim.trace import Trace, read_trace
-from l4queue.sim.workload import make_workload
+from l4queue.sim.traces.trace import Trace, read_trace
+from l4queue.sim.traces.workload import make_workload
 
 NUM_INSTANCES = 16
 GPU, MODEL = os.environ.get("L4_REPRODUCTION_GPU", "h100"), "llama-3.1-8b"

@@ -20,7 +20,7 @@ from reproduction_cases import (
 )
 
 from l4queue.sim.metrics import SimResult
-from l4queue.sim.policies import LENGTH_BLIND, POLICIES
+from l4queue.sim.registry import LENGTH_BLIND, POLICIES
 
 OFFSETS = (0.0, 0.3, 0.6)
 LOADS = (0.5, 0.7, 0.95)

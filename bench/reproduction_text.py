@@ -22,7 +22,7 @@ from reproduction_grid import (
 )
 
 from l4queue.sim.metrics import SimResult
-from l4queue.sim.policies import LENGTH_BLIND
+from l4queue.sim.registry import LENGTH_BLIND
 
 
 class Report:

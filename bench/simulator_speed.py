@@ -17,13 +17,13 @@ from pathlib import Path
 import numpy as np
 from told import machine
 
-from l4queue.policy.coefficients import read_coefficients
-from l4queue.policy.prices import MovePrice
+from l4queue.cost.coefficients import read_coefficients
+from l4queue.cost.move import MovePrice
 from l4queue.sim.cluster import Cluster
-from l4queue.sim.policies import make_policy
+from l4queue.sim.registry import make_policy
 from l4queue.sim.runner import Setting
-from l4queue.sim.trace import Trace, read_trace
-from l4queue.sim.workload import make_workload
+from l4queue.sim.traces.trace import Trace, read_trace
+from l4queue.sim.traces.workload import make_workload
 
 FILE = "servegen_deepseek_r1.h01.csv.gz"
 CASES = (

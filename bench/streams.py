@@ -25,10 +25,10 @@ import psutil
 from told import machine, tell
 
 from l4queue import AsyncClient, Client, Settings
-from l4queue.cli.embedded import EmbeddedRedis
+from l4queue.cli.stack.embedded import EmbeddedRedis
 from l4queue.models import RequestState
 from l4queue.protocol.calls import Call, Calls
-from l4queue.protocol.door import Door
+from l4queue.protocol.executor import Door
 from l4queue.protocol.keys import Keys
 from l4queue.protocol.records import Outcome
 

@@ -20,15 +20,15 @@ from typing import Any
 
 import numpy as np
 
-from l4queue.cli.bench_report import LONG_TOKENS
-from l4queue.cli.bench_traffic import bench_trace
-from l4queue.policy.cost import StepCost
-from l4queue.policy.fit import COEFFICIENTS
-from l4queue.policy.prices import MovePrice
+from l4queue.cli.bench.report import LONG_TOKENS
+from l4queue.cli.bench.traffic import bench_trace
+from l4queue.cost.fit import COEFFICIENTS
+from l4queue.cost.move import MovePrice
+from l4queue.cost.step import StepCost
 from l4queue.sim.plots import require_matplotlib, save_figure
-from l4queue.sim.policies import make_policy
+from l4queue.sim.registry import make_policy
 from l4queue.sim.runner import Setting, run_policy
-from workers.state import KV_BYTES_PER_S, KV_FIXED_MS
+from workers.loop.state import KV_BYTES_PER_S, KV_FIXED_MS
 
 SIMULATED = {
     "round-robin": "round-robin",

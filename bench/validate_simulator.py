@@ -18,19 +18,19 @@ from pathlib import Path
 import numpy as np
 from measured_runs import error, measured_runs
 
+from l4queue.cost.coefficients import read_coefficients
+from l4queue.cost.step import StepCost
 from l4queue.models import Plan, StagePlan
-from l4queue.policy.coefficients import read_coefficients
-from l4queue.policy.cost import StepCost
-from l4queue.policy.histogram import Buckets, Demand
-from l4queue.policy.partition import Partition, PartitionProblem
-from l4queue.policy.steady_state import Objective, PartitionSettings
-from l4queue.sim.blind import RoundRobin
+from l4queue.planning.histogram import Buckets, Demand
+from l4queue.planning.partition import Partition, PartitionProblem
+from l4queue.planning.steady_state import Objective, PartitionSettings
 from l4queue.sim.capacity import capacity_rps
-from l4queue.sim.l4 import L4, L4Options
 from l4queue.sim.plots import require_matplotlib, save_figure
+from l4queue.sim.policies.l4 import L4, L4Options
+from l4queue.sim.policies.length_blind import RoundRobin
 from l4queue.sim.runner import Setting, run_policy
-from l4queue.sim.trace import Trace
-from l4queue.sim.workload import make_workload
+from l4queue.sim.traces.trace import Trace
+from l4queue.sim.traces.workload import make_workload
 
 LOADS = (0.3, 0.5, 0.7, 0.8, 0.9)
 STAGE_LOADS = (0.5, 0.7, 0.85, 0.95)
@@ -103,8 +103,8 @@ def stages(plt: object, img: Path) -> list[str]:
     buckets = Buckets.log_spaced(262_144)
     settings = PartitionSettings(objective=Objective.MEAN, max_stages=2, moves_requests=False)
     lines = [
-        "**Predicted and simulated stages.** The planner's closed form (`l4queue/policy/steady_state.py`) beside "
-        "a simulation of the plan that it chose: `mixed` (synthetic, Poisson), Llama-3.1-8B on 16 H100, two "
+        "**Predicted and simulated stages.** The planner's closed form (`l4queue/planning/steady_state.py`) "
+        "beside a simulation of the plan that it chose: `mixed` (synthetic, Poisson), Llama-3.1-8B on 16 H100, two "
         "stages, no hand-over, stealing, skew term or replanning. In flight are requests past their first token; "
         "the first tenth of the requests is left out. The errors are the prediction's. *prefill free*: the "
         "same plan on engines whose prefill takes no time. Up to 70 % load the form is within 4 %. At 85 and "

@@ -1,4 +1,4 @@
-"""Starts one dispatcher: `python -m dispatcher`. SIGTERM and SIGINT end it after the round in progress."""
+"""Entry point of one dispatcher: `python -m dispatcher`. SIGTERM and SIGINT end it after the round in progress."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import socket
 import sys
 from collections.abc import Sequence
 
-from dispatcher.service import Dispatcher
-from dispatcher.tokenizer import PromptTokenizer
+from dispatcher.routing.service import Dispatcher
+from dispatcher.routing.tokenizer import PromptTokenizer
 from l4queue.config import Settings, load_settings
 from l4queue.errors import L4QueueError, ServiceUnavailable
 from l4queue.logs import start_logging, take_log_format
 from l4queue.metrics import MetricsServer
-from l4queue.protocol.door import AsyncDoor
-from l4queue.protocol.health import dispatcher_alive
+from l4queue.observe.health import dispatcher_alive
+from l4queue.protocol.executor import AsyncDoor
 from l4queue.protocol.upkeep import Upkeep
 
 log = logging.getLogger("l4queue.dispatcher")

@@ -14,7 +14,7 @@ from celery.schedules import schedule
 from celery.signals import setup_logging, worker_init
 from kombu import Connection
 
-from dispatcher.tasks import REFINE, REPLAN, add_tasks
+from dispatcher.planner.tasks import REFINE, REPLAN, add_tasks
 from l4queue.config import Settings, celery_settings, load_settings
 from l4queue.logs import start_logging
 from l4queue.redis_url import without_secrets

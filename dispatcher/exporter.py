@@ -1,4 +1,4 @@
-"""Metrics of the deployment as a whole: `python -m dispatcher.exporter`. One is enough, whatever is scaled.
+"""Entry point of the metrics exporter: `python -m dispatcher.exporter`. One serves the whole deployment.
 
 Everything comes from Redis, so that no dispatcher or worker counts what another one counts too.
 """
@@ -12,15 +12,15 @@ from collections.abc import Iterator, Sequence
 from threading import Event, Lock
 from typing import TYPE_CHECKING
 
-from dispatcher.exported import describe
-from dispatcher.latency import Latencies
+from dispatcher.monitoring.families import describe
+from dispatcher.monitoring.latency import Latencies
 from l4queue.config import Settings, load_settings
 from l4queue.errors import ConfigError, L4QueueError
 from l4queue.logs import start_logging, take_log_format
 from l4queue.metrics import Families, MetricsServer
-from l4queue.policy.capacity import Demand
-from l4queue.protocol.door import Door
-from l4queue.protocol.telemetry import read_telemetry
+from l4queue.observe.telemetry import read_telemetry
+from l4queue.policy.autoscale import Demand
+from l4queue.protocol.executor import Door
 
 if TYPE_CHECKING:
     from prometheus_client import Metric

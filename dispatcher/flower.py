@@ -1,4 +1,4 @@
-"""Starts Flower for this deployment: `python -m dispatcher.flower`. FLOWER_* variables win over our options."""
+"""Entry point of Flower: `python -m dispatcher.flower`. FLOWER_* variables win over our options."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import flower.options
 import flower.utils.broker
 from flower.utils import strtobool
 
-from dispatcher import flower_events, flower_guard
 from dispatcher.app import make_app
+from dispatcher.monitoring import flower_events, flower_guard
 from l4queue.config import Settings, load_settings
 from l4queue.errors import ConfigError, L4QueueError
 from l4queue.logs import start_logging, take_log_format

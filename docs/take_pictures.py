@@ -24,15 +24,15 @@ import numpy as np
 from rich.console import Console
 from rich.terminal_theme import MONOKAI
 
-from l4queue.cli.embedded import free_port
-from l4queue.cli.stack import Stack, StackOptions
-from l4queue.cli.watch import Watcher
-from l4queue.cli.watch_view import fit
+from l4queue.cli.stack.embedded import free_port
+from l4queue.cli.stack.stack import Stack, StackOptions
+from l4queue.cli.watch.command import Watcher
+from l4queue.cli.watch.view import fit
 from l4queue.client import AsyncClient
 from l4queue.models import Plan, StagePlan
-from l4queue.policy.plan_json import plan_to_json
+from l4queue.plan_json import plan_to_json
 from l4queue.protocol.calls import Calls
-from l4queue.protocol.door import AsyncDoor, Door
+from l4queue.protocol.executor import AsyncDoor, Door
 from l4queue.protocol.keys import Keys
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Reading JSON that another process wrote, perhaps of another release.
+"""JSON that another process wrote, perhaps of another release.
 
 Fields that this release does not know are ignored, missing ones have their defaults, wrong ones are a typed error.
 What may mix, and what a version number means: docs/compatibility.md.

@@ -1,4 +1,4 @@
-"""What this machine has for engines: GPUs, cores, memory, and which vLLM is installed."""
+"""Hardware of this machine for engines: GPUs, cores, memory, and the installed vLLM."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""JSON as one line, whatever its reader takes for the end of a line. Pure."""
+"""JSON as one line for every reader, whichever characters it takes for an end of line. Pure."""
 
 from __future__ import annotations
 

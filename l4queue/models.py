@@ -1,4 +1,4 @@
-"""The values of the field: requests, their states and transitions, plans, loads. No I/O, no clock."""
+"""Values of the field: requests, their states and transitions, plans, loads. No I/O, no clock."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which NVIDIA GPUs this process may use, by the driver's library (NVML) and CUDA_VISIBLE_DEVICES; not by CUDA."""
+"""NVIDIA GPUs that this process may use, by the driver's library (NVML) and CUDA_VISIBLE_DEVICES; without CUDA."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How to generate: sampling parameters under vLLM's names, strictly checked. Pure."""
+"""Sampling parameters under vLLM's names, strictly checked. Pure."""
 
 from __future__ import annotations
 

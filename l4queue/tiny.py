@@ -1,4 +1,4 @@
-"""The tokenizer of the tiny model, built in seconds without torch, and how such things come into their place."""
+"""The tokenizer of the tiny model, built in seconds without torch, and its atomic installation."""
 
 from __future__ import annotations
 

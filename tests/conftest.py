@@ -15,7 +15,7 @@ import pytest
 
 if TYPE_CHECKING:
     from l4queue.protocol.calls import Calls
-    from l4queue.protocol.door import Door
+    from l4queue.protocol.executor import Door
     from l4queue.protocol.keys import Keys
     from l4queue.protocol.reads import Reads
     from tests.protocol.scene import Scene
@@ -90,7 +90,7 @@ def namespace() -> str:
 @pytest.fixture(scope="session")
 def door(redis_url: str) -> Iterator[Door]:
     """A blocking executor on the session's server."""
-    from l4queue.protocol.door import Door
+    from l4queue.protocol.executor import Door
 
     door = Door(redis_url)
     yield door

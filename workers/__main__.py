@@ -1,4 +1,4 @@
-"""Starts one GPU worker: `python -m workers`. SIGTERM and SIGINT drain it, SIGQUIT does not."""
+"""Entry point of one GPU worker: `python -m workers`. SIGTERM and SIGINT drain it, SIGQUIT does not."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from l4queue.logs import start_logging, take_log_format
 from l4queue.metrics import MetricsServer
 from workers.app import QUEUE, make_app, node_name, task_name
 from workers.build import make_worker
-from workers.events import EventSender
-from workers.gpus import take_devices
-from workers.guard import guard_descendants
-from workers.host import EngineHost, EngineThread, ExitGuard, RequestHeart, WorkerLike
-from workers.metrics import WorkerMetrics
-from workers.observer import Observer
-from workers.panel import install_panel
-from workers.tracing import open_traces
+from workers.host.bootsteps import EngineHost, EngineThread, ExitGuard, RequestHeart, WorkerLike
+from workers.host.remote_control import install_panel
+from workers.host.task_events import EventSender
+from workers.process.devices import take_devices
+from workers.process.guard import guard_descendants
+from workers.telemetry.metrics import WorkerMetrics
+from workers.telemetry.observer import Observer
+from workers.telemetry.tracing import open_traces
 
 __all__ = ("launch", "main", "serve")
 

@@ -1,4 +1,4 @@
-"""A worker as the settings ask for it: engine, text, cost model."""
+"""Construction of a worker from the settings: engine, text, cost model."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import logging
 from pathlib import Path
 
 from l4queue.config import Settings
+from l4queue.cost.coefficients import CoefficientFile, read_coefficients
 from l4queue.errors import ConfigError
-from l4queue.policy.coefficients import CoefficientFile, read_coefficients
 from l4queue.tiny import cache_directory
-from workers.emulated import EmulatedEngine
-from workers.engine import Engine
+from workers.engine.base import Engine
+from workers.engine.emulated.engine import EmulatedEngine
+from workers.engine.loop_work import LoopWork
+from workers.engine.vllm.engine import VllmEngine
 from workers.kv.store import SegmentStore, default_directory
-from workers.loop_work import LoopWork
-from workers.observer import Observer
-from workers.session import TextFactory
-from workers.text import no_text, text_factory
+from workers.loop.session import TextFactory
+from workers.loop.text import no_text, text_factory
+from workers.loop.worker import Worker
+from workers.telemetry.observer import Observer
 from workers.tiny import build_tiny_model
-from workers.vllm_engine import VllmEngine
-from workers.worker import Worker
 
 __all__ = ("kv_directory", "make_worker", "model_path")
 

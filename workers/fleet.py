@@ -17,9 +17,9 @@ from l4queue.errors import ConfigError
 from l4queue.logs import take_log_format
 from workers.__main__ import launch, serve
 from workers.build import make_worker
-from workers.figures import WorkerFigures
-from workers.host import WorkerLike
-from workers.observer import Observer, RequestView
+from workers.host.bootsteps import WorkerLike
+from workers.telemetry.observer import Observer, RequestView
+from workers.telemetry.snapshot import WorkerFigures
 
 __all__ = ("Fleet", "main", "make_fleet")
 

@@ -22,8 +22,8 @@ import numpy as np
 from bench.coefficients import rounded
 from bench.gpu.engine import Step
 from bench.gpu.model import kv_bytes_per_token
-from l4queue.policy.cost import StepCost
-from l4queue.policy.fit import Fit, error_by_regime, fit_step_cost, limits_of_engine
+from l4queue.cost.fit import Fit, error_by_regime, fit_step_cost, limits_of_engine
+from l4queue.cost.step import StepCost
 from l4queue.sim.plots import require_matplotlib, save_figure
 
 MOST_OFF = 0.25
@@ -57,7 +57,7 @@ def _is_near(step: Step, cost: StepCost) -> bool:
 
 
 def coefficient_file(measured: dict[str, Any], result: Fit, *, gpu: str, num_left_out: int) -> dict[str, Any]:
-    """As `l4queue.policy.coefficients` reads it."""
+    """As `l4queue.cost.coefficients` reads it."""
     machine, cost = measured["machine"], result.cost
     ratio = cost.sigma_ms / cost.gamma_ms if cost.gamma_ms else 0.0
     return {

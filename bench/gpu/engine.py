@@ -15,7 +15,7 @@ __all__ = ("Step", "SteppedEngine")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """One engine step: what was in its batch, with the features of `l4queue.policy.cost`, and how long it took.
+    """One engine step: what was in its batch, with the features of `l4queue.cost.step`, and how long it took.
 
     `phase` names the measurement it was part of, `longest_tokens` is the longest context among its decodes.
     """

@@ -145,7 +145,7 @@ class Sweep:
 def kv_moves(engine: SteppedEngine, *, scale: float) -> list[dict[str, float]]:
     """Copying a request's KV from the engine's cache into a segment in shared memory and back, medians of 3."""
     from workers.kv.blocks import block_rows
-    from workers.kv.carrier import Carrier, LoadJob, SaveJob
+    from workers.kv.copier import Carrier, LoadJob, SaveJob
     from workers.kv.store import SegmentStore, new_ticket
 
     caches = _kv_caches(engine)

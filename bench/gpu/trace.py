@@ -10,10 +10,10 @@ import argparse
 import csv
 from pathlib import Path
 
-from l4queue.policy.coefficients import load_coefficients
-from l4queue.policy.cost import StepCost
+from l4queue.cost.coefficients import load_coefficients
+from l4queue.cost.step import StepCost
 from l4queue.sim.capacity import capacity_rps
-from l4queue.sim.trace import Trace, read_trace
+from l4queue.sim.traces.trace import Trace, read_trace
 
 __all__ = ("part",)
 

@@ -12,7 +12,18 @@ import typer
 
 __all__ = ("COMMAND_MODULES", "build_app", "main")
 
-COMMAND_MODULES = ("up", "demo", "requests", "explain", "stats", "plan", "simulate", "bench", "doctor", "health")
+COMMAND_MODULES = (
+    "up",
+    "demo",
+    "requests",
+    "explain",
+    "stats",
+    "plan",
+    "simulate",
+    "bench.command",
+    "doctor",
+    "health",
+)
 """Modules of this package with a `register(app)`; what they need beyond typer is imported inside commands."""
 
 EXIT_ERROR = 1

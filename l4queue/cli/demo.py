@@ -1,4 +1,4 @@
-"""`l4queue demo`: a whole deployment for a few minutes, a mixed workload of real text, and what it measured."""
+"""`l4queue demo`: a whole deployment for a few minutes, a mixed workload of real text, and its measurements."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def demo(
     """Start everything, run mixed-length real text through it, print what was measured, stop."""
     import numpy as np
 
-    from l4queue.cli.stack import Stack, StackOptions
+    from l4queue.cli.stack.stack import Stack, StackOptions
     from l4queue.cli.workload import measured_chars_per_token, mixed_prompts
 
     options = StackOptions(

@@ -1,4 +1,4 @@
-"""`l4queue doctor`: what is missing on this machine, and what to do about it."""
+"""`l4queue doctor`: missing requirements of this machine, each with its remedy."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def _check_python() -> Check:
 
 
 def _check_redis_server() -> Check:
-    from l4queue.cli.embedded import find_redis_server
+    from l4queue.cli.stack.embedded import find_redis_server
     from l4queue.errors import ConfigError
 
     try:
@@ -120,8 +120,8 @@ def _check_redis_server() -> Check:
 def _check_redis(settings: Settings) -> list[Check]:
     from l4queue.cli.server import read_server
     from l4queue.errors import ConfigError, ServiceUnavailable
-    from l4queue.protocol.door import Door
-    from l4queue.protocol.health import clock_ahead_s, clock_note
+    from l4queue.observe.health import clock_ahead_s, clock_note
+    from l4queue.protocol.executor import Door
     from l4queue.protocol.keys import Keys
     from l4queue.protocol.reads import Reads
 
@@ -177,7 +177,7 @@ def _check_broker(settings: Settings) -> list[Check]:
     """A broker that has its own setting; else it is the next database of the same Redis."""
     from l4queue.errors import ConfigError, ServiceUnavailable
     from l4queue.protocol.calls import Call
-    from l4queue.protocol.door import Door
+    from l4queue.protocol.executor import Door
 
     advice = "correct L4_CELERY_BROKER_URL"
     try:
@@ -298,7 +298,7 @@ def _run_python(program: str, *arguments: str) -> str | None:
 
 
 def _check_port(name: str, port: int, advice: str) -> Check:
-    from l4queue.cli.embedded import is_port_free
+    from l4queue.cli.stack.embedded import is_port_free
 
     if is_port_free(port):
         return Check(name=name, verdict=Verdict.OK, detail=f"{port} is free")

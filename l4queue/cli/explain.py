@@ -11,7 +11,7 @@ import typer
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from l4queue.client.story import Event
+    from l4queue.observe.explain import Event
 
 __all__ = ("register",)
 

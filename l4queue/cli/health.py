@@ -1,4 +1,4 @@
-"""`l4queue health`: is the process of this container, or of this host, doing its work?"""
+"""`l4queue health`: whether the process of this container, or of this host, is doing its work."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 
 if TYPE_CHECKING:
     from l4queue.config import Settings
-    from l4queue.protocol.door import Door
+    from l4queue.protocol.executor import Door
 
 __all__ = ("Role", "register", "sign_of_life")
 
@@ -46,8 +46,8 @@ def health(role: Annotated[Role, typer.Argument(help="Which process to ask after
 def sign_of_life(role: Role, settings: Settings) -> str:
     """What shows that it works; ServiceUnavailable says why it does not."""
     from l4queue.errors import ServiceUnavailable
-    from l4queue.protocol.door import Door
-    from l4queue.protocol.health import clock_ahead_s, clock_note
+    from l4queue.observe.health import clock_ahead_s, clock_note
+    from l4queue.protocol.executor import Door
 
     if role is Role.FLOWER:
         return _flower(settings)
@@ -68,7 +68,7 @@ def sign_of_life(role: Role, settings: Settings) -> str:
 
 def _worker(door: Door, settings: Settings) -> str:
     from l4queue.errors import ServiceUnavailable
-    from l4queue.protocol.health import worker_life
+    from l4queue.observe.health import worker_life
 
     life = worker_life(door, settings.namespace, settings.worker_name)
     if life is None:
@@ -81,7 +81,7 @@ def _worker(door: Door, settings: Settings) -> str:
 
 def _dispatcher(door: Door, settings: Settings) -> str:
     from l4queue.errors import ServiceUnavailable
-    from l4queue.protocol.health import DISPATCHER_SILENT_S, dispatcher_heard_s
+    from l4queue.observe.health import DISPATCHER_SILENT_S, dispatcher_heard_s
 
     host = socket.gethostname()
     heard_s = dispatcher_heard_s(door, settings.namespace, host)
@@ -94,7 +94,7 @@ def _dispatcher(door: Door, settings: Settings) -> str:
 
 def _planner(door: Door, settings: Settings) -> str:
     from l4queue.errors import ServiceUnavailable
-    from l4queue.protocol.health import planner_idle_s
+    from l4queue.observe.health import planner_idle_s
 
     limit_s = max(_PLANNER_SILENT_S, _PLANNER_ROUNDS * settings.replan_interval_s)
     idle_s = planner_idle_s(door, settings.namespace)
@@ -111,7 +111,7 @@ def _planner(door: Door, settings: Settings) -> str:
 def _flower(settings: Settings) -> str:
     from http.client import HTTPException
 
-    from l4queue.cli.flower_place import flower_answers, flower_place
+    from l4queue.cli.stack.flower_place import flower_answers, flower_place
     from l4queue.errors import ServiceUnavailable
 
     place = flower_place(settings)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from l4queue.models import Plan, StagePlan
-    from l4queue.policy.partition import StagePrediction
+    from l4queue.planning.partition import StagePrediction
 
 __all__ = ("register",)
 
@@ -41,12 +41,12 @@ def solve(
 ) -> None:
     """Choose ranges and worker counts for a trace by the dynamic program. Needs no GPU and no Redis."""
     from l4queue.cli.simulate import load_traffic
-    from l4queue.policy.coefficients import load_coefficients
-    from l4queue.policy.histogram import Buckets, Demand
-    from l4queue.policy.partition import partition
-    from l4queue.policy.steady_state import Objective, PartitionSettings
+    from l4queue.cost.coefficients import load_coefficients
+    from l4queue.planning.histogram import Buckets, Demand
+    from l4queue.planning.partition import partition
+    from l4queue.planning.steady_state import Objective, PartitionSettings
     from l4queue.sim.capacity import capacity_rps
-    from l4queue.sim.l4 import L4Options
+    from l4queue.sim.policies.l4 import L4Options
 
     L4Options.checked(objective=objective, without=frozenset())
     traffic = load_traffic(trace, workload, num_requests=num_requests, seed=seed)

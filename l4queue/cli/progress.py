@@ -1,4 +1,4 @@
-"""Progress bars on standard error for work that is counted."""
+"""Progress bars on standard error for countable work."""
 
 from __future__ import annotations
 

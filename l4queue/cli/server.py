@@ -1,14 +1,14 @@
-"""What a reachable Redis is and how durable it is set up."""
+"""Facts about a reachable Redis server: version, persistence, memory policy."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-from l4queue.cli.embedded import MIN_VERSION
+from l4queue.cli.stack.embedded import MIN_VERSION
 from l4queue.errors import ServiceUnavailable
 from l4queue.protocol.calls import Call
-from l4queue.protocol.door import Door
+from l4queue.protocol.executor import Door
 
 __all__ = ("ServerFacts", "read_server")
 

@@ -1,4 +1,4 @@
-"""`l4queue simulate`: what would each policy do to this traffic, on how many instances?"""
+"""`l4queue simulate`: the effect of each policy on a trace, by number of instances."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
     from l4queue.sim.capacity import Bound
     from l4queue.sim.cluster import Cluster
-    from l4queue.sim.l4 import L4Options
     from l4queue.sim.metrics import SimResult
+    from l4queue.sim.policies.l4 import L4Options
     from l4queue.sim.runner import Run, Setting
-    from l4queue.sim.trace import Trace
+    from l4queue.sim.traces.trace import Trace
 
 __all__ = ("Study", "load_traffic", "register")
 
@@ -79,8 +79,8 @@ def load_traffic(path: Path | None, workload: str | None, *, num_requests: int, 
     import numpy as np
 
     from l4queue.errors import ConfigError
-    from l4queue.sim.trace import read_trace
-    from l4queue.sim.workload import make_workload
+    from l4queue.sim.traces.trace import read_trace
+    from l4queue.sim.traces.workload import make_workload
 
     if (path is None) == (workload is None):
         raise ConfigError("give either a trace file or --workload, not both")
@@ -126,7 +126,7 @@ def simulate(
     """Replay traffic under several scheduling policies and compare them. Needs no GPU and no Redis."""
     from l4queue.errors import ConfigError
     from l4queue.sim.capacity import parse_slo
-    from l4queue.sim.policies import parse_policies
+    from l4queue.sim.registry import parse_policies
 
     if find_instances != (slo is not None):
         raise ConfigError("--find-instances and --slo go together")
@@ -183,11 +183,11 @@ def _make_study(
     warmup_share: float,
     seed: int,
 ) -> Study:
+    from l4queue.cost.coefficients import read_coefficients
+    from l4queue.cost.move import MovePrice
     from l4queue.errors import ConfigError
-    from l4queue.policy.coefficients import read_coefficients
-    from l4queue.policy.prices import MovePrice
     from l4queue.sim.capacity import capacity_rps
-    from l4queue.sim.l4 import L4Options
+    from l4queue.sim.policies.l4 import L4Options
     from l4queue.sim.runner import Setting, check_fits
 
     if load is not None and rate_scale is not None:
@@ -236,7 +236,7 @@ def _progress(*, is_shown: bool) -> Progress:
 
 
 def _run(study: Study, name: str, progress: Progress, *, setting: Setting | None = None) -> Run:
-    from l4queue.sim.policies import make_policy
+    from l4queue.sim.registry import make_policy
     from l4queue.sim.runner import run_policy
 
     setting = setting or study.setting
@@ -278,7 +278,7 @@ def _find(
 
 def _curves(study: Study, names: tuple[str, ...], progress: Progress) -> dict[str, list[tuple[float, float]]]:
     """Mean latency of each policy at several loads."""
-    from l4queue.sim.policies import make_policy
+    from l4queue.sim.registry import make_policy
     from l4queue.sim.runner import run_policy
 
     assert study.capacity_rps is not None

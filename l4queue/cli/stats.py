@@ -1,4 +1,4 @@
-"""`l4queue stats` and `l4queue plan show`: what waits, what runs, who serves which range."""
+"""`l4queue stats` and `l4queue plan show`: waiting and running requests, and the range of each worker."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from l4queue.protocol.overview import Overview
+    from l4queue.observe.overview import Overview
 
 __all__ = ("register",)
 
@@ -23,7 +23,7 @@ def stats(
 ) -> None:
     """Stages, workers, queues and totals, now; with --watch a live view, or one line of JSON for each look."""
     if watch:
-        from l4queue.cli import watch as watching
+        from l4queue.cli.watch import command as watching
 
         watching.watch(interval_s=interval_s, as_json=as_json)
         return
@@ -109,8 +109,8 @@ def register(app: typer.Typer) -> None:
 
 def _clock_note() -> str | None:
     from l4queue.config import load_settings
-    from l4queue.protocol.door import Door
-    from l4queue.protocol.health import clock_ahead_s, clock_note
+    from l4queue.observe.health import clock_ahead_s, clock_note
+    from l4queue.protocol.executor import Door
 
     door = Door(load_settings().redis_url)
     try:

@@ -1,4 +1,4 @@
-"""`l4queue up`: everything in one foreground process, until Ctrl-C."""
+"""`l4queue up`: a whole deployment in one foreground process, until Ctrl-C."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from l4queue.cli.stack import Stack, StackOptions
+    from l4queue.cli.stack.stack import Stack, StackOptions
 
 __all__ = ("register",)
 
@@ -88,7 +88,7 @@ def up(
     """
     import asyncio
 
-    from l4queue.cli.stack import StackOptions
+    from l4queue.cli.stack.stack import StackOptions
 
     options = StackOptions(
         workers=workers,
@@ -111,8 +111,8 @@ async def _serve(options: StackOptions, *, ready_file: Path | None) -> None:
     import asyncio
     import signal
 
-    from l4queue.cli.logs import ConsoleLog
-    from l4queue.cli.stack import Stack
+    from l4queue.cli.stack.logs import ConsoleLog
+    from l4queue.cli.stack.stack import Stack
     from l4queue.config import load_settings
 
     loop = asyncio.get_running_loop()
@@ -146,7 +146,7 @@ async def _serve(options: StackOptions, *, ready_file: Path | None) -> None:
 
 
 def _announce(stack: Stack, ready_file: Path | None) -> None:
-    from l4queue.cli.embedded import write_private
+    from l4queue.cli.stack.embedded import write_private
 
     facts = {
         "redis_url": stack.redis_url,

@@ -2,7 +2,7 @@
 
 from l4queue.client.aio import AsyncClient, AsyncHandle
 from l4queue.client.batch import BatchProgress, BatchSummary
-from l4queue.client.compose import Chunk, Result
+from l4queue.client.core import Chunk, Result
 from l4queue.client.sync import Client, Handle
 from l4queue.protocol.records import TokenLogprobs
 

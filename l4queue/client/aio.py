@@ -1,4 +1,4 @@
-"""The asyncio client: the blocking one, awaited."""
+"""The asyncio client: the same calls as the blocking one, awaited."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from l4queue.client.batch import BatchProgress, BatchSummary, batch_options
 from l4queue.client.bulk import Bulk
-from l4queue.client.compose import (
+from l4queue.client.core import (
     Chunk,
     Composer,
     Prepared,
@@ -26,13 +26,13 @@ from l4queue.client.compose import (
 )
 from l4queue.client.demux import Watch
 from l4queue.client.listener import AsyncListener
-from l4queue.client.story import Event, tell
 from l4queue.client.waiting import Ends, deadline_after, time_left_s, wait_async
 from l4queue.config import Settings, load_settings
 from l4queue.models import TERMINAL, Plan, RequestSpec, RequestState
+from l4queue.observe.explain import Event, tell
+from l4queue.observe.overview import Overview, read_overview_async
 from l4queue.protocol.calls import Verdict
-from l4queue.protocol.door import AsyncDoor
-from l4queue.protocol.overview import Overview, read_overview_async
+from l4queue.protocol.executor import AsyncDoor
 from l4queue.protocol.plans import readable_plans
 from l4queue.protocol.reads import DeadLetter
 from l4queue.protocol.records import RequestRecord

@@ -1,4 +1,4 @@
-"""Bulk: the requests of one `enqueue_many`, and what became of each. Does no I/O."""
+"""The requests of one `enqueue_many` and the fate of each. Does no I/O."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Any, Generic, TypeVar
 
-from l4queue.client.compose import Composer, Prepared
+from l4queue.client.core import Composer, Prepared
 from l4queue.errors import IdempotencyConflict, QueueFull
 from l4queue.protocol.calls import Call, SubmitReply
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 
-from l4queue.client.compose import Chunk, check_kept, known, unknown
+from l4queue.client.core import Chunk, check_kept, known, unknown
 from l4queue.errors import InvalidRequest, L4QueueError, OutputLost
 from l4queue.models import TERMINAL, RequestState
 from l4queue.protocol.reads import StreamEntry

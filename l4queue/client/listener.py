@@ -1,4 +1,4 @@
-"""Listeners: the one blocking read with which a client learns of all the requests that it waits for.
+"""Listeners: the one blocking read of a client for all requests that it waits for.
 
 The asyncio one reads in a task, the blocking one in a thread; both run only while somebody waits.
 """
@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from copy import copy
 from typing import Any
 
-from l4queue.client.compose import Chunk, Composer
+from l4queue.client.core import Chunk, Composer
 from l4queue.client.demux import Demultiplexer, Watch
 from l4queue.errors import L4QueueError, ServiceUnavailable
 from l4queue.protocol.calls import Call
-from l4queue.protocol.door import AsyncDoor, Door
+from l4queue.protocol.executor import AsyncDoor, Door
 from l4queue.protocol.records import OutputEntry, RequestRecord
 
 __all__ = ("AsyncListener", "Listener")

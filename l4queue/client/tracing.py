@@ -1,4 +1,4 @@
-"""Where a trace begins: a span for each request that is enqueued, and its `traceparent` in the request.
+"""Start of a trace: a span for each enqueued request, and the `traceparent` that travels with it.
 
 Off (the default), nothing of OpenTelemetry is imported. On, nothing here raises: a request is worth more than its
 trace. The standard OTEL_ variables say where spans go and how many; OpenTelemetry itself reads them.

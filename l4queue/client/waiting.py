@@ -1,4 +1,4 @@
-"""Deadlines of waits, and the wait for the ends of many requests."""
+"""Deadlines of blocking waits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Requests that nobody waits for: how many a worker runs beside interactive ones, and which it gives back.
+"""Background requests: how many a worker runs beside interactive ones, and which it gives back.
 
 What interactive requests bear is one number, the slowdown x. With n background requests of length L, a step
 costs b = n·(β + γ·L) more, and their prefills take p ms of each step. Steps of an engine whose work comes from
@@ -13,10 +13,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from l4queue.cost.step import StepCost
 from l4queue.models import WorkerLoad
-from l4queue.policy.cost import StepCost
+from l4queue.policy.admission import BackgroundRoom, Room
 from l4queue.policy.loads import decode_step_ms
-from l4queue.policy.room import BackgroundRoom, Room
 
 __all__ = (
     "BackgroundLimits",

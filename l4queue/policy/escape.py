@@ -1,4 +1,4 @@
-"""Which running requests leave an engine whose prefills are about to hold them up, and to where.
+"""Escapes: running requests that move away before a long prefill stalls them, and their targets.
 
 A long prompt holds up everything that decodes beside it for as long as its prefill takes. Where a sibling has less
 prefill before it, a running request is finished there sooner, for the price of a move: prefill and decode part,
@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from l4queue.cost.move import MovePrice
+from l4queue.cost.step import StepCost
 from l4queue.models import WorkerLoad
-from l4queue.policy.cost import StepCost
 from l4queue.policy.handover import decide_handover
 from l4queue.policy.loads import decode_step_ms
-from l4queue.policy.prices import MovePrice
 from l4queue.policy.steal import RunningRequest, StealLimits
 
 __all__ = ("MIN_PREFILL_MS", "NUM_REFUGES", "REST_MS", "Escape", "Refuge", "escapes", "has_prefill", "may_escape")

@@ -1,14 +1,14 @@
-"""Whether a running request is worth moving, as to the next stage when it has outgrown its own."""
+"""Hand-over: whether a running request that has outgrown its stage is worth moving."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from l4queue.cost.move import MovePrice
+from l4queue.cost.step import StepCost
 from l4queue.models import Plan, WorkerLoad
-from l4queue.policy.cost import StepCost
 from l4queue.policy.loads import decode_step_ms
-from l4queue.policy.prices import MovePrice
 
 __all__ = ("Handover", "decide_handover", "least_loaded", "look_again_at", "next_stage")
 

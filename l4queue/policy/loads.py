@@ -1,12 +1,12 @@
-"""Work and load of stages and workers in milliseconds of engine time, as the decisions compare them."""
+"""Work and load of stages and workers in milliseconds of engine time, the unit of every decision."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from l4queue.cost.step import StepCost
 from l4queue.models import WorkerLoad
-from l4queue.policy.cost import StepCost
 
 __all__ = (
     "StageLoad",

@@ -1,4 +1,4 @@
-"""Which stage a request of a given length belongs to."""
+"""Routing: the stage of a request by its length."""
 
 from __future__ import annotations
 

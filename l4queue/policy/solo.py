@@ -1,4 +1,4 @@
-"""Which worker runs empty, so that a request that is to run alone is not kept waiting by those that never end."""
+"""The worker that runs empty, so that a request that is to run alone gets its turn."""
 
 from __future__ import annotations
 

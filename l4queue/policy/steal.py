@@ -1,4 +1,4 @@
-"""Taking work from an overloaded sibling: waiting requests by the thief, running ones by ask and bid.
+"""Stealing from an overloaded sibling: waiting requests by the thief, running ones by ask and bid.
 
 No decision can be undone by the next: a steal happens only if the thief's finish afterwards is earlier than the
 victim's was before, which strictly lowers the later of the two; a running request never goes straight back.
@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+from l4queue.cost.move import MovePrice
+from l4queue.cost.step import StepCost
 from l4queue.models import WorkerLoad
-from l4queue.policy.cost import StepCost
 from l4queue.policy.loads import StageLoad, decode_step_ms, request_work_ms, running_work_ms
-from l4queue.policy.prices import MovePrice
 
 __all__ = (
     "Ask",

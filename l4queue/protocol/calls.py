@@ -1,4 +1,4 @@
-"""Every state transition as a value: which script, which keys, which arguments, how to read its reply."""
+"""State transitions as values: script, keys, arguments, and the parser of the reply."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Generic, TypeVar
 
-from l4queue.policy.room import UNBOUNDED_TOKENS
+from l4queue.policy.admission import UNBOUNDED_TOKENS
 from l4queue.protocol.keys import Keys
 from l4queue.protocol.records import (
     NO_HOLD,
@@ -253,7 +253,7 @@ class Calls:
         """Lease waiting requests while they fit `room_tokens`, each with `reserve_tokens` to grow.
 
         The request that exceeds `prefill_tokens` is the last, one longer than `longest_tokens` is not taken; an
-        idle worker's first one always fits. The same rule as `l4queue.policy.room.choose`. Of several sharers
+        idle worker's first one always fits. The same rule as `l4queue.policy.admission.choose`. Of several sharers
         each takes half its share of each class at a time. What is taken from another stage than `own_stage` counts
         as stolen, for the predicted benefit and cost.
         """

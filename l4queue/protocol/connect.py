@@ -1,4 +1,4 @@
-"""The one place that makes connections from a URL: to one server, Sentinel's primary, a cluster's slot owner.
+"""Connections from a URL: to one server, Sentinel's primary, a cluster's slot owner.
 
 All keys share one slot, so a cluster is to us one server that may move, as it is behind Sentinel: every connection
 asks where that server is before it connects, and breaks when it learns that it talks to the wrong one.

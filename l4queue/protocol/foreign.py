@@ -1,4 +1,4 @@
-"""What Redis holds under our names and cannot be read: an alarm and a dead letter, and the service goes on.
+"""Unreadable values under our names: an alarm, a dead letter, and the service goes on.
 
 Anybody who can write to Redis can write anything, and a newer release may write what this one does not know.
 Readers leave it out and report it here; the door then puts it among the dead letters, with its bytes, once a day.

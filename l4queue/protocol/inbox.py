@@ -9,7 +9,7 @@ from typing import Any
 
 from redis.exceptions import ResponseError
 
-from l4queue.protocol.door import AsyncDoor
+from l4queue.protocol.executor import AsyncDoor
 from l4queue.protocol.keys import Keys
 from l4queue.protocol.reads import StreamEntry, parse_entries
 from l4queue.protocol.trouble import FAILURES

@@ -1,4 +1,4 @@
-"""Outputs and records of requests that ended a while ago, as `pack.lua` stores them: in few pieces."""
+"""Packed outputs and records of finished requests, as `pack.lua` stores them."""
 
 from __future__ import annotations
 

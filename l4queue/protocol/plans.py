@@ -1,4 +1,4 @@
-"""The plan in force as its readers take it: one that they cannot read leaves them with the one that they know."""
+"""The plan in force for its readers: an unreadable one leaves them with the one they know."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from l4queue.errors import ConfigError
 from l4queue.models import Plan
-from l4queue.policy.plan_json import NewerPlan, plan_from_json
+from l4queue.plan_json import NewerPlan, plan_from_json
 from l4queue.protocol.foreign import report
 
 __all__ = ("is_of_a_newer_release", "read_plan", "readable_plans")

@@ -11,13 +11,12 @@ from typing import Any, TypeVar
 
 from l4queue.compat import object_of
 from l4queue.policy.queue_order import BACKGROUND
-from l4queue.protocol import views
+from l4queue.protocol import parsing as views
 from l4queue.protocol.calls import Call
 from l4queue.protocol.foreign import each, or_else, text
 from l4queue.protocol.keys import Keys
 from l4queue.protocol.packed import cut, entries_of
-from l4queue.protocol.records import OutputEntry, RequestRecord
-from l4queue.protocol.views import (
+from l4queue.protocol.parsing import (
     DeadLetter,
     FinishedRequest,
     InboxBody,
@@ -27,6 +26,7 @@ from l4queue.protocol.views import (
     parse_entries,
     whole,
 )
+from l4queue.protocol.records import OutputEntry, RequestRecord
 
 __all__ = (
     "DeadLetter",

@@ -1,4 +1,4 @@
-"""What Redis holds, as values: packed token ids, records, grants, outcomes, output entries."""
+"""Redis contents as values: packed token ids, records, grants, outcomes, output entries."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from l4queue.compat import MAX_NUMBER, object_of
 from l4queue.errors import UnreadableValue
 from l4queue.models import RequestState
-from l4queue.policy.room import UNBOUNDED_TOKENS
+from l4queue.policy.admission import UNBOUNDED_TOKENS
 
 __all__ = (
     "NO_HOLD",

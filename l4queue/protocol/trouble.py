@@ -1,4 +1,4 @@
-"""Errors of Redis that pass, by themselves or once an operator has acted: kinds, and one log line for each."""
+"""Passing errors of Redis: their kinds, and one log line for each outage."""
 
 from __future__ import annotations
 

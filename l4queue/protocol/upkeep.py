@@ -1,4 +1,4 @@
-"""Upkeep that any dispatcher or worker does, as often as it likes: reap, expire, move, pack, repair, measure."""
+"""Upkeep for any dispatcher or worker, at any rate: reap, expire, migrate, repair, measure."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from itertools import pairwise
 from l4queue.config import Settings
 from l4queue.models import Plan
 from l4queue.protocol.calls import Call, Calls, Reaped
-from l4queue.protocol.door import AsyncDoor
+from l4queue.protocol.executor import AsyncDoor
 from l4queue.protocol.foreign import text
-from l4queue.protocol.keeping import PACK_AGE_MS, Keeping
 from l4queue.protocol.keys import Keys, is_personal, personal_stage
 from l4queue.protocol.plans import read_plan
 from l4queue.protocol.reads import Reads
+from l4queue.protocol.retention import PACK_AGE_MS, Keeping
 
 __all__ = ("Upkeep", "UpkeepReport")
 

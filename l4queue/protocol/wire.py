@@ -1,4 +1,4 @@
-"""What the two executors share: commands from calls, replies to values, errors to ours, when to retry."""
+"""Parts that both executors share: commands from calls, values from replies, typed errors, the retry rule."""
 
 from __future__ import annotations
 

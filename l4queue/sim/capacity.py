@@ -1,4 +1,4 @@
-"""How much traffic a fleet can carry, and how many instances a service level needs."""
+"""Capacity: the traffic a fleet can carry, and the instances a service level needs."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from l4queue.cost.step import StepCost
 from l4queue.errors import ConfigError
-from l4queue.policy.cost import StepCost
-from l4queue.sim.central import Central
 from l4queue.sim.cluster import Cluster
 from l4queue.sim.metrics import SimResult
-from l4queue.sim.trace import Trace
+from l4queue.sim.policies.central import Central
+from l4queue.sim.traces.trace import Trace
 
 __all__ = ("Bound", "capacity_rps", "find_instances", "meets", "parse_slo", "request_work_ms")
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from l4queue.policy.cost import StepCost
-from l4queue.policy.prices import MovePrice
-from l4queue.sim.instance import Instance
-from l4queue.sim.request import SimRequest
+from l4queue.cost.move import MovePrice
+from l4queue.cost.step import StepCost
+from l4queue.sim.engine.instance import Instance
+from l4queue.sim.engine.request import SimRequest
 from l4queue.sim.wake import WakeRace
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from l4queue.sim.request import SimRequest
+from l4queue.sim.engine.request import SimRequest
 
 __all__ = ("LONG_SHARE", "ClassResult", "Measured", "SimResult", "measure", "summarize")
 

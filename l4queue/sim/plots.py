@@ -1,4 +1,4 @@
-"""Plots of finished runs. matplotlib is an extra: it is imported only here, when a plot is asked for."""
+"""Plots of finished runs. matplotlib is an extra, imported only here and only for a plot."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from l4queue.errors import ConfigError
-from l4queue.sim.l4 import L4
+from l4queue.sim.policies.l4 import L4
 from l4queue.sim.runner import Run
 
 __all__ = ("plot_runs", "require_matplotlib", "save_figure")

@@ -1,12 +1,12 @@
-"""What a scheduling policy is to the simulator: hooks that see no output lengths, and verbs of the cluster."""
+"""The interface of a simulated scheduling policy: hooks without output lengths, and verbs of the fleet."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from l4queue.sim.instance import Instance
-from l4queue.sim.request import SimRequest
+from l4queue.sim.engine.instance import Instance
+from l4queue.sim.engine.request import SimRequest
 
 if TYPE_CHECKING:
     from l4queue.sim.cluster import Cluster

@@ -1,4 +1,4 @@
-"""What would this plan have done to the last minutes of real traffic? A scoring function for the planner."""
+"""Replay of the last minutes of real traffic under a given plan: the planner's scoring function."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from l4queue.cost.move import MovePrice
+from l4queue.cost.step import StepCost
 from l4queue.models import Plan
-from l4queue.policy.cost import StepCost
-from l4queue.policy.histogram import Buckets, Demand
-from l4queue.policy.prices import MovePrice
-from l4queue.sim.instance import Instance
-from l4queue.sim.l4 import L4, L4Options
+from l4queue.planning.histogram import Buckets, Demand
+from l4queue.sim.engine.instance import Instance
+from l4queue.sim.engine.request import SimRequest
 from l4queue.sim.metrics import SimResult
-from l4queue.sim.request import SimRequest
+from l4queue.sim.policies.l4 import L4, L4Options
 from l4queue.sim.runner import Setting, run_policy
-from l4queue.sim.trace import Trace
+from l4queue.sim.traces.trace import Trace
 
 __all__ = ("MAX_ARRIVALS", "Arrival", "Changed", "make_scorer")
 
@@ -66,7 +66,7 @@ def make_scorer(
     changed: Changed | None = None,
     max_requests: int = MAX_ARRIVALS,
 ) -> Callable[[Plan], float] | None:
-    """A function from a plan to its predicted objective, for `l4queue.planner.plan`; None where it could not tell.
+    """A function from a plan to its predicted objective, for the planner; None where it could not tell.
 
     The latest `max_requests` arrivals since the last change are replayed under the plan as it stands, without
     replanning; where a change has left too few, as many are drawn from all that are known, with the rates of each

@@ -1,4 +1,4 @@
-"""One policy over one trace: builds the cluster, runs it, returns the figures and what plots need."""
+"""One policy over one trace: builds the cluster, runs it, returns figures and plot data."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from l4queue.cost.move import MovePrice
+from l4queue.cost.step import StepCost
 from l4queue.errors import ConfigError
-from l4queue.policy.cost import StepCost
-from l4queue.policy.prices import MovePrice
 from l4queue.sim.cluster import Cluster
 from l4queue.sim.metrics import Measured, SimResult, measure, summarize
 from l4queue.sim.policy import Policy
-from l4queue.sim.trace import Trace
+from l4queue.sim.traces.trace import Trace
 from l4queue.sim.wake import WAKE_JITTER_MS
 
 __all__ = ("Run", "Setting", "check_fits", "run_policy")

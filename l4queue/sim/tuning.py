@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from l4queue.sim.capacity import request_work_ms
-from l4queue.sim.central import TwoPool
+from l4queue.sim.policies.central import TwoPool
 from l4queue.sim.runner import Setting, run_policy
-from l4queue.sim.trace import Trace
+from l4queue.sim.traces.trace import Trace
 
 __all__ = ("tune_two_pool",)
 

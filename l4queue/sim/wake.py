@@ -1,4 +1,4 @@
-"""Who takes what arrives in a queue: all workers with room are woken at once, and one of them is the first."""
+"""The race for an arrival: all workers with room are woken at once, and the lightest is first."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from l4queue.policy.room import give_way_ms
-from l4queue.sim.instance import Instance
+from l4queue.policy.admission import give_way_ms
+from l4queue.sim.engine.instance import Instance
 
 __all__ = ("WAKE_JITTER_MS", "WakeRace", "backlog_ms")
 

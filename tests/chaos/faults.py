@@ -14,7 +14,7 @@ from typing import Any
 from redis.exceptions import ConnectionError as Cut
 
 from l4queue.protocol.calls import Call
-from l4queue.protocol.door import AsyncDoor
+from l4queue.protocol.executor import AsyncDoor
 
 __all__ = ("Faults", "FaultyDoor", "Fuse", "Kind", "Point", "Side")
 

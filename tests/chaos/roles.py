@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import dispatcher.__main__ as dispatcher_main
-import dispatcher.replan as replanning
-import dispatcher.service as dispatcher_service
+import dispatcher.planner.rounds as replanning
+import dispatcher.routing.service as dispatcher_service
 import l4queue.client.aio as client_module
-import workers.state as worker_state
-from dispatcher.service import Dispatcher
+import workers.loop.state as worker_state
+from dispatcher.routing.service import Dispatcher
 from l4queue import AsyncClient, Settings
 from l4queue.errors import L4QueueError, RequestCancelled, RequestExpired, RequestTooLong, UnknownRequest
 from l4queue.models import Plan, StagePlan
-from l4queue.policy.plan_json import plan_from_json, plan_to_json
+from l4queue.plan_json import plan_from_json, plan_to_json
 from l4queue.protocol import upkeep as upkeep_module
 from l4queue.protocol.calls import Calls, Verdict
 from l4queue.protocol.keys import Keys
@@ -31,10 +31,10 @@ from l4queue.protocol.upkeep import Upkeep
 from tests.chaos.faults import Faults, FaultyDoor, Fuse, Kind, Point, Side
 from tests.chaos.wishes import MAX_LEN, Wish, expected, wish
 from tests.services.pipeline import COST, ByteTokenizer
-from workers.emulated import EmulatedEngine
-from workers.observer import NullObserver
-from workers.text import no_text
-from workers.worker import Worker
+from workers.engine.emulated.engine import EmulatedEngine
+from workers.loop.text import no_text
+from workers.loop.worker import Worker
+from workers.telemetry.observer import NullObserver
 
 __all__ = ("ROLES", "fuse_from", "fuse_to", "settings_of")
 

@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from l4queue.protocol.door import AsyncDoor
+from l4queue.protocol.executor import AsyncDoor
 from l4queue.protocol.keys import Keys
 from l4queue.protocol.reads import Reads
 from l4queue.protocol.scripts import all_scripts

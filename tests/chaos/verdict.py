@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from l4queue.models import RequestState
-from l4queue.protocol.door import Door
+from l4queue.protocol.executor import Door
 from l4queue.protocol.records import OutputEntry
 from tests.chaos.storm import MOVES, Storm
 from tests.chaos.wishes import Wish, expected, wish

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from workers.batch import next_token
+from workers.engine.emulated.scheduler import next_token
 
 __all__ = ("MAX_LEN", "Wish", "expected", "wish")
 

@@ -12,7 +12,7 @@ from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
-from l4queue.cli.embedded import free_port
+from l4queue.cli.stack.embedded import free_port
 from l4queue.config import Settings
 from tests.compose.console import check, execute, say, until
 from tests.compose.daemon import compose_command

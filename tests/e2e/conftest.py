@@ -12,9 +12,9 @@ import pytest
 
 from l4queue import Client, Settings
 from l4queue.models import Plan, StagePlan
-from l4queue.policy.plan_json import plan_to_json
+from l4queue.plan_json import plan_to_json
 from l4queue.protocol.calls import Calls, Verdict
-from l4queue.protocol.door import Door
+from l4queue.protocol.executor import Door
 from l4queue.protocol.keys import Keys
 from tests.protocol.server import DURABLE, RedisServer
 from tests.services.processes import Processes, free_port, until

@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 
-from l4queue.policy.cost import StepCost
-from l4queue.policy.histogram import Buckets, Demand
-from l4queue.policy.steady_state import Objective, PartitionSettings
+from l4queue.cost.step import StepCost
+from l4queue.planning.histogram import Buckets, Demand
+from l4queue.planning.steady_state import Objective, PartitionSettings
 
 
 def brute_force(

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from l4queue.errors import ConfigError
-from l4queue.policy.histogram import (
+from l4queue.planning.histogram import (
     Buckets,
     Counts,
     Demand,

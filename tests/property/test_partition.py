@@ -12,13 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from l4queue.cost.move import MovePrice
+from l4queue.cost.step import StepCost
 from l4queue.errors import ConfigError
-from l4queue.policy.cost import StepCost
-from l4queue.policy.histogram import Buckets, Demand
-from l4queue.policy.partition import PartitionProblem, partition
-from l4queue.policy.prices import MovePrice
-from l4queue.policy.search import best_splits
-from l4queue.policy.steady_state import Objective, PartitionSettings
+from l4queue.planning.histogram import Buckets, Demand
+from l4queue.planning.partition import PartitionProblem, partition
+from l4queue.planning.search import best_splits
+from l4queue.planning.steady_state import Objective, PartitionSettings
 
 pytestmark = pytest.mark.timeout(600)  # brute force by the thousand, on machines that are busy otherwise
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import example, given, settings
 
-from l4queue.client.compose import Composer, Prepared, build_spec, spec_of
+from l4queue.client.core import Composer, Prepared, build_spec, spec_of
 from l4queue.config import Settings
 from l4queue.errors import InvalidRequest
 from l4queue.models import MAX_METADATA_BYTES, RequestBody, RequestSpec, RequestState

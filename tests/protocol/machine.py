@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from l4queue.models import TERMINAL, RequestState
 from l4queue.policy.queue_order import BACKGROUND
 from l4queue.protocol.calls import Call, Move, MoveKind, Verdict
-from l4queue.protocol.door import Door
+from l4queue.protocol.executor import Door
 from l4queue.protocol.keys import SOLO_STAGE, personal_stage
 from l4queue.protocol.records import Hold, Outcome
 from tests.protocol.consistency import check

@@ -22,9 +22,9 @@ from typing import Any
 from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis.stateful import run_state_machine_as_test
 
-from l4queue.protocol import door as door_module
+from l4queue.protocol import executor as door_module
 from l4queue.protocol import wire as wire_module
-from l4queue.protocol.door import Door
+from l4queue.protocol.executor import Door
 from l4queue.protocol.scripts import Script, all_scripts, script
 from tests.protocol.machine import ProtocolMachine
 from tests.protocol.scene import Scene

@@ -9,11 +9,11 @@ import redis
 
 from l4queue.models import RequestState
 from l4queue.protocol.calls import Calls, Reaped, SubmitReply, Taken, Verdict
-from l4queue.protocol.door import Door
-from l4queue.protocol.keeping import Evicted, Keeping, Packed
+from l4queue.protocol.executor import Door
 from l4queue.protocol.keys import Keys
 from l4queue.protocol.reads import Reads
 from l4queue.protocol.records import Grant, Outcome, OutputEntry, RequestRecord
+from l4queue.protocol.retention import Evicted, Keeping, Packed
 
 __all__ = ("PROMPT_TOKENS", "Scene")
 

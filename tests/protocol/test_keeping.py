@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from l4queue.models import RequestState
 from l4queue.protocol.calls import Verdict
-from l4queue.protocol.door import Door
-from l4queue.protocol.keeping import Packed
+from l4queue.protocol.executor import Door
 from l4queue.protocol.packed import entries_of
 from l4queue.protocol.records import Outcome, OutputEntry, TokenLogprobs
+from l4queue.protocol.retention import Packed
 from tests.protocol.consistency import check
 from tests.protocol.scene import Scene
 

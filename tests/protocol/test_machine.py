@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, seed, settings
 from hypothesis.stateful import run_state_machine_as_test
 
-from l4queue.protocol.door import Door
+from l4queue.protocol.executor import Door
 from tests.conftest import SEED
 from tests.protocol.machine import ProtocolMachine
 from tests.protocol.server import RedisServer

@@ -10,7 +10,7 @@ import pytest
 from l4queue.config import Settings
 from l4queue.models import Plan, RequestState
 from l4queue.protocol.calls import Verdict
-from l4queue.protocol.door import AsyncDoor, Door
+from l4queue.protocol.executor import AsyncDoor, Door
 from l4queue.protocol.keys import SOLO_STAGE
 from l4queue.protocol.upkeep import Upkeep
 from l4queue.protocol.wire import ServerFull

@@ -9,9 +9,9 @@ import pytest
 
 from l4queue.config import Settings
 from l4queue.models import Plan, RequestState, StagePlan
-from l4queue.policy.plan_json import plan_to_json
+from l4queue.plan_json import plan_to_json
 from l4queue.protocol.calls import Move, MoveKind, Verdict
-from l4queue.protocol.door import AsyncDoor
+from l4queue.protocol.executor import AsyncDoor
 from l4queue.protocol.keys import personal_stage
 from l4queue.protocol.upkeep import Upkeep
 from tests.protocol.consistency import check

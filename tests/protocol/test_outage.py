@@ -13,7 +13,7 @@ import pytest
 from l4queue.errors import ServiceUnavailable
 from l4queue.models import RequestState
 from l4queue.protocol.calls import Call, Verdict
-from l4queue.protocol.door import AsyncDoor, Door
+from l4queue.protocol.executor import AsyncDoor, Door
 from tests.conftest import SEED
 from tests.protocol.consistency import check
 from tests.protocol.proxy import Cut, CuttingProxy

@@ -7,12 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from l4queue.cost.step import StepCost
 from l4queue.models import RequestState
-from l4queue.policy.cost import StepCost
+from l4queue.observe.overview import QueueView, read_overview, stage_loads
+from l4queue.policy.admission import BackgroundRoom, Room, Waiting, choose
 from l4queue.policy.queue_order import BACKGROUND
-from l4queue.policy.room import BackgroundRoom, Room, Waiting, choose
 from l4queue.protocol.calls import Verdict
-from l4queue.protocol.overview import QueueView, read_overview, stage_loads
 from l4queue.protocol.records import Hold
 from tests.conftest import SEED
 from tests.protocol.consistency import check

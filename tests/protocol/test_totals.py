@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from l4queue.observe.telemetry import read_telemetry
 from l4queue.protocol.calls import Move, MoveKind, Verdict
-from l4queue.protocol.door import Door
-from l4queue.protocol.telemetry import read_telemetry
+from l4queue.protocol.executor import Door
 from tests.protocol.scene import Scene
 
 

@@ -17,7 +17,7 @@ from redis._parsers.base import BaseParser
 from l4queue.errors import ServiceUnavailable
 from l4queue.protocol import trouble as trouble_module
 from l4queue.protocol.calls import Call, Verdict
-from l4queue.protocol.door import AsyncDoor, Door
+from l4queue.protocol.executor import AsyncDoor, Door
 from l4queue.protocol.trouble import FAILURES, Outage, Trouble, trouble_of
 from l4queue.protocol.wire import ServerFull, explain
 from tests.protocol.scene import Scene

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from l4queue.config import Settings
+from l4queue.cost.step import StepCost
 from l4queue.models import Plan, RequestState, StagePlan
-from l4queue.policy.cost import StepCost
 from l4queue.protocol.calls import Verdict
-from l4queue.protocol.door import AsyncDoor
+from l4queue.protocol.executor import AsyncDoor
 from l4queue.protocol.upkeep import Upkeep, UpkeepReport
 from tests.protocol.consistency import check
 from tests.protocol.scene import Scene

@@ -12,9 +12,9 @@ from pydantic import JsonValue
 from l4queue.config import Settings, load_settings
 from l4queue.errors import ConfigError
 from workers.__main__ import serve
-from workers.engine import EngineDied
-from workers.figures import WorkerFigures
-from workers.observer import Observer, RequestView
+from workers.engine.base import EngineDied
+from workers.telemetry.observer import Observer, RequestView
+from workers.telemetry.snapshot import WorkerFigures
 
 
 class OddWorker:

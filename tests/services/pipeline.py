@@ -7,21 +7,21 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-from dispatcher.service import Dispatcher
-from dispatcher.tokenizer import Counted, Refusal
+from dispatcher.routing.service import Dispatcher
+from dispatcher.routing.tokenizer import Counted, Refusal
 from l4queue import AsyncClient, Settings
+from l4queue.cost.step import StepCost
 from l4queue.models import Plan, StagePlan
-from l4queue.policy.cost import StepCost
-from l4queue.policy.plan_json import plan_to_json
+from l4queue.plan_json import plan_to_json
 from l4queue.protocol.calls import Calls
-from l4queue.protocol.door import AsyncDoor
+from l4queue.protocol.executor import AsyncDoor
 from l4queue.protocol.keys import Keys
 from l4queue.protocol.upkeep import Upkeep
-from workers.emulated import EmulatedEngine
-from workers.engine import Engine
-from workers.observer import NullObserver
-from workers.text import no_text
-from workers.worker import Worker
+from workers.engine.base import Engine
+from workers.engine.emulated.engine import EmulatedEngine
+from workers.loop.text import no_text
+from workers.loop.worker import Worker
+from workers.telemetry.observer import NullObserver
 
 __all__ = ("COST", "MAX_LEN", "ByteTokenizer", "Pipeline", "open_pipeline", "true", "until")
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from l4queue.models import SamplingParams
 from l4queue.protocol.records import TokenLogprobs
-from workers.engine import EngineInfo, EngineOutput, EngineRequest
-from workers.vllm_engine import VllmEngine
+from workers.engine.base import EngineInfo, EngineOutput, EngineRequest
+from workers.engine.vllm.engine import VllmEngine
 
 __all__ = ("GREEDY", "Served", "reference", "reference_logprobs")
 

@@ -17,11 +17,11 @@ from typing import ClassVar
 
 from l4queue.config import load_settings
 from tests.services.pipeline import COST, MAX_LEN
-from workers.emulated import EmulatedEngine
-from workers.engine import EngineRequest
-from workers.observer import NullObserver
-from workers.text import no_text
-from workers.worker import Worker
+from workers.engine.base import EngineRequest
+from workers.engine.emulated.engine import EmulatedEngine
+from workers.loop.text import no_text
+from workers.loop.worker import Worker
+from workers.telemetry.observer import NullObserver
 
 PAUSE_S = float(os.environ.get("L4_TEST_PAUSE_S", "3"))
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import pytest
 
-from dispatcher.service import Dispatcher
+from dispatcher.routing.service import Dispatcher
 from l4queue import AsyncClient, RequestState, Settings
-from l4queue.protocol.door import AsyncDoor
+from l4queue.protocol.executor import AsyncDoor
 from l4queue.protocol.reads import StreamEntry
 from tests.services.pipeline import ByteTokenizer
 

@@ -11,7 +11,7 @@ import pytest
 from l4queue import AsyncHandle
 from l4queue.models import TERMINAL
 from tests.services.pipeline import COST, Pipeline, open_pipeline, true, until
-from workers.worker import Worker
+from workers.loop.worker import Worker
 
 pytestmark = [pytest.mark.services, pytest.mark.timeout(600)]
 BATCH = {"priority": 100, "ignore_eos": True}

@@ -20,8 +20,8 @@ from l4queue.client import BatchProgress
 from l4queue.client.batch import flight
 from l4queue.errors import InvalidRequest
 from l4queue.protocol.calls import Call
-from l4queue.protocol.keeping import Keeping
 from l4queue.protocol.keys import Keys
+from l4queue.protocol.retention import Keeping
 from tests.protocol.server import RedisServer
 from tests.services.batches import Files, has_submitted, run, stopped_when, submitted, write_lines
 from tests.services.pipeline import Pipeline, open_pipeline, until

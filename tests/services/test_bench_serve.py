@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from l4queue.cli.bench_traffic import bench_trace, small_mix
+from l4queue.cli.bench.traffic import bench_trace, small_mix
 from l4queue.errors import ConfigError
 from l4queue.sim.metrics import SimResult
 

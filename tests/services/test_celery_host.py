@@ -17,7 +17,7 @@ import redis
 
 from l4queue.config import load_settings
 from l4queue.models import RequestState
-from l4queue.protocol.door import Door
+from l4queue.protocol.executor import Door
 from tests.protocol.scene import Scene
 from tests.protocol.server import RedisServer
 from tests.services.processes import Processes, until

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from dispatcher.constraints import ConstraintChecker
-from dispatcher.service import Dispatcher
+from dispatcher.constraints.checker import ConstraintChecker
+from dispatcher.routing.service import Dispatcher
 from l4queue import AsyncClient, RequestState, Settings
 from l4queue.errors import RequestFailed
-from l4queue.protocol.door import AsyncDoor
+from l4queue.protocol.executor import AsyncDoor
 from l4queue.protocol.inbox import Inbox
 from l4queue.protocol.keys import Keys
 from tests.services.pipeline import ByteTokenizer, until

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from l4queue.models import TERMINAL, Plan
-from l4queue.policy.plan_json import plan_from_json
+from l4queue.observe.overview import Overview, read_overview_async
+from l4queue.plan_json import plan_from_json
 from l4queue.protocol.calls import Call
-from l4queue.protocol.door import AsyncDoor
+from l4queue.protocol.executor import AsyncDoor
 from l4queue.protocol.keys import Keys
-from l4queue.protocol.overview import Overview, read_overview_async
 from l4queue.protocol.reads import Reads
 from tests.chaos.storm import WORKERS, Storm, open_storm
 from tests.chaos.verdict import judge

@@ -12,7 +12,7 @@ import pytest
 from l4queue.errors import ServiceUnavailable, UnknownRequest
 from l4queue.models import TERMINAL, RequestState
 from l4queue.protocol.calls import Call, Verdict
-from l4queue.protocol.door import AsyncDoor, Door
+from l4queue.protocol.executor import AsyncDoor, Door
 from l4queue.protocol.keys import Keys
 from l4queue.protocol.reads import Reads
 from tests.chaos.storm import WORKERS, Storm, open_storm

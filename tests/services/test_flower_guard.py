@@ -18,7 +18,7 @@ import httpx
 import pytest
 import redis
 
-from l4queue.cli.flower_place import flower_answers, flower_place
+from l4queue.cli.stack.flower_place import flower_answers, flower_place
 from l4queue.config import Settings
 from tests.protocol.server import RedisServer
 from tests.services.processes import Processes, free_port, until

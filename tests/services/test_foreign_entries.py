@@ -14,22 +14,22 @@ import pytest
 import redis
 
 from dispatcher.exporter import Exporter
-from dispatcher.replan import refine_once, replan_once
-from dispatcher.service import Dispatcher
+from dispatcher.planner.rounds import refine_once, replan_once
+from dispatcher.routing.service import Dispatcher
 from l4queue import AsyncClient, Client, Settings
+from l4queue.cost.step import StepCost
 from l4queue.errors import L4QueueError
 from l4queue.models import TERMINAL, RequestState
-from l4queue.policy.cost import StepCost
-from l4queue.protocol import health
-from l4queue.protocol.door import AsyncDoor, Door
+from l4queue.observe import health
+from l4queue.observe.watch import Watch
+from l4queue.protocol.executor import AsyncDoor, Door
 from l4queue.protocol.keys import Keys
 from l4queue.protocol.upkeep import Upkeep
-from l4queue.protocol.watch import Watch
 from tests.services.pipeline import MAX_LEN, ByteTokenizer, true, until
-from workers.emulated import EmulatedEngine
-from workers.observer import NullObserver
-from workers.text import no_text
-from workers.worker import Worker
+from workers.engine.emulated.engine import EmulatedEngine
+from workers.loop.text import no_text
+from workers.loop.worker import Worker
+from workers.telemetry.observer import NullObserver
 
 pytestmark = [pytest.mark.services, pytest.mark.timeout(600)]
 

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.services
 
 WORKER = """
 import subprocess, sys
-from workers.guard import guard_descendants
+from workers.process.guard import guard_descendants
 guard_descendants()
 child = "import subprocess, sys; p = subprocess.Popen(['sleep', '300']); print(p.pid, flush=True); p.wait()"
 print(subprocess.Popen([sys.executable, "-c", child]).pid, flush=True)

@@ -10,12 +10,12 @@ from threading import Thread
 import pytest
 
 from dispatcher.__main__ import keep_up
-from dispatcher.replan import replan_once
-from dispatcher.service import Dispatcher
+from dispatcher.planner.rounds import replan_once
+from dispatcher.routing.service import Dispatcher
 from l4queue.cli.health import Role, sign_of_life
 from l4queue.config import Settings
 from l4queue.errors import ServiceUnavailable
-from l4queue.protocol.door import AsyncDoor
+from l4queue.protocol.executor import AsyncDoor
 from l4queue.protocol.upkeep import Upkeep
 from tests.services.pipeline import ByteTokenizer, open_pipeline, true, until
 

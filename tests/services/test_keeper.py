@@ -13,8 +13,8 @@ from l4queue.protocol.keys import SOLO_STAGE
 from tests.protocol.consistency import check
 from tests.protocol.scene import Scene
 from tests.services.pipeline import true, until
-from workers.keeper import LeaseKeeper
-from workers.loop_work import LoopWork
+from workers.engine.loop_work import LoopWork
+from workers.loop.lease_thread import LeaseKeeper
 
 pytestmark = pytest.mark.services
 
@@ -63,7 +63,7 @@ async def test_all_workers_of_a_process_give_up_before_it_ends(
             ended.set()
 
     scene_at_end = Scene(scene.door, scene.keys.namespace)
-    monkeypatch.setattr("workers.keeper.end_process", end)
+    monkeypatch.setattr("workers.loop.lease_thread.end_process", end)
     for name in "abcd":
         scene.submit(name)
         scene.route(name)

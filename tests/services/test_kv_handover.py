@@ -15,10 +15,10 @@ import pytest
 import pytest_asyncio
 
 from l4queue.models import SamplingParams
-from workers.engine import EngineDied, EngineInfo, EngineRequest, FinishReason
+from workers.engine.base import EngineDied, EngineInfo, EngineRequest, FinishReason
+from workers.engine.vllm.engine import VllmEngine
 from workers.kv.store import new_ticket
 from workers.tiny import build_tiny_model
-from workers.vllm_engine import VllmEngine
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900), pytest.mark.asyncio(loop_scope="module")]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dispatcher.replan import replan_once
+from dispatcher.planner.rounds import replan_once
 from l4queue import RequestState
 from l4queue.errors import (
     IdempotencyConflict,

@@ -17,14 +17,14 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from dispatcher.replan import replan_once
+from dispatcher.planner.rounds import replan_once
 from l4queue import Client
 from l4queue.config import load_settings
 from l4queue.errors import QueueFull
 from l4queue.models import Plan, StagePlan
-from l4queue.policy.plan_json import plan_to_json
+from l4queue.plan_json import plan_to_json
 from l4queue.protocol.calls import Calls
-from l4queue.protocol.door import Door
+from l4queue.protocol.executor import Door
 from l4queue.protocol.keys import Keys
 from tests.protocol.server import RedisServer
 from tests.services.processes import Processes, free_port, until

@@ -16,9 +16,9 @@ import pytest
 
 from l4queue import AsyncClient, Settings
 from l4queue.models import Plan, RequestState, StagePlan
-from l4queue.policy.plan_json import plan_to_json
+from l4queue.plan_json import plan_to_json
 from l4queue.protocol.calls import Calls, Verdict
-from l4queue.protocol.door import Door
+from l4queue.protocol.executor import Door
 from l4queue.protocol.keys import Keys
 from l4queue.protocol.reads import Reads
 from tests.chaos.wishes import expected
@@ -41,8 +41,8 @@ MOST_REQUESTS = 600
 
 _SHOW = """
 from l4queue.config import load_settings
-from l4queue.protocol.door import Door
-from l4queue.protocol.overview import read_overview
+from l4queue.protocol.executor import Door
+from l4queue.observe.overview import read_overview
 settings = load_settings()
 print(sorted(load.worker_id for load in read_overview(Door(settings.redis_url), settings.namespace).workers))
 """
@@ -146,10 +146,9 @@ async def test_workers_of_two_releases_serve_together(fleet: MixedFleet, door: D
     assert {load.worker_id for load in overview.workers} == set(WORKERS)
     assert overview.counts["live"] == 0
     assert overview.counts.get("dead", 0) == overview.counts.get("failed", 0) == 0
-    for tree in ("old", "new"):  # each release's planner and overview read what both wrote
-        code = (
-            "import asyncio; from l4queue.config import load_settings; from dispatcher.replan import replan_once; "
-        )
+    planners = {"old": "dispatcher.replan", "new": "dispatcher.planner.rounds"}
+    for tree, planner in planners.items():  # each release's planner and overview read what both wrote
+        code = f"import asyncio; from l4queue.config import load_settings; from {planner} import replan_once; "
         planned = fleet.run(tree, code + "print('planned:', asyncio.run(replan_once(load_settings())))")
         assert "planned:" in planned, planned
         shown = fleet.run(tree, _SHOW)

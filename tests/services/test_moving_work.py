@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 
 from l4queue import AsyncHandle
+from l4queue.cost.step import StepCost
 from l4queue.errors import RequestCancelled, RequestExpired
 from l4queue.models import Plan, Routing, StagePlan
-from l4queue.policy.cost import StepCost
-from l4queue.policy.plan_json import plan_to_json
+from l4queue.plan_json import plan_to_json
 from l4queue.protocol.calls import Call, Calls, Verdict
 from l4queue.protocol.keys import Keys
 from l4queue.protocol.reads import Reads
 from tests.services.pipeline import COST, MAX_LEN, Pipeline, open_pipeline, true, until
-from workers.emulated import EmulatedEngine
-from workers.engine import Cut
+from workers.engine.base import Cut
+from workers.engine.emulated.engine import EmulatedEngine
 
 pytestmark = pytest.mark.services
 # every request in a batch costs the others a lot, a prefill next to nothing: moving pays at once
@@ -48,7 +48,7 @@ async def _equals(value: Awaitable[object], expected: object) -> bool:
 async def _uncut(prompt: str, max_tokens: int, cost: StepCost = COST) -> tuple[int, ...]:
     """What one engine generates without any move."""
     from l4queue.models import SamplingParams
-    from workers.engine import EngineRequest
+    from workers.engine.base import EngineRequest
 
     engine = EmulatedEngine(cost, speed=0.0, max_model_len=MAX_LEN)
     await engine.start()
@@ -181,7 +181,7 @@ async def test_prefill_that_begins_or_ends_is_told_at_once(
     redis_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without waiting for the lease to be renewed, which takes more than a test here."""
-    monkeypatch.setattr("workers.lease._NEWS_S", 1000.0)
+    monkeypatch.setattr("workers.loop.lease._NEWS_S", 1000.0)
     slow = replace(COST, pi_ms=1.0, max_batched_tokens=256)
     async with open_pipeline(redis_url, namespace, lease_s=3000.0) as pipeline:
         pipeline.start("w0", speed=1.0, cost=slow)
@@ -340,7 +340,9 @@ async def test_the_least_loaded_is_so_by_what_it_runs_now(
     pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Sent one by one, each taken at once: no worker gets two more than the other, whatever it told last."""
-    monkeypatch.setattr("dispatcher.service._LOOK_S", 0.0)  # published loads would be seen afresh each time
+    monkeypatch.setattr(
+        "dispatcher.routing.service._LOOK_S", 0.0
+    )  # published loads would be seen afresh each time
     for name in ("w0", "w1"):
         pipeline.start(name, speed=1.0, cost=CROWDED)
     await until(lambda: true(all(w.state.outlook.others() for w, _ in pipeline.workers.values())))

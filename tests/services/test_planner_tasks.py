@@ -9,11 +9,11 @@ import pytest
 import redis
 
 from dispatcher.app import make_app, steady_now
-from dispatcher.tasks import REPLAN
+from dispatcher.planner.tasks import REPLAN
 from l4queue.config import load_settings
-from l4queue.protocol.door import Door
+from l4queue.observe.overview import price_in_force, read_overview
+from l4queue.protocol.executor import Door
 from l4queue.protocol.keys import Keys
-from l4queue.protocol.overview import price_in_force, read_overview
 from l4queue.protocol.reads import Reads
 from tests.protocol.server import RedisServer
 from tests.services.processes import Processes, until

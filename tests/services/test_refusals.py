@@ -13,7 +13,7 @@ import redis
 
 from l4queue import Settings
 from l4queue.models import RequestState
-from l4queue.protocol.door import Door
+from l4queue.protocol.executor import Door
 from tests.protocol.scene import Scene
 from tests.protocol.server import DURABLE, RedisServer
 from tests.services.processes import Processes, free_port, until

@@ -16,7 +16,7 @@ import pytest
 
 from l4queue import AsyncClient, Settings
 from l4queue.models import RequestState
-from l4queue.protocol.door import Door
+from l4queue.protocol.executor import Door
 from l4queue.protocol.keys import Keys
 from l4queue.protocol.reads import Reads
 from tests.chaos.wishes import expected

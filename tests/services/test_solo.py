@@ -33,7 +33,7 @@ async def pipeline(redis_url: str, namespace: str) -> AsyncIterator[Pipeline]:
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("workers.solo._LIMITS", QUICK)
+    monkeypatch.setattr("workers.loop.solo._LIMITS", QUICK)
 
 
 async def _suspect(pipeline: Pipeline, scene: Scene, *, num_tokens: int = 20) -> AsyncHandle:
@@ -142,7 +142,7 @@ async def test_the_stage_of_a_worker_that_runs_empty_is_served_by_others(
     pipeline: Pipeline, scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Even where it is the only one of its stage, and far from empty: what is queued there is stolen."""
-    monkeypatch.setattr("workers.solo._LIMITS", replace(QUICK, empty_s=1000.0))
+    monkeypatch.setattr("workers.loop.solo._LIMITS", replace(QUICK, empty_s=1000.0))
     w0, w1 = (pipeline.start(name, speed=5.0) for name in ("w0", "w1"))
     await until(lambda: true(all(w.state.outlook.others() for w in (w0, w1))))
     await pipeline.publish(

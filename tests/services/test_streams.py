@@ -27,7 +27,7 @@ from l4queue.errors import (
 )
 from l4queue.models import RequestState
 from l4queue.protocol.calls import Call
-from l4queue.protocol.door import Door
+from l4queue.protocol.executor import Door
 from tests.protocol.consistency import check
 from tests.protocol.scene import Scene
 from tests.protocol.server import RedisServer

@@ -15,7 +15,7 @@ import pytest
 
 from l4queue import Client, Settings
 from l4queue.models import Plan, StagePlan
-from l4queue.policy.plan_json import plan_to_json
+from l4queue.plan_json import plan_to_json
 from l4queue.protocol.calls import Calls
 from l4queue.protocol.keys import Keys
 from tests.services.collector import Collector, ReceivedSpan, open_collector

@@ -7,10 +7,10 @@ import json
 import pytest
 import redis
 
-from dispatcher.replan import refine_once, replan_once
+from dispatcher.planner.rounds import refine_once, replan_once
 from l4queue.models import StagePlan
-from l4queue.protocol.door import Door
-from l4queue.protocol.health import planner_idle_s
+from l4queue.observe.health import planner_idle_s
+from l4queue.protocol.executor import Door
 from l4queue.protocol.keys import Keys
 from tests.services.pipeline import open_pipeline, true, until
 

@@ -18,10 +18,10 @@ from urllib.parse import quote
 import psutil
 import pytest
 
-from l4queue.cli.embedded import is_port_free
+from l4queue.cli.stack.embedded import is_port_free
 from l4queue.client import Client
-from l4queue.protocol.door import Door
-from l4queue.protocol.overview import read_overview
+from l4queue.observe.overview import read_overview
+from l4queue.protocol.executor import Door
 from l4queue.redis_url import parse_url, redacted
 from tests.protocol.server import RedisServer
 

@@ -19,7 +19,7 @@ from l4queue import AsyncClient, Client
 from l4queue.config import Settings, load_settings
 from l4queue.errors import ServiceUnavailable
 from l4queue.protocol.calls import Call
-from l4queue.protocol.door import Door
+from l4queue.protocol.executor import Door
 from tests.protocol.server import RedisServer
 from tests.services.processes import Processes, until
 from tests.services.redis_sets import has_tls, make_certificate

@@ -18,11 +18,11 @@ import pytest_asyncio
 
 from l4queue.models import SamplingParams
 from tests.services.served import GREEDY, Served, reference, reference_logprobs
-from workers.engine import EngineDied, FinishReason
-from workers.session import resumed_seed
-from workers.text import text_factory
+from workers.engine.base import EngineDied, FinishReason
+from workers.engine.vllm.engine import VllmEngine
+from workers.loop.session import resumed_seed
+from workers.loop.text import text_factory
 from workers.tiny import build_tiny_model
-from workers.vllm_engine import VllmEngine
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600), pytest.mark.asyncio(loop_scope="module")]
 

@@ -8,10 +8,10 @@ from dataclasses import fields
 import pytest
 import redis
 
-from dispatcher.replan import replan_once
+from dispatcher.planner.rounds import replan_once
+from l4queue.cost.move import MovePrice
+from l4queue.cost.step import StepCost
 from l4queue.models import StagePlan
-from l4queue.policy.cost import StepCost
-from l4queue.policy.prices import MovePrice
 from l4queue.policy.steal import Ask
 from l4queue.protocol.keys import Keys
 from tests.services.pipeline import open_pipeline, true, until

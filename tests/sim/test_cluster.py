@@ -7,19 +7,19 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from l4queue.cost.move import MovePrice
+from l4queue.cost.step import StepCost
 from l4queue.errors import ConfigError
-from l4queue.policy.cost import StepCost
-from l4queue.policy.prices import MovePrice
-from l4queue.sim.blind import LeastRequests, LeastTokens, Llumnix, PowerOfTwo, Random, RoundRobin
 from l4queue.sim.capacity import Bound, capacity_rps, find_instances, parse_slo
-from l4queue.sim.central import Central, CentralSjf, Clairvoyant, TwoPool
 from l4queue.sim.cluster import Cluster, EventKind
+from l4queue.sim.engine.request import SimRequest
+from l4queue.sim.policies.central import Central, CentralSjf, Clairvoyant, TwoPool
+from l4queue.sim.policies.length_blind import LeastRequests, LeastTokens, Llumnix, PowerOfTwo, Random, RoundRobin
 from l4queue.sim.policy import Policy
-from l4queue.sim.request import SimRequest
 from l4queue.sim.runner import Setting, run_policy
-from l4queue.sim.trace import Trace
+from l4queue.sim.traces.trace import Trace
+from l4queue.sim.traces.workload import make_workload
 from l4queue.sim.tuning import tune_two_pool
-from l4queue.sim.workload import make_workload
 
 COST = StepCost(
     alpha_ms=6.0,

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from l4queue.policy.cost import BatchShape, StepCost
-from l4queue.sim.blind import RoundRobin
+from l4queue.cost.step import BatchShape, StepCost
 from l4queue.sim.cluster import Cluster
-from l4queue.sim.instance import BLOCK_TOKENS, Instance
-from l4queue.sim.request import SimRequest
+from l4queue.sim.engine.instance import BLOCK_TOKENS, Instance
+from l4queue.sim.engine.request import SimRequest
+from l4queue.sim.policies.length_blind import RoundRobin
 
 COST = StepCost(
     alpha_ms=5.0,

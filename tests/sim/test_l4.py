@@ -5,21 +5,21 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from l4queue.cli.bench_traffic import bench_trace
+from l4queue.cli.bench.traffic import bench_trace
+from l4queue.cost.coefficients import load_coefficients
+from l4queue.cost.move import MovePrice
 from l4queue.errors import ConfigError
 from l4queue.models import Plan, StagePlan
-from l4queue.policy.coefficients import load_coefficients
-from l4queue.policy.histogram import Buckets, Demand
-from l4queue.policy.prices import MovePrice
+from l4queue.planning.histogram import Buckets, Demand
 from l4queue.sim import replay
 from l4queue.sim.cluster import Cluster
-from l4queue.sim.l4 import INGREDIENTS, L4, L4Options
-from l4queue.sim.policies import make_policy
+from l4queue.sim.policies.l4 import INGREDIENTS, L4, L4Options
+from l4queue.sim.prove import prove_recent
+from l4queue.sim.registry import make_policy
 from l4queue.sim.replay import Arrival, Changed, make_scorer
 from l4queue.sim.runner import Setting, run_policy
-from l4queue.sim.shadow import prove_recent
-from l4queue.sim.trace import Trace
-from l4queue.sim.workload import make_workload
+from l4queue.sim.traces.trace import Trace
+from l4queue.sim.traces.workload import make_workload
 
 COST = load_coefficients("h100", "llama-3.1-8b")
 

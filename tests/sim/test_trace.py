@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from l4queue.errors import ConfigError, TraceError
-from l4queue.sim.trace import read_trace
-from l4queue.sim.workload import WORKLOADS, make_workload
+from l4queue.sim.traces.trace import read_trace
+from l4queue.sim.traces.workload import WORKLOADS, make_workload
 
 HEADER = "arrival_s,input_tokens,output_tokens\n"
 

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from l4queue.policy.cost import StepCost
-from l4queue.sim.instance import Instance
-from l4queue.sim.request import SimRequest
+from l4queue.cost.step import StepCost
+from l4queue.sim.engine.instance import Instance
+from l4queue.sim.engine.request import SimRequest
 from l4queue.sim.wake import WakeRace, backlog_ms
 
 COST = StepCost(alpha_ms=7.0, beta_ms=0.02, gamma_ms=0.0, pi_ms=0.01, psi_ms=0.0)

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from l4queue.compat import FORMAT, MAX_NUMBER, object_of, value_of
+from l4queue.cost.move import MovePrice
+from l4queue.cost.step import StepCost
 from l4queue.errors import UnreadableValue
 from l4queue.models import RequestBody, RequestState, WorkerLoad
-from l4queue.policy.cost import StepCost
-from l4queue.policy.prices import MovePrice
 from l4queue.policy.steal import Ask
-from l4queue.protocol import views
+from l4queue.protocol import parsing as views
 from l4queue.protocol.records import OutputEntry, RequestRecord
 
 LOAD = WorkerLoad(worker_id="w", stage=1, num_running=3, step_ms=1.5)

@@ -16,7 +16,7 @@ import yaml
 from l4queue.config import load_settings
 from l4queue.errors import ServiceUnavailable
 from l4queue.protocol.calls import Call
-from l4queue.protocol.door import Door
+from l4queue.protocol.executor import Door
 from tests.services.processes import free_port, until
 
 ROOT = Path(__file__).resolve().parents[2]

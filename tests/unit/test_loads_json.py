@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from l4queue.models import WorkerLoad
-from l4queue.protocol.views import load_from_json, load_to_json
+from l4queue.protocol.parsing import load_from_json, load_to_json
 
 LOADS = st.builds(WorkerLoad, worker_id=st.text(), num_running=st.integers(0, 9), is_emptying=st.booleans())
 # The first release; it fails at any other name in `load`.

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from l4queue.cli.logs import ConsoleLog
+from l4queue.cli.stack.logs import ConsoleLog
 from l4queue.logs import BrokerOutage, JsonFormatter, TextFormatter, formatter
 from l4queue.protocol.upkeep import UpkeepReport
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from l4queue.client.compose import Composer, build_spec
+from l4queue.client.core import Composer, build_spec
 from l4queue.config import Settings
 from l4queue.protocol.calls import Arg
 

@@ -11,8 +11,8 @@ import pytest
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from dispatcher.latency import Latencies, length_class
-from dispatcher.metrics import RouterFigures
+from dispatcher.monitoring.latency import Latencies, length_class
+from dispatcher.routing.metrics import RouterFigures
 from l4queue.config import Settings
 from l4queue.errors import ConfigError
 from l4queue.metrics import Families, MetricsServer, Tally

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from l4queue.config import Settings, celery_settings, load_settings
 from l4queue.errors import ConfigError
-from l4queue.protocol.door import Door
+from l4queue.protocol.executor import Door
 from l4queue.redis_url import SecretUrl, celery_url, parse_url, redacted, with_password
 
 SECRETS = st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), min_size=1, max_size=12)

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from l4queue.models import SamplingParams
-from workers.engine import EngineRequest
-from workers.vllm_terms import sampling_params
+from workers.engine.base import EngineRequest
+from workers.engine.vllm.translate import sampling_params
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(240)]
 

@@ -1,4 +1,4 @@
-"""KV blocks of all layers as rows of bytes: gathered from the engine's cache, put back into it."""
+"""KV blocks of all layers as rows of bytes: gathered from the engine's cache, scattered back into it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""vLLM's side of hand-over with KV: `KVConnectorBase_V1`, loaded by its module path, vLLM unpatched.
+"""vLLM's side of KV hand-over: `KVConnectorBase_V1`, loaded by its module path, vLLM unpatched.
 
-vLLM makes one connector in its scheduler and one in its worker process. The first plans (`workers.kv.planning`),
-the second copies (`workers.kv.carrier`); jobs travel with the metadata of a step, results with its output, and
+vLLM makes one connector in its scheduler and one in its worker process. The first plans (`workers.kv.scheduler`),
+the second copies (`workers.kv.copier`); jobs travel with the metadata of a step, results with its output, and
 what came of it reaches the front end with the statistics of the step.
 """
 
@@ -22,9 +22,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStat
 from vllm.v1.request import RequestStatus
 
 from workers.kv.blocks import block_rows
-from workers.kv.carrier import Carrier, LoadJob, SaveJob
+from workers.kv.copier import Carrier, LoadJob, SaveJob
 from workers.kv.movable import has_movable_groups
-from workers.kv.planning import Arrival, Planning
+from workers.kv.scheduler import Arrival, Planning
 from workers.kv.store import SegmentStore
 
 __all__ = ("HandoverConnector",)

@@ -1,4 +1,4 @@
-"""Whether vLLM's KV cache of a model can be moved by this package, and how much of it there is per token."""
+"""Whether the KV cache of a model can be moved by this package, and its size per token."""
 
 from __future__ import annotations
 

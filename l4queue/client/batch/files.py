@@ -1,4 +1,4 @@
-"""The files of a batch: input read twice, answers appended durably, the identity kept beside them."""
+"""Files of a batch: input read twice, answers appended durably, the batch's identity kept beside them."""
 
 from __future__ import annotations
 

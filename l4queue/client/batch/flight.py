@@ -1,4 +1,4 @@
-"""The requests of a batch that are in flight: submitted in bulk, told of by the mailbox, fetched in bulk."""
+"""Batch requests in flight: submitted in bulk, reported by the mailbox, fetched in bulk."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 
-from l4queue.client.compose import Composer, Prepared
+from l4queue.client.core import Composer, Prepared
 from l4queue.config import Settings
 from l4queue.errors import QueueFull
 from l4queue.models import TERMINAL, RequestState
 from l4queue.protocol.calls import Verdict
-from l4queue.protocol.door import Door
+from l4queue.protocol.executor import Door
 from l4queue.protocol.foreign import text
-from l4queue.protocol.keeping import Keeping
 from l4queue.protocol.records import OutputEntry, RequestRecord
+from l4queue.protocol.retention import Keeping
 
 __all__ = ("Ended", "Flight", "Submission", "Ticket")
 

@@ -1,4 +1,4 @@
-"""What is known of every line of a batch: finished, duplicate or still to do. Pure.
+"""Progress index of a batch: 17 bytes a line that say finished, duplicate or still to do. Pure.
 
 A line takes 17 bytes, and 8 more for each of its proofs while there are answers to be matched with them.
 """

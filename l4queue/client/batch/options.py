@@ -1,4 +1,4 @@
-"""What a batch is to do: files, priority, limits."""
+"""Options of a batch: files, priority, limits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a batch says of itself: progress while it runs, a summary at its end."""
+"""Reports of a batch: progress during the run, a summary at its end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run of a batch: check the files, keep the window full, write answers durably, stop when told."""
+"""The run of a batch: check the files, keep the window full, write answers durably, stop on demand."""
 
 from __future__ import annotations
 

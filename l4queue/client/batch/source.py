@@ -1,4 +1,4 @@
-"""From the input file to requests that can be sent; what cannot be sent is reported on the way."""
+"""Source of batch requests: reads the input file and reports every line that cannot be sent."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from l4queue.client.batch.flight import Submission, Ticket
 from l4queue.client.batch.index import LineIndex, LineState, word_of
 from l4queue.client.batch.lines import LineObject, custom_id_of, digest_of_bytes, object_of, parse_line
 from l4queue.client.batch.options import BatchOptions
-from l4queue.client.compose import Composer, request_id_of
+from l4queue.client.core import Composer, request_id_of
 from l4queue.errors import InvalidRequest
 from l4queue.sampling import DEFAULT_MAX_TOKENS
 

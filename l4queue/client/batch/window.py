@@ -1,4 +1,4 @@
-"""How many requests of a batch may be in flight: enough to keep the workers busy, not more. Pure."""
+"""Window of a batch: enough requests in flight to keep the workers busy, and no more. Pure."""
 
 from __future__ import annotations
 

@@ -11,8 +11,8 @@ import pytest
 
 from l4queue import cli
 from l4queue.cli.doctor import Check, Verdict, run_checks
-from l4queue.cli.embedded import EmbeddedRedis, free_port
 from l4queue.cli.server import ServerFacts
+from l4queue.cli.stack.embedded import EmbeddedRedis, free_port
 
 
 @pytest.fixture(autouse=True)

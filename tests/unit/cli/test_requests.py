@@ -7,7 +7,7 @@ import json
 import pytest
 
 from l4queue.cli.requests import _print_result
-from l4queue.client.compose import Result
+from l4queue.client.core import Result
 
 
 def test_a_result_for_programs_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from l4queue.cli import stack as stack_module
-from l4queue.cli.stack import Stack, StackOptions
+from l4queue.cli.stack import stack as stack_module
+from l4queue.cli.stack.stack import Stack, StackOptions
 from l4queue.errors import ConfigError
 from l4queue.hardware import EngineBuild
 from tests.unit.nvml import Device, FakeNvml, plug

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from l4queue.cli.watch_view import fit, number, time_text
-from l4queue.cli.watch_window import Window
+from l4queue.cli.watch.view import fit, number, time_text
+from l4queue.cli.watch.window import Window
 from l4queue.models import Plan, StagePlan, WorkerLoad
-from l4queue.protocol.overview import Overview, QueueView
+from l4queue.observe.overview import Overview, QueueView
+from l4queue.observe.watch import Look, Move
 from l4queue.protocol.reads import FinishedRequest
-from l4queue.protocol.watch import Look, Move
 
 T0_MS = 1_800_000_000_000
 PLAN = Plan(

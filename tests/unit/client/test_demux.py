@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from l4queue.client.compose import Chunk
+from l4queue.client.core import Chunk
 from l4queue.client.demux import RECHECK_S, Demultiplexer, Watch
 from l4queue.errors import InvalidRequest, OutputLost, ResultExpired, ServiceUnavailable, UnknownRequest
 from l4queue.models import TERMINAL, RequestState

@@ -6,7 +6,7 @@ import os
 import sys
 from typing import Any
 
-from dispatcher.constraint_process import serve
+from dispatcher.constraints.process import serve
 
 
 def check(given: dict[str, Any]) -> str:

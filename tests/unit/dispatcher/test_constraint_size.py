@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dispatcher.constraint_size import MAX_SIZE, constraint_size
+from dispatcher.constraints.size import MAX_SIZE, constraint_size
 from l4queue.sampling import StructuredOutputs
 
 

@@ -11,8 +11,8 @@ import psutil
 import pytest
 import pytest_asyncio
 
-from dispatcher import constraints
-from dispatcher.constraints import ConstraintChecker
+from dispatcher.constraints import checker as constraints
+from dispatcher.constraints.checker import ConstraintChecker
 from l4queue.sampling import StructuredOutputs
 
 COMMAND = (sys.executable, str(Path(__file__).with_name("checking_process.py")))

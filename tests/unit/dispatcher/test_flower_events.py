@@ -10,8 +10,8 @@ import pytest
 from celery import Celery
 from tornado.ioloop import IOLoop
 
-from dispatcher.flower_events import LEFT_OUT, MAX_WAITING, TOTALS, FairEvents, install
-from workers import events as senders
+from dispatcher.monitoring.flower_events import LEFT_OUT, MAX_WAITING, TOTALS, FairEvents, install
+from workers.host import task_events as senders
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
 

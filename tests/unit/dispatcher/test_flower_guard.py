@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dispatcher.flower import check_variables, flower_options
-from dispatcher.flower_guard import Rules, is_loopback, refusal
+from dispatcher.monitoring.flower_guard import Rules, is_loopback, refusal
 from l4queue.config import Settings
 from l4queue.errors import ConfigError
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tokenizers.processors import TemplateProcessing
 
-from dispatcher.tokenizer import Counted, PromptTokenizer
+from dispatcher.routing.tokenizer import Counted, PromptTokenizer
 from l4queue.tiny import make_tiny_tokenizer
 
 BOS = 0

@@ -7,11 +7,11 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
+from l4queue.cost.step import StepCost
 from l4queue.models import WorkerLoad
+from l4queue.policy.admission import BackgroundRoom, Room, Waiting, choose, room_of
 from l4queue.policy.background import BackgroundLimits, Credit, RunningBackground, background_room, give_back
-from l4queue.policy.cost import StepCost
 from l4queue.policy.loads import decode_step_ms
-from l4queue.policy.room import BackgroundRoom, Room, Waiting, choose, room_of
 
 COST = StepCost(
     alpha_ms=7.0,

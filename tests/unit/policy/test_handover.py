@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from l4queue.cost.coefficients import load_coefficients
+from l4queue.cost.move import MovePrice
 from l4queue.models import WorkerLoad
-from l4queue.policy.coefficients import load_coefficients
 from l4queue.policy.handover import Handover, decide_handover
 from l4queue.policy.loads import prefill_ahead_ms
-from l4queue.policy.prices import MovePrice
 
 COST = load_coefficients("h100", "llama-3.1-8b")
 RECOMPUTE = MovePrice()

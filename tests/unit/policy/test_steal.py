@@ -8,10 +8,10 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from l4queue.cost.coefficients import load_coefficients
+from l4queue.cost.move import MovePrice
 from l4queue.models import WorkerLoad
-from l4queue.policy.coefficients import load_coefficients
 from l4queue.policy.loads import StageLoad, request_work_ms, running_work_ms, stage_load
-from l4queue.policy.prices import MovePrice
 from l4queue.policy.steal import (
     Ask,
     Bid,

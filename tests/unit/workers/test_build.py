@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from l4queue.config import Settings
-from l4queue.policy.coefficients import read_coefficients
+from l4queue.cost.coefficients import read_coefficients
 from workers.build import kv_directory, make_worker
 from workers.kv import store
-from workers.observer import NullObserver
+from workers.telemetry.observer import NullObserver
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ from pydantic import JsonValue
 
 from l4queue.config import Settings
 from l4queue.errors import ConfigError
-from workers.engine import EngineDied
+from workers.engine.base import EngineDied
 from workers.fleet import Fleet, main, make_fleet
-from workers.observer import NullObserver, RequestView
+from workers.telemetry.observer import NullObserver, RequestView
 
 
 class Plain:

@@ -1,0 +1,1 @@
+"""Prometheus metrics of the deployment as a whole, and Flower's bounded intake of events."""

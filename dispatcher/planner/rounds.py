@@ -1,0 +1,325 @@
+"""Planning and refinement rounds: read the deployment, ask the pure policy, publish by compare-and-set."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+
+from l4queue.compat import object_of, value_of
+from l4queue.config import Settings
+from l4queue.cost.move import MovePrice
+from l4queue.cost.step import StepCost
+from l4queue.errors import UnreadableValue
+from l4queue.models import Plan, RequestState, Routing
+from l4queue.observe.overview import Overview, cost_in_force, price_in_force, read_overview_async
+from l4queue.plan_json import plan_to_json, split_of
+from l4queue.planning.histogram import Buckets, Counts, difference, merge
+from l4queue.planning.partition import PartitionProblem
+from l4queue.planning.planner import Decision, PlannerSettings, Snapshot, expected_demand
+from l4queue.planning.refine import refine
+from l4queue.planning.steady_state import PartitionSettings
+from l4queue.planning.traffic_change import Learned, Noise, is_early_round, learn, with_decision, work_ms
+from l4queue.policy.steal import StealFrom, StealLimits
+from l4queue.protocol.calls import Calls, Verdict
+from l4queue.protocol.executor import AsyncDoor
+from l4queue.protocol.foreign import report
+from l4queue.protocol.keys import Keys
+from l4queue.protocol.reads import FinishedRequest, Reads
+from l4queue.protocol.upkeep import Upkeep
+from l4queue.sim.policies.l4 import L4Options
+from l4queue.sim.prove import decide, why_settled
+from l4queue.sim.replay import MAX_ARRIVALS, Arrival, Changed, make_scorer
+
+__all__ = ("refine_once", "replan_once")
+
+_BACKLOG_SAMPLE = 1000
+_RETRY_S = 10.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Memory:
+    """What a planner remembers from its last round: the counters then, and what it had learned.
+
+    Counters are fields as in Redis; `decided` is None while nothing has been decided on a replay.
+    """
+
+    at_ms: int
+    raw: dict[str, int]
+    counts: dict[str, int]
+    counts_s: float
+    since: dict[str, int]
+    since_s: float
+    decided: dict[str, int] | None
+    decided_s: float
+    noise: tuple[float, float]
+    begun_s: float
+
+    @classmethod
+    def parse(cls, text: str | None, *, key: str = "") -> _Memory | None:
+        """None where nothing is remembered, or only what another release would understand."""
+        if text is None:
+            return None
+        try:
+            return value_of(cls, object_of(text, what="memory"), what="memory", signed=True)
+        except UnreadableValue as error:
+            report(key, error, text.encode(errors="replace"))
+            return None
+
+    @classmethod
+    def of(cls, learned: Learned, *, raw: dict[str, int], at_ms: int) -> _Memory:
+        decided = learned.decided
+        return cls(
+            at_ms=at_ms,
+            raw=raw,
+            counts=learned.counts.to_fields(),
+            counts_s=learned.counts.observed_s,
+            since=learned.since.to_fields(),
+            since_s=learned.since.observed_s,
+            decided=None if decided is None else decided.to_fields(),
+            decided_s=0.0 if decided is None else decided.observed_s,
+            noise=(learned.noise.statistic, learned.noise.degrees),
+            begun_s=learned.begun_s,
+        )
+
+    def learned(self, buckets: Buckets) -> Learned:
+        """The inverse of `of`."""
+        statistic, degrees = self.noise
+        read = Counts.from_fields
+        return Learned(
+            counts=read(buckets, self.counts, observed_s=self.counts_s),
+            since=read(buckets, self.since, observed_s=self.since_s),
+            decided=None if self.decided is None else read(buckets, self.decided, observed_s=self.decided_s),
+            noise=Noise(statistic=statistic, degrees=degrees),
+            begun_s=self.begun_s,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Known:
+    """What is known of the traffic now; `is_early`: the next round of planning should not be waited for."""
+
+    learned: Learned
+    raw: dict[str, int]
+    buckets: Buckets
+    cost: StepCost
+    price: MovePrice
+    is_early: bool
+
+
+async def replan_once(settings: Settings) -> str:
+    """Keep the plan or publish a better one; returns the planner's reason. Safe to run twice at once."""
+    return await _with_door(settings, _replan)
+
+
+async def refine_once(settings: Settings) -> str:
+    """Nudge the boundaries of the plan where that pays; returns the reason. Safe to run twice at once."""
+    return await _with_door(settings, _refine)
+
+
+async def _with_door(settings: Settings, work: Callable[[AsyncDoor, Settings], Awaitable[str]]) -> str:
+    door = AsyncDoor(settings.redis_url, retry_s=_RETRY_S, says_outages=True)
+    try:
+        return await work(door, settings)
+    finally:
+        await door.close()
+
+
+async def _look(door: AsyncDoor, settings: Settings) -> Overview:
+    """The deployment, each worker once: one that started again has two leases until the first runs out."""
+    overview = await read_overview_async(door, settings.namespace)
+    workers = {load.worker_id: load for load in overview.workers}
+    return replace(overview, workers=tuple(workers.values()))
+
+
+async def _replan(door: AsyncDoor, settings: Settings) -> str:
+    keys = Keys(settings.namespace)
+    reads, calls = Reads(keys), Calls(keys)
+    overview = await _look(door, settings)
+    if overview.has_unreadable_plan:
+        return await _replace_unreadable(door, settings, overview)
+    if overview.plan.routing is not Routing.L4:
+        return f"routing is {overview.plan.routing}: nothing to plan"
+    known = await _learn(door, settings, overview)
+    snapshot, learned = await _snapshot(door, settings, overview, known), known.learned
+    settled = why_settled(snapshot, _planner_settings(settings, known.price), learned)
+    if settled is not None:
+        decision = Decision(publish=False, plan=overview.plan, reason=settled)
+    else:
+        recent = await door.run(reads.finished(count=MAX_ARRIVALS))
+        decision, learned = await asyncio.to_thread(_decide, snapshot, settings, recent, known)
+    memory = _Memory.of(learned, raw=known.raw, at_ms=overview.now_ms)
+    await door.run_many([calls.remember(json.dumps(asdict(memory))), calls.log_decision(_log_line(decision))])
+    if not decision.publish:
+        return decision.reason
+    return await _publish(door, settings, decision.plan, replaces=overview.plan.version)
+
+
+async def _refine(door: AsyncDoor, settings: Settings) -> str:
+    overview = await _look(door, settings)
+    plan = overview.plan
+    if plan.routing is not Routing.L4 or overview.has_unreadable_plan:
+        return f"routing is {plan.routing}, or of another release: nothing to refine"
+    known = await _learn(door, settings, overview)
+    if known.is_early:
+        return await _replan(door, settings)
+    if len(plan.stages) < 2 or known.learned.counts.observed_s <= 0.0:
+        return "nothing to refine"
+    if sum(len(stage.worker_ids) for stage in plan.stages) != len(overview.workers):
+        return "workers come or go: the planner's turn"
+    problem = PartitionProblem(
+        expected_demand(await _snapshot(door, settings, overview, known)),
+        len(overview.workers),
+        buckets=known.buckets,
+        cost=known.cost,
+        settings=_planner_settings(settings, known.price).partition,
+    )
+    refined = refine(plan, problem)
+    if refined.plan is None:
+        return refined.reason
+    # created_ms stays that of the plan it refines: nudging must not put off the planner
+    new = replace(refined.plan, reason=f"refined: {refined.reason}")
+    return await _publish(door, settings, new, replaces=plan.version)
+
+
+async def _replace_unreadable(door: AsyncDoor, settings: Settings, overview: Overview) -> str:
+    """Publish the latest readable plan anew; that of a newer release stays, for its own planner to change."""
+    if overview.has_newer_plan:
+        return f"plan {overview.plan_version} is of a newer release: nothing to plan"
+    version = max(overview.plan.version, overview.plan_version) + 1
+    new = replace(overview.plan, version=version, reason="the plan in force could not be read")
+    return await _publish(door, settings, new, replaces=overview.plan_version)
+
+
+async def _publish(door: AsyncDoor, settings: Settings, new: Plan, *, replaces: int) -> str:
+    """Publish by compare-and-set; what waits goes to the stages of its lengths by the new plan."""
+    calls = Calls(Keys(settings.namespace))
+    call = calls.publish(expected_version=replaces, version=new.version, body=plan_to_json(new))
+    if await door.run(call) is Verdict.STALE:
+        return "another planner was first"
+    await Upkeep(settings=settings, door=door).reroute(new)
+    return f"plan {new.version}: {new.reason}"
+
+
+async def _learn(door: AsyncDoor, settings: Settings, overview: Overview) -> _Known:
+    """Add what the counters gained since the last round of planning to what was remembered then."""
+    reads = Reads(Keys(settings.namespace))
+    fields, remembered = await door.run_many([reads.histogram(), reads.planner_memory()])
+    raw = {name: int(float(value)) for name, value in fields.items()}
+    memory = _Memory.parse(remembered, key=reads.keys.memory)
+    buckets, cost = Buckets.log_spaced(settings.max_model_len), cost_in_force(overview, settings)
+    now_s = overview.now_ms / 1000
+    if memory is None:
+        before, gained = Learned.nothing(buckets, now_s=now_s), Counts.zero(buckets)
+    else:
+        elapsed_s = max(0.0, (overview.now_ms - memory.at_ms) / 1000)
+        then = Counts.from_fields(buckets, memory.raw)
+        before = memory.learned(buckets)
+        before = replace(before, begun_s=min(before.begun_s, now_s))  # the clock may have gone back
+        gained = difference(Counts.from_fields(buckets, raw), then, elapsed_s=elapsed_s)
+    num_unfinished = sum(load.num_running + load.num_waiting_in_engine for load in overview.workers)
+    num_unfinished += sum(queue.num_requests for queue in overview.queues.values())
+    work = work_ms(merge(before.counts, gained), buckets=buckets, cost=cost)
+    return _Known(
+        learned=learn(before, gained, now_s=now_s, half_life_s=settings.demand_half_life_s, work=work),
+        raw=raw,
+        buckets=buckets,
+        cost=cost,
+        price=price_in_force(overview),
+        is_early=is_early_round(before, gained, num_unfinished=num_unfinished, work=work),
+    )
+
+
+async def _snapshot(door: AsyncDoor, settings: Settings, overview: Overview, known: _Known) -> Snapshot:
+    """What the deployment looks like to the planner."""
+    return Snapshot(
+        now_ms=overview.now_ms,
+        plan=overview.plan,
+        loads=overview.workers,
+        demand=known.learned.counts.demand(),
+        backlog=await _backlog(door, settings, overview, known.buckets),
+        cost=known.cost,
+        buckets=known.buckets,
+        changed_ms=round(known.learned.begun_s * 1000),
+    )
+
+
+def _planner_settings(settings: Settings, price: MovePrice) -> PlannerSettings:
+    partition = PartitionSettings(move_price=price, moves_requests=settings.hand_over)
+    return PlannerSettings.of(settings, partition=partition)
+
+
+def _decide(
+    snapshot: Snapshot, settings: Settings, finished: Sequence[FinishedRequest], known: _Known
+) -> tuple[Decision, Learned]:
+    """By the closed form; what it proposes is published only if a replay of recent traffic agrees."""
+    learned, score = known.learned, _scorer(snapshot, settings, finished, known)
+    decision = decide(snapshot, _planner_settings(settings, known.price), score, learned=learned)
+    return decision, learned if score is None else with_decision(learned)
+
+
+def _scorer(
+    snapshot: Snapshot, settings: Settings, finished: Sequence[FinishedRequest], known: _Known
+) -> Callable[[Plan], float] | None:
+    """What plans are replayed on; None where too little has finished since the traffic changed."""
+    arrivals = [
+        Arrival(
+            arrival_s=request.submitted_ms / 1000,
+            input_tokens=request.prompt_tokens,
+            output_tokens=request.output_tokens,
+            e2e_s=(request.finished_ms - request.submitted_ms) / 1000,
+        )
+        for request in finished
+        if request.state == RequestState.DONE
+    ]
+    return make_scorer(
+        arrivals,
+        cost=snapshot.cost,
+        num_instances=len(snapshot.loads),
+        price=known.price,
+        options=L4Options(
+            without=_left_out(settings),
+            steal=StealLimits(steal_from=StealFrom(settings.steal_from)),
+        ),
+        changed=Changed(begun_s=known.learned.begun_s, demand=snapshot.demand, buckets=snapshot.buckets),
+    )
+
+
+async def _backlog(
+    door: AsyncDoor, settings: Settings, overview: Overview, buckets: Buckets
+) -> tuple[tuple[int, int], ...]:
+    """Waiting requests by length bucket; long queues are sampled from their head."""
+    reads = Reads(Keys(settings.namespace))
+    stages = [stage for stage, queue in overview.queues.items() if queue.num_requests]
+    ids = await door.run_many([reads.queue_ids(stage, limit=_BACKLOG_SAMPLE) for stage in stages])
+    found: dict[int, float] = {}
+    for stage, some in zip(stages, ids, strict=True):
+        lengths: Sequence[int | None] = await door.run_many([reads.prompt_tokens(i) for i in some])
+        weight = overview.queues[stage].num_requests / max(1, len(some))
+        for length in lengths:
+            if length is not None:
+                bucket = buckets.index(length)
+                found[bucket] = found.get(bucket, 0.0) + weight
+    return tuple(sorted((bucket, round(number)) for bucket, number in found.items()))
+
+
+def _log_line(decision: Decision) -> str:
+    considered = [
+        {
+            **split_of(candidate.stages),
+            "objective": candidate.objective if candidate.objective < float("inf") else None,
+            "scored": candidate.scored,
+            "moves": candidate.num_moves,
+            "is_current": candidate.is_current,
+        }
+        for candidate in decision.candidates
+    ]
+    return json.dumps({"publish": decision.publish, "reason": decision.reason, "candidates": considered})
+
+
+def _left_out(settings: Settings) -> frozenset[str]:
+    """Ingredients that the settings switch off, as the simulator names them."""
+    if not settings.hand_over:
+        return frozenset({"hand-over", "escape"})
+    return frozenset() if settings.escape else frozenset({"escape"})

@@ -1,0 +1,281 @@
+"""The dispatcher: inbox → count → route by the current plan. Any number of replicas may run."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dispatcher.constraints.checker import ConstraintChecker
+from dispatcher.constraints.pending import PendingChecks
+from dispatcher.routing.metrics import RouterFigures
+from dispatcher.routing.request_fit import Fitted, field_of, fit, read_body
+from dispatcher.routing.router import Router
+from dispatcher.routing.tokenizer import Counted, PromptTokenizer, Refusal
+from l4queue.config import Settings
+from l4queue.errors import L4QueueError
+from l4queue.models import Plan, RequestBody, RequestState
+from l4queue.observe.overview import read_overview_async
+from l4queue.planning.histogram import Buckets
+from l4queue.protocol.calls import Call, Calls, Verdict
+from l4queue.protocol.executor import AsyncDoor
+from l4queue.protocol.inbox import Inbox
+from l4queue.protocol.keys import Keys
+from l4queue.protocol.plans import read_plan
+from l4queue.protocol.reads import InboxBody, Reads, StreamEntry
+
+__all__ = ("Dispatcher",)
+
+log = logging.getLogger("l4queue.dispatcher")
+_LOOK_S = 0.25
+_NAME = re.compile(r"[!-+\--~]{1,200}")  # what an id may look like: the same as the scripts have it, and short
+_MAX_DELIVERIES = 3  # so many dispatchers may end while they work on an entry: the next one refuses it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Arrival:
+    """One readable inbox entry with the body it refers to, and what that says."""
+
+    entry_id: str
+    request_id: str
+    body: InboxBody
+    wire: RequestBody
+
+
+class Dispatcher:
+    """Routes what arrives. `run_once` does one round and returns how many entries it cleared."""
+
+    def __init__(
+        self,
+        *,
+        settings: Settings,
+        door: AsyncDoor,
+        tokenizer: PromptTokenizer,
+        name: str,
+        checker: ConstraintChecker | None = None,
+    ) -> None:
+        self.settings = settings
+        self.name = name
+        self.keys = Keys(settings.namespace)
+        self._door = door
+        self._calls = Calls(self.keys)
+        self._reads = Reads(self.keys)
+        self._inbox = Inbox(door, self.keys, consumer=name)
+        self._tokenizer = tokenizer
+        self._checker = checker or ConstraintChecker(
+            tokenizer=settings.tokenizer or settings.model, limit_s=settings.constraint_check_s
+        )
+        self._checks = PendingChecks(
+            inbox=self._inbox,
+            checker=self._checker,
+            resume=self._adopt,
+            claim_idle_s=settings.dispatcher_claim_idle_s,
+        )
+        self._buckets = Buckets.log_spaced(settings.max_model_len)
+        self._stopping = asyncio.Event()
+        self._rounded_s = time.monotonic()
+        self._router = Router(settings)
+        self._looked_s = 0.0
+        self.figures = RouterFigures()
+
+    @property
+    def plan(self) -> Plan:
+        """The plan that this dispatcher routes by."""
+        return self._router.plan
+
+    @property
+    def idle_s(self) -> float:
+        """Since when no round of `run` ended, in s."""
+        return time.monotonic() - self._rounded_s
+
+    def request_stop(self) -> None:
+        """End `run` after the round in progress."""
+        self._stopping.set()
+
+    async def run(self) -> None:
+        """Route until stopped. Redis may come and go meanwhile."""
+        try:
+            while not self._stopping.is_set():
+                await self.run_once(block_s=1.0)
+                self._rounded_s = time.monotonic()
+        finally:
+            await self._checks.stop()
+        await self._inbox.leave()
+
+    async def run_once(self, *, block_s: float) -> int:
+        """One round: read, count, route."""
+        entries = await self._inbox.read(count=self.settings.dispatcher_batch, block_s=block_s)
+        return await self._handle_all(entries) if entries else 0
+
+    async def adopt_once(self) -> int:
+        """Clear what dispatchers left behind that died or hang.
+
+        An entry that was tried before is tried alone, so that only a culprit can end this dispatcher too; one
+        that ended too many of them is refused.
+        """
+        entry_ids = await self._inbox.adopt(
+            min_idle_s=self.settings.dispatcher_claim_idle_s, count=self.settings.dispatcher_batch
+        )
+        for entry_id in entry_ids:
+            if entry_id not in self._checks:
+                await self._adopt(entry_id)
+        return len(entry_ids)
+
+    async def _adopt(self, entry_id: bytes) -> None:
+        claimed = await self._inbox.claim(entry_id)
+        if claimed is None:
+            return
+        entry, num_deliveries = claimed
+        if num_deliveries > _MAX_DELIVERIES:
+            await self._refuse_poison(entry)
+        else:
+            await self._handle_all([entry])
+
+    async def _handle_all(self, entries: Sequence[StreamEntry]) -> int:
+        """Handle them together; where one of them cannot be handled, one by one, and that one is refused."""
+        try:
+            return await self.handle(entries)
+        except L4QueueError:
+            raise
+        except Exception as error:  # the edge of the service: no entry may end it
+            if len(entries) > 1:
+                return sum([await self._handle_all([entry]) for entry in entries])
+            log.exception("an entry of the inbox cannot be handled")
+            await self._door.run(self._refuse_unreadable(entries[0], f"it cannot be handled: {error!r:.200}"))
+            return 1
+
+    def _refuse_unreadable(self, entry: StreamEntry, error: str) -> Call[Verdict]:
+        self.figures.refused["unreadable"] += 1
+        request_id = entry[1].get(b"i", b"?").decode(errors="replace") or "?"
+        raw = repr(entry[1]).encode()
+        return self._calls.refuse(request_id, entry_id=entry[0].decode(), error=error, raw=raw)
+
+    async def _refuse_poison(self, entry: StreamEntry) -> None:
+        request_id = entry[1].get(b"i", b"?").decode(errors="replace")
+        error = f"{_MAX_DELIVERIES} dispatchers ended while counting it"
+        call = self._calls.refuse(request_id, entry_id=entry[0].decode(), error=error, field="prompt")
+        await self._door.run(call)
+        self.figures.refused["poison"] += 1
+
+    async def handle(self, entries: Sequence[StreamEntry]) -> int:
+        """Check, count and route these entries; refusals end in `failed` with the field at fault.
+
+        An entry whose constraint is not known yet is set aside; the others do not wait for it.
+        """
+        begun_s = time.monotonic()
+        readable = [(e.decode(), v[b"i"].decode()) for e, v in entries if _is_readable(v)]
+        calls: list[Call[Verdict]] = [
+            self._refuse_unreadable((e, v), "unreadable inbox entry") for e, v in entries if not _is_readable(v)
+        ]
+        replies = await self._door.run_many([self._reads.plan(), *(self._reads.body(i) for _, i in readable)])
+        await self._follow(*replies[0])
+        arrivals = []
+        for (entry_id, request_id), body in zip(readable, replies[1:], strict=True):
+            if body is None or body.state != RequestState.SUBMITTED:  # gone, cancelled, or routed by another
+                calls.append(self._calls.refuse(request_id, entry_id=entry_id, error="no longer waiting"))
+            elif body.fault:
+                self.figures.refused["unreadable"] += 1
+                calls.append(
+                    self._calls.refuse(request_id, entry_id=entry_id, error=body.fault, field="body", raw=body.raw)
+                )
+            else:
+                examined = self._examine(entry_id, body)
+                if isinstance(examined, Refusal):
+                    calls.append(self._refuse(request_id, entry_id, examined))
+                elif examined is not None:
+                    arrivals.append(_Arrival(entry_id=entry_id, request_id=request_id, body=body, wire=examined))
+        prompts = [(arrival.body.kind, arrival.body.prompt) for arrival in arrivals]
+        counted_s = time.monotonic()
+        counted = await asyncio.to_thread(self._tokenizer.count, prompts) if prompts else []
+        self.figures.counting.add(time.monotonic() - counted_s)
+        calls.extend(self._decide(arrival, answer) for arrival, answer in zip(arrivals, counted, strict=True))
+        await self._door.run_many(calls)
+        self.figures.rounds.add(time.monotonic() - begun_s)
+        return len(calls)
+
+    def _examine(self, entry_id: str, body: InboxBody) -> RequestBody | Refusal | None:
+        """What a body says; None when its constraint has to be checked first."""
+        wire = read_body(body.body)
+        if isinstance(wire, Refusal) or wire.params.structured_outputs is None:
+            return wire
+        verdict = self._checker.known(wire.params.structured_outputs)
+        if verdict is None:
+            self._checks.hold(entry_id.encode(), wire.params.structured_outputs)
+            return None
+        if verdict.error:
+            return Refusal(field=field_of(wire.params.structured_outputs), error=verdict.error)
+        return wire
+
+    def _decide(self, arrival: _Arrival, answer: Counted | Refusal) -> Call[Verdict]:
+        if isinstance(answer, Counted):
+            fitted = fit(
+                arrival.wire,
+                arrival.body,
+                len(answer.token_ids),
+                limit_tokens=self._tokenizer.max_model_len,
+                vocabulary_size=self._tokenizer.vocabulary_size,
+            )
+            if not isinstance(fitted, Refusal):
+                return self._route(arrival, answer, fitted)
+            answer = fitted
+        return self._refuse(arrival.request_id, arrival.entry_id, answer)
+
+    def _refuse(self, request_id: str, entry_id: str, answer: Refusal) -> Call[Verdict]:
+        self.figures.refused[answer.reason] += 1
+        log.info("refused", extra={"request_id": request_id, "field": answer.field})
+        return self._calls.refuse(
+            request_id,
+            entry_id=entry_id,
+            error=answer.error,
+            field=answer.field,
+            reason=answer.reason,
+        )
+
+    def _route(self, arrival: _Arrival, answer: Counted, fitted: Fitted) -> Call[Verdict]:
+        prompt_tokens = len(answer.token_ids)
+        place = self._router.place(
+            prompt_tokens, submitted_ms=arrival.body.submitted_ms, priority=arrival.wire.priority
+        )
+        self.figures.count_routed(place.stage)
+        return self._calls.route(
+            arrival.request_id,
+            entry_id=arrival.entry_id,
+            stage=place.stage,
+            score=place.score,
+            token_ids=answer.token_ids,
+            max_tokens=fitted.max_tokens,
+            plan_version=self.plan.version,
+            bucket=self._buckets.index(prompt_tokens),
+            why=place.why,
+            charge_tokens=fitted.charge_tokens,
+            body=fitted.body,
+        )
+
+    async def _follow(self, version: int, body: str | None) -> None:
+        """Route by the plan in force, and by loads that are not much older than a worker's heartbeat."""
+        plan = read_plan(body, key=self.keys.plan) if version != self.plan.version else None
+        if plan is not None and plan.version != self.plan.version:
+            self._router.follow(plan)
+            self._looked_s = 0.0
+            log.info("plan", extra={"plan_version": version, "num_stages": len(self.plan.stages)})
+        is_old = time.monotonic() - self._looked_s >= _LOOK_S
+        if self._router.wants_fresh_loads or (self._router.wants_loads and is_old):
+            await self._look()
+
+    async def _look(self) -> None:
+        """See queues and loads; for a pushing router also what workers took since they last told their load."""
+        overview = await read_overview_async(self._door, self.settings.namespace)
+        names = [load.incarnation for load in overview.workers] if self._router.wants_fresh_loads else []
+        held = await self._door.run_many([self._reads.num_held(name) for name in names])
+        self._router.see(overview, held=dict(zip(names, held, strict=True)))
+        self._looked_s = time.monotonic()
+
+
+def _is_readable(values: dict[bytes, bytes]) -> bool:
+    try:
+        return bool(_NAME.fullmatch(values[b"i"].decode()))
+    except (KeyError, UnicodeDecodeError):
+        return False

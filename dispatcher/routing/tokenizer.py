@@ -1,0 +1,140 @@
+"""The model's own tokenizer: prompts and chats to token ids, in batches, with a reason for every refusal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from l4queue.errors import ConfigError
+from l4queue.pretrained import load_tokenizer
+from l4queue.protocol.records import unpack_ids
+from l4queue.tiny import build_tiny_tokenizer, cache_directory
+
+__all__ = ("Counted", "PromptTokenizer", "Refusal")
+
+_FALLBACK_TOKEN_BYTES = 512
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refusal:
+    """Why a request can never run. `reason` is `invalid` or `too_long`."""
+
+    field: str
+    error: str
+    reason: str = "invalid"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counted:
+    """A prompt as the model reads it."""
+
+    token_ids: tuple[int, ...]
+
+
+class PromptTokenizer:
+    """Counts prompts. Thread-safe for reading; loads in seconds, so make one per process.
+
+    `path` is a directory or name that transformers knows; `tiny` builds that model's tokenizer if need be.
+    `max_model_len` bounds the work: a prompt that cannot fit by its bytes alone is refused uncounted.
+    """
+
+    def __init__(self, path: str, *, max_model_len: int) -> None:
+        try:
+            source = build_tiny_tokenizer(cache_directory()) if path == "tiny" else path
+            self._tokenizer: Any = load_tokenizer(source)
+        except ImportError as error:
+            raise ConfigError("transformers is missing: install l4queue[dispatcher]") from error
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"no tokenizer at {path!r}: set L4_MODEL or L4_TOKENIZER ({error})") from error
+        self.max_model_len = max_model_len
+        self._added_bos, self._added_bos_id = _added_bos(self._tokenizer)
+        vocabulary = self._tokenizer.get_vocab()
+        self.vocabulary_size = max(vocabulary.values(), default=-1) + 1
+        self._longest_token_bytes = max((len(t.encode()) for t in vocabulary), default=_FALLBACK_TOKEN_BYTES)
+
+    def count(self, prompts: Sequence[tuple[str, bytes]]) -> list[Counted | Refusal]:
+        """Token ids of prompts given as (kind, bytes): p text, m messages (JSON), t packed ids; in order."""
+        answers: list[Counted | Refusal | None] = [None] * len(prompts)
+        texts: dict[int, str] = {}
+        rendered: dict[int, str] = {}
+        for index, (kind, data) in enumerate(prompts):
+            answer = self._prepare(kind, data)
+            if isinstance(answer, str):
+                (rendered if kind == "m" else texts)[index] = answer
+            else:
+                answers[index] = answer
+        self._encode(texts, answers, specials=True)
+        self._encode(rendered, answers, specials=False)  # a chat template writes its own
+        return [answer if answer is not None else _EMPTY for answer in answers]
+
+    def _prepare(self, kind: str, data: bytes) -> str | Counted | Refusal:
+        if kind == "t":
+            return self._check_ids(data)
+        field = "messages" if kind == "m" else "prompt"
+        if len(data) > self._longest_token_bytes * self.max_model_len:
+            error = f"{len(data)} bytes cannot fit the model's {self.max_model_len} tokens"
+            return Refusal(field=field, error=error, reason="too_long")
+        try:
+            text = data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            return Refusal(field=field, error=f"not valid UTF-8: {error.reason} at byte {error.start}")
+        return self._render(text) if kind == "m" else text
+
+    def _render(self, text: str) -> str | Refusal:
+        if not getattr(self._tokenizer, "chat_template", None):
+            return Refusal(field="messages", error="this model's tokenizer has no chat template; send a prompt")
+        try:
+            return str(
+                self._tokenizer.apply_chat_template(json.loads(text), tokenize=False, add_generation_prompt=True)
+            )
+        except Exception as error:  # a model's template is foreign code and may raise anything
+            return Refusal(field="messages", error=f"the model's chat template refuses these messages: {error}")
+
+    def _check_ids(self, data: bytes) -> Counted | Refusal:
+        try:
+            token_ids = tuple(unpack_ids(data))
+        except ValueError:
+            return Refusal(field="token_ids", error="not a list of 32-bit token ids")
+        if token_ids and max(token_ids) >= self.vocabulary_size:
+            error = f"token id {max(token_ids)} is outside the vocabulary of {self.vocabulary_size}"
+            return Refusal(field="token_ids", error=error)
+        return Counted(token_ids=token_ids) if token_ids else _EMPTY
+
+    def _encode(self, texts: dict[int, str], answers: list[Counted | Refusal | None], *, specials: bool) -> None:
+        if not texts:
+            return
+        try:
+            encoded = self._tokenizer(list(texts.values()), add_special_tokens=specials, verbose=False)[
+                "input_ids"
+            ]
+        except Exception as error:  # a tokenizer is foreign code; one bad text must not fail its neighbours
+            if len(texts) == 1:
+                (index,) = texts
+                answers[index] = Refusal(field="prompt", error=f"the model's tokenizer refuses it: {error}")
+                return
+            for index, text in texts.items():
+                self._encode({index: text}, answers, specials=specials)
+            return
+        for (index, text), token_ids in zip(texts.items(), encoded, strict=True):
+            if specials and self._begins_twice(text, token_ids):
+                del token_ids[0]
+            answers[index] = Counted(token_ids=tuple(token_ids)) if token_ids else _EMPTY
+
+    def _begins_twice(self, text: str, token_ids: Sequence[int]) -> bool:
+        """Whether the beginning of sequence stands in the text already, as in one that a template has rendered."""
+        has_own = bool(self._added_bos) and text.startswith(self._added_bos)
+        return has_own and len(token_ids) > 1 and token_ids[0] == token_ids[1] == self._added_bos_id
+
+
+def _added_bos(tokenizer: Any) -> tuple[str, int]:
+    """The beginning of sequence that a tokenizer puts before every text; ("", -1) when it puts none."""
+    text, token_id = getattr(tokenizer, "bos_token", None), getattr(tokenizer, "bos_token_id", None)
+    if not text or token_id is None:
+        return "", -1
+    alone = tokenizer("a", add_special_tokens=True, verbose=False)["input_ids"]
+    return (str(text), int(token_id)) if alone[:1] == [token_id] else ("", -1)
+
+
+_EMPTY = Refusal(field="prompt", error="the prompt is empty")

@@ -1,0 +1,1 @@
+"""`l4queue bench serve`: routing policies compared on running engines. Begin with `command.py`."""

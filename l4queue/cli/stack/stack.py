@@ -1,0 +1,357 @@
+"""A whole deployment on this machine: its processes, their environment, and the moment it is ready."""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import os
+import sys
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from l4queue.cli.stack.embedded import EmbeddedRedis, free_port, is_port_free, write_private
+from l4queue.cli.stack.flower_place import FlowerPlace, flower_answers, flower_place
+from l4queue.cli.stack.logs import FileLog, Log
+from l4queue.cli.stack.scrape import with_metrics, write_targets
+from l4queue.cli.stack.supervisor import ChildSpec, RestartPolicy, Supervisor
+from l4queue.config import URL_FILE, Settings, load_settings
+from l4queue.errors import ConfigError, L4QueueError
+from l4queue.hardware import Gpu, cores_of_worker, engine_build, missing_library, view_gpus
+from l4queue.observe.overview import read_overview_async
+from l4queue.protocol.executor import AsyncDoor
+from l4queue.redis_url import SecretUrl, parse_url
+from l4queue.tiny import cache_directory
+
+__all__ = ("DEFAULT_DATA_DIR", "Stack", "StackOptions")
+
+DEFAULT_DATA_DIR = URL_FILE.parent
+DEFAULT_WORKERS = 2
+_STOP_WORKERS, _STOP_SERVICES, _STOP_REDIS = 0, 1, 2
+_WORKER_MARGIN_S = 20.0
+"""Beyond the drain deadline: the worker's own margins for its engine (10 s) and interpreter (5 s), and ours."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StackOptions:
+    """What to run; None leaves it to the settings or to what this machine has.
+
+    `workers_per_process` above 1 is for emulated engines only: fewer processes on few cores.
+    """
+
+    workers: int | None = None
+    workers_per_process: int = 1
+    dispatchers: int = 1
+    engine: str | None = None
+    model: str | None = None
+    redis_url: str | None = field(default=None, repr=False)
+    redis_port: int | None = None
+    durability: str | None = None
+    data_dir: Path | None = None
+    flower_port: int | None = None
+    flower: bool = True
+    metrics_port: int | None = None
+    log_format: str | None = None
+    quiet: bool = False
+
+    def overrides(self) -> dict[str, Any]:
+        """The options that are settings."""
+        names = ("engine", "model", "redis_url", "durability", "flower_port", "metrics_port", "log_format")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+
+class Stack:
+    """Redis (unless a URL is given), dispatchers, planner, beat, workers and Flower as supervised children.
+
+    `async with` starts everything and stops it in order: workers drain, then the services, Redis last.
+    `settings`, `redis_url` and `flower_url` hold once started. Child output goes to `log`, by default to
+    files under the data directory. Belongs to one event loop, best on the main thread: children end with
+    the thread that started them.
+    """
+
+    def __init__(
+        self, options: StackOptions, *, log: Log | None = None, restart: RestartPolicy | None = None
+    ) -> None:
+        self.options = options
+        self.settings: Settings = load_settings(**options.overrides())
+        self.data_dir = (options.data_dir or DEFAULT_DATA_DIR).absolute()
+        self.log = log or FileLog(self.data_dir / "logs", notes=None if options.quiet else sys.stderr)
+        self.supervisor = Supervisor(log=self.log, restart=restart)
+        self.flower: FlowerPlace | None = None
+        self.not_ready: list[str] = []
+        self.metrics_urls: dict[str, str] = {}
+        self._redis: EmbeddedRedis | None = None
+        self._door: AsyncDoor | None = None
+
+    @property
+    def redis_url(self) -> SecretUrl:
+        """Of the Redis that all processes use."""
+        return self.settings.redis_url
+
+    @property
+    def flower_url(self) -> str | None:
+        """Of Flower, for a browser on this machine; None without Flower."""
+        return None if self.flower is None or self.flower.socket else self.flower.url
+
+    @property
+    def url_file(self) -> Path | None:
+        """Where clients find the URL of the Redis started here, which has its password; None for another Redis."""
+        return None if self._redis is None else self.data_dir / URL_FILE.name
+
+    @property
+    def targets_file(self) -> Path:
+        """Where Prometheus finds the processes (`file_sd_configs`), with metrics only."""
+        return self.data_dir / "prometheus-targets.json"
+
+    def note(self, text: str) -> None:
+        """Say something of our own in the log."""
+        self.log.write("l4queue", text)
+
+    async def __aenter__(self) -> Stack:
+        try:
+            await self._start()
+        except BaseException:
+            await self.stop()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.stop()
+
+    async def _start(self) -> None:
+        gpus = self._check_hardware()
+        num_workers = self.options.workers or len(gpus) // self.settings.tensor_parallel or DEFAULT_WORKERS
+        await self._start_redis()
+        parse_url(self.redis_url)
+        assert self.settings.broker_url  # both are right, or this is the end
+        model = await self._model_path()
+        self._choose_flower_port()
+        self.settings = self.settings.model_copy(update={"model": model})
+        self._door = AsyncDoor(self.redis_url, retry_s=0.0)
+        specs = [*self._service_specs(), *self._serving_specs(num_workers, gpus)]
+        self.metrics_urls, specs = with_metrics(specs, self.settings)
+        if self.metrics_urls:
+            write_targets(self.targets_file, self.metrics_urls)
+        for spec in specs:
+            self.supervisor.add(spec)
+
+    async def ready(self) -> None:
+        """Wait until every worker serves and every service runs; ServiceUnavailable if one cannot start.
+
+        Flower and the exporter hold nothing up: where they are late or fail, `not_ready` names them.
+        """
+
+        def still_waiting(waited_s: float, missing: list[str]) -> None:
+            self.note(f"waiting for {', '.join(missing)} ({waited_s:.0f} s so far; engines take a while to load)")
+
+        self.not_ready = await self.supervisor.ready(on_wait=still_waiting)
+
+    async def stop(self) -> None:
+        """Stop everything in order; safe to call twice."""
+        await self.supervisor.stop()
+        if self._door is not None:
+            await self._door.close()
+            self._door = None
+        if self._redis is not None:
+            if self.url_file is not None:
+                self.url_file.unlink(missing_ok=True)
+            self._redis.release()
+            self._redis = None
+        self.log.close()
+
+    def kill(self) -> None:
+        """Do not wait for anything any more: SIGKILL to all but Redis, which ends quickly by itself."""
+        for name, child in self.supervisor.children.items():
+            if name != "redis":
+                child.kill()
+
+    def _check_hardware(self) -> list[Gpu]:
+        if self.settings.engine != "vllm":
+            return []
+        if self.options.workers_per_process > 1:
+            raise ConfigError("several workers in one process are for --engine emulated only")
+        build = engine_build()
+        if build is None:
+            raise ConfigError(
+                "vLLM is not installed; `make install`, or `pip install 'l4queue[gpu]'`, or use --engine emulated"
+            )
+        missing = missing_library(build)
+        if missing is not None:
+            raise ConfigError(missing)
+        view = view_gpus()
+        gpus = view.for_groups_of(self.settings.tensor_parallel) if build.kind == "gpu" else []
+        needed = (self.options.workers or 1) * self.settings.tensor_parallel
+        if build.kind == "gpu" and len(gpus) < needed:
+            why = f" ({view.why})" if view.notes else ""
+            raise ConfigError(
+                f"{self.options.workers or 1} workers need {needed} GPUs, and {len(gpus)} can be used here{why}; "
+                "see `l4queue doctor`, or install the CPU build of vLLM"
+            )
+        return gpus
+
+    async def _start_redis(self) -> None:
+        if "redis_url" in self.settings.model_fields_set:
+            self.note(f"using the Redis at {self.redis_url}")
+            return
+        self._redis = redis = EmbeddedRedis(
+            self.data_dir / "redis", durability=self.settings.durability, port=self.options.redis_port
+        )
+        await asyncio.to_thread(redis.acquire)
+        self.settings = self.settings.model_copy(update={"redis_url": redis.url})
+        self.note(f"starting {redis.server.text} at {redis.url}, data in {redis.data_dir}")
+        self.supervisor.add(
+            ChildSpec(
+                name="redis",
+                argv=redis.argv,
+                is_ready=redis.is_ready,
+                stop_order=_STOP_REDIS,
+                stop_s=30.0,
+                dies_gently=True,
+                pass_fds=(redis.lock_fd,),
+            )
+        )
+        await self.supervisor.ready(["redis"])
+        write_private(self.data_dir / URL_FILE.name, f"{redis.url.reveal()}\n")
+
+    async def _model_path(self) -> str:
+        model = self.settings.model
+        if model != "tiny":
+            if model.startswith(("/", ".", "~")) and not (Path(model).expanduser() / "config.json").is_file():
+                raise ConfigError(f"model {model}: there is no {Path(model).expanduser() / 'config.json'}")
+            return str(Path(model).expanduser()) if model.startswith("~") else model
+        cache = cache_directory()
+        self.note("model tiny: a small Llama with random weights; its text is noise")
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "workers.tiny",
+            str(cache),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        try:
+            output, complaint = await process.communicate()
+        except BaseException:
+            process.kill()
+            await process.wait()
+            raise
+        if process.returncode != 0:
+            last = complaint.decode(errors="replace").strip().rpartition("\n")[2]
+            raise ConfigError(f"the tiny model cannot be built in {cache}: {last}")
+        return output.decode().strip().rpartition("\n")[2]
+
+    def _choose_flower_port(self) -> None:
+        if not self.options.flower:
+            return
+        place = flower_place(self.settings)
+        if self.options.flower_port is not None:
+            place = replace(place, port=self.options.flower_port, socket="")
+        if not place.socket and not is_port_free(place.port):
+            if self.options.flower_port is not None:
+                raise ConfigError(
+                    f"port {place.port} is in use; choose another with --flower-port, or use --no-flower"
+                )
+            place = replace(place, port=free_port())
+        self.settings = self.settings.model_copy(update={"flower_port": place.port})
+        self.flower = place
+
+    def _environment(self) -> dict[str, str]:
+        names = ("namespace", "durability", "engine", "model", "flower_port", "log_format")
+        ours = {f"L4_{name.upper()}": str(getattr(self.settings, name)) for name in names}
+        return {**ours, "L4_REDIS_URL": self.redis_url, "PYTHONUNBUFFERED": "1"}
+
+    def _service_specs(self) -> list[ChildSpec]:
+        # Celery warns root about pickle, which is off here.
+        env = {**self._environment(), "PYTHONWARNINGS": "ignore:You're running the worker"}
+
+        def service(name: str, *arguments: str, **more: Any) -> ChildSpec:
+            return ChildSpec(
+                name=name,
+                argv=(sys.executable, "-m", *arguments),
+                env=env,
+                stop_order=_STOP_SERVICES,
+                **more,
+            )
+
+        celery = ("celery", "--quiet", "-A", "dispatcher.app")
+        planner = ("worker", "-P", "solo", "-Q", "l4-control", "-n", "planner@%h")
+        specs = [
+            service(f"dispatcher-{i}", "dispatcher", ready_text=" ready: ")
+            for i in range(self.options.dispatchers)
+        ]
+        if self.settings.metrics_port:
+            specs.append(service("exporter", "dispatcher.exporter", ready_text=" ready: ", essential=False))
+        specs.append(service("planner", *celery, *planner, "--loglevel", "INFO", ready_text=" ready."))
+        specs.append(service("beat", *celery, "beat", "--loglevel", "WARNING", "--pidfile="))
+        if self.flower is not None:
+            place = self.flower
+            flower = service("flower", "dispatcher.flower", is_ready=lambda: _is_well(place), essential=False)
+            own = {"FLOWER_PORT": str(place.port), "FLOWER_UNIX_SOCKET": place.socket}  # they win over ours
+            specs.append(replace(flower, env={**flower.env, **own}))
+        return specs
+
+    def _serving_specs(self, num_workers: int, gpus: list[Gpu]) -> list[ChildSpec]:
+        size = self.options.workers_per_process
+        if size == 1:
+            return [self._worker_spec(i, num_workers=num_workers, gpus=gpus) for i in range(num_workers)]
+        names = [f"worker-{index}" for index in range(num_workers)]
+        firsts = range(0, num_workers, size)
+        return [self._fleet_spec(f"fleet-{first // size}", names[first : first + size]) for first in firsts]
+
+    def _worker_spec(self, index: int, *, num_workers: int, gpus: list[Gpu]) -> ChildSpec:
+        name = f"worker-{index}"
+        env = {**self._environment(), "L4_WORKER_ID": name}
+        if gpus:
+            group = self.settings.tensor_parallel
+            ours = gpus[index * group : (index + 1) * group]
+            env |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ",".join(g.cuda_name for g in ours)}
+        elif "VLLM_CPU_OMP_THREADS_BIND" not in os.environ:
+            cores = cores_of_worker(index, num_workers=num_workers, cores=sorted(os.sched_getaffinity(0)))
+            env["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
+        return self._serving_spec(name, "workers", env=env, worker_ids=[name])
+
+    def _fleet_spec(self, name: str, worker_ids: list[str]) -> ChildSpec:
+        env = {**self._environment(), "L4_WORKER_ID": name}
+        return self._serving_spec(name, "workers.fleet", *worker_ids, env=env, worker_ids=worker_ids)
+
+    def _serving_spec(
+        self, name: str, module: str, *arguments: str, env: dict[str, str], worker_ids: list[str]
+    ) -> ChildSpec:
+        """A process that is ready when its workers have their leases, and may take its time to drain.
+
+        It has to say so too: leases of an earlier process of that name hold for a while after it was killed.
+        """
+        return ChildSpec(
+            name=name,
+            argv=(sys.executable, "-m", module, *arguments),
+            env=env,
+            ready_text=" ready: ",
+            is_ready=self._workers_serve(*worker_ids),
+            stop_order=_STOP_WORKERS,
+            stop_s=self.settings.drain_s + _WORKER_MARGIN_S,
+        )
+
+    def _workers_serve(self, *worker_ids: str) -> Callable[[], Awaitable[bool]]:
+        async def have_leases() -> bool:
+            if self._door is None:
+                return False
+            try:
+                overview = await read_overview_async(self._door, self.settings.namespace)
+            except L4QueueError:  # Redis is away or loading; the supervisor asks again
+                return False
+            return {load.worker_id for load in overview.workers}.issuperset(worker_ids)
+
+        return have_leases
+
+
+async def _is_well(place: FlowerPlace) -> bool:
+    try:
+        await asyncio.to_thread(flower_answers, place, timeout_s=2.0)
+    except (OSError, http.client.HTTPException):
+        return False
+    return True

@@ -1,0 +1,1 @@
+"""`l4queue stats --watch`: looks (`command.py`), values (`window.py`), layout (`view.py`)."""

@@ -1,0 +1,398 @@
+"""The client without its I/O: requests to calls, replies to handles, entries to text, outcomes to errors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil
+from typing import TYPE_CHECKING, Any
+
+from pydantic import JsonValue, ValidationError
+
+from l4queue.client.tracing import EnqueueTraces
+from l4queue.config import Settings
+from l4queue.errors import (
+    IdempotencyConflict,
+    InvalidRequest,
+    L4QueueError,
+    OutputLost,
+    QueueFull,
+    RequestCancelled,
+    RequestDead,
+    RequestExpired,
+    RequestFailed,
+    RequestTooLong,
+    ResultExpired,
+    UnknownRequest,
+)
+from l4queue.models import TERMINAL, RequestBody, RequestSpec, RequestState, SamplingParams
+from l4queue.protocol.calls import Call, Calls, SubmitReply, Verdict
+from l4queue.protocol.keys import Keys
+from l4queue.protocol.reads import Reads
+from l4queue.protocol.records import Followed, OutputEntry, RequestRecord, TokenLogprobs, pack_ids
+from l4queue.sampling import DEFAULT_MAX_TOKENS, NOT_OFFERED
+from l4queue.strict_json import JsonError, canonical_json, check_text
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Span
+
+    from l4queue.client.demux import Look
+
+__all__ = (
+    "Chunk",
+    "Composer",
+    "Prepared",
+    "Result",
+    "build_spec",
+    "check_kept",
+    "check_outcome",
+    "checked_count",
+    "checked_id",
+    "checked_text",
+    "known",
+    "printable",
+    "request_id_of",
+    "spec_of",
+    "unknown",
+)
+
+_SPEC_FIELDS = frozenset(RequestSpec.model_fields) - {"params"}
+_BODY_FIELDS = set(RequestBody.model_fields)
+_DIGEST_FIELDS = _BODY_FIELDS - {"traceparent"}  # the same request in another trace is the same request
+_MAX_ID_CHARS, _MAX_REASON_CHARS, _MAX_NAME_CHARS = 512, 1000, 200
+_NEWS_TTL_MS = 60_000  # a client that has gone is told nothing after that
+_MAX_COUNT = 1_000_000
+_BYTES_PER_TOKEN = 4  # estimate for admission only; the dispatcher counts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """New output. `offset` tokens exist after it: pass it as `after` to go on from here.
+
+    `text` is that of the tokens after the first `text_after` ones. These are `token_ids`, but for the first chunk
+    of a stream whose `after` lies inside what was written at once: its `token_ids` begin at `after`, its text is
+    that of the whole, as text cannot be split by tokens. The offset of a chunk never lies inside another.
+    `logprobs` has one for each of the tokens, or is None when they were not asked for.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    offset: int
+    text_after: int
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """The stored outcome of a finished request. Times are by the server's clock, s.
+
+    `logprobs` has one for each token, or is None when they were not asked for.
+    """
+
+    request_id: str
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str
+    prompt_tokens: int
+    output_tokens: int
+    resumed: bool
+    stage: str
+    worker: str
+    ttft_s: float | None
+    tpot_s: float | None
+    e2e_s: float
+    metadata: dict[str, JsonValue] | None
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A validated request with its id, the call that submits it, and the span that ends when it is accepted."""
+
+    request_id: str
+    call: Call[SubmitReply]
+    span: Span | None = None
+    has_key: bool = False
+
+
+def build_spec(prompt: str | None = None, **options: Any) -> RequestSpec:
+    """One validated request from keyword arguments; InvalidRequest names the first bad one.
+
+    Sampling parameters (`SamplingParams`) and request fields (`RequestSpec`) share one flat namespace.
+    """
+    fields: dict[str, Any] = {"prompt": prompt} if prompt is not None else {}
+    sampling: dict[str, Any] = {}
+    for name, value in options.items():
+        if name in _SPEC_FIELDS:
+            if value is not None:
+                fields[name] = value
+        elif name in SamplingParams.model_fields:
+            if value is not None:
+                sampling[name] = value
+        else:
+            raise InvalidRequest(NOT_OFFERED.get(name, "unknown parameter"), field=printable(name))
+    try:
+        params = SamplingParams.model_validate(sampling)
+        return RequestSpec.model_validate({**fields, "params": params})
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        location = ".".join(str(part) for part in first["loc"]) or "request"
+        raise InvalidRequest(first["msg"].removeprefix("Value error, "), field=printable(location)) from None
+
+
+def spec_of(request: str | dict[str, Any] | RequestSpec, common: Mapping[str, Any]) -> RequestSpec:
+    """The request that an element of `enqueue_many` stands for."""
+    if isinstance(request, RequestSpec):
+        return request
+    if isinstance(request, str):
+        return build_spec(request, **common)
+    if not isinstance(request, dict) or not all(isinstance(name, str) for name in request):
+        raise InvalidRequest("must be a prompt, a dictionary of arguments or a RequestSpec", field="request")
+    return build_spec(**{**common, **request})
+
+
+class Composer:
+    """Builds calls and reads replies for one client. Does no I/O."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.keys = Keys(settings.namespace)
+        self.calls = Calls(self.keys)
+        self.reads = Reads(self.keys)
+        self.client_id = uuid.uuid4().hex
+        self._traces = EnqueueTraces(settings)
+
+    def prepare(self, spec: RequestSpec) -> Prepared:
+        """Id, digest and submit call of a request. While an idempotency key is known, it gives the same id.
+
+        The digest is that of the earlier release, which did not write a `max_tokens` of 256: a request that is
+        enqueued again after an upgrade is the same.
+        """
+        try:
+            kind, prompt = _encode_prompt(spec)
+            body = spec.model_dump_json(include=_DIGEST_FIELDS, exclude_defaults=True)
+        except ValueError as error:  # changed behind its checks: by model_copy, or in a dictionary that it holds
+            raise InvalidRequest(f"is not what was checked: {error}", field="request") from None
+        digest = canonical = ""
+        key_ttl_ms: int | None = None
+        request_id = uuid.uuid4().hex
+        if spec.idempotency_key is not None:
+            key_ttl_ms = int(self.settings.idempotency_ttl_s * 1000)
+            request_id, digested = request_id_of(spec.idempotency_key), _digested(spec, body)
+            digest = _digest(kind, digested, prompt)
+            if spec.metadata or spec.params.structured_outputs is not None:  # their keys have no order
+                canonical = _digest(kind, canonical_json(json.loads(digested)), prompt)
+        traceparent, span = self._traces.begin(spec)
+        if traceparent is not None:
+            traced = spec.model_copy(update={"traceparent": traceparent})
+            body = traced.model_dump_json(include=_BODY_FIELDS, exclude_defaults=True)
+        counted = len(prompt) // _BYTES_PER_TOKEN + 1
+        call = self.calls.submit(
+            request_id,
+            digest=digest,
+            body=body,
+            kind=kind,
+            prompt=prompt,
+            charge_tokens=counted + (spec.params.max_tokens or DEFAULT_MAX_TOKENS),
+            max_live_tokens=self.settings.max_backlog_tokens,
+            max_live_bytes=self.settings.max_backlog_bytes,
+            deadline_ms=ceil(spec.deadline_s * 1000) if spec.deadline_s else 0,  # 0 is none
+            ttl_ms=int(self.settings.result_ttl_s * 1000),
+            client_id=self.client_id,
+            canonical=canonical,
+            key_ttl_ms=key_ttl_ms,
+            has_open_end=spec.params.max_tokens is None,
+        )
+        return Prepared(request_id=request_id, call=call, span=span, has_key=bool(digest))
+
+    def accepted(self, prepared: Prepared, reply: SubmitReply) -> str:
+        """The id of the accepted request, or of the one that its key stands for.
+
+        QueueFull or IdempotencyConflict otherwise.
+        """
+        request_id = reply.request_id or prepared.request_id
+        if reply.verdict is Verdict.FULL:
+            drain = reply.drain_tokens_per_s
+            wait_s = reply.live_tokens * 0.05 / drain if drain > 0 else 1.0
+            raise QueueFull(
+                f"{reply.live_tokens} tokens are waiting or running", retry_after_s=min(60.0, max(0.5, wait_s))
+            )
+        if reply.verdict is Verdict.CONFLICT:
+            raise IdempotencyConflict(
+                f"the idempotency key of request {request_id} was used with a different body"
+            )
+        if prepared.span is not None:
+            self._traces.end(prepared.span, request_id=request_id, is_new=reply.verdict is Verdict.OK)
+        return request_id
+
+    @staticmethod
+    def has_mail(prepared: Prepared, reply: SubmitReply) -> bool:
+        """Whether this client's mailbox tells of the end. With a key another client may have been first."""
+        return reply.verdict is Verdict.OK or not prepared.has_key
+
+    def cancel(self, request_id: str, *, reason: str) -> Call[tuple[Verdict, str | None]]:
+        """The call that ends a request; InvalidRequest for a reason that cannot be kept.
+
+        Its repeat after a lost reply is answered like the first.
+        """
+        text = checked_text(reason, field="reason", most_chars=_MAX_REASON_CHARS)
+        return self.calls.cancel(request_id, reason=text, nonce=uuid.uuid4().hex)
+
+    def output(
+        self, request_id: str, *, after: int = 0
+    ) -> tuple[Call[RequestRecord | None], Call[list[OutputEntry]]]:
+        """The record and the output beyond `after` tokens, to be read in this order."""
+        return self.reads.record(request_id), self.reads.output(request_id, after=after)
+
+    def follow(self, look: Look) -> Call[Followed]:
+        """The call that asks where requests are, and has this client told of the followed ones."""
+        return self.calls.follow(
+            self.client_id, followed=look.followed, looked_at=look.looked_at, ttl_ms=_NEWS_TTL_MS
+        )
+
+    def unfollow(self, request_id: str) -> Call[Verdict]:
+        """The call after which this client is told of the request no more."""
+        return self.calls.unfollow(request_id, client_id=self.client_id)
+
+    def trim_news(self, last_id: str) -> Call[int]:
+        """The call that drops news up to this entry, which have been read."""
+        return Call(None, (), ("XTRIM", self.keys.news(self.client_id), "MINID", "~", last_id), int)
+
+    def result(self, record: RequestRecord, entries: Sequence[OutputEntry]) -> Result:
+        """The result of a done request from all its output; the matching error for any other outcome."""
+        check_outcome(record)
+        if record.offset and not entries:
+            check_kept(record)
+        texts: list[str] = []
+        token_ids: list[int] = []
+        logprobs: list[TokenLogprobs] = []
+        for entry in entries:
+            texts.append(entry.text)
+            token_ids.extend(entry.token_ids)
+            logprobs.extend(entry.logprobs or ())
+        if len(token_ids) != record.offset:
+            told = f"request {record.request_id} has {record.offset} tokens by its record"
+            raise OutputLost(f"{told}, but {len(token_ids)} are stored")
+        body = record.body_fields
+        tpot_ms, ttft_ms = record.tpot_ms, record.ttft_ms
+        return Result(
+            request_id=record.request_id,
+            text="".join(texts),
+            token_ids=tuple(token_ids),
+            finish_reason=record.finish_reason or "",
+            prompt_tokens=record.prompt_tokens or 0,
+            output_tokens=len(token_ids),
+            resumed=record.was_resumed,
+            stage=record.stage or "",
+            worker=record.worker or "",
+            ttft_s=None if ttft_ms is None else ttft_ms / 1000,
+            tpot_s=None if tpot_ms is None else tpot_ms / 1000,
+            e2e_s=(record.e2e_ms or 0) / 1000,
+            metadata=body.get("metadata"),
+            logprobs=tuple(logprobs) if "logprobs" in (body.get("params") or {}) else None,
+        )
+
+
+def check_kept(record: RequestRecord) -> None:
+    """Raise ResultExpired for a request that has ended: the caller has found no end in its output."""
+    if record.state in TERMINAL:
+        why = "has expired" if record.dropped_ms is None else "was dropped early: L4_MAX_RESULT_BYTES was reached"
+        raise ResultExpired(
+            f"request {record.request_id} is {record.state.value}; its output of {record.offset} tokens {why}"
+        )
+
+
+def check_outcome(record: RequestRecord) -> None:
+    """Raise the error that a terminal state other than done stands for."""
+    if record.state is RequestState.DONE:
+        return
+    if record.state not in TERMINAL:
+        told = f"request {record.request_id} had ended and is {record.state.value} again"
+        raise OutputLost(f"{told}: a server lost its outcome; read it again")
+    kinds: Mapping[RequestState, type[L4QueueError]] = {
+        RequestState.CANCELLED: RequestCancelled,
+        RequestState.EXPIRED: RequestExpired,
+        RequestState.DEAD: RequestDead,
+    }
+    message = f"request {record.request_id} {record.state.value}"
+    if record.error:
+        message += f": {record.field}: {record.error}" if record.field else f": {record.error}"
+    if record.state is RequestState.FAILED:
+        kind = RequestTooLong if record.finish_reason == "too_long" else RequestFailed
+        raise kind(message, request_id=record.request_id, field=record.field)
+    raise kinds[record.state](message, request_id=record.request_id)  # type: ignore[call-arg]
+
+
+def known(request_id: str, record: RequestRecord | None) -> RequestRecord:
+    """The record, or UnknownRequest."""
+    if record is None:
+        raise unknown(request_id)
+    return record
+
+
+def request_id_of(idempotency_key: str) -> str:
+    """The id of the one request that a key stands for."""
+    return "k" + hashlib.sha256(idempotency_key.encode()).hexdigest()[:31]
+
+
+def checked_text(value: object, *, field: str, most_chars: int) -> str:
+    """A text from a caller that can be stored; InvalidRequest names what is wrong with it."""
+    if not isinstance(value, str):
+        raise InvalidRequest("must be a text", field=field)
+    if len(value) > most_chars:
+        raise InvalidRequest(f"has {len(value)} characters; at most {most_chars} are accepted", field=field)
+    try:
+        check_text(value)
+    except JsonError as error:
+        raise InvalidRequest(str(error), field=field) from None
+    return value
+
+
+def checked_count(count: object) -> int:
+    """How many entries to read at most; InvalidRequest for what is no such number."""
+    if type(count) is not int or not 0 <= count <= _MAX_COUNT:
+        raise InvalidRequest(f"must be a whole number in [0, {_MAX_COUNT}]", field="count")
+    return count
+
+
+def checked_id(request_id: object) -> str:
+    """An id as there may be one; UnknownRequest for what never was one."""
+    try:
+        return checked_text(request_id, field="request_id", most_chars=_MAX_ID_CHARS)
+    except InvalidRequest as error:
+        raise UnknownRequest(f"no such request: {error}") from None
+
+
+def _digested(spec: RequestSpec, body: str) -> str:
+    if spec.params.max_tokens != DEFAULT_MAX_TOKENS:
+        return body
+    plain = spec.model_copy(update={"params": spec.params.model_copy(update={"max_tokens": None})})
+    return plain.model_dump_json(include=_DIGEST_FIELDS, exclude_defaults=True)
+
+
+def _digest(kind: str, body: str, prompt: bytes) -> str:
+    return hashlib.sha256(f"{kind}\0{body}\0".encode() + prompt).hexdigest()
+
+
+def printable(name: str) -> str:
+    """A name that a caller wrote, as an error can tell it: in one line, of bounded length, in valid Unicode."""
+    return name.encode("utf-8", "backslashreplace").decode()[:_MAX_NAME_CHARS]
+
+
+def unknown(request_id: str) -> UnknownRequest:
+    """The error for a request without a record."""
+    return UnknownRequest(
+        f"no request {request_id}: never accepted, or its result has expired or was dropped for want of room"
+    )
+
+
+def _encode_prompt(spec: RequestSpec) -> tuple[str, bytes]:
+    if spec.prompt is not None:
+        return "p", spec.prompt.encode()
+    if spec.token_ids is not None:
+        return "t", pack_ids(spec.token_ids)
+    messages = [message.model_dump() for message in spec.messages or ()]
+    return "m", json.dumps(messages, ensure_ascii=False).encode()

@@ -1,0 +1,38 @@
+"""Price of moving a running request: prefill again, or send its KV cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from l4queue.cost.step import StepCost
+
+__all__ = ("MovePrice",)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MovePrice:
+    """Price of a move. Without a bandwidth the target prefills the whole context again.
+
+    `kv_bytes_per_token` is 2 · layers · KV heads · head size · bytes per value: 131,072 for Llama-3.1-8B in
+    16 bits. `fixed_ms` is what every move takes besides: release, queue, claim.
+    """
+
+    bandwidth_bytes_per_s: float | None = None
+    kv_bytes_per_token: int = 131_072
+    fixed_ms: float = 20.0
+
+    def work_ms(self, length_tokens: float, cost: StepCost) -> float:
+        """Time that the target's batch loses, ms."""
+        if self.bandwidth_bytes_per_s is not None:
+            return 0.0
+        return cost.prefill_ms(length_tokens)
+
+    def transit_ms(self, length_tokens: float) -> float:
+        """Time on the way: until the target has its KV cache, or knows of it at all, ms."""
+        if self.bandwidth_bytes_per_s is None:
+            return self.fixed_ms
+        return self.fixed_ms + 1000.0 * length_tokens * self.kv_bytes_per_token / self.bandwidth_bytes_per_s
+
+    def delay_ms(self, length_tokens: float, cost: StepCost) -> float:
+        """Time for which the moved request itself makes no token, on an idle target, ms."""
+        return self.transit_ms(length_tokens) + self.work_ms(length_tokens, cost)

@@ -1,0 +1,350 @@
+"""The planner: a snapshot of the system goes in, a decision to keep or to publish comes out. Pure."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+from l4queue.config import Settings
+from l4queue.cost.step import StepCost
+from l4queue.models import Plan, StagePlan, WorkerLoad
+from l4queue.plan_json import split_of
+from l4queue.planning.assign import assign, scale_counts
+from l4queue.planning.histogram import Buckets, Demand, with_backlog, with_unfinished
+from l4queue.planning.partition import Partition, PartitionProblem
+from l4queue.planning.proposals import proposals
+from l4queue.planning.steady_state import PartitionSettings
+
+__all__ = (
+    "Candidate",
+    "Decision",
+    "PlannerSettings",
+    "Snapshot",
+    "expected_demand",
+    "is_young",
+    "plan",
+    "score_by_model",
+)
+
+Score = Callable[[Plan], float]
+"""Predicted objective of a plan, lower is better; for shadow scoring."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Snapshot:
+    """All that a decision depends on. `backlog` holds pairs of length bucket and waiting requests.
+
+    `changed_ms` is when the traffic changed last, or when it was seen first.
+    """
+
+    now_ms: int
+    plan: Plan
+    loads: tuple[WorkerLoad, ...]
+    demand: Demand
+    backlog: tuple[tuple[int, int], ...] = ()
+    cost: StepCost
+    buckets: Buckets
+    changed_ms: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannerSettings:
+    """When a plan is worth publishing, and what it is to minimise.
+
+    `min_gain` is the least saving against the present plan, as a share of its objective, and
+    `move_gain` is added to it in proportion to the share of workers that would move: the switching cost.
+    Classes that save less than `min_class_gain` of one stage do not pay, and each further stage must save
+    `min_stage_gain`: what the closed form leaves out, such as pooling, favours few. `patience` widens the bounds
+    on long requests for the plan in force, so that it is not thrown out by a bound it has just crossed.
+    """
+
+    min_gain: float = 0.05
+    min_life_ms: int = 20_000
+    move_gain: float = 0.02
+    min_class_gain: float = 0.02
+    min_stage_gain: float = 0.03
+    patience: float = 1.15
+    partition: PartitionSettings = field(default_factory=PartitionSettings)
+
+    @classmethod
+    def of(cls, settings: Settings, *, partition: PartitionSettings | None = None) -> PlannerSettings:
+        """From the deployment's settings; `max_stages` comes from there."""
+        base = partition or PartitionSettings()
+        return cls(
+            min_gain=settings.plan_min_gain,
+            min_life_ms=round(settings.plan_min_life_s * 1000),
+            partition=replace(base, max_stages=settings.max_stages),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """A plan that was considered: `objective` by the closed form, `scored` by the simulator if it was asked."""
+
+    stages: tuple[StagePlan, ...]
+    objective: float
+    scored: float | None
+    num_moves: int
+    is_current: bool
+
+    @property
+    def value(self) -> float:
+        """What candidates are compared by."""
+        return self.objective if self.scored is None else self.scored
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """Publish `plan`, or keep it as it is; and what each candidate would have given."""
+
+    publish: bool
+    plan: Plan
+    reason: str
+    candidates: tuple[Candidate, ...] = ()
+
+
+def plan(snapshot: Snapshot, settings: PlannerSettings, *, score: Score | None = None) -> Decision:
+    """Decide. The same snapshot gives the same decision, byte for byte.
+
+    Candidates are the best partition for each number of stages and the present plan, with its workers in their
+    old proportions where some came or went. The least objective wins, by `score` if given, else by the closed
+    form; one stage wins unless classes save `min_class_gain`. It is published if it saves enough against
+    the present plan and that has lived its time; at once if workers came or went, or if there is no plan yet.
+
+    No workers: keep. No traffic: keep, or give new workers a place. One worker: one stage.
+    """
+    present = snapshot.plan
+    workers = tuple(sorted((w for w in snapshot.loads if not w.is_draining), key=lambda w: w.worker_id))
+    if not workers:
+        return Decision(publish=False, plan=present, reason="no workers")
+    has_changed = {w.worker_id for w in workers} != {i for s in present.stages for i in s.worker_ids}
+    demand = expected_demand(snapshot)
+    if demand.is_empty:
+        return _without_traffic(snapshot, workers, has_changed=has_changed)
+    problem = PartitionProblem(
+        demand, len(workers), buckets=snapshot.buckets, cost=snapshot.cost, settings=settings.partition
+    )
+    current = _current(snapshot, problem, workers, settings=settings, score=score)
+    parts = _partitions(problem, is_replayed=score is not None)
+    fresh = [_candidate(p, present, workers, score=score) for p in parts]
+    best = _best(fresh, settings=settings)
+    candidates = tuple(fresh) if current is None else (*fresh, current)
+    if has_changed or current is None:
+        chosen, reason = _after_change(best, current, settings=settings)
+        return _publish(snapshot, chosen, candidates, problem, reason=reason)
+    needed = settings.min_gain + settings.move_gain * best.num_moves / len(workers)
+    gain = _gain(best, current)
+    if _same_split(best.stages, present.stages):
+        return Decision(publish=False, plan=present, reason="the present plan is best", candidates=candidates)
+    if gain <= needed:
+        reason = f"gain {gain:.1%} does not exceed {needed:.1%}"
+        return Decision(publish=False, plan=present, reason=reason, candidates=candidates)
+    if is_young(snapshot, settings):
+        age_ms = snapshot.now_ms - present.created_ms
+        reason = f"gain {gain:.1%}, but the plan is only {age_ms} ms old"
+        return Decision(publish=False, plan=present, reason=reason, candidates=candidates)
+    return _publish(snapshot, best, candidates, problem, reason=f"gain {gain:.1%}")
+
+
+def is_young(snapshot: Snapshot, settings: PlannerSettings) -> bool:
+    """Whether the plan has not lived its time; one that was made before traffic changed has.
+
+    So has one of the future: the clock has gone back since.
+    """
+    created_ms = snapshot.plan.created_ms
+    is_fresh = 0 <= snapshot.now_ms - created_ms < settings.min_life_ms
+    return is_fresh and created_ms > snapshot.changed_ms
+
+
+def _partitions(problem: PartitionProblem, *, is_replayed: bool) -> list[Partition]:
+    """The best by the closed form, and what else a replay may find better; each split once."""
+    parts = [*problem.candidates(), *(proposals(problem) if is_replayed else ())]
+    return list({tuple((s.low_tokens, s.num_workers) for s in p.stages): p for p in reversed(parts)}.values())[
+        ::-1
+    ]
+
+
+def expected_demand(snapshot: Snapshot) -> Demand:
+    """What the workers have to expect: the rates seen, the steps that running requests still make, the backlog."""
+    running = sum(load.num_running for load in snapshot.loads)
+    demand = with_unfinished(snapshot.demand, running)
+    return with_backlog(demand, snapshot.backlog, buckets=snapshot.buckets)
+
+
+def score_by_model(snapshot: Snapshot, settings: PlannerSettings) -> Score:
+    """The closed form as a scoring function: the objective of any plan on the snapshot's demand."""
+    demand = expected_demand(snapshot)
+
+    def score(candidate: Plan) -> float:
+        counts = [s.num_workers for s in candidate.stages]
+        problem = PartitionProblem(
+            demand, sum(counts), buckets=snapshot.buckets, cost=snapshot.cost, settings=settings.partition
+        )
+        return problem.judge([s.low_tokens for s in candidate.stages[1:]], counts).objective
+
+    return score
+
+
+def _without_traffic(snapshot: Snapshot, workers: tuple[WorkerLoad, ...], *, has_changed: bool) -> Decision:
+    """Nothing to learn from: the ranges stay; workers that came or went are fitted in."""
+    present = snapshot.plan
+    if not has_changed:
+        return Decision(publish=False, plan=present, reason="no traffic")
+    if len(workers) < len(present.stages) or not any(s.num_workers for s in present.stages):
+        stages: Sequence[StagePlan] = Plan.one_stage(num_workers=len(workers)).stages
+    else:
+        counts = scale_counts([s.num_workers for s in present.stages], len(workers))
+        stages = [replace(s, num_workers=n) for s, n in zip(present.stages, counts, strict=True)]
+    reason = "workers changed, no traffic"
+    new = Plan(
+        version=present.version + 1,
+        stages=assign(stages, workers, current=present).stages,
+        reason=reason,
+        created_ms=snapshot.now_ms,
+    )
+    return Decision(publish=True, plan=new, reason=reason)
+
+
+def _current(
+    snapshot: Snapshot,
+    problem: PartitionProblem,
+    workers: tuple[WorkerLoad, ...],
+    *,
+    settings: PlannerSettings,
+    score: Score | None,
+) -> Candidate | None:
+    """The present plan as a candidate, judged with patience; None when it cannot go on as it is."""
+    present = snapshot.plan
+    bounds = [snapshot.buckets.edge_near(s.low_tokens) for s in present.stages[1:]]
+    edges = [0, *bounds, len(snapshot.buckets)]
+    if present.version == 0 or len(workers) < len(present.stages):
+        return None
+    if any(a >= b for a, b in itertools.pairwise(edges)):
+        return None
+    counts = scale_counts([s.num_workers for s in present.stages], len(workers))
+    old = settings.partition
+    patient = replace(
+        old,
+        long_bound=old.long_bound * settings.patience,
+        p99_bound=old.p99_bound * settings.patience,
+        max_rho=1.0 - (1.0 - old.max_rho) / settings.patience,
+    )
+    judged = problem.under(patient).judge([s.low_tokens for s in present.stages[1:]], counts)
+    return _candidate(judged, present, workers, score=score, keep_bounds=True)
+
+
+def _candidate(
+    partition: Partition,
+    present: Plan,
+    workers: tuple[WorkerLoad, ...],
+    *,
+    score: Score | None,
+    keep_bounds: bool = False,
+) -> Candidate:
+    stages = [
+        StagePlan(low_tokens=s.low_tokens, high_tokens=s.high_tokens, num_workers=s.num_workers)
+        for s in partition.stages
+    ]
+    if keep_bounds:
+        stages = [replace(p, num_workers=s.num_workers) for p, s in zip(present.stages, stages, strict=True)]
+    assignment = assign(stages, workers, current=present)
+    scored = None
+    if score is not None:
+        scored = score(replace(present, stages=assignment.stages, objective=partition.objective, details={}))
+    return Candidate(
+        stages=assignment.stages,
+        objective=partition.objective,
+        scored=scored,
+        num_moves=len(assignment.moved),
+        is_current=keep_bounds,
+    )
+
+
+def _best(candidates: Sequence[Candidate], *, settings: PlannerSettings) -> Candidate:
+    """Least value; fewer stages unless more save enough, and at least one stage must be beaten clearly."""
+    ordered = sorted(candidates, key=lambda c: len(c.stages))
+    best = ordered[0]
+    for other in ordered[1:]:
+        more = len(other.stages) - len(best.stages)
+        if _gain(other, best) > more * settings.min_stage_gain:
+            best = other
+    one = ordered[0]
+    if len(one.stages) == 1 and _gain(best, one) < settings.min_class_gain:
+        return one
+    return best
+
+
+def _after_change(
+    best: Candidate, current: Candidate | None, *, settings: PlannerSettings
+) -> tuple[Candidate, str]:
+    """Workers came or went: something is published, but new ranges only where they gain enough."""
+    if current is None:
+        return best, "first plan, or the present one does not fit the workers"
+    gain = _gain(best, current)
+    if gain <= settings.min_gain:
+        return current, "workers changed, ranges kept"
+    return best, f"workers changed, gain {gain:.1%}"
+
+
+def _gain(best: Candidate, against: Candidate) -> float:
+    """Share that `best` saves: 1 against an infinite objective, 0 between two infinite ones."""
+    if best.value == against.value:
+        return 0.0
+    if against.value == float("inf"):
+        return 1.0
+    return 1.0 - best.value / against.value if against.value > 0.0 else -float("inf")
+
+
+def _same_split(a: Sequence[StagePlan], b: Sequence[StagePlan]) -> bool:
+    return [(s.low_tokens, s.num_workers) for s in a] == [(s.low_tokens, s.num_workers) for s in b]
+
+
+def _publish(
+    snapshot: Snapshot,
+    chosen: Candidate,
+    candidates: tuple[Candidate, ...],
+    problem: PartitionProblem,
+    *,
+    reason: str,
+) -> Decision:
+    predicted = problem.judge([s.low_tokens for s in chosen.stages[1:]], [s.num_workers for s in chosen.stages])
+    finite = [v for v in (chosen.objective, predicted.objective_one_stage) if v < float("inf")]
+    new = Plan(
+        version=snapshot.plan.version + 1,
+        stages=chosen.stages,
+        reason=reason,
+        created_ms=snapshot.now_ms,
+        objective=chosen.objective if chosen.objective < float("inf") else None,
+        objective_one_stage=predicted.objective_one_stage if len(finite) == 2 else None,
+        details={
+            "demand_scale": round(problem.demand_scale, 6),
+            "num_moves": chosen.num_moves,
+            # the closed form would refuse it: a replay found it good, and only a replay may take it back
+            "is_proven": chosen.scored is not None and chosen.objective == float("inf"),
+            "stages": [
+                {
+                    "rho": round(s.rho, 6),
+                    "step_ms": _finite(s.step_ms),
+                    "ttft_ms": _finite(s.ttft_ms),
+                    "in_flight": _finite(s.in_flight),
+                }
+                for s in predicted.stages
+            ],
+            "candidates": [
+                {
+                    **split_of(c.stages),
+                    "objective": _finite(c.objective),
+                    "scored": None if c.scored is None else _finite(c.scored),
+                    "is_current": c.is_current,
+                }
+                for c in candidates
+            ],
+        },
+    )
+    return Decision(publish=True, plan=new, reason=reason, candidates=candidates)
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no infinity: None stands for it."""
+    return round(value, 6) if value < float("inf") else None

@@ -1,0 +1,66 @@
+"""Output lengths: the expected remaining output of a request that has come this far."""
+
+from __future__ import annotations
+
+from bisect import bisect_right, insort
+from collections import deque
+from collections.abc import Iterable
+
+__all__ = ("OutputLengths",)
+
+_FIRST_GUESS_TOKENS = 256.0
+
+
+class OutputLengths:
+    """The latest `size` output lengths seen, tokens; older ones are forgotten."""
+
+    def __init__(self, *, size: int = 3000) -> None:
+        self._recent: deque[int] = deque()
+        self._sorted: list[int] = []
+        self._total = 0
+        self._sums: list[float] | None = None
+        self._size = size
+
+    def __len__(self) -> int:
+        return len(self._recent)
+
+    def add(self, lengths: Iterable[int]) -> None:
+        """Learn from requests that have finished."""
+        for length in lengths:
+            self._recent.append(length)
+            insort(self._sorted, length)
+            self._total += length
+            if len(self._recent) > self._size:
+                oldest = self._recent.popleft()
+                del self._sorted[bisect_right(self._sorted, oldest) - 1]
+                self._total -= oldest
+            self._sums = None
+
+    @property
+    def mean_tokens(self) -> float:
+        """Mean output; a guess before the first."""
+        return self._total / len(self._sorted) if self._sorted else _FIRST_GUESS_TOKENS
+
+    def expected_remaining(self, generated: int, *, limit: int | None = None) -> float:
+        """Mean of what those that got further than `generated` went on to generate, at most `limit`, tokens.
+
+        Zero when none got further: nothing is known to be won by moving such a request. Before the first
+        output is known: the guess.
+        """
+        if not self._sorted:
+            expected = _FIRST_GUESS_TOKENS
+        else:
+            index = bisect_right(self._sorted, generated)
+            longer = len(self._sorted) - index
+            expected = self._upwards()[index] / longer - generated if longer else 0.0
+        return expected if limit is None else min(expected, float(limit))
+
+    def _upwards(self) -> list[float]:
+        """Sum of the sorted lengths from each index to the end."""
+        if self._sums is None:
+            sums, total = [0.0] * (len(self._sorted) + 1), 0.0
+            for index in range(len(self._sorted) - 1, -1, -1):
+                total += self._sorted[index]
+                sums[index] = total
+            self._sums = sums
+        return self._sums

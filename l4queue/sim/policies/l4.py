@@ -1,0 +1,397 @@
+"""L4 in the simulator: planner, routing, pulling, stealing, hand-over and refinement of the live system."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+from l4queue.errors import ConfigError
+from l4queue.models import Plan
+from l4queue.planning.partition import PartitionProblem
+from l4queue.planning.planner import Decision, PlannerSettings, Snapshot, expected_demand, plan
+from l4queue.planning.refine import refine
+from l4queue.planning.steady_state import Objective, PartitionSettings
+from l4queue.policy.handover import decide_handover, least_loaded, look_again_at, next_stage
+from l4queue.policy.loads import StageLoad, prefill_ahead_ms, stage_load
+from l4queue.policy.route import route
+from l4queue.policy.steal import Steal, StealLimits, steal_waiting
+from l4queue.sim.engine.instance import Instance
+from l4queue.sim.engine.request import SimRequest
+from l4queue.sim.policies.central import Pool
+from l4queue.sim.policies.l4_evacuation import Escapes
+from l4queue.sim.policies.l4_pool import StagePool
+from l4queue.sim.policies.l4_running_steals import Move, RunningSteals
+from l4queue.sim.policies.l4_traffic import Traffic
+from l4queue.sim.policies.views import load_of, score_of, worker_id
+from l4queue.sim.policy import Policy
+from l4queue.sim.wake import backlog_ms
+
+__all__ = ("INGREDIENTS", "L4", "L4Options")
+
+_NEWS_S = 0.05  # as old may be what a worker knows of other stages when something comes to their queues
+INGREDIENTS = (
+    "hand-over",
+    "stealing",
+    "running-steals",
+    "refinement",
+    "late-binding",
+    "skew",
+    "skew-in-planner",
+    "classes",
+    "shadow",
+    "finish-first",
+    "escape",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class L4Options:
+    """What of L4 is on, and how often it plans. `without` names ingredients that are switched off."""
+
+    objective: str = "balanced"
+    without: frozenset[str] = frozenset()
+    replan_s: float = 10.0
+    refine_s: float = 2.0
+    half_life_s: float = 120.0
+    min_life_s: float = 20.0
+    min_gain: float = 0.05
+    steal: StealLimits = field(default_factory=StealLimits)
+
+    @classmethod
+    def checked(cls, *, objective: str, without: frozenset[str]) -> L4Options:
+        """Options from the command line; ConfigError names what is unknown."""
+        known = [o.value for o in Objective]
+        if objective not in known:
+            raise ConfigError(f"--objective: {objective!r} is unknown; choose from {', '.join(known)}")
+        for name in sorted(without):
+            if name not in INGREDIENTS:
+                raise ConfigError(f"--without: {name!r} is unknown; choose from {', '.join(INGREDIENTS)}")
+        return cls(objective=objective, without=without)
+
+
+Prove = Callable[["L4", Snapshot, PlannerSettings], tuple[Decision, bool]]
+"""Decides with a replay of what the policy has seen finish lately, and says whether there was one
+(`l4queue.sim.prove.prove_recent`)."""
+
+
+class L4(Policy):
+    """Stages by length with late binding, planned online from what has been seen so far."""
+
+    name = "l4"
+    tick_s = 1.0
+
+    def __init__(self, options: L4Options, *, fixed: Plan | None = None, prove: Prove | None = None) -> None:
+        """`fixed` is served without any replanning; `prove` turns shadow scoring on."""
+        self.options = options
+        self._fixed = fixed
+        self._prove = prove if "shadow" not in options.without else None
+        self.plans: list[tuple[float, Plan]] = []
+        self.end_s = 0.0
+        self._has = {name: name not in options.without for name in INGREDIENTS}
+        self.traffic = Traffic(half_life_s=options.half_life_s)
+        self._refined_s = 0.0
+        self._news: list[StageLoad] = []
+        self._news_s = -_NEWS_S
+
+    def attach(self, cluster) -> None:  # type: ignore[no-untyped-def] # as in the base
+        """Begin with one stage for everybody."""
+        super().attach(cluster)
+        price = self._price = cluster.price
+        knows_skew = self._has["skew-in-planner"]
+        self._planner_cost = cluster.cost if knows_skew else replace(cluster.cost, sigma_ms=0.0)
+        self._running = RunningSteals(cost=cluster.cost, price=price, limits=self.options.steal)
+        self._escapes = Escapes(
+            cluster.instances,
+            cost=cluster.cost,
+            price=price,
+            limits=self.options.steal,
+            ahead_ms=self._ahead_ms,
+            expected_remaining=self.traffic.outputs.expected_remaining,
+            rng=cluster.rng,
+        )
+        self._settings = PlannerSettings(
+            min_gain=self.options.min_gain,
+            min_life_ms=round(self.options.min_life_s * 1000),
+            partition=PartitionSettings(
+                objective=Objective(self.options.objective),
+                max_stages=4 if self._has["classes"] else 1,
+                move_price=price,
+                moves_requests=self._has["hand-over"],
+            ),
+        )
+        self._adopt(_with_ids(self._fixed or Plan.one_stage(), cluster.instances))
+
+    @property
+    def num_queued(self) -> int:
+        """Requests waiting in stage queues."""
+        return sum(map(len, self._pools))
+
+    # ---------------------------------------------------------------- requests
+
+    def on_arrival(self, request: SimRequest, now_s: float) -> None:
+        """Route by the prompt's length."""
+        self.traffic.arrived(request)
+        stage = route(request.prompt_tokens, self.plan).stage
+        request.stage = stage
+        pool = self._pools[stage]
+        if not self._has["late-binding"]:
+            self.cluster.push(request, min(pool.instances, key=backlog_ms))
+            return
+        pool.put(request)
+        if len(pool) == 1:
+            pool.place(self.cluster.push)
+            if len(pool) and self._has["stealing"] and len(self._pools) > 1:
+                self._wake_thieves(stage)
+
+    def on_boundary(self, instance: Instance, now_s: float) -> None:
+        """Pull from the own queue; steal when it is empty. What runs may leave before a prefill that comes."""
+        pool = self._pools[instance.stage]
+        pool.pull(instance, self.cluster.push)
+        if not len(pool) and self._has["stealing"] and len(self._pools) > 1:
+            self._steal(instance)
+        if self._has["escape"]:
+            for request, target in self._escapes.moves(instance, now_s):
+                self.cluster.ask_back(request, instance, Move(target=target, is_steal=False))
+
+    def on_started(self, instance: Instance, requests: Sequence[SimRequest], now_s: float) -> None:
+        """Watch for the end of the stage's range."""
+        for request in requests:
+            self._watch(instance, request)
+
+    def on_finished(self, instance: Instance, requests: Sequence[SimRequest], now_s: float) -> None:
+        """Learn from lengths that are known now."""
+        self.end_s = now_s
+        self.traffic.finished(requests)
+        self._running.forget(requests)
+        self._escapes.forget(requests)
+
+    def on_alarm(self, instance: Instance, request: SimRequest, now_s: float) -> None:
+        """It has outgrown its stage: move it if that pays, else look again when it has grown much further."""
+        if instance.stage + 1 >= len(self._pools):
+            return
+        length = instance.length_of(request)
+        stage = next_stage(instance.stage, length, self.plan)
+        others = {worker_id(i): i for i in self._pools[stage].instances}
+        here = load_of(instance)
+        there = least_loaded([load_of(i) for i in others.values()], cost=self.cluster.cost)
+        decision = decide_handover(
+            length,
+            high_tokens=self.plan.stages[instance.stage].high_tokens,
+            expected_remaining_tokens=self.traffic.outputs.expected_remaining(length - request.prompt_tokens),
+            here=here,
+            there=there,
+            cost=self.cluster.cost,
+            price=self._price,
+            ahead_here_ms=self._ahead_ms(instance.pending_tokens, instance.stage),
+            ahead_there_ms=self._ahead_ms(there.pending_prefill_tokens if there else 0, stage),
+        )
+        if decision.is_move and there is not None:
+            self.cluster.ask_back(request, instance, Move(target=others[there.worker_id], is_steal=False))
+        else:
+            instance.watch(request, length_tokens=look_again_at(length))
+
+    def _ahead_ms(self, pending_tokens: int, stage: int) -> float:
+        """Prefill before what an engine with so much of its own runs or would run."""
+        pool = self._pools[stage]
+        return prefill_ahead_ms(
+            pending_tokens,
+            queued_requests=len(pool),
+            queued_tokens=pool.queued_tokens,
+            num_workers=len(pool.instances),
+            cost=self.cluster.cost,
+        )
+
+    def on_removed(self, instance: Instance, request: SimRequest, tag: object, now_s: float) -> None:
+        """Released: on to its new engine."""
+        assert isinstance(tag, Move)
+        request.stage = tag.target.stage
+        request.watch_tokens = None
+        send = self.cluster.steal if tag.is_steal else self.cluster.send
+        send(request, tag.target)
+        self._watch(tag.target, request)
+
+    def _watch(self, instance: Instance, request: SimRequest) -> None:
+        """Look at it when it outgrows the range; one that was moved beyond it, when it has grown much further."""
+        high = self.plan.stages[instance.stage].high_tokens
+        if self._has["hand-over"] and high is not None:
+            length = instance.length_of(request)
+            has_fled = request in self._running.stolen or self._escapes.has_escaped(request)
+            was_beyond = length >= high and has_fled
+            instance.watch(request, length_tokens=look_again_at(length) if was_beyond else high)
+
+    # ---------------------------------------------------------------- stealing
+
+    def _wake_thieves(self, stage: int) -> None:
+        for instance in self.cluster.instances:
+            if instance.end_s is None and instance.stage != stage and not len(self._pools[instance.stage]):
+                self._steal(instance)
+
+    def _steal(self, thief: Instance) -> None:
+        if not any(len(pool) for pool in self._pools):
+            return
+        if self._what_to_steal(thief, self._recent_loads()).stage is None:
+            return
+        decision = self._what_to_steal(thief, self._stage_loads())
+        if decision.stage is None:
+            return
+        victim = self._pools[decision.stage]
+        for _ in range(decision.num_requests):
+            if not len(victim) or not victim.has_room(thief, victim.head):
+                return
+            request = victim.take()
+            request.num_steals += 1
+            self.cluster.num_steals += 1
+            self.cluster.push(request, thief)
+
+    def _what_to_steal(self, thief: Instance, loads: Sequence[StageLoad]) -> Steal:
+        return steal_waiting(
+            load_of(thief),
+            own=replace(loads[thief.stage], queued_requests=0, queued_tokens=0),
+            siblings=loads,
+            head_tokens={i: pool.head.length for i, pool in enumerate(self._pools) if len(pool)},
+            max_requests=thief.cost.max_num_seqs - thief.num_requests,
+            expected_output_tokens=self.traffic.outputs.mean_tokens,
+            cost=self.cluster.cost,
+            limits=self.options.steal,
+        )
+
+    def _recent_loads(self) -> list[StageLoad]:
+        """As a worker has them before it looks closely: of a moment ago."""
+        if self.cluster.now_s >= self._news_s + _NEWS_S:
+            self._news, self._news_s = self._stage_loads(), self.cluster.now_s
+        return self._news
+
+    def _steal_running(self, now_s: float) -> None:
+        """Engines with nothing to pull anywhere ask overloaded ones for requests that run."""
+        moves = self._running.moves(
+            self.cluster.instances,
+            num_waiting=self.num_queued,
+            now_s=now_s,
+            expected_remaining=self.traffic.outputs.expected_remaining,
+        )
+        for request, source, target in moves:
+            self.cluster.ask_back(request, source, Move(target=target, is_steal=True))
+
+    def _stage_loads(self) -> list[StageLoad]:
+        return [
+            stage_load(
+                index,
+                [load_of(instance) for instance in pool.instances],
+                queued_requests=len(pool),
+                queued_tokens=pool.queued_tokens,
+                expected_output_tokens=self.traffic.outputs.mean_tokens,
+                cost=self.cluster.cost,
+            )
+            for index, pool in enumerate(self._pools)
+        ]
+
+    # ---------------------------------------------------------------- planning
+
+    def on_tick(self, now_s: float) -> None:
+        """Replan and refine when due; give idle engines another chance."""
+        self.end_s = now_s
+        if self._fixed is not None:
+            pass
+        elif now_s - self.traffic.learned_s >= self.options.replan_s or self._is_early(now_s):
+            self._replan(now_s)
+        elif self._has["refinement"] and now_s - self._refined_s >= self.options.refine_s:
+            self._refine(now_s)
+        for stage, pool in enumerate(self._pools):
+            pool.place(self.cluster.push)
+            if len(pool) and self._has["stealing"]:
+                self._wake_thieves(stage)
+        if self._has["running-steals"]:
+            self._steal_running(now_s)
+
+    def _is_early(self, now_s: float) -> bool:
+        there = sum(instance.num_requests for instance in self.cluster.instances) + self.num_queued
+        return self.traffic.is_early_round(now_s, num_unfinished=there, cost=self._planner_cost)
+
+    def _replan(self, now_s: float) -> None:
+        self.traffic.learn(self.cluster.instances, now_s, cost=self.cluster.cost)
+        decision = self._decide(self.snapshot(now_s))
+        if decision.publish:
+            self._adopt(decision.plan)
+
+    def snapshot(self, now_s: float) -> Snapshot:
+        """All that the planner may know now."""
+        return Snapshot(
+            now_ms=round(now_s * 1000),
+            plan=self.plan,
+            loads=tuple(load_of(instance) for instance in self.cluster.instances),
+            demand=self.traffic.counts.demand(),
+            backlog=self._backlog(),
+            cost=self._planner_cost,
+            buckets=self.traffic.buckets,
+            changed_ms=round(self.traffic.learned.begun_s * 1000),
+        )
+
+    def _decide(self, snapshot: Snapshot) -> Decision:
+        """By the closed form; with shadow scoring, what it proposes is published only after a replay."""
+        if self._prove is None:
+            return plan(snapshot, self._settings)
+        decision, was_replayed = self._prove(self, snapshot, self._settings)
+        if was_replayed:
+            self.traffic.decided()
+        return decision
+
+    def _refine(self, now_s: float) -> None:
+        self._refined_s = now_s
+        if len(self._pools) < 2 or self.traffic.counts.observed_s <= 0.0:
+            return
+        problem = PartitionProblem(
+            expected_demand(self.snapshot(now_s)),
+            len(self.cluster.instances),
+            buckets=self.traffic.buckets,
+            cost=self._planner_cost,
+            settings=self._settings.partition,
+        )
+        refined = refine(self.plan, problem).plan
+        if refined is not None:
+            self._adopt(refined)
+
+    def _backlog(self) -> tuple[tuple[int, int], ...]:
+        found: dict[int, int] = {}
+        for request in self._queued():
+            bucket = self.traffic.buckets.index(request.length)
+            found[bucket] = found.get(bucket, 0) + 1
+        return tuple(sorted(found.items()))
+
+    def _queued(self) -> Iterable[SimRequest]:
+        return (request for pool in self._pools for request in pool.queued())
+
+    def _adopt(self, new: Plan) -> None:
+        """Serve by a plan: engines change their queue, waiting requests are routed anew."""
+        waiting = list(self._queued()) if self.plans else []
+        self.plan = new
+        self.plans.append((self.end_s, new))
+        by_id = {worker_id(instance): instance for instance in self.cluster.instances}
+        self._pools, self._news_s = [], -_NEWS_S
+        for index, stage in enumerate(new.stages):
+            members = [by_id[name] for name in stage.worker_ids]
+            for instance in members:
+                instance.stage = index
+            self._pools.append(self._make_pool(members))
+        for request in waiting:
+            request.stage = route(request.length, new).stage
+            self._pools[request.stage].put(request)
+        for instance in self.cluster.instances:
+            for request, _ in list(instance.decoding_lengths()):
+                self._watch(instance, request)
+
+    def _make_pool(self, members: Sequence[Instance]) -> Pool:
+        if self._has["finish-first"]:
+            return StagePool(members, score=score_of, race=self.cluster.race, outputs=self.traffic.outputs)
+        return Pool(members, score=score_of, race=self.cluster.race)
+
+
+def _with_ids(plan: Plan, instances: Sequence[Instance]) -> Plan:
+    """The plan with engines assigned in order; one stage takes all."""
+    ids = [worker_id(instance) for instance in instances]
+    if len(plan.stages) == 1:
+        return replace(plan, stages=(replace(plan.stages[0], num_workers=len(ids), worker_ids=tuple(ids)),))
+    stages = []
+    for stage in plan.stages:
+        mine, ids = ids[: stage.num_workers], ids[stage.num_workers :]
+        stages.append(replace(stage, worker_ids=tuple(mine)))
+    return replace(plan, stages=tuple(stages))

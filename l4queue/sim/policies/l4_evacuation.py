@@ -1,0 +1,99 @@
+"""Escapes in the simulator: running requests leave before a long prefill, by the live system's function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from l4queue.cost.move import MovePrice
+from l4queue.cost.step import StepCost
+from l4queue.policy.escape import NUM_REFUGES, REST_MS, Refuge, escapes, may_escape
+from l4queue.policy.steal import RunningRequest, StealLimits
+from l4queue.sim.engine.instance import Instance
+from l4queue.sim.engine.request import SimRequest
+from l4queue.sim.policies.views import load_of, running_request
+
+__all__ = ("Escapes",)
+
+
+class Escapes:
+    """Who has moved when, and what moves now. `ahead_ms(pending_tokens, stage)`: the prefill before what runs."""
+
+    def __init__(
+        self,
+        instances: Sequence[Instance],
+        *,
+        cost: StepCost,
+        price: MovePrice,
+        limits: StealLimits,
+        ahead_ms: Callable[[int, int], float],
+        expected_remaining: Callable[[int], float],
+        rng: np.random.Generator,
+    ) -> None:
+        self._instances = instances
+        self._cost, self._price, self._limits = cost, price, limits
+        self._ahead_ms, self._expected_remaining = ahead_ms, expected_remaining
+        self._rng = rng
+        self._moved_s: dict[SimRequest, float] = {}
+
+    def forget(self, requests: Sequence[SimRequest]) -> None:
+        """These are done."""
+        for request in requests:
+            self._moved_s.pop(request, None)
+
+    def has_escaped(self, request: SimRequest) -> bool:
+        """Whether it runs where it fled to, or has."""
+        return request in self._moved_s
+
+    def moves(self, instance: Instance, now_s: float) -> list[tuple[SimRequest, Instance]]:
+        """What leaves this engine now, and where to."""
+        if not instance.num_decodes or len(self._instances) < 2:
+            return []
+        in_flight = len(instance.removals)
+        can_pay = may_escape(instance.pending_tokens, cost=self._cost, price=self._price)
+        if not can_pay or in_flight >= self._limits.max_moves:
+            return []
+        ahead_ms = self._ahead_ms(instance.pending_tokens, instance.stage)
+        refuges = self._refuges(instance, ahead_ms)
+        if not refuges:
+            return []
+        running, by_id = self._running(instance, now_s)
+        found = escapes(
+            running,
+            here=load_of(instance),
+            ahead_ms=ahead_ms,
+            refuges=[refuge for refuge, _ in refuges],
+            moves_in_flight=in_flight,
+            cost=self._cost,
+            price=self._price,
+            limits=self._limits,
+        )
+        targets = {refuge.load.worker_id: other for refuge, other in refuges}
+        moved = [(by_id[escape.request_id], targets[escape.target_id]) for escape in found]
+        self._moved_s.update((request, now_s) for request, _ in moved)
+        return moved
+
+    def _running(self, instance: Instance, now_s: float) -> tuple[list[RunningRequest], dict[str, SimRequest]]:
+        """The requests that may leave, and the same by their names."""
+        rested_s = now_s - REST_MS / 1000
+        running, by_id = [], {}
+        for request, length in instance.decoding_lengths():
+            if request in instance.removals or self._moved_s.get(request, rested_s) > rested_s:
+                continue
+            item = running_request(request, length, expected_remaining=self._expected_remaining)
+            by_id[item.request_id] = request
+            running.append(item)
+        return running, by_id
+
+    def _refuges(self, instance: Instance, ahead_ms: float) -> list[tuple[Refuge, Instance]]:
+        """Some of the others, those with less prefill before them."""
+        others: Sequence[Instance] = self._instances
+        if len(others) > NUM_REFUGES + 1:
+            others = [others[i] for i in self._rng.choice(len(others), NUM_REFUGES, replace=False).tolist()]
+        known = ((other, self._ahead_ms(other.pending_tokens, other.stage)) for other in others)
+        return [
+            (Refuge(load=load_of(other), ahead_ms=there_ms), other)
+            for other, there_ms in known
+            if there_ms < ahead_ms and other is not instance
+        ]

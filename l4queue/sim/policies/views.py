@@ -1,0 +1,57 @@
+"""Views of simulated engines and requests for the live system's policy functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from l4queue.models import WorkerLoad
+from l4queue.policy import queue_order
+from l4queue.policy.steal import RunningRequest
+from l4queue.sim.engine.instance import Instance
+from l4queue.sim.engine.request import SimRequest
+from l4queue.sim.policies.central import AGEING_TOKENS_PER_S
+
+__all__ = ("load_of", "running_request", "score_of", "worker_id")
+
+
+def worker_id(instance: Instance) -> str:
+    """Name of an engine in plans; names sort as the engines do."""
+    return f"{instance.index:04d}"
+
+
+def load_of(instance: Instance) -> WorkerLoad:
+    """The load that the engine's worker would publish."""
+    return WorkerLoad(
+        worker_id=worker_id(instance),
+        stage=instance.stage,
+        num_running=instance.num_running,
+        num_waiting_in_engine=instance.num_waiting,
+        context_tokens=instance.context_tokens,
+        pending_prefill_tokens=instance.pending_tokens,
+        kv_used_tokens=instance.kv_used_tokens,
+        kv_capacity_tokens=instance.cost.kv_capacity_tokens,
+        max_running=instance.cost.max_num_seqs,
+    )
+
+
+def running_request(
+    request: SimRequest,
+    length_tokens: int,
+    *,
+    expected_remaining: Callable[[int], float],
+    came_from: str | None = None,
+) -> RunningRequest:
+    """A decoding request of this length as its worker knows it; ids sort as the arrivals do."""
+    return RunningRequest(
+        request_id=f"{request.index:08d}",
+        length_tokens=length_tokens,
+        expected_remaining_tokens=expected_remaining(length_tokens - request.prompt_tokens),
+        came_from=came_from,
+    )
+
+
+def score_of(request: SimRequest) -> float:
+    """Place of a request in its stage's queue."""
+    return queue_order.score(
+        request.arrival_s * 1000.0, request.prompt_tokens, ageing_tokens_per_s=AGEING_TOKENS_PER_S
+    )

@@ -1,0 +1,77 @@
+"""The policies by name, as `--policy` takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from l4queue.errors import ConfigError
+from l4queue.sim.policies.central import Central, CentralSjf, Clairvoyant
+from l4queue.sim.policies.l4 import L4, L4Options
+from l4queue.sim.policies.length_blind import LeastRequests, LeastTokens, Llumnix, PowerOfTwo, Random, RoundRobin
+from l4queue.sim.policy import Policy
+from l4queue.sim.prove import prove_recent
+from l4queue.sim.runner import Setting
+from l4queue.sim.traces.trace import Trace
+from l4queue.sim.tuning import tune_two_pool
+
+__all__ = ("LENGTH_BLIND", "POLICIES", "make_policy", "parse_policies")
+
+_SIMPLE: Mapping[str, Callable[[], Policy]] = {
+    "round-robin": RoundRobin,
+    "random": Random,
+    "least-requests": LeastRequests,
+    "least-tokens": LeastTokens,
+    "power-of-two": PowerOfTwo,
+    "llumnix": Llumnix,
+    "central": Central,
+    "central-sjf": CentralSjf,
+    "clairvoyant": Clairvoyant,
+}
+
+POLICIES = (
+    "round-robin",
+    "random",
+    "least-requests",
+    "least-tokens",
+    "power-of-two",
+    "two-pool",
+    "llumnix",
+    "central",
+    "central-sjf",
+    "l4",
+    "clairvoyant",
+)
+
+LENGTH_BLIND = (
+    "round-robin",
+    "random",
+    "least-requests",
+    "least-tokens",
+    "power-of-two",
+    "llumnix",
+    "central",
+    "central-sjf",
+)
+"""What `l4` is compared with as "best length-blind": they route without length classes."""
+
+
+def parse_policies(text: str) -> tuple[str, ...]:
+    """Names of a comma-separated list, in order, without repeats; "all" for every one."""
+    if text.strip() == "all":
+        return POLICIES
+    names = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    for name in names:
+        if name not in POLICIES:
+            raise ConfigError(f"policy {name!r} is unknown; choose from {', '.join(POLICIES)} or all")
+    if not names:
+        raise ConfigError(f"no policy given; choose from {', '.join(POLICIES)} or all")
+    return names
+
+
+def make_policy(name: str, *, trace: Trace, setting: Setting, options: L4Options | None = None) -> Policy:
+    """A fresh policy for one run. `two-pool` is tuned on the trace by simulation (a few seconds)."""
+    if name == "two-pool":
+        return tune_two_pool(trace, setting)
+    if name == "l4":
+        return L4(options or L4Options(), prove=prove_recent)
+    return _SIMPLE[name]()

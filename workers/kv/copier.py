@@ -1,0 +1,188 @@
+"""Copies of KV between an engine's cache and segments, on a thread beside the engine's steps."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from workers.kv.blocks import BlockRows
+from workers.kv.segment import Layout, MissCause, Piece, Segment, SegmentError, SegmentWriter
+from workers.kv.store import SegmentStore
+
+__all__ = ("Carrier", "LoadJob", "Results", "SaveJob")
+
+log = logging.getLogger("l4queue.kv")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveJob:
+    """Write the blocks of a request that was cut. Its blocks stay as they are until this is reported."""
+
+    request_id: str
+    ticket: str
+    token_ids: Sequence[int]
+    block_ids: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadJob:
+    """Fill `block_ids` with the segment's blocks from `first_block` on."""
+
+    request_id: str
+    ticket: str
+    first_block: int
+    block_ids: Sequence[int]
+
+
+@dataclass(slots=True, kw_only=True)
+class Results:
+    """Requests whose job is over since the last look. Failed loads are among the loaded too."""
+
+    saved: set[str] = field(default_factory=set)
+    loaded: set[str] = field(default_factory=set)
+    failed: set[str] = field(default_factory=set)
+
+
+class Carrier:
+    """One thread that works off jobs in order. A job that fails is reported like one that succeeds.
+
+    Where the cache is a GPU's, several threads share the pieces of a job: each copies, sums up or writes, and a
+    single one takes several times as long as computing the KV again. Whether a segment was written is seen from
+    its file; a failed load is in `Results.failed`.
+    """
+
+    def __init__(self, store: SegmentStore, rows: BlockRows, *, fingerprint: str, block_tokens: int) -> None:
+        self._store = store
+        self._rows = rows
+        self._fingerprint = fingerprint
+        self._block_tokens = block_tokens
+        self._jobs: queue.SimpleQueue[tuple[SaveJob | LoadJob, Any] | None] = queue.SimpleQueue()
+        self._changed = threading.Condition()
+        self._results = Results()
+        self._num_pending = 0
+        self._said: set[str] = set()
+        many = rows.num_threads > 1
+        self._pool = ThreadPoolExecutor(rows.num_threads, thread_name_prefix="kv-carrier") if many else None
+        self._thread = threading.Thread(target=self._work, name="kv-carrier", daemon=True)
+        self._thread.start()
+
+    def submit(self, job: SaveJob | LoadJob) -> None:
+        """Queue a job. What the engine computes before it comes first."""
+        with self._changed:
+            self._num_pending += 1
+        self._jobs.put((job, self._rows.begin()))
+
+    def results(self, *, wait_s: float) -> Results:
+        """What is over; waits so long for something to be, if there is anything to wait for."""
+        with self._changed:
+            if self._num_pending and not (self._results.saved or self._results.loaded):
+                self._changed.wait(wait_s)
+            results, self._results = self._results, Results()
+            return results
+
+    def close(self) -> None:
+        """End the thread after the jobs that it has."""
+        self._jobs.put(None)
+        self._thread.join(timeout=5.0)
+        if self._pool is not None:
+            self._pool.shutdown(wait=False)
+
+    def _work(self) -> None:
+        while (entry := self._jobs.get()) is not None:
+            job, begun = entry
+            is_done = False
+            try:
+                self._rows.after(begun)
+                self._save(job) if isinstance(job, SaveJob) else self._load(job)
+                is_done = True
+            except (OSError, SegmentError) as error:
+                self._say_once(job, error)
+            except Exception:  # the engine waits for every job's end, and prefills what was not loaded
+                log.exception("KV of %s: not moved", job.request_id)
+            self._report(job, is_done=is_done)
+
+    def _report(self, job: SaveJob | LoadJob, *, is_done: bool) -> None:
+        with self._changed:
+            self._num_pending -= 1
+            if isinstance(job, SaveJob):
+                self._results.saved.add(job.request_id)
+            else:
+                self._results.loaded.add(job.request_id)
+                if not is_done:
+                    self._results.failed.add(job.request_id)
+            self._changed.notify_all()
+
+    def _save(self, job: SaveJob) -> None:
+        layout = self._layout(len(job.token_ids))
+        part = self._store.create(job.ticket, layout.total_bytes)
+        if part is None:
+            raise OSError(f"no room for {layout.total_bytes} bytes within {self._store.limit_bytes}")
+        try:
+            writer = SegmentWriter(part.fd, layout, job.token_ids)
+
+            def save(piece: Piece) -> None:
+                blocks = job.block_ids[piece.first_block : piece.first_block + piece.num_blocks]
+                writer.write(piece, self._rows.gather(piece.layer, blocks))
+
+            self._each(layout.pieces(), save)
+            writer.seal()
+        except BaseException:
+            self._store.discard(part)
+            raise
+        self._store.publish(part)
+
+    def _load(self, job: LoadJob) -> None:
+        """Read what covers the blocks, put it there, use the segment up. When it fails, blocks are half filled."""
+        last_block = job.first_block + len(job.block_ids)
+        try:
+            with Segment(self._store.path(job.ticket)) as segment:
+                layout = segment.layout
+                if not layout.fits(self._layout(layout.num_tokens)) or layout.num_blocks < last_block:
+                    raise SegmentError(MissCause.FOREIGN, f"{job.ticket}: another model or layout")
+
+                def load(piece: Piece) -> None:
+                    scratch = np.empty((piece.num_blocks, layout.block_bytes), dtype=np.uint8)
+                    rows = segment.read(piece, scratch)
+                    skipped = max(0, job.first_block - piece.first_block)
+                    at = piece.first_block + skipped - job.first_block
+                    targets = job.block_ids[at : at + piece.num_blocks - skipped]
+                    self._rows.scatter(piece.layer, targets, rows[skipped : skipped + len(targets)])
+
+                self._each(layout.pieces(from_block=job.first_block, until_block=last_block), load)
+                self._rows.finish()
+        finally:
+            self._store.remove(job.ticket)
+
+    def _each(self, pieces: Sequence[Piece], work: Callable[[Piece], None]) -> None:
+        """Do it for all pieces. When one fails, the others are over too before its error is raised."""
+        if self._pool is None:
+            for piece in pieces:
+                work(piece)
+            return
+        jobs = [self._pool.submit(work, piece) for piece in pieces]
+        wait(jobs)
+        for job in jobs:
+            job.result()
+
+    def _layout(self, num_tokens: int) -> Layout:
+        return Layout(
+            fingerprint=self._fingerprint,
+            num_layers=self._rows.num_layers,
+            block_tokens=self._block_tokens,
+            block_bytes=self._rows.block_bytes,
+            num_tokens=num_tokens,
+        )
+
+    def _say_once(self, job: SaveJob | LoadJob, error: OSError | SegmentError) -> None:
+        cause = error.cause if isinstance(error, SegmentError) else type(error).__name__
+        what = "saved" if isinstance(job, SaveJob) else "loaded"
+        if f"{what} {cause}" not in self._said:
+            self._said.add(f"{what} {cause}")
+            log.warning("KV of %s not %s, it will be prefilled (said once): %s", job.request_id, what, error)

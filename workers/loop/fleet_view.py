@@ -1,0 +1,134 @@
+"""A worker's view of the fleet, refreshed every 0.5 s: worker and stage loads, recent output lengths."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+from l4queue.config import Settings
+from l4queue.cost.step import StepCost
+from l4queue.models import Plan, WorkerLoad
+from l4queue.observe.overview import Overview, read_overview_async, stage_loads
+from l4queue.planning.assign import stage_for_newcomer
+from l4queue.policy.loads import StageLoad, batch_ms, prefill_ahead_ms
+from l4queue.policy.output_lengths import OutputLengths
+from l4queue.protocol.executor import AsyncDoor
+from l4queue.protocol.keys import SOLO_STAGE, Keys
+from l4queue.protocol.reads import Reads
+
+__all__ = ("Outlook",)
+
+_INTERVAL_S = 0.5
+_WORKERS_PER_S = 64  # in a large fleet everybody looks at everybody less often
+
+
+class Outlook:
+    """Refreshed by the worker's own loop. Before the first look there are no others."""
+
+    def __init__(self, *, settings: Settings, door: AsyncDoor, worker_id: str) -> None:
+        self._namespace = settings.namespace
+        self._quiet_ms = settings.background_quiet_s * 1000
+        self._door = door
+        self._reads = Reads(Keys(settings.namespace))
+        self._worker_id = worker_id
+        self._finished_id: str | None = None
+        self._lightest: tuple[Overview | None, int, float] = (None, -1, math.inf)
+        self._newcomer: tuple[int, int] | None = None
+        self._looking = asyncio.Lock()  # what finished is counted once
+        self._num_able: Counter[int] = Counter()
+        self.overview: Overview | None = None
+        self.outputs = OutputLengths()
+
+    @property
+    def interval_s(self) -> float:
+        """Pause between two looks, s."""
+        num_workers = len(self.overview.workers) if self.overview else 0
+        return max(_INTERVAL_S, num_workers / _WORKERS_PER_S)
+
+    async def refresh(self) -> Overview:
+        """Look at plan, workers and queues, and at what has finished since the last look."""
+        async with self._looking:
+            self.overview = overview = await read_overview_async(self._door, self._namespace)
+            self._num_able = Counter(self.stage_of(w) for w in overview.workers if w.is_open)
+            self._finished_id, lengths = await self._door.run(self._reads.output_lengths(after=self._finished_id))
+            self.outputs.add(lengths)
+        return overview
+
+    def others(self, *, stage: int | None = None) -> list[WorkerLoad]:
+        """The other workers, of one stage or of all."""
+        found = self.overview.workers if self.overview else ()
+        return [w for w in found if w.worker_id != self._worker_id and stage in (None, self.stage_of(w))]
+
+    async def asked_again(self, workers: Sequence[WorkerLoad]) -> list[WorkerLoad]:
+        """What these say of themselves now; without those that are gone."""
+        views = await self._door.run_many([self._reads.worker(w.incarnation, 0) for w in workers])
+        return [view.load for view in views if view is not None]
+
+    def lightest_ms(self, stage: int, *, cost: StepCost) -> float:
+        """The least that another worker of this stage had before it; infinite where there is none."""
+        known, of_stage, found_ms = self._lightest
+        if known is not self.overview or of_stage != stage:
+            loads = (batch_ms(load, cost=cost) for load in self.others(stage=stage) if load.is_open)
+            found_ms = min(loads, default=math.inf)
+            self._lightest = (self.overview, stage, found_ms)
+        return found_ms
+
+    def ahead_ms(self, pending_tokens: int, stage: int, *, cost: StepCost) -> float:
+        """Prefill before what a worker of this stage runs that has so many tokens pending in its engine, ms."""
+        if self.overview is None:
+            return cost.prefill_ms(pending_tokens)
+        queue = self.overview.in_play(str(stage), quiet_ms=self._quiet_ms)
+        return prefill_ahead_ms(
+            pending_tokens,
+            queued_requests=queue.num_requests if queue else 0,
+            queued_tokens=queue.tokens if queue else 0,
+            num_workers=self._num_able[stage],
+            cost=cost,
+        )
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait anywhere."""
+        if self.overview is None:
+            return 0
+        return self.overview.inbox + sum(queue.num_requests for queue in self.overview.queues.values())
+
+    @property
+    def num_in_play(self) -> int:
+        """Requests that wait anywhere, without those of the background that are held back."""
+        if self.overview is None:
+            return 0
+        queues = [self.overview.in_play(stage, quiet_ms=self._quiet_ms) for stage in self.overview.queues]
+        return self.overview.inbox + sum(queue.num_requests for queue in queues if queue is not None)
+
+    @property
+    def num_solo(self) -> int:
+        """Requests that wait to be run alone."""
+        queue = self.overview.queues.get(SOLO_STAGE) if self.overview else None
+        return queue.num_requests if queue else 0
+
+    def num_queued(self, stage: int) -> int:
+        """Requests in play that wait in the queue of a stage."""
+        queue = self.overview.in_play(str(stage), quiet_ms=self._quiet_ms) if self.overview else None
+        return queue.num_requests if queue else 0
+
+    def stage_loads(self, *, cost: StepCost) -> list[StageLoad]:
+        """The load of every stage of the plan, by what its workers published and what waits for it."""
+        if self.overview is None:
+            return []
+        expected = self.outputs.mean_tokens
+        return stage_loads(self.overview, expected_output_tokens=expected, cost=cost, quiet_ms=self._quiet_ms)
+
+    def newcomer_stage(self, plan: Plan, *, cost: StepCost) -> int:
+        """Where a worker that the plan does not know is needed most; it stays there until the next plan."""
+        if self._newcomer is None or self._newcomer[0] != plan.version:
+            chosen = stage_for_newcomer(plan, self.others(), queues=self.stage_loads(cost=cost))
+            self._newcomer = (plan.version, chosen.stage)
+        return self._newcomer[1]
+
+    def stage_of(self, worker: WorkerLoad) -> int:
+        """By the plan, even if the worker's latest news is older than that."""
+        known = self.overview.plan.stage_of_worker(worker.worker_id) if self.overview else None
+        return worker.stage if known is None else known

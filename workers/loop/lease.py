@@ -1,0 +1,178 @@
+"""The worker's lease: an incarnation, renewed only while its engine makes progress or is rightly idle.
+
+The loop renews it with its news; a thread (`workers.loop.lease_thread`) keeps it while the loop stands still.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict
+
+from l4queue.compat import FORMAT
+from l4queue.config import Settings
+from l4queue.cost.move import MovePrice
+from l4queue.cost.step import StepCost
+from l4queue.errors import ServiceUnavailable
+from l4queue.models import WorkerLoad
+from l4queue.protocol.calls import Calls, Verdict
+from l4queue.protocol.executor import AsyncDoor
+from l4queue.protocol.parsing import load_to_json
+from workers.engine.base import EngineDied
+from workers.engine.loop_work import LoopWork, lease_of
+from workers.loop.lease_thread import LeaseKeeper
+
+__all__ = ("Lease",)
+
+log = logging.getLogger("l4queue.worker")
+_NEWS_S = 0.5
+_MIN_NEWS_S = 0.02
+
+
+class Lease:
+    """Begins, renews and ends this worker's lease. `on_lost` is called when others have taken its work."""
+
+    def __init__(
+        self,
+        *,
+        settings: Settings,
+        door: AsyncDoor,
+        calls: Calls,
+        worker_id: str,
+        load: Callable[[], WorkerLoad],
+        cost: Callable[[], StepCost | None],
+        price: Callable[[], MovePrice],
+        num_steps: Callable[[], int],
+        work: LoopWork,
+    ) -> None:
+        self._settings = settings
+        self._door = door
+        self._calls = calls
+        self._worker_id = worker_id
+        self._load = load
+        self._cost = cost
+        self._price = price
+        self._num_steps = num_steps
+        self._work = work
+        self._sequence = 0
+        self._sent: dict[str, int] | None = None
+        self._seen_steps = -1
+        self._progress_s = 0.0
+        self._checked_s = 0.0
+        self._renewed_s = 0.0
+        self._keeper = LeaseKeeper(
+            settings=settings, calls=calls, incarnation=lambda: self.incarnation, work=work, on_lost=self.tell
+        )
+        self._due = asyncio.Event()
+        self.told: WorkerLoad | None = None  # the load that the others know
+        self.histogram: Counter[str] = Counter()
+        self.incarnation = self._fresh_name()
+
+    async def begin(self) -> None:
+        """Register, and let the thread keep the lease from now on, until `end` or `leave`."""
+        await self._register()
+        self._keeper.start()
+
+    async def keep(self, on_lost: Callable[[], None]) -> None:
+        """Renew for ever, three times a lease or more often, since siblings decide by the load it tells.
+
+        Raises EngineDied when the engine has stalled too long.
+        """
+        while True:
+            await asyncio.sleep(_MIN_NEWS_S)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(min(self._settings.lease_s / 3, _NEWS_S) - _MIN_NEWS_S):
+                    await self._due.wait()
+            self._due.clear()
+            self._check_progress()
+            was_renewed_s, sent_s, incarnation = self._renewed_s, time.monotonic(), self.incarnation
+            is_lost = await self._send(register=False) is Verdict.LOST
+            if is_lost:
+                log.warning("lease of %s lost: its requests continue elsewhere", incarnation)
+                on_lost()
+                await self._register()
+            if is_lost or self._renewed_s - was_renewed_s > self._settings.lease_s:  # else perhaps in part
+                await self._come_back(incarnation)
+            self._work.forget(before_s=sent_s)
+
+    def tell(self) -> None:
+        """Renew now: the load has changed by more than siblings should overlook."""
+        self._due.set()
+
+    async def say(self) -> None:
+        """Renew with the news as of now, if Redis takes them."""
+        try:
+            await self._send(register=False)
+        except ServiceUnavailable as error:  # what follows matters more
+            log.warning("news not told: %s", error)
+
+    async def end(self) -> None:
+        """Leave for good; what is still held goes back without blame."""
+        await self._door.run(self._calls.retire(self.incarnation))
+        self.leave()
+
+    def leave(self) -> None:
+        """Keep the lease no longer; safe to call at any time."""
+        self._keeper.stop()
+
+    async def _register(self) -> None:
+        """Begin a new incarnation."""
+        self.incarnation = self._fresh_name()
+        self._progress_s = self._checked_s = asyncio.get_running_loop().time()
+        await self._send(register=True)
+
+    async def _come_back(self, incarnation: str) -> None:
+        """Tell that this one had not died, but for requests that had kept even the thread from renewing."""
+        guilty = [lease_of(engine_id)[0] for engine_id in self._work.busy_for(self._settings.lease_s / 3)]
+        await self._door.run(self._calls.pardon(incarnation, worker_id=self._worker_id, guilty=guilty))
+
+    def _check_progress(self) -> None:
+        """An engine that has stalled too long is dead. While the loop stands still nobody sees its steps."""
+        now_s, steps = asyncio.get_running_loop().time(), self._num_steps()
+        self._progress_s += max(0.0, now_s - self._checked_s - 2 * _NEWS_S)
+        self._checked_s = now_s
+        if steps != self._seen_steps or self._load().num_running == 0:
+            self._seen_steps, self._progress_s = steps, now_s
+        stalled_s = now_s - self._progress_s
+        if stalled_s > self._settings.stall_limit_s:
+            raise EngineDied(f"no engine step for {stalled_s:.0f} s with requests running")
+
+    async def _send(self, *, register: bool) -> Verdict:
+        if self._sent is None:  # else it is not known whether the last ones arrived: a repeat is not counted twice
+            self._sequence += 1
+            self._sent = dict(self.histogram)
+        sent = self._sent
+        cost = self._cost()
+        load = self.told = self._load()
+        told = {
+            "v": FORMAT,
+            **load_to_json(load),
+            "cost": None if cost is None else cost.to_dict(),
+            "price": asdict(self._price()),
+        }
+        verdict = await self._door.run(
+            self._calls.renew(
+                self.incarnation,
+                worker_id=self._worker_id,
+                lease_ms=int(self._settings.lease_s * 1000),
+                load=json.dumps(told),
+                sequence=self._sequence,
+                register=register,
+                histogram=sent,
+            )
+        )
+        self._sent = None
+        if verdict is Verdict.OK:
+            self._renewed_s = asyncio.get_running_loop().time()
+            self.histogram.subtract(sent)
+            self.histogram += Counter()  # drops what is zero
+        return verdict
+
+    def _fresh_name(self) -> str:
+        return f"{self._worker_id}:{uuid.uuid4().hex[:12]}"

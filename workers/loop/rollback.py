@@ -1,0 +1,58 @@
+"""Detection of lost Redis writes: a failover to a lagging replica undoes transitions.
+
+What a worker took, wrote or settled in that moment has not happened any more. Writes to what it no longer owns are
+fenced. What Redis says it owns and it knows nothing of would never end, so it is given back, without blame.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from l4queue.models import RequestState
+from workers.loop.session import Session
+from workers.loop.state import WorkerState
+
+__all__ = ("Rollback",)
+
+log = logging.getLogger("l4queue.worker")
+
+
+class Rollback:
+    """Compares leases with sessions. Only between two takes: what is being started is in neither."""
+
+    def __init__(self, state: WorkerState) -> None:
+        self._state = state
+        self._looked_s = 0.0
+
+    async def look(self) -> int:
+        """Once a lease: give back what Redis holds for this worker and it does not run; how many."""
+        state, now_s = self._state, asyncio.get_running_loop().time()
+        if now_s - self._looked_s < state.settings.lease_s:
+            return 0
+        self._looked_s = now_s
+        incarnation = state.lease.incarnation
+        held = await state.door.run(state.reads.held(incarnation))
+        strange = sorted(held - {session.request_id for session in state.sessions.values()})
+        records = await state.door.run_many([state.reads.record(request_id) for request_id in strange])
+        running = [r for r in records if r is not None and r.state is RequestState.RUNNING]
+        calls = [state.calls.release(r.request_id, incarnation=incarnation, epoch=r.epoch) for r in running]
+        await state.door.run_many(calls)
+        if running:
+            log.error("Redis has lost writes: gave back %d requests that are not run here", len(running))
+        return len(running)
+
+    async def is_second(self, session: Session) -> bool:
+        """Whether this lease was had before and undone. Its output could be taken for that of the first.
+
+        Both are ended: the next lease has another epoch.
+        """
+        state = self._state
+        first = state.sessions.get(session.engine_id)
+        if first is None:
+            return False
+        await state.drop([first])
+        call = state.calls.release(session.request_id, incarnation=session.incarnation, epoch=session.grant.epoch)
+        await state.door.run(call)
+        log.error("Redis has lost writes: gave back %s, which was taken before", session.request_id)
+        return True

@@ -1,0 +1,218 @@
+"""One running request: from a lease to an engine request, from engine output to writes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+
+from l4queue.errors import UnreadableValue
+from l4queue.models import RequestBody, RequestState, SamplingParams
+from l4queue.protocol.keys import SOLO_STAGE
+from l4queue.protocol.records import Grant, Outcome, OutputEntry, TokenLogprobs, unpack_ids
+from l4queue.sampling import DEFAULT_MAX_TOKENS
+from workers.engine.base import EngineOutput, EngineRequest, FinishReason
+from workers.loop.text import TextStream
+
+__all__ = ("Session", "TextFactory", "Write", "engine_id", "resumed_seed")
+
+_PREVIEW_CHARS = 120
+
+TextFactory = Callable[[SamplingParams], TextStream]
+"""Makes the text of one output: with the model's tokenizer and the request's stop strings."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Write:
+    """What is to be written for a session: tokens from `offset` on, and the outcome when it has ended."""
+
+    session: Session
+    offset: int
+    token_ids: tuple[int, ...]
+    text: str
+    outcome: Outcome | None
+    logprobs: tuple[TokenLogprobs, ...] = ()
+
+
+def engine_id(grant: Grant) -> str:
+    """The id in the engine: one per lease, so that output of an aborted lease cannot be mistaken."""
+    return f"{grant.request_id}:{grant.epoch}"
+
+
+def resumed_seed(seed: int, num_resumed: int) -> int:
+    """The seed with which a request goes on after `num_resumed` tokens, in [0, 2^63).
+
+    An engine seeds its generator where a request enters it. The same seed again would repeat the random numbers of
+    the first tokens for the next ones. This one repeats none, and the same cut gives the same tokens.
+    """
+    digest = blake2b(f"{seed}:{num_resumed}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+class Session:
+    """A leased request and what it has generated. Pure: it never talks to Redis or to the engine.
+
+    `committed` tokens are in the output stream; `pending` ones wait to be written. A pinned request
+    commits nothing before its end, so that a restart may generate something else.
+    """
+
+    def __init__(
+        self,
+        grant: Grant,
+        *,
+        incarnation: str,
+        stage: int,
+        range_text: str,
+        started_s: float,
+        make_text: TextFactory,
+    ) -> None:
+        body = RequestBody.stored(grant.body)
+        self.grant = grant
+        self.incarnation = incarnation
+        self.stage = stage
+        self.started_s = started_s
+        self.range_text = range_text
+        self.priority = body.priority
+        self.is_traced = body.traceparent is not None
+        self.came_from = grant.came_from
+        self.is_moving = False
+        self.watch_tokens: int | None = None  # the length at which moving it is thought about
+        self.params: SamplingParams = body.params
+        self.max_tokens = body.params.max_tokens or DEFAULT_MAX_TOKENS
+        self.prompt_ids: list[int] = unpack_ids(grant.packed_ids)
+        self.output_ids: list[int] = []
+        self.committed = 0
+        self._text = make_text(body.params)
+        self._text.prime(self.prompt_ids)
+        self._pending_text: list[str] = []
+        self._pending_logprobs: list[TokenLogprobs] = []
+        self._outcome: Outcome | None = None
+        self.ended_by_text = False
+        self.text_preview = ""
+
+    @property
+    def request_id(self) -> str:
+        return self.grant.request_id
+
+    @property
+    def length_tokens(self) -> int:
+        """Current length: prompt and generated."""
+        return len(self.prompt_ids) + len(self.output_ids)
+
+    @property
+    def remaining_tokens(self) -> int:
+        """Most tokens that may still be generated."""
+        return self.max_tokens - len(self.output_ids)
+
+    @property
+    def may_move(self) -> bool:
+        """Whether it may go on elsewhere. Before its first token here it would only be prefilled twice.
+
+        One that runs alone stays: it would wait to be run alone again.
+        """
+        is_alone = self.grant.stage == SOLO_STAGE
+        is_free = not (self.is_moving or self.has_ended or self.params.is_pinned or is_alone)
+        return is_free and len(self.output_ids) > self.grant.offset
+
+    @property
+    def has_ended(self) -> bool:
+        return self._outcome is not None
+
+    @property
+    def awaits_first_token(self) -> bool:
+        """Whether its prompt is still to be prefilled here."""
+        return len(self.output_ids) == self.grant.offset and not self.has_ended
+
+    @property
+    def is_urgent(self) -> bool:
+        """Whether the next write should not wait for more: the first tokens here, or the end."""
+        are_first = self.committed == self.grant.offset < len(self.output_ids)
+        return self.has_ended or (are_first and not self.params.is_pinned)
+
+    def resume(self, entries: Sequence[OutputEntry], *, eos_token_ids: frozenset[int]) -> None:
+        """Go on from what earlier workers committed. They may have died after the very last token.
+
+        As in vLLM, the token that ends the output gives no text, whether or not the tokenizer calls it special.
+        UnreadableValue where that is not all that the record says there is.
+        """
+        if not self.params.ignore_eos:
+            self._text.silence(eos_token_ids)
+        ids = [token for entry in entries for token in entry.token_ids]
+        if len(ids) != self.grant.offset:
+            raise UnreadableValue(f"its output has {len(ids)} tokens, its record says {self.grant.offset}")
+        if not ids:
+            return
+        self.output_ids = ids
+        self.committed = len(ids)
+        stopped = self._text.replay(ids)
+        if stopped or (self._is_stop_token(ids[-1], eos_token_ids) and len(ids) >= self.params.min_tokens):
+            self._end(FinishReason.STOP)
+        elif self.remaining_tokens <= 0:
+            self._end(FinishReason.LENGTH)
+
+    def engine_request(self) -> EngineRequest:
+        """What the engine is to compute: the rest of the output. In its class, what has run before goes first."""
+        params, num_resumed = self.params, len(self.output_ids)
+        if params.seed is not None and num_resumed:
+            params = params.model_copy(update={"seed": resumed_seed(params.seed, num_resumed)})
+        return EngineRequest(
+            request_id=self.engine_id,
+            token_ids=self.prompt_ids + self.output_ids,
+            max_tokens=self.remaining_tokens,
+            min_tokens=max(0, self.params.min_tokens - num_resumed),
+            params=params,
+            priority=2 * self.priority + (num_resumed == 0),
+            num_resumed=num_resumed,
+            kv=self.grant.kv,
+        )
+
+    @property
+    def engine_id(self) -> str:
+        """The id in the engine."""
+        return engine_id(self.grant)
+
+    def feed(self, output: EngineOutput) -> None:
+        """Take in new tokens; may end the session (a stop string needs no consent of the engine)."""
+        if self.has_ended:
+            return
+        if output.finish_reason is FinishReason.ERROR:
+            error, field = output.error or "", output.field
+            self._outcome = Outcome(state=RequestState.FAILED, finish_reason="error", error=error, field=field)
+            return
+        if output.token_ids:
+            piece = self._text.feed(output.token_ids)
+            self.output_ids.extend(output.token_ids[: piece.num_tokens])
+            self._pending_text.append(piece.text)
+            if output.logprobs:
+                self._pending_logprobs.extend(output.logprobs[: piece.num_tokens])
+            if len(self.text_preview) < _PREVIEW_CHARS:
+                self.text_preview = (self.text_preview + piece.text)[:_PREVIEW_CHARS]
+            if piece.stopped:
+                self.ended_by_text = True
+                self._end(FinishReason.STOP)
+                return
+        if output.finish_reason is not None:
+            self._end(output.finish_reason)
+
+    def take_write(self) -> Write | None:
+        """What to write now, or None. Call `written` once it is in Redis."""
+        new = tuple(self.output_ids[self.committed :])
+        if self._outcome is None and (not new or self.params.is_pinned):
+            return None
+        text, self._pending_text = "".join(self._pending_text), []
+        logprobs: tuple[TokenLogprobs, ...] = ()
+        if self._pending_logprobs:
+            logprobs, self._pending_logprobs = tuple(self._pending_logprobs), []
+        offset, self.committed = self.committed, len(self.output_ids)
+        return Write(
+            session=self, offset=offset, token_ids=new, text=text, outcome=self._outcome, logprobs=logprobs
+        )
+
+    def _end(self, reason: FinishReason) -> None:
+        held = "" if self._text.stopped else self._text.flush()
+        self._outcome = Outcome(state=RequestState.DONE, finish_reason=reason.value, held_text=held)
+
+    def _is_stop_token(self, token: int, eos_token_ids: frozenset[int]) -> bool:
+        if token in self.params.stop_token_ids:
+            return True
+        return token in eos_token_ids and not self.params.ignore_eos

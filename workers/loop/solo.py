@@ -1,0 +1,90 @@
+"""Running empty for a request of the solo queue, and keeping everybody else out meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import replace
+
+from l4queue.policy.solo import SoloLimits, turn_of
+from l4queue.protocol.keys import SOLO_STAGE, personal_stage
+from workers.loop.state import WorkerState
+from workers.loop.writer import Writer
+
+__all__ = ("SoloTurn",)
+
+log = logging.getLogger("l4queue.worker")
+_LIMITS = SoloLimits()
+_LIMIT = 200
+
+
+class SoloTurn:
+    """Sets `WorkerState.is_emptying`, which others respect: they neither hand over nor push to this worker.
+
+    What comes all the same, as from workers of an older release, is sent on to the stage of its length.
+    """
+
+    def __init__(self, state: WorkerState, writer: Writer) -> None:
+        self._state = state
+        self._writer = writer
+        self._head: str | None = None
+        self._head_since_s = 0.0
+        self._began_s: float | None = None  # when this worker began to run empty
+
+    async def look(self) -> bool:
+        """Whether nothing may be taken now, but from the solo queue once this worker runs nothing."""
+        state, runs_alone = self._state, self._runs_alone()
+        is_emptying = runs_alone or await self._is_our_turn()
+        if is_emptying != state.is_emptying:
+            state.is_emptying = is_emptying
+            state.lease.tell()
+        if is_emptying and not runs_alone:
+            await self._give_back()
+        return is_emptying
+
+    def taken(self) -> None:
+        """A request of the solo queue was taken here, or none was left: the next one waits for another turn."""
+        self._head = self._began_s = None
+
+    async def send_on(self) -> bool:
+        """Move what waits for this worker alone to the stages of its lengths; whether there may be more."""
+        state = self._state
+        own = personal_stage(state.worker_id)
+        call = state.calls.migrate(source=own, highs=state.plan.highs, limit=_LIMIT)
+        answer = await state.door.run(call)
+        if answer.num_moved:
+            log.info("sent on %d requests: %s is to be empty", answer.num_moved, state.worker_id)
+        return answer.num_seen == _LIMIT
+
+    def _runs_alone(self) -> bool:
+        return any(session.grant.stage == SOLO_STAGE for session in self._state.sessions.values())
+
+    async def _is_our_turn(self) -> bool:
+        state, now_s = self._state, asyncio.get_running_loop().time()
+        waiting: list[str] = []
+        if state.outlook.num_solo:
+            waiting = await state.door.run(state.reads.queue_ids(SOLO_STAGE, limit=1))
+        if not waiting:
+            self.taken()
+            return False
+        if waiting[0] != self._head:
+            self._head, self._head_since_s = waiting[0], now_s
+        own = replace(state.load(), is_emptying=self._began_s is not None)
+        turn = turn_of(own, state.outlook.others(), waited_s=now_s - self._head_since_s, limits=_LIMITS)
+        if not turn.is_ours:
+            self._began_s = None
+        elif self._began_s is None:
+            self._began_s = now_s
+            log.info("%s runs empty for %s: %s", state.worker_id, self._head, turn.reason)
+        return turn.is_ours
+
+    async def _give_back(self) -> None:
+        """What has not ended or moved on in time goes on elsewhere, or here afterwards."""
+        now_s = asyncio.get_running_loop().time()
+        if self._began_s is None or now_s - self._began_s < _LIMITS.empty_s:
+            return
+        sessions = self._state.sessions.values()
+        leaving = [session for session in sessions if not session.is_moving and not session.has_ended]
+        for session in leaving:
+            session.is_moving = True
+        await self._writer.give_back(leaving, why="makes way for a request that runs alone")

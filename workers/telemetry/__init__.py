@@ -1,0 +1,1 @@
+"""Reports of a worker: the observer interface, metrics, traces. Reads the worker, never changes it."""
