@@ -25,7 +25,7 @@ from l4queue.models import Plan
 from l4queue.sim.capacity import capacity_rps
 from l4queue.sim.policies.l4 import L4, L4Options
 from l4queue.sim.registry import make_policy
-from l4queue.sim.runner import Run, Setting, run_policy
+from l4queue.sim.runner import Run, RunConfig, run_policy
 from l4queue.sim.traces.trace import Trace
 
 GPU, MODEL = "h100", "llama-3.1-8b"
@@ -61,7 +61,7 @@ def slowed(cost: StepCost, factor: float) -> StepCost:
     return replace(cost, **{name: getattr(cost, name) * factor for name in names})
 
 
-def l4_run(trace: Trace, setting: Setting) -> Run:
+def l4_run(trace: Trace, setting: RunConfig) -> Run:
     """l4 with its defaults."""
     return run_policy(make_policy("l4", trace=trace, setting=setting), trace, setting)
 
@@ -71,7 +71,7 @@ def follow(num_instances: int, *, slower: float, load: float, duration_s: float,
     coefficients = read_coefficients(GPU, MODEL)
     price = MovePrice(bandwidth_bytes_per_s=50e9, kv_bytes_per_token=coefficients.kv_bytes_per_token)
     cost = slowed(coefficients.cost, slower)
-    setting = Setting(cost=cost, num_instances=num_instances, price=price)
+    setting = RunConfig(cost=cost, num_instances=num_instances, price=price)
     third_s = duration_s / PARTS
     probe = bench_trace(None, "flip", rate=50.0, duration_s=600.0, seed=seed)
     rates = [

@@ -41,7 +41,7 @@ from l4queue.sim.policies.views import worker_id
 from l4queue.sim.policy import Policy
 from l4queue.sim.prove import prove_recent
 from l4queue.sim.replay import MAX_ARRIVALS
-from l4queue.sim.runner import Setting, run_policy
+from l4queue.sim.runner import RunConfig, run_policy
 from l4queue.sim.traces.trace import Trace, read_trace
 from l4queue.sim.wake import WAKE_JITTER_MS
 
@@ -193,7 +193,7 @@ def _simulate(
     run = run_policy(
         policy,
         trace.scaled(speed),
-        Setting(
+        RunConfig(
             cost=cost,
             num_instances=setting["num_workers"],
             seed=setting["seed"],

@@ -15,7 +15,7 @@ from l4queue.cost.fit import error_by_regime, fit_step_cost, limits_of_engine
 from l4queue.cost.step import BatchShape, StepCost
 from l4queue.sim.plots import save_figure
 from l4queue.sim.policies.length_blind import RoundRobin
-from l4queue.sim.runner import Setting, run_policy
+from l4queue.sim.runner import RunConfig, run_policy
 from l4queue.sim.traces.trace import Trace
 
 __all__ = ("error", "measured_runs")
@@ -174,7 +174,7 @@ def replay(rows: list[dict[str, str]], cost: StepCost) -> tuple[dict[str, np.nda
         input_tokens=np.array([int(r["input_toks"]) for r in rows], dtype=np.int64),
         output_tokens=output.astype(np.int64),
     )
-    run = run_policy(RoundRobin(), trace, Setting(cost=cost, num_instances=1)).measured
+    run = run_policy(RoundRobin(), trace, RunConfig(cost=cost, num_instances=1)).measured
     real = {
         "e2e": values["last_token_s"] - values["queued_s"],
         "ttft": values["first_token_s"] - values["queued_s"],

@@ -32,10 +32,10 @@ from l4queue.client import AsyncHandle
 from l4queue.cost.coefficients import read_coefficients
 from l4queue.models import RequestState
 from l4queue.protocol.calls import Call, Calls
-from l4queue.protocol.executor import AsyncDoor, Door
+from l4queue.protocol.executor import AsyncExecutor, Executor
 from l4queue.protocol.keys import Keys
 from l4queue.protocol.records import Outcome
-from l4queue.protocol.retention import Keeping
+from l4queue.protocol.retention import Retention
 from l4queue.tiny import build_tiny_tokenizer, cache_directory
 from workers.engine.emulated.engine import EmulatedEngine
 from workers.loop.text import text_factory
@@ -48,7 +48,7 @@ DAY_RATE_PER_S = 7.0
 MAX_LEN = 65_536
 
 
-async def told(door: AsyncDoor, section: str, name: str) -> int:
+async def told(executor: AsyncExecutor, section: str, name: str) -> int:
     """A figure of INFO."""
 
     def parse(reply: bytes | dict[str, int]) -> int:
@@ -56,19 +56,19 @@ async def told(door: AsyncDoor, section: str, name: str) -> int:
             return int(reply[name])
         return int(reply.split(name.encode() + b":")[1].split(b"\r\n")[0])
 
-    return await door.run(Call(None, (), ("INFO", section), parse))
+    return await executor.run(Call(None, (), ("INFO", section), parse))
 
 
-async def used_bytes(door: AsyncDoor, keys: Keys, client_id: str) -> int:
+async def used_bytes(executor: AsyncExecutor, keys: Keys, client_id: str) -> int:
     """Memory in use for requests.
 
     Without the streams that keep their latest entries, however many requests there are, and without buffers.
     """
-    used = await told(door, "memory", "used_memory")
+    used = await told(executor, "memory", "used_memory")
     for name in ("mem_clients_normal", "mem_aof_buffer"):
-        used -= await told(door, "memory", name)
+        used -= await told(executor, "memory", name)
     for key in (keys.finished, keys.mailbox(client_id)):
-        used -= await door.run(Call(None, (), ("MEMORY", "USAGE", key, "SAMPLES", 0), lambda r: int(r or 0)))
+        used -= await executor.run(Call(None, (), ("MEMORY", "USAGE", key, "SAMPLES", 0), lambda r: int(r or 0)))
     return used
 
 
@@ -78,9 +78,9 @@ async def routed(client: AsyncClient) -> None:
         await asyncio.sleep(0.1)
 
 
-async def pack(door: AsyncDoor, keys: Keys) -> None:
+async def pack(executor: AsyncExecutor, keys: Keys) -> None:
     """What upkeep does a while after the end."""
-    while (await door.run(Keeping(keys).pack(min_age_ms=0, max_requests=50, max_entries=1000))).has_more:
+    while (await executor.run(Retention(keys).pack(min_age_ms=0, max_requests=50, max_entries=1000))).has_more:
         pass
 
 
@@ -97,10 +97,10 @@ class Parts:
             max_backlog_bytes=10**12,
             max_result_bytes=10**12,
         )
-        self.door = AsyncDoor(url)
+        self.executor = AsyncExecutor(url)
         self.keys = Keys(namespace)
         tokenizer = PromptTokenizer("tiny", max_model_len=MAX_LEN)
-        self.dispatcher = Dispatcher(settings=self.settings, door=self.door, tokenizer=tokenizer, name="d")
+        self.dispatcher = Dispatcher(settings=self.settings, executor=self.executor, tokenizer=tokenizer, name="d")
 
     def worker(self) -> Worker:
         """One that is not running yet."""
@@ -116,7 +116,7 @@ class Parts:
 
     async def counted(self, name: str) -> int:
         """One of the totals."""
-        return await self.door.run(Call(None, (), ("HGET", self.keys.counts, name), lambda r: int(r or 0)))
+        return await self.executor.run(Call(None, (), ("HGET", self.keys.counts, name), lambda r: int(r or 0)))
 
 
 async def serve(parts: Parts, client: AsyncClient, requests: Sequence[AsyncHandle | dict[str, Any]]) -> None:
@@ -133,25 +133,25 @@ async def serve(parts: Parts, client: AsyncClient, requests: Sequence[AsyncHandl
 async def measure(url: str, *, prompt_tokens: int, output_tokens: int, num_requests: int) -> tuple[float, ...]:
     """Bytes of a waiting request, in use and counted; of a finished one, packed: the same."""
     parts = Parts(url, f"m{prompt_tokens}")
-    door, keys = parts.door, parts.keys
+    executor, keys = parts.executor, parts.keys
     async with AsyncClient(settings=parts.settings) as client:
-        client_id = client._composer.client_id
+        client_id = client._core.client_id
         ids = [7 + n % 1000 for n in range(prompt_tokens)]
         request = {"token_ids": ids, "max_tokens": output_tokens, "ignore_eos": True}
         routing = asyncio.create_task(parts.dispatcher.run())
         await serve(parts, client, [request] * 64)  # what is there once is there then
-        await pack(door, keys)
+        await pack(executor, keys)
         kept = await parts.counted("result_bytes")
-        before = await used_bytes(door, keys, client_id)
+        before = await used_bytes(executor, keys, client_id)
         handles = await client.enqueue_many([request] * num_requests)
         await routed(client)
-        waiting = await used_bytes(door, keys, client_id) - before, await parts.counted("live_bytes")
+        waiting = await used_bytes(executor, keys, client_id) - before, await parts.counted("live_bytes")
         await serve(parts, client, handles)
         parts.dispatcher.request_stop()
         await routing
-        await pack(door, keys)
-        finished = await used_bytes(door, keys, client_id) - before, await parts.counted("result_bytes") - kept
-        await door.close()
+        await pack(executor, keys)
+        finished = await used_bytes(executor, keys, client_id) - before, await parts.counted("result_bytes") - kept
+        await executor.close()
     return tuple(value / num_requests for value in (*waiting, *finished))
 
 
@@ -167,12 +167,12 @@ async def write_out(
         running = [asyncio.create_task(part.run()) for part in (parts.dispatcher, worker)]
         async for _ in client.as_completed([await client.enqueue(**request)]):
             pass
-        before = await told(parts.door, "persistence", "aof_current_size")
+        before = await told(parts.executor, "persistence", "aof_current_size")
         handles = await client.enqueue_many([request] * num_requests)
         async for _ in client.as_completed(handles, timeout=600):
             pass
-        await pack(parts.door, parts.keys)
-        written = (await told(parts.door, "persistence", "aof_current_size") - before) / num_requests
+        await pack(parts.executor, parts.keys)
+        written = (await told(parts.executor, "persistence", "aof_current_size") - before) / num_requests
         parts.dispatcher.request_stop()
         worker.request_stop()
         await asyncio.gather(*running)
@@ -184,45 +184,45 @@ async def write_out(
         began_s = time.perf_counter()
         await client.enqueue_many([request] * 1000)
         rate = 1000 / (time.perf_counter() - began_s)
-        await parts.door.close()
+        await parts.executor.close()
     return written, took_s, rate
 
 
 def live_a_day(url: str, *, num_requests: int, max_bytes: int) -> None:
     """Short requests one after the other from the beginning to the end, packed and bounded as upkeep does."""
-    door, keys = Door(url), Keys("day")
-    calls, keeping = Calls(keys), Keeping(keys)
+    executor, keys = Executor(url), Keys("day")
+    calls, keeping = Calls(keys), Retention(keys)
     owner: dict[str, Any] = {"incarnation": "w:1", "epoch": 1}
     outcome = Outcome(state=RequestState.DONE, finish_reason="length")
     register = calls.renew("w:1", worker_id="w", lease_ms=10**9, load="{}", sequence=0, register=True)
     info: Call[Any] = Call(None, (), ("INFO", "memory"), lambda reply: reply["used_memory"])
-    door.run(register)
-    empty, dropped, most = door.run(info), 0, 0
+    executor.run(register)
+    empty, dropped, most = executor.run(info), 0, 0
     for start in range(0, num_requests, 50):
         ids = [uuid.uuid4().hex for _ in range(50)]
         common: dict[str, Any] = {"digest": "", "kind": "p", "prompt": b"Name a river.", "client_id": "c"}
         bounds = {"max_live_tokens": 10**9, "max_live_bytes": 10**9, "deadline_ms": 0, "ttl_ms": DAY_S * 1000}
         body = '{"params":{"max_tokens":20}}'
-        door.run_many([calls.submit(i, body=body, charge_tokens=30, **common, **bounds) for i in ids])
-        entries = door.run(Call(None, (), ("XRANGE", keys.inbox, "-", "+"), list))
+        executor.run_many([calls.submit(i, body=body, charge_tokens=30, **common, **bounds) for i in ids])
+        entries = executor.run(Call(None, (), ("XRANGE", keys.inbox, "-", "+"), list))
         where = {fields[b"i"].decode(): entry.decode() for entry, fields in entries}
         route: dict[str, Any] = {"stage": "0", "score": 1.0, "token_ids": range(4), "max_tokens": 20}
-        door.run_many([calls.route(i, entry_id=where[i], plan_version=0, bucket=2, **route) for i in ids])
+        executor.run_many([calls.route(i, entry_id=where[i], plan_version=0, bucket=2, **route) for i in ids])
         take = calls.take("0", incarnation="w:1", worker_id="w", nonce=str(start), max_requests=50)
-        door.run(take)
+        executor.run(take)
         for offset in range(0, 20, 4):
             part: dict[str, Any] = {"offset": offset, "token_ids": range(4), "text": " a word or two"}
-            door.run_many([calls.emit(i, **owner, **part) for i in ids])
+            executor.run_many([calls.emit(i, **owner, **part) for i in ids])
         last: dict[str, Any] = {"offset": 20, "token_ids": (), "text": "", "outcome": outcome}
-        door.run_many([calls.settle(i, **owner, **last) for i in ids])
-        door.run(keeping.pack(min_age_ms=0, max_requests=100, max_entries=10**4))
-        evicted = door.run(keeping.evict(max_bytes=max_bytes, limit=200))
-        dropped, most = dropped + evicted.num_dropped, max(most, door.run(info) - empty)
+        executor.run_many([calls.settle(i, **owner, **last) for i in ids])
+        executor.run(keeping.pack(min_age_ms=0, max_requests=100, max_entries=10**4))
+        evicted = executor.run(keeping.evict(max_bytes=max_bytes, limit=200))
+        dropped, most = dropped + evicted.num_dropped, max(most, executor.run(info) - empty)
     print(
         f"{num_requests:,} requests; results counted {evicted.kept_bytes / 1e6:.1f} of {max_bytes / 1e6:.1f} MB,"
     )
     print(f"most memory in use {most / 1e6:.1f} MB, {dropped} results went early")
-    door.close()
+    executor.close()
 
 
 def measure_memory(num_requests: int) -> None:

@@ -26,7 +26,7 @@ from l4queue.sim.capacity import capacity_rps, meets, parse_slo
 from l4queue.sim.metrics import ClassResult, SimResult
 from l4queue.sim.policies.l4 import L4, L4Options
 from l4queue.sim.registry import make_policy
-from l4queue.sim.runner import Setting, run_policy
+from l4queue.sim.runner import RunConfig, run_policy
 from l4queue.sim.traces.trace import Trace, read_trace
 from l4queue.sim.traces.workload import make_workload
 
@@ -211,7 +211,7 @@ def simulate(spec: Spec) -> SimResult:
         bandwidth_bytes_per_s=None if spec.gb_per_s is None else spec.gb_per_s * 1e9,
         kv_bytes_per_token=coefficients.kv_bytes_per_token,
     )
-    setting = Setting(cost=cost, num_instances=NUM_INSTANCES, price=price, warmup_share=spec.warmup_share)
+    setting = RunConfig(cost=cost, num_instances=NUM_INSTANCES, price=price, warmup_share=spec.warmup_share)
     options = L4Options(objective=spec.objective, without=frozenset(spec.without))
     if spec.fixed is not None:
         return run_policy(L4(options, fixed=two_stages(*spec.fixed)), trace, setting).result

@@ -21,7 +21,7 @@ from l4queue.cost.coefficients import read_coefficients
 from l4queue.cost.move import MovePrice
 from l4queue.sim.cluster import Cluster
 from l4queue.sim.registry import make_policy
-from l4queue.sim.runner import Setting
+from l4queue.sim.runner import RunConfig
 from l4queue.sim.traces.trace import Trace, read_trace
 from l4queue.sim.traces.workload import make_workload
 
@@ -47,7 +47,7 @@ def measure(trace: Trace, policy: str, *, num_instances: int, rate_scale: float)
     """Wall-clock time of one run, with the engine steps that it stands for."""
     coefficients = read_coefficients("h100", "llama-3.1-8b")
     price = MovePrice(bandwidth_bytes_per_s=50e9, kv_bytes_per_token=coefficients.kv_bytes_per_token)
-    setting = Setting(cost=coefficients.cost, num_instances=num_instances, price=price)
+    setting = RunConfig(cost=coefficients.cost, num_instances=num_instances, price=price)
     scaled = trace.scaled(rate_scale)
     made = make_policy(policy, trace=scaled, setting=setting)
     cluster = Cluster(

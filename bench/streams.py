@@ -28,7 +28,7 @@ from l4queue import AsyncClient, Client, Settings
 from l4queue.cli.stack.embedded import EmbeddedRedis
 from l4queue.models import RequestState
 from l4queue.protocol.calls import Call, Calls
-from l4queue.protocol.executor import Door
+from l4queue.protocol.executor import Executor
 from l4queue.protocol.keys import Keys
 from l4queue.protocol.records import Outcome
 
@@ -40,7 +40,7 @@ class Worker:
     """Routes, takes and writes requests, as dispatcher and worker do."""
 
     def __init__(self, url: str, namespace: str) -> None:
-        self._door = Door(url)
+        self._executor = Executor(url)
         self._calls = Calls(Keys(namespace))
         self._owner: dict[str, Any] = {"incarnation": "w", "epoch": 1}
 
@@ -50,9 +50,9 @@ class Worker:
         more |= {"entry_id": "1-1", "plan_version": 0, "bucket": 2}
         self._send([self._calls.route(i, **more) for i in ids])
         begin = self._calls.renew("w", worker_id="w", lease_ms=10**8, load="{}", sequence=1, register=True)
-        self._door.run(begin)
+        self._executor.run(begin)
         for number in range(0, len(ids), 1000):
-            self._door.run(
+            self._executor.run(
                 self._calls.take("0", incarnation="w", worker_id="w", nonce=str(number), max_requests=1000)
             )
 
@@ -70,7 +70,7 @@ class Worker:
 
     def _send(self, calls: Sequence[Call[Any]]) -> None:
         for begin in range(0, len(calls), _BATCH):
-            self._door.run_many(calls[begin : begin + _BATCH])
+            self._executor.run_many(calls[begin : begin + _BATCH])
 
 
 def work(pipe: Connection, url: str, given: argparse.Namespace) -> None:
@@ -154,7 +154,7 @@ class Run:
         with Client(settings=self.settings) as client:
             while self.readers != "none":
                 calls = [Call(None, (), ("HEXISTS", keys.request(i), "followers"), int) for i in ids[::97]]
-                if all(await asyncio.to_thread(client._door.run_many, calls)):
+                if all(await asyncio.to_thread(client._executor.run_many, calls)):
                     return
                 await asyncio.sleep(0.5)
 

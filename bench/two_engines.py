@@ -27,7 +27,7 @@ from l4queue.cost.move import MovePrice
 from l4queue.cost.step import StepCost
 from l4queue.sim.plots import require_matplotlib, save_figure
 from l4queue.sim.registry import make_policy
-from l4queue.sim.runner import Setting, run_policy
+from l4queue.sim.runner import RunConfig, run_policy
 from workers.loop.state import KV_BYTES_PER_S, KV_FIXED_MS
 
 SIMULATED = {
@@ -52,7 +52,7 @@ def simulate(job: tuple[StepCost, float, int]) -> dict[str, Figures]:
     """Every policy under one draw of arrivals."""
     cost, rate, draw = job
     trace = bench_trace(None, "mixed", rate=rate, duration_s=DURATION_S, seed=500 + draw)
-    setting = Setting(
+    setting = RunConfig(
         cost=cost, num_instances=2, warmup_share=WARMUP_SHARE, wake_jitter_ms=WAKE_JITTER_MS, price=PRICE
     )
     found = {}

@@ -28,7 +28,7 @@ from l4queue.sim.capacity import capacity_rps
 from l4queue.sim.plots import require_matplotlib, save_figure
 from l4queue.sim.policies.l4 import L4, L4Options
 from l4queue.sim.policies.length_blind import RoundRobin
-from l4queue.sim.runner import Setting, run_policy
+from l4queue.sim.runner import RunConfig, run_policy
 from l4queue.sim.traces.trace import Trace
 from l4queue.sim.traces.workload import make_workload
 
@@ -52,7 +52,7 @@ def md1(rho: float) -> tuple[float, float]:
     service_s = 0.1
     cost = StepCost(alpha_ms=0, beta_ms=0, gamma_ms=0, pi_ms=1.0, psi_ms=0, max_batched_tokens=100, max_num_seqs=1)
     trace = poisson(60_000, rho / service_s, prompt=100, output=1, seed=3)
-    run = run_policy(RoundRobin(), trace, Setting(cost=cost, num_instances=1))
+    run = run_policy(RoundRobin(), trace, RunConfig(cost=cost, num_instances=1))
     return run.result.mean_e2e_s, service_s * (1 + rho / (2 * (1 - rho)))
 
 
@@ -61,7 +61,7 @@ def sharing(rho: float) -> tuple[float, float]:
     cost = StepCost(alpha_ms=2, beta_ms=1, gamma_ms=0, pi_ms=0, psi_ms=0, max_num_seqs=100_000)
     steps, output = 200, 201  # the first token comes with the prefill
     trace = poisson(100_000, rho * 1000.0 / steps, prompt=1, output=output, seed=4)
-    run = run_policy(RoundRobin(), trace, Setting(cost=cost, num_instances=1, warmup_share=0.1))
+    run = run_policy(RoundRobin(), trace, RunConfig(cost=cost, num_instances=1, warmup_share=0.1))
     return run.result.mean_e2e_s, steps * 0.003 / (1 - rho)
 
 
@@ -103,9 +103,9 @@ def stages(plt: object, img: Path) -> list[str]:
     buckets = Buckets.log_spaced(262_144)
     settings = PartitionSettings(objective=Objective.MEAN, max_stages=2, moves_requests=False)
     lines = [
-        "**Predicted and simulated stages.** The planner's closed form (`l4queue/planning/steady_state.py`) "
-        "beside a simulation of the plan that it chose: `mixed` (synthetic, Poisson), Llama-3.1-8B on 16 H100, two "
-        "stages, no hand-over, stealing, skew term or replanning. In flight are requests past their first token; "
+        "**Predicted and simulated stages.** The closed form of the planner (`l4queue/planning/steady_state.py`) "
+        "beside a simulation of the plan that it chose: `mixed` (synthetic, Poisson), Llama-3.1-8B on 16 H100, "
+        "two stages, no hand-over, stealing, skew term or replanning. In flight are requests past their first token; "
         "the first tenth of the requests is left out. The errors are the prediction's. *prefill free*: the "
         "same plan on engines whose prefill takes no time. Up to 70 % load the form is within 4 %. At 85 and "
         "95 % it is a quarter too high, and nearly all of that goes when prefill is free: the wait for prefill is "
@@ -167,7 +167,7 @@ def simulate(
         ),
     )
     options = L4Options(without=frozenset({"hand-over", "stealing", "refinement", "shadow", "finish-first"}))
-    run = run_policy(L4(options, fixed=plan), trace, Setting(cost=cost, num_instances=workers, warmup_share=0.1))
+    run = run_policy(L4(options, fixed=plan), trace, RunConfig(cost=cost, num_instances=workers, warmup_share=0.1))
     m = run.measured
     # steady state: what falls between the first counted and the last arrival
     start_s, end_s = float(m.arrival_s[0]), float(m.arrival_s[-1])

@@ -17,14 +17,16 @@ from l4queue.errors import L4QueueError, ServiceUnavailable
 from l4queue.logs import start_logging, take_log_format
 from l4queue.metrics import MetricsServer
 from l4queue.observe.health import dispatcher_alive
-from l4queue.protocol.executor import AsyncDoor
+from l4queue.protocol.executor import AsyncExecutor
 from l4queue.protocol.upkeep import Upkeep
 
 log = logging.getLogger("l4queue.dispatcher")
 _SLOW_ROUND_S = 5.0
 
 
-async def keep_up(dispatcher: Dispatcher, upkeep: Upkeep, door: AsyncDoor, stopping: asyncio.Event) -> None:
+async def keep_up(
+    dispatcher: Dispatcher, upkeep: Upkeep, executor: AsyncExecutor, stopping: asyncio.Event
+) -> None:
     """Upkeep beside routing, until stopped."""
     loop = asyncio.get_running_loop()
     next_slow = loop.time()
@@ -33,7 +35,7 @@ async def keep_up(dispatcher: Dispatcher, upkeep: Upkeep, door: AsyncDoor, stopp
             await upkeep.run_once(dispatcher.plan)
             await dispatcher.adopt_once()
             if dispatcher.idle_s < _SLOW_ROUND_S:
-                await door.offer(dispatcher_alive(dispatcher.keys, socket.gethostname()))
+                await executor.offer(dispatcher_alive(dispatcher.keys, socket.gethostname()))
             if loop.time() >= next_slow:
                 next_slow = loop.time() + _SLOW_ROUND_S
                 await upkeep.measure_drain()
@@ -50,9 +52,9 @@ async def serve(settings: Settings) -> None:
     """Run one dispatcher until a signal."""
     path = settings.tokenizer or settings.model
     tokenizer = await asyncio.to_thread(PromptTokenizer, path, max_model_len=settings.max_model_len)
-    door = AsyncDoor(settings.redis_url, retry_s=None)
+    executor = AsyncExecutor(settings.redis_url, retry_s=None)
     name = f"{socket.gethostname()}-{os.getpid()}"
-    dispatcher = Dispatcher(settings=settings, door=door, tokenizer=tokenizer, name=name)
+    dispatcher = Dispatcher(settings=settings, executor=executor, tokenizer=tokenizer, name=name)
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -61,14 +63,16 @@ async def serve(settings: Settings) -> None:
         with MetricsServer(settings, dispatcher.figures):
             log.info("dispatcher %s ready: tokenizer %s, limit %d tokens", name, path, settings.max_model_len)
             routing = asyncio.create_task(dispatcher.run())
-            upkeep = asyncio.create_task(keep_up(dispatcher, Upkeep(settings=settings, door=door), door, stopping))
+            upkeep = asyncio.create_task(
+                keep_up(dispatcher, Upkeep(settings=settings, executor=executor), executor, stopping)
+            )
             stop = asyncio.create_task(stopping.wait())
             await asyncio.wait({routing, upkeep, stop}, return_when=asyncio.FIRST_COMPLETED)
             dispatcher.request_stop()
             stopping.set()
             await _end(routing, upkeep, within_s=settings.drain_s)
     finally:
-        await door.close()
+        await executor.close()
 
 
 async def _end(*tasks: asyncio.Task[None], within_s: float) -> None:

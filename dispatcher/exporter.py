@@ -19,8 +19,8 @@ from l4queue.errors import ConfigError, L4QueueError
 from l4queue.logs import start_logging, take_log_format
 from l4queue.metrics import Families, MetricsServer
 from l4queue.observe.telemetry import read_telemetry
-from l4queue.policy.autoscale import Demand
-from l4queue.protocol.executor import Door
+from l4queue.policy.autoscale import FleetDemand
+from l4queue.protocol.executor import Executor
 
 if TYPE_CHECKING:
     from prometheus_client import Metric
@@ -35,11 +35,11 @@ _RETRY_S = 2.0
 class Exporter:
     """A source of metrics: reads Redis when it is scraped, and follows the outcomes in between."""
 
-    def __init__(self, settings: Settings, door: Door) -> None:
+    def __init__(self, settings: Settings, executor: Executor) -> None:
         self._settings = settings
-        self._door = door
-        self._latencies = Latencies(door, settings.namespace)
-        self._last_known: Demand | None = None
+        self._executor = executor
+        self._latencies = Latencies(executor, settings.namespace)
+        self._last_known: FleetDemand | None = None
         self._one_at_a_time = Lock()
 
     def follow(self) -> None:
@@ -56,7 +56,7 @@ class Exporter:
         with self._one_at_a_time:
             try:
                 self._latencies.follow()
-                telemetry = read_telemetry(self._door, self._settings.namespace)
+                telemetry = read_telemetry(self._executor, self._settings.namespace)
             except L4QueueError as error:
                 log.debug("cannot read the deployment: %s", error)
                 telemetry = None
@@ -76,8 +76,8 @@ def serve(settings: Settings) -> None:
     stopping = Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
-    door = Door(settings.redis_url, retry_s=_RETRY_S, says_outages=True)
-    exporter = Exporter(settings, door)
+    executor = Executor(settings.redis_url, retry_s=_RETRY_S, says_outages=True)
+    exporter = Exporter(settings, executor)
     try:
         with MetricsServer(settings, exporter):
             log.info("exporter ready: namespace %s", settings.namespace)
@@ -85,7 +85,7 @@ def serve(settings: Settings) -> None:
             while not stopping.wait(_FOLLOW_S):
                 exporter.follow()
     finally:
-        door.close()
+        executor.close()
 
 
 def main(arguments: Sequence[str] = ()) -> int:

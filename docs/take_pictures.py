@@ -32,7 +32,7 @@ from l4queue.client import AsyncClient
 from l4queue.models import Plan, StagePlan
 from l4queue.plan_json import plan_to_json
 from l4queue.protocol.calls import Calls
-from l4queue.protocol.executor import AsyncDoor, Door
+from l4queue.protocol.executor import AsyncExecutor, Executor
 from l4queue.protocol.keys import Keys
 
 if TYPE_CHECKING:
@@ -80,16 +80,18 @@ async def publish(stack: Stack, client: AsyncClient) -> None:
         reason="set by hand",
         created_ms=overview.now_ms,
     )
-    door = AsyncDoor(stack.redis_url)
+    executor = AsyncExecutor(stack.redis_url)
     calls = Calls(Keys(stack.settings.namespace))
-    await door.run(calls.publish(expected_version=plan.version - 1, version=plan.version, body=plan_to_json(plan)))
-    await door.close()
+    await executor.run(
+        calls.publish(expected_version=plan.version - 1, version=plan.version, body=plan_to_json(plan))
+    )
+    await executor.close()
 
 
 async def watch_picture(stack: Stack) -> None:
     """The terminal view once there are stages and moves to see, as `stats --watch` draws it."""
-    door = Door(stack.redis_url, retry_s=0.0)
-    watcher, started_s = Watcher(door, stack.settings.namespace), time.monotonic()
+    executor = Executor(stack.redis_url, retry_s=0.0)
+    watcher, started_s = Watcher(executor, stack.settings.namespace), time.monotonic()
     while True:
         await asyncio.to_thread(watcher.look)
         picture = watcher.picture
@@ -99,7 +101,7 @@ async def watch_picture(stack: Stack) -> None:
         if passed_s > (WARM_S if is_lively else MOVES_S):
             break
         await asyncio.sleep(1.0)
-    door.close()
+    executor.close()
     console = Console(
         record=True, width=COLUMNS, height=ROWS, force_terminal=True, color_system="truecolor", file=io.StringIO()
     )

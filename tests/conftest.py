@@ -15,7 +15,7 @@ import pytest
 
 if TYPE_CHECKING:
     from l4queue.protocol.calls import Calls
-    from l4queue.protocol.executor import Door
+    from l4queue.protocol.executor import Executor
     from l4queue.protocol.keys import Keys
     from l4queue.protocol.reads import Reads
     from tests.protocol.scene import Scene
@@ -88,13 +88,13 @@ def namespace() -> str:
 
 
 @pytest.fixture(scope="session")
-def door(redis_url: str) -> Iterator[Door]:
+def executor(redis_url: str) -> Iterator[Executor]:
     """A blocking executor on the session's server."""
-    from l4queue.protocol.executor import Door
+    from l4queue.protocol.executor import Executor
 
-    door = Door(redis_url)
-    yield door
-    door.close()
+    executor = Executor(redis_url)
+    yield executor
+    executor.close()
 
 
 @pytest.fixture
@@ -122,10 +122,10 @@ def reads(keys: Keys) -> Reads:
 
 
 @pytest.fixture
-def scene(door: Door, namespace: str) -> Iterator[Scene]:
+def scene(executor: Executor, namespace: str) -> Iterator[Scene]:
     """A deployment in miniature: verbs for every transition, dumps and a consistency check."""
     from tests.protocol.scene import Scene
 
-    scene = Scene(door, namespace)
+    scene = Scene(executor, namespace)
     yield scene
     scene.close()

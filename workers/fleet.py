@@ -19,7 +19,7 @@ from workers.__main__ import launch, serve
 from workers.build import make_worker
 from workers.host.bootsteps import WorkerLike
 from workers.telemetry.observer import Observer, RequestView
-from workers.telemetry.snapshot import WorkerFigures
+from workers.telemetry.snapshot import WorkerSnapshot
 
 __all__ = ("Fleet", "main", "make_fleet")
 
@@ -56,7 +56,7 @@ class Fleet:
         sums: dict[str, JsonValue] = {name: sum(_number(one.get(name)) for one in each) for name in _SUMMED}
         return {**sums, "engine": each[0].get("engine"), "workers": {str(one.get("worker")): one for one in each}}
 
-    def figures(self) -> list[WorkerFigures]:
+    def figures(self) -> list[WorkerSnapshot]:
         """Of each worker."""
         return [figures for worker in self._workers for figures in worker.figures()]
 

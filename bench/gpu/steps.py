@@ -145,7 +145,7 @@ class Sweep:
 def kv_moves(engine: SteppedEngine, *, scale: float) -> list[dict[str, float]]:
     """Copying a request's KV from the engine's cache into a segment in shared memory and back, medians of 3."""
     from workers.kv.blocks import block_rows
-    from workers.kv.copier import Carrier, LoadJob, SaveJob
+    from workers.kv.copier import KVCopier, LoadJob, SaveJob
     from workers.kv.store import SegmentStore, new_ticket
 
     caches = _kv_caches(engine)
@@ -153,7 +153,7 @@ def kv_moves(engine: SteppedEngine, *, scale: float) -> list[dict[str, float]]:
     with tempfile.TemporaryDirectory(prefix="l4-kv-", dir="/dev/shm") as folder:
         store = SegmentStore(Path(folder), limit_bytes=16 << 30)
         block_tokens = int(engine.config.cache_config.block_size)
-        carrier = Carrier(store, block_rows(caches), fingerprint="bench", block_tokens=block_tokens)
+        carrier = KVCopier(store, block_rows(caches), fingerprint="bench", block_tokens=block_tokens)
         for length in (1024, 4096, 16_384):
             num_tokens = max(block_tokens, round(length * scale))
             blocks = [int(b) for b in np.random.default_rng(3).permutation(num_tokens // block_tokens) + 1]

@@ -37,7 +37,7 @@ class PendingChecks:
         self._resume = resume
         self._keep_s = max(_LEAST_KEEP_S, claim_idle_s / 3)
         self._held: dict[bytes, asyncio.Task[None]] = {}
-        self._keeping: asyncio.Task[None] | None = None
+        self._retention: asyncio.Task[None] | None = None
         self._has_stopped = False
 
     def __contains__(self, entry_id: bytes) -> bool:
@@ -53,13 +53,13 @@ class PendingChecks:
             return
         is_one_too_many = len(self._held) >= _MAX_HELD
         self._held[entry_id] = asyncio.create_task(self._settle(entry_id, None if is_one_too_many else given))
-        if self._keeping is None or self._keeping.done():
-            self._keeping = asyncio.create_task(self._keep())
+        if self._retention is None or self._retention.done():
+            self._retention = asyncio.create_task(self._keep())
 
     async def stop(self) -> None:
         """Wait no longer. Other dispatchers adopt what is held here."""
         self._has_stopped = True
-        tasks = [*self._held.values(), *([self._keeping] if self._keeping else [])]
+        tasks = [*self._held.values(), *([self._retention] if self._retention else [])]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

@@ -10,8 +10,8 @@ from l4queue.models import TERMINAL, Plan, WorkerLoad
 from l4queue.observe.overview import Overview
 from l4queue.observe.telemetry import Telemetry
 from l4queue.planning.histogram import Buckets
-from l4queue.policy.autoscale import Demand, demand_of
-from l4queue.protocol.keys import is_personal
+from l4queue.policy.autoscale import FleetDemand, demand_of
+from l4queue.protocol.keys import is_private_queue
 
 __all__ = ("describe",)
 
@@ -20,7 +20,9 @@ _PERSONAL = "worker"
 _REQUEUED = ("lost", "crashed", "left", "released", "repaired")
 
 
-def describe(families: Families, telemetry: Telemetry, settings: Settings, *, last_known: Demand | None) -> Demand:
+def describe(
+    families: Families, telemetry: Telemetry, settings: Settings, *, last_known: FleetDemand | None
+) -> FleetDemand:
     """Add everything to the families. Without workers demand is measured by the last ones known."""
     overview = telemetry.overview
     _plan(families, overview, telemetry.planned_ms)
@@ -60,7 +62,7 @@ def _queues(families: Families, telemetry: Telemetry) -> None:
     tokens = _by_stage(known, {name: queue.tokens for name, queue in queues.items()})
     ages: dict[Labels, float] = {(name,): 0.0 for name in known}
     for name, age_s in telemetry.waiting_s.items():
-        which = (_PERSONAL if is_personal(name) else name,)
+        which = (_PERSONAL if is_private_queue(name) else name,)
         ages[which] = max(age_s, ages.get(which, 0.0))
     families.gauge("inbox_requests", "Accepted and not yet routed", {(): overview.inbox})
     families.gauge("inbox_oldest_age_seconds", "Age of the oldest of them", {(): telemetry.inbox_age_s})
@@ -77,7 +79,7 @@ def _by_stage(known: Iterable[str], values: Mapping[str, float]) -> Values:
     """By stage; the own queues of workers are one, since their names come and go without end."""
     sums: dict[Labels, float] = {(name,): 0.0 for name in known}
     for name, value in values.items():
-        which = (_PERSONAL if is_personal(name) else name,)
+        which = (_PERSONAL if is_private_queue(name) else name,)
         sums[which] = sums.get(which, 0.0) + value
     return sums
 
@@ -163,7 +165,7 @@ def _lengths(families: Families, histogram: Mapping[str, int], settings: Setting
     families.counter("generated_tokens", "Tokens generated, also of unfinished requests", {(): generated})
 
 
-def _demand(families: Families, telemetry: Telemetry, last_known: Demand | None) -> Demand:
+def _demand(families: Families, telemetry: Telemetry, last_known: FleetDemand | None) -> FleetDemand:
     overview, histogram = telemetry.overview, telemetry.histogram
     mean_prompt_tokens = _sum(histogram, "p:") / max(1, _sum(histogram, "a:"))
     queues = overview.queues.values()

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from l4queue.metrics import Families, Labels, Tally
 from l4queue.models import RequestState
-from l4queue.protocol.executor import Door
+from l4queue.protocol.executor import Executor
 from l4queue.protocol.keys import Keys
 from l4queue.protocol.reads import FinishedRequest, Reads
 
@@ -39,7 +39,7 @@ def length_class(prompt_tokens: int) -> str:
 class Latencies:
     """Counts what finished since it began; `follow` takes in what came since the last time."""
 
-    door: Door
+    executor: Executor
     namespace: str
     wait: _Series = field(default_factory=dict)
     first_token: _Series = field(default_factory=dict)
@@ -51,11 +51,11 @@ class Latencies:
         """Count what has finished since the last call; how many requests that were. The first call counts none."""
         reads = Reads(Keys(self.namespace))
         if self._last_id is None:
-            self._last_id = self.door.run(reads.last_finished_id())
+            self._last_id = self.executor.run(reads.last_finished_id())
             return 0
         total = 0
         while True:
-            self._last_id, page = self.door.run(reads.finished_after(self._last_id, count=_PAGE))
+            self._last_id, page = self.executor.run(reads.finished_after(self._last_id, count=_PAGE))
             self.take(page)
             total += len(page)
             if len(page) < _PAGE:

@@ -23,14 +23,14 @@ from l4queue.planning.steady_state import PartitionSettings
 from l4queue.planning.traffic_change import Learned, Noise, is_early_round, learn, with_decision, work_ms
 from l4queue.policy.steal import StealFrom, StealLimits
 from l4queue.protocol.calls import Calls, Verdict
-from l4queue.protocol.executor import AsyncDoor
+from l4queue.protocol.executor import AsyncExecutor
 from l4queue.protocol.foreign import report
 from l4queue.protocol.keys import Keys
 from l4queue.protocol.reads import FinishedRequest, Reads
 from l4queue.protocol.upkeep import Upkeep
 from l4queue.sim.policies.l4 import L4Options
 from l4queue.sim.prove import decide, why_settled
-from l4queue.sim.replay import MAX_ARRIVALS, Arrival, Changed, make_scorer
+from l4queue.sim.replay import MAX_ARRIVALS, Changed, RecordedArrival, make_scorer
 
 __all__ = ("refine_once", "replan_once")
 
@@ -118,58 +118,58 @@ async def refine_once(settings: Settings) -> str:
     return await _with_door(settings, _refine)
 
 
-async def _with_door(settings: Settings, work: Callable[[AsyncDoor, Settings], Awaitable[str]]) -> str:
-    door = AsyncDoor(settings.redis_url, retry_s=_RETRY_S, says_outages=True)
+async def _with_door(settings: Settings, work: Callable[[AsyncExecutor, Settings], Awaitable[str]]) -> str:
+    executor = AsyncExecutor(settings.redis_url, retry_s=_RETRY_S, says_outages=True)
     try:
-        return await work(door, settings)
+        return await work(executor, settings)
     finally:
-        await door.close()
+        await executor.close()
 
 
-async def _look(door: AsyncDoor, settings: Settings) -> Overview:
+async def _look(executor: AsyncExecutor, settings: Settings) -> Overview:
     """The deployment, each worker once: one that started again has two leases until the first runs out."""
-    overview = await read_overview_async(door, settings.namespace)
+    overview = await read_overview_async(executor, settings.namespace)
     workers = {load.worker_id: load for load in overview.workers}
     return replace(overview, workers=tuple(workers.values()))
 
 
-async def _replan(door: AsyncDoor, settings: Settings) -> str:
+async def _replan(executor: AsyncExecutor, settings: Settings) -> str:
     keys = Keys(settings.namespace)
     reads, calls = Reads(keys), Calls(keys)
-    overview = await _look(door, settings)
+    overview = await _look(executor, settings)
     if overview.has_unreadable_plan:
-        return await _replace_unreadable(door, settings, overview)
+        return await _replace_unreadable(executor, settings, overview)
     if overview.plan.routing is not Routing.L4:
         return f"routing is {overview.plan.routing}: nothing to plan"
-    known = await _learn(door, settings, overview)
-    snapshot, learned = await _snapshot(door, settings, overview, known), known.learned
+    known = await _learn(executor, settings, overview)
+    snapshot, learned = await _snapshot(executor, settings, overview, known), known.learned
     settled = why_settled(snapshot, _planner_settings(settings, known.price), learned)
     if settled is not None:
         decision = Decision(publish=False, plan=overview.plan, reason=settled)
     else:
-        recent = await door.run(reads.finished(count=MAX_ARRIVALS))
+        recent = await executor.run(reads.finished(count=MAX_ARRIVALS))
         decision, learned = await asyncio.to_thread(_decide, snapshot, settings, recent, known)
     memory = _Memory.of(learned, raw=known.raw, at_ms=overview.now_ms)
-    await door.run_many([calls.remember(json.dumps(asdict(memory))), calls.log_decision(_log_line(decision))])
+    await executor.run_many([calls.remember(json.dumps(asdict(memory))), calls.log_decision(_log_line(decision))])
     if not decision.publish:
         return decision.reason
-    return await _publish(door, settings, decision.plan, replaces=overview.plan.version)
+    return await _publish(executor, settings, decision.plan, replaces=overview.plan.version)
 
 
-async def _refine(door: AsyncDoor, settings: Settings) -> str:
-    overview = await _look(door, settings)
+async def _refine(executor: AsyncExecutor, settings: Settings) -> str:
+    overview = await _look(executor, settings)
     plan = overview.plan
     if plan.routing is not Routing.L4 or overview.has_unreadable_plan:
         return f"routing is {plan.routing}, or of another release: nothing to refine"
-    known = await _learn(door, settings, overview)
+    known = await _learn(executor, settings, overview)
     if known.is_early:
-        return await _replan(door, settings)
+        return await _replan(executor, settings)
     if len(plan.stages) < 2 or known.learned.counts.observed_s <= 0.0:
         return "nothing to refine"
     if sum(len(stage.worker_ids) for stage in plan.stages) != len(overview.workers):
         return "workers come or go: the planner's turn"
     problem = PartitionProblem(
-        expected_demand(await _snapshot(door, settings, overview, known)),
+        expected_demand(await _snapshot(executor, settings, overview, known)),
         len(overview.workers),
         buckets=known.buckets,
         cost=known.cost,
@@ -180,32 +180,32 @@ async def _refine(door: AsyncDoor, settings: Settings) -> str:
         return refined.reason
     # created_ms stays that of the plan it refines: nudging must not put off the planner
     new = replace(refined.plan, reason=f"refined: {refined.reason}")
-    return await _publish(door, settings, new, replaces=plan.version)
+    return await _publish(executor, settings, new, replaces=plan.version)
 
 
-async def _replace_unreadable(door: AsyncDoor, settings: Settings, overview: Overview) -> str:
+async def _replace_unreadable(executor: AsyncExecutor, settings: Settings, overview: Overview) -> str:
     """Publish the latest readable plan anew; that of a newer release stays, for its own planner to change."""
     if overview.has_newer_plan:
         return f"plan {overview.plan_version} is of a newer release: nothing to plan"
     version = max(overview.plan.version, overview.plan_version) + 1
     new = replace(overview.plan, version=version, reason="the plan in force could not be read")
-    return await _publish(door, settings, new, replaces=overview.plan_version)
+    return await _publish(executor, settings, new, replaces=overview.plan_version)
 
 
-async def _publish(door: AsyncDoor, settings: Settings, new: Plan, *, replaces: int) -> str:
+async def _publish(executor: AsyncExecutor, settings: Settings, new: Plan, *, replaces: int) -> str:
     """Publish by compare-and-set; what waits goes to the stages of its lengths by the new plan."""
     calls = Calls(Keys(settings.namespace))
     call = calls.publish(expected_version=replaces, version=new.version, body=plan_to_json(new))
-    if await door.run(call) is Verdict.STALE:
+    if await executor.run(call) is Verdict.STALE:
         return "another planner was first"
-    await Upkeep(settings=settings, door=door).reroute(new)
+    await Upkeep(settings=settings, executor=executor).reroute(new)
     return f"plan {new.version}: {new.reason}"
 
 
-async def _learn(door: AsyncDoor, settings: Settings, overview: Overview) -> _Known:
+async def _learn(executor: AsyncExecutor, settings: Settings, overview: Overview) -> _Known:
     """Add what the counters gained since the last round of planning to what was remembered then."""
     reads = Reads(Keys(settings.namespace))
-    fields, remembered = await door.run_many([reads.histogram(), reads.planner_memory()])
+    fields, remembered = await executor.run_many([reads.histogram(), reads.planner_memory()])
     raw = {name: int(float(value)) for name, value in fields.items()}
     memory = _Memory.parse(remembered, key=reads.keys.memory)
     buckets, cost = Buckets.log_spaced(settings.max_model_len), cost_in_force(overview, settings)
@@ -231,14 +231,14 @@ async def _learn(door: AsyncDoor, settings: Settings, overview: Overview) -> _Kn
     )
 
 
-async def _snapshot(door: AsyncDoor, settings: Settings, overview: Overview, known: _Known) -> Snapshot:
+async def _snapshot(executor: AsyncExecutor, settings: Settings, overview: Overview, known: _Known) -> Snapshot:
     """What the deployment looks like to the planner."""
     return Snapshot(
         now_ms=overview.now_ms,
         plan=overview.plan,
         loads=overview.workers,
         demand=known.learned.counts.demand(),
-        backlog=await _backlog(door, settings, overview, known.buckets),
+        backlog=await _backlog(executor, settings, overview, known.buckets),
         cost=known.cost,
         buckets=known.buckets,
         changed_ms=round(known.learned.begun_s * 1000),
@@ -264,7 +264,7 @@ def _scorer(
 ) -> Callable[[Plan], float] | None:
     """What plans are replayed on; None where too little has finished since the traffic changed."""
     arrivals = [
-        Arrival(
+        RecordedArrival(
             arrival_s=request.submitted_ms / 1000,
             input_tokens=request.prompt_tokens,
             output_tokens=request.output_tokens,
@@ -287,15 +287,15 @@ def _scorer(
 
 
 async def _backlog(
-    door: AsyncDoor, settings: Settings, overview: Overview, buckets: Buckets
+    executor: AsyncExecutor, settings: Settings, overview: Overview, buckets: Buckets
 ) -> tuple[tuple[int, int], ...]:
     """Waiting requests by length bucket; long queues are sampled from their head."""
     reads = Reads(Keys(settings.namespace))
     stages = [stage for stage, queue in overview.queues.items() if queue.num_requests]
-    ids = await door.run_many([reads.queue_ids(stage, limit=_BACKLOG_SAMPLE) for stage in stages])
+    ids = await executor.run_many([reads.queue_ids(stage, limit=_BACKLOG_SAMPLE) for stage in stages])
     found: dict[int, float] = {}
     for stage, some in zip(stages, ids, strict=True):
-        lengths: Sequence[int | None] = await door.run_many([reads.prompt_tokens(i) for i in some])
+        lengths: Sequence[int | None] = await executor.run_many([reads.prompt_tokens(i) for i in some])
         weight = overview.queues[stage].num_requests / max(1, len(some))
         for length in lengths:
             if length is not None:

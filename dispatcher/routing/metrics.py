@@ -7,18 +7,18 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from l4queue.metrics import Families, Tally, Values
-from l4queue.protocol.keys import is_personal
+from l4queue.protocol.keys import is_private_queue
 
 if TYPE_CHECKING:
     from prometheus_client import Metric
 
-__all__ = ("RouterFigures",)
+__all__ = ("RouterCounters",)
 
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 _REASONS = ("invalid", "too_long", "unreadable", "poison")
 
 
-class RouterFigures:
+class RouterCounters:
     """Counted by the dispatcher as it routes; a source of metrics."""
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class RouterFigures:
 
     def count_routed(self, stage: str) -> None:
         """One more; the own queues of workers are one, since their names come and go without end."""
-        self.routed["worker" if is_personal(stage) else stage] += 1
+        self.routed["worker" if is_private_queue(stage) else stage] += 1
 
     def collect(self) -> Iterator[Metric]:
         """Everything."""

@@ -14,7 +14,7 @@ from l4queue.policy import queue_order
 from l4queue.policy.loads import StageLoad
 from l4queue.policy.push_routing import PUSHING, Outstanding, push
 from l4queue.policy.route import route
-from l4queue.protocol.keys import personal_stage
+from l4queue.protocol.keys import private_queue
 
 __all__ = ("Place", "Router")
 
@@ -66,7 +66,7 @@ class Router:
         self._workers = {}
         for load in overview.workers:
             if load.is_open:
-                queue = overview.queues.get(personal_stage(load.worker_id))
+                queue = overview.queues.get(private_queue(load.worker_id))
                 num_running = held.get(load.incarnation, load.num_running)
                 self._workers[load.worker_id] = Outstanding(
                     worker_id=load.worker_id,
@@ -107,7 +107,7 @@ class Router:
         self._workers[chosen.worker_id] = replace(
             known, num_requests=known.num_requests + 1, tokens=known.tokens + prompt_tokens
         )
-        return Place(stage=personal_stage(chosen.worker_id), score=float(submitted_ms))
+        return Place(stage=private_queue(chosen.worker_id), score=float(submitted_ms))
 
 
 def _stage(stage: int, drains: dict[int, float | None]) -> dict[str, Any]:

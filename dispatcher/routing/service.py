@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from dispatcher.constraints.checker import ConstraintChecker
 from dispatcher.constraints.pending import PendingChecks
-from dispatcher.routing.metrics import RouterFigures
+from dispatcher.routing.metrics import RouterCounters
 from dispatcher.routing.request_fit import Fitted, field_of, fit, read_body
 from dispatcher.routing.router import Router
 from dispatcher.routing.tokenizer import Counted, PromptTokenizer, Refusal
@@ -21,7 +21,7 @@ from l4queue.models import Plan, RequestBody, RequestState
 from l4queue.observe.overview import read_overview_async
 from l4queue.planning.histogram import Buckets
 from l4queue.protocol.calls import Call, Calls, Verdict
-from l4queue.protocol.executor import AsyncDoor
+from l4queue.protocol.executor import AsyncExecutor
 from l4queue.protocol.inbox import Inbox
 from l4queue.protocol.keys import Keys
 from l4queue.protocol.plans import read_plan
@@ -52,7 +52,7 @@ class Dispatcher:
         self,
         *,
         settings: Settings,
-        door: AsyncDoor,
+        executor: AsyncExecutor,
         tokenizer: PromptTokenizer,
         name: str,
         checker: ConstraintChecker | None = None,
@@ -60,10 +60,10 @@ class Dispatcher:
         self.settings = settings
         self.name = name
         self.keys = Keys(settings.namespace)
-        self._door = door
+        self._executor = executor
         self._calls = Calls(self.keys)
         self._reads = Reads(self.keys)
-        self._inbox = Inbox(door, self.keys, consumer=name)
+        self._inbox = Inbox(executor, self.keys, consumer=name)
         self._tokenizer = tokenizer
         self._checker = checker or ConstraintChecker(
             tokenizer=settings.tokenizer or settings.model, limit_s=settings.constraint_check_s
@@ -79,7 +79,7 @@ class Dispatcher:
         self._rounded_s = time.monotonic()
         self._router = Router(settings)
         self._looked_s = 0.0
-        self.figures = RouterFigures()
+        self.figures = RouterCounters()
 
     @property
     def plan(self) -> Plan:
@@ -144,7 +144,7 @@ class Dispatcher:
             if len(entries) > 1:
                 return sum([await self._handle_all([entry]) for entry in entries])
             log.exception("an entry of the inbox cannot be handled")
-            await self._door.run(self._refuse_unreadable(entries[0], f"it cannot be handled: {error!r:.200}"))
+            await self._executor.run(self._refuse_unreadable(entries[0], f"it cannot be handled: {error!r:.200}"))
             return 1
 
     def _refuse_unreadable(self, entry: StreamEntry, error: str) -> Call[Verdict]:
@@ -157,7 +157,7 @@ class Dispatcher:
         request_id = entry[1].get(b"i", b"?").decode(errors="replace")
         error = f"{_MAX_DELIVERIES} dispatchers ended while counting it"
         call = self._calls.refuse(request_id, entry_id=entry[0].decode(), error=error, field="prompt")
-        await self._door.run(call)
+        await self._executor.run(call)
         self.figures.refused["poison"] += 1
 
     async def handle(self, entries: Sequence[StreamEntry]) -> int:
@@ -170,7 +170,7 @@ class Dispatcher:
         calls: list[Call[Verdict]] = [
             self._refuse_unreadable((e, v), "unreadable inbox entry") for e, v in entries if not _is_readable(v)
         ]
-        replies = await self._door.run_many([self._reads.plan(), *(self._reads.body(i) for _, i in readable)])
+        replies = await self._executor.run_many([self._reads.plan(), *(self._reads.body(i) for _, i in readable)])
         await self._follow(*replies[0])
         arrivals = []
         for (entry_id, request_id), body in zip(readable, replies[1:], strict=True):
@@ -192,7 +192,7 @@ class Dispatcher:
         counted = await asyncio.to_thread(self._tokenizer.count, prompts) if prompts else []
         self.figures.counting.add(time.monotonic() - counted_s)
         calls.extend(self._decide(arrival, answer) for arrival, answer in zip(arrivals, counted, strict=True))
-        await self._door.run_many(calls)
+        await self._executor.run_many(calls)
         self.figures.rounds.add(time.monotonic() - begun_s)
         return len(calls)
 
@@ -267,9 +267,9 @@ class Dispatcher:
 
     async def _look(self) -> None:
         """See queues and loads; for a pushing router also what workers took since they last told their load."""
-        overview = await read_overview_async(self._door, self.settings.namespace)
+        overview = await read_overview_async(self._executor, self.settings.namespace)
         names = [load.incarnation for load in overview.workers] if self._router.wants_fresh_loads else []
-        held = await self._door.run_many([self._reads.num_held(name) for name in names])
+        held = await self._executor.run_many([self._reads.num_held(name) for name in names])
         self._router.see(overview, held=dict(zip(names, held, strict=True)))
         self._looked_s = time.monotonic()
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from l4queue.config import Settings
     from l4queue.hardware import EngineBuild, GpuView
 
-__all__ = ("Check", "Verdict", "register", "run_checks")
+__all__ = ("Check", "CheckResult", "register", "run_checks")
 
 _MIN_DISK_BYTES = 2 << 30
 _MIN_ENGINE_BYTES = 3 << 30
@@ -33,7 +33,7 @@ print(len(tokenizer), tokenizer.is_fast)
 """
 
 
-class Verdict(StrEnum):
+class CheckResult(StrEnum):
     """How bad it is."""
 
     OK = "ok"
@@ -46,7 +46,7 @@ class Check:
     """One line of the report; `advice` says what to do when it is not ok."""
 
     name: str
-    verdict: Verdict
+    verdict: CheckResult
     detail: str
     advice: str | None = None
 
@@ -58,7 +58,7 @@ def doctor(
 ) -> None:
     """Check Python, Redis, engine, GPUs, model, ports, disk and memory; exit code 1 when something fails."""
     checks = run_checks(data_dir)
-    is_ok = all(check.verdict is not Verdict.FAIL for check in checks)
+    is_ok = all(check.verdict is not CheckResult.FAIL for check in checks)
     if as_json:
         print(json.dumps({"ok": is_ok, "checks": [asdict(check) for check in checks]}))
     else:
@@ -92,10 +92,10 @@ def run_checks(data_dir: Path) -> list[Check]:
 def _check_python() -> Check:
     version = ".".join(map(str, sys.version_info[:3]))
     if (3, 11) <= sys.version_info < (3, 14):
-        return Check(name="Python", verdict=Verdict.OK, detail=version)
+        return Check(name="Python", verdict=CheckResult.OK, detail=version)
     return Check(
         name="Python",
-        verdict=Verdict.WARN,
+        verdict=CheckResult.WARN,
         detail=f"{version}; the pinned lists are made for 3.11 to 3.13",
         advice="make PYTHON=/path/to/python3.11 install",
     )
@@ -110,35 +110,35 @@ def _check_redis_server() -> Check:
     except ConfigError as error:
         return Check(
             name="redis-server",
-            verdict=Verdict.WARN,
+            verdict=CheckResult.WARN,
             detail=str(error),
             advice="needed by `up` and `demo` without a Redis URL",
         )
-    return Check(name="redis-server", verdict=Verdict.OK, detail=f"{server.text} at {server.path}")
+    return Check(name="redis-server", verdict=CheckResult.OK, detail=f"{server.text} at {server.path}")
 
 
 def _check_redis(settings: Settings) -> list[Check]:
     from l4queue.cli.server import read_server
     from l4queue.errors import ConfigError, ServiceUnavailable
     from l4queue.observe.health import clock_ahead_s, clock_note
-    from l4queue.protocol.executor import Door
+    from l4queue.protocol.executor import Executor
     from l4queue.protocol.keys import Keys
     from l4queue.protocol.reads import Reads
 
     try:
-        door = Door(settings.redis_url, retry_s=_REDIS_TRY_S)
+        executor = Executor(settings.redis_url, retry_s=_REDIS_TRY_S)
     except ConfigError as error:
-        return [Check(name="Redis", verdict=Verdict.FAIL, detail=str(error), advice="correct L4_REDIS_URL")]
+        return [Check(name="Redis", verdict=CheckResult.FAIL, detail=str(error), advice="correct L4_REDIS_URL")]
     try:
-        door.run(Reads(Keys(settings.namespace)).inbox_length())  # in a cluster: to the node that has our keys
-        facts = read_server(door)
-        ahead_s = clock_ahead_s(door)
+        executor.run(Reads(Keys(settings.namespace)).inbox_length())  # in a cluster: to the node that has our keys
+        facts = read_server(executor)
+        ahead_s = clock_ahead_s(executor)
     except ServiceUnavailable as error:
         is_set = "redis_url" in settings.model_fields_set
         return [
             Check(
                 name="Redis",
-                verdict=Verdict.FAIL if is_set else Verdict.WARN,
+                verdict=CheckResult.FAIL if is_set else CheckResult.WARN,
                 detail=str(error).removesuffix("; try `l4queue doctor`"),
                 advice="correct L4_REDIS_URL or start that Redis"
                 if is_set
@@ -146,12 +146,12 @@ def _check_redis(settings: Settings) -> list[Check]:
             )
         ]
     finally:
-        door.close()
-    reached = Check(name="Redis", verdict=Verdict.OK, detail=f"{facts.product} {facts.version_text}")
+        executor.close()
+    reached = Check(name="Redis", verdict=CheckResult.OK, detail=f"{facts.product} {facts.version_text}")
     if not facts.is_new_enough:
         reached = Check(
             name="Redis",
-            verdict=Verdict.FAIL,
+            verdict=CheckResult.FAIL,
             detail=f"{facts.product} {facts.version_text} is too old",
             advice="l4queue needs Redis 6.2 or newer, or Valkey",
         )
@@ -159,14 +159,14 @@ def _check_redis(settings: Settings) -> list[Check]:
     needs = f"{settings.durability} needs {facts.advice(settings.durability)}"
     durability = Check(
         name="durability",
-        verdict=Verdict.OK if is_durable else Verdict.WARN,
+        verdict=CheckResult.OK if is_durable else CheckResult.WARN,
         detail=facts.durability_text,
         advice=None if is_durable else f"{needs}; until then a crash of Redis loses requests",
     )
     note = clock_note(ahead_s)
     clock = Check(
         name="clock",
-        verdict=Verdict.OK if note is None else Verdict.WARN,
+        verdict=CheckResult.OK if note is None else CheckResult.WARN,
         detail=f"{abs(ahead_s):.1f} s {'ahead of' if ahead_s > 0 else 'behind'} Redis's",
         advice=None if note is None else "synchronise the clocks (NTP): lines of logs and Flower's times are off",
     )
@@ -177,53 +177,53 @@ def _check_broker(settings: Settings) -> list[Check]:
     """A broker that has its own setting; else it is the next database of the same Redis."""
     from l4queue.errors import ConfigError, ServiceUnavailable
     from l4queue.protocol.calls import Call
-    from l4queue.protocol.executor import Door
+    from l4queue.protocol.executor import Executor
 
     advice = "correct L4_CELERY_BROKER_URL"
     try:
         own = settings.celery_broker_url
         if not own or (own == settings.broker_url and not own.startswith(("redis://", "rediss://"))):
             return []
-        door = Door(own, retry_s=_REDIS_TRY_S)
+        executor = Executor(own, retry_s=_REDIS_TRY_S)
     except ConfigError as error:
         if not str(error).startswith("L4_CELERY_BROKER_URL"):
             return []  # told of the queue
-        return [Check(name="broker", verdict=Verdict.FAIL, detail=str(error), advice=advice)]
+        return [Check(name="broker", verdict=CheckResult.FAIL, detail=str(error), advice=advice)]
     try:
-        door.run(Call(None, (), ("PING",), lambda reply: reply))
+        executor.run(Call(None, (), ("PING",), lambda reply: reply))
     except ServiceUnavailable as error:
         detail = str(error).removesuffix("; try `l4queue doctor`")
-        return [Check(name="broker", verdict=Verdict.FAIL, detail=detail, advice=advice)]
+        return [Check(name="broker", verdict=CheckResult.FAIL, detail=detail, advice=advice)]
     finally:
-        door.close()
-    return [Check(name="broker", verdict=Verdict.OK, detail=f"{own}")]
+        executor.close()
+    return [Check(name="broker", verdict=CheckResult.OK, detail=f"{own}")]
 
 
 def _check_engine(settings: Settings, build: EngineBuild | None) -> Check:
     from l4queue.hardware import missing_library
 
     if settings.engine != "vllm":
-        return Check(name="engine", verdict=Verdict.OK, detail=f"emulated ({settings.emulated_gpu})")
+        return Check(name="engine", verdict=CheckResult.OK, detail=f"emulated ({settings.emulated_gpu})")
     if build is None:
         return Check(
             name="engine",
-            verdict=Verdict.FAIL,
+            verdict=CheckResult.FAIL,
             detail="vLLM is not installed",
             advice="make install, or pip install 'l4queue[gpu]', or set L4_ENGINE=emulated",
         )
     missing = missing_library(build)
     if missing is not None:
         what, _, advice = missing.partition("; ")
-        return Check(name="engine", verdict=Verdict.FAIL, detail=what, advice=advice)
+        return Check(name="engine", verdict=CheckResult.FAIL, detail=what, advice=advice)
     failure = _run_python("import vllm; vllm.AsyncEngineArgs")
     if failure is not None:
         return Check(
             name="engine",
-            verdict=Verdict.FAIL,
+            verdict=CheckResult.FAIL,
             detail=f"vLLM {build.version} ({build.kind}) cannot be imported: {failure}",
             advice="install the pinned lists again: make clean, remove .venv, make install",
         )
-    return Check(name="engine", verdict=Verdict.OK, detail=f"vLLM {build.version} ({build.kind} build)")
+    return Check(name="engine", verdict=CheckResult.OK, detail=f"vLLM {build.version} ({build.kind} build)")
 
 
 def _check_gpus(settings: Settings, build: EngineBuild | None, view: GpuView) -> Check:
@@ -232,52 +232,52 @@ def _check_gpus(settings: Settings, build: EngineBuild | None, view: GpuView) ->
     if settings.engine == "vllm" and build is not None and build.kind == "gpu" and not gpus:
         return Check(
             name="GPUs",
-            verdict=Verdict.FAIL,
+            verdict=CheckResult.FAIL,
             detail=view.why,
             advice="install the driver, check CUDA_VISIBLE_DEVICES, or install the CPU build: make ENGINE=cpu",
         )
     if settings.engine == "vllm" and build is not None and build.kind == "cpu" and gpus:
         return Check(
             name="GPUs",
-            verdict=Verdict.WARN,
+            verdict=CheckResult.WARN,
             detail=f"{names}; not used by the CPU build of vLLM",
             advice="remove .venv, then make install ENGINE=gpu",
         )
     if gpus and view.notes:
         return Check(
             name="GPUs",
-            verdict=Verdict.WARN,
+            verdict=CheckResult.WARN,
             detail=f"{names}; {view.why}",
             advice="check CUDA_VISIBLE_DEVICES and the driver",
         )
-    return Check(name="GPUs", verdict=Verdict.OK, detail=names or "none, and none is needed")
+    return Check(name="GPUs", verdict=CheckResult.OK, detail=names or "none, and none is needed")
 
 
 def _check_model(settings: Settings) -> Check:
     if settings.model == "tiny":
-        return Check(name="model", verdict=Verdict.OK, detail="tiny, built on first use; its text is noise")
+        return Check(name="model", verdict=CheckResult.OK, detail="tiny, built on first use; its text is noise")
     path = Path(settings.model)
     if path.exists() and not (path / "config.json").is_file():
         return Check(
             name="model",
-            verdict=Verdict.FAIL,
+            verdict=CheckResult.FAIL,
             detail=f"{path} has no config.json",
             advice="set L4_MODEL to the directory of a Hugging Face model",
         )
     if not path.exists() and (path.is_absolute() or os.environ.get("HF_HUB_OFFLINE") == "1"):
         return Check(
-            name="model", verdict=Verdict.FAIL, detail=f"{path} does not exist", advice="correct L4_MODEL"
+            name="model", verdict=CheckResult.FAIL, detail=f"{path} does not exist", advice="correct L4_MODEL"
         )
     tokenizer = settings.tokenizer or settings.model
     failure = _run_python(_TOKENIZER, tokenizer)
     if failure is not None:
         return Check(
             name="model",
-            verdict=Verdict.FAIL,
+            verdict=CheckResult.FAIL,
             detail=f"the tokenizer of {tokenizer} cannot be loaded: {failure}",
             advice="complete the model directory, or set L4_TOKENIZER",
         )
-    return Check(name="model", verdict=Verdict.OK, detail=f"{settings.model}; its tokenizer loads")
+    return Check(name="model", verdict=CheckResult.OK, detail=f"{settings.model}; its tokenizer loads")
 
 
 def _run_python(program: str, *arguments: str) -> str | None:
@@ -301,8 +301,8 @@ def _check_port(name: str, port: int, advice: str) -> Check:
     from l4queue.cli.stack.embedded import is_port_free
 
     if is_port_free(port):
-        return Check(name=name, verdict=Verdict.OK, detail=f"{port} is free")
-    return Check(name=name, verdict=Verdict.WARN, detail=f"{port} is in use", advice=advice)
+        return Check(name=name, verdict=CheckResult.OK, detail=f"{port} is free")
+    return Check(name=name, verdict=CheckResult.WARN, detail=f"{port} is in use", advice=advice)
 
 
 def _check_disk(data_dir: Path) -> Check:
@@ -312,7 +312,7 @@ def _check_disk(data_dir: Path) -> Check:
     if not os.access(place, os.W_OK):
         return Check(
             name="disk",
-            verdict=Verdict.FAIL,
+            verdict=CheckResult.FAIL,
             detail=f"{place} cannot be written",
             advice="choose another --data-dir",
         )
@@ -320,7 +320,7 @@ def _check_disk(data_dir: Path) -> Check:
     is_enough = free >= _MIN_DISK_BYTES
     return Check(
         name="disk",
-        verdict=Verdict.OK if is_enough else Verdict.WARN,
+        verdict=CheckResult.OK if is_enough else CheckResult.WARN,
         detail=f"{free / 2**30:.1f} GiB free for {data_dir}",
         advice=None if is_enough else "free some, or choose another --data-dir: a full disk stops all writes",
     )
@@ -334,7 +334,7 @@ def _check_memory(settings: Settings, build: EngineBuild | None) -> Check:
     is_enough = not is_cpu_engine or available >= 2 * _MIN_ENGINE_BYTES
     return Check(
         name="memory",
-        verdict=Verdict.OK if is_enough else Verdict.WARN,
+        verdict=CheckResult.OK if is_enough else CheckResult.WARN,
         detail=f"{available / 2**30:.1f} GiB available",
         advice=None if is_enough else "two CPU engines with KV cache need about 6 GiB: lower --workers",
     )
@@ -344,7 +344,7 @@ def _print(checks: list[Check]) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    colours = {Verdict.OK: "green", Verdict.WARN: "yellow", Verdict.FAIL: "red"}
+    colours = {CheckResult.OK: "green", CheckResult.WARN: "yellow", CheckResult.FAIL: "red"}
     console = Console(soft_wrap=True)
     width = max(len(check.name) for check in checks)
     for check in checks:

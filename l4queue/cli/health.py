@@ -10,7 +10,7 @@ import typer
 
 if TYPE_CHECKING:
     from l4queue.config import Settings
-    from l4queue.protocol.executor import Door
+    from l4queue.protocol.executor import Executor
 
 __all__ = ("Role", "register", "sign_of_life")
 
@@ -47,30 +47,30 @@ def sign_of_life(role: Role, settings: Settings) -> str:
     """What shows that it works; ServiceUnavailable says why it does not."""
     from l4queue.errors import ServiceUnavailable
     from l4queue.observe.health import clock_ahead_s, clock_note
-    from l4queue.protocol.executor import Door
+    from l4queue.protocol.executor import Executor
 
     if role is Role.FLOWER:
         return _flower(settings)
     if role is Role.EXPORTER:
         return _answers("the exporter", f"http://127.0.0.1:{settings.metrics_port}/metrics")
-    door = Door(settings.redis_url, retry_s=_REDIS_TRY_S)
+    executor = Executor(settings.redis_url, retry_s=_REDIS_TRY_S)
     try:
-        note = clock_note(clock_ahead_s(door))
+        note = clock_note(clock_ahead_s(executor))
         more = "" if note is None else f"; {note}"
         look = {Role.WORKER: _worker, Role.DISPATCHER: _dispatcher}.get(role, _planner)
         try:
-            return look(door, settings) + more
+            return look(executor, settings) + more
         except ServiceUnavailable as error:
             raise ServiceUnavailable(f"{error}{more}") from error
     finally:
-        door.close()
+        executor.close()
 
 
-def _worker(door: Door, settings: Settings) -> str:
+def _worker(executor: Executor, settings: Settings) -> str:
     from l4queue.errors import ServiceUnavailable
     from l4queue.observe.health import worker_life
 
-    life = worker_life(door, settings.namespace, settings.worker_name)
+    life = worker_life(executor, settings.namespace, settings.worker_name)
     if life is None:
         raise ServiceUnavailable(
             f"worker {settings.worker_name} has no lease: it loads, waits for a device, or its engine stands; "
@@ -79,12 +79,12 @@ def _worker(door: Door, settings: Settings) -> str:
     return f"worker {settings.worker_name} serves stage {life.stage}, lease for {life.left_s:.1f} s more"
 
 
-def _dispatcher(door: Door, settings: Settings) -> str:
+def _dispatcher(executor: Executor, settings: Settings) -> str:
     from l4queue.errors import ServiceUnavailable
     from l4queue.observe.health import DISPATCHER_SILENT_S, dispatcher_heard_s
 
     host = socket.gethostname()
-    heard_s = dispatcher_heard_s(door, settings.namespace, host)
+    heard_s = dispatcher_heard_s(executor, settings.namespace, host)
     if heard_s is None:
         raise ServiceUnavailable(
             f"no dispatcher of {host} finished a round in the last {DISPATCHER_SILENT_S:.0f} s; see its log"
@@ -92,12 +92,12 @@ def _dispatcher(door: Door, settings: Settings) -> str:
     return f"a dispatcher of {host} finished a round {heard_s:.1f} s ago"
 
 
-def _planner(door: Door, settings: Settings) -> str:
+def _planner(executor: Executor, settings: Settings) -> str:
     from l4queue.errors import ServiceUnavailable
     from l4queue.observe.health import planner_idle_s
 
     limit_s = max(_PLANNER_SILENT_S, _PLANNER_ROUNDS * settings.replan_interval_s)
-    idle_s = planner_idle_s(door, settings.namespace)
+    idle_s = planner_idle_s(executor, settings.namespace)
     if idle_s is None or idle_s > limit_s:
         since = (
             "no round of planning yet"

@@ -8,7 +8,7 @@ from typing import Any
 from l4queue.cli.stack.embedded import MIN_VERSION
 from l4queue.errors import ServiceUnavailable
 from l4queue.protocol.calls import Call
-from l4queue.protocol.executor import Door
+from l4queue.protocol.executor import Executor
 
 __all__ = ("ServerFacts", "read_server")
 
@@ -55,12 +55,12 @@ class ServerFacts:
         return f"appendonly yes, appendfsync {fsync}, maxmemory-policy noeviction"
 
 
-def read_server(door: Door) -> ServerFacts:
+def read_server(executor: Executor) -> ServerFacts:
     """Ask the server; ServiceUnavailable when it does not answer."""
-    info = door.run(Call(None, (), ("INFO", "server"), _parse_info))
+    info = executor.run(Call(None, (), ("INFO", "server"), _parse_info))
     try:
         pairs = [
-            door.run(Call(None, (), ("CONFIG", "GET", name), _parse_config))
+            executor.run(Call(None, (), ("CONFIG", "GET", name), _parse_config))
             for name in ("appendonly", "appendfsync", "maxmemory-policy")
         ]
     except ServiceUnavailable:  # managed services forbid CONFIG

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from l4queue.sim.cluster import Cluster
     from l4queue.sim.metrics import SimResult
     from l4queue.sim.policies.l4 import L4Options
-    from l4queue.sim.runner import Run, Setting
+    from l4queue.sim.runner import Run, RunConfig
     from l4queue.sim.traces.trace import Trace
 
 __all__ = ("Study", "load_traffic", "register")
@@ -52,7 +52,7 @@ class Study:
     """One invocation: the scaled traffic and the setting all policies share."""
 
     trace: Trace
-    setting: Setting
+    setting: RunConfig
     options: L4Options
     capacity_rps: float | None
     rate_scale: float
@@ -188,7 +188,7 @@ def _make_study(
     from l4queue.errors import ConfigError
     from l4queue.sim.capacity import capacity_rps
     from l4queue.sim.policies.l4 import L4Options
-    from l4queue.sim.runner import Setting, check_fits
+    from l4queue.sim.runner import RunConfig, check_fits
 
     if load is not None and rate_scale is not None:
         raise ConfigError("give either --load or --rate-scale, not both")
@@ -209,7 +209,7 @@ def _make_study(
         bandwidth_bytes_per_s=handover_gb_per_s * 1e9 or None,
         kv_bytes_per_token=coefficients.kv_bytes_per_token,
     )
-    setting = Setting(
+    setting = RunConfig(
         cost=cost,
         num_instances=instances,
         seed=seed,
@@ -235,7 +235,7 @@ def _progress(*, is_shown: bool) -> Progress:
     return Progress(*columns, console=Console(stderr=True), transient=True, disable=not is_shown)
 
 
-def _run(study: Study, name: str, progress: Progress, *, setting: Setting | None = None) -> Run:
+def _run(study: Study, name: str, progress: Progress, *, setting: RunConfig | None = None) -> Run:
     from l4queue.sim.registry import make_policy
     from l4queue.sim.runner import run_policy
 

@@ -110,13 +110,13 @@ def register(app: typer.Typer) -> None:
 def _clock_note() -> str | None:
     from l4queue.config import load_settings
     from l4queue.observe.health import clock_ahead_s, clock_note
-    from l4queue.protocol.executor import Door
+    from l4queue.protocol.executor import Executor
 
-    door = Door(load_settings().redis_url)
+    executor = Executor(load_settings().redis_url)
     try:
-        return clock_note(clock_ahead_s(door))
+        return clock_note(clock_ahead_s(executor))
     finally:
-        door.close()
+        executor.close()
 
 
 def _read() -> Overview:

@@ -13,7 +13,7 @@ from l4queue.client.batch import BatchProgress, BatchSummary, batch_options
 from l4queue.client.bulk import Bulk
 from l4queue.client.core import (
     Chunk,
-    Composer,
+    ClientCore,
     Prepared,
     Result,
     build_spec,
@@ -32,7 +32,7 @@ from l4queue.models import TERMINAL, Plan, RequestSpec, RequestState
 from l4queue.observe.explain import Event, tell
 from l4queue.observe.overview import Overview, read_overview_async
 from l4queue.protocol.calls import Verdict
-from l4queue.protocol.executor import AsyncDoor
+from l4queue.protocol.executor import AsyncExecutor
 from l4queue.protocol.plans import readable_plans
 from l4queue.protocol.reads import DeadLetter
 from l4queue.protocol.records import RequestRecord
@@ -48,9 +48,9 @@ class AsyncClient:
 
     def __init__(self, url: str | None = None, *, settings: Settings | None = None) -> None:
         self.settings = settings or load_settings()
-        self._composer = Composer(self.settings)
-        self._door = AsyncDoor(url or self.settings.redis_url)
-        self._listener = AsyncListener(self._door, self._composer)
+        self._core = ClientCore(self.settings)
+        self._executor = AsyncExecutor(url or self.settings.redis_url)
+        self._listener = AsyncListener(self._executor, self._core)
 
     async def enqueue(self, prompt: str | None = None, **options: Any) -> AsyncHandle:
         """Accept one request and return its handle.
@@ -59,7 +59,7 @@ class AsyncClient:
         `temperature`, `top_p`, `stop`, ...), `priority` (lower first), `deadline_s`, `idempotency_key`,
         `metadata`. InvalidRequest names a bad one; QueueFull says when to try again.
         """
-        return (await self._submit([self._composer.prepare(build_spec(prompt, **options))], block=False))[0]
+        return (await self._submit([self._core.prepare(build_spec(prompt, **options))], block=False))[0]
 
     async def enqueue_many(
         self,
@@ -77,7 +77,7 @@ class AsyncClient:
         handles of the accepted ones: see `L4QueueError`. A conflicting idempotency key ends the work with its
         batch of 256.
         """
-        prepared = [self._composer.prepare(spec_of(request, common)) for request in requests]
+        prepared = [self._core.prepare(spec_of(request, common)) for request in requests]
         return await self._submit(prepared, block=block, progress=progress)
 
     async def get(self, request_id: str) -> AsyncHandle:
@@ -126,7 +126,9 @@ class AsyncClient:
         stop = threading.Event()
         chosen = batch_options(path_in, path_out, path_errors, **options)
         running = asyncio.create_task(
-            asyncio.to_thread(run_batch, self.settings, chosen, url=self._door.url, progress=progress, stop=stop)
+            asyncio.to_thread(
+                run_batch, self.settings, chosen, url=self._executor.url, progress=progress, stop=stop
+            )
         )
         try:
             return await asyncio.shield(running)
@@ -137,21 +139,21 @@ class AsyncClient:
 
     async def overview(self) -> Overview:
         """Plan, workers, queues and totals, now."""
-        return await read_overview_async(self._door, self.settings.namespace)
+        return await read_overview_async(self._executor, self.settings.namespace)
 
     async def plan_history(self, *, count: int = 20) -> list[Plan]:
         """The latest published plans that this release can read, newest first."""
-        rows = await self._door.run(self._composer.reads.plan_history(count=checked_count(count)))
-        return readable_plans((body for _, _, body in rows), key=self._composer.keys.plans)
+        rows = await self._executor.run(self._core.reads.plan_history(count=checked_count(count)))
+        return readable_plans((body for _, _, body in rows), key=self._core.keys.plans)
 
     async def dead_letters(self, *, count: int = 100) -> list[DeadLetter]:
         """The latest requests that kill their worker and entries that cannot be read, newest first."""
-        return await self._door.run(self._composer.reads.dead_letters(count=checked_count(count)))
+        return await self._executor.run(self._core.reads.dead_letters(count=checked_count(count)))
 
     async def close(self) -> None:
         """Close all connections; safe to call twice."""
         await self._listener.close()
-        await self._door.close()
+        await self._executor.close()
 
     async def __aenter__(self) -> AsyncClient:
         return self
@@ -168,10 +170,10 @@ class AsyncClient:
         block: bool,
         progress: Callable[[int], None] | None = None,
     ) -> list[AsyncHandle]:
-        bulk = Bulk(self._composer, prepared, lambda i, has_mail: AsyncHandle(self, i, has_mail=has_mail))
+        bulk = Bulk(self._core, prepared, lambda i, has_mail: AsyncHandle(self, i, has_mail=has_mail))
         with bulk:
             while bulk.is_open:
-                full = bulk.answered(await self._door.run_many(bulk.next_batch()))
+                full = bulk.answered(await self._executor.run_many(bulk.next_batch()))
                 if progress is not None:
                     progress(len(bulk.handles))
                 if full is not None and not block:
@@ -198,7 +200,7 @@ class AsyncHandle:
 
     async def status(self) -> RequestRecord:
         """Where the request is now: state, stage, worker, tokens, times."""
-        return known(self.id, await self._client._door.run(self._client._composer.reads.record(self.id)))
+        return known(self.id, await self._client._executor.run(self._client._core.reads.record(self.id)))
 
     def stream(self, *, after: int = 0, timeout: float | None = None) -> AsyncIterator[Chunk]:
         """Chunks as they are generated, from the first token or after `after` tokens.
@@ -221,14 +223,14 @@ class AsyncHandle:
             found, entries = await self._client._listener.output(self.id)
             record = known(self.id, found)
             if record.state in TERMINAL:  # mail may tell of an end that a server has forgotten
-                return self._client._composer.result(record, entries)
+                return self._client._core.result(record, entries)
 
     async def explain(self) -> tuple[Event, ...]:
         """What befell this request and why, in order: routing, steals, hand-overs, crashes."""
         record = await self.status()
-        reads = self._client._composer.reads
-        why = await self._client._door.run(reads.routed_because(self.id))
-        ledger = await self._client._door.run(reads.ledger(self.id))
+        reads = self._client._core.reads
+        why = await self._client._executor.run(reads.routed_because(self.id))
+        ledger = await self._client._executor.run(reads.ledger(self.id))
         return tell(record, why=why, ledger=ledger)
 
     async def cancel(self, *, reason: str = "cancelled by its client") -> bool:
@@ -236,7 +238,7 @@ class AsyncHandle:
 
         False when it had ended already.
         """
-        verdict, _ = await self._client._door.run(self._client._composer.cancel(self.id, reason=reason))
+        verdict, _ = await self._client._executor.run(self._client._core.cancel(self.id, reason=reason))
         if verdict is Verdict.UNKNOWN:
             raise unknown(self.id)
         return verdict is Verdict.OK

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Any, Generic, TypeVar
 
-from l4queue.client.core import Composer, Prepared
+from l4queue.client.core import ClientCore, Prepared
 from l4queue.errors import IdempotencyConflict, QueueFull
 from l4queue.protocol.calls import Call, SubmitReply
 
@@ -24,9 +24,9 @@ class Bulk(Generic[H]):
     """
 
     def __init__(
-        self, composer: Composer, prepared: Iterable[Prepared], make_handle: Callable[[str, bool], H]
+        self, core: ClientCore, prepared: Iterable[Prepared], make_handle: Callable[[str, bool], H]
     ) -> None:
-        self._composer = composer
+        self._core = core
         self._prepared = list(prepared)
         self._make_handle = make_handle
         self._handles: dict[int, H] = {}
@@ -61,7 +61,7 @@ class Bulk(Generic[H]):
         for position, reply in zip(self._sent, replies, strict=True):
             prepared = self._prepared[position]
             try:
-                request_id = self._composer.accepted(prepared, reply)
+                request_id = self._core.accepted(prepared, reply)
             except QueueFull as error:
                 without_room.append(position)
                 full = full or error
@@ -69,7 +69,7 @@ class Bulk(Generic[H]):
                 self._refused.append(position)
                 conflict = conflict or error
             else:
-                has_mail = self._composer.has_mail(prepared, reply)
+                has_mail = self._core.has_mail(prepared, reply)
                 self._handles[position] = self._make_handle(request_id, has_mail)
         self._left = without_room + self._left[len(self._sent) :]
         self._refused = sorted(self._refused + without_room)

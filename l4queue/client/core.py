@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 __all__ = (
     "Chunk",
-    "Composer",
+    "ClientCore",
     "Prepared",
     "Result",
     "build_spec",
@@ -154,7 +154,7 @@ def spec_of(request: str | dict[str, Any] | RequestSpec, common: Mapping[str, An
     return build_spec(**{**common, **request})
 
 
-class Composer:
+class ClientCore:
     """Builds calls and reads replies for one client. Does no I/O."""
 
     def __init__(self, settings: Settings) -> None:

@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from copy import copy
 from typing import Any
 
-from l4queue.client.core import Chunk, Composer
+from l4queue.client.core import Chunk, ClientCore
 from l4queue.client.demux import Demultiplexer, Watch
 from l4queue.errors import L4QueueError, ServiceUnavailable
 from l4queue.protocol.calls import Call
-from l4queue.protocol.executor import AsyncDoor, Door
+from l4queue.protocol.executor import AsyncExecutor, Executor
 from l4queue.protocol.records import OutputEntry, RequestRecord
 
 __all__ = ("AsyncListener", "Listener")
@@ -30,8 +30,8 @@ _BATCH = 128  # calls of one round trip
 _CLOSED = "the client was closed"
 
 
-def _demultiplexer(composer: Composer) -> Demultiplexer:
-    keys, client_id = composer.keys, composer.client_id
+def _demultiplexer(core: ClientCore) -> Demultiplexer:
+    keys, client_id = core.keys, core.client_id
     return Demultiplexer(mail_key=keys.mailbox(client_id), news_key=keys.news(client_id))
 
 
@@ -42,10 +42,10 @@ def _is_drained(found: dict[str, list[Any]]) -> bool:
 class AsyncListener:
     """Reads for all waits of an asyncio client. Calls of many waits at once share round trips."""
 
-    def __init__(self, door: AsyncDoor, composer: Composer) -> None:
-        self._door = door
-        self._composer = composer
-        self._demux = _demultiplexer(composer)
+    def __init__(self, executor: AsyncExecutor, core: ClientCore) -> None:
+        self._executor = executor
+        self._core = core
+        self._demux = _demultiplexer(core)
         self._reader: asyncio.Task[None] | None = None
         self._calls: deque[_Waiting] = deque()
         self._sender: asyncio.Task[None] | None = None
@@ -56,7 +56,7 @@ class AsyncListener:
         for watch in watches:
             self._demux.add(watch, now_s=now_s)
         looks = list(self._demux.first_look(watches))
-        replies = await self._run([self._composer.follow(look) for _, look in looks])
+        replies = await self._run([self._core.follow(look) for _, look in looks])
         for (asked, _), reply in zip(looks, replies, strict=True):
             self._demux.opened(asked, reply)
         if (self._reader is None or self._reader.done()) and not all(watch.is_over for watch in watches):
@@ -73,7 +73,7 @@ class AsyncListener:
 
     async def output(self, request_id: str, *, after: int = 0) -> tuple[RequestRecord | None, list[OutputEntry]]:
         """The record and the output beyond `after` tokens."""
-        record, entries = await self._run(self._composer.output(request_id, after=after))
+        record, entries = await self._run(self._core.output(request_id, after=after))
         return record, entries
 
     async def close(self) -> None:
@@ -89,16 +89,16 @@ class AsyncListener:
         try:
             while not self._demux.is_idle:
                 looks = self._demux.due(time.monotonic())
-                replies = await self._door.run_many([self._composer.follow(look) for look in looks])
+                replies = await self._executor.run_many([self._core.follow(look) for look in looks])
                 for look, reply in zip(looks, replies, strict=True):
                     self._demux.answered(look, reply, now_s=time.monotonic())
                 block_s = self._demux.block_s(time.monotonic())
-                found = await self._door.wait(self._demux.streams, block_s=block_s, count=_COUNT)
+                found = await self._executor.wait(self._demux.streams, block_s=block_s, count=_COUNT)
                 num_news += self._demux.feed(found, now_s=time.monotonic(), is_drained=_is_drained(found))
-                await self._door.run_many([self._composer.unfollow(i) for i in self._demux.unwanted()])
+                await self._executor.run_many([self._core.unfollow(i) for i in self._demux.unwanted()])
                 if num_news >= _TRIM_EVERY:
                     num_news = 0
-                    await self._door.run(self._composer.trim_news(self._demux.last_news))
+                    await self._executor.run(self._core.trim_news(self._demux.last_news))
         except L4QueueError as error:
             self._demux.fail(error)
         except Exception as error:
@@ -129,7 +129,7 @@ class AsyncListener:
 
     async def _send_batch(self, batch: Sequence[_Waiting]) -> None:
         try:
-            values = await self._door.run_many([call for calls, _ in batch for call in calls])
+            values = await self._executor.run_many([call for calls, _ in batch for call in calls])
         except Exception as error:
             if len(batch) > 1 and not isinstance(error, ServiceUnavailable):
                 for one in batch:  # what cannot be read of one request is no fault of the others
@@ -149,14 +149,14 @@ class AsyncListener:
 class Listener:
     """Reads for all waits of a blocking client, in a thread of its own. Thread-safe."""
 
-    def __init__(self, door: Door, composer: Composer) -> None:
-        self._door = door
-        self._composer = composer
+    def __init__(self, executor: Executor, core: ClientCore) -> None:
+        self._executor = executor
+        self._core = core
         self._begin_anew()
 
     def _begin_anew(self) -> None:
         self._pid = os.getpid()
-        self._demux = _demultiplexer(self._composer)
+        self._demux = _demultiplexer(self._core)
         self._lock = threading.RLock()
         self._reader: threading.Thread | None = None
         self._is_closed = False
@@ -173,7 +173,7 @@ class Listener:
             for watch in watches:
                 self._demux.add(watch, now_s=now_s)
             looks = list(self._demux.first_look(watches))
-        replies = self._door.run_many([self._composer.follow(look) for _, look in looks])
+        replies = self._executor.run_many([self._core.follow(look) for _, look in looks])
         with self._lock:
             for (asked, _), reply in zip(looks, replies, strict=True):
                 self._demux.opened(asked, reply)
@@ -200,7 +200,7 @@ class Listener:
 
     def output(self, request_id: str, *, after: int = 0) -> tuple[RequestRecord | None, list[OutputEntry]]:
         """The record and the output beyond `after` tokens."""
-        record, entries = self._door.run_many(self._composer.output(request_id, after=after))
+        record, entries = self._executor.run_many(self._core.output(request_id, after=after))
         return record, entries
 
     def close(self) -> None:
@@ -218,20 +218,20 @@ class Listener:
                         self._reader = None
                         return
                     looks = self._demux.due(time.monotonic())
-                replies = self._door.run_many([self._composer.follow(look) for look in looks])
+                replies = self._executor.run_many([self._core.follow(look) for look in looks])
                 with self._lock:
                     for look, reply in zip(looks, replies, strict=True):
                         self._demux.answered(look, reply, now_s=time.monotonic())
                     streams, block_s = self._demux.streams, self._demux.block_s(time.monotonic())
-                found = self._door.wait(streams, block_s=block_s, count=_COUNT)
+                found = self._executor.wait(streams, block_s=block_s, count=_COUNT)
                 with self._lock:
                     now_s = time.monotonic()
                     num_news += self._demux.feed(found, now_s=now_s, is_drained=_is_drained(found))
                     unwanted = self._demux.unwanted()
-                self._door.run_many([self._composer.unfollow(i) for i in unwanted])
+                self._executor.run_many([self._core.unfollow(i) for i in unwanted])
                 if num_news >= _TRIM_EVERY:
                     num_news = 0
-                    self._door.run(self._composer.trim_news(self._demux.last_news))
+                    self._executor.run(self._core.trim_news(self._demux.last_news))
         except L4QueueError as error:
             self._fail(error)
         except Exception as error:

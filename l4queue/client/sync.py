@@ -13,7 +13,7 @@ from l4queue.client.batch import BatchProgress, BatchSummary, batch_options
 from l4queue.client.bulk import Bulk
 from l4queue.client.core import (
     Chunk,
-    Composer,
+    ClientCore,
     Prepared,
     Result,
     build_spec,
@@ -32,7 +32,7 @@ from l4queue.models import TERMINAL, Plan, RequestSpec, RequestState
 from l4queue.observe.explain import Event, tell
 from l4queue.observe.overview import Overview, read_overview
 from l4queue.protocol.calls import Verdict
-from l4queue.protocol.executor import Door
+from l4queue.protocol.executor import Executor
 from l4queue.protocol.plans import readable_plans
 from l4queue.protocol.reads import DeadLetter
 from l4queue.protocol.records import RequestRecord
@@ -48,9 +48,9 @@ class Client:
 
     def __init__(self, url: str | None = None, *, settings: Settings | None = None) -> None:
         self.settings = settings or load_settings()
-        self._composer = Composer(self.settings)
-        self._door = Door(url or self.settings.redis_url)
-        self._listener = Listener(self._door, self._composer)
+        self._core = ClientCore(self.settings)
+        self._executor = Executor(url or self.settings.redis_url)
+        self._listener = Listener(self._executor, self._core)
 
     def enqueue(self, prompt: str | None = None, **options: Any) -> Handle:
         """Accept one request and return its handle.
@@ -59,7 +59,7 @@ class Client:
         `temperature`, `top_p`, `stop`, ...), `priority` (lower first), `deadline_s`, `idempotency_key`,
         `metadata`. InvalidRequest names a bad one; QueueFull says when to try again.
         """
-        return self._submit([self._composer.prepare(build_spec(prompt, **options))], block=False)[0]
+        return self._submit([self._core.prepare(build_spec(prompt, **options))], block=False)[0]
 
     def enqueue_many(
         self,
@@ -77,7 +77,7 @@ class Client:
         handles of the accepted ones: see `L4QueueError`. A conflicting idempotency key ends the work with its
         batch of 256.
         """
-        prepared = [self._composer.prepare(spec_of(request, common)) for request in requests]
+        prepared = [self._core.prepare(spec_of(request, common)) for request in requests]
         return self._submit(prepared, block=block, progress=progress)
 
     def get(self, request_id: str) -> Handle:
@@ -126,28 +126,28 @@ class Client:
         return run_batch(
             self.settings,
             batch_options(path_in, path_out, path_errors, **options),
-            url=self._door.url,
+            url=self._executor.url,
             progress=progress,
             stop=stop,
         )
 
     def overview(self) -> Overview:
         """Plan, workers, queues and totals, now."""
-        return read_overview(self._door, self.settings.namespace)
+        return read_overview(self._executor, self.settings.namespace)
 
     def plan_history(self, *, count: int = 20) -> list[Plan]:
         """The latest published plans that this release can read, newest first."""
-        rows = self._door.run(self._composer.reads.plan_history(count=checked_count(count)))
-        return readable_plans((body for _, _, body in rows), key=self._composer.keys.plans)
+        rows = self._executor.run(self._core.reads.plan_history(count=checked_count(count)))
+        return readable_plans((body for _, _, body in rows), key=self._core.keys.plans)
 
     def dead_letters(self, *, count: int = 100) -> list[DeadLetter]:
         """The latest requests that kill their worker and entries that cannot be read, newest first."""
-        return self._door.run(self._composer.reads.dead_letters(count=checked_count(count)))
+        return self._executor.run(self._core.reads.dead_letters(count=checked_count(count)))
 
     def close(self) -> None:
         """Close all connections, which ends what still waits; safe to call twice."""
         self._listener.close()
-        self._door.close()
+        self._executor.close()
 
     def __enter__(self) -> Client:
         return self
@@ -164,10 +164,10 @@ class Client:
         block: bool,
         progress: Callable[[int], None] | None = None,
     ) -> list[Handle]:
-        bulk = Bulk(self._composer, prepared, lambda i, has_mail: Handle(self, i, has_mail=has_mail))
+        bulk = Bulk(self._core, prepared, lambda i, has_mail: Handle(self, i, has_mail=has_mail))
         with bulk:
             while bulk.is_open:
-                full = bulk.answered(self._door.run_many(bulk.next_batch()))
+                full = bulk.answered(self._executor.run_many(bulk.next_batch()))
                 if progress is not None:
                     progress(len(bulk.handles))
                 if full is not None and not block:
@@ -194,7 +194,7 @@ class Handle:
 
     def status(self) -> RequestRecord:
         """Where the request is now: state, stage, worker, tokens, times."""
-        return known(self.id, self._client._door.run(self._client._composer.reads.record(self.id)))
+        return known(self.id, self._client._executor.run(self._client._core.reads.record(self.id)))
 
     def stream(self, *, after: int = 0, timeout: float | None = None) -> Iterator[Chunk]:
         """Chunks as they are generated, from the first token or after `after` tokens.
@@ -217,14 +217,14 @@ class Handle:
             found, entries = self._client._listener.output(self.id)
             record = known(self.id, found)
             if record.state in TERMINAL:  # mail may tell of an end that a server has forgotten
-                return self._client._composer.result(record, entries)
+                return self._client._core.result(record, entries)
 
     def explain(self) -> tuple[Event, ...]:
         """What befell this request and why, in order: routing, steals, hand-overs, crashes."""
         record = self.status()
-        reads = self._client._composer.reads
-        why = self._client._door.run(reads.routed_because(self.id))
-        ledger = self._client._door.run(reads.ledger(self.id))
+        reads = self._client._core.reads
+        why = self._client._executor.run(reads.routed_because(self.id))
+        ledger = self._client._executor.run(reads.ledger(self.id))
         return tell(record, why=why, ledger=ledger)
 
     def cancel(self, *, reason: str = "cancelled by its client") -> bool:
@@ -232,7 +232,7 @@ class Handle:
 
         False when it had ended already.
         """
-        verdict, _ = self._client._door.run(self._client._composer.cancel(self.id, reason=reason))
+        verdict, _ = self._client._executor.run(self._client._core.cancel(self.id, reason=reason))
         if verdict is Verdict.UNKNOWN:
             raise unknown(self.id)
         return verdict is Verdict.OK

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from l4queue.models import Routing
 from l4queue.protocol.calls import Call
-from l4queue.protocol.executor import Door
+from l4queue.protocol.executor import Executor
 from l4queue.protocol.keys import Keys
 from l4queue.protocol.parsing import planned_ms
 from l4queue.protocol.plans import is_of_a_newer_release, read_plan
@@ -43,13 +43,13 @@ class WorkerLife:
     left_s: float
 
 
-def worker_life(door: Door, namespace: str, worker_id: str) -> WorkerLife | None:
+def worker_life(executor: Executor, namespace: str, worker_id: str) -> WorkerLife | None:
     """The valid lease of the worker with this name; None when it has none, and so serves nothing."""
     reads = Reads(Keys(namespace))
-    now_ms, incarnations = door.run_many([reads.server_time_ms(), reads.incarnations()])
+    now_ms, incarnations = executor.run_many([reads.server_time_ms(), reads.incarnations()])
     alive = [name for name, expires_ms in incarnations if expires_ms > now_ms]
     expiry = dict(incarnations)
-    for view in door.run_many([reads.worker(name, expiry[name]) for name in alive]):
+    for view in executor.run_many([reads.worker(name, expiry[name]) for name in alive]):
         if view is not None and view.worker_id == worker_id:
             left_s = (view.expires_ms - now_ms) / 1000
             return WorkerLife(incarnation=view.incarnation, stage=view.load.stage, left_s=left_s)
@@ -62,17 +62,17 @@ def dispatcher_alive(keys: Keys, host: str) -> Call[None]:
     return Call(None, (), args, lambda _: None)
 
 
-def dispatcher_heard_s(door: Door, namespace: str, host: str) -> float | None:
+def dispatcher_heard_s(executor: Executor, namespace: str, host: str) -> float | None:
     """Since when no dispatcher of this host said that it routes, in s; None when too long ago, or never."""
-    left_ms: int = door.run(Call(None, (), ("PTTL", Keys(namespace).dispatcher(host)), int))
+    left_ms: int = executor.run(Call(None, (), ("PTTL", Keys(namespace).dispatcher(host)), int))
     heard_s = DISPATCHER_SILENT_S - left_ms / 1000
     return heard_s if left_ms >= 0 and heard_s > -_JITTER_S else None  # from the future: the clock went back
 
 
-def planner_idle_s(door: Door, namespace: str) -> float | None:
+def planner_idle_s(executor: Executor, namespace: str) -> float | None:
     """Since when no round of planning ended, in s; None when none did yet, 0 where there is nothing to plan."""
     reads = Reads(Keys(namespace))
-    now_ms, (_, body), memory = door.run_many([reads.server_time_ms(), reads.plan(), reads.planner_memory()])
+    now_ms, (_, body), memory = executor.run_many([reads.server_time_ms(), reads.plan(), reads.planner_memory()])
     plan = read_plan(body, key=reads.keys.plan)
     if (plan is not None and plan.routing is not Routing.L4) or is_of_a_newer_release(body or ""):
         return 0.0
@@ -81,12 +81,12 @@ def planner_idle_s(door: Door, namespace: str) -> float | None:
     return None if idle_s is None or idle_s < -_JITTER_S else max(0.0, idle_s)
 
 
-def clock_ahead_s(door: Door, *, clock: Callable[[], float] = time.time) -> float:
+def clock_ahead_s(executor: Executor, *, clock: Callable[[], float] = time.time) -> float:
     """By how much this host's clock is ahead of Redis's, in s; the best of a few looks, without their time."""
     looks = []
     for _ in range(_LOOKS):
         before_s, begun_s = clock(), time.monotonic()
-        server_s = door.run(Call(None, (), ("TIME",), lambda r: int(r[0]) + int(r[1]) / 1e6))
+        server_s = executor.run(Call(None, (), ("TIME",), lambda r: int(r[0]) + int(r[1]) / 1e6))
         took_s = time.monotonic() - begun_s
         looks.append((took_s, before_s + took_s / 2 - server_s))
     return min(looks)[1]

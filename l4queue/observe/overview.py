@@ -12,7 +12,7 @@ from l4queue.cost.step import StepCost
 from l4queue.models import Plan, WorkerLoad
 from l4queue.policy.loads import StageLoad, stage_load
 from l4queue.protocol.calls import Call
-from l4queue.protocol.executor import AsyncDoor, Door
+from l4queue.protocol.executor import AsyncExecutor, Executor
 from l4queue.protocol.keys import SOLO_STAGE, Keys
 from l4queue.protocol.plans import is_of_a_newer_release, read_plan, readable_plans
 from l4queue.protocol.reads import Reads, WorkerView
@@ -72,19 +72,19 @@ class Overview:
         return None if queue is None else queue.in_play(now_ms=self.now_ms, quiet_ms=quiet_ms)
 
 
-def read_overview(door: Door, namespace: str) -> Overview:
+def read_overview(executor: Executor, namespace: str) -> Overview:
     """Read it with a blocking executor, in two round trips."""
     keys = Keys(namespace)
-    first = door.run_many(_first(keys))
-    second = door.run_many(_second(keys, first))
+    first = executor.run_many(_first(keys))
+    second = executor.run_many(_second(keys, first))
     return _assemble(keys, first, second)
 
 
-async def read_overview_async(door: AsyncDoor, namespace: str) -> Overview:
+async def read_overview_async(executor: AsyncExecutor, namespace: str) -> Overview:
     """The same on an event loop."""
     keys = Keys(namespace)
-    first = await door.run_many(_first(keys))
-    second = await door.run_many(_second(keys, first))
+    first = await executor.run_many(_first(keys))
+    second = await executor.run_many(_second(keys, first))
     return _assemble(keys, first, second)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from l4queue.observe.overview import Overview, read_overview
 from l4queue.protocol.calls import Call
-from l4queue.protocol.executor import Door
+from l4queue.protocol.executor import Executor
 from l4queue.protocol.keys import Keys
 from l4queue.protocol.parsing import planned_ms
 from l4queue.protocol.reads import Reads
@@ -43,12 +43,12 @@ class Telemetry:
     memory: ServerMemory
 
 
-def read_telemetry(door: Door, namespace: str) -> Telemetry:
+def read_telemetry(executor: Executor, namespace: str) -> Telemetry:
     """Read it in four round trips; what it costs does not grow with the queues."""
     reads = Reads(Keys(namespace))
-    overview = read_overview(door, namespace)
+    overview = read_overview(executor, namespace)
     stages = [stage for stage, queue in overview.queues.items() if queue.num_requests]
-    oldest, histogram, num_dead, memory, planner, *ids = door.run_many(
+    oldest, histogram, num_dead, memory, planner, *ids = executor.run_many(
         [
             reads.inbox_oldest(),
             reads.histogram(),
@@ -58,7 +58,7 @@ def read_telemetry(door: Door, namespace: str) -> Telemetry:
             *(reads.queue_ids(stage, limit=_SAMPLE) for stage in stages),
         ]
     )
-    ages = door.run_many([reads.submitted_ms(i) for some in (oldest, *ids) for i in some])
+    ages = executor.run_many([reads.submitted_ms(i) for some in (oldest, *ids) for i in some])
     since_ms, accepted = next(iter(ages[: len(oldest)]), None), iter(ages[len(oldest) :])
     waiting_s = {}
     for stage, some in zip(stages, ids, strict=True):

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from l4queue.observe.overview import Overview, read_overview
-from l4queue.protocol.executor import Door
+from l4queue.protocol.executor import Executor
 from l4queue.protocol.keys import Keys
 from l4queue.protocol.reads import FinishedRequest, Reads
 
-__all__ = ("Look", "Move", "Watch")
+__all__ = ("Look", "RecentMove", "Watch")
 
 MAX_FINISHED = 2_000
 """Finished requests read in one look: of more, the latest."""
@@ -25,7 +25,7 @@ _MOVES = ("hand-over", "steal", "stolen")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Move:
+class RecentMove:
     """One request that changed its worker or was taken from another stage's queue. `kind` as in the ledger."""
 
     at_ms: int
@@ -44,14 +44,14 @@ class Look:
     overview: Overview
     ages_ms: dict[str, int]
     finished: tuple[FinishedRequest, ...]
-    moves: tuple[Move, ...]
+    moves: tuple[RecentMove, ...]
 
 
 class Watch:
     """Looks again and again. Reads only; what it reads is bounded, whatever the deployment does."""
 
-    def __init__(self, door: Door, namespace: str) -> None:
-        self._door = door
+    def __init__(self, executor: Executor, namespace: str) -> None:
+        self._executor = executor
         self._namespace = namespace
         self._reads = Reads(Keys(namespace))
         self._finished_id: str | None = None
@@ -59,8 +59,8 @@ class Watch:
 
     def look(self) -> Look:
         """Look now; the first look also tells what finished before it. ServiceUnavailable when Redis is away."""
-        overview = read_overview(self._door, self._namespace)
-        last_id, finished = self._door.run(self._reads.latest_finished(self._finished_id, count=MAX_FINISHED))
+        overview = read_overview(self._executor, self._namespace)
+        last_id, finished = self._executor.run(self._reads.latest_finished(self._finished_id, count=MAX_FINISHED))
         look = Look(
             overview=overview,
             ages_ms=self._ages_ms(overview),
@@ -74,10 +74,10 @@ class Watch:
         """How long the one that waits longest at the head of each queue has waited."""
         names = [name for name, queue in overview.queues.items() if queue.num_requests]
         queues = [self._reads.queue_ids(name, limit=MAX_AGED) for name in names]
-        oldest, *heads = self._door.run_many([self._reads.inbox_oldest(), *queues])
+        oldest, *heads = self._executor.run_many([self._reads.inbox_oldest(), *queues])
         calls = [self._reads.waiting_since_ms(request_id) for ids in heads for request_id in ids]
         accepted = [self._reads.submitted_ms(request_id) for request_id in oldest]
-        found = self._door.run_many([*accepted, *calls])
+        found = self._executor.run_many([*accepted, *calls])
         inbox_ms, since = next(iter(found[: len(oldest)]), None), found[len(oldest) :]
         ages_ms = {} if inbox_ms is None else {"in": max(0, overview.now_ms - inbox_ms)}
         rest = iter(since)
@@ -87,7 +87,7 @@ class Watch:
                 ages_ms[name] = max(0, overview.now_ms - min(known))
         return ages_ms
 
-    def _moves(self, overview: Overview, finished: Iterable[FinishedRequest]) -> list[Move]:
+    def _moves(self, overview: Overview, finished: Iterable[FinishedRequest]) -> list[RecentMove]:
         """From the ledgers of what runs and of what has just finished, if the counts say that there are new ones.
 
         A request is told of again in the next look while it runs; whoever keeps moves must know them by value.
@@ -96,10 +96,10 @@ class Watch:
         if num_moves == (self._num_moves or 0):
             self._num_moves = num_moves
             return []
-        held = self._door.run_many([self._reads.held(worker.incarnation) for worker in overview.workers])
+        held = self._executor.run_many([self._reads.held(worker.incarnation) for worker in overview.workers])
         ids = [request_id for ids in held for request_id in ids] + [row.request_id for row in finished]
         ids = ids[:MAX_LEDGERS]
-        ledgers: list[list[str]] = self._door.run_many([self._reads.ledger(request_id) for request_id in ids])
+        ledgers: list[list[str]] = self._executor.run_many([self._reads.ledger(request_id) for request_id in ids])
         self._num_moves = num_moves
         return [
             move
@@ -109,7 +109,7 @@ class Watch:
         ]
 
 
-def _move(request_id: str, line: dict[str, Any]) -> Move | None:
+def _move(request_id: str, line: dict[str, Any]) -> RecentMove | None:
     """The move that a ledger's line tells of, if it is one."""
     kind = str(line["what"])
     if kind not in _MOVES:
@@ -120,9 +120,9 @@ def _move(request_id: str, line: dict[str, Any]) -> Move | None:
         return None
 
 
-def _told(request_id: str, kind: str, line: dict[str, Any]) -> Move:
+def _told(request_id: str, kind: str, line: dict[str, Any]) -> RecentMove:
     taken = kind == "stolen"  # waiting in another stage's queue: then it is the worker that moved it
-    return Move(
+    return RecentMove(
         at_ms=int(line["at_ms"]),
         request_id=request_id,
         kind=kind,

@@ -12,15 +12,15 @@ from l4queue.policy.loads import decode_step_ms
 
 __all__ = (
     "UNBOUNDED_TOKENS",
-    "BackgroundRoom",
-    "Pull",
-    "Room",
-    "RoomLimits",
-    "Waiting",
-    "bearable_prefill_ms",
-    "choose",
-    "give_way_ms",
-    "room_of",
+    "AdmissionBudget",
+    "AdmissionLimits",
+    "Admitted",
+    "BackgroundBudget",
+    "WaitingRequest",
+    "admission_budget",
+    "admit",
+    "max_prefill_ms",
+    "pull_delay_ms",
 )
 
 UNBOUNDED_TOKENS = 2**53
@@ -34,7 +34,7 @@ _GIVE_WAY_MOST_MS = 50.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RoomLimits:
+class AdmissionLimits:
     """What keeps a worker from pulling more.
 
     `growth_tokens` is a quantile of what a request of this stage still grows; the sum over the batch is
@@ -42,7 +42,7 @@ class RoomLimits:
     `prefill_tokens` bounds the prompts that wait for their prefill inside the engine, where nobody can steal,
     cancel cheaply or overtake; None: one step's token budget. `max_step_ms` bounds the decode step, if set.
     `remaining_tokens` is what a running request still generates on average: where it is set, a prompt whose
-    prefill would hold up what runs for longer than that needs to end waits for it (`bearable_prefill_ms`).
+    prefill would hold up what runs for longer than that needs to end waits for it (`max_prefill_ms`).
     """
 
     growth_tokens: float = 256.0
@@ -54,7 +54,7 @@ class RoomLimits:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Room:
+class AdmissionBudget:
     """What may be pulled: at most so many requests with together so many tokens, each with room to grow.
 
     `prefill_tokens` is soft: the request that exceeds it is still taken, none after it. No request longer than
@@ -71,7 +71,7 @@ class Room:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Waiting:
+class WaitingRequest:
     """A waiting request as the puller sees it: its length is prompt plus what it has generated already."""
 
     request_id: str
@@ -80,7 +80,7 @@ class Waiting:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BackgroundRoom:
+class BackgroundBudget:
     """At most so many background requests, none longer than `longest_tokens` but the first of an idle worker."""
 
     num_requests: int
@@ -89,7 +89,7 @@ class BackgroundRoom:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pull:
+class Admitted:
     """Which of the waiting requests to take, and what stopped it: from the head, but for background ones."""
 
     request_ids: tuple[str, ...]
@@ -101,7 +101,7 @@ class Pull:
         return len(self.request_ids)
 
 
-def bearable_prefill_ms(
+def max_prefill_ms(
     num_running: int, context_tokens: int, *, remaining_tokens: float, num_waiting: float, cost: StepCost
 ) -> float:
     """The longest prefill that may begin beside n running requests, ms: shortest remaining first.
@@ -118,7 +118,7 @@ def bearable_prefill_ms(
     return ends_ms * max(_PATIENCE, num_waiting / n)
 
 
-def give_way_ms(batch_ms: float, *, lightest_ms: float) -> float:
+def pull_delay_ms(batch_ms: float, *, lightest_ms: float) -> float:
     """How long to let others go first when something arrives in a shared queue: by how much more is before us.
 
     All workers with room are woken at once. The one that gets through its batch soonest should take the request,
@@ -140,15 +140,15 @@ def _longest_tokens(prefill_ms: float, cost: StepCost) -> int:
     return int(min(found, UNBOUNDED_TOKENS))
 
 
-def room_of(
-    load: WorkerLoad, *, cost: StepCost, limits: RoomLimits | None = None, num_waiting: float = 0.0
-) -> Room:
+def admission_budget(
+    load: WorkerLoad, *, cost: StepCost, limits: AdmissionLimits | None = None, num_waiting: float = 0.0
+) -> AdmissionBudget:
     """Room of a worker by its load. A worker with nothing to do has room for one request whatever its size.
 
     The capacity is the worker's own when it says one, else the cost model's; zero in both means no bound.
     `num_waiting` is the worker's share of the requests in the queue it pulls from.
     """
-    limits = limits or RoomLimits()
+    limits = limits or AdmissionLimits()
     busy = load.num_running + load.num_waiting_in_engine
     growth = max(1, round(limits.growth_tokens))
     max_running = load.max_running or cost.max_num_seqs
@@ -168,7 +168,7 @@ def room_of(
         slots, reason = 0, "cache full"
     else:
         slots, reason = _within_step(load, slots, busy=busy, cost=cost, limits=limits)
-    return Room(
+    return AdmissionBudget(
         num_requests=slots,
         kv_tokens=max(0, free),
         prefill_tokens=max(0, prefill),
@@ -179,7 +179,9 @@ def room_of(
     )
 
 
-def choose(room: Room, waiting: Sequence[Waiting], *, background: BackgroundRoom | None = None) -> Pull:
+def admit(
+    room: AdmissionBudget, waiting: Sequence[WaitingRequest], *, background: BackgroundBudget | None = None
+) -> Admitted:
     """Take in this order while there is room: the rule of the script `take`.
 
     Never skips: the next in order must not starve behind small ones. Only a background request that may not be
@@ -214,21 +216,21 @@ def choose(room: Room, waiting: Sequence[Waiting], *, background: BackgroundRoom
         tokens += needs
         prefill += request.length_tokens
         number -= request.is_background
-    return Pull(request_ids=tuple(taken), tokens=tokens, reason=reason)
+    return Admitted(request_ids=tuple(taken), tokens=tokens, reason=reason)
 
 
 def _bound_by_running(
-    load: WorkerLoad, *, busy: int, num_waiting: float, cost: StepCost, limits: RoomLimits
+    load: WorkerLoad, *, busy: int, num_waiting: float, cost: StepCost, limits: AdmissionLimits
 ) -> int:
     if limits.remaining_tokens is None:
         return UNBOUNDED_TOKENS
-    bearable_ms = bearable_prefill_ms(
+    bearable_ms = max_prefill_ms(
         busy, load.context_tokens, remaining_tokens=limits.remaining_tokens, num_waiting=num_waiting, cost=cost
     )
     return _longest_tokens(bearable_ms, cost)
 
 
-def _free_tokens(load: WorkerLoad, capacity: int, *, busy: int, limits: RoomLimits) -> int:
+def _free_tokens(load: WorkerLoad, capacity: int, *, busy: int, limits: AdmissionLimits) -> int:
     if not capacity:
         return 2**62
     reserve = min(max(busy * limits.growth_tokens, limits.min_reserve * capacity), limits.max_reserve * capacity)
@@ -236,7 +238,7 @@ def _free_tokens(load: WorkerLoad, capacity: int, *, busy: int, limits: RoomLimi
 
 
 def _within_step(
-    load: WorkerLoad, slots: int, *, busy: int, cost: StepCost, limits: RoomLimits
+    load: WorkerLoad, slots: int, *, busy: int, cost: StepCost, limits: AdmissionLimits
 ) -> tuple[int, str]:
     """Fewer slots when more requests of the present mean length would make the decode step too slow."""
     if limits.max_step_ms is None:

@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 
 from l4queue.models import WorkerLoad
 
-__all__ = ("Demand", "demand_of")
+__all__ = ("FleetDemand", "demand_of")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Demand:
+class FleetDemand:
     """What waits and runs, and what fits: KV cache in tokens, slots in requests."""
 
     tokens: float
@@ -33,7 +33,7 @@ class Demand:
             ratios.append(self.requests / self.capacity_requests)
         return max(ratios, default=None)
 
-    def workers(self, *, last_known: Demand | None = None) -> float:
+    def workers(self, *, last_known: FleetDemand | None = None) -> float:
         """How many workers the work would fill.
 
         Without workers it is measured by those of `last_known`; where none was ever seen, one for any work.
@@ -46,10 +46,10 @@ class Demand:
         return replace(last_known, tokens=self.tokens, requests=self.requests).workers()
 
 
-def demand_of(workers: Sequence[WorkerLoad], *, queued_tokens: float, queued_requests: int) -> Demand:
+def demand_of(workers: Sequence[WorkerLoad], *, queued_tokens: float, queued_requests: int) -> FleetDemand:
     """Sum up: what waits anywhere, and what the workers run. A worker that leaves adds work but no capacity."""
     staying = [worker for worker in workers if not worker.is_draining]
-    return Demand(
+    return FleetDemand(
         tokens=queued_tokens + sum(worker.context_tokens for worker in workers),
         requests=queued_requests + sum(worker.num_running for worker in workers),
         capacity_tokens=sum(worker.kv_capacity_tokens for worker in staying),

@@ -15,14 +15,14 @@ from dataclasses import dataclass, replace
 
 from l4queue.cost.step import StepCost
 from l4queue.models import WorkerLoad
-from l4queue.policy.admission import BackgroundRoom, Room
+from l4queue.policy.admission import AdmissionBudget, BackgroundBudget
 from l4queue.policy.loads import decode_step_ms
 
 __all__ = (
     "BackgroundLimits",
     "Credit",
     "RunningBackground",
-    "background_room",
+    "background_budget",
     "give_back",
 )
 
@@ -84,15 +84,15 @@ class Credit:
         return Credit(ms=ms, at_ms=now_ms)
 
 
-def background_room(
+def background_budget(
     load: WorkerLoad,
-    room: Room,
+    room: AdmissionBudget,
     running: Sequence[RunningBackground],
     *,
     credit: Credit,
     cost: StepCost,
     limits: BackgroundLimits,
-) -> BackgroundRoom:
+) -> BackgroundBudget:
     """How many background requests may be taken beside interactive ones, within the room for any.
 
     They come one at a time: while there is credit, the step stays within the bound, and slots and cache stay free.
@@ -118,7 +118,7 @@ def background_room(
             longest = min(longest, int(room.kv_tokens - limits.free_share * capacity) - room.growth_tokens)
         if longest <= 0:
             longest, number, reason = 0, 0, "cache for newcomers"
-    return BackgroundRoom(num_requests=min(number, room.num_requests), longest_tokens=longest, reason=reason)
+    return BackgroundBudget(num_requests=min(number, room.num_requests), longest_tokens=longest, reason=reason)
 
 
 def give_back(

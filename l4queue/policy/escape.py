@@ -17,7 +17,16 @@ from l4queue.policy.handover import decide_handover
 from l4queue.policy.loads import decode_step_ms
 from l4queue.policy.steal import RunningRequest, StealLimits
 
-__all__ = ("MIN_PREFILL_MS", "NUM_REFUGES", "REST_MS", "Escape", "Refuge", "escapes", "has_prefill", "may_escape")
+__all__ = (
+    "MIN_PREFILL_MS",
+    "NUM_REFUGES",
+    "REST_MS",
+    "Escape",
+    "EscapeTarget",
+    "escapes",
+    "has_prefill",
+    "may_escape",
+)
 
 MIN_PREFILL_MS = 30.0
 """Less prefill pending in the engine is not worth a look, whatever is said to wait in the queue: that is old news.
@@ -37,7 +46,7 @@ _STEPS = 10.0  # the steps by which a refuge's batch counts beside its prefill w
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Refuge:
+class EscapeTarget:
     """A sibling, and the prefill before what it runs, ms (`loads.prefill_ahead_ms`)."""
 
     load: WorkerLoad
@@ -59,7 +68,7 @@ def escapes(
     *,
     here: WorkerLoad,
     ahead_ms: float,
-    refuges: Sequence[Refuge],
+    refuges: Sequence[EscapeTarget],
     moves_in_flight: int,
     cost: StepCost,
     price: MovePrice,
@@ -131,7 +140,7 @@ def may_escape(pending_tokens: int, *, cost: StepCost, price: MovePrice) -> bool
     return price.bandwidth_bytes_per_s is not None and has_prefill(pending_tokens, cost)
 
 
-def _before_ms(place: Refuge, cost: StepCost) -> float:
+def _before_ms(place: EscapeTarget, cost: StepCost) -> float:
     return place.ahead_ms + _STEPS * _step_ms(place.load, cost)
 
 

@@ -10,10 +10,10 @@ from typing import Any, Generic, TypeVar
 from l4queue.policy.admission import UNBOUNDED_TOKENS
 from l4queue.protocol.keys import Keys
 from l4queue.protocol.records import (
-    NO_HOLD,
+    NO_QUOTA,
+    BackgroundQuota,
     Followed,
     Grant,
-    Hold,
     Outcome,
     TokenLogprobs,
     pack_ids,
@@ -248,7 +248,7 @@ class Calls:
         benefit_ms: float = 0.0,
         cost_ms: float = 0.0,
         longest_tokens: int = UNBOUNDED_TOKENS,
-        hold: Hold = NO_HOLD,
+        hold: BackgroundQuota = NO_QUOTA,
     ) -> Call[Taken]:
         """Lease waiting requests while they fit `room_tokens`, each with `reserve_tokens` to grow.
 

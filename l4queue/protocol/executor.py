@@ -31,7 +31,7 @@ from l4queue.protocol.wire import (
     names_of,
 )
 
-__all__ = ("AsyncDoor", "Door")
+__all__ = ("AsyncExecutor", "Executor")
 
 T = TypeVar("T")
 _READ = "XREAD"
@@ -40,7 +40,7 @@ _SOCKET_TIMEOUT_S = 5.0
 _MAX_WAITERS = 4096  # each blocking read holds a connection; Redis accepts 10,000 by default
 
 
-class Door:
+class Executor:
     """Blocking executor. Thread-safe: each thread borrows its own connection.
 
     `retry_s` bounds how long a call is tried again while Redis is away or refuses it; then ServiceUnavailable.
@@ -163,7 +163,7 @@ class Door:
         self._waiter.connection_pool.disconnect()
 
 
-class AsyncDoor:
+class AsyncExecutor:
     """The same for asyncio; belongs to the event loop that first uses it."""
 
     def __init__(

@@ -9,7 +9,7 @@ from typing import Any
 
 from redis.exceptions import ResponseError
 
-from l4queue.protocol.executor import AsyncDoor
+from l4queue.protocol.executor import AsyncExecutor
 from l4queue.protocol.keys import Keys
 from l4queue.protocol.reads import StreamEntry, parse_entries
 from l4queue.protocol.trouble import FAILURES
@@ -23,8 +23,8 @@ _GROUP = "d"
 class Inbox:
     """Reads entries for one dispatcher. An entry stays pending until `route` or `refuse` clears it."""
 
-    def __init__(self, door: AsyncDoor, keys: Keys, *, consumer: str) -> None:
-        self._door = door
+    def __init__(self, executor: AsyncExecutor, keys: Keys, *, consumer: str) -> None:
+        self._executor = executor
         self._key = keys.inbox
         self._consumer = consumer
         self._others: dict[bytes, tuple[bytes, int, float]] = {}  # (consumer, deliveries, since when, s)
@@ -33,13 +33,13 @@ class Inbox:
         """New entries, waiting at most `block_s` for the first; [] when there are none or Redis is away."""
         block_ms = max(1, int(block_s * 1000))
         try:
-            reply: Any = await self._door.client.xreadgroup(
+            reply: Any = await self._executor.client.xreadgroup(
                 _GROUP, self._consumer, {self._key: ">"}, count=count, block=block_ms
             )
         except FAILURES as error:
             await self._mend(error, "XREADGROUP")
             return []
-        self._door.waits.passed("XREADGROUP")
+        self._executor.waits.passed("XREADGROUP")
         return parse_entries(reply[0][1]) if reply else []
 
     async def adopt(self, *, min_idle_s: float, count: int) -> list[bytes]:
@@ -48,7 +48,7 @@ class Inbox:
         Not counted as a delivery yet: that is `claim`, one by one, so that an end of this dispatcher counts
         against the entry that it was working on and no other.
         """
-        client, key = self._door.client, self._key
+        client, key = self._executor.client, self._key
         try:
             reply: Any = await client.xautoclaim(
                 key, _GROUP, self._consumer, int(min_idle_s * 1000), "0-0", count=count, justid=True
@@ -59,7 +59,7 @@ class Inbox:
         except FAILURES as error:
             await self._mend(error, "XAUTOCLAIM")
             return []
-        self._door.waits.passed("XAUTOCLAIM")
+        self._executor.waits.passed("XAUTOCLAIM")
         return list(reply)
 
     def _left_behind(self, pending: Sequence[Mapping[str, Any]], *, older_s: float) -> list[bytes]:
@@ -82,12 +82,12 @@ class Inbox:
     async def claim(self, entry_id: bytes) -> tuple[StreamEntry, int] | None:
         """An adopted entry and how often it was delivered, this time included; None when it is cleared by now."""
         try:
-            reply: Any = await self._door.client.xclaim(self._key, _GROUP, self._consumer, 0, [entry_id])
-            rows: Any = await self._door.client.xpending_range(self._key, _GROUP, entry_id, entry_id, 1)
+            reply: Any = await self._executor.client.xclaim(self._key, _GROUP, self._consumer, 0, [entry_id])
+            rows: Any = await self._executor.client.xpending_range(self._key, _GROUP, entry_id, entry_id, 1)
         except FAILURES as error:
             await self._mend(error, "XCLAIM")
             return None
-        self._door.waits.passed("XCLAIM")
+        self._executor.waits.passed("XCLAIM")
         entries = parse_entries(reply)
         return (entries[0], int(rows[0]["times_delivered"])) if entries and rows else None
 
@@ -97,13 +97,13 @@ class Inbox:
         An end of this dispatcher while the entry waits does not count against it; `claim` counts it again.
         """
         try:
-            rows: Any = await self._door.client.xpending_range(self._key, _GROUP, entry_id, entry_id, 1)
+            rows: Any = await self._executor.client.xpending_range(self._key, _GROUP, entry_id, entry_id, 1)
             if rows:
                 await self._keep([entry_id], retrycount=max(0, int(rows[0]["times_delivered"]) - 1))
         except FAILURES as error:
             await self._mend(error, "XCLAIM")
         else:
-            self._door.waits.passed("XCLAIM")
+            self._executor.waits.passed("XCLAIM")
 
     async def keep(self, entry_ids: Sequence[bytes]) -> None:
         """Let nobody adopt these entries for a while: they are as young as if just read."""
@@ -112,33 +112,35 @@ class Inbox:
         except FAILURES as error:
             await self._mend(error, "XCLAIM")
         else:
-            self._door.waits.passed("XCLAIM")
+            self._executor.waits.passed("XCLAIM")
 
     async def _keep(self, entry_ids: Sequence[bytes], *, retrycount: int | None = None) -> None:
-        await self._door.client.xclaim(
+        await self._executor.client.xclaim(
             self._key, _GROUP, self._consumer, 0, list(entry_ids), retrycount=retrycount, justid=True
         )
 
     async def leave(self) -> None:
         """Forget this consumer if nothing is pending for it; its name would stay in the group otherwise."""
         try:
-            pending: Any = await self._door.client.xpending_range(self._key, _GROUP, "-", "+", 1, self._consumer)
+            pending: Any = await self._executor.client.xpending_range(
+                self._key, _GROUP, "-", "+", 1, self._consumer
+            )
             if not pending:
-                await self._door.client.xgroup_delconsumer(self._key, _GROUP, self._consumer)
+                await self._executor.client.xgroup_delconsumer(self._key, _GROUP, self._consumer)
         except FAILURES:
             return
 
     async def _mend(self, error: Exception, name: str) -> None:
         if isinstance(error, ResponseError) and str(error).startswith("NOGROUP"):
             try:  # from the beginning: whatever was accepted before the group existed is served too
-                await self._door.client.xgroup_create(self._key, _GROUP, id="0", mkstream=True)
+                await self._executor.client.xgroup_create(self._key, _GROUP, id="0", mkstream=True)
             except FAILURES as again:
                 if not str(again).startswith("BUSYGROUP"):
                     await self._pause(again, "XGROUP")
                     return
-            self._door.waits.passed("XGROUP")
-        elif not (is_foreign(error) and await self._door.clear((self._key,))):
+            self._executor.waits.passed("XGROUP")
+        elif not (is_foreign(error) and await self._executor.clear((self._key,))):
             await self._pause(error, name)
 
     async def _pause(self, error: Exception, name: str) -> None:
-        await asyncio.sleep(self._door.waits.failed(error, name))
+        await asyncio.sleep(self._executor.waits.failed(error, name))

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ("SOLO_STAGE", "Keys", "is_personal", "personal_stage")
+__all__ = ("SOLO_STAGE", "Keys", "is_private_queue", "private_queue")
 
 SOLO_STAGE = "solo"
 """Queue of requests that are run alone because two workers died with them."""
 
 
-def personal_stage(worker_id: str) -> str:
+def private_queue(worker_id: str) -> str:
     """The queue of what only this worker is to take: handed over to it, or pushed to it by a router."""
     return "@" + worker_id
 
 
-def is_personal(stage: str) -> bool:
+def is_private_queue(stage: str) -> bool:
     """Whether a stage name is a worker's own queue."""
     return stage.startswith("@")
 

@@ -14,10 +14,10 @@ from l4queue.models import RequestState
 from l4queue.policy.admission import UNBOUNDED_TOKENS
 
 __all__ = (
-    "NO_HOLD",
+    "NO_QUOTA",
+    "BackgroundQuota",
     "Followed",
     "Grant",
-    "Hold",
     "NewsEntry",
     "Outcome",
     "OutputEntry",
@@ -90,7 +90,7 @@ def unpack_logprobs(data: bytes, num_tokens: int) -> tuple[TokenLogprobs, ...]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Hold:
+class BackgroundQuota:
     """How `take` treats background requests.
 
     While another request came to the taker's stage less than `for_ms` ago (the beginning of the clock where none
@@ -105,7 +105,7 @@ class Hold:
     overdue_ms: float = 0.0
 
 
-NO_HOLD = Hold()
+NO_QUOTA = BackgroundQuota()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

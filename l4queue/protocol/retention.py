@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from l4queue.protocol.calls import Arg, Call
 from l4queue.protocol.keys import Keys
 
-__all__ = ("PACK_AGE_MS", "Evicted", "Keeping", "Packed")
+__all__ = ("PACK_AGE_MS", "Evicted", "Packed", "Retention")
 
 PACK_AGE_MS = 15_000
 """Age at which an ended request is packed. A reader of an earlier release that is then in the middle of an output
@@ -36,7 +36,7 @@ class Evicted:
     has_more: bool
 
 
-class Keeping:
+class Retention:
     """Builders of the calls that concern what has ended. Pure."""
 
     def __init__(self, keys: Keys) -> None:

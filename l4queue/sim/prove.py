@@ -9,7 +9,7 @@ from l4queue.models import Plan
 from l4queue.planning.planner import Decision, PlannerSettings, Snapshot, is_young, plan
 from l4queue.planning.traffic_change import Learned, is_due, work_ms
 from l4queue.sim.policies.l4 import L4
-from l4queue.sim.replay import Arrival, Changed, make_scorer
+from l4queue.sim.replay import Changed, RecordedArrival, make_scorer
 
 __all__ = ("decide", "prove_recent", "why_settled")
 
@@ -66,7 +66,7 @@ def prove_recent(policy: L4, snapshot: Snapshot, settings: PlannerSettings) -> t
     if settled is not None:
         return Decision(publish=False, plan=snapshot.plan, reason=settled), False
     recent = [
-        Arrival(
+        RecordedArrival(
             arrival_s=r.arrival_s,
             input_tokens=r.prompt_tokens,
             output_tokens=r.generated,

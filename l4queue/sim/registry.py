@@ -10,7 +10,7 @@ from l4queue.sim.policies.l4 import L4, L4Options
 from l4queue.sim.policies.length_blind import LeastRequests, LeastTokens, Llumnix, PowerOfTwo, Random, RoundRobin
 from l4queue.sim.policy import Policy
 from l4queue.sim.prove import prove_recent
-from l4queue.sim.runner import Setting
+from l4queue.sim.runner import RunConfig
 from l4queue.sim.traces.trace import Trace
 from l4queue.sim.tuning import tune_two_pool
 
@@ -68,7 +68,7 @@ def parse_policies(text: str) -> tuple[str, ...]:
     return names
 
 
-def make_policy(name: str, *, trace: Trace, setting: Setting, options: L4Options | None = None) -> Policy:
+def make_policy(name: str, *, trace: Trace, setting: RunConfig, options: L4Options | None = None) -> Policy:
     """A fresh policy for one run. `two-pool` is tuned on the trace by simulation (a few seconds)."""
     if name == "two-pool":
         return tune_two_pool(trace, setting)

@@ -15,10 +15,10 @@ from l4queue.sim.engine.instance import Instance
 from l4queue.sim.engine.request import SimRequest
 from l4queue.sim.metrics import SimResult
 from l4queue.sim.policies.l4 import L4, L4Options
-from l4queue.sim.runner import Setting, run_policy
+from l4queue.sim.runner import RunConfig, run_policy
 from l4queue.sim.traces.trace import Trace
 
-__all__ = ("MAX_ARRIVALS", "Arrival", "Changed", "make_scorer")
+__all__ = ("MAX_ARRIVALS", "Changed", "RecordedArrival", "make_scorer")
 
 MIN_ARRIVALS = 100
 """Fewer tell more about chance than about a plan."""
@@ -38,7 +38,7 @@ _CLEARLY_WORSE = 1.25
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Arrival:
+class RecordedArrival:
     """A finished request as the recorder knows it; `e2e_s` is how long it took."""
 
     arrival_s: float
@@ -57,7 +57,7 @@ class Changed:
 
 
 def make_scorer(
-    recent: Sequence[Arrival],
+    recent: Sequence[RecordedArrival],
     *,
     cost: StepCost,
     num_instances: int,
@@ -85,7 +85,7 @@ def make_scorer(
         input_tokens=np.array([max(1, a.input_tokens) for a in record], dtype=np.int64),
         output_tokens=np.array([max(1, a.output_tokens) for a in record], dtype=np.int64),
     )
-    setting = Setting(  # plans differ by what they are, not by who wakes first
+    setting = RunConfig(  # plans differ by what they are, not by who wakes first
         cost=cost, num_instances=num_instances, price=price or MovePrice(), wake_jitter_ms=0.0
     )
     return _Replays(trace, setting, options or L4Options()).score
@@ -94,7 +94,7 @@ def make_scorer(
 class _Replays:
     """Plans on one record, each replayed once."""
 
-    def __init__(self, trace: Trace, setting: Setting, options: L4Options) -> None:
+    def __init__(self, trace: Trace, setting: RunConfig, options: L4Options) -> None:
         self._trace, self._setting, self._options = trace, setting, options
         self._known: dict[tuple[tuple[int, int], ...], float] = {}
         self._one: SimResult | None = None
@@ -184,7 +184,9 @@ class _Watched(L4):
         super().on_finished(instance, requests, now_s)
 
 
-def _record(recent: Sequence[Arrival], *, changed: Changed | None, max_requests: int) -> Sequence[Arrival] | None:
+def _record(
+    recent: Sequence[RecordedArrival], *, changed: Changed | None, max_requests: int
+) -> Sequence[RecordedArrival] | None:
     """What to replay, in order of arrival; None where too little is known."""
     if len(recent) < MIN_ARRIVALS:
         return None
@@ -200,14 +202,14 @@ def _record(recent: Sequence[Arrival], *, changed: Changed | None, max_requests:
     return drawn if _is_long_enough(drawn) else None
 
 
-def _is_long_enough(record: Sequence[Arrival]) -> bool:
+def _is_long_enough(record: Sequence[RecordedArrival]) -> bool:
     if len(record) < MIN_ARRIVALS:
         return False
     mean_e2e_s = sum(a.e2e_s for a in record) / len(record)
     return record[-1].arrival_s - record[0].arrival_s >= MIN_LATENCIES * mean_e2e_s
 
 
-def _complete(recent: Sequence[Arrival]) -> list[Arrival]:
+def _complete(recent: Sequence[RecordedArrival]) -> list[RecordedArrival]:
     """By arrival, without those that came within the slowest latency: of these only the quick ones have finished.
 
     While a system fills up, latencies grow; with a lesser cut the long requests were missing, and with them the
@@ -218,7 +220,7 @@ def _complete(recent: Sequence[Arrival]) -> list[Arrival]:
     return sorted((a for a in recent if a.arrival_s <= end_s), key=lambda a: a.arrival_s)
 
 
-def _drawn_anew(known: Sequence[Arrival], changed: Changed, *, number: int) -> list[Arrival]:
+def _drawn_anew(known: Sequence[RecordedArrival], changed: Changed, *, number: int) -> list[RecordedArrival]:
     """Poisson arrivals at the rates since the change, each length bucket's requests drawn from those known of it.
 
     A bucket of which none is known gives requests of its middle length and of average output. The draw is the same
@@ -229,17 +231,17 @@ def _drawn_anew(known: Sequence[Arrival], changed: Changed, *, number: int) -> l
     if total <= 0.0:
         return []
     rng = np.random.default_rng(number)
-    by_bucket: dict[int, list[Arrival]] = {}
+    by_bucket: dict[int, list[RecordedArrival]] = {}
     for arrival in known:
         by_bucket.setdefault(changed.buckets.index(arrival.input_tokens), []).append(arrival)
     output = round(sum(a.output_tokens for a in known) / len(known))
     at_s = np.cumsum(rng.exponential(1.0 / total, number))
-    drawn: list[Arrival] = []
+    drawn: list[RecordedArrival] = []
     for bucket, arrival_s in zip(rng.choice(len(rates), size=number, p=rates / total), at_s, strict=True):
         some = by_bucket.get(int(bucket))
         if some is None:
             middle = round(float(changed.buckets.middle_tokens[bucket]))
-            drawn.append(Arrival(arrival_s=float(arrival_s), input_tokens=middle, output_tokens=output))
+            drawn.append(RecordedArrival(arrival_s=float(arrival_s), input_tokens=middle, output_tokens=output))
         else:
             drawn.append(replace(some[int(rng.integers(len(some)))], arrival_s=float(arrival_s)))
     return drawn

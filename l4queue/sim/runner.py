@@ -16,11 +16,11 @@ from l4queue.sim.policy import Policy
 from l4queue.sim.traces.trace import Trace
 from l4queue.sim.wake import WAKE_JITTER_MS
 
-__all__ = ("Run", "Setting", "check_fits", "run_policy")
+__all__ = ("Run", "RunConfig", "check_fits", "run_policy")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Setting:
+class RunConfig:
     """Everything of a run but policy and trace. `warmup_share` of the arrivals are simulated, not counted.
 
     `wake_jitter_ms` is how late a worker is that was woken, on average (`wake.WakeRace`).
@@ -58,7 +58,7 @@ def check_fits(trace: Trace, cost: StepCost) -> None:
 def run_policy(
     policy: Policy,
     trace: Trace,
-    setting: Setting,
+    setting: RunConfig,
     *,
     observe: Callable[[Cluster], None] | None = None,
 ) -> Run:

@@ -6,7 +6,7 @@ import numpy as np
 
 from l4queue.sim.capacity import request_work_ms
 from l4queue.sim.policies.central import TwoPool
-from l4queue.sim.runner import Setting, run_policy
+from l4queue.sim.runner import RunConfig, run_policy
 from l4queue.sim.traces.trace import Trace
 
 __all__ = ("tune_two_pool",)
@@ -14,7 +14,7 @@ __all__ = ("tune_two_pool",)
 QUANTILES = (0.5, 0.7, 0.8, 0.9, 0.95)
 
 
-def tune_two_pool(trace: Trace, setting: Setting, *, max_requests: int = 2500) -> TwoPool:
+def tune_two_pool(trace: Trace, setting: RunConfig, *, max_requests: int = 2500) -> TwoPool:
     """The split with least mean latency among thresholds at prompt quantiles and three pool sizes around
     the share of work below the threshold. Looks at the trace beforehand: its advantage over online policies."""
     sample = trace.select(slice(0, max_requests))

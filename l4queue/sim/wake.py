@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from l4queue.policy.admission import give_way_ms
+from l4queue.policy.admission import pull_delay_ms
 from l4queue.sim.engine.instance import Instance
 
 __all__ = ("WAKE_JITTER_MS", "WakeRace", "backlog_ms")
@@ -50,7 +50,7 @@ class WakeRace:
             return None if lightest is None else engines[lightest]
         late = self._rng.exponential(self._jitter_ms, len(engines)).tolist()
         woken = [
-            give_way_ms(batch_ms, lightest_ms=before[lightest]) + late_ms
+            pull_delay_ms(batch_ms, lightest_ms=before[lightest]) + late_ms
             for batch_ms, late_ms in zip(before, late, strict=True)
         ]
         by_wake = sorted(range(len(engines)), key=woken.__getitem__)

@@ -14,7 +14,7 @@ from typing import Any
 from redis.exceptions import ConnectionError as Cut
 
 from l4queue.protocol.calls import Call
-from l4queue.protocol.executor import AsyncDoor
+from l4queue.protocol.executor import AsyncExecutor
 
 __all__ = ("Faults", "FaultyDoor", "Fuse", "Kind", "Point", "Side")
 
@@ -82,7 +82,7 @@ class Faults:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-class FaultyDoor(AsyncDoor):
+class FaultyDoor(AsyncExecutor):
     """A door whose process carries faults. Of a pipeline that is struck the calls before it have run."""
 
     faults = Faults((), None)  # of the process; set by its entry point

@@ -67,7 +67,7 @@ def _begin(job: dict[str, Any]) -> Settings:
     FaultyDoor.faults = Faults([fuse_from(row) for row in job.get("fuses", ())], Path(job["journal"]))
     modules: tuple[Any, ...] = (worker_state, client_module, replanning)
     for module in modules:
-        module.AsyncDoor = FaultyDoor
+        module.AsyncExecutor = FaultyDoor
     upkeep_module.PACK_AGE_MS = _PACK_AGE_MS
     return settings_of(job)
 
@@ -107,20 +107,20 @@ def run_dispatcher(job: dict[str, Any]) -> None:
     service_module._MAX_DELIVERIES = 1000  # as `max_crashes`: whoever dies here is never the request's fault
 
     async def serve() -> None:
-        door, tokenizer = FaultyDoor(settings.redis_url, retry_s=None), ByteTokenizer()
+        executor, tokenizer = FaultyDoor(settings.redis_url, retry_s=None), ByteTokenizer()
         tokenizer.max_model_len = MAX_LEN
-        service: Any = Dispatcher(settings=settings, door=door, tokenizer=tokenizer, name=job["name"])  # type: ignore[arg-type]
+        service: Any = Dispatcher(settings=settings, executor=executor, tokenizer=tokenizer, name=job["name"])  # type: ignore[arg-type]
         stopping = asyncio.Event()
         _on_term(stopping.set)
         routing = asyncio.create_task(service.run())
-        upkeep = Upkeep(settings=settings, door=door)
-        keeping = asyncio.create_task(main.keep_up(service, upkeep, door, stopping))
+        upkeep = Upkeep(settings=settings, executor=executor)
+        keeping = asyncio.create_task(main.keep_up(service, upkeep, executor, stopping))
         stop = asyncio.create_task(stopping.wait())
         await asyncio.wait({routing, keeping, stop}, return_when=asyncio.FIRST_COMPLETED)
         service.request_stop()
         stopping.set()
         await asyncio.gather(routing, keeping)
-        await door.close()
+        await executor.close()
 
     asyncio.run(serve())
 
@@ -148,22 +148,22 @@ def run_planner(job: dict[str, Any]) -> None:
     async def serve() -> None:
         stopping = asyncio.Event()
         _on_term(stopping.set)
-        door = FaultyDoor(settings.redis_url, retry_s=None)
-        upkeep = Upkeep(settings=settings, door=door)
+        executor = FaultyDoor(settings.redis_url, retry_s=None)
+        upkeep = Upkeep(settings=settings, executor=executor)
         while not stopping.is_set():
-            version, body = await door.run(reads.plan())
+            version, body = await executor.run(reads.plan())
             if body is not None:  # a planner that died before this left what waits where it was
                 await upkeep.reroute(plan_from_json(body))
             plan = plan_of(version + 1, rng, job["worker_ids"])
             call = calls.publish(expected_version=version, version=plan.version, body=plan_to_json(plan))
-            if await door.run(call) is Verdict.OK:
+            if await executor.run(call) is Verdict.OK:
                 await upkeep.reroute(plan)
             try:
                 async with asyncio.timeout(job["period_s"] * rng.uniform(0.5, 1.5)):
                     await stopping.wait()
             except TimeoutError:
                 continue
-        await door.close()
+        await executor.close()
 
     asyncio.run(serve())
 

@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from l4queue.protocol.executor import AsyncDoor
+from l4queue.protocol.executor import AsyncExecutor
 from l4queue.protocol.keys import Keys
 from l4queue.protocol.reads import Reads
 from l4queue.protocol.scripts import all_scripts
@@ -214,11 +214,11 @@ class Storm:
             self.nursery.send(name, signal.SIGTERM)
 
     async def _until_nobody_is_registered(self) -> None:
-        reads, door = Reads(Keys(self._namespace)), AsyncDoor(self._redis_url)
+        reads, executor = Reads(Keys(self._namespace)), AsyncExecutor(self._redis_url)
         async with asyncio.timeout(_CALM_S):
-            while await door.run(reads.incarnations()):  # noqa: ASYNC110 - nobody signals it
+            while await executor.run(reads.incarnations()):  # noqa: ASYNC110 - nobody signals it
                 await asyncio.sleep(0.1)
-        await door.close()
+        await executor.close()
 
     async def _leave(self, name: str) -> None:
         """Repeated, should it have died of an armed fault meanwhile."""
@@ -290,16 +290,16 @@ class Storm:
 @asynccontextmanager
 async def open_storm(
     redis_url: str, *, namespace: str, folder: Path, seed: int, wanted: Sequence[Point] = ()
-) -> AsyncIterator[tuple[Storm, AsyncDoor, Reads]]:
+) -> AsyncIterator[tuple[Storm, AsyncExecutor, Reads]]:
     """A storm that has not begun, and a look at its Redis; afterwards nothing is left running."""
     nursery = Nursery(folder)
     await nursery.open()
-    door = AsyncDoor(redis_url)
+    executor = AsyncExecutor(redis_url)
     for one in all_scripts():  # a script that is missing at the first call would not have run when it is struck
-        await door.client.script_load(one.source)
+        await executor.client.script_load(one.source)
     try:
         storm = Storm(nursery, redis_url, namespace=namespace, folder=folder, seed=seed, wanted=wanted)
-        yield storm, door, Reads(Keys(namespace))
+        yield storm, executor, Reads(Keys(namespace))
     finally:
         await nursery.close()
-        await door.close()
+        await executor.close()

@@ -28,11 +28,11 @@ async def test_nothing_is_lost_doubled_or_changed_in_a_storm(
     wanted = {*rng.sample(often, _NUM_SAMPLED), *common}
     url = redis_server.url
     async with open_storm(url, namespace=namespace, folder=tmp_path, seed=SEED, wanted=list(wanted)) as opened:
-        storm, door, reads = opened
+        storm, executor, reads = opened
         await storm.begin()
 
         async def has_seen_all() -> bool:
-            counts = await door.run(reads.counts())
+            counts = await executor.run(reads.counts())
             has_moved = all(int(counts.get(name, 0)) > 0 for name in MOVES)
             return has_moved and wanted <= tally(storm.journal).keys()
 

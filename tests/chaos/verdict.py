@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from l4queue.models import RequestState
-from l4queue.protocol.executor import Door
+from l4queue.protocol.executor import Executor
 from l4queue.protocol.records import OutputEntry
 from tests.chaos.storm import MOVES, Storm
 from tests.chaos.wishes import Wish, expected, wish
@@ -52,8 +52,8 @@ class Verdict:
 
 def judge(storm: Storm, redis_url: str, namespace: str) -> Verdict:
     """Look at every record, every stream, every key, with plain reads."""
-    door = Door(redis_url)
-    scene = Scene(door, namespace)
+    executor = Executor(redis_url)
+    scene = Scene(executor, namespace)
     errors: list[str] = list(storm.crashes)
     try:
         records = _records(scene)
@@ -69,7 +69,7 @@ def judge(storm: Storm, redis_url: str, namespace: str) -> Verdict:
         counts = scene.counts()
     finally:
         scene.close()
-        door.close()
+        executor.close()
     return Verdict(
         errors=tuple(errors),
         num_requests=len(records),
@@ -126,13 +126,15 @@ def _clients_saw_the_same(storm: Storm, records: dict[str, dict[str, str]]) -> l
     errors = []
     for row in storm.endings:
         record: Any = records.get(row["id"])
-        told = f"wish {row['n']} ({row['id']})"
+        last_published = f"wish {row['n']} ({row['id']})"
         if record is None:
-            errors.append(f"{told} has no record")
+            errors.append(f"{last_published} has no record")
         elif (record["state"], int(record["offset"])) != (row["outcome"], row["tokens"]):
-            errors.append(f"{told}: client saw {row['outcome']} after {row['tokens']} tokens, record {record}")
+            errors.append(
+                f"{last_published}: client saw {row['outcome']} after {row['tokens']} tokens, record {record}"
+            )
         if row["wrong"]:
-            errors.append(f"{told}: {row['wrong']}")
+            errors.append(f"{last_published}: {row['wrong']}")
     return errors
 
 

@@ -14,7 +14,7 @@ from l4queue import Client, Settings
 from l4queue.models import Plan, StagePlan
 from l4queue.plan_json import plan_to_json
 from l4queue.protocol.calls import Calls, Verdict
-from l4queue.protocol.executor import Door
+from l4queue.protocol.executor import Executor
 from l4queue.protocol.keys import Keys
 from tests.protocol.server import DURABLE, RedisServer
 from tests.services.processes import Processes, free_port, until
@@ -51,12 +51,12 @@ class Deployment:
         assert {i for stage in stages for i in stage.worker_ids} == {w.worker_id for w in overview.workers}
         body = plan_to_json(Plan(version=version + 1, stages=stages))
         calls = Calls(Keys(self.settings.namespace))
-        door = Door(self.settings.redis_url)
+        executor = Executor(self.settings.redis_url)
         try:
             call = calls.publish(expected_version=version, version=version + 1, body=body)
-            assert door.run(call) is Verdict.OK
+            assert executor.run(call) is Verdict.OK
         finally:
-            door.close()
+            executor.close()
 
     def await_workers(self, number: int, *, timeout_s: float = 240.0) -> None:
         """Wait until so many workers serve."""

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import example, given, settings
 
-from l4queue.client.core import Composer, Prepared, build_spec, spec_of
+from l4queue.client.core import ClientCore, Prepared, build_spec, spec_of
 from l4queue.config import Settings
 from l4queue.errors import InvalidRequest
 from l4queue.models import MAX_METADATA_BYTES, RequestBody, RequestSpec, RequestState
@@ -16,7 +16,7 @@ from l4queue.protocol.records import RequestRecord
 from l4queue.sampling import MAX_SCHEMA_CHARS
 from tests.property.requests import BODIES, nested, shuffled
 
-COMPOSER = Composer(Settings(namespace="t"))
+COMPOSER = ClientCore(Settings(namespace="t"))
 
 
 def prepared(spec: RequestSpec) -> tuple[Prepared, dict[str, Any]]:

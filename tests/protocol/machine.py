@@ -11,9 +11,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from l4queue.models import TERMINAL, RequestState
 from l4queue.policy.queue_order import BACKGROUND
 from l4queue.protocol.calls import Call, Move, MoveKind, Verdict
-from l4queue.protocol.executor import Door
-from l4queue.protocol.keys import SOLO_STAGE, personal_stage
-from l4queue.protocol.records import Hold, Outcome
+from l4queue.protocol.executor import Executor
+from l4queue.protocol.keys import SOLO_STAGE, private_queue
+from l4queue.protocol.records import BackgroundQuota, Outcome
 from tests.protocol.consistency import check
 from tests.protocol.model import ALWAYS_MS, HISTORY_MS, MAX_CRASHES, Held, Lease, Model, Req
 from tests.protocol.scene import Scene
@@ -23,14 +23,14 @@ __all__ = ("ProtocolMachine",)
 S = RequestState
 MAX_REQUESTS, BOUND_TOKENS = 7, 60
 NAMES = ("w1", "w2", "w3")
-PERSONAL = tuple(personal_stage(name) for name in NAMES)
+PERSONAL = tuple(private_queue(name) for name in NAMES)
 WORKERS = st.sampled_from(NAMES)
 STAGES = st.sampled_from(["0", "1"])
 COUNTS = st.sampled_from([1, 2, 3, 0])
 RARELY = st.sampled_from([False, False, False, True])
 PLACES = st.sampled_from([0.0, 1.0, 2.0, 3.0, BACKGROUND, BACKGROUND + 1.0, BACKGROUND + 2.0])
 HOLDS = st.builds(  # by what came since this history began, or always, or never; overdue is nothing, or all of it
-    Hold,
+    BackgroundQuota,
     for_ms=st.sampled_from([HISTORY_MS, HISTORY_MS, ALWAYS_MS, 0]),
     max_requests=st.sampled_from([0, 0, 1, 2]),
     overdue_ms=st.sampled_from([ALWAYS_MS, ALWAYS_MS, ALWAYS_MS, 0]),
@@ -54,11 +54,11 @@ DISTURBANCES = st.sampled_from(
 class ProtocolMachine(RuleBasedStateMachine):
     """Rules are what clients, dispatchers, workers and reapers may do at any moment, in any order."""
 
-    door: Door  # set by the test; its database belongs to the machine alone
+    executor: Executor  # set by the test; its database belongs to the machine alone
 
     def __init__(self) -> None:
         super().__init__()
-        self.scene = Scene(self.door, "m")
+        self.scene = Scene(self.executor, "m")
         self.scene.raw.flushdb()
         self.model = Model()
         self.grants: list[Held] = []
@@ -184,14 +184,14 @@ class ProtocolMachine(RuleBasedStateMachine):
         home: str,
         anywhere: bool,
         most: int,
-        hold: Hold,
+        hold: BackgroundQuota,
         lost: bool,
         again: bool,
     ) -> None:
         """A worker takes where something waits, its own queue included; it may lose the reply and ask again."""
         if not anywhere:  # whoever has something in its own queue comes first
-            worker = next((name for name in NAMES if self.model.waiting(personal_stage(name))), worker)
-        choice = (personal_stage(worker), SOLO_STAGE, stage, "0", "1")
+            worker = next((name for name in NAMES if self.model.waiting(private_queue(name))), worker)
+        choice = (private_queue(worker), SOLO_STAGE, stage, "0", "1")
         waiting = [s for s in choice if self.model.waiting(s)]
         if waiting and not anywhere:
             stage = waiting[0]
@@ -202,14 +202,14 @@ class ProtocolMachine(RuleBasedStateMachine):
             self._take(worker, stage, 3, nonce=lease.nonce, home=home, hold=hold, is_lost=False)
 
     def _take(
-        self, worker: str, stage: str, most: int, *, nonce: str, home: str, hold: Hold, is_lost: bool
+        self, worker: str, stage: str, most: int, *, nonce: str, home: str, hold: BackgroundQuota, is_lost: bool
     ) -> None:
         expected = self.model.take(worker, stage, most, nonce=nonce, home=home, hold=hold)
         taken = self.scene.take(worker, stage, nonce=nonce, max_requests=most, own_stage=home, hold=hold)
         if expected is None:
             assert taken.verdict is Verdict.LOST
             return
-        told = [
+        last_published = [
             (i, e, r.offset, r.stage, r.kv, r.came_from, hold.overdue_ms > 0 and r.score >= BACKGROUND)
             for i, e in expected
             for r in (self.reqs[i],)
@@ -217,7 +217,7 @@ class ProtocolMachine(RuleBasedStateMachine):
         found = [
             (g.request_id, g.epoch, g.offset, g.stage, g.kv, g.came_from, g.is_background) for g in taken.grants
         ]
-        assert found == told
+        assert found == last_published
         if not is_lost:
             self.grants += [Held(g.request_id, worker, g.epoch, g.offset) for g in taken.grants]
 
@@ -269,7 +269,7 @@ class ProtocolMachine(RuleBasedStateMachine):
             text="",
             outcome=Outcome(state=state),
         )
-        return self.scene.door.run(call)
+        return self.scene.executor.run(call)
 
     @precondition(lambda self: self.grants)
     @rule(data=st.data(), stage=TARGETS, blame=RARELY, move=MOVES)
@@ -323,7 +323,7 @@ class ProtocolMachine(RuleBasedStateMachine):
         source = data.draw(st.sampled_from([stage, *own]))
         expected = self.model.migrate(source, highs, skip=skip, limit=limit)
         call = self.scene.calls.migrate(source=source, highs=highs, limit=limit, skip=skip)
-        answer = self.scene.door.run(call)
+        answer = self.scene.executor.run(call)
         assert (answer.num_moved, answer.num_seen) == expected
 
     def _publish(self, *, behind: int) -> None:
@@ -367,7 +367,7 @@ class ProtocolMachine(RuleBasedStateMachine):
         check(self.scene)
         reads, queues = self.scene.reads, ("0", "1", SOLO_STAGE, *PERSONAL)
         ids, leases = list(self.reqs), list(self.model.leases)
-        answers: list[Any] = self.scene.door.run_many(
+        answers: list[Any] = self.scene.executor.run_many(
             [
                 *(reads.record(i) for i in ids),
                 *(reads.output(i) for i in ids),

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from l4queue.models import TERMINAL, RequestState
 from l4queue.policy.queue_order import BACKGROUND
 from l4queue.protocol.calls import Move, MoveKind, Verdict
-from l4queue.protocol.keys import SOLO_STAGE, is_personal
-from l4queue.protocol.records import NO_HOLD, Hold
+from l4queue.protocol.keys import SOLO_STAGE, is_private_queue
+from l4queue.protocol.records import NO_QUOTA, BackgroundQuota
 
 __all__ = ("ALWAYS_MS", "HISTORY_MS", "MAX_CRASHES", "MAX_GRACES", "Held", "Lease", "Model", "Req")
 
@@ -205,7 +205,7 @@ class Model:
 
     # going on -----------------------------------------------------------------------------------
     def take(
-        self, worker: str, stage: str, most: int, *, nonce: str, home: str, hold: Hold = NO_HOLD
+        self, worker: str, stage: str, most: int, *, nonce: str, home: str, hold: BackgroundQuota = NO_QUOTA
     ) -> list[tuple[str, int]] | None:
         """Grants (id, epoch) of a worker whose own stage is `home`; None: it has no lease.
 
@@ -243,7 +243,7 @@ class Model:
     def _grant(self, request_id: str, worker: str, stage: str, home: str) -> int:
         req = self.reqs[request_id]
         req.state, req.owner, req.worker, req.epoch = S.RUNNING, worker, worker, req.epoch + 1
-        if is_personal(stage):
+        if is_private_queue(stage):
             req.stage = home
         elif stage not in (home, SOLO_STAGE):
             self.counts["steals_waiting"] += 1

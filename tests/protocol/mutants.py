@@ -24,7 +24,7 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from l4queue.protocol import executor as door_module
 from l4queue.protocol import wire as wire_module
-from l4queue.protocol.executor import Door
+from l4queue.protocol.executor import Executor
 from l4queue.protocol.scripts import Script, all_scripts, script
 from tests.protocol.machine import ProtocolMachine
 from tests.protocol.scene import Scene
@@ -103,16 +103,16 @@ def _text(name: str) -> str:
 
 def killed_by_tests(server: RedisServer, mutant: Mutant) -> str | None:
     """Name of the first written test that fails with this mistake; None when it lives."""
-    door = Door(server.url)
+    executor = Executor(server.url)
     try:
         with mutated(mutant):
-            return next((name for name, test in _tests() if not _passes(test, door)), None)
+            return next((name for name, test in _tests() if not _passes(test, executor)), None)
     finally:
-        door.close()
+        executor.close()
 
 
-def _passes(test: Callable[[Scene], None], door: Door) -> bool:
-    scene = Scene(door, f"mutant{next(_NUMBERS)}")
+def _passes(test: Callable[[Scene], None], executor: Executor) -> bool:
+    scene = Scene(executor, f"mutant{next(_NUMBERS)}")
     try:
         test(scene)
     except Exception:  # any failure is a kill, a script error too
@@ -128,7 +128,7 @@ def killed_by_machine(server: RedisServer, mutant: Mutant, *, examples: int, fir
     class Machine(ProtocolMachine):
         pass
 
-    Machine.door = Door(f"redis://127.0.0.1:{server.port}/9")
+    Machine.executor = Executor(f"redis://127.0.0.1:{server.port}/9")
     budget = settings(
         max_examples=examples,
         stateful_step_count=50,
@@ -145,7 +145,7 @@ def killed_by_machine(server: RedisServer, mutant: Mutant, *, examples: int, fir
         except Exception as failure:  # any failure is a kill
             return str(failure).split("\n")[0][:60] or type(failure).__name__
         finally:
-            Machine.door.close()
+            Machine.executor.close()
     return None
 
 

@@ -9,11 +9,11 @@ import redis
 
 from l4queue.models import RequestState
 from l4queue.protocol.calls import Calls, Reaped, SubmitReply, Taken, Verdict
-from l4queue.protocol.executor import Door
+from l4queue.protocol.executor import Executor
 from l4queue.protocol.keys import Keys
 from l4queue.protocol.reads import Reads
 from l4queue.protocol.records import Grant, Outcome, OutputEntry, RequestRecord
-from l4queue.protocol.retention import Evicted, Keeping, Packed
+from l4queue.protocol.retention import Evicted, Packed, Retention
 
 __all__ = ("PROMPT_TOKENS", "Scene")
 
@@ -25,13 +25,13 @@ _LONG_AGO_MS = 1
 class Scene:
     """Verbs with defaults: request `a`, worker `w1`, stage `0`. `raw` is for what no script would do."""
 
-    def __init__(self, door: Door, namespace: str) -> None:
-        self.door = door
+    def __init__(self, executor: Executor, namespace: str) -> None:
+        self.executor = executor
         self.keys = Keys(namespace)
         self.calls = Calls(self.keys)
-        self.keeping = Keeping(self.keys)
+        self.keeping = Retention(self.keys)
         self.reads = Reads(self.keys)
-        self.raw: Any = redis.Redis.from_url(door.url, single_connection_client=True)
+        self.raw: Any = redis.Redis.from_url(executor.url, single_connection_client=True)
         self._nonces = itertools.count()
         self._beats = itertools.count()
         self._groups = False
@@ -50,10 +50,10 @@ class Scene:
             "ttl_ms": 60_000,
             "client_id": "c1",
         }
-        return self.door.run(self.calls.submit(request_id, **(given | over)))
+        return self.executor.run(self.calls.submit(request_id, **(given | over)))
 
     def cancel(self, request_id: str = "a") -> tuple[Verdict, str | None]:
-        return self.door.run(self.calls.cancel(request_id, reason="asked to"))
+        return self.executor.run(self.calls.cancel(request_id, reason="asked to"))
 
     # the dispatcher -----------------------------------------------------------------------------
     def entry(self, request_id: str = "a") -> str:
@@ -83,18 +83,18 @@ class Scene:
             "bucket": 2,
         }
         where = entry or self.entry(request_id)
-        return self.door.run(self.calls.route(request_id, entry_id=where, **(given | over)))
+        return self.executor.run(self.calls.route(request_id, entry_id=where, **(given | over)))
 
     def refuse(self, request_id: str = "a", *, entry: str | None = None, raw: bytes = b"") -> Verdict:
         where = entry or self.entry(request_id)
         call = self.calls.refuse(request_id, entry_id=where, error="too long", field="prompt", raw=raw)
-        return self.door.run(call)
+        return self.executor.run(call)
 
     # a worker -----------------------------------------------------------------------------------
     def renew(self, worker: str = "w1", *, register: bool = False, **over: Any) -> Verdict:
         given: dict[str, Any] = {"worker_id": worker, "lease_ms": 60_000, "load": "{}"}
         given["sequence"] = next(self._beats)
-        return self.door.run(self.calls.renew(worker, register=register, **(given | over)))
+        return self.executor.run(self.calls.renew(worker, register=register, **(given | over)))
 
     def register(self, worker: str = "w1", **over: Any) -> Verdict:
         return self.renew(worker, register=True, **over)
@@ -103,7 +103,7 @@ class Scene:
         given: dict[str, Any] = {"max_requests": 10, "is_idle": True}
         nonce = nonce or f"n{next(self._nonces)}"
         call = self.calls.take(stage, incarnation=worker, worker_id=worker, nonce=nonce, **(given | over))
-        return self.door.run(call)
+        return self.executor.run(call)
 
     def grant(self, worker: str = "w1", stage: str = "0", **over: Any) -> Grant:
         """Take exactly one request."""
@@ -121,7 +121,7 @@ class Scene:
         call = self.calls.emit(
             request_id, incarnation=worker, epoch=epoch, offset=offset, token_ids=ids, text=text
         )
-        return self.door.run(call)
+        return self.executor.run(call)
 
     def settle(
         self,
@@ -143,20 +143,20 @@ class Scene:
             text="".join(f"{i}," for i in ids),
             outcome=outcome,
         )
-        return self.door.run(call)
+        return self.executor.run(call)
 
     def release(self, request_id: str = "a", worker: str = "w1", epoch: int = 1, **over: Any) -> Verdict:
-        return self.door.run(self.calls.release(request_id, incarnation=worker, epoch=epoch, **over))
+        return self.executor.run(self.calls.release(request_id, incarnation=worker, epoch=epoch, **over))
 
     def extend(self, worker: str = "w1", *, lease_ms: int = 60_000) -> Verdict:
-        return self.door.run(self.calls.extend(worker, lease_ms=lease_ms))
+        return self.executor.run(self.calls.extend(worker, lease_ms=lease_ms))
 
     def pardon(self, worker: str = "w1", *guilty: str) -> Verdict:
         """The worker comes back and has not died."""
-        return self.door.run(self.calls.pardon(worker, worker_id=worker, guilty=guilty))
+        return self.executor.run(self.calls.pardon(worker, worker_id=worker, guilty=guilty))
 
     def retire(self, worker: str = "w1") -> Verdict:
-        return self.door.run(self.calls.retire(worker))
+        return self.executor.run(self.calls.retire(worker))
 
     # upkeep -------------------------------------------------------------------------------------
     def lapse(self, worker: str = "w1") -> None:
@@ -165,7 +165,7 @@ class Scene:
 
     def reap(self, **over: Any) -> Reaped:
         given = {"limit": 100, "gap_ms": 3_600_000, "grace_ms": 60_000, "max_crashes": 3}
-        return self.door.run(self.calls.reap(**(given | over)))
+        return self.executor.run(self.calls.reap(**(given | over)))
 
     def crash(self, worker: str = "w1", **over: Any) -> Reaped:
         """The worker dies; somebody reaps it; it comes back as a new process of the same name."""
@@ -184,39 +184,39 @@ class Scene:
         self.raw.hset(self.keys.request(request_id), "deadline_ms", _LONG_AGO_MS)
 
     def expire(self) -> int:
-        return self.door.run(self.calls.expire(limit=100))
+        return self.executor.run(self.calls.expire(limit=100))
 
     def pack(self, *, min_age_ms: int = 0, max_requests: int = 1000, max_entries: int = 10**6) -> Packed:
         call = self.keeping.pack(min_age_ms=min_age_ms, max_requests=max_requests, max_entries=max_entries)
-        return self.door.run(call)
+        return self.executor.run(call)
 
     def evict(self, *, max_bytes: int = 10**9, limit: int = 1000) -> Evicted:
-        return self.door.run(self.keeping.evict(max_bytes=max_bytes, limit=limit))
+        return self.executor.run(self.keeping.evict(max_bytes=max_bytes, limit=limit))
 
     def migrate(self, source: str = "0", target: str = "1", limit: int = 100) -> int:
         """All that is looked at belongs to the target stage."""
         highs = (0,) * int(target)
-        return self.door.run(self.calls.migrate(source=source, highs=highs, limit=limit)).num_moved
+        return self.executor.run(self.calls.migrate(source=source, highs=highs, limit=limit)).num_moved
 
     def repair(self, request_id: str = "a", forgotten_ms: int = 0) -> str:
-        return self.door.run(self.calls.repair(request_id, forgotten_ms=forgotten_ms))
+        return self.executor.run(self.calls.repair(request_id, forgotten_ms=forgotten_ms))
 
     def publish(self, expected: int, version: int, body: str = "{}") -> Verdict:
-        return self.door.run(self.calls.publish(expected_version=expected, version=version, body=body))
+        return self.executor.run(self.calls.publish(expected_version=expected, version=version, body=body))
 
     # looking ------------------------------------------------------------------------------------
     def story(self, request_id: str = "a") -> tuple[str | None, list[str]]:
         """Why it was routed as it was, and its ledger."""
         reads = (self.reads.routed_because(request_id), self.reads.ledger(request_id))
-        because, ledger = self.door.run_many(reads)
+        because, ledger = self.executor.run_many(reads)
         return because, ledger
 
     def output(self, request_id: str = "a", *, after: int = 0) -> list[OutputEntry]:
         """What is written of its output."""
-        return self.door.run(self.reads.output(request_id, after=after))
+        return self.executor.run(self.reads.output(request_id, after=after))
 
     def record(self, request_id: str = "a") -> RequestRecord:
-        record = self.door.run(self.reads.record(request_id))
+        record = self.executor.run(self.reads.record(request_id))
         assert record is not None, f"no record of {request_id}"
         return record
 
@@ -224,17 +224,17 @@ class Scene:
         return self.record(request_id).state
 
     def counts(self) -> dict[str, int]:
-        return {k: int(float(v)) for k, v in self.door.run(self.reads.counts()).items()}
+        return {k: int(float(v)) for k, v in self.executor.run(self.reads.counts()).items()}
 
     def backlog(self) -> dict[str, int]:
-        return {k: int(v) for k, v in self.door.run(self.reads.backlog()).items()}
+        return {k: int(v) for k, v in self.executor.run(self.reads.backlog()).items()}
 
     def waiting(self, stage: str = "0") -> list[str]:
-        return self.door.run(self.reads.queue_ids(stage, limit=1000))
+        return self.executor.run(self.reads.queue_ids(stage, limit=1000))
 
     def shown(self, request_id: str = "a") -> list[tuple[int, ...]]:
         """What a client reads: token ids of each output entry."""
-        return [entry.token_ids for entry in self.door.run(self.reads.output(request_id))]
+        return [entry.token_ids for entry in self.executor.run(self.reads.output(request_id))]
 
     @staticmethod
     def tokens(epoch: int, offset: int, num: int) -> list[int]:

@@ -58,8 +58,8 @@ def test_a_left_out_max_tokens_is_decided_by_the_dispatcher(scene: Scene) -> Non
     """It is told so; its body is the one that workers get, and admission counts what it says."""
     scene.submit("a", charge_tokens=10, body="{}", has_open_end=True)
     scene.submit("b", charge_tokens=10, body="{}")
-    told = [scene.door.run(scene.reads.body(name)) for name in ("a", "b")]
-    assert [body is not None and body.has_open_end for body in told] == [True, False]
+    last_published = [scene.executor.run(scene.reads.body(name)) for name in ("a", "b")]
+    assert [body is not None and body.has_open_end for body in last_published] == [True, False]
 
     body = '{"params":{"max_tokens":900}}'
     scene.route("a", max_tokens=900, charge_tokens=20, body=body)
@@ -170,7 +170,7 @@ def test_an_undecodable_entry_goes_to_the_dead_letters_once(scene: Scene) -> Non
     for _ in range(2):
         assert scene.refuse("?", entry=entry, raw=b"\xfe" * 100_000) is Verdict.DUP
 
-    (letter,) = scene.door.run(scene.reads.dead_letters(count=10))
+    (letter,) = scene.executor.run(scene.reads.dead_letters(count=10))
     assert letter.raw == "\xfe" * 16_384
     assert scene.raw.xlen(scene.keys.inbox) == 0
 
@@ -179,7 +179,7 @@ def _random_step(scene: Scene, rng: np.random.Generator, num: int) -> None:
     request_id = f"r{rng.integers(num)}"
     worker = f"w{rng.integers(3)}"
     step = int(rng.integers(13))
-    record = scene.door.run(scene.reads.record(request_id))
+    record = scene.executor.run(scene.reads.record(request_id))
     epoch, offset = (record.epoch, record.offset) if record else (0, 0)
     owner = scene.raw.hget(scene.keys.request(request_id), "owner") or b"w1"
     if step <= 1:

@@ -74,7 +74,7 @@ def test_reaping_is_bounded_and_goes_on_next_time(scene: Scene) -> None:
 
     assert [scene.reap(limit=2).num_requeued for _ in range(4)] == [2, 2, 1, 0]
 
-    assert scene.door.run(scene.reads.incarnations()) == []
+    assert scene.executor.run(scene.reads.incarnations()) == []
     check(scene)
 
 
@@ -151,7 +151,7 @@ def test_only_dying_alone_often_enough_condemns(scene: Scene, max_crashes: int) 
     assert record.state is S.DEAD
     assert record.error is not None
     assert f"the last {max_crashes} times alone" in record.error
-    (letter,) = scene.door.run(scene.reads.dead_letters(count=10))
+    (letter,) = scene.executor.run(scene.reads.dead_letters(count=10))
     assert letter.request_id == "a"
     check(scene)
 
@@ -226,14 +226,14 @@ def test_an_outage_gives_everybody_one_lease_of_grace(scene: Scene) -> None:
         scene.grant(worker)
     scene.reap(gap_ms=1000)
     scene.lapse("w1")
-    now_ms = scene.door.run(scene.reads.server_time_ms())
+    now_ms = scene.executor.run(scene.reads.server_time_ms())
     scene.raw.zadd(scene.keys.workers, {"w2": now_ms + 200})
     scene.raw.set(scene.keys.tick, now_ms - 30_000)
 
     reaped = scene.reap(gap_ms=1000, grace_ms=60_000)
 
     assert (reaped.num_requeued, reaped.was_graced) == (0, True)
-    leases = dict(scene.door.run(scene.reads.incarnations()))
+    leases = dict(scene.executor.run(scene.reads.incarnations()))
     assert all(expiry >= now_ms + 60_000 for expiry in leases.values())
     assert scene.reap(gap_ms=1000).was_graced is False
     assert scene.state("a") is S.RUNNING
@@ -244,12 +244,12 @@ def test_a_lease_longer_than_the_grace_is_not_cut(scene: Scene) -> None:
     """Workers may have other settings than the reaper."""
     scene.bring(S.RUNNING)
     scene.renew(lease_ms=500_000)
-    before = scene.door.run(scene.reads.incarnations())
+    before = scene.executor.run(scene.reads.incarnations())
     scene.raw.set(scene.keys.tick, 1)
 
     scene.reap(gap_ms=1000, grace_ms=5_000)
 
-    assert scene.door.run(scene.reads.incarnations()) == before
+    assert scene.executor.run(scene.reads.incarnations()) == before
 
 
 def test_slow_reapers_do_not_keep_the_dead_alive(scene: Scene) -> None:
@@ -305,7 +305,7 @@ def test_a_worker_that_leaves_gives_back_what_it_holds_without_blame(scene: Scen
     assert scene.record("a").crashes == 0
     assert scene.emit("a", offset=2) is Verdict.FENCED
     assert scene.renew() is Verdict.LOST
-    assert scene.door.run(scene.reads.incarnations()) == []
+    assert scene.executor.run(scene.reads.incarnations()) == []
     check(scene)
 
 
@@ -313,14 +313,14 @@ def test_extending_a_lease_keeps_it_and_its_news(scene: Scene) -> None:
     """Only that of a registered worker; never shorter; what it told last stands, and grace is earned again."""
     assert scene.extend() is Verdict.LOST
     scene.register(load="told")
-    (before,) = scene.door.run(scene.reads.incarnations())
+    (before,) = scene.executor.run(scene.reads.incarnations())
 
     assert scene.extend(lease_ms=1_000) is Verdict.OK
-    assert scene.door.run(scene.reads.incarnations()) == [before], "a lease is not cut short"
+    assert scene.executor.run(scene.reads.incarnations()) == [before], "a lease is not cut short"
     scene.raw.hset(scene.keys.worker("w1"), "graced", 3)
     assert scene.extend(lease_ms=600_000) is Verdict.OK
 
-    ((_, expires_ms),) = scene.door.run(scene.reads.incarnations())
+    ((_, expires_ms),) = scene.executor.run(scene.reads.incarnations())
     assert expires_ms > before[1]
     assert scene.raw.hmget(scene.keys.worker("w1"), "load", "graced") == [b"told", None]
     scene.lapse()
@@ -350,7 +350,7 @@ def test_a_worker_that_comes_back_has_its_blame_taken_back(scene: Scene) -> None
 
     assert scene.waiting() == ["a", "b"]
     assert scene.counts()["pardoned"] == 8
-    last = json.loads(scene.door.run(scene.reads.ledger("a"))[-1])
+    last = json.loads(scene.executor.run(scene.reads.ledger("a"))[-1])
     assert (last["what"], last["pardoned"], last["crashes"], last["to"]) == ("rerouted", "w3", 0, "0")
 
 

@@ -28,8 +28,8 @@ def _write_to_all(scene: Scene) -> None:
     scene.submit()
     scene.route()
     scene.grant()
-    scene.door.run(scene.calls.ask("w1", message="{}"))
-    scene.door.run(scene.calls.publish(expected_version=0, version=1, body="{}"))
+    scene.executor.run(scene.calls.ask("w1", message="{}"))
+    scene.executor.run(scene.calls.publish(expected_version=0, version=1, body="{}"))
     scene.submit("b")
     scene.refuse("b", raw=b"its bytes")
 
@@ -98,10 +98,10 @@ def test_seconds_of_a_client_are_ms_in_redis(scene: Scene, redis_url: str, names
 
 def test_a_lease_is_so_many_ms_from_now(scene: Scene) -> None:
     """By the clock of the server."""
-    before_ms = scene.door.run(scene.reads.server_time_ms())
+    before_ms = scene.executor.run(scene.reads.server_time_ms())
     scene.register(lease_ms=5_000)
-    after_ms = scene.door.run(scene.reads.server_time_ms())
-    ((_, expires_ms),) = scene.door.run(scene.reads.incarnations())
+    after_ms = scene.executor.run(scene.reads.server_time_ms())
+    ((_, expires_ms),) = scene.executor.run(scene.reads.incarnations())
 
     assert before_ms + 5_000 <= expires_ms <= after_ms + 5_000
 
@@ -159,7 +159,7 @@ def test_what_a_reader_cannot_read_is_buried_once(scene: Scene) -> None:
     found = Finding(key=scene.keys.plan, why="no JSON", raw=b"nonsense")
     call = burial(found)
     assert call is not None
-    assert [scene.door.run(call) for _ in range(3)] == [1, 0, 0]
+    assert [scene.executor.run(call) for _ in range(3)] == [1, 0, 0]
     ((_, letter),) = scene.raw.xrange(scene.keys.dead)
     assert (letter[b"i"], letter[b"why"], letter[b"bytes"]) == (b"plan", b"no JSON", b"nonsense")
     assert scene.counts()["unreadable"] == 1

@@ -24,9 +24,9 @@ from l4queue.observe.telemetry import read_telemetry
 from l4queue.observe.watch import Watch
 from l4queue.policy.queue_order import BACKGROUND
 from l4queue.protocol.calls import Verdict
-from l4queue.protocol.executor import AsyncDoor, Door
+from l4queue.protocol.executor import AsyncExecutor, Executor
 from l4queue.protocol.inbox import Inbox
-from l4queue.protocol.records import Hold, in_order
+from l4queue.protocol.records import BackgroundQuota, in_order
 from l4queue.protocol.upkeep import Upkeep
 from tests.protocol.consistency import check
 from tests.protocol.scene import Scene
@@ -36,11 +36,11 @@ HOUR_MS = 3_600_000
 
 
 def _now_ms(scene: Scene) -> int:
-    return scene.door.run(scene.reads.server_time_ms())
+    return scene.executor.run(scene.reads.server_time_ms())
 
 
 def _expiry_ms(scene: Scene, worker: str = "w1") -> int:
-    return dict(scene.door.run(scene.reads.incarnations()))[worker]
+    return dict(scene.executor.run(scene.reads.incarnations()))[worker]
 
 
 def _turn_back(scene: Scene, request_id: str = "a") -> None:
@@ -94,12 +94,12 @@ def test_background_is_not_held_back_by_a_visit_from_the_future(scene: Scene) ->
     scene.submit()
     scene.route(score=BACKGROUND + _now_ms(scene))
     scene.raw.hset(scene.keys.foreground, "0", _now_ms(scene) + HOUR_MS)
-    hold = Hold(for_ms=1.0, overdue_ms=float(HOUR_MS))
+    hold = BackgroundQuota(for_ms=1.0, overdue_ms=float(HOUR_MS))
     assert scene.take(hold=hold).grants == ()
 
     scene.reap()
 
-    assert scene.door.run(scene.reads.foreground_ms("0")) <= _now_ms(scene)
+    assert scene.executor.run(scene.reads.foreground_ms("0")) <= _now_ms(scene)
     while not scene.take(hold=hold).grants:  # once a millisecond has passed
         continue
 
@@ -158,14 +158,14 @@ async def test_entries_of_a_dead_dispatcher_are_adopted_in_spite_of_the_clock(
     scene.submit()
     scene.read_inbox("dead")
     _deliver_in_the_future(scene)
-    door = AsyncDoor(redis_url)
-    inbox = Inbox(door, scene.keys, consumer="living")
+    executor = AsyncExecutor(redis_url)
+    inbox = Inbox(executor, scene.keys, consumer="living")
 
     assert await inbox.adopt(min_idle_s=0.05, count=10) == []
     while not (adopted := await inbox.adopt(min_idle_s=0.05, count=10)):
         continue
     claimed = await inbox.claim(adopted[0])
-    await door.close()
+    await executor.close()
 
     assert adopted == [scene.entry().encode()]
     assert claimed is not None
@@ -202,10 +202,10 @@ async def test_the_drain_rate_leaves_out_steps_back(scene: Scene, redis_url: str
     for at_ms in (HOUR_MS, HOUR_MS + 1_000, 10_000, 11_000):
         fact = {"i": "x", "s": "done", "p": 50, "o": 50, "a": 0, "q": "", "b": "", "f": "", "d": at_ms}
         scene.raw.xadd(scene.keys.finished, fact | {"g": "0", "w": "w", "c": 0})
-    door = AsyncDoor(redis_url)
+    executor = AsyncExecutor(redis_url)
 
-    rate = await Upkeep(settings=Settings(namespace=scene.keys.namespace), door=door).measure_drain()
-    await door.close()
+    rate = await Upkeep(settings=Settings(namespace=scene.keys.namespace), executor=executor).measure_drain()
+    await executor.close()
 
     assert rate == 200.0
 
@@ -229,20 +229,20 @@ def test_the_age_of_the_inbox_is_that_of_its_request(scene: Scene) -> None:
     scene.submit()
     scene.raw.hincrby(scene.keys.request("a"), "submitted_ms", -5_000)
 
-    assert read_telemetry(scene.door, scene.keys.namespace).inbox_age_s >= 5.0
-    assert Watch(scene.door, scene.keys.namespace).look().ages_ms["in"] >= 5_000
+    assert read_telemetry(scene.executor, scene.keys.namespace).inbox_age_s >= 5.0
+    assert Watch(scene.executor, scene.keys.namespace).look().ages_ms["in"] >= 5_000
 
 
 def test_health_takes_no_sign_of_life_from_the_future(scene: Scene) -> None:
     """Neither a dispatcher's, whose time to live grew by an hour, nor a planner's."""
     namespace = scene.keys.namespace
-    scene.door.run(dispatcher_alive(scene.keys, "host"))
-    assert dispatcher_heard_s(scene.door, namespace, "host") is not None
+    scene.executor.run(dispatcher_alive(scene.keys, "host"))
+    assert dispatcher_heard_s(scene.executor, namespace, "host") is not None
     scene.raw.pexpire(scene.keys.dispatcher("host"), HOUR_MS)
-    scene.door.run(scene.calls.remember(f'{{"at_ms": {_now_ms(scene) + HOUR_MS}}}'))
+    scene.executor.run(scene.calls.remember(f'{{"at_ms": {_now_ms(scene) + HOUR_MS}}}'))
 
-    assert dispatcher_heard_s(scene.door, namespace, "host") is None
-    assert planner_idle_s(scene.door, namespace) is None
+    assert dispatcher_heard_s(scene.executor, namespace, "host") is None
+    assert planner_idle_s(scene.executor, namespace) is None
 
 
 @pytest.mark.parametrize(
@@ -254,9 +254,9 @@ def test_a_difference_of_clocks_is_told(ahead_s: float, words: str | None) -> No
     assert (note is None) if words is None else (note is not None and f"this host's clock is {words}" in note)
 
 
-def test_the_difference_is_measured(door: Door) -> None:
+def test_the_difference_is_measured(executor: Executor) -> None:
     """By this host's clock, which is half a minute behind here."""
-    ahead_s = clock_ahead_s(door, clock=lambda: time.time() - 30.0)
+    ahead_s = clock_ahead_s(executor, clock=lambda: time.time() - 30.0)
 
     assert ahead_s == pytest.approx(-30.0, abs=5.0)
 

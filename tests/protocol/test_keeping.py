@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from l4queue.models import RequestState
 from l4queue.protocol.calls import Verdict
-from l4queue.protocol.executor import Door
+from l4queue.protocol.executor import Executor
 from l4queue.protocol.packed import entries_of
 from l4queue.protocol.records import Outcome, OutputEntry, TokenLogprobs
 from l4queue.protocol.retention import Packed
@@ -38,7 +38,7 @@ def _run(scene: Scene, request_id: str, chunks: list[int], *, state: RequestStat
         emit = scene.calls.emit(request_id, incarnation="w1", epoch=1, offset=offset, token_ids=ids, text=text)
         calls.append(emit)
         offset += num
-    assert set(scene.door.run_many(calls)) <= {Verdict.OK}
+    assert set(scene.executor.run_many(calls)) <= {Verdict.OK}
     assert scene.settle(request_id, offset=offset, state=state) is Verdict.OK
 
 
@@ -78,10 +78,10 @@ def test_a_packed_request_reads_as_before(scene: Scene, chunks: list[int]) -> No
     num_top=st.integers(0, 2),
 )
 def test_any_output_reads_as_before(
-    door: Door, chunks: list[tuple[int, str]], held: str, with_logprobs: bool, num_top: int
+    executor: Executor, chunks: list[tuple[int, str]], held: str, with_logprobs: bool, num_top: int
 ) -> None:
     """Any text, any bounds, with and without logprobs; from any bound on."""
-    scene = Scene(door, "packed-any")
+    scene = Scene(executor, "packed-any")
     for key in scene.raw.scan_iter(match=scene.keys.prefix + "*"):
         scene.raw.delete(key)
     scene.bring(S.RUNNING)
@@ -92,11 +92,11 @@ def test_any_output_reads_as_before(
         call = scene.calls.emit(
             "a", **owner, offset=offset, token_ids=ids, text=text, logprobs=rows if with_logprobs else ()
         )
-        assert scene.door.run(call) is Verdict.OK
+        assert scene.executor.run(call) is Verdict.OK
         offset += num
     done = Outcome(state=S.DONE, finish_reason="stop", held_text=held)
     assert (
-        scene.door.run(scene.calls.settle("a", **owner, offset=offset, token_ids=[], text="", outcome=done))
+        scene.executor.run(scene.calls.settle("a", **owner, offset=offset, token_ids=[], text="", outcome=done))
         == "OK"
     )
     before = scene.output()
@@ -173,7 +173,7 @@ def test_each_is_packed_once_and_what_is_live_never(scene: Scene) -> None:
     for request_id in "abc":
         _run(scene, request_id, [2])
     scene.submit("live")
-    assert scene.door.run(scene.keeping.discard(["b"])) == 1
+    assert scene.executor.run(scene.keeping.discard(["b"])) == 1
 
     assert scene.pack(max_requests=2) == Packed(num_packed=2, has_more=True)
     assert scene.pack(max_requests=2) == Packed(num_packed=1, has_more=False)
@@ -197,7 +197,7 @@ def test_every_outcome_is_packed_and_keeps_its_lifetime(scene: Scene, state: Req
     assert (scene.record(), scene.output()) == before
     assert 10_000 < scene.raw.pttl(scene.keys.request("a")) <= 50_000
     assert 10_000 < scene.raw.pttl(scene.keys.output("a")) <= 40_000
-    assert scene.door.run(scene.calls.cancel("a", reason="late"))[0] is Verdict.IS
+    assert scene.executor.run(scene.calls.cancel("a", reason="late"))[0] is Verdict.IS
     assert scene.submit().verdict is Verdict.DUP
     check(scene)
 
@@ -324,7 +324,7 @@ def test_what_has_expired_is_no_longer_counted(scene: Scene) -> None:
     assert scene.state(keyed) is S.DONE
     ((member, until_ms),) = scene.raw.zrange(scene.keys.keyed, 0, -1, withscores=True)
     assert scene.counts()["result_bytes"] == int(member.rpartition(b" ")[2])
-    assert scene.door.run(scene.reads.server_time_ms()) < until_ms
+    assert scene.executor.run(scene.reads.server_time_ms()) < until_ms
     scene.raw.zadd(scene.keys.keyed, {member: 1})
     scene.evict()
     assert scene.counts()["result_bytes"] == 0
@@ -338,7 +338,7 @@ def test_a_result_that_its_client_deletes_is_no_longer_counted(scene: Scene) -> 
     scene.submit("live")
 
     discard = scene.keeping.discard(["a", "live", "b", "none"])
-    assert [scene.door.run(discard), scene.door.run(discard)] == [2, 0]
+    assert [scene.executor.run(discard), scene.executor.run(discard)] == [2, 0]
 
     assert scene.counts()["result_bytes"] == 0
     assert scene.raw.exists(scene.keys.request("a"), scene.keys.output("b")) == 0

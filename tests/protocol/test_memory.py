@@ -10,7 +10,7 @@ import pytest
 from l4queue.config import Settings
 from l4queue.models import Plan, RequestState
 from l4queue.protocol.calls import Verdict
-from l4queue.protocol.executor import AsyncDoor, Door
+from l4queue.protocol.executor import AsyncExecutor, Executor
 from l4queue.protocol.keys import SOLO_STAGE
 from l4queue.protocol.upkeep import Upkeep
 from l4queue.protocol.wire import ServerFull
@@ -33,13 +33,13 @@ def small_server(redis_executable: str, tmp_path_factory: pytest.TempPathFactory
 @pytest.fixture
 def full(small_server: RedisServer, namespace: str) -> Iterator[Scene]:
     """A deployment on it; `fill` puts it at its limit."""
-    door = Door(small_server.url, retry_s=0.2)
-    scene = Scene(door, namespace)
+    executor = Executor(small_server.url, retry_s=0.2)
+    scene = Scene(executor, namespace)
     scene.raw.config_set("maxmemory", 0)
     yield scene
     scene.raw.config_set("maxmemory", 0)
     scene.close()
-    door.close()
+    executor.close()
 
 
 def fill(scene: Scene) -> None:
@@ -73,7 +73,7 @@ def test_a_full_server_accepts_nothing_and_says_so(full: Scene) -> None:
     with pytest.raises(ServerFull, match="memory limit"):
         full.submit("new")
     with pytest.raises(ServerFull, match="memory limit"):
-        full.door.run_many(
+        full.executor.run_many(
             [full.reads.server_time_ms(), full.calls.publish(expected_version=0, version=1, body="")]
         )
 
@@ -100,7 +100,7 @@ def test_everything_accepted_drains_from_a_full_server(full: Scene) -> None:
     assert full.settle("a", offset=4, num=2) is Verdict.OK
     assert full.settle("b", epoch=1) is Verdict.FENCED
     assert full.migrate() == 2
-    followed = full.door.run(full.calls.follow("n1", followed=["a", "c"], ttl_ms=60_000))
+    followed = full.executor.run(full.calls.follow("n1", followed=["a", "c"], ttl_ms=60_000))
     assert [state for state, _ in followed.places] == [S.DONE, S.QUEUED]
     assert len(full.take(stage="1").grants) == 2
     assert full.settle("b", epoch=2, state=S.FAILED) is Verdict.OK
@@ -178,13 +178,13 @@ def test_upkeep_goes_on_while_the_server_is_full(full: Scene, small_server: Redi
     fill(full)
 
     async def rounds() -> int:
-        door = AsyncDoor(small_server.url)
+        executor = AsyncExecutor(small_server.url)
         settings = Settings(namespace=full.keys.namespace, redis_url=small_server.url)
-        upkeep = Upkeep(settings=settings, door=door)
+        upkeep = Upkeep(settings=settings, executor=executor)
         report = await upkeep.run_once(Plan.one_stage())
         await upkeep.measure_drain()
         await upkeep.repair_once()
-        await door.close()
+        await executor.close()
         return report.num_requeued
 
     assert asyncio.run(rounds()) == 1

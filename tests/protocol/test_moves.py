@@ -11,8 +11,8 @@ from l4queue.config import Settings
 from l4queue.models import Plan, RequestState, StagePlan
 from l4queue.plan_json import plan_to_json
 from l4queue.protocol.calls import Move, MoveKind, Verdict
-from l4queue.protocol.executor import AsyncDoor
-from l4queue.protocol.keys import personal_stage
+from l4queue.protocol.executor import AsyncExecutor
+from l4queue.protocol.keys import private_queue
 from l4queue.protocol.upkeep import Upkeep
 from tests.protocol.consistency import check
 from tests.protocol.scene import PROMPT_TOKENS, Scene
@@ -23,7 +23,7 @@ STEAL = Move(kind=MoveKind.STEAL, benefit_ms=5.0, cost_ms=1.0)
 
 
 def _ledger(scene: Scene, request_id: str = "a") -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in scene.door.run(scene.reads.ledger(request_id))]
+    lines = [json.loads(line) for line in scene.executor.run(scene.reads.ledger(request_id))]
     assert [line["at_ms"] for line in lines] == sorted(line["at_ms"] for line in lines)
     return [{k: v for k, v in line.items() if k != "at_ms"} for line in lines]
 
@@ -42,8 +42,8 @@ def test_a_hand_over_goes_to_one_worker_with_progress_and_ticket(scene: Scene) -
     scene.bring(S.RUNNING)
     scene.register("w2:x")
     assert scene.emit(num=3) is Verdict.OK
-    assert scene.release(stage=personal_stage("w2"), move=HANDOVER) is Verdict.OK
-    assert scene.release(stage=personal_stage("w2"), move=HANDOVER) is Verdict.DUP
+    assert scene.release(stage=private_queue("w2"), move=HANDOVER) is Verdict.OK
+    assert scene.release(stage=private_queue("w2"), move=HANDOVER) is Verdict.DUP
     assert scene.emit(offset=3) is Verdict.FENCED
 
     grant = scene.grant("w2:x", stage="@w2", own_stage="1")
@@ -77,7 +77,7 @@ def test_an_ending_amid_a_move_is_the_only_one(scene: Scene, ending: RequestStat
     scene.register("w2:x")
     assert scene.emit(num=3) is Verdict.OK  # the last tokens before the cut
     if point != "cut":
-        assert scene.release(stage=personal_stage("w2"), move=HANDOVER) is Verdict.OK
+        assert scene.release(stage=private_queue("w2"), move=HANDOVER) is Verdict.OK
     if point == "taken":
         scene.grant("w2:x", stage="@w2", own_stage="1")
     if ending is S.CANCELLED:
@@ -87,15 +87,15 @@ def test_an_ending_amid_a_move_is_the_only_one(scene: Scene, ending: RequestStat
         assert scene.expire() == 1
 
     assert scene.state() is ending
-    assert scene.release(stage=personal_stage("w2"), move=HANDOVER) is Verdict.FENCED
+    assert scene.release(stage=private_queue("w2"), move=HANDOVER) is Verdict.FENCED
     assert scene.take("w2:x", stage="@w2", own_stage="1").grants == ()
     for worker, epoch in (("w1", 1), ("w2:x", 2)):
         assert scene.emit("a", worker, epoch, 3) is Verdict.FENCED
         assert scene.settle("a", worker, epoch, 3) is Verdict.FENCED
     assert scene.shown() == [(1000, 1001, 1002), ()]
     owner = {"cut": "w1", "taken": "w2:x"}.get(point)
-    told = {name: scene.raw.xlen(scene.keys.control(name)) for name in ("w1", "w2:x")}
-    assert told == {name: int(name == owner) for name in told}
+    last_published = {name: scene.raw.xlen(scene.keys.control(name)) for name in ("w1", "w2:x")}
+    assert last_published == {name: int(name == owner) for name in last_published}
     check(scene)
 
 
@@ -140,9 +140,9 @@ def test_own_queues_leave_no_trace(scene: Scene) -> None:
     for epoch, name in enumerate(("w2", "w3", "gone"), start=1):
         scene.register(name)
         worker = "w1" if epoch == 1 else ("w2", "w3")[epoch - 2]
-        assert scene.release(worker=worker, epoch=epoch, stage=personal_stage(name)) is Verdict.OK
+        assert scene.release(worker=worker, epoch=epoch, stage=private_queue(name)) is Verdict.OK
         if name != "gone":
-            scene.grant(name, stage=personal_stage(name), own_stage="0")
+            scene.grant(name, stage=private_queue(name), own_stage="0")
     assert scene.backlog() == {"0": 0, "@gone": PROMPT_TOKENS}
     assert scene.cancel()[0] is Verdict.OK
     assert scene.backlog() == {"0": 0}
@@ -201,7 +201,7 @@ def test_an_expired_request_is_not_computed(scene: Scene) -> None:
     scene.register()
     scene.raw.hset(scene.keys.request("a"), "deadline_ms", 1)
     assert [grant.request_id for grant in scene.take().grants] == ["b"]
-    record = scene.door.run(scene.reads.record("a"))
+    record = scene.executor.run(scene.reads.record("a"))
     assert record is not None
     assert record.state is S.EXPIRED
     check(scene)
@@ -212,10 +212,10 @@ def test_waiting_requests_move_by_their_lengths(scene: Scene) -> None:
     for score, (request_id, num) in enumerate((("a", 4), ("b", 2), ("c", 3), ("d", 4))):
         scene.submit(request_id)
         scene.route(request_id, token_ids=[1] * num, score=float(score))
-    answer = scene.door.run(scene.calls.migrate(source="0", highs=(3,), limit=2, skip=1))
+    answer = scene.executor.run(scene.calls.migrate(source="0", highs=(3,), limit=2, skip=1))
     assert (answer.num_moved, answer.num_seen) == (1, 2)
     assert (scene.waiting("0"), scene.waiting("1")) == (["a", "b", "d"], ["c"])
-    answer = scene.door.run(scene.calls.migrate(source="0", highs=(3,), limit=9))
+    answer = scene.executor.run(scene.calls.migrate(source="0", highs=(3,), limit=9))
     assert (answer.num_moved, answer.num_seen) == (2, 3)
     assert (scene.waiting("0"), scene.waiting("1")) == (["b"], ["a", "c", "d"])
     assert _ledger(scene, "b") == []
@@ -230,7 +230,7 @@ def test_what_was_generated_counts_when_waiting_requests_move(scene: Scene) -> N
     scene.grant()
     scene.emit(num=2)
     scene.release()
-    scene.door.run(scene.calls.migrate(source="0", highs=(5,), limit=9))
+    scene.executor.run(scene.calls.migrate(source="0", highs=(5,), limit=9))
     assert scene.waiting("1") == ["a"]
     check(scene)
 
@@ -248,8 +248,8 @@ def test_sharers_leave_work_to_each_other(scene: Scene, num_sharers: int, num_ta
 async def test_upkeep_saves_what_waits_for_a_worker_that_is_gone(scene: Scene, redis_url: str) -> None:
     """It goes to the stage of its length; what waits for the living stays."""
     settings = Settings(namespace=scene.keys.namespace, redis_url=redis_url)
-    door = AsyncDoor(settings.redis_url)
-    upkeep = Upkeep(settings=settings, door=door)
+    executor = AsyncExecutor(settings.redis_url)
+    upkeep = Upkeep(settings=settings, executor=executor)
     scene.register("alive:1")
     for request_id, stage, num in (("a", "@alive", 1), ("b", "@gone", 2), ("c", "@gone", 9)):
         scene.submit(request_id)
@@ -260,15 +260,15 @@ async def test_upkeep_saves_what_waits_for_a_worker_that_is_gone(scene: Scene, r
     assert report.num_migrated == 2
     assert [scene.waiting(s) for s in ("@alive", "@gone", "0", "1")] == [["a"], [], ["b"], ["c"]]
     assert _ledger(scene, "c") == [{"what": "rerouted", "from": "@gone", "to": "1"}]
-    await door.close()
+    await executor.close()
     check(scene)
 
 
 async def test_upkeep_goes_by_the_plan_in_force(scene: Scene, redis_url: str) -> None:
     """A process that has heard of no new plan for long does not take the waiting out of its stages."""
     settings = Settings(namespace=scene.keys.namespace, redis_url=redis_url)
-    door = AsyncDoor(settings.redis_url)
-    upkeep = Upkeep(settings=settings, door=door)
+    executor = AsyncExecutor(settings.redis_url)
+    upkeep = Upkeep(settings=settings, executor=executor)
     assert scene.publish(0, 1, plan_to_json(_plan(2))) is Verdict.OK
     for request_id, stage in (("a", "1"), ("b", "2")):
         scene.submit(request_id)
@@ -278,19 +278,19 @@ async def test_upkeep_goes_by_the_plan_in_force(scene: Scene, redis_url: str) ->
 
     assert report.num_migrated == 1
     assert [scene.waiting(s) for s in ("0", "1", "2")] == [[], ["a", "b"], []]
-    await door.close()
+    await executor.close()
 
 
 @pytest.mark.parametrize("number", [1, 450])
 async def test_a_new_plan_takes_the_waiting_along(scene: Scene, redis_url: str, number: int) -> None:
     """Each request waits in the stage of its length afterwards, in its old order; page by page."""
     settings = Settings(namespace=scene.keys.namespace, redis_url=redis_url)
-    door = AsyncDoor(settings.redis_url)
-    upkeep = Upkeep(settings=settings, door=door)
+    executor = AsyncExecutor(settings.redis_url)
+    upkeep = Upkeep(settings=settings, executor=executor)
     calls = scene.calls
     for index in range(number):
         scene.submit(f"r{index}", max_live_tokens=10_000)
-        scene.door.run(
+        scene.executor.run(
             calls.route(
                 f"r{index}",
                 entry_id="0-1",
@@ -308,17 +308,17 @@ async def test_a_new_plan_takes_the_waiting_along(scene: Scene, redis_url: str, 
     where = [0 if 1 + i % 7 < 3 else 1 if 1 + i % 7 < 6 else 2 for i in range(number)]
     for stage in range(3):
         expected = [f"r{i}" for i in range(number) if where[i] == stage]
-        assert scene.door.run(scene.reads.queue_ids(str(stage), limit=number)) == expected
+        assert scene.executor.run(scene.reads.queue_ids(str(stage), limit=number)) == expected
     assert moved == sum(stage != i % 2 for i, stage in enumerate(where))
     assert await upkeep.reroute(_plan(3, 6)) == 0
-    await door.close()
+    await executor.close()
 
 
 def test_a_message_reaches_a_live_worker_only(scene: Scene) -> None:
     """What is sent to one that is gone leaves no key behind."""
     scene.register("w2:x")
-    assert scene.door.run(scene.calls.ask("w2:x", message="{}")) is Verdict.OK
-    assert scene.door.run(scene.calls.ask("w3:x", message="{}")) is Verdict.LOST
+    assert scene.executor.run(scene.calls.ask("w2:x", message="{}")) is Verdict.OK
+    assert scene.executor.run(scene.calls.ask("w3:x", message="{}")) is Verdict.LOST
     assert scene.raw.xlen(scene.keys.control("w2:x")) == 1
     assert not scene.raw.exists(scene.keys.control("w3:x"))
     check(scene)

@@ -13,7 +13,7 @@ import pytest
 from l4queue.errors import ServiceUnavailable
 from l4queue.models import RequestState
 from l4queue.protocol.calls import Call, Verdict
-from l4queue.protocol.executor import AsyncDoor, Door
+from l4queue.protocol.executor import AsyncExecutor, Executor
 from tests.conftest import SEED
 from tests.protocol.consistency import check
 from tests.protocol.proxy import Cut, CuttingProxy
@@ -34,7 +34,7 @@ def _life(scene: Scene) -> None:
     assert [g.request_id for g in grants] == IDS
     for offset in (0, 2):
         emits = [_emit(scene, i, offset) for i in IDS]
-        assert set(scene.door.run_many(emits)) <= {Verdict.OK, Verdict.DUP}
+        assert set(scene.executor.run_many(emits)) <= {Verdict.OK, Verdict.DUP}
     assert scene.release(IDS[0]) in (Verdict.OK, Verdict.DUP)
     again = scene.grant()
     assert (again.request_id, again.epoch, again.offset) == (IDS[0], 2, 4)
@@ -69,7 +69,7 @@ def test_flushed_scripts_are_loaded_again_in_the_middle_of_a_batch(scene: Scene)
         scene.reads.record("a"),
     ]
 
-    first, _, _, second, record = scene.door.run_many(calls)
+    first, _, _, second, record = scene.executor.run_many(calls)
 
     assert (first, second) == (Verdict.OK, Verdict.OK)
     assert record is not None
@@ -80,11 +80,11 @@ def test_flushed_scripts_are_loaded_again_in_the_middle_of_a_batch(scene: Scene)
 async def test_the_asynchronous_door_loads_flushed_scripts_too(scene: Scene, redis_url: str) -> None:
     """The same on an event loop."""
     scene.bring(RequestState.RUNNING)
-    door = AsyncDoor(redis_url)
+    executor = AsyncExecutor(redis_url)
     flush: Call[Any] = Call(None, (), ("SCRIPT", "FLUSH"), lambda r: r)
 
-    replies = await door.run_many([flush, _emit(scene, "a", 0), _emit(scene, "a", 2)])
-    await door.close()
+    replies = await executor.run_many([flush, _emit(scene, "a", 0), _emit(scene, "a", 2)])
+    await executor.close()
 
     assert replies[1:] == [Verdict.OK, Verdict.OK]
 
@@ -94,8 +94,8 @@ def test_a_second_flush_while_scripts_are_loaded_is_only_a_retry(
 ) -> None:
     """Two administrators, or two restarts: the door tries again instead of giving up."""
     scene.bring(RequestState.RUNNING)
-    door = Door(redis_url)
-    sent = door._send
+    executor = Executor(redis_url)
+    sent = executor._send
     flushes = iter(range(3))
 
     def flush_first(calls: Any) -> Any:
@@ -103,28 +103,28 @@ def test_a_second_flush_while_scripts_are_loaded_is_only_a_retry(
             scene.raw.script_flush()
         return sent(calls)
 
-    monkeypatch.setattr(door, "_send", flush_first)
+    monkeypatch.setattr(executor, "_send", flush_first)
 
-    assert door.run(_emit(scene, "a", 0)) is Verdict.OK
-    door.close()
+    assert executor.run(_emit(scene, "a", 0)) is Verdict.OK
+    executor.close()
 
 
 def test_a_killed_server_loses_nothing_it_acknowledged(durable_server: RedisServer) -> None:
     """SIGKILL in the middle of a stream of submits, AOF with fsync on every write, scripts gone: all are there."""
-    door = Door(durable_server.url, retry_s=20.0)
-    scene = Scene(door, "kill")
+    executor = Executor(durable_server.url, retry_s=20.0)
+    scene = Scene(executor, "kill")
     accepted: list[str] = []
     enough = threading.Event()
 
     def submit_many() -> None:
-        writer = Scene(Door(durable_server.url, retry_s=20.0), "kill")
+        writer = Scene(Executor(durable_server.url, retry_s=20.0), "kill")
         for i in range(1500):
             if writer.submit(f"r{i}", max_live_tokens=10**9).verdict in (Verdict.OK, Verdict.DUP):
                 accepted.append(f"r{i}")
             if len(accepted) in (300, 800):
                 enough.set()
         writer.close()
-        writer.door.close()
+        writer.executor.close()
 
     thread = threading.Thread(target=submit_many)
     thread.start()
@@ -136,18 +136,18 @@ def test_a_killed_server_loses_nothing_it_acknowledged(durable_server: RedisServ
 
     assert len(accepted) == 1500
     scene.raw.connection_pool.disconnect()
-    scene = Scene(door, "kill")
+    scene = Scene(executor, "kill")
     assert scene.counts()["live"] == 1500
     assert scene.raw.xlen(scene.keys.inbox) == 1500
-    states = door.run_many([scene.reads.record(i) for i in accepted])
+    states = executor.run_many([scene.reads.record(i) for i in accepted])
     assert all(r is not None and r.state is RequestState.SUBMITTED for r in states)
     scene.close()
-    door.close()
+    executor.close()
 
 
 def test_a_life_goes_on_over_restarts_of_the_server(durable_server: RedisServer) -> None:
     """A restart between any two steps: scripts reload, leases stand, the outcome is the same."""
-    scene = Scene(Door(durable_server.url, retry_s=20.0), "restarts")
+    scene = Scene(Executor(durable_server.url, retry_s=20.0), "restarts")
     scene.bring(RequestState.RUNNING)
     durable_server.restart()
     scene.raw.connection_pool.disconnect()
@@ -158,12 +158,12 @@ def test_a_life_goes_on_over_restarts_of_the_server(durable_server: RedisServer)
     assert scene.settle(offset=2, num=1) is Verdict.OK
     durable_server.restart()
     assert scene.settle(offset=2, num=1) is Verdict.DUP
-    fresh = Scene(scene.door, "restarts")
+    fresh = Scene(scene.executor, "restarts")
     check(fresh)
     assert fresh.shown() == [(1000, 1001), (1002,), ()]
     for one in (scene, fresh):
         one.close()
-    scene.door.close()
+    scene.executor.close()
 
 
 def _each(cut: Cut, every: int) -> Callable[[int], Cut]:
@@ -186,16 +186,16 @@ def test_cut_connections_change_nothing(
 ) -> None:
     """Every second request or reply is lost: the end is the same as without a fault."""
     with CuttingProxy(redis_server.port, plan) as proxy:
-        faulty = Scene(Door(proxy.url, retry_s=30.0), namespace)
-        faulty.raw = Scene(Door(redis_server.url), namespace).raw  # the test itself looks without faults
+        faulty = Scene(Executor(proxy.url, retry_s=30.0), namespace)
+        faulty.raw = Scene(Executor(redis_server.url), namespace).raw  # the test itself looks without faults
         _life(faulty)
-        faulty.door.close()
-    clean = Scene(Door(redis_server.url), namespace)
+        faulty.executor.close()
+    clean = Scene(Executor(redis_server.url), namespace)
     _assert_lived(clean)
     assert proxy.num_cuts > 5
     for one in (faulty, clean):
         one.close()
-    clean.door.close()
+    clean.executor.close()
 
 
 @pytest.mark.parametrize("plan", [_each("after", 2), _at_random(SEED)], ids=["replies lost", "random"])
@@ -209,13 +209,13 @@ async def test_the_asynchronous_door_survives_cut_connections(
         scene.route(request_id)
     scene.take(max_requests=12)
     with CuttingProxy(redis_server.port, plan) as proxy:
-        door = AsyncDoor(proxy.url, retry_s=30.0)
+        executor = AsyncExecutor(proxy.url, retry_s=30.0)
 
         async def live(request_id: str) -> list[Verdict]:
-            return [await door.run(_emit(scene, request_id, offset)) for offset in range(0, 10, 2)]
+            return [await executor.run(_emit(scene, request_id, offset)) for offset in range(0, 10, 2)]
 
         verdicts = await asyncio.gather(*(live(i) for i in IDS))
-        await door.close()
+        await executor.close()
 
     assert {v for each in verdicts for v in each} <= {Verdict.OK, Verdict.DUP}
     assert all(len(scene.shown(i)) == 5 for i in IDS)
@@ -228,7 +228,7 @@ async def test_cancelled_calls_never_mix_replies(redis_server: RedisServer, scen
     for index, request_id in enumerate(IDS):
         scene.submit(request_id, charge_tokens=index + 1)
     with CuttingProxy(redis_server.port, lambda _: None, delay_s=0.002) as proxy:
-        door = AsyncDoor(proxy.url, retry_s=30.0, max_connections=4)
+        executor = AsyncExecutor(proxy.url, retry_s=30.0, max_connections=4)
         wrong = cancelled = 0
 
         async def ask(index: int, *, patience_s: float, is_batch: bool) -> None:
@@ -236,7 +236,7 @@ async def test_cancelled_calls_never_mix_replies(redis_server: RedisServer, scen
             field: Call[int] = Call(None, (), ("HGET", scene.keys.request(IDS[index]), "charge_tokens"), int)
             try:
                 async with asyncio.timeout(patience_s):
-                    found = await door.run_many([field] * 3) if is_batch else [await door.run(field)]
+                    found = await executor.run_many([field] * 3) if is_batch else [await executor.run(field)]
                 wrong += any(value != index + 1 for value in found)
             except TimeoutError:
                 cancelled += 1
@@ -249,7 +249,7 @@ async def test_cancelled_calls_never_mix_replies(redis_server: RedisServer, scen
             )
         for index in range(len(IDS)):
             await ask(index, patience_s=10.0, is_batch=True)
-        await door.close()
+        await executor.close()
 
     assert wrong == 0
     assert cancelled > 50
@@ -257,9 +257,9 @@ async def test_cancelled_calls_never_mix_replies(redis_server: RedisServer, scen
 
 def test_a_server_that_stays_away_is_reported_with_its_address(redis_executable: str) -> None:
     """After `retry_s` the caller gets ServiceUnavailable that says where and what to try; no password in it."""
-    door = Door("redis://:secret@127.0.0.1:1/0", retry_s=0.1)
+    executor = Executor("redis://:secret@127.0.0.1:1/0", retry_s=0.1)
     with pytest.raises(ServiceUnavailable, match=r"127\.0\.0\.1:1.*doctor") as caught:
-        door.run(Call(None, (), ("PING",), lambda r: r))
+        executor.run(Call(None, (), ("PING",), lambda r: r))
     assert "secret" not in str(caught.value)
-    door.close()
-    door.close()
+    executor.close()
+    executor.close()

@@ -65,7 +65,7 @@ def test_an_outcome_carries_its_last_tokens_and_the_text_held_back(scene: Scene)
     scene.emit(num=2)
     scene.settle(offset=2, num=3)
 
-    entries = scene.door.run(scene.reads.output("a"))
+    entries = scene.executor.run(scene.reads.output("a"))
 
     assert [(e.upto, len(e.token_ids), e.state) for e in entries] == [
         (2, 2, None),
@@ -96,7 +96,7 @@ def test_a_client_resumes_by_offset(scene: Scene, after: int) -> None:
     scene.emit(offset=2, num=1)
     scene.settle(offset=3, num=2)
 
-    entries = scene.door.run(scene.reads.output("a", after=after))
+    entries = scene.executor.run(scene.reads.output("a", after=after))
 
     tokens = [t for e in entries for t in e.token_ids]
     assert tokens == scene.tokens(1, after, 5 - after)
@@ -137,11 +137,13 @@ def test_logprobs_are_written_with_their_tokens_and_only_if_there_are_any(scene:
     owner: dict[str, Any] = {"incarnation": "w1", "epoch": 1, "text": "a"}
     first = scene.calls.emit("a", **owner, offset=0, token_ids=[1000, 1001], logprobs=rows[:2])
     done = Outcome(state=RequestState.DONE)
-    assert [scene.door.run(first), scene.door.run(first)] == [Verdict.OK, Verdict.DUP]
+    assert [scene.executor.run(first), scene.executor.run(first)] == [Verdict.OK, Verdict.DUP]
     assert scene.emit(offset=2, num=1) is Verdict.OK
-    scene.door.run(scene.calls.settle("a", **owner, offset=3, token_ids=[1003], logprobs=rows[3:], outcome=done))
+    scene.executor.run(
+        scene.calls.settle("a", **owner, offset=3, token_ids=[1003], logprobs=rows[3:], outcome=done)
+    )
 
-    entries = scene.door.run(scene.reads.output("a"))
+    entries = scene.executor.run(scene.reads.output("a"))
 
     assert [entry.logprobs for entry in entries] == [tuple(rows[:2]), None, (rows[3],), None]
     fields = [set(values) for _, values in scene.raw.xrange(scene.keys.output("a"))]
@@ -154,8 +156,8 @@ def test_text_survives_as_it_was(scene: Scene) -> None:
     scene.bring(RUNNING)
     text = "é漢🙂\0\r\n"
     call = scene.calls.emit("a", incarnation="w1", epoch=1, offset=0, token_ids=[1000], text=text)
-    scene.door.run(call)
+    scene.executor.run(call)
 
-    (entry,) = scene.door.run(scene.reads.output("a"))
+    (entry,) = scene.executor.run(scene.reads.output("a"))
 
     assert (entry.text, entry.token_ids) == (text, (1000,))

@@ -10,10 +10,10 @@ import pytest
 from l4queue.cost.step import StepCost
 from l4queue.models import RequestState
 from l4queue.observe.overview import QueueView, read_overview, stage_loads
-from l4queue.policy.admission import BackgroundRoom, Room, Waiting, choose
+from l4queue.policy.admission import AdmissionBudget, BackgroundBudget, WaitingRequest, admit
 from l4queue.policy.queue_order import BACKGROUND
 from l4queue.protocol.calls import Verdict
-from l4queue.protocol.records import Hold
+from l4queue.protocol.records import BackgroundQuota
 from tests.conftest import SEED
 from tests.protocol.consistency import check
 from tests.protocol.scene import Scene
@@ -177,8 +177,10 @@ def test_room_is_used_as_the_policy_decides(scene: Scene, case: int) -> None:
             score = float(i) + (BACKGROUND if is_background else 0.0)
             scene.submit(request_id, max_live_tokens=10**9)
             scene.route(request_id, stage=stage, score=score, token_ids=[1] * tokens)
-            waiting.append(Waiting(request_id=request_id, length_tokens=tokens, is_background=is_background))
-        room = Room(
+            waiting.append(
+                WaitingRequest(request_id=request_id, length_tokens=tokens, is_background=is_background)
+            )
+        room = AdmissionBudget(
             num_requests=int(rng.integers(0, 6)),
             kv_tokens=int(rng.integers(0, 30)),
             prefill_tokens=int(rng.integers(0, 15)),
@@ -187,11 +189,11 @@ def test_room_is_used_as_the_policy_decides(scene: Scene, case: int) -> None:
             reason="any",
             longest_tokens=int(rng.integers(2, 12)),
         )
-        background = BackgroundRoom(
+        background = BackgroundBudget(
             num_requests=int(rng.integers(0, 4)), longest_tokens=int(rng.integers(1, 12)), reason="any"
         )
         came = any(not w.is_background for w in waiting)
-        expected = list(choose(room, waiting, background=background if came else None).request_ids)
+        expected = list(admit(room, waiting, background=background if came else None).request_ids)
 
         taken = scene.take(
             worker,
@@ -202,7 +204,7 @@ def test_room_is_used_as_the_policy_decides(scene: Scene, case: int) -> None:
             prefill_tokens=room.prefill_tokens,
             is_idle=room.is_idle,
             longest_tokens=room.longest_tokens,
-            hold=Hold(
+            hold=BackgroundQuota(
                 for_ms=60_000,
                 max_requests=background.num_requests,
                 longest_tokens=background.longest_tokens,
@@ -214,12 +216,12 @@ def test_room_is_used_as_the_policy_decides(scene: Scene, case: int) -> None:
     check(scene)
 
 
-HELD = Hold(for_ms=60_000.0, overdue_ms=60_000.0)
+HELD = BackgroundQuota(for_ms=60_000.0, overdue_ms=60_000.0)
 """While another request came within a minute: no background request, but for those a minute overdue."""
 
 
 def _now_ms(scene: Scene) -> float:
-    return float(scene.door.run(scene.reads.server_time_ms()))
+    return float(scene.executor.run(scene.reads.server_time_ms()))
 
 
 def _background(scene: Scene, *requests: tuple[str, float, int]) -> None:
@@ -266,7 +268,7 @@ def test_background_that_finds_no_room_holds_up_nobody_either(scene: Scene) -> N
 
     full = {"is_idle": False, "room_tokens": 20, "reserve_tokens": 1}
     assert _taken(scene, **full) == [], "overdue: it counts as an ordinary one"
-    assert _taken(scene, **full, hold=Hold(overdue_ms=60_000.0)) == ["a"]
+    assert _taken(scene, **full, hold=BackgroundQuota(overdue_ms=60_000.0)) == ["a"]
     check(scene)
 
 
@@ -328,10 +330,10 @@ def test_only_what_is_not_background_is_noted_and_only_for_stages(scene: Scene) 
     scene.submit("a")
     scene.route("a", stage="1")
 
-    assert before_ms <= (scene.door.run(scene.reads.foreground_ms("1")) or 0) <= _now_ms(scene)
-    assert scene.door.run(scene.reads.foreground_ms("0")) is None
-    assert scene.door.run(scene.reads.num_foreground("0")) == 0
-    assert scene.door.run(scene.reads.num_foreground("1")) == 1
+    assert before_ms <= (scene.executor.run(scene.reads.foreground_ms("1")) or 0) <= _now_ms(scene)
+    assert scene.executor.run(scene.reads.foreground_ms("0")) is None
+    assert scene.executor.run(scene.reads.num_foreground("0")) == 0
+    assert scene.executor.run(scene.reads.num_foreground("1")) == 1
 
 
 def test_what_is_held_back_is_out_of_play_for_those_who_weigh_queues(scene: Scene) -> None:
@@ -340,7 +342,7 @@ def test_what_is_held_back_is_out_of_play_for_those_who_weigh_queues(scene: Scen
     cost = StepCost(alpha_ms=7.0, beta_ms=0.0, gamma_ms=0.0, pi_ms=1.0, psi_ms=0.0)
 
     def looks(quiet_ms: float) -> tuple[QueueView | None, int, int]:
-        found = read_overview(scene.door, scene.keys.namespace)
+        found = read_overview(scene.executor, scene.keys.namespace)
         (load,) = stage_loads(found, expected_output_tokens=0.0, cost=cost, quiet_ms=quiet_ms)
         return found.queues["0"], load.queued_requests, load.queued_tokens
 

@@ -6,7 +6,7 @@ import pytest
 
 from l4queue.observe.telemetry import read_telemetry
 from l4queue.protocol.calls import Move, MoveKind, Verdict
-from l4queue.protocol.executor import Door
+from l4queue.protocol.executor import Executor
 from tests.protocol.scene import Scene
 
 
@@ -82,9 +82,9 @@ def test_a_full_backlog_answers_even_where_memory_is_short(scene: Scene) -> None
     assert scene.counts()["rejected"] == 1
 
 
-def test_monitoring_sees_how_long_what_waits_has_waited(scene: Scene, door: Door, namespace: str) -> None:
+def test_monitoring_sees_how_long_what_waits_has_waited(scene: Scene, executor: Executor, namespace: str) -> None:
     """The oldest of each queue whatever the serving order, and of the inbox; nothing waits: zero, none."""
-    empty = read_telemetry(door, namespace)
+    empty = read_telemetry(executor, namespace)
     assert (empty.inbox_age_s, empty.waiting_s, empty.planned_ms, empty.num_dead_letters) == (0.0, {}, None, 0)
     assert empty.memory.used_bytes > 100_000
 
@@ -94,7 +94,7 @@ def test_monitoring_sees_how_long_what_waits_has_waited(scene: Scene, door: Door
         accepted_ms = empty.overview.now_ms - age_s * 1000
         scene.raw.hset(scene.keys.request(request_id), "submitted_ms", accepted_ms)
     scene.submit("d")
-    seen = read_telemetry(door, namespace)
+    seen = read_telemetry(executor, namespace)
 
     assert set(seen.waiting_s) == {"0", "1"}
     assert 70.0 <= seen.waiting_s["0"] < 130.0

@@ -139,7 +139,7 @@ def test_a_repeated_cancel_is_answered_like_the_first(scene: Scene) -> None:
     """Its reply was lost. Another cancel, or one without a nonce, came too late."""
     scene.bring(S.RUNNING)
     mine, other, none = (scene.calls.cancel("a", reason="", nonce=nonce) for nonce in ("n1", "n2", ""))
-    assert [scene.door.run(call)[0] for call in (mine, mine, other, none, mine)] == [
+    assert [scene.executor.run(call)[0] for call in (mine, mine, other, none, mine)] == [
         Verdict.OK,
         Verdict.OK,
         Verdict.IS,
@@ -148,5 +148,5 @@ def test_a_repeated_cancel_is_answered_like_the_first(scene: Scene) -> None:
     ]
     check(scene)
     scene.submit("b")
-    scene.door.run(scene.calls.cancel("b", reason=""))
-    assert scene.door.run(scene.calls.cancel("b", reason=""))[0] is Verdict.IS
+    scene.executor.run(scene.calls.cancel("b", reason=""))
+    assert scene.executor.run(scene.calls.cancel("b", reason=""))[0] is Verdict.IS

@@ -17,7 +17,7 @@ from redis._parsers.base import BaseParser
 from l4queue.errors import ServiceUnavailable
 from l4queue.protocol import trouble as trouble_module
 from l4queue.protocol.calls import Call, Verdict
-from l4queue.protocol.executor import AsyncDoor, Door
+from l4queue.protocol.executor import AsyncExecutor, Executor
 from l4queue.protocol.trouble import FAILURES, Outage, Trouble, trouble_of
 from l4queue.protocol.wire import ServerFull, explain
 from tests.protocol.scene import Scene
@@ -151,22 +151,22 @@ def _impostor(answer: bytes) -> Iterator[str]:
 async def test_clients_fail_typed_whatever_listens_there(answer: bytes) -> None:
     """After their own time, from both executors."""
     with _impostor(answer) as url:
-        door, async_door = Door(url, retry_s=0.05), AsyncDoor(url, retry_s=0.05)
+        executor, async_door = Executor(url, retry_s=0.05), AsyncExecutor(url, retry_s=0.05)
         with pytest.raises(ServiceUnavailable, match=r"Redis at redis://127\.0\.0\.1"):
-            door.run(_ping())
+            executor.run(_ping())
         with pytest.raises(ServiceUnavailable, match=r"Redis at redis://127\.0\.0\.1"):
             await async_door.run(_ping())
-        door.close()
+        executor.close()
         await async_door.close()
 
 
 @pytest.mark.parametrize("url", ["redis://no-such-host.invalid:6379/0", "rediss://127.0.0.1:{port}/0"])
 def test_names_and_certificates_fail_typed(redis_server: RedisServer, url: str) -> None:
     """A name that does not resolve, and TLS to a server without it."""
-    door = Door(url.format(port=redis_server.port), retry_s=0.05)
+    executor = Executor(url.format(port=redis_server.port), retry_s=0.05)
     with pytest.raises(ServiceUnavailable, match="cannot be reached"):
-        door.run(_ping())
-    door.close()
+        executor.run(_ping())
+    executor.close()
 
 
 @pytest.fixture(scope="module")
@@ -179,13 +179,13 @@ def full_server(redis_executable: str, tmp_path_factory: pytest.TempPathFactory)
 @pytest.fixture
 def full(full_server: RedisServer, namespace: str) -> Iterator[Scene]:
     """A server at its memory limit, which refuses `submit`."""
-    door = Door(full_server.url, retry_s=0.05)
-    scene = Scene(door, namespace)
+    executor = Executor(full_server.url, retry_s=0.05)
+    scene = Scene(executor, namespace)
     scene.raw.config_set("maxmemory", 1)
     yield scene
     scene.raw.config_set("maxmemory", 0)
     scene.close()
-    door.close()
+    executor.close()
 
 
 def _lines(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -194,8 +194,8 @@ def _lines(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 def test_a_service_waits_and_says_so_once(full: Scene, caplog: pytest.LogCaptureFixture) -> None:
     """For ever without `retry_s`. The blocking executor, from several threads."""
-    door = Door(full.door.url, retry_s=None)
-    service = Scene(door, full.keys.namespace)
+    executor = Executor(full.executor.url, retry_s=None)
+    service = Scene(executor, full.keys.namespace)
     full.raw.config_set("maxmemory", 1)
     verdicts: list[Verdict] = []
     threads = [
@@ -212,7 +212,7 @@ def test_a_service_waits_and_says_so_once(full: Scene, caplog: pytest.LogCapture
         thread.join()
     assert verdicts == [Verdict.OK] * 3
     service.close()
-    door.close()
+    executor.close()
 
     said = _lines(caplog)
     assert len(said) == 2
@@ -223,8 +223,8 @@ def test_a_service_waits_and_says_so_once(full: Scene, caplog: pytest.LogCapture
 
 def test_closing_ends_the_wait(full: Scene) -> None:
     """A thread that renews leases must not outlive its worker."""
-    door = Door(full.door.url, retry_s=None)
-    service, errors = Scene(door, full.keys.namespace), list[Exception]()
+    executor = Executor(full.executor.url, retry_s=None)
+    service, errors = Scene(executor, full.keys.namespace), list[Exception]()
 
     def submit() -> None:
         try:
@@ -237,7 +237,7 @@ def test_closing_ends_the_wait(full: Scene) -> None:
     thread.start()
     while full.raw.info("stats")["total_error_replies"] < refused + 3:
         continue
-    door.close()
+    executor.close()
     thread.join()
 
     assert len(errors) == 1
@@ -247,19 +247,22 @@ async def test_hints_are_offered_once(full: Scene, caplog: pytest.LogCaptureFixt
     """None while they are refused, even where everything else is waited for; a defect is raised all the same."""
     hint: Call[int] = Call(None, (), ("HSET", full.keys.counts, "hint", 1), int)
     defect: Call[int] = Call(None, (), ("NOSUCH",), int)
-    door, async_door = Door(full.door.url, retry_s=None), AsyncDoor(full.door.url, retry_s=None)
+    executor, async_door = (
+        Executor(full.executor.url, retry_s=None),
+        AsyncExecutor(full.executor.url, retry_s=None),
+    )
 
-    assert door.offer(hint) is None
+    assert executor.offer(hint) is None
     assert await async_door.offer(hint) is None
     for wrong in (defect, Call(None, (), ("GET",), int)):
         with pytest.raises(ServiceUnavailable, match="refused a command"):
-            door.offer(wrong)
+            executor.offer(wrong)
         with pytest.raises(ServiceUnavailable, match="refused a command"):
             await async_door.run(wrong)
     full.raw.config_set("maxmemory", 0)
-    assert door.offer(hint) == 1
+    assert executor.offer(hint) == 1
     assert await async_door.offer(hint) == 0
-    door.close()
+    executor.close()
     await async_door.close()
 
     assert len(_lines(caplog)) == 2

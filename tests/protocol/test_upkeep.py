@@ -12,7 +12,7 @@ from l4queue.config import Settings
 from l4queue.cost.step import StepCost
 from l4queue.models import Plan, RequestState, StagePlan
 from l4queue.protocol.calls import Verdict
-from l4queue.protocol.executor import AsyncDoor
+from l4queue.protocol.executor import AsyncExecutor
 from l4queue.protocol.upkeep import Upkeep, UpkeepReport
 from tests.protocol.consistency import check
 from tests.protocol.scene import Scene
@@ -39,14 +39,14 @@ def test_a_plan_replaces_only_the_version_it_was_made_from(scene: Scene) -> None
     assert scene.publish(1, 2, '{"c": 1}') is Verdict.OK
     assert scene.publish(1, 2, '{"a": 1}') is Verdict.STALE
 
-    assert scene.door.run(scene.reads.plan()) == (2, '{"c": 1}')
-    history = scene.door.run(scene.reads.plan_history(count=9))
+    assert scene.executor.run(scene.reads.plan()) == (2, '{"c": 1}')
+    history = scene.executor.run(scene.reads.plan_history(count=9))
     assert [(version, body) for _, version, body in history] == [(2, '{"c": 1}'), (1, '{"a": 1}')]
 
 
 def test_without_a_plan_the_version_is_zero(scene: Scene) -> None:
     """The plan of an empty deployment."""
-    assert scene.door.run(scene.reads.plan()) == (0, None)
+    assert scene.executor.run(scene.reads.plan()) == (0, None)
 
 
 def test_waiting_requests_move_with_score_and_tokens(scene: Scene) -> None:
@@ -93,7 +93,7 @@ def test_a_heartbeats_counters_are_added_once(scene: Scene) -> None:
     for _ in range(3):
         assert scene.renew(sequence=2, histogram={"d:3": 2, "c:3": 7}) is Verdict.OK
 
-    assert scene.door.run(scene.reads.histogram()) == {"d:3": "7", "c:3": "7"}
+    assert scene.executor.run(scene.reads.histogram()) == {"d:3": "7", "c:3": "7"}
 
 
 def test_a_lost_worker_adds_no_counters(scene: Scene) -> None:
@@ -104,23 +104,23 @@ def test_a_lost_worker_adds_no_counters(scene: Scene) -> None:
     scene.reap()
 
     assert scene.renew(histogram={"d:3": 5}) is Verdict.LOST
-    assert scene.door.run(scene.reads.histogram()) == {}
+    assert scene.executor.run(scene.reads.histogram()) == {}
 
 
 def test_a_heartbeat_publishes_load_and_extends_the_lease(scene: Scene) -> None:
     """As others read it."""
-    now_ms = scene.door.run(scene.reads.server_time_ms())
+    now_ms = scene.executor.run(scene.reads.server_time_ms())
     cost = StepCost(alpha_ms=2.5, beta_ms=0.1, gamma_ms=0.0, pi_ms=0.0, psi_ms=0.0)
-    told = {"load": {"worker_id": "w1", "num_running": 3}, "cost": cost.to_dict()}
-    scene.register(lease_ms=5_000, load=json.dumps(told))
-    ((name, expires_ms),) = scene.door.run(scene.reads.incarnations())
+    last_published = {"load": {"worker_id": "w1", "num_running": 3}, "cost": cost.to_dict()}
+    scene.register(lease_ms=5_000, load=json.dumps(last_published))
+    ((name, expires_ms),) = scene.executor.run(scene.reads.incarnations())
 
-    view = scene.door.run(scene.reads.worker(name, expires_ms))
+    view = scene.executor.run(scene.reads.worker(name, expires_ms))
 
     assert view is not None
     assert (view.worker_id, view.load.num_running, view.cost) == ("w1", 3, cost)
     assert now_ms + 5_000 <= expires_ms <= now_ms + 65_000
-    assert scene.door.run(scene.reads.worker("nobody", 0)) is None
+    assert scene.executor.run(scene.reads.worker("nobody", 0)) is None
 
 
 def test_routing_counts_arrivals_once(scene: Scene) -> None:
@@ -130,7 +130,7 @@ def test_routing_counts_arrivals_once(scene: Scene) -> None:
     for _ in range(2):
         scene.route(entry=entry, bucket=4, token_ids=[1] * 9)
 
-    assert scene.door.run(scene.reads.histogram()) == {"a:4": "1", "p:4": "9"}
+    assert scene.executor.run(scene.reads.histogram()) == {"a:4": "1", "p:4": "9"}
     assert scene.counts()["prompt_tokens"] == 9
 
 
@@ -216,7 +216,7 @@ def test_a_running_request_without_a_lease_is_queued_again_without_blame(scene: 
 
 def test_dispatchers_that_died_long_ago_leave_the_group(scene: Scene) -> None:
     """Unless something is pending for them; without a group there is nobody to forget."""
-    assert scene.door.run(scene.calls.forget(idle_ms=0)) == 0
+    assert scene.executor.run(scene.calls.forget(idle_ms=0)) == 0
     scene.submit()
     scene.read_inbox("gone")
     scene.submit("b")
@@ -224,8 +224,8 @@ def test_dispatchers_that_died_long_ago_leave_the_group(scene: Scene) -> None:
     assert entry
     scene.cancel("a")
 
-    assert scene.door.run(scene.calls.forget(idle_ms=3_600_000)) == 0
-    assert scene.door.run(scene.calls.forget(idle_ms=0)) == 1
+    assert scene.executor.run(scene.calls.forget(idle_ms=3_600_000)) == 0
+    assert scene.executor.run(scene.calls.forget(idle_ms=0)) == 1
 
     (left,) = scene.raw.xinfo_consumers(scene.keys.inbox, "d")
     assert left["name"] == b"holds"
@@ -234,8 +234,8 @@ def test_dispatchers_that_died_long_ago_leave_the_group(scene: Scene) -> None:
 async def test_a_round_of_upkeep_does_all_that_is_due(scene: Scene, redis_url: str) -> None:
     """Reap, expire, migrate in one; then the slow part: drain rate and repair."""
     settings = Settings(namespace=scene.keys.namespace, redis_url=redis_url)
-    door = AsyncDoor(redis_url)
-    upkeep = Upkeep(settings=settings, door=door)
+    executor = AsyncExecutor(redis_url)
+    upkeep = Upkeep(settings=settings, executor=executor)
     for request_id, stage in (("a", "0"), ("b", "3"), ("c", "0"), ("d", "0")):
         scene.submit(request_id)
         scene.route(request_id, stage=stage)
@@ -261,7 +261,7 @@ async def test_a_round_of_upkeep_does_all_that_is_due(scene: Scene, redis_url: s
     mended = 0
     while mended == 0:
         mended += await upkeep.repair_once()
-    await door.close()
+    await executor.close()
     assert scene.waiting("1") == ["e"]
     check(scene)
 
@@ -277,10 +277,10 @@ def test_upkeep_packs_and_bounds_what_has_ended(
         scene.cancel(request_id)
 
     async def round_of(**over: Any) -> UpkeepReport:
-        door = AsyncDoor(redis_url)
+        executor = AsyncExecutor(redis_url)
         settings = Settings(namespace=scene.keys.namespace, redis_url=redis_url, **over)
-        report = await Upkeep(settings=settings, door=door).run_once(Plan.one_stage())
-        await door.close()
+        report = await Upkeep(settings=settings, executor=executor).run_once(Plan.one_stage())
+        await executor.close()
         return report
 
     assert asyncio.run(round_of()).num_packed == 450

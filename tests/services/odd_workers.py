@@ -14,7 +14,7 @@ from l4queue.errors import ConfigError
 from workers.__main__ import serve
 from workers.engine.base import EngineDied
 from workers.telemetry.observer import Observer, RequestView
-from workers.telemetry.snapshot import WorkerFigures
+from workers.telemetry.snapshot import WorkerSnapshot
 
 
 class OddWorker:
@@ -46,7 +46,7 @@ class OddWorker:
     def stats(self) -> dict[str, JsonValue]:
         return {"engine": "odd"}
 
-    def figures(self) -> list[WorkerFigures]:
+    def figures(self) -> list[WorkerSnapshot]:
         return []
 
     def active(self) -> list[RequestView]:

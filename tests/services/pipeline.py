@@ -14,7 +14,7 @@ from l4queue.cost.step import StepCost
 from l4queue.models import Plan, StagePlan
 from l4queue.plan_json import plan_to_json
 from l4queue.protocol.calls import Calls
-from l4queue.protocol.executor import AsyncDoor
+from l4queue.protocol.executor import AsyncExecutor
 from l4queue.protocol.keys import Keys
 from l4queue.protocol.upkeep import Upkeep
 from workers.engine.base import Engine
@@ -48,7 +48,7 @@ class Pipeline:
 
     settings: Settings
     client: AsyncClient
-    door: AsyncDoor
+    executor: AsyncExecutor
     workers: dict[str, tuple[Worker, asyncio.Task[None]]] = field(default_factory=dict)
 
     def start(
@@ -99,7 +99,7 @@ class Pipeline:
         call = Calls(Keys(self.settings.namespace)).publish(
             expected_version=current, version=plan.version, body=plan_to_json(plan)
         )
-        await self.door.run(call)
+        await self.executor.run(call)
 
 
 async def true(value: bool) -> bool:
@@ -125,10 +125,10 @@ async def open_pipeline(redis_url: str, namespace: str, **more: object) -> Async
         **more,
     }
     settings = Settings(redis_url=redis_url, namespace=namespace, **values)  # type: ignore[arg-type]
-    door = AsyncDoor(redis_url, retry_s=None)
-    dispatcher = Dispatcher(settings=settings, door=door, tokenizer=ByteTokenizer(), name="d")  # type: ignore[arg-type]
+    executor = AsyncExecutor(redis_url, retry_s=None)
+    dispatcher = Dispatcher(settings=settings, executor=executor, tokenizer=ByteTokenizer(), name="d")  # type: ignore[arg-type]
     routing = asyncio.create_task(dispatcher.run())
-    upkeep = Upkeep(settings=settings, door=door)
+    upkeep = Upkeep(settings=settings, executor=executor)
 
     ended = asyncio.Event()
 
@@ -139,7 +139,7 @@ async def open_pipeline(redis_url: str, namespace: str, **more: object) -> Async
 
     keeping = asyncio.create_task(keep_up())
     async with AsyncClient(settings=settings) as client:
-        opened = Pipeline(settings=settings, client=client, door=door)
+        opened = Pipeline(settings=settings, client=client, executor=executor)
         try:
             yield opened
         finally:
@@ -148,4 +148,4 @@ async def open_pipeline(redis_url: str, namespace: str, **more: object) -> Async
             ended.set()
             dispatcher.request_stop()
             await asyncio.gather(routing, keeping, return_exceptions=True)
-            await door.close()
+            await executor.close()

@@ -21,7 +21,7 @@ from l4queue.client.batch import flight
 from l4queue.errors import InvalidRequest
 from l4queue.protocol.calls import Call
 from l4queue.protocol.keys import Keys
-from l4queue.protocol.retention import Keeping
+from l4queue.protocol.retention import Retention
 from tests.protocol.server import RedisServer
 from tests.services.batches import Files, has_submitted, run, stopped_when, submitted, write_lines
 from tests.services.pipeline import Pipeline, open_pipeline, until
@@ -48,7 +48,7 @@ async def pipeline(redis_url: str, namespace: str) -> AsyncIterator[Pipeline]:
 async def records(pipeline: Pipeline) -> int:
     """Records and outputs that Redis holds."""
     prefix = Keys(pipeline.settings.namespace).prefix
-    keys = await pipeline.door.run(Call(None, (), ("KEYS", f"{prefix}[or][eu][qt]:*"), list))
+    keys = await pipeline.executor.run(Call(None, (), ("KEYS", f"{prefix}[or][eu][qt]:*"), list))
     return len(keys)
 
 
@@ -159,8 +159,8 @@ async def test_an_answer_without_its_output_is_computed_again(pipeline: Pipeline
     pipeline.start("w0")
     await until(lambda: _are_done(pipeline, 20))
     prefix = Keys(pipeline.settings.namespace).prefix
-    outputs = sorted(await pipeline.door.run(Call(None, (), ("KEYS", f"{prefix}out:*"), list)))
-    await pipeline.door.run(Call(None, (), ("DEL", *outputs[:5]), int))
+    outputs = sorted(await pipeline.executor.run(Call(None, (), ("KEYS", f"{prefix}out:*"), list)))
+    await pipeline.executor.run(Call(None, (), ("DEL", *outputs[:5]), int))
     summary = await run(pipeline, files)
 
     assert (summary.is_complete, summary.num_succeeded, summary.num_recomputed) == (True, 20, 5)
@@ -178,11 +178,11 @@ async def test_results_that_went_early_are_computed_again(pipeline: Pipeline, fi
     async with stopped_when(pipeline, files, 20) as first:
         pass
     assert (await first).num_in_flight == 20
-    keeping = Keeping(Keys(pipeline.settings.namespace))
+    keeping = Retention(Keys(pipeline.settings.namespace))
     pipeline.start("w0")
     await until(lambda: _have_ended(pipeline, 20), timeout_s=30)
-    await pipeline.door.run(keeping.pack(min_age_ms=0, max_requests=100, max_entries=10**6))
-    assert (await pipeline.door.run(keeping.evict(max_bytes=1, limit=20))).num_dropped == 20
+    await pipeline.executor.run(keeping.pack(min_age_ms=0, max_requests=100, max_entries=10**6))
+    assert (await pipeline.executor.run(keeping.evict(max_bytes=1, limit=20))).num_dropped == 20
 
     summary = await run(pipeline, files)
 
@@ -255,7 +255,7 @@ async def _is_done(task: asyncio.Task[Any]) -> bool:
 
 async def _some_ids(pipeline: Pipeline, number: int) -> list[str]:
     prefix = Keys(pipeline.settings.namespace).prefix
-    keys = await pipeline.door.run(Call(None, (), ("KEYS", f"{prefix}req:*"), list))
+    keys = await pipeline.executor.run(Call(None, (), ("KEYS", f"{prefix}req:*"), list))
     return [key.decode().rpartition(":")[2] for key in keys[:number]]
 
 
@@ -263,9 +263,9 @@ async def _lose_all(pipeline: Pipeline) -> None:
     """What the server forgets when it loses its data."""
     prefix = Keys(pipeline.settings.namespace).prefix
     for kind in ("req:*", "out:*", "q:*", "in", "mail:*", "counts"):
-        keys = await pipeline.door.run(Call(None, (), ("KEYS", prefix + kind), list))
+        keys = await pipeline.executor.run(Call(None, (), ("KEYS", prefix + kind), list))
         if keys and kind != "in":
-            await pipeline.door.run(Call(None, (), ("DEL", *keys), int))
+            await pipeline.executor.run(Call(None, (), ("DEL", *keys), int))
 
 
 class Deployment:

@@ -17,7 +17,7 @@ import redis
 
 from l4queue.config import load_settings
 from l4queue.models import RequestState
-from l4queue.protocol.executor import Door
+from l4queue.protocol.executor import Executor
 from tests.protocol.scene import Scene
 from tests.protocol.server import RedisServer
 from tests.services.processes import Processes, until
@@ -56,8 +56,8 @@ class Deployment:
             max_running=4,
             lease_s=5.0,
         )
-        self.door = Door(self.queue.url)
-        self.scene = Scene(self.door, self.settings.namespace)
+        self.executor = Executor(self.queue.url)
+        self.scene = Scene(self.executor, self.settings.namespace)
         self.app: Celery = make_app(self.settings)
 
     def enqueue(self, *request_ids: str, max_tokens: int) -> None:
@@ -103,7 +103,7 @@ class Deployment:
         self.processes.close()
         self.app.close()
         self.scene.close()
-        self.door.close()
+        self.executor.close()
         self.queue.kill()
         self.broker.kill()
 
@@ -141,7 +141,7 @@ def test_a_lost_broker_is_not_felt_by_the_engine(deployment: Deployment) -> None
     """Cut connections, then kill and restart the broker: same process, same lease, every request done."""
     worker = deployment.processes.worker("w1")
     until(deployment.is_serving, "it serves")
-    incarnations = deployment.door.run(deployment.scene.reads.incarnations())
+    incarnations = deployment.executor.run(deployment.scene.reads.incarnations())
 
     deployment.enqueue("a", "b", max_tokens=300)
     until(deployment.is_in(RequestState.RUNNING, "a", "b"), "both run")
@@ -159,7 +159,7 @@ def test_a_lost_broker_is_not_felt_by_the_engine(deployment: Deployment) -> None
     stats = until(lambda: deployment.inspect("stats"), "it answers again", timeout_s=120)
     assert stats["finished"] == 3
     assert stats["pid"] == worker.pid
-    after = deployment.door.run(deployment.scene.reads.incarnations())
+    after = deployment.executor.run(deployment.scene.reads.incarnations())
     assert [name for name, _ in after] == [name for name, _ in incarnations]
     assert deployment.scene.record("c").epoch == 1
     assert "Connection to broker lost" in deployment.processes.log("w1")
@@ -205,7 +205,7 @@ def test_a_warm_shutdown_gives_requests_back_without_blame(deployment: Deploymen
         assert record.state is RequestState.QUEUED
         assert record.crashes == 0
         assert record.offset > 0
-    assert deployment.door.run(deployment.scene.reads.incarnations()) == []
+    assert deployment.executor.run(deployment.scene.reads.incarnations()) == []
 
 
 def test_a_cold_shutdown_does_not_drain(deployment: Deployment) -> None:

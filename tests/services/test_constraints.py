@@ -16,7 +16,7 @@ from dispatcher.constraints.checker import ConstraintChecker
 from dispatcher.routing.service import Dispatcher
 from l4queue import AsyncClient, RequestState, Settings
 from l4queue.errors import RequestFailed
-from l4queue.protocol.executor import AsyncDoor
+from l4queue.protocol.executor import AsyncExecutor
 from l4queue.protocol.inbox import Inbox
 from l4queue.protocol.keys import Keys
 from tests.services.pipeline import ByteTokenizer, until
@@ -30,10 +30,10 @@ EXPLOSIVE = {
 
 
 @pytest_asyncio.fixture
-async def door(redis_url: str) -> AsyncIterator[AsyncDoor]:
-    door = AsyncDoor(redis_url)
-    yield door
-    await door.close()
+async def executor(redis_url: str) -> AsyncIterator[AsyncExecutor]:
+    executor = AsyncExecutor(redis_url)
+    yield executor
+    await executor.close()
 
 
 @pytest.fixture
@@ -43,12 +43,12 @@ def settings(redis_url: str, namespace: str) -> Settings:
 
 
 def make_dispatcher(
-    settings: Settings, door: AsyncDoor, name: str, *, limit_s: float = 600.0, command: Any = COMMAND
+    settings: Settings, executor: AsyncExecutor, name: str, *, limit_s: float = 600.0, command: Any = COMMAND
 ) -> Dispatcher:
     """With a checker whose process does what the constraint says."""
     checker = ConstraintChecker(tokenizer="tiny", limit_s=limit_s, command=command)
     tokenizer: Any = ByteTokenizer()
-    return Dispatcher(settings=settings, door=door, tokenizer=tokenizer, name=name, checker=checker)
+    return Dispatcher(settings=settings, executor=executor, tokenizer=tokenizer, name=name, checker=checker)
 
 
 @asynccontextmanager
@@ -78,12 +78,12 @@ def choice(text: str) -> dict[str, list[str]]:
 
 
 async def test_others_are_routed_while_a_constraint_is_checked(
-    settings: Settings, door: AsyncDoor, tmp_path: Path
+    settings: Settings, executor: AsyncExecutor, tmp_path: Path
 ) -> None:
     """Among them one with a constraint of its own. Then the slow one is, too."""
     async with AsyncClient(settings=settings) as client:
         slow = await client.enqueue("hello", structured_outputs=choice(f"until:{tmp_path / 'go'}"))
-        async with routing(make_dispatcher(settings, door, "d")):
+        async with routing(make_dispatcher(settings, executor, "d")):
             plain = await client.enqueue("hello")
             quick = await client.enqueue("hello", structured_outputs=choice("good"))
             for handle in (plain, quick):
@@ -95,12 +95,12 @@ async def test_others_are_routed_while_a_constraint_is_checked(
 
 @pytest.mark.parametrize(("text", "words"), [("bad", "is bad"), ("endless", "takes longer than 0.5 s")])
 async def test_a_constraint_that_cannot_be_used_fails_its_request(
-    settings: Settings, door: AsyncDoor, text: str, words: str
+    settings: Settings, executor: AsyncExecutor, text: str, words: str
 ) -> None:
     """With the field, and what to do. The same one again is refused at once."""
     async with (
         AsyncClient(settings=settings) as client,
-        routing(make_dispatcher(settings, door, "d", limit_s=0.5)),
+        routing(make_dispatcher(settings, executor, "d", limit_s=0.5)),
     ):
         for _ in range(2):
             handle = await client.enqueue("hello", structured_outputs=choice(text))
@@ -110,22 +110,22 @@ async def test_a_constraint_that_cannot_be_used_fails_its_request(
 
 
 async def test_dispatchers_that_end_during_a_check_are_not_blamed_on_it(
-    settings: Settings, door: AsyncDoor, tmp_path: Path
+    settings: Settings, executor: AsyncExecutor, tmp_path: Path
 ) -> None:
     """Five of them, one after the other. The sixth routes it."""
     async with AsyncClient(settings=settings) as client:
-        first = make_dispatcher(settings, door, "d0")
+        first = make_dispatcher(settings, executor, "d0")
         await first.run_once(block_s=0.01)  # the group of consumers is there from now on
         slow = await client.enqueue("hello", structured_outputs=choice(f"until:{tmp_path / 'go'}"))
         for number in range(5):
-            dispatcher = first if number == 0 else make_dispatcher(settings, door, f"d{number}")
+            dispatcher = first if number == 0 else make_dispatcher(settings, executor, f"d{number}")
             await (dispatcher.run_once(block_s=1.0) if number == 0 else dispatcher.adopt_once())
             await until(lambda checker=dispatcher._checker: _is_asked(checker))
             await dispatcher._checks.stop()  # Redis is told nothing, as when the process is gone
         assert await state(client, slow.id) is RequestState.SUBMITTED
 
         (tmp_path / "go").touch()
-        last = make_dispatcher(settings, door, "last")
+        last = make_dispatcher(settings, executor, "last")
         await last.adopt_once()
         await reaches(client, slow.id, RequestState.QUEUED)
         await last._checks.stop()
@@ -136,10 +136,10 @@ async def _is_asked(checker: ConstraintChecker) -> bool:
 
 
 async def test_a_request_that_is_cancelled_during_its_check_leaves_nothing(
-    settings: Settings, door: AsyncDoor, tmp_path: Path
+    settings: Settings, executor: AsyncExecutor, tmp_path: Path
 ) -> None:
     """It is not routed afterwards, and its entry is cleared."""
-    dispatcher = make_dispatcher(settings, door, "d")
+    dispatcher = make_dispatcher(settings, executor, "d")
     async with AsyncClient(settings=settings) as client, routing(dispatcher):
         slow = await client.enqueue("hello", structured_outputs=choice(f"until:{tmp_path / 'go'}"))
         await until(lambda: _is_asked(dispatcher._checker))
@@ -147,23 +147,23 @@ async def test_a_request_that_is_cancelled_during_its_check_leaves_nothing(
         (tmp_path / "go").touch()
 
         async def is_cleared() -> bool:
-            return await door.client.xlen(Keys(settings.namespace).inbox) == 0
+            return await executor.client.xlen(Keys(settings.namespace).inbox) == 0
 
         await until(is_cleared)
         assert await state(client, slow.id) is RequestState.CANCELLED
 
 
-async def test_an_entry_that_waits_is_not_adopted_by_others(settings: Settings, door: AsyncDoor) -> None:
+async def test_an_entry_that_waits_is_not_adopted_by_others(settings: Settings, executor: AsyncExecutor) -> None:
     """It is as young as if just read, its delivery does not count, and the next claim does."""
     keys = Keys(settings.namespace)
-    own = Inbox(door, keys, consumer="own")
+    own = Inbox(executor, keys, consumer="own")
     async with AsyncClient(settings=settings) as client:
         await own.read(count=1, block_s=0.01)
         await client.enqueue("hello")
         ((entry_id, _),) = await own.read(count=1, block_s=1.0)
 
         async def pending() -> dict[str, Any]:
-            (row,) = await door.client.xpending_range(keys.inbox, "d", "-", "+", 1)
+            (row,) = await executor.client.xpending_range(keys.inbox, "d", "-", "+", 1)
             return dict(row)
 
         async def is_old() -> bool:
@@ -180,9 +180,9 @@ async def test_an_entry_that_waits_is_not_adopted_by_others(settings: Settings, 
 
 
 @pytest.mark.vllm
-async def test_vllm_checks_with_the_models_tokenizer(settings: Settings, door: AsyncDoor) -> None:
+async def test_vllm_checks_with_the_models_tokenizer(settings: Settings, executor: AsyncExecutor) -> None:
     """A schema that takes it many seconds fails by its field; a usual one and an impossible one are told apart."""
-    dispatcher = make_dispatcher(settings, door, "d", limit_s=10.0, command=None)
+    dispatcher = make_dispatcher(settings, executor, "d", limit_s=10.0, command=None)
     async with AsyncClient(settings=settings) as client, routing(dispatcher):
         schema = {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}
         explosive = await client.enqueue("hello", structured_outputs={"json": EXPLOSIVE})

@@ -177,7 +177,7 @@ async def test_a_cancelled_submission_tells_what_is_in_doubt(
 def test_an_outage_amid_a_bulk_keeps_what_was_accepted(durable_server: RedisServer, namespace: str) -> None:
     """The first batch of 256 is accepted, the second in doubt, the rest was not sent."""
     with Client(settings=Settings(redis_url=durable_server.url, namespace=namespace)) as client:
-        client._door.retry_s = 0.1
+        client._executor.retry_s = 0.1
         with pytest.raises(ServiceUnavailable) as caught:
             client.enqueue_many(prompts(600), progress=lambda _: durable_server.kill())
         error: L4QueueError = caught.value
@@ -186,7 +186,7 @@ def test_an_outage_amid_a_bulk_keeps_what_was_accepted(durable_server: RedisServ
             "256 of 600 requests were accepted: see `accepted`; 256 may have been: see `in_doubt`"
         ]
         durable_server.start()
-        client._door.retry_s = 10.0
+        client._executor.retry_s = 10.0
         assert numbers(error.accepted[::50]) == list(range(0, 256, 50))
         with pytest.raises(UnknownRequest):
             error.in_doubt[0].status()

@@ -12,7 +12,7 @@ import pytest
 from l4queue.errors import ServiceUnavailable, UnknownRequest
 from l4queue.models import TERMINAL, RequestState
 from l4queue.protocol.calls import Call, Verdict
-from l4queue.protocol.executor import AsyncDoor, Door
+from l4queue.protocol.executor import AsyncExecutor, Executor
 from l4queue.protocol.keys import Keys
 from l4queue.protocol.reads import Reads
 from tests.chaos.storm import WORKERS, Storm, open_storm
@@ -42,11 +42,11 @@ def cluster(redis_executable: str, tmp_path: Path) -> Iterator[Cluster]:
         yield opened
 
 
-async def _more_done(door: AsyncDoor, reads: Reads, number: int) -> None:
+async def _more_done(executor: AsyncExecutor, reads: Reads, number: int) -> None:
     """Wait until so many more have ended as done."""
 
     async def num_done() -> int:
-        return int((await door.run(reads.counts())).get("done", 0))
+        return int((await executor.run(reads.counts())).get("done", 0))
 
     before = await num_done()
 
@@ -56,20 +56,20 @@ async def _more_done(door: AsyncDoor, reads: Reads, number: int) -> None:
     await until(is_enough, timeout_s=120)
 
 
-async def _begin(storm: Storm, door: AsyncDoor, reads: Reads) -> None:
+async def _begin(storm: Storm, executor: AsyncExecutor, reads: Reads) -> None:
     """Four workers, two dispatchers, a planner and a client at work. Leases are the default's: nobody is slow."""
     storm.cast(settings={"lease_s": 5.0}, is_quiet=True, most=8)
     await storm.launch(*WORKERS, "d0", "d1", "p0", "c0")
-    await _more_done(door, reads, 25)
+    await _more_done(executor, reads, 25)
 
 
 def _blamed(url: str, namespace: str) -> list[str]:
     """Ids of requests on which a crash was blamed."""
-    door, reads = Door(url), Reads(Keys(namespace))
-    ids = door.run(Call(None, (), ("KEYS", reads.keys.request("*")), list))
+    executor, reads = Executor(url), Reads(Keys(namespace))
+    ids = executor.run(Call(None, (), ("KEYS", reads.keys.request("*")), list))
     names = [key.decode().removeprefix(reads.keys.request("")) for key in ids]
-    found = [record for record in door.run_many([reads.record(name) for name in names]) if record is not None]
-    door.close()
+    found = [record for record in executor.run_many([reads.record(name) for name in names]) if record is not None]
+    executor.close()
     return [record.request_id for record in found if record.crashes]
 
 
@@ -78,11 +78,11 @@ async def test_nothing_is_lost_when_the_primary_is_killed(
 ) -> None:
     """With replicas=1: every outcome, every stream is whole, nobody is blamed, no process ends."""
     url = sentinels.url + "?replicas=1"
-    async with open_storm(url, namespace=namespace, folder=tmp_path, seed=SEED) as (storm, door, reads):
-        await _begin(storm, door, reads)
+    async with open_storm(url, namespace=namespace, folder=tmp_path, seed=SEED) as (storm, executor, reads):
+        await _begin(storm, executor, reads)
         await asyncio.to_thread(sentinels.fail_over)
         await asyncio.to_thread(sentinels.come_back)  # until then no write is confirmed, and nothing goes on
-        await _more_done(door, reads, 25)
+        await _more_done(executor, reads, 25)
         await storm.calm()
         verdict = judge(storm, sentinels.replica.url, namespace)
     assert verdict.errors == ()
@@ -123,12 +123,12 @@ async def test_a_cluster_serves_while_a_node_restarts_and_another_takes_over(
     owner = cluster.owner(keys.prefix)
     others = [node for node in cluster.nodes if node is not owner]
     url = cluster.url(*others)
-    async with open_storm(url, namespace=namespace, folder=tmp_path, seed=SEED) as (storm, door, reads):
-        await _begin(storm, door, reads)
+    async with open_storm(url, namespace=namespace, folder=tmp_path, seed=SEED) as (storm, executor, reads):
+        await _begin(storm, executor, reads)
         await asyncio.to_thread(owner.restart)
-        await _more_done(door, reads, 25)
+        await _more_done(executor, reads, 25)
         heir = await asyncio.to_thread(cluster.move, owner)
-        await _more_done(door, reads, 25)
+        await _more_done(executor, reads, 25)
         await storm.calm()
         verdict = judge(storm, heir.url, namespace)
     assert verdict.errors == ()
@@ -143,7 +143,7 @@ def test_calls_wait_for_the_replicas_that_redis_demands(redis_executable: str, t
     demands = (*VOLATILE, "--min-replicas-to-write", "1", "--repl-diskless-sync-delay", "0")
     primary = RedisServer(redis_executable, folders[0], demands).start()
     replica = RedisServer(redis_executable, folders[1], ("--replicaof", "127.0.0.1", str(primary.port)))
-    hasty, patient = Door(primary.url, retry_s=0.2), Door(primary.url, retry_s=20.0)
+    hasty, patient = Executor(primary.url, retry_s=0.2), Executor(primary.url, retry_s=20.0)
     try:
         with pytest.raises(ServiceUnavailable, match="lacks the replicas"):
             Scene(hasty, "few").submit("a")
@@ -188,12 +188,12 @@ async def test_passwords_and_certificates_reach_all(redis_executable: str, tmp_p
             )
             stack.push_async_callback(server.wait)
             stack.callback(server.kill)
-        door, blocking = AsyncDoor(url, retry_s=10.0), Door(url, retry_s=10.0)
-        assert await door.run_many([set_one, database]) == [True, True]
+        executor, blocking = AsyncExecutor(url, retry_s=10.0), Executor(url, retry_s=10.0)
+        assert await executor.run_many([set_one, database]) == [True, True]
         assert await asyncio.to_thread(blocking.run_many, [set_one, database]) == [True, True]
         with pytest.raises(ServiceUnavailable, match="no sentinel knows the primary of 'other'"):
-            Door(url.replace("/queue/", "/other/"), retry_s=0.0).run(set_one)
-        await door.close()
+            Executor(url.replace("/queue/", "/other/"), retry_s=0.0).run(set_one)
+        await executor.close()
         blocking.close()
 
 

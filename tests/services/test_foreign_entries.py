@@ -22,7 +22,7 @@ from l4queue.errors import L4QueueError
 from l4queue.models import TERMINAL, RequestState
 from l4queue.observe import health
 from l4queue.observe.watch import Watch
-from l4queue.protocol.executor import AsyncDoor, Door
+from l4queue.protocol.executor import AsyncExecutor, Executor
 from l4queue.protocol.keys import Keys
 from l4queue.protocol.upkeep import Upkeep
 from tests.services.pipeline import MAX_LEN, ByteTokenizer, true, until
@@ -48,7 +48,7 @@ class Place:
 
     settings: Settings
     client: AsyncClient
-    door: AsyncDoor
+    executor: AsyncExecutor
     raw: Any
     keys: Keys
     dispatcher: Dispatcher
@@ -88,26 +88,26 @@ class Place:
             await self.dispatcher.adopt_once()
             await replan_once(self.settings)
             await refine_once(self.settings)
-            await self.worker.state.outlook.refresh()
+            await self.worker.state.fleet_view.refresh()
             await asyncio.to_thread(self._look_blocking)
             await self.client.plan_history()
             await self.client.dead_letters()
         self.check()
 
     def _look_blocking(self) -> None:
-        door, namespace = Door(self.redis_url), self.settings.namespace
+        executor, namespace = Executor(self.redis_url), self.settings.namespace
         try:
-            Watch(door, namespace).look()
-            exporter = Exporter(self.settings, door)
+            Watch(executor, namespace).look()
+            exporter = Exporter(self.settings, executor)
             exporter.follow()
             exporter.follow()
             metrics = {metric.name: metric for metric in exporter.collect()}
             assert metrics["l4queue_redis_up"].samples[0].value == 1.0
-            health.worker_life(door, namespace, "w0")
-            health.dispatcher_heard_s(door, namespace, "host")
-            health.planner_idle_s(door, namespace)
+            health.worker_life(executor, namespace, "w0")
+            health.dispatcher_heard_s(executor, namespace, "host")
+            health.planner_idle_s(executor, namespace)
         finally:
-            door.close()
+            executor.close()
 
     def check(self) -> None:
         """Every process serves."""
@@ -147,8 +147,8 @@ async def open_place(redis_url: str, namespace: str) -> AsyncIterator[Place]:
         "engine": "emulated",
     }
     settings = Settings(redis_url=redis_url, namespace=namespace, metrics_port=9, **values)
-    door = AsyncDoor(redis_url, retry_s=None)
-    dispatcher = Dispatcher(settings=settings, door=door, tokenizer=ByteTokenizer(), name="d")  # type: ignore[arg-type]
+    executor = AsyncExecutor(redis_url, retry_s=None)
+    dispatcher = Dispatcher(settings=settings, executor=executor, tokenizer=ByteTokenizer(), name="d")  # type: ignore[arg-type]
     dispatcher._tokenizer.max_model_len = 4 * MAX_LEN
     worker = Worker(
         settings=settings,
@@ -168,11 +168,11 @@ async def open_place(redis_url: str, namespace: str) -> AsyncIterator[Place]:
         place = Place(
             settings=settings,
             client=client,
-            door=door,
+            executor=executor,
             raw=raw,
             keys=keys,
             dispatcher=dispatcher,
-            upkeep=Upkeep(settings=settings, door=door),
+            upkeep=Upkeep(settings=settings, executor=executor),
             tasks=tasks,
             worker=worker,
             redis_url=redis_url,
@@ -185,7 +185,7 @@ async def open_place(redis_url: str, namespace: str) -> AsyncIterator[Place]:
             worker.request_stop()
             dispatcher.request_stop()
             await asyncio.gather(*tasks.values(), return_exceptions=True)
-            await door.close()
+            await executor.close()
             raw.close()
 
 
@@ -423,7 +423,7 @@ def _records_of_others(place: Place) -> Iterator[str | None]:
     for stream in (keys.finished, keys.dead, keys.decisions, keys.plans):
         for values in ({"x": "y"}, {BYTES: BYTES}, {"i": BYTES, "s": "done", "o": "abc"}, {"d": BYTES}):
             raw.xadd(stream, values)
-    mail = keys.mailbox(place.client._composer.client_id)
+    mail = keys.mailbox(place.client._core.client_id)
     for values in ({"x": "y"}, {"i": BYTES}):
         raw.xadd(mail, values)
     for memory in (b"no json", BYTES, b"[]", b"{}", b'{"at_ms": "x"}', b'{"at_ms": 1, "raw": 3}'):
@@ -433,7 +433,7 @@ def _records_of_others(place: Place) -> Iterator[str | None]:
 
 def _last_ids(place: Place) -> Iterator[str | None]:
     last = "18446744073709551615-18446744073709551615"
-    mail = place.keys.mailbox(place.client._composer.client_id)
+    mail = place.keys.mailbox(place.client._core.client_id)
     streams = (
         place.keys.finished,
         place.keys.dead,
@@ -506,7 +506,7 @@ NAMES: dict[str, Callable[[Place], str]] = {
     "worker": lambda p: p.keys.worker(p.incarnation),
     "held": lambda p: p.keys.held(p.incarnation),
     "control": lambda p: p.keys.control(p.incarnation),
-    "mail": lambda p: p.keys.mailbox(p.client._composer.client_id),
+    "mail": lambda p: p.keys.mailbox(p.client._core.client_id),
 }
 
 
@@ -575,7 +575,7 @@ async def test_a_running_request_whose_record_is_broken_ends(place: Place, field
         await place.good(1)
         await place.look()
         if place.raw.hget(key, "state") == b"running":
-            await place.client._door.run(place.client._composer.calls.cancel(request_id, reason="test"))
+            await place.client._executor.run(place.client._core.calls.cancel(request_id, reason="test"))
         if field != "state":
             assert await place.ended(request_id) in TERMINAL
     await place.good()
@@ -587,7 +587,7 @@ async def test_blocking_clients_outlive_it_too(place: Place) -> None:
     def work() -> None:
         with Client(settings=place.settings) as client:
             handles = client.enqueue_many(["a", "b"], max_tokens=2)
-            mail = place.keys.mailbox(client._composer.client_id)
+            mail = place.keys.mailbox(client._core.client_id)
             raw = redis.Redis.from_url(place.redis_url)
             raw.xadd(mail, {"x": "y"})
             raw.xadd(mail, {"i": BYTES})

@@ -15,7 +15,7 @@ from dispatcher.routing.service import Dispatcher
 from l4queue.cli.health import Role, sign_of_life
 from l4queue.config import Settings
 from l4queue.errors import ServiceUnavailable
-from l4queue.protocol.executor import AsyncDoor
+from l4queue.protocol.executor import AsyncExecutor
 from l4queue.protocol.upkeep import Upkeep
 from tests.services.pipeline import ByteTokenizer, open_pipeline, true, until
 
@@ -49,7 +49,7 @@ async def test_a_worker_is_well_while_it_has_a_lease(redis_url: str, namespace: 
         assert "worker here has no lease" in await sick(Role.WORKER, settings)
 
 
-async def one_upkeep(dispatcher: Dispatcher, door: AsyncDoor) -> None:
+async def one_upkeep(dispatcher: Dispatcher, executor: AsyncExecutor) -> None:
     """One turn of what a dispatcher does beside routing."""
     stopping, adopt_once = asyncio.Event(), dispatcher.adopt_once
 
@@ -58,26 +58,26 @@ async def one_upkeep(dispatcher: Dispatcher, door: AsyncDoor) -> None:
         return await adopt_once()
 
     dispatcher.adopt_once = adopt_and_stop  # type: ignore[method-assign]
-    await keep_up(dispatcher, Upkeep(settings=dispatcher.settings, door=door), door, stopping)
+    await keep_up(dispatcher, Upkeep(settings=dispatcher.settings, executor=executor), executor, stopping)
 
 
 async def test_a_dispatcher_is_well_after_a_round(redis_url: str, namespace: str) -> None:
     """Also when nothing arrives; one whose routing stands still is not, whatever its upkeep does."""
     settings = Settings(redis_url=redis_url, namespace=namespace)
-    door = AsyncDoor(redis_url, retry_s=None)
-    dispatcher = Dispatcher(settings=settings, door=door, tokenizer=ByteTokenizer(), name="d")  # type: ignore[arg-type]
+    executor = AsyncExecutor(redis_url, retry_s=None)
+    dispatcher = Dispatcher(settings=settings, executor=executor, tokenizer=ByteTokenizer(), name="d")  # type: ignore[arg-type]
 
     dispatcher._rounded_s -= 3600.0
-    await one_upkeep(dispatcher, door)
+    await one_upkeep(dispatcher, executor)
     assert "no dispatcher of" in await sick(Role.DISPATCHER, settings)
 
     routing = asyncio.create_task(dispatcher.run())
     await until(lambda: true(dispatcher.idle_s < 60.0))
-    await one_upkeep(dispatcher, door)
+    await one_upkeep(dispatcher, executor)
     assert "finished a round 0." in await asyncio.to_thread(sign_of_life, Role.DISPATCHER, settings)
     dispatcher.request_stop()
     await routing
-    await door.close()
+    await executor.close()
 
 
 async def test_planner_and_beat_are_well_after_a_round(redis_url: str, namespace: str) -> None:

@@ -14,17 +14,17 @@ from tests.protocol.consistency import check
 from tests.protocol.scene import Scene
 from tests.services.pipeline import true, until
 from workers.engine.loop_work import LoopWork
-from workers.loop.lease_thread import LeaseKeeper
+from workers.loop.lease_thread import LeaseThread
 
 pytestmark = pytest.mark.services
 
 
 def _keeper(
     scene: Scene, worker: str, work: LoopWork, *, on_lost: Callable[[], None] = lambda: None, **over: float
-) -> LeaseKeeper:
+) -> LeaseThread:
     values = {"lease_s": 0.6, "stall_limit_s": 0.6, **over}
-    settings = Settings(redis_url=scene.door.url, namespace=scene.keys.namespace, **values)  # type: ignore[arg-type]
-    return LeaseKeeper(
+    settings = Settings(redis_url=scene.executor.url, namespace=scene.keys.namespace, **values)  # type: ignore[arg-type]
+    return LeaseThread(
         settings=settings, calls=scene.calls, incarnation=lambda: worker, work=work, on_lost=on_lost
     )
 
@@ -36,7 +36,7 @@ async def test_a_lease_is_kept_until_it_is_let_go(scene: Scene) -> None:
     keeper = _keeper(scene, "w1", LoopWork(), on_lost=lost.set, stall_limit_s=60.0)
 
     def expires_ms() -> int:
-        return dict(scene.door.run(scene.reads.incarnations()))["w1"]
+        return dict(scene.executor.run(scene.reads.incarnations()))["w1"]
 
     before_ms = expires_ms()
     keeper.start()
@@ -62,7 +62,7 @@ async def test_all_workers_of_a_process_give_up_before_it_ends(
         if len(at_end) == 2:
             ended.set()
 
-    scene_at_end = Scene(scene.door, scene.keys.namespace)
+    scene_at_end = Scene(scene.executor, scene.keys.namespace)
     monkeypatch.setattr("workers.loop.lease_thread.end_process", end)
     for name in "abcd":
         scene.submit(name)
@@ -73,7 +73,7 @@ async def test_all_workers_of_a_process_give_up_before_it_ends(
         scene.register(worker)
         scene.take(worker, max_requests=2)
         keepers.append(_keeper(scene, worker, work))
-    suspect = sorted(scene.door.run(scene.reads.held("w1")))[0]
+    suspect = sorted(scene.executor.run(scene.reads.held("w1")))[0]
     for keeper in keepers:
         keeper.start()
     with works["w1"].on(f"{suspect}:1"):
@@ -83,6 +83,6 @@ async def test_all_workers_of_a_process_give_up_before_it_ends(
     assert at_end == [expected, expected], "the process does not end before all have given up"
     assert {scene.state(name) for name in "abcd"} == {RequestState.QUEUED}
     assert scene.waiting(SOLO_STAGE) == []
-    assert scene.door.run(scene.reads.incarnations()) == []
+    assert scene.executor.run(scene.reads.incarnations()) == []
     check(scene)
     scene_at_end.close()

@@ -60,12 +60,12 @@ class Stage:
             self.processes.start(name, SCRIPT, worker_id=name, **settings)
 
     async def incarnation(self, worker_id: str) -> str | None:
-        found = await self.pipeline.door.run(self.reads.incarnations())
+        found = await self.pipeline.executor.run(self.reads.incarnations())
         return next((name for name, _ in found if name.rpartition(":")[0] == worker_id), None)
 
     async def held(self, worker_id: str) -> set[str]:
         name = await self.incarnation(worker_id)
-        return set() if name is None else await self.pipeline.door.run(self.reads.held(name))
+        return set() if name is None else await self.pipeline.executor.run(self.reads.held(name))
 
     async def holds(self, worker_id: str, number: int) -> None:
         async def is_so() -> bool:

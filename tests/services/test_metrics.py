@@ -24,7 +24,7 @@ from l4queue.errors import QueueFull
 from l4queue.models import Plan, StagePlan
 from l4queue.plan_json import plan_to_json
 from l4queue.protocol.calls import Calls
-from l4queue.protocol.executor import Door
+from l4queue.protocol.executor import Executor
 from l4queue.protocol.keys import Keys
 from tests.protocol.server import RedisServer
 from tests.services.processes import Processes, free_port, until
@@ -62,7 +62,7 @@ class Deployment:
         self.settings = load_settings(**given)
         self.processes = Processes(folder, **given)
         self.client = Client(settings=self.settings)
-        self.door = Door(redis.url)
+        self.executor = Executor(redis.url)
 
     def start(self) -> None:
         """Everything up, with a plan of two stages."""
@@ -90,7 +90,7 @@ class Deployment:
         )
         plan = Plan(version=1, stages=stages, created_ms=int(time.time() * 1000), reason="test")
         call = Calls(Keys(self.settings.namespace)).publish(expected_version=0, version=1, body=plan_to_json(plan))
-        self.door.run(call)
+        self.executor.run(call)
 
     def text(self, role: str) -> str:
         """What a process answers to a scrape."""
@@ -113,7 +113,7 @@ class Deployment:
     def close(self) -> None:
         """Leave nothing behind."""
         self.client.close()
-        self.door.close()
+        self.executor.close()
         self.processes.close()
 
 

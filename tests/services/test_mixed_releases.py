@@ -18,7 +18,7 @@ from l4queue import AsyncClient, Settings
 from l4queue.models import Plan, RequestState, StagePlan
 from l4queue.plan_json import plan_to_json
 from l4queue.protocol.calls import Calls, Verdict
-from l4queue.protocol.executor import Door
+from l4queue.protocol.executor import Executor
 from l4queue.protocol.keys import Keys
 from l4queue.protocol.reads import Reads
 from tests.chaos.wishes import expected
@@ -111,19 +111,21 @@ async def _one(client: AsyncClient, number: int, rng: random.Random) -> str:
 
 
 @pytest.mark.parametrize("dispatcher", ["old", "new"])
-async def test_workers_of_two_releases_serve_together(fleet: MixedFleet, door: Door, dispatcher: str) -> None:
+async def test_workers_of_two_releases_serve_together(
+    fleet: MixedFleet, executor: Executor, dispatcher: str
+) -> None:
     """Under load, over three stages, with hand-over of KV: all is done as by one release, and nobody ends."""
     keys = Keys(fleet.settings.namespace)
     reads, calls = Reads(keys), Calls(keys)
     body = plan_to_json(Plan(version=1, stages=STAGES, reason="both releases in every move"))
-    assert door.run(calls.publish(expected_version=0, version=1, body=body)) is Verdict.OK
+    assert executor.run(calls.publish(expected_version=0, version=1, body=body)) is Verdict.OK
     fleet.start(f"{dispatcher}-d", "-m", "dispatcher")
     for name in WORKERS:
         fleet.start(name, "-m", "workers", worker_id=name)
 
     def is_complete() -> bool:
         fleet.check()
-        return {name.rpartition(":")[0] for name, _ in door.run(reads.incarnations())} == set(WORKERS)
+        return {name.rpartition(":")[0] for name, _ in executor.run(reads.incarnations())} == set(WORKERS)
 
     await asyncio.to_thread(until, is_complete, "all four workers serve", timeout_s=300)
     rng, ids = random.Random(SEED), list[str]()
@@ -132,7 +134,7 @@ async def test_workers_of_two_releases_serve_together(fleet: MixedFleet, door: D
             ids += await asyncio.gather(*(_one(client, len(ids) + i, rng) for i in range(OPEN)))
             fleet.check()
             records = [await (await client.get(request_id)).status() for request_id in ids]
-            ledgers = door.run_many([reads.ledger(request_id) for request_id in ids])
+            ledgers = executor.run_many([reads.ledger(request_id) for request_id in ids])
             moved = Counter(_ways(ledgers))
             if {"old>new", "new>old"} <= moved.keys() and {r.worker for r in records} == set(WORKERS):
                 break

@@ -69,7 +69,7 @@ async def _uncut(prompt: str, max_tokens: int, cost: StepCost = COST) -> tuple[i
 
 
 async def _ledger(pipeline: Pipeline, request_id: str) -> list[dict[str, Any]]:
-    lines = await pipeline.door.run(Reads(Keys(pipeline.settings.namespace)).ledger(request_id))
+    lines = await pipeline.executor.run(Reads(Keys(pipeline.settings.namespace)).ledger(request_id))
     return [json.loads(line) for line in lines]
 
 
@@ -84,7 +84,7 @@ async def _travel(pipeline: Pipeline) -> None:
         pipeline.start(name, speed=1.0, cost=CROWDED)
     await pipeline.publish(*_stages((0, 40, ("w0",)), (40, 120, ("w1",)), (120, None, ("w2",))))
     await until(lambda: true(all(w.state.plan.version for w, _ in pipeline.workers.values())))
-    await until(lambda: true(all(len(w.state.outlook.others()) == 2 for w, _ in pipeline.workers.values())))
+    await until(lambda: true(all(len(w.state.fleet_view.others()) == 2 for w, _ in pipeline.workers.values())))
     # crowds that stay: a penalty pins a request to its worker
     stays = {"max_tokens": 600, "ignore_eos": True, "presence_penalty": 0.5}
     crowd = [await pipeline.client.enqueue("x" * length, **stays) for length in (5,) * 16 + (60,) * 6]
@@ -103,9 +103,9 @@ async def _travel(pipeline: Pipeline) -> None:
     assert all(line["benefit_ms"] > line["cost_ms"] for line in lines if line["what"] == "hand-over")
     for other in crowd:
         assert await other.cancel()
-    told = [event.what for event in await handle.explain()]
-    assert told[:4] == ["accepted", "routed", "taken", "first token"]
-    assert told[4:] == ["hand-over", "taken", "resumed", "hand-over", "taken", "resumed", "done"]
+    last_published = [event.what for event in await handle.explain()]
+    assert last_published[:4] == ["accepted", "routed", "taken", "first token"]
+    assert last_published[4:] == ["hand-over", "taken", "resumed", "hand-over", "taken", "resumed", "done"]
     counts = (await pipeline.client.overview()).counts
     assert counts["handovers"] >= 2
     assert counts["live"] == 0
@@ -115,7 +115,7 @@ async def _outgrow(pipeline: Pipeline, num_tokens: int) -> AsyncHandle:
     """A request that will outgrow the crowded stage of w0 while w1 idles."""
     await pipeline.publish(*_stages((0, 40, ("w0",)), (40, None, ("w1",))))
     await until(lambda: true(all(w.state.plan.version for w, _ in pipeline.workers.values())))
-    await until(lambda: true(all(w.state.outlook.others() for w, _ in pipeline.workers.values())))
+    await until(lambda: true(all(w.state.fleet_view.others() for w, _ in pipeline.workers.values())))
     stays = {"max_tokens": 600, "ignore_eos": True, "presence_penalty": 0.5}
     for _ in range(12):
         await pipeline.client.enqueue("x" * 5, **stays)
@@ -158,7 +158,7 @@ async def test_what_runs_leaves_before_a_long_prefill(redis_url: str, namespace:
             pipeline.start(name, speed=1.0, cost=slow)
         await pipeline.publish(*_stages((0, 100, ("w0",)), (100, None, ("w1",))))
         await until(lambda: true(all(w.state.plan.version for w, _ in pipeline.workers.values())))
-        await until(lambda: true(all(w.state.outlook.others() for w, _ in pipeline.workers.values())))
+        await until(lambda: true(all(w.state.fleet_view.others() for w, _ in pipeline.workers.values())))
         prompt = "x" * 150
         decoding = await pipeline.client.enqueue(prompt, max_tokens=400, ignore_eos=True)
         async for _ in decoding.stream(timeout=120):
@@ -216,8 +216,8 @@ async def test_a_move_that_fails_ends_its_worker_and_the_request_goes_on_elsewhe
                 await failing
         pipeline.start("w0")  # whoever runs the workers starts it again
         assert (await handle.result(timeout=120)).token_ids == await _uncut("hello", 300)
-        told = [line["what"] for line in await _ledger(pipeline, handle.id)]
-        assert next(what for what in told if what in ("released", "hand-over")) == "released"
+        last_published = [line["what"] for line in await _ledger(pipeline, handle.id)]
+        assert next(what for what in last_published if what in ("released", "hand-over")) == "released"
 
 
 class CutWaits(EmulatedEngine):
@@ -251,7 +251,7 @@ async def test_a_request_that_ends_while_it_moves_has_ended(
             assert await handle.cancel()
         else:  # its deadline has passed: upkeep sees it
             deadlines = Keys(namespace).deadlines
-            await pipeline.door.run(Call(None, (), ("ZADD", deadlines, 1, handle.id), int))
+            await pipeline.executor.run(Call(None, (), ("ZADD", deadlines, 1, handle.id), int))
         read: list[int] = []
         with pytest.raises(ending):
             await _read(handle, read)
@@ -300,7 +300,7 @@ async def test_a_newcomer_joins_the_stage_that_lacks_workers(pipeline: Pipeline)
 async def _publish_routing(pipeline: Pipeline, routing: Routing, *stages: StagePlan) -> None:
     plan = Plan(version=1, stages=stages, routing=routing)
     calls = Calls(Keys(pipeline.settings.namespace))
-    verdict = await pipeline.door.run(calls.publish(expected_version=0, version=1, body=plan_to_json(plan)))
+    verdict = await pipeline.executor.run(calls.publish(expected_version=0, version=1, body=plan_to_json(plan)))
     assert verdict is Verdict.OK
 
 
@@ -308,7 +308,7 @@ async def test_a_router_pushes_in_turn_and_nobody_steals(pipeline: Pipeline) -> 
     """Under round robin each gets every second request and keeps it; those of one that leaves go to others."""
     for name in ("w0", "w1"):
         pipeline.start(name, speed=1.0, cost=CROWDED)
-    await until(lambda: true(all(w.state.outlook.others() for w, _ in pipeline.workers.values())))
+    await until(lambda: true(all(w.state.fleet_view.others() for w, _ in pipeline.workers.values())))
     await _publish_routing(pipeline, Routing.ROUND_ROBIN, *_stages((0, None, ("w0", "w1"))))
     handles = []
     for index in range(20):  # the even ones are long, the odd ones short: a queue would spread them
@@ -330,7 +330,7 @@ async def test_two_pools_split_by_prompt_length(pipeline: Pipeline) -> None:
     """Short prompts to one worker, long ones to the other."""
     for name in ("w0", "w1"):
         pipeline.start(name)
-    await until(lambda: true(all(w.state.outlook.others() for w, _ in pipeline.workers.values())))
+    await until(lambda: true(all(w.state.fleet_view.others() for w, _ in pipeline.workers.values())))
     await _publish_routing(pipeline, Routing.TWO_POOL, *_stages((0, 40, ("w0",)), (40, None, ("w1",))))
     handles = [(n, await pipeline.client.enqueue("b" * n, max_tokens=2)) for n in (5, 60, 39, 40, 5)]
     assert [(await h.result(timeout=120)).worker for n, h in handles] == ["w0", "w1", "w0", "w1", "w0"]
@@ -345,7 +345,7 @@ async def test_the_least_loaded_is_so_by_what_it_runs_now(
     )  # published loads would be seen afresh each time
     for name in ("w0", "w1"):
         pipeline.start(name, speed=1.0, cost=CROWDED)
-    await until(lambda: true(all(w.state.outlook.others() for w, _ in pipeline.workers.values())))
+    await until(lambda: true(all(w.state.fleet_view.others() for w, _ in pipeline.workers.values())))
     await _publish_routing(pipeline, Routing.LEAST_LOADED, *_stages((0, None, ("w0", "w1"))))
     for index in range(1, 9):
         await pipeline.client.enqueue("a", max_tokens=1900, ignore_eos=True)

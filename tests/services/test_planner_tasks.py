@@ -12,7 +12,7 @@ from dispatcher.app import make_app, steady_now
 from dispatcher.planner.tasks import REPLAN
 from l4queue.config import load_settings
 from l4queue.observe.overview import price_in_force, read_overview
-from l4queue.protocol.executor import Door
+from l4queue.protocol.executor import Executor
 from l4queue.protocol.keys import Keys
 from l4queue.protocol.reads import Reads
 from tests.protocol.server import RedisServer
@@ -45,31 +45,31 @@ def reads() -> Reads:
 
 
 @pytest.fixture
-def door(server: RedisServer) -> Iterator[Door]:
-    door = Door(server.url)
-    yield door
-    door.close()
+def executor(server: RedisServer) -> Iterator[Executor]:
+    executor = Executor(server.url)
+    yield executor
+    executor.close()
 
 
 def test_two_beats_and_two_planners_make_one_history_of_plans(
-    processes: Processes, door: Door, reads: Reads
+    processes: Processes, executor: Executor, reads: Reads
 ) -> None:
     """Rounds go on, versions rise by one, nothing piles up, nobody fails."""
     processes.worker("w1", engine="emulated")
-    until(lambda: door.run(reads.incarnations()), "a worker is there", timeout_s=120)
+    until(lambda: executor.run(reads.incarnations()), "a worker is there", timeout_s=120)
     for number in "12":
         processes.start(f"planner{number}", *CELERY, "worker", "-l", "INFO", "-n", f"planner{number}@%h")
         processes.start(f"beat{number}", *CELERY, "beat", "--pidfile=")
 
     def versions() -> list[int]:
-        return [version for _, version, _ in door.run(reads.plan_history(count=100))]
+        return [version for _, version, _ in executor.run(reads.plan_history(count=100))]
 
     until(lambda: len(versions()) >= 1, "a plan for one worker", timeout_s=120)
     processes.worker("w2", engine="emulated")
     until(lambda: len(versions()) >= 2, "a plan for two workers", timeout_s=120)
     assert processes.stop("w2") == 0
     until(lambda: len(versions()) >= 3, "a plan for one worker again", timeout_s=120)
-    until(lambda: len(door.run(reads.decisions(count=100))) >= 10, "ten rounds", timeout_s=120)
+    until(lambda: len(executor.run(reads.decisions(count=100))) >= 10, "ten rounds", timeout_s=120)
 
     assert sorted(versions()) == list(range(1, len(versions()) + 1))
     for name in ("planner1", "planner2"):
@@ -79,16 +79,16 @@ def test_two_beats_and_two_planners_make_one_history_of_plans(
     assert not list(Path(processes.folder).glob("celerybeat*"))
 
 
-def test_the_planner_knows_what_a_move_costs_here(processes: Processes, door: Door, reads: Reads) -> None:
+def test_the_planner_knows_what_a_move_costs_here(processes: Processes, executor: Executor, reads: Reads) -> None:
     """Workers tell what they can: the KV cache at 50 GB/s, or to prefill again where one cannot do better."""
     processes.worker("w1", engine="emulated", emulated_kv_bytes_per_s=50e9)
-    until(lambda: door.run(reads.incarnations()), "a worker is there", timeout_s=120)
-    price = price_in_force(read_overview(door, "l4"))
+    until(lambda: executor.run(reads.incarnations()), "a worker is there", timeout_s=120)
+    price = price_in_force(read_overview(executor, "l4"))
     processes.worker("w2", engine="emulated", emulated_kv_bytes_per_s=0)
-    until(lambda: len(door.run(reads.incarnations())) == 2, "another one is there", timeout_s=120)
+    until(lambda: len(executor.run(reads.incarnations())) == 2, "another one is there", timeout_s=120)
 
     assert (price.bandwidth_bytes_per_s, price.kv_bytes_per_token) == (50e9, 131_072)
-    assert price_in_force(read_overview(door, "l4")).bandwidth_bytes_per_s is None
+    assert price_in_force(read_overview(executor, "l4")).bandwidth_bytes_per_s is None
 
 
 def test_a_round_that_comes_too_late_is_dropped(server: RedisServer, processes: Processes) -> None:

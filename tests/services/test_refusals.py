@@ -13,7 +13,7 @@ import redis
 
 from l4queue import Settings
 from l4queue.models import RequestState
-from l4queue.protocol.executor import Door
+from l4queue.protocol.executor import Executor
 from tests.protocol.scene import Scene
 from tests.protocol.server import DURABLE, RedisServer
 from tests.services.processes import Processes, free_port, until
@@ -102,8 +102,8 @@ class Deployment:
         settings = {"redis_url": server.url, "engine": "emulated", "model": "tiny", "lease_s": 2.0}
         self.settings = Settings(**settings, _env_file=None)  # type: ignore[arg-type,call-arg]
         self.processes = Processes(folder, refine_interval_s=1.0, replan_interval_s=2.0, **settings)
-        self.door = Door(server.url)
-        self.scene = Scene(self.door, self.settings.namespace)
+        self.executor = Executor(server.url)
+        self.scene = Scene(self.executor, self.settings.namespace)
         start = self.processes.start
         self.children = {
             "w1": self.processes.worker("w1"),
@@ -131,7 +131,7 @@ class Deployment:
         """Leave nothing behind."""
         self.processes.close()
         self.scene.close()
-        self.door.close()
+        self.executor.close()
 
 
 @pytest.fixture
@@ -194,7 +194,7 @@ def test_processes_wait_for_what_an_operator_can_mend(
         assert len(said) <= 1, said
         assert all(re.search(refusal.words, line) for line in said), said
         assert len(d.said(process, OVER)) == len(said)
-    record = d.door.run(d.scene.reads.record("running"))
+    record = d.executor.run(d.scene.reads.record("running"))
     assert record is not None
     assert record.crashes == 0
 

@@ -16,7 +16,7 @@ import pytest
 
 from l4queue import AsyncClient, Settings
 from l4queue.models import RequestState
-from l4queue.protocol.executor import Door
+from l4queue.protocol.executor import Executor
 from l4queue.protocol.keys import Keys
 from l4queue.protocol.reads import Reads
 from tests.chaos.wishes import expected
@@ -86,7 +86,7 @@ class Deployment:
         self.settings = Settings(**settings, _env_file=None)  # type: ignore[arg-type,call-arg]
         self.processes = Processes(folder, replan_interval_s=1.0, plan_min_life_s=0.0, **settings)
         self.reads = Reads(Keys(self.settings.namespace))
-        self.door = Door(url)
+        self.executor = Executor(url)
         self.names = [name for name in COMMANDS if name != "d2" or TWO_DISPATCHERS]
 
     def launch(self, name: str) -> Callable[[], object]:
@@ -115,13 +115,13 @@ class Deployment:
     def close(self) -> None:
         """Kill what runs."""
         self.processes.close()
-        self.door.close()
+        self.executor.close()
 
     def _workers(self) -> set[str]:
-        return {incarnation.rpartition(":")[0] for incarnation, _ in self.door.run(self.reads.incarnations())}
+        return {incarnation.rpartition(":")[0] for incarnation, _ in self.executor.run(self.reads.incarnations())}
 
     def _decisions(self) -> list[tuple[int, str]]:
-        return self.door.run(self.reads.decisions(count=2000))
+        return self.executor.run(self.reads.decisions(count=2000))
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import pytest
 from l4queue import AsyncHandle
 from l4queue.models import RequestState, StagePlan, WorkerLoad
 from l4queue.policy.solo import SoloLimits
-from l4queue.protocol.keys import SOLO_STAGE, personal_stage
+from l4queue.protocol.keys import SOLO_STAGE, private_queue
 from tests.protocol.scene import Scene
 from tests.services.pipeline import COST, Pipeline, open_pipeline, true, until
 
@@ -65,7 +65,7 @@ async def _handed_over(
             name = f"moved{number}"
             body = json.dumps({"params": {"max_tokens": num_tokens, "ignore_eos": True}})
             scene.submit(name, max_live_tokens=10**9, max_live_bytes=10**9, body=body)
-            scene.route(name, stage=personal_stage(worker_id), max_tokens=num_tokens)
+            scene.route(name, stage=private_queue(worker_id), max_tokens=num_tokens)
             sent.append(name)
             await asyncio.sleep(every_s)
 
@@ -124,16 +124,16 @@ async def test_the_emptiest_of_two_runs_empty_while_requests_are_handed_over(
     await pipeline.publish(
         *(StagePlan(low_tokens=a, high_tokens=b, num_workers=1, worker_ids=(w,)) for a, b, w in stages)
     )
-    told: list[WorkerLoad] = []
+    last_published: list[WorkerLoad] = []
     async with _handed_over(scene, "w1"):
         for name in ("w0", "w1"):
             pipeline.start(name, speed=3.0, cost=CROWDED)
         crowd = [await pipeline.client.enqueue(f"{i:05d}", max_tokens=250, ignore_eos=True) for i in range(12)]
         while (await suspect.status()).state is not RequestState.DONE:
-            told += (await pipeline.client.overview()).workers
+            last_published += (await pipeline.client.overview()).workers
             await asyncio.sleep(0.02)
-    assert any(load.is_emptying for load in told)
-    assert not [load for load in told if load.is_emptying and load.is_open]
+    assert any(load.is_emptying for load in last_published)
+    assert not [load for load in last_published if load.is_emptying and load.is_open]
     for handle in crowd:
         await handle.cancel()
 
@@ -144,7 +144,7 @@ async def test_the_stage_of_a_worker_that_runs_empty_is_served_by_others(
     """Even where it is the only one of its stage, and far from empty: what is queued there is stolen."""
     monkeypatch.setattr("workers.loop.solo._LIMITS", replace(QUICK, empty_s=1000.0))
     w0, w1 = (pipeline.start(name, speed=5.0) for name in ("w0", "w1"))
-    await until(lambda: true(all(w.state.outlook.others() for w in (w0, w1))))
+    await until(lambda: true(all(w.state.fleet_view.others() for w in (w0, w1))))
     await pipeline.publish(
         StagePlan(low_tokens=0, high_tokens=40, num_workers=1, worker_ids=("w0",)),
         StagePlan(low_tokens=40, high_tokens=None, num_workers=1, worker_ids=("w1",)),

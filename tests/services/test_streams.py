@@ -27,7 +27,7 @@ from l4queue.errors import (
 )
 from l4queue.models import RequestState
 from l4queue.protocol.calls import Call
-from l4queue.protocol.executor import Door
+from l4queue.protocol.executor import Executor
 from tests.protocol.consistency import check
 from tests.protocol.scene import Scene
 from tests.protocol.server import RedisServer
@@ -61,7 +61,7 @@ def start(scene: Scene, *handles: AsyncHandle | Handle) -> None:
 
 def run(scene: Scene, calls: list[Call[Any]]) -> None:
     for begin in range(0, len(calls), 500):
-        scene.door.run_many(calls[begin : begin + 500])
+        scene.executor.run_many(calls[begin : begin + 500])
 
 
 def emit_all(scene: Scene, handles: list[AsyncHandle], *, offset: int, num: int) -> None:
@@ -171,7 +171,7 @@ async def test_news_that_are_lost_are_read_from_the_output(scene: Scene, client:
     start(scene, handle)
     reading = asyncio.create_task(tokens_of(handle))
     await follows(scene, handle)
-    news = scene.keys.news(client._composer.client_id)
+    news = scene.keys.news(client._core.client_id)
     for turn in range(20):
         scene.emit(handle.id, offset=2 * turn, num=2)
         if turn % 3:
@@ -191,7 +191,7 @@ async def test_large_output_is_read_where_it_is_stored(scene: Scene, client: Asy
     scene.emit(handle.id, offset=500, num=1)
     scene.settle(handle.id, offset=501)
     assert await reading == scene.tokens(1, 0, 501)
-    news = scene.raw.xrange(scene.keys.news(client._composer.client_id))
+    news = scene.raw.xrange(scene.keys.news(client._core.client_id))
     assert sum(len(value) for _, values in news for value in values.values()) < 1000
 
 
@@ -205,7 +205,7 @@ async def test_clients_that_never_stream_cost_nothing(scene: Scene, client: Asyn
     scene.settle(handle.id, offset=2)
     assert (await waiting).token_ids == tuple(scene.tokens(1, 0, 2))
     assert scene.raw.hget(scene.keys.request(handle.id), "followers") is None
-    assert scene.raw.exists(scene.keys.news(client._composer.client_id)) == 0
+    assert scene.raw.exists(scene.keys.news(client._core.client_id)) == 0
 
 
 async def test_an_outcome_other_than_done_follows_the_last_chunk(scene: Scene, client: AsyncClient) -> None:
@@ -303,7 +303,7 @@ def test_a_fork_reads_for_itself(scene: Scene, blocking: Client) -> None:
 def test_streams_survive_a_restart_of_redis(durable_server: RedisServer, namespace: str) -> None:
     """Killed with what it has in its AOF: blocking and asyncio streams go on without gap or repeat."""
     settings = Settings(redis_url=durable_server.url, namespace=namespace)
-    scene = Scene(Door(durable_server.url), namespace)
+    scene = Scene(Executor(durable_server.url), namespace)
     found: list[list[int]] = []
 
     def read(handle: Handle) -> None:
@@ -329,16 +329,16 @@ def test_streams_survive_a_restart_of_redis(durable_server: RedisServer, namespa
             thread.join()
     assert found == [scene.tokens(1, 0, 12)] * 2
     scene.close()
-    scene.door.close()
+    scene.executor.close()
 
 
 async def test_an_outage_ends_every_wait_and_the_next_one_goes_on(
     durable_server: RedisServer, namespace: str
 ) -> None:
     """Those that wait are told by what they wait for; a stream goes on from its offset."""
-    scene = Scene(Door(durable_server.url), namespace)
+    scene = Scene(Executor(durable_server.url), namespace)
     async with AsyncClient(settings=Settings(redis_url=durable_server.url, namespace=namespace)) as client:
-        client._door.retry_s = 0.1
+        client._executor.retry_s = 0.1
         handle = await client.enqueue("x", max_tokens=9)
         start(scene, handle)
         stream = handle.stream(timeout=50)
@@ -351,11 +351,11 @@ async def test_an_outage_ends_every_wait_and_the_next_one_goes_on(
             with pytest.raises(ServiceUnavailable, match="cannot be reached"):
                 await wait
         durable_server.start()
-        client._door.retry_s = 10.0
+        client._executor.retry_s = 10.0
         scene.settle(handle.id, offset=2, num=1)
         assert await tokens_of(handle, after=2) == scene.tokens(1, 2, 1)
     scene.close()
-    scene.door.close()
+    scene.executor.close()
 
 
 async def test_results_and_streams_are_read_without_replicas(scene: Scene, redis_url: str, namespace: str) -> None:
@@ -506,7 +506,7 @@ async def test_3000_that_have_ended_come_at_once(scene: Scene, client: AsyncClie
     handles = await client.enqueue_many(["x"] * 3000, max_tokens=9)
     run(scene, [scene.calls.cancel(handle.id, reason="") for handle in handles])
     if lose_mail:
-        scene.raw.delete(scene.keys.mailbox(client._composer.client_id))
+        scene.raw.delete(scene.keys.mailbox(client._core.client_id))
     ended = [handle async for handle in client.as_completed(handles, timeout=0)]
     assert sorted(h.id for h in ended) == sorted(h.id for h in handles)
 
@@ -515,7 +515,7 @@ def test_blocking_clients_get_all_that_have_ended(scene: Scene, blocking: Client
     """The same."""
     handles = blocking.enqueue_many(["x"] * 2500, max_tokens=9)
     run(scene, [scene.calls.cancel(handle.id, reason="") for handle in handles])
-    scene.raw.delete(scene.keys.mailbox(blocking._composer.client_id))
+    scene.raw.delete(scene.keys.mailbox(blocking._core.client_id))
     assert len(list(blocking.as_completed(handles, timeout=0))) == 2500
 
 
@@ -539,7 +539,7 @@ async def test_an_end_that_a_server_has_forgotten_is_none(
     handle, other = await client.enqueue("x", max_tokens=9), blocking.enqueue("y", max_tokens=9)
     start(scene, handle, other)
     for one, of in ((handle, client), (other, blocking)):
-        mail = scene.keys.mailbox(of._composer.client_id)  # type: ignore[attr-defined]
+        mail = scene.keys.mailbox(of._core.client_id)  # type: ignore[attr-defined]
         scene.raw.xadd(mail, {"i": one.id, "s": "done"})
         scene.raw.xadd(mail, {"i": one.id, "s": "a state of a later release"})
         scene.raw.xadd(mail, {"nothing": "known"})
@@ -554,7 +554,7 @@ async def test_an_end_that_a_server_has_forgotten_is_none(
 
 def until_read(scene: Scene, client: Any) -> None:
     """Wait until a client has read all of its mail."""
-    mail = scene.keys.mailbox(client._composer.client_id)
+    mail = scene.keys.mailbox(client._core.client_id)
     while client._listener._demux.streams[mail] == "0-0":
         threading.Event().wait(0.01)
 

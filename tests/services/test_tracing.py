@@ -114,7 +114,7 @@ def _publish(client: Client, *stages: StagePlan) -> None:
     version = client.overview().plan.version
     plan = Plan(version=version + 1, stages=stages)
     calls = Calls(Keys(client.settings.namespace))
-    client._door.run(calls.publish(expected_version=version, version=plan.version, body=plan_to_json(plan)))
+    client._executor.run(calls.publish(expected_version=version, version=plan.version, body=plan_to_json(plan)))
 
 
 def _check_tree(spans: list[ReceivedSpan], *, root: str) -> dict[str, list[ReceivedSpan]]:

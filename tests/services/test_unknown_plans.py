@@ -10,7 +10,7 @@ import redis
 from dispatcher.planner.rounds import refine_once, replan_once
 from l4queue.models import StagePlan
 from l4queue.observe.health import planner_idle_s
-from l4queue.protocol.executor import Door
+from l4queue.protocol.executor import Executor
 from l4queue.protocol.keys import Keys
 from tests.services.pipeline import open_pipeline, true, until
 
@@ -75,9 +75,9 @@ async def test_a_plan_of_a_newer_release_is_left_to_its_planner(
 
     assert version == 2
     assert "newer release" in said
-    door = Door(redis_url)
-    assert planner_idle_s(door, namespace) == 0.0
-    door.close()
+    executor = Executor(redis_url)
+    assert planner_idle_s(executor, namespace) == 0.0
+    executor.close()
 
 
 @pytest.mark.parametrize("kind", BROKEN)

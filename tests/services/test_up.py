@@ -21,7 +21,7 @@ import pytest
 from l4queue.cli.stack.embedded import is_port_free
 from l4queue.client import Client
 from l4queue.observe.overview import read_overview
-from l4queue.protocol.executor import Door
+from l4queue.protocol.executor import Executor
 from l4queue.redis_url import parse_url, redacted
 from tests.protocol.server import RedisServer
 
@@ -171,11 +171,11 @@ def test_a_password_of_a_redis_of_ones_own_is_not_shown(tmp_path: Path, redis_ex
 
 
 def _workers(url: str) -> list[str]:
-    door = Door(url, retry_s=30.0)
+    executor = Executor(url, retry_s=30.0)
     try:
-        return sorted(load.worker_id for load in read_overview(door, "l4").workers)
+        return sorted(load.worker_id for load in read_overview(executor, "l4").workers)
     finally:
-        door.close()
+        executor.close()
 
 
 def test_nothing_outlives_it_when_it_is_killed(tmp_path: Path) -> None:

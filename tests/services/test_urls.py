@@ -19,7 +19,7 @@ from l4queue import AsyncClient, Client
 from l4queue.config import Settings, load_settings
 from l4queue.errors import ServiceUnavailable
 from l4queue.protocol.calls import Call
-from l4queue.protocol.executor import Door
+from l4queue.protocol.executor import Executor
 from tests.protocol.server import RedisServer
 from tests.services.processes import Processes, until
 from tests.services.redis_sets import has_tls, make_certificate
@@ -119,11 +119,11 @@ FORMS = {
 def test_it_works_for_the_queue(place: Place, form: str, database: int, namespace: str) -> None:
     """Blocking and asyncio, calls and waits, scripts included."""
     settings = load_settings(redis_url=place.url(form), namespace=namespace)
-    door = Door(settings.redis_url, retry_s=0.0)
+    executor = Executor(settings.redis_url, retry_s=0.0)
     with Client(settings=settings) as client:
         assert client.enqueue("hello", max_tokens=3).id
-        assert door.wait({"none": "0"}, block_s=0.01) == {}
-    door.close()
+        assert executor.wait({"none": "0"}, block_s=0.01) == {}
+    executor.close()
 
     async def again() -> str:
         async with AsyncClient(settings=settings) as other:
@@ -165,10 +165,10 @@ def test_it_works_for_the_broker(place: Place, form: str, namespace: str, monkey
 def test_a_certificate_that_nobody_vouches_for_is_refused_by_both(place: Place, form: str) -> None:
     """Or an impostor reads the password."""
     settings = Settings(redis_url=place.url(form))
-    door = Door(settings.redis_url, retry_s=0.0)
+    executor = Executor(settings.redis_url, retry_s=0.0)
     with pytest.raises(ServiceUnavailable, match=r"CERTIFICATE_VERIFY_FAILED|certificate verify failed"):
-        door.run(Call(None, (), ("PING",), lambda reply: reply))
-    door.close()
+        executor.run(Call(None, (), ("PING",), lambda reply: reply))
+    executor.close()
     with (
         make_app(settings) as app,
         app.connection_for_write() as connection,
@@ -180,10 +180,10 @@ def test_a_certificate_that_nobody_vouches_for_is_refused_by_both(place: Place, 
 def test_a_certificate_of_another_host_is_refused_by_both(place: Place) -> None:
     """Vouched for, and of 127.0.0.1 only."""
     settings = Settings(redis_url=place.url("rediss://:{password}@localhost:{tls}/2?ssl_ca_certs={ca}"))
-    door = Door(settings.redis_url, retry_s=0.0)
+    executor = Executor(settings.redis_url, retry_s=0.0)
     with pytest.raises(ServiceUnavailable, match="localhost"):
-        door.run(Call(None, (), ("PING",), lambda reply: reply))
-    door.close()
+        executor.run(Call(None, (), ("PING",), lambda reply: reply))
+    executor.close()
     with (
         make_app(settings) as app,
         app.connection_for_write() as connection,
@@ -195,10 +195,10 @@ def test_a_certificate_of_another_host_is_refused_by_both(place: Place) -> None:
 @pytest.mark.parametrize("form", ["redis://:wrong@127.0.0.1:{port}/0", "unix://:wrong@{socket}"])
 def test_a_wrong_password_is_told_without_it(place: Place, form: str) -> None:
     """By TCP and socket."""
-    door = Door(place.url(form), retry_s=0.0)
+    executor = Executor(place.url(form), retry_s=0.0)
     with pytest.raises(ServiceUnavailable, match="refuses the credentials") as caught:
-        door.run(Call(None, (), ("PING",), lambda reply: reply))
-    door.close()
+        executor.run(Call(None, (), ("PING",), lambda reply: reply))
+    executor.close()
     assert "wrong" not in str(caught.value)
 
 
@@ -229,13 +229,13 @@ def test_workers_tell_no_password_to_those_who_ask(
         with make_app(load_settings(**given)) as app:
             inspect = app.control.inspect(timeout=2.0)
             until(lambda: len(inspect.ping() or {}) == 2, "both answer", timeout_s=60)
-            told = [inspect.stats(), inspect.conf(with_defaults=True), inspect.report()]
+            last_published = [inspect.stats(), inspect.conf(with_defaults=True), inspect.report()]
         said = [processes.log("w1"), processes.log("planner")]
     finally:
         processes.close()
 
-    assert [len(answers or {}) for answers in told] == [2, 2, 2]
-    text = "\n".join([*map(repr, told), *said])
+    assert [len(answers or {}) for answers in last_published] == [2, 2, 2]
+    text = "\n".join([*map(repr, last_published), *said])
     assert "Connected to redis" in text
     assert ENCODED not in text
     assert SPECIAL not in text

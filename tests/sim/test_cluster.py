@@ -16,7 +16,7 @@ from l4queue.sim.engine.request import SimRequest
 from l4queue.sim.policies.central import Central, CentralSjf, Clairvoyant, TwoPool
 from l4queue.sim.policies.length_blind import LeastRequests, LeastTokens, Llumnix, PowerOfTwo, Random, RoundRobin
 from l4queue.sim.policy import Policy
-from l4queue.sim.runner import Setting, run_policy
+from l4queue.sim.runner import RunConfig, run_policy
 from l4queue.sim.traces.trace import Trace
 from l4queue.sim.traces.workload import make_workload
 from l4queue.sim.tuning import tune_two_pool
@@ -133,7 +133,7 @@ def test_single_token_prompts_queue_as_m_d_1() -> None:
     ones = np.ones(count, dtype=np.int64)
     trace = Trace(name="md1", arrival_s=arrival, input_tokens=100 * ones, output_tokens=ones)
 
-    run = run_policy(RoundRobin(), trace, Setting(cost=cost, num_instances=1))
+    run = run_policy(RoundRobin(), trace, RunConfig(cost=cost, num_instances=1))
 
     expected_s = service_s + rho * service_s / (2 * (1 - rho))
     assert run.result.mean_e2e_s == pytest.approx(expected_s, rel=0.03)
@@ -150,7 +150,7 @@ def test_decoding_shares_the_engine_as_a_processor() -> None:
     ones = np.ones(count, dtype=np.int64)
     trace = Trace(name="ps", arrival_s=arrival, input_tokens=ones, output_tokens=output * ones)
 
-    run = run_policy(RoundRobin(), trace, Setting(cost=cost, num_instances=1))
+    run = run_policy(RoundRobin(), trace, RunConfig(cost=cost, num_instances=1))
 
     assert run.result.mean_e2e_s == pytest.approx(output * 0.003 / (1 - rho), rel=0.05)
 
@@ -174,7 +174,7 @@ def test_two_pools_are_tuned_to_separate_a_bimodal_mix() -> None:
     outputs = np.where(is_long, 50, 100).astype(np.int64)
     arrival = np.cumsum(rng.exponential(1 / 60.0, count))
     trace = Trace(name="two", arrival_s=arrival, input_tokens=inputs, output_tokens=outputs)
-    setting = Setting(cost=COST, num_instances=8)
+    setting = RunConfig(cost=COST, num_instances=8)
 
     tuned = tune_two_pool(trace, setting)
 
@@ -191,7 +191,7 @@ def test_fewest_instances_are_found_by_bisection_and_minimal() -> None:
     slo = parse_slo("p99_ttft_s<2, p99_tpot_s<0.05")
 
     def run(count: int):  # type: ignore[no-untyped-def]
-        return run_policy(LeastRequests(), trace, Setting(cost=COST, num_instances=count)).result
+        return run_policy(LeastRequests(), trace, RunConfig(cost=COST, num_instances=count)).result
 
     found = find_instances(run, slo)
 

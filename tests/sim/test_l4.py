@@ -16,8 +16,8 @@ from l4queue.sim.cluster import Cluster
 from l4queue.sim.policies.l4 import INGREDIENTS, L4, L4Options
 from l4queue.sim.prove import prove_recent
 from l4queue.sim.registry import make_policy
-from l4queue.sim.replay import Arrival, Changed, make_scorer
-from l4queue.sim.runner import Setting, run_policy
+from l4queue.sim.replay import Changed, RecordedArrival, make_scorer
+from l4queue.sim.runner import RunConfig, run_policy
 from l4queue.sim.traces.trace import Trace
 from l4queue.sim.traces.workload import make_workload
 
@@ -76,7 +76,7 @@ def test_every_request_ends_whole_whatever_is_switched_off(
 def test_classes_pay_on_a_long_tailed_mix() -> None:
     """Nine in ten short, one in ten long, busy engines: l4 beats shortest prompt first in one queue."""
     trace = traffic("mixed", num_requests=5000, rate_rps=80.0, seed=2)
-    setting = Setting(cost=COST, num_instances=16)
+    setting = RunConfig(cost=COST, num_instances=16)
 
     blind = run_policy(make_policy("central-sjf", trace=trace, setting=setting), trace, setting).result
     found = run_policy(make_policy("l4", trace=trace, setting=setting), trace, setting).result
@@ -87,7 +87,7 @@ def test_classes_pay_on_a_long_tailed_mix() -> None:
 def test_one_instance_is_served_like_one_queue() -> None:
     """With nothing to divide, l4 is shortest prompt first."""
     trace = traffic("chat", num_requests=300, rate_rps=3.0)
-    setting = Setting(cost=COST, num_instances=1)
+    setting = RunConfig(cost=COST, num_instances=1)
 
     blind = run_policy(make_policy("central-sjf", trace=trace, setting=setting), trace, setting).result
     found = run_policy(make_policy("l4", trace=trace, setting=setting), trace, setting).result
@@ -98,7 +98,7 @@ def test_one_instance_is_served_like_one_queue() -> None:
 def test_the_same_seed_gives_the_same_figures() -> None:
     """Decisions are functions; nothing depends on the order of sets or on a clock."""
     trace = traffic("mixed", num_requests=500, rate_rps=40.0)
-    setting = Setting(cost=COST, num_instances=8)
+    setting = RunConfig(cost=COST, num_instances=8)
 
     first = run_policy(make_policy("l4", trace=trace, setting=setting), trace, setting).result
     again = run_policy(make_policy("l4", trace=trace, setting=setting), trace, setting).result
@@ -118,7 +118,7 @@ def test_an_idle_engine_takes_running_requests_of_an_overloaded_one() -> None:
         input_tokens=np.full(30, 8000),
         output_tokens=np.full(30, 1000),
     )
-    setting = Setting(cost=COST, num_instances=2, price=MovePrice(bandwidth_bytes_per_s=50e9))
+    setting = RunConfig(cost=COST, num_instances=2, price=MovePrice(bandwidth_bytes_per_s=50e9))
     found = []
     for without in (frozenset[str](), frozenset({"running-steals"})):
         policy = L4(L4Options(without=without | {"stealing", "escape"}), fixed=Plan(version=1, stages=stages))
@@ -136,7 +136,7 @@ def test_what_runs_leaves_before_a_long_prefill() -> None:
         input_tokens=np.array([200] * 20 + [40_000]),
         output_tokens=np.array([400] * 20 + [10]),
     )
-    setting = Setting(cost=COST, num_instances=2, price=MovePrice(bandwidth_bytes_per_s=50e9))
+    setting = RunConfig(cost=COST, num_instances=2, price=MovePrice(bandwidth_bytes_per_s=50e9))
     found = []
     for without in (frozenset[str](), frozenset({"escape"})):
         policy = L4(L4Options(without=without), fixed=Plan.one_stage())
@@ -153,7 +153,7 @@ def test_the_planner_may_ignore_a_skew_that_the_engine_has() -> None:
     policy = make_policy(
         "l4",
         trace=traffic("mixed", num_requests=10, rate_rps=1.0),
-        setting=Setting(cost=COST, num_instances=2),
+        setting=RunConfig(cost=COST, num_instances=2),
         options=L4Options(without=frozenset({"skew-in-planner"})),
     )
     cluster = Cluster([], cost=COST, num_instances=2, policy=policy, rng=np.random.default_rng(0))
@@ -170,7 +170,7 @@ def test_a_replay_refuses_a_plan_that_starves_the_long() -> None:
     """Fifteen of sixteen workers for the short: the bound on the longest 5 % makes it infinitely bad."""
     trace = traffic("mixed", num_requests=500, rate_rps=60.0)
     recent = [
-        Arrival(arrival_s=float(a), input_tokens=int(i), output_tokens=int(o))
+        RecordedArrival(arrival_s=float(a), input_tokens=int(i), output_tokens=int(o))
         for a, i, o in zip(trace.arrival_s, trace.input_tokens, trace.output_tokens, strict=True)
     ]
     score = make_scorer(recent, cost=COST, num_instances=16)
@@ -204,7 +204,7 @@ def test_a_replay_that_is_broken_off_was_much_worse_and_says_so(
     """Scored after others, a plan that starves many is stopped early; its true score is far above the best too."""
     trace = traffic("mixed", num_requests=1500, rate_rps=60.0)
     recent = [
-        Arrival(arrival_s=float(a), input_tokens=int(i), output_tokens=int(o))
+        RecordedArrival(arrival_s=float(a), input_tokens=int(i), output_tokens=int(o))
         for a, i, o in zip(trace.arrival_s, trace.input_tokens, trace.output_tokens, strict=True)
     ]
     plans = [two_stages(4096, 7, 9), two_stages(512, 1, 15), two_stages(4096, 15, 1), two_stages(2048, 6, 10)]
@@ -233,8 +233,12 @@ def test_after_a_change_a_replay_is_of_what_came_since() -> None:
     """Short prompts, then long ones: few of these are known, so as many are drawn as a replay needs."""
     buckets = Buckets.log_spaced(131_072)
     rng = np.random.default_rng(0)
-    before = [Arrival(arrival_s=0.1 * i, input_tokens=100, output_tokens=20, e2e_s=0.5) for i in range(400)]
-    since = [Arrival(arrival_s=40.0 + i, input_tokens=20_000, output_tokens=20, e2e_s=2.0) for i in range(20)]
+    before = [
+        RecordedArrival(arrival_s=0.1 * i, input_tokens=100, output_tokens=20, e2e_s=0.5) for i in range(400)
+    ]
+    since = [
+        RecordedArrival(arrival_s=40.0 + i, input_tokens=20_000, output_tokens=20, e2e_s=2.0) for i in range(20)
+    ]
     demand = Demand.of_requests(buckets, rng.integers(19_000, 22_000, 40), np.full(40, 20), duration_s=20.0)
     changed = Changed(begun_s=40.0, demand=demand, buckets=buckets)
     one = Plan.one_stage(num_workers=2)
@@ -264,7 +268,7 @@ def test_what_is_known_follows_a_turn_of_the_mix_within_two_rounds(seed: int) ->
             known[round(now_s)] = float(long / counts.arrivals.sum())
 
     trace = bench_trace(None, "flip", rate=20.0, duration_s=300.0, seed=seed)
-    setting = Setting(cost=COST, num_instances=4)
+    setting = RunConfig(cost=COST, num_instances=4)
 
     run_policy(Watched(L4Options(), prove=prove_recent), trace, setting)
 
@@ -275,7 +279,7 @@ def test_what_is_known_follows_a_turn_of_the_mix_within_two_rounds(seed: int) ->
 
 def test_few_arrivals_give_no_score() -> None:
     """What a handful of requests would have seen says nothing."""
-    few = [Arrival(arrival_s=float(i), input_tokens=10, output_tokens=10) for i in range(20)]
+    few = [RecordedArrival(arrival_s=float(i), input_tokens=10, output_tokens=10) for i in range(20)]
 
     assert make_scorer(few, cost=COST, num_instances=4) is None
 

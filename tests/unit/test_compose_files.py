@@ -16,7 +16,7 @@ import yaml
 from l4queue.config import load_settings
 from l4queue.errors import ServiceUnavailable
 from l4queue.protocol.calls import Call
-from l4queue.protocol.executor import Door
+from l4queue.protocol.executor import Executor
 from tests.services.processes import free_port, until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -121,14 +121,14 @@ def test_the_command_of_redis_takes_every_password(
             ours = services["dispatcher"]["environment"]
             monkeypatch.setenv("L4_REDIS_URL", ours["L4_REDIS_URL"].replace("redis:6379", f"127.0.0.1:{port}"))
             monkeypatch.setenv("L4_REDIS_PASSWORD", filled(ours["L4_REDIS_PASSWORD"], variables))
-            door = Door(load_settings().redis_url, retry_s=0.0)
-            assert door.run(Call(None, (), ("GET", "a"), lambda reply: reply)) is None
-            door.close()
+            executor = Executor(load_settings().redis_url, retry_s=0.0)
+            assert executor.run(Call(None, (), ("GET", "a"), lambda reply: reply)) is None
+            executor.close()
             monkeypatch.setenv("L4_REDIS_PASSWORD", "")
-            door = Door(load_settings().redis_url, retry_s=0.0)
+            executor = Executor(load_settings().redis_url, retry_s=0.0)
             with pytest.raises(ServiceUnavailable):
-                door.run(Call(None, (), ("GET", "a"), lambda reply: reply))
-            door.close()
+                executor.run(Call(None, (), ("GET", "a"), lambda reply: reply))
+            executor.close()
         finally:
             server.terminate()
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from l4queue.client.core import Composer, build_spec
+from l4queue.client.core import ClientCore, build_spec
 from l4queue.config import Settings
 from l4queue.protocol.calls import Arg
 
@@ -18,8 +18,8 @@ BODY, CHARGE, OPEN_END = 2, 5, 14
 
 def submitted(**options: Any) -> tuple[Arg, ...]:
     """The arguments of the call for a request with a key."""
-    composer = Composer(Settings(namespace="test"))
-    return composer.prepare(build_spec("x" * 40, idempotency_key="k", **options)).call.args
+    core = ClientCore(Settings(namespace="test"))
+    return core.prepare(build_spec("x" * 40, idempotency_key="k", **options)).call.args
 
 
 def earlier_digest(body: str) -> str:

@@ -12,7 +12,7 @@ from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from dispatcher.monitoring.latency import Latencies, length_class
-from dispatcher.routing.metrics import RouterFigures
+from dispatcher.routing.metrics import RouterCounters
 from l4queue.config import Settings
 from l4queue.errors import ConfigError
 from l4queue.metrics import Families, MetricsServer, Tally
@@ -105,7 +105,7 @@ def finished(**over: object) -> FinishedRequest:
 
 def test_latencies_are_those_of_the_definitions() -> None:
     """f - a, (d - f) / (o - 1) for o ≥ 2, d - a; only of requests that were answered."""
-    latencies = Latencies(door=None, namespace="l4")  # type: ignore[arg-type]
+    latencies = Latencies(executor=None, namespace="l4")  # type: ignore[arg-type]
     latencies.take([finished(), finished(output_tokens=1, first_token_ms=7000), finished(state="failed")])
     latencies.take([finished(state="done", started_ms=None, first_token_ms=None, output_tokens=0, stage="0")])
 
@@ -120,7 +120,7 @@ def test_latencies_are_those_of_the_definitions() -> None:
 
 def test_a_dispatcher_tells_reasons_that_have_not_happened_too() -> None:
     """A rate needs a zero before the first one; own queues of workers are one."""
-    figures = RouterFigures()
+    figures = RouterCounters()
     for stage in ("0", "@w1", "@w2"):
         figures.count_routed(stage)
     figures.refused["too_long"] += 1

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from l4queue.cli.doctor import Verdict, _check_gpus
+from l4queue.cli.doctor import CheckResult, _check_gpus
 from l4queue.config import Settings
 from l4queue.hardware import EngineBuild
 from l4queue.nvidia import GpuView, list_gpus, read_gpus, view_gpus, visible_gpus
@@ -133,7 +133,7 @@ def test_unknown_memory_is_not_zero(memory: tuple[float, float] | None) -> None:
     assert gpu.memory_bytes is gpu.free_bytes is None
     assert gpu.has_free(0.9)
     check = _check_gpus(Settings(engine="vllm"), EngineBuild(kind="gpu", version="0"), GpuView(gpus=(gpu,)))
-    assert (check.verdict, check.detail) == (Verdict.OK, "0: NVIDIA GB10, memory unknown")
+    assert (check.verdict, check.detail) == (CheckResult.OK, "0: NVIDIA GB10, memory unknown")
 
 
 def test_a_lost_gpu_is_named_and_the_others_serve(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,7 +143,7 @@ def test_a_lost_gpu_is_named_and_the_others_serve(monkeypatch: pytest.MonkeyPatc
     assert [gpu.cuda_name for gpu in view.gpus] == ["1"]
     assert "GPU 0 does not answer" in view.why
     check = _check_gpus(Settings(engine="vllm"), EngineBuild(kind="gpu", version="0"), view)
-    assert check.verdict is Verdict.WARN
+    assert check.verdict is CheckResult.WARN
 
 
 def test_variables_are_read_when_it_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,7 +172,7 @@ def test_a_driver_that_is_missing_or_broken_is_told(
     view = view_gpus()
     assert view.gpus == ()
     check = _check_gpus(Settings(engine="vllm"), EngineBuild(kind="gpu", version="0"), view)
-    assert check.verdict is Verdict.FAIL
+    assert check.verdict is CheckResult.FAIL
     assert re.search(why, check.detail)
 
 

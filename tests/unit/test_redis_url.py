@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from l4queue.config import Settings, celery_settings, load_settings
 from l4queue.errors import ConfigError
-from l4queue.protocol.executor import Door
+from l4queue.protocol.executor import Executor
 from l4queue.redis_url import SecretUrl, celery_url, parse_url, redacted, with_password
 
 SECRETS = st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), min_size=1, max_size=12)
@@ -130,7 +130,7 @@ def test_a_password_of_its_own_setting_needs_no_encoding(password: str, url: str
 def test_a_wrong_url_is_told(url: str, says: str) -> None:
     """ConfigError names the variable and what is wrong, before anything connects."""
     with pytest.raises(ConfigError, match=f"^L4_REDIS_URL: .*{says}"):
-        Door(url)
+        Executor(url)
 
 
 @pytest.mark.parametrize(
@@ -253,7 +253,7 @@ def test_the_broker_is_the_next_database_and_checks_certificates_as_the_queue_do
 def test_a_certificate_that_is_not_there_is_told() -> None:
     """A missing file is no passing trouble of a connection."""
     with pytest.raises(ConfigError, match="ssl_ca_certs: there is no /nonexistent"):
-        Door("rediss://host?ssl_ca_certs=/nonexistent/ca.pem")
+        Executor("rediss://host?ssl_ca_certs=/nonexistent/ca.pem")
 
 
 def test_clients_find_the_redis_that_was_started_in_their_directory(

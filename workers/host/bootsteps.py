@@ -21,7 +21,7 @@ from pydantic import JsonValue
 
 from workers.process.guard import end_process
 from workers.telemetry.observer import RequestView
-from workers.telemetry.snapshot import WorkerFigures
+from workers.telemetry.snapshot import WorkerSnapshot
 
 __all__ = ("EngineHost", "EngineThread", "ExitGuard", "RequestHeart", "WorkerLike")
 
@@ -41,7 +41,7 @@ class WorkerLike(Protocol):
 
     def stats(self) -> dict[str, JsonValue]: ...
 
-    def figures(self) -> list[WorkerFigures]: ...
+    def figures(self) -> list[WorkerSnapshot]: ...
 
     def active(self) -> list[RequestView]: ...
 
@@ -113,7 +113,7 @@ class EngineThread:
         """The worker's figures; before it is built only that it loads."""
         return {"engine": "loading"} if self._worker is None else self._worker.stats()
 
-    def figures(self) -> list[WorkerFigures]:
+    def figures(self) -> list[WorkerSnapshot]:
         """The figures of the workers here, for metrics; none before they serve."""
         return [] if self._worker is None else self._worker.figures()
 

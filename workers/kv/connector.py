@@ -22,9 +22,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStat
 from vllm.v1.request import RequestStatus
 
 from workers.kv.blocks import block_rows
-from workers.kv.copier import Carrier, LoadJob, SaveJob
+from workers.kv.copier import KVCopier, LoadJob, SaveJob
 from workers.kv.movable import has_movable_groups
-from workers.kv.scheduler import Arrival, Planning
+from workers.kv.scheduler import KVRequest, KVScheduler
 from workers.kv.store import SegmentStore
 
 __all__ = ("HandoverConnector",)
@@ -69,8 +69,8 @@ class HandoverConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             Path(extra["directory"]), limit_bytes=int(extra["limit_bytes"]), ttl_s=float(extra["ttl_s"])
         )
         self._can_move = has_movable_groups(kv_cache_config) and vllm_config.parallel_config.world_size == 1
-        self._carrier: Carrier | None = None
-        self._planning = Planning(self._store, fingerprint=self._fingerprint, block_tokens=self._block_tokens)
+        self._carrier: KVCopier | None = None
+        self._planning = KVScheduler(self._store, fingerprint=self._fingerprint, block_tokens=self._block_tokens)
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -82,7 +82,7 @@ class HandoverConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
         """The engine's cache, one tensor per layer."""
         if self._can_move:
-            self._carrier = Carrier(
+            self._carrier = KVCopier(
                 self._store,
                 block_rows(kv_caches),
                 fingerprint=self._fingerprint,
@@ -125,7 +125,7 @@ class HandoverConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         """Tokens of this request that its ticket has, loaded beside the steps of others."""
         if not self._can_move:
             return 0, False
-        arrival = Arrival(
+        arrival = KVRequest(
             request_id=request.request_id,
             ticket=_ticket(request, "l4_from"),
             token_ids=request.all_token_ids,
@@ -174,7 +174,7 @@ class HandoverConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def get_kv_connector_stats(self) -> KVConnectorStats | None:
         """What happened, once; from the scheduler's side alone."""
-        ledger = self._planning.take_ledger()
+        ledger = self._planning.take_log()
         return _Stats(data=asdict(ledger)) if ledger else None
 
     @classmethod

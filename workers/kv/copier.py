@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from workers.kv.blocks import BlockRows
-from workers.kv.segment import Layout, MissCause, Piece, Segment, SegmentError, SegmentWriter
+from workers.kv.segment import Layout, MissCause, Segment, SegmentError, SegmentPiece, SegmentWriter
 from workers.kv.store import SegmentStore
 
-__all__ = ("Carrier", "LoadJob", "Results", "SaveJob")
+__all__ = ("KVCopier", "LoadJob", "Results", "SaveJob")
 
 log = logging.getLogger("l4queue.kv")
 
@@ -50,7 +50,7 @@ class Results:
     failed: set[str] = field(default_factory=set)
 
 
-class Carrier:
+class KVCopier:
     """One thread that works off jobs in order. A job that fails is reported like one that succeeds.
 
     Where the cache is a GPU's, several threads share the pieces of a job: each copies, sums up or writes, and a
@@ -127,7 +127,7 @@ class Carrier:
         try:
             writer = SegmentWriter(part.fd, layout, job.token_ids)
 
-            def save(piece: Piece) -> None:
+            def save(piece: SegmentPiece) -> None:
                 blocks = job.block_ids[piece.first_block : piece.first_block + piece.num_blocks]
                 writer.write(piece, self._rows.gather(piece.layer, blocks))
 
@@ -147,7 +147,7 @@ class Carrier:
                 if not layout.fits(self._layout(layout.num_tokens)) or layout.num_blocks < last_block:
                     raise SegmentError(MissCause.FOREIGN, f"{job.ticket}: another model or layout")
 
-                def load(piece: Piece) -> None:
+                def load(piece: SegmentPiece) -> None:
                     scratch = np.empty((piece.num_blocks, layout.block_bytes), dtype=np.uint8)
                     rows = segment.read(piece, scratch)
                     skipped = max(0, job.first_block - piece.first_block)
@@ -160,7 +160,7 @@ class Carrier:
         finally:
             self._store.remove(job.ticket)
 
-    def _each(self, pieces: Sequence[Piece], work: Callable[[Piece], None]) -> None:
+    def _each(self, pieces: Sequence[SegmentPiece], work: Callable[[SegmentPiece], None]) -> None:
         """Do it for all pieces. When one fails, the others are over too before its error is raised."""
         if self._pool is None:
             for piece in pieces:

@@ -8,7 +8,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ("Tenancy", "enter")
+__all__ = ("DirectoryLock", "enter")
 
 _FILE = "tenants"
 _LEFT_OVER = (".kv", ".part", ".cut")
@@ -16,7 +16,7 @@ _WAIT_S = 2.0
 _RETRY_S = 0.01
 
 
-class Tenancy:
+class DirectoryLock:
     """A shared lock on a file of the directory, held while an engine runs; it ends with the process."""
 
     def __init__(self, directory: Path, fd: int) -> None:
@@ -39,7 +39,7 @@ class Tenancy:
             os.close(fd)
 
 
-def enter(directory: Path) -> Tenancy:
+def enter(directory: Path) -> DirectoryLock:
     """Use a directory, which is made if need be. What lies there and is nobody's is removed.
 
     OSError when the directory cannot be used.
@@ -56,7 +56,7 @@ def enter(directory: Path) -> Tenancy:
                 _clear(directory)  # of engines that were killed
             _lock_shared(fd)
             if os.fstat(fd).st_nlink:
-                return Tenancy(directory, fd)
+                return DirectoryLock(directory, fd)
         except BaseException:
             os.close(fd)
             raise

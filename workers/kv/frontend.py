@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from workers.kv.directory_lock import Tenancy, enter
+from workers.kv.directory_lock import DirectoryLock, enter
 from workers.kv.store import SegmentStore, new_ticket
 
-__all__ = ("Desk", "model_fingerprint")
+__all__ = ("KVFrontend", "model_fingerprint")
 
 log = logging.getLogger("l4queue.kv")
 _CUT_TIMEOUT_S = 5.0
@@ -23,7 +23,7 @@ _SAMPLE_BYTES = 1 << 16
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf")
 
 
-class Desk:
+class KVFrontend:
     """Tickets of one engine's requests. Each gets one when it is admitted, in case it is cut.
 
     Changed on one event loop only, `take` included.
@@ -31,7 +31,7 @@ class Desk:
 
     def __init__(self, store: SegmentStore) -> None:
         self._store = store
-        self._tenancy: Tenancy | None = None
+        self._tenancy: DirectoryLock | None = None
         self._tickets: dict[str, str] = {}
         self._started: set[str] = set()
         self._waiting: dict[str, asyncio.Future[bool]] = {}

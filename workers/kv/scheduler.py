@@ -10,13 +10,13 @@ from workers.kv.copier import LoadJob, SaveJob
 from workers.kv.segment import Layout, MissCause, Segment, SegmentError
 from workers.kv.store import SegmentStore, is_ticket
 
-__all__ = ("Arrival", "Ledger", "Planning")
+__all__ = ("KVRequest", "KVScheduler", "TransferLog")
 
 log = logging.getLogger("l4queue.kv")
 
 
 @dataclass(slots=True, kw_only=True)
-class Ledger:
+class TransferLog:
     """What happened since it was last taken. `kept` and `dropped` are tickets of cut requests."""
 
     kept: list[str] = field(default_factory=list)
@@ -30,7 +30,7 @@ class Ledger:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Arrival:
+class KVRequest:
     """A request that is to be admitted. `cached_tokens` are in the engine's cache already, in whole blocks."""
 
     request_id: str
@@ -47,7 +47,7 @@ class _Match:
     layout: Layout
 
 
-class Planning:
+class KVScheduler:
     """Decides for one engine. Every request with a ticket either loads or misses, once."""
 
     def __init__(self, store: SegmentStore, *, fingerprint: str, block_tokens: int) -> None:
@@ -61,10 +61,10 @@ class Planning:
         self._settled: set[str] = set()
         self._saving: dict[str, str] = {}
         self._jobs: list[SaveJob | LoadJob] = []
-        self._ledger = Ledger()
+        self._ledger = TransferLog()
         self._said: set[MissCause] = set()
 
-    def loadable_tokens(self, arrival: Arrival) -> int:
+    def loadable_tokens(self, arrival: KVRequest) -> int:
         """Tokens that can be loaded beyond the cached ones; never the last token. May be asked again and again."""
         request_id, ticket = arrival.request_id, arrival.ticket
         if not ticket or request_id in self._settled or request_id in self._loading:
@@ -152,9 +152,9 @@ class Planning:
                 self._ledger.num_loads += 1
                 self._ledger.loaded_bytes += num_bytes
 
-    def take_ledger(self) -> Ledger:
+    def take_log(self) -> TransferLog:
         """What happened since the last call."""
-        ledger, self._ledger = self._ledger, Ledger()
+        ledger, self._ledger = self._ledger, TransferLog()
         return ledger
 
     def _look(self, ticket: str, token_ids: Sequence[int]) -> _Match:

@@ -28,7 +28,7 @@ from xxhash import xxh3_64_intdigest
 from l4queue.compat import object_of, value_of
 from l4queue.errors import PortableError, UnreadableValue
 
-__all__ = ("Layout", "MissCause", "Piece", "Segment", "SegmentError", "SegmentWriter")
+__all__ = ("Layout", "MissCause", "Segment", "SegmentError", "SegmentPiece", "SegmentWriter")
 
 _MAGIC = b"L4KV\x00\x00\x00\x02"
 _PREFIX = struct.Struct("<8sII")
@@ -108,7 +108,7 @@ class Layout:
             other.block_bytes,
         )
 
-    def pieces(self, *, from_block: int = 0, until_block: int | None = None) -> list[Piece]:
+    def pieces(self, *, from_block: int = 0, until_block: int | None = None) -> list[SegmentPiece]:
         """The pieces that cover these blocks, in the order of the file."""
         until_block = self.num_blocks if until_block is None else min(until_block, self.num_blocks)
         size, found = self.blocks_per_piece, []
@@ -116,7 +116,7 @@ class Layout:
             for number in range(from_block // size, -(-until_block // size)):
                 first = number * size
                 found.append(
-                    Piece(
+                    SegmentPiece(
                         layer=layer,
                         number=layer * self.pieces_per_layer + number,
                         first_block=first,
@@ -125,13 +125,13 @@ class Layout:
                 )
         return found
 
-    def piece_at(self, piece: Piece) -> int:
+    def piece_at(self, piece: SegmentPiece) -> int:
         """Offset of a piece in the file."""
         return self.payload_at + (piece.layer * self.num_blocks + piece.first_block) * self.block_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Piece:
+class SegmentPiece:
     """Consecutive blocks of one layer, checked together."""
 
     layer: int
@@ -151,7 +151,7 @@ class SegmentWriter:
         self._ids = np.asarray(token_ids, dtype=_WORD).tobytes()
         self._sums = np.zeros(layout.num_layers * layout.pieces_per_layer, dtype=_WORD)
 
-    def write(self, piece: Piece, rows: npt.NDArray[np.uint8]) -> None:
+    def write(self, piece: SegmentPiece, rows: npt.NDArray[np.uint8]) -> None:
         """Write the blocks of a piece, one row each."""
         data = np.ascontiguousarray(rows).data.cast("B")
         self._sums[piece.number] = _sum_of(data)
@@ -207,7 +207,7 @@ class Segment:
         differs = np.asarray(token_ids[:n], dtype=_WORD) != self.token_ids[:n]
         return int(differs.argmax()) if differs.any() else n
 
-    def read(self, piece: Piece, into: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    def read(self, piece: SegmentPiece, into: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         """The blocks of a piece, one row each, checked: a view of `into`, which has room for one piece."""
         rows = into[: piece.num_blocks]
         data = rows.data.cast("B")

@@ -6,16 +6,16 @@ import asyncio
 import math
 from collections.abc import Sequence
 
-from l4queue.policy.admission import Room
+from l4queue.policy.admission import AdmissionBudget
 from l4queue.policy.background import (
     BackgroundLimits,
     Credit,
     RunningBackground,
-    background_room,
+    background_budget,
     give_back,
 )
 from l4queue.policy.queue_order import background_overdue_ms
-from l4queue.protocol.records import Grant, Hold
+from l4queue.protocol.records import BackgroundQuota, Grant
 from workers.loop.session import Session
 from workers.loop.state import WorkerState
 from workers.loop.writer import Writer
@@ -26,7 +26,7 @@ _ALWAYS_MS = 1e15  # longer than the server's clock has run: also where none eve
 
 
 class BackgroundWork:
-    """Applies the policy to what this worker runs. `no_hold` is for takes of what was meant for this worker."""
+    """Applies the policy to what this worker runs. `no_quota` is for takes of what was meant for this worker."""
 
     def __init__(self, state: WorkerState, writer: Writer) -> None:
         settings = state.settings
@@ -37,17 +37,17 @@ class BackgroundWork:
         self._overdue_ms = background_overdue_ms(settings.starvation_bound_s)
         self._credit = Credit()
         self._foreground_ms = -math.inf  # when one was last seen here
-        self.no_hold = Hold(overdue_ms=self._overdue_ms)
+        self.no_quota = BackgroundQuota(overdue_ms=self._overdue_ms)
 
-    def hold(self, room: Room) -> Hold:
+    def hold(self, room: AdmissionBudget) -> BackgroundQuota:
         """What the next take is told. The script knows what came to the queue, this worker what runs here."""
         state, now_ms, running = self._state, _now_ms(), self._running()
         load, cost = state.load(), state.cost
         self._credit = self._credit.grown(
             now_ms=now_ms, load=load, running=running, cost=cost, limits=self._limits
         )
-        held = background_room(load, room, running, credit=self._credit, cost=cost, limits=self._limits)
-        return Hold(
+        held = background_budget(load, room, running, credit=self._credit, cost=cost, limits=self._limits)
+        return BackgroundQuota(
             for_ms=_ALWAYS_MS if self._local_quiet_ms() < self._quiet_ms else self._quiet_ms,
             max_requests=held.num_requests,
             longest_tokens=held.longest_tokens,
@@ -60,7 +60,7 @@ class BackgroundWork:
             if grant.is_background:
                 self._credit = self._credit.less(self._state.cost.prefill_ms(grant.prompt_tokens + grant.offset))
 
-    async def make_way(self) -> None:
+    async def preempt_background(self) -> None:
         """Give back what stands in the way of interactive requests, if there are any."""
         state = self._state
         chosen = set(give_back(state.load(), self._running(), cost=state.cost, limits=self._limits))
@@ -77,7 +77,7 @@ class BackgroundWork:
         if self._local_quiet_ms() < self._quiet_ms:
             return False
         reads = state.reads
-        now_ms, came_ms = await state.door.run_many(
+        now_ms, came_ms = await state.executor.run_many(
             [reads.server_time_ms(), reads.foreground_ms(str(state.stage))]
         )
         return came_ms is None or now_ms - came_ms >= self._quiet_ms

@@ -14,23 +14,23 @@ from l4queue.observe.overview import Overview, read_overview_async, stage_loads
 from l4queue.planning.assign import stage_for_newcomer
 from l4queue.policy.loads import StageLoad, batch_ms, prefill_ahead_ms
 from l4queue.policy.output_lengths import OutputLengths
-from l4queue.protocol.executor import AsyncDoor
+from l4queue.protocol.executor import AsyncExecutor
 from l4queue.protocol.keys import SOLO_STAGE, Keys
 from l4queue.protocol.reads import Reads
 
-__all__ = ("Outlook",)
+__all__ = ("FleetView",)
 
 _INTERVAL_S = 0.5
 _WORKERS_PER_S = 64  # in a large fleet everybody looks at everybody less often
 
 
-class Outlook:
+class FleetView:
     """Refreshed by the worker's own loop. Before the first look there are no others."""
 
-    def __init__(self, *, settings: Settings, door: AsyncDoor, worker_id: str) -> None:
+    def __init__(self, *, settings: Settings, executor: AsyncExecutor, worker_id: str) -> None:
         self._namespace = settings.namespace
         self._quiet_ms = settings.background_quiet_s * 1000
-        self._door = door
+        self._executor = executor
         self._reads = Reads(Keys(settings.namespace))
         self._worker_id = worker_id
         self._finished_id: str | None = None
@@ -50,9 +50,11 @@ class Outlook:
     async def refresh(self) -> Overview:
         """Look at plan, workers and queues, and at what has finished since the last look."""
         async with self._looking:
-            self.overview = overview = await read_overview_async(self._door, self._namespace)
+            self.overview = overview = await read_overview_async(self._executor, self._namespace)
             self._num_able = Counter(self.stage_of(w) for w in overview.workers if w.is_open)
-            self._finished_id, lengths = await self._door.run(self._reads.output_lengths(after=self._finished_id))
+            self._finished_id, lengths = await self._executor.run(
+                self._reads.output_lengths(after=self._finished_id)
+            )
             self.outputs.add(lengths)
         return overview
 
@@ -63,7 +65,7 @@ class Outlook:
 
     async def asked_again(self, workers: Sequence[WorkerLoad]) -> list[WorkerLoad]:
         """What these say of themselves now; without those that are gone."""
-        views = await self._door.run_many([self._reads.worker(w.incarnation, 0) for w in workers])
+        views = await self._executor.run_many([self._reads.worker(w.incarnation, 0) for w in workers])
         return [view.load for view in views if view is not None]
 
     def lightest_ms(self, stage: int, *, cost: StepCost) -> float:

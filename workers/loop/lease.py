@@ -22,11 +22,11 @@ from l4queue.cost.step import StepCost
 from l4queue.errors import ServiceUnavailable
 from l4queue.models import WorkerLoad
 from l4queue.protocol.calls import Calls, Verdict
-from l4queue.protocol.executor import AsyncDoor
+from l4queue.protocol.executor import AsyncExecutor
 from l4queue.protocol.parsing import load_to_json
 from workers.engine.base import EngineDied
 from workers.engine.loop_work import LoopWork, lease_of
-from workers.loop.lease_thread import LeaseKeeper
+from workers.loop.lease_thread import LeaseThread
 
 __all__ = ("Lease",)
 
@@ -42,7 +42,7 @@ class Lease:
         self,
         *,
         settings: Settings,
-        door: AsyncDoor,
+        executor: AsyncExecutor,
         calls: Calls,
         worker_id: str,
         load: Callable[[], WorkerLoad],
@@ -52,7 +52,7 @@ class Lease:
         work: LoopWork,
     ) -> None:
         self._settings = settings
-        self._door = door
+        self._executor = executor
         self._calls = calls
         self._worker_id = worker_id
         self._load = load
@@ -66,11 +66,11 @@ class Lease:
         self._progress_s = 0.0
         self._checked_s = 0.0
         self._renewed_s = 0.0
-        self._keeper = LeaseKeeper(
+        self._keeper = LeaseThread(
             settings=settings, calls=calls, incarnation=lambda: self.incarnation, work=work, on_lost=self.tell
         )
         self._due = asyncio.Event()
-        self.told: WorkerLoad | None = None  # the load that the others know
+        self.last_published: WorkerLoad | None = None  # the load that the others know
         self.histogram: Counter[str] = Counter()
         self.incarnation = self._fresh_name()
 
@@ -114,7 +114,7 @@ class Lease:
 
     async def end(self) -> None:
         """Leave for good; what is still held goes back without blame."""
-        await self._door.run(self._calls.retire(self.incarnation))
+        await self._executor.run(self._calls.retire(self.incarnation))
         self.leave()
 
     def leave(self) -> None:
@@ -130,7 +130,7 @@ class Lease:
     async def _come_back(self, incarnation: str) -> None:
         """Tell that this one had not died, but for requests that had kept even the thread from renewing."""
         guilty = [lease_of(engine_id)[0] for engine_id in self._work.busy_for(self._settings.lease_s / 3)]
-        await self._door.run(self._calls.pardon(incarnation, worker_id=self._worker_id, guilty=guilty))
+        await self._executor.run(self._calls.pardon(incarnation, worker_id=self._worker_id, guilty=guilty))
 
     def _check_progress(self) -> None:
         """An engine that has stalled too long is dead. While the loop stands still nobody sees its steps."""
@@ -149,19 +149,19 @@ class Lease:
             self._sent = dict(self.histogram)
         sent = self._sent
         cost = self._cost()
-        load = self.told = self._load()
-        told = {
+        load = self.last_published = self._load()
+        last_published = {
             "v": FORMAT,
             **load_to_json(load),
             "cost": None if cost is None else cost.to_dict(),
             "price": asdict(self._price()),
         }
-        verdict = await self._door.run(
+        verdict = await self._executor.run(
             self._calls.renew(
                 self.incarnation,
                 worker_id=self._worker_id,
                 lease_ms=int(self._settings.lease_s * 1000),
-                load=json.dumps(told),
+                load=json.dumps(last_published),
                 sequence=self._sequence,
                 register=register,
                 histogram=sent,

@@ -16,20 +16,20 @@ from typing import Any
 from l4queue.config import Settings
 from l4queue.errors import ServiceUnavailable
 from l4queue.protocol.calls import Call, Calls, Verdict
-from l4queue.protocol.executor import Door
+from l4queue.protocol.executor import Executor
 from workers.engine.loop_work import LoopWork, lease_of
 from workers.process.guard import end_process
 
-__all__ = ("LeaseKeeper",)
+__all__ = ("LeaseThread",)
 
 log = logging.getLogger("l4queue.worker")
 _MOST_TICK_S = 1.0
 _FAREWELL_S = 5.0  # for what is told to Redis before the end, and for the other keepers of this process
 _changed = threading.Condition()
-_in_force: set[LeaseKeeper] = set()  # of this process: its last one to give up ends it
+_in_force: set[LeaseThread] = set()  # of this process: its last one to give up ends it
 
 
-class LeaseKeeper:
+class LeaseThread:
     """Extends the lease of `incarnation()` three times a lease, at least once a second, while the loop answers.
 
     A loop that does not answer is waited for, `stall_limit_s` long. Then the request it works for is given back
@@ -71,14 +71,14 @@ class LeaseKeeper:
         self._leave()
 
     def _run(self) -> None:
-        door = Door(self._settings.redis_url, retry_s=0.0, max_connections=1)
+        executor = Executor(self._settings.redis_url, retry_s=0.0, max_connections=1)
         try:
-            self._keep(door)
+            self._keep(executor)
         finally:
-            door.close()
+            executor.close()
             self._leave()
 
-    def _keep(self, door: Door) -> None:
+    def _keep(self, executor: Executor) -> None:
         stalled_s, looked_s = 0.0, time.monotonic()
         while not self._stopping.wait(self._tick_s):
             now_s = time.monotonic()
@@ -93,12 +93,12 @@ class LeaseKeeper:
             if stalled_s > self._settings.stall_limit_s:
                 self._give_up(stalled_s)
                 return
-            self._extend(door)
+            self._extend(executor)
 
-    def _extend(self, door: Door) -> None:
+    def _extend(self, executor: Executor) -> None:
         call = self._calls.extend(self._incarnation(), lease_ms=int(self._settings.lease_s * 1000))
         try:
-            verdict = door.run(call)
+            verdict = executor.run(call)
         except ServiceUnavailable as error:  # tried again with the next tick
             log.debug("lease not renewed: %s", error)
             return
@@ -116,9 +116,9 @@ class LeaseKeeper:
                 self._calls.release(request_id, incarnation=incarnation, epoch=epoch, blame=True, max_crashes=most)
             )
         calls.append(self._calls.retire(incarnation))
-        door = Door(self._settings.redis_url, retry_s=_FAREWELL_S, max_connections=1)
+        executor = Executor(self._settings.redis_url, retry_s=_FAREWELL_S, max_connections=1)
         try:
-            door.run_many(calls)
+            executor.run_many(calls)
         except ServiceUnavailable as error:
             log.error("nothing was given back: %s", error)
         self._leave()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from l4queue.protocol.executor import AsyncDoor
+from l4queue.protocol.executor import AsyncExecutor
 from l4queue.protocol.foreign import Finding, finding, text
-from l4queue.protocol.keys import SOLO_STAGE, Keys, personal_stage
+from l4queue.protocol.keys import SOLO_STAGE, Keys, private_queue
 from l4queue.protocol.reads import Reads
 
 __all__ = ("Listener",)
@@ -21,7 +21,7 @@ class Listener:
     def __init__(
         self,
         *,
-        door: AsyncDoor,
+        executor: AsyncExecutor,
         keys: Keys,
         worker_id: str,
         on_wake: Callable[[bool], None],
@@ -30,9 +30,9 @@ class Listener:
         on_message: Callable[[str], None],
         on_plan: Callable[[str], None],
     ) -> None:
-        self._door = door
+        self._executor = executor
         self._keys = keys
-        self._personal = keys.wake(personal_stage(worker_id))
+        self._personal = keys.wake(private_queue(worker_id))
         self._on_wake = on_wake
         self._on_other = on_other
         self._on_cancel = on_cancel
@@ -42,7 +42,7 @@ class Listener:
 
     async def run(self, streams: Callable[[], tuple[str, Sequence[str], str]]) -> None:
         """Listen for ever; `streams` gives stage, other stages to hear of, and incarnation as they are now."""
-        start_id = f"{await self._door.run(Reads(self._keys).server_time_ms()) - 1}-0"
+        start_id = f"{await self._executor.run(Reads(self._keys).server_time_ms()) - 1}-0"
         while True:
             stage, others, incarnation = streams()
             control = self._keys.control(incarnation)
@@ -52,12 +52,12 @@ class Listener:
             if set(names) != set(self._last):
                 self._last = {name: self._last.get(name, start_id) for name in names}
                 self._on_wake(True)
-            found = await self._door.wait(self._last, block_s=1.0)
+            found = await self._executor.wait(self._last, block_s=1.0)
             for name, entries in found.items():
                 self._last[name] = entries[-1][0].decode()
                 if name == control:
                     self._on_cancel([text(values[b"i"]) for _, values in entries if b"i" in values])
-                    await self._door.bury([self._hear(control, values) for _, values in entries])
+                    await self._executor.bury([self._hear(control, values) for _, values in entries])
                 elif name == self._keys.plans:
                     self._on_plan(text(entries[-1][1].get(b"body", b"")))
                 elif name in other:

@@ -12,14 +12,14 @@ from typing import NoReturn
 
 from l4queue.compat import FORMAT, object_of, value_of
 from l4queue.models import Routing, WorkerLoad
-from l4queue.policy.escape import MIN_PREFILL_MS, NUM_REFUGES, REST_MS, Refuge, escapes, may_escape
+from l4queue.policy.escape import MIN_PREFILL_MS, NUM_REFUGES, REST_MS, EscapeTarget, escapes, may_escape
 from l4queue.policy.handover import decide_handover, least_loaded, look_again_at, next_stage
 from l4queue.policy.steal import Ask, RunningRequest, ask, bid, choose_victim, match
 from l4queue.protocol.calls import Move, MoveKind
-from l4queue.protocol.keys import personal_stage
+from l4queue.protocol.keys import private_queue
 from workers.loop.session import Session
 from workers.loop.state import WorkerState
-from workers.loop.task_set import Chores
+from workers.loop.task_set import TaskSet
 from workers.loop.writer import Writer
 
 __all__ = ("Mover",)
@@ -35,7 +35,7 @@ class Mover:
     def __init__(self, state: WorkerState, writer: Writer) -> None:
         self._state = state
         self._writer = writer
-        self._moves = Chores()
+        self._moves = TaskSet()
         self._last_steal_ms: int | None = None
         self._last_ask_ms: int | None = None
         self._is_due = asyncio.Event()
@@ -69,7 +69,7 @@ class Mover:
     def _tell(self) -> int:
         """Prefill that begins or ends here is news: siblings decide by it. Returns what is pending, tokens."""
         lease, cost, pending_tokens = self._state.lease, self._state.cost, self._state.pending_prefill_tokens
-        told_tokens = lease.told.pending_prefill_tokens if lease.told else 0
+        told_tokens = lease.last_published.pending_prefill_tokens if lease.last_published else 0
         if abs(cost.prefill_ms(pending_tokens) - cost.prefill_ms(told_tokens)) >= MIN_PREFILL_MS:
             lease.tell()
         return pending_tokens
@@ -85,13 +85,13 @@ class Mover:
 
     async def _escape(self) -> None:
         """Move running requests away from prefill that is before them here, to siblings with less."""
-        state, outlook = self._state, self._state.outlook
+        state, fleet_view = self._state, self._state.fleet_view
         may = self._may_escape(state.pending_prefill_tokens) and any(s.may_move for s in state.sessions.values())
-        others = outlook.others() if may else []
+        others = fleet_view.others() if may else []
         if not others:
             return
         self._escaped_s = asyncio.get_running_loop().time()
-        siblings = await outlook.asked_again(random.sample(others, min(NUM_REFUGES, len(others))))
+        siblings = await fleet_view.asked_again(random.sample(others, min(NUM_REFUGES, len(others))))
         here = state.load()
         rested_s = asyncio.get_running_loop().time() - REST_MS / 1000
         by_id = {
@@ -103,7 +103,7 @@ class Mover:
             [self._running(session) for session in by_id.values()],
             here=here,
             ahead_ms=self._ahead_ms(here),
-            refuges=[Refuge(load=load, ahead_ms=self._ahead_ms(load)) for load in siblings],
+            refuges=[EscapeTarget(load=load, ahead_ms=self._ahead_ms(load)) for load in siblings],
             moves_in_flight=len(self._moves),
             cost=state.cost,
             price=state.move_price,
@@ -113,7 +113,7 @@ class Mover:
             move = Move(kind=MoveKind.ESCAPE, benefit_ms=escape.benefit_ms, cost_ms=escape.cost_ms)
             self._begin(by_id[escape.request_id], escape.target_id, move)
 
-    async def make_way(self) -> None:
+    async def evacuate_before_prefill(self) -> None:
         """Before a prefill begins: let what it would hold up leave. Once it runs, a cut waits for its steps."""
         self._tell()
         await self._escape()
@@ -121,25 +121,25 @@ class Mover:
 
     async def ask_once(self) -> None:
         """With room and nothing waiting anywhere: ask the most overloaded sibling for running requests."""
-        state, outlook = self._state, self._state.outlook
+        state, fleet_view = self._state, self._state.fleet_view
         if state.plan.routing is not Routing.L4:
             return
         own = state.load()
         request = ask(
             own,
-            num_waiting_anywhere=outlook.num_in_play,
+            num_waiting_anywhere=fleet_view.num_in_play,
             moves_in_flight=len(self._moves),
             last_move_ms=self._last_ask_ms,
             now_ms=_now_ms(),
             cost=state.cost,
             limits=state.steal_limits,
         )
-        victim = choose_victim(own, outlook.others(), cost=state.cost, limits=state.steal_limits)
+        victim = choose_victim(own, fleet_view.others(), cost=state.cost, limits=state.steal_limits)
         if request is None or victim is None:
             return
         self._last_ask_ms = _now_ms()
         message = json.dumps({"v": FORMAT, "ask": asdict(request)})
-        await state.door.offer(state.calls.ask(victim.incarnation, message=message))
+        await state.executor.offer(state.calls.ask(victim.incarnation, message=message))
 
     def answer(self, message: str) -> None:
         """A sibling asks: move what pays to it. UnreadableValue where it asks what this release does not know."""
@@ -176,7 +176,7 @@ class Mover:
     def _consider(self, session: Session) -> None:
         state = self._state
         stage = next_stage(state.stage, session.length_tokens, state.plan)
-        siblings = state.outlook.others(stage=stage)
+        siblings = state.fleet_view.others(stage=stage)
         there = least_loaded(siblings, cost=state.cost, holders=(session.came_from,))
         here = state.load()
         decision = decide_handover(
@@ -199,8 +199,8 @@ class Mover:
 
     def _ahead_ms(self, load: WorkerLoad) -> float:
         """Prefill before what that worker runs, by what is known of its stage's queue."""
-        outlook = self._state.outlook
-        return outlook.ahead_ms(load.pending_prefill_tokens, outlook.stage_of(load), cost=self._state.cost)
+        fleet_view = self._state.fleet_view
+        return fleet_view.ahead_ms(load.pending_prefill_tokens, fleet_view.stage_of(load), cost=self._state.cost)
 
     def _begin(self, session: Session, target_id: str, move: Move) -> None:
         session.is_moving = True
@@ -220,10 +220,10 @@ class Mover:
             session.request_id,
             incarnation=session.incarnation,
             epoch=session.grant.epoch,
-            stage=personal_stage(target_id),
+            stage=private_queue(target_id),
             move=Move(kind=move.kind, benefit_ms=move.benefit_ms, cost_ms=move.cost_ms, kv=cut.kv),
         )
-        await state.door.run(call)
+        await state.executor.run(call)
         if state.sessions.pop(session.engine_id, None) is not None:
             state.observer.request_moved(state.view(session), why=f"{move.kind}: on to {target_id}")
         state.nudge.set()

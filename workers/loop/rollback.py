@@ -32,12 +32,12 @@ class Rollback:
             return 0
         self._looked_s = now_s
         incarnation = state.lease.incarnation
-        held = await state.door.run(state.reads.held(incarnation))
+        held = await state.executor.run(state.reads.held(incarnation))
         strange = sorted(held - {session.request_id for session in state.sessions.values()})
-        records = await state.door.run_many([state.reads.record(request_id) for request_id in strange])
+        records = await state.executor.run_many([state.reads.record(request_id) for request_id in strange])
         running = [r for r in records if r is not None and r.state is RequestState.RUNNING]
         calls = [state.calls.release(r.request_id, incarnation=incarnation, epoch=r.epoch) for r in running]
-        await state.door.run_many(calls)
+        await state.executor.run_many(calls)
         if running:
             log.error("Redis has lost writes: gave back %d requests that are not run here", len(running))
         return len(running)
@@ -53,6 +53,6 @@ class Rollback:
             return False
         await state.drop([first])
         call = state.calls.release(session.request_id, incarnation=session.incarnation, epoch=session.grant.epoch)
-        await state.door.run(call)
+        await state.executor.run(call)
         log.error("Redis has lost writes: gave back %s, which was taken before", session.request_id)
         return True

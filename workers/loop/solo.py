@@ -7,7 +7,7 @@ import logging
 from dataclasses import replace
 
 from l4queue.policy.solo import SoloLimits, turn_of
-from l4queue.protocol.keys import SOLO_STAGE, personal_stage
+from l4queue.protocol.keys import SOLO_STAGE, private_queue
 from workers.loop.state import WorkerState
 from workers.loop.writer import Writer
 
@@ -49,9 +49,9 @@ class SoloTurn:
     async def send_on(self) -> bool:
         """Move what waits for this worker alone to the stages of its lengths; whether there may be more."""
         state = self._state
-        own = personal_stage(state.worker_id)
+        own = private_queue(state.worker_id)
         call = state.calls.migrate(source=own, highs=state.plan.highs, limit=_LIMIT)
-        answer = await state.door.run(call)
+        answer = await state.executor.run(call)
         if answer.num_moved:
             log.info("sent on %d requests: %s is to be empty", answer.num_moved, state.worker_id)
         return answer.num_seen == _LIMIT
@@ -62,15 +62,15 @@ class SoloTurn:
     async def _is_our_turn(self) -> bool:
         state, now_s = self._state, asyncio.get_running_loop().time()
         waiting: list[str] = []
-        if state.outlook.num_solo:
-            waiting = await state.door.run(state.reads.queue_ids(SOLO_STAGE, limit=1))
+        if state.fleet_view.num_solo:
+            waiting = await state.executor.run(state.reads.queue_ids(SOLO_STAGE, limit=1))
         if not waiting:
             self.taken()
             return False
         if waiting[0] != self._head:
             self._head, self._head_since_s = waiting[0], now_s
         own = replace(state.load(), is_emptying=self._began_s is not None)
-        turn = turn_of(own, state.outlook.others(), waited_s=now_s - self._head_since_s, limits=_LIMITS)
+        turn = turn_of(own, state.fleet_view.others(), waited_s=now_s - self._head_since_s, limits=_LIMITS)
         if not turn.is_ours:
             self._began_s = None
         elif self._began_s is None:

@@ -16,16 +16,16 @@ from l4queue.cost.step import StepCost
 from l4queue.models import Plan, RequestState, Routing, WorkerLoad
 from l4queue.policy.steal import StealFrom, StealLimits
 from l4queue.protocol.calls import Calls, Verdict
-from l4queue.protocol.executor import AsyncDoor
+from l4queue.protocol.executor import AsyncExecutor
 from l4queue.protocol.keys import Keys
 from l4queue.protocol.reads import Reads
 from workers.engine.base import Cut, Engine, EngineDied, EngineInfo
 from workers.engine.loop_work import LoopWork
-from workers.loop.fleet_view import Outlook
+from workers.loop.fleet_view import FleetView
 from workers.loop.lease import Lease
 from workers.loop.session import Session, TextFactory
 from workers.telemetry.observer import LEASE_ENDED, Observer, RequestView
-from workers.telemetry.snapshot import StepMeter, WorkerFigures
+from workers.telemetry.snapshot import StepMeter, WorkerSnapshot
 
 __all__ = ("KV_BYTES_PER_S", "KV_FIXED_MS", "WorkerState")
 
@@ -57,12 +57,12 @@ class WorkerState:
         self.keys = Keys(settings.namespace)
         self.calls = Calls(self.keys)
         self.reads = Reads(self.keys)
-        self.door = AsyncDoor(settings.redis_url, retry_s=None)
+        self.executor = AsyncExecutor(settings.redis_url, retry_s=None)
         self.plan = Plan.one_stage()
         self.sessions: dict[str, Session] = {}
         self.info: EngineInfo | None = None
         self.calibrator = Calibrator(prior=cost)
-        self.outlook = Outlook(settings=settings, door=self.door, worker_id=worker_id)
+        self.fleet_view = FleetView(settings=settings, executor=self.executor, worker_id=worker_id)
         self.steal_limits = StealLimits(steal_from=StealFrom(settings.steal_from))
         self.num_finished = 0
         self.num_stolen = 0
@@ -73,7 +73,7 @@ class WorkerState:
         self.nudge = asyncio.Event()
         self.lease = Lease(
             settings=settings,
-            door=self.door,
+            executor=self.executor,
             calls=self.calls,
             worker_id=worker_id,
             load=self.load,
@@ -87,7 +87,7 @@ class WorkerState:
     def stage(self) -> int:
         """Index of the stage that this worker serves."""
         known = self.plan.stage_of_worker(self.worker_id)
-        return self.outlook.newcomer_stage(self.plan, cost=self.cost) if known is None else known
+        return self.fleet_view.newcomer_stage(self.plan, cost=self.cost) if known is None else known
 
     @property
     def high_tokens(self) -> int | None:
@@ -177,7 +177,7 @@ class WorkerState:
             return
         await self.abort(gone)
         self.nudge.set()
-        records = await self.door.run_many([self.reads.record(session.request_id) for session in gone])
+        records = await self.executor.run_many([self.reads.record(session.request_id) for session in gone])
         for session, record in zip(gone, records, strict=True):
             if record is not None and record.state in ("cancelled", "expired"):
                 self.observer.request_cancelled(self.view(session))
@@ -189,8 +189,8 @@ class WorkerState:
 
         A request that runs is reported by the worker that runs it, as soon as it hears of it.
         """
-        record = await self.door.run(self.reads.record(request_id))
-        verdict, _ = await self.door.run(self.calls.cancel(request_id, reason="revoked", nonce=uuid4().hex))
+        record = await self.executor.run(self.reads.record(request_id))
+        verdict, _ = await self.executor.run(self.calls.cancel(request_id, reason="revoked", nonce=uuid4().hex))
         if verdict is Verdict.OK and record is not None and record.state is not RequestState.RUNNING:
             stage = int(record.stage) if record.stage is not None and record.stage.isdecimal() else 0
             view = RequestView(
@@ -221,7 +221,7 @@ class WorkerState:
         params, left = session.params, session.remaining_tokens
         if params.ignore_eos and not params.stop and not params.stop_token_ids:
             return float(left)
-        return self.outlook.outputs.expected_remaining(len(session.output_ids), limit=left)
+        return self.fleet_view.outputs.expected_remaining(len(session.output_ids), limit=left)
 
     def range_text(self, stage: int) -> str:
         """The range of a stage as people write it."""
@@ -267,12 +267,12 @@ class WorkerState:
             can_empty=True,
         )
 
-    def figures(self) -> list[WorkerFigures]:
+    def figures(self) -> list[WorkerSnapshot]:
         """For metrics; none before the engine has started."""
         if self.info is None:
             return []
         return [
-            WorkerFigures(
+            WorkerSnapshot(
                 load=self.load(),
                 engine=self.engine.stats(),
                 steps=self.steps,

@@ -7,12 +7,12 @@ import logging
 from collections.abc import Coroutine
 from typing import Any, NoReturn
 
-__all__ = ("Chores",)
+__all__ = ("TaskSet",)
 
 log = logging.getLogger("l4queue.worker")
 
 
-class Chores:
+class TaskSet:
     """Belongs to one event loop. Its owner awaits `failure` as one more loop of its own, and ends with it."""
 
     def __init__(self) -> None:

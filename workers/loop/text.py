@@ -10,14 +10,14 @@ from l4queue.errors import ConfigError
 from l4queue.models import SamplingParams
 from l4queue.pretrained import load_tokenizer
 
-__all__ = ("Piece", "StreamDecoder", "TextStream", "TokenDecoder", "no_text", "text_factory")
+__all__ = ("StreamDecoder", "TextPiece", "TextStream", "TokenDecoder", "no_text", "text_factory")
 
 _CONTEXT_TOKENS = 8  # enough for the longest character and the word before it
 _UNFINISHED = "\ufffd"
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class TextPiece:
     """Text that became certain, from the first `num_tokens` of the ids given; the rest came after a stop."""
 
     text: str
@@ -123,10 +123,10 @@ class TextStream:
         """Say which further ids give no text. Before the first `feed` or `replay`, if at all."""
         self._silent_ids |= frozenset(token_ids)
 
-    def feed(self, token_ids: Sequence[int]) -> Piece:
+    def feed(self, token_ids: Sequence[int]) -> TextPiece:
         """Take in further ids. Nothing may follow once it has stopped."""
         if self._decoder is None:
-            return Piece("", len(token_ids), False)
+            return TextPiece("", len(token_ids), False)
         step, silent = self._decoder.step, self._silent_ids
         out: list[str] = []
         for number, token_id in enumerate(token_ids, start=1):
@@ -142,11 +142,11 @@ class TextStream:
             if at is not None:
                 out.append(self._held[:at])
                 self._held, self.stopped = "", True
-                return Piece("".join(out), number, True)
+                return TextPiece("".join(out), number, True)
             cut = self._certain()
             out.append(self._held[:cut])
             self._held = self._held[cut:]
-        return Piece("".join(out), len(token_ids), False)
+        return TextPiece("".join(out), len(token_ids), False)
 
     def replay(self, token_ids: Sequence[int]) -> bool:
         """Take in ids whose text was written before; true when they end with a stop string."""

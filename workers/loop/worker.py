@@ -24,15 +24,17 @@ from workers.loop.mover import Mover
 from workers.loop.rollback import Rollback
 from workers.loop.session import Session, TextFactory
 from workers.loop.state import WorkerState
-from workers.loop.task_set import Chores
+from workers.loop.task_set import TaskSet
 from workers.loop.writer import Writer
 from workers.telemetry.observer import Observer, RequestView
-from workers.telemetry.snapshot import WorkerFigures
+from workers.telemetry.snapshot import WorkerSnapshot
 
 __all__ = ("Worker",)
 
 log = logging.getLogger("l4queue.worker")
-_CURIOUS = 10  # news of other stages' queues bring the next look forward to so small a part of the interval
+_EARLY_REFRESH_FRACTION = (
+    10  # news of other stages' queues bring the next look forward to so small a part of the interval
+)
 _IDLE_S = 1.0  # an idle worker looks for work at least so often, should a wake-up have been missed
 
 
@@ -69,11 +71,13 @@ class Worker:
         self._writer = Writer(self.state)
         self._rollback = Rollback(self.state)
         self._mover = Mover(self.state, self._writer)
-        self._intake = Intake(self.state, self._writer, self._rollback, make_way=self._mover.make_way)
-        self._chores = Chores()
+        self._intake = Intake(
+            self.state, self._writer, self._rollback, evacuate_before_prefill=self._mover.evacuate_before_prefill
+        )
+        self._tasks_set = TaskSet()
         self._buckets = Buckets.log_spaced(settings.max_model_len)
         self._stopping = asyncio.Event()
-        self._curious = asyncio.Event()
+        self._early_refresh = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def run(self) -> None:
@@ -89,7 +93,7 @@ class Worker:
         finally:
             state.lease.leave()
             await self._engine.stop()
-            await state.door.close()
+            await state.executor.close()
 
     def request_stop(self) -> None:
         """End `run` soon: nothing more is taken, running requests go back with their progress."""
@@ -103,7 +107,7 @@ class Worker:
         """A snapshot for dashboards."""
         return self.state.stats()
 
-    def figures(self) -> list[WorkerFigures]:
+    def figures(self) -> list[WorkerSnapshot]:
         """The same for metrics."""
         return self.state.figures()
 
@@ -113,13 +117,13 @@ class Worker:
 
     async def _serve(self) -> None:
         state = self.state
-        state.plan = (await state.outlook.refresh()).plan
+        state.plan = (await state.fleet_view.refresh()).plan
         await state.lease.begin()
         failure = await self._run_loops()
         async with asyncio.timeout(self.settings.drain_s):
             await state.lease.say()  # that it drains: nobody is to hand over to it any more
             await self._mover.finish()
-            await self._chores.finish()
+            await self._tasks_set.finish()
             has_died = isinstance(failure, EngineDied)
             why = "engine died" if has_died else "worker stops"
             culprit = state.work.culprit(failure)
@@ -132,7 +136,7 @@ class Worker:
         """Run until asked to stop or until a loop fails; the failure, if any."""
         state = self.state
         listener = Listener(
-            door=state.door,
+            executor=state.executor,
             keys=state.keys,
             worker_id=state.worker_id,
             on_wake=self._on_wake,
@@ -150,7 +154,7 @@ class Worker:
             self._look_around(),
             self._mover.failure(),
             self._mover.escape_for_ever(),
-            self._chores.failure(),
+            self._tasks_set.failure(),
             self._stopping.wait(),
         )
         tasks = [asyncio.create_task(loop) for loop in loops]
@@ -172,7 +176,7 @@ class Worker:
             try:
                 # Not wait_for: in Python 3.11 it swallows a cancellation that meets a nudge, and the drain
                 # would wait for this loop for ever.
-                async with asyncio.timeout(self._intake.give_way_s() if has_taken else _IDLE_S):
+                async with asyncio.timeout(self._intake.pull_delay_s() if has_taken else _IDLE_S):
                     await self.state.nudge.wait()
             except TimeoutError:
                 continue
@@ -217,41 +221,41 @@ class Worker:
         return touched
 
     async def _keep_up(self) -> None:
-        upkeep = Upkeep(settings=self.settings, door=self.state.door)
+        upkeep = Upkeep(settings=self.settings, executor=self.state.executor)
         while True:
             await upkeep.run_once(self.state.plan)
             await asyncio.sleep(upkeep.interval_s)
 
     async def _look_around(self) -> None:
-        state, outlook = self.state, self.state.outlook
+        state, fleet_view = self.state, self.state.fleet_view
         while True:
-            self._curious.clear()
-            await asyncio.sleep(outlook.interval_s / _CURIOUS)
+            self._early_refresh.clear()
+            await asyncio.sleep(fleet_view.interval_s / _EARLY_REFRESH_FRACTION)
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(outlook.interval_s * (1.0 - 1.0 / _CURIOUS)):
-                    await self._curious.wait()
-            overview = await outlook.refresh()
+                async with asyncio.timeout(fleet_view.interval_s * (1.0 - 1.0 / _EARLY_REFRESH_FRACTION)):
+                    await self._early_refresh.wait()
+            overview = await fleet_view.refresh()
             self._adopt(overview.plan)  # the listener may have begun just after it was published
             await self._mover.ask_once()
-            self._intake.personal_due = True  # a wake-up may have been missed
-            if outlook.num_waiting:
+            self._intake.private_due = True  # a wake-up may have been missed
+            if fleet_view.num_waiting:
                 state.nudge.set()  # perhaps there is something to steal
 
-    def _on_wake(self, is_personal: bool) -> None:
-        if is_personal:
-            self._intake.personal_due = True
+    def _on_wake(self, is_private_queue: bool) -> None:
+        if is_private_queue:
+            self._intake.private_due = True
             self.state.nudge.set()
         else:
-            asyncio.get_running_loop().call_later(self._intake.give_way_s(), self.state.nudge.set)
+            asyncio.get_running_loop().call_later(self._intake.pull_delay_s(), self.state.nudge.set)
 
     def _on_other(self) -> None:
         """Something waits in another stage: a worker with nothing to wait for looks whether to steal it."""
         if not self.state.sessions or self._intake.room().num_requests:
-            self._curious.set()
+            self._early_refresh.set()
 
     def _on_cancel(self, request_ids: Sequence[str]) -> None:
         wanted = set(request_ids)
-        self._chores.start(self.state.drop([s for s in self.state.sessions.values() if s.request_id in wanted]))
+        self._tasks_set.start(self.state.drop([s for s in self.state.sessions.values() if s.request_id in wanted]))
 
     def _on_plan(self, body: str) -> None:
         plan = read_plan(body, key=self.state.keys.plans)
@@ -268,10 +272,10 @@ class Worker:
         state.nudge.set()
 
     def _on_lost(self) -> None:
-        self._chores.start(self.state.drop(list(self.state.sessions.values())))
+        self._tasks_set.start(self.state.drop(list(self.state.sessions.values())))
 
     def _cancel(self, request_id: str) -> None:
-        self._chores.start(self.state.cancel(request_id))
+        self._tasks_set.start(self.state.cancel(request_id))
 
     def _threadsafe(self, function: Any, *args: Any) -> None:
         if self._loop is None:

@@ -40,7 +40,7 @@ class Writer:
         stopped = [w.session for w in writes if w.session.ended_by_text]
         if stopped:  # the engine knows nothing of stop strings and would go on
             await self._state.abort(stopped)
-        verdicts = await self._state.door.run_many([self._call(write) for write in writes])
+        verdicts = await self._state.executor.run_many([self._call(write) for write in writes])
         lost = []
         for write, verdict in zip(writes, verdicts, strict=True):
             if verdict in (Verdict.OK, Verdict.DUP):
@@ -61,7 +61,7 @@ class Writer:
         """
         state = self._state
         if culprit is not None and culprit not in state.sessions:  # it had not begun
-            await state.door.run(self._blame(culprit))
+            await state.executor.run(self._blame(culprit))
         if not sessions:
             return
         await state.abort(sessions)
@@ -77,7 +77,7 @@ class Writer:
             )
             for session in left
         ]
-        await state.door.run_many(calls)
+        await state.executor.run_many(calls)
         for session in left:
             if state.sessions.pop(session.engine_id, None) is not None:
                 state.observer.request_moved(state.view(session), why=why)
@@ -95,7 +95,7 @@ class Writer:
             text="",
             outcome=outcome,
         )
-        await state.door.run(call)
+        await state.executor.run(call)
 
     def _blame(self, engine_id: str) -> Call[Verdict]:
         state, (request_id, epoch) = self._state, lease_of(engine_id)

@@ -9,7 +9,7 @@ from pydantic import JsonValue
 
 from l4queue.metrics import Families, Labels, Tally, Values
 from l4queue.models import WorkerLoad
-from workers.telemetry.snapshot import WorkerFigures
+from workers.telemetry.snapshot import WorkerSnapshot
 
 if TYPE_CHECKING:
     from prometheus_client import Metric
@@ -23,7 +23,7 @@ class WorkerMetrics:
     """A source of metrics of all workers of this process, each under its id."""
 
     def __init__(
-        self, figures: Callable[[], list[WorkerFigures]], events: Callable[[], Mapping[str, JsonValue]]
+        self, figures: Callable[[], list[WorkerSnapshot]], events: Callable[[], Mapping[str, JsonValue]]
     ) -> None:
         self._figures = figures
         self._events = events
@@ -48,18 +48,18 @@ class WorkerMetrics:
 class _Rows:
     """Families with one value for each worker."""
 
-    def __init__(self, families: Families, found: Mapping[str, WorkerFigures], prefix: str) -> None:
+    def __init__(self, families: Families, found: Mapping[str, WorkerSnapshot], prefix: str) -> None:
         self._families = families
         self._found = found
         self._prefix = prefix
 
-    def gauge(self, name: str, meaning: str, value: Callable[[WorkerFigures], float]) -> None:
+    def gauge(self, name: str, meaning: str, value: Callable[[WorkerSnapshot], float]) -> None:
         self._families.gauge(self._prefix + name, meaning, self._values(value), labels=_WORKER)
 
-    def counter(self, name: str, meaning: str, value: Callable[[WorkerFigures], float]) -> None:
+    def counter(self, name: str, meaning: str, value: Callable[[WorkerSnapshot], float]) -> None:
         self._families.counter(self._prefix + name, meaning, self._values(value), labels=_WORKER)
 
-    def _values(self, value: Callable[[WorkerFigures], float]) -> Values:
+    def _values(self, value: Callable[[WorkerSnapshot], float]) -> Values:
         return {(worker_id,): float(value(one)) for worker_id, one in self._found.items()}
 
 
@@ -92,7 +92,7 @@ def _engine(rows: _Rows) -> None:
     rows.counter("kv_loaded_bytes", "KV cache read for arrivals", lambda one: one.engine.kv_loaded_bytes)
 
 
-def _steps(families: Families, found: Mapping[str, WorkerFigures]) -> None:
+def _steps(families: Families, found: Mapping[str, WorkerSnapshot]) -> None:
     seconds: dict[Labels, Tally] = {}
     for worker_id, one in found.items():
         seconds[worker_id, "decode"] = one.steps.decode_s
@@ -123,5 +123,5 @@ def _steps(families: Families, found: Mapping[str, WorkerFigures]) -> None:
     )
 
 
-def _tokens(one: WorkerFigures) -> tuple[tuple[str, float], ...]:
+def _tokens(one: WorkerSnapshot) -> tuple[tuple[str, float], ...]:
     return ("prefill", one.steps.prefill_tokens), ("decode", one.steps.decode_tokens)

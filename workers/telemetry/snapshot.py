@@ -11,7 +11,7 @@ from l4queue.metrics import Tally
 from l4queue.models import WorkerLoad
 from workers.engine.base import EngineStats, StepRecord
 
-__all__ = ("StepMeter", "WorkerFigures")
+__all__ = ("StepMeter", "WorkerSnapshot")
 
 _STEP_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 
@@ -43,7 +43,7 @@ class StepMeter:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerFigures:
+class WorkerSnapshot:
     """One worker at the moment of a scrape."""
 
     load: WorkerLoad

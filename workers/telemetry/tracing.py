@@ -18,13 +18,13 @@ from l4queue.client.tracing import Exporting, context_of, explain_failure
 from l4queue.config import Settings
 from l4queue.errors import L4QueueError
 from l4queue.models import TERMINAL, RequestState
-from l4queue.protocol.executor import Door
+from l4queue.protocol.executor import Executor
 from l4queue.protocol.keys import Keys
 from l4queue.protocol.reads import Reads
 from l4queue.protocol.records import RequestRecord
 from workers.telemetry.observer import Observer, RequestView
 
-__all__ = ("Piece", "TraceSender", "open_traces", "tell_pieces")
+__all__ = ("SpanSpec", "TraceSender", "build_spans", "open_traces")
 
 log = logging.getLogger("l4queue.tracing")
 _SERVICE = "l4queue-worker"
@@ -41,7 +41,7 @@ _FAULTS = {"lost": "its worker was lost", "crashed": "its engine died", "repaire
 
 
 @dataclass(slots=True, kw_only=True)
-class Piece:
+class SpanSpec:
     """One span to be. `inside` is the index of the piece that it is a part of; None for the first, the request."""
 
     name: str
@@ -52,18 +52,18 @@ class Piece:
     error: str | None = None
 
 
-def tell_pieces(record: RequestRecord, ledger: Sequence[str]) -> list[Piece]:
+def build_spans(record: RequestRecord, ledger: Sequence[str]) -> list[SpanSpec]:
     """The life of a request that has ended, in pieces; each is after the one that it is a part of."""
-    teller = _Teller(record)
+    teller = _SpanBuilder(record)
     for line in ledger:
         try:
-            teller.hear(json.loads(line))
+            teller.add(json.loads(line))
         except (KeyError, TypeError, ValueError):  # another release tells it in other words
             continue
     return teller.finish()
 
 
-class _Teller:
+class _SpanBuilder:
     """Reads a ledger from its start. What is open is one of waiting, prefill, decode, and a move around it."""
 
     def __init__(self, record: RequestRecord) -> None:
@@ -71,15 +71,15 @@ class _Teller:
         self._end_ms = record.finished_ms or record.submitted_ms
         queued_ms = record.submitted_ms if record.queued_ms is None else record.queued_ms
         self._pieces = [
-            Piece(name="request", start_ms=record.submitted_ms, end_ms=self._end_ms, inside=None),
-            Piece(name="route", start_ms=record.submitted_ms, end_ms=queued_ms),
+            SpanSpec(name="request", start_ms=record.submitted_ms, end_ms=self._end_ms, inside=None),
+            SpanSpec(name="route", start_ms=record.submitted_ms, end_ms=queued_ms),
         ]
         self._phase, self._since_ms, self._worker = "wait", queued_ms, ""
         self._offset = 0
         self._has_taken, self._has_token = False, False
         self._move: int | None = None  # index of the hand-over that is under way
 
-    def hear(self, line: dict[str, Any]) -> None:
+    def add(self, line: dict[str, Any]) -> None:
         """One line of the ledger."""
         what, at_ms = str(line["what"]), int(line["at_ms"])
         if what in _TAKES:
@@ -89,7 +89,7 @@ class _Teller:
         elif what in _LEAVES:  # others, of whatever release, end no lease
             self._leave(what, at_ms, line)
 
-    def finish(self) -> list[Piece]:
+    def finish(self) -> list[SpanSpec]:
         """The end of the request ends what is open."""
         record = self._record
         self._catch_up(self._end_ms, record.worker or "")
@@ -110,7 +110,7 @@ class _Teller:
             facts: dict[str, Any] = {name: line[name] for name in _MOVE_FACTS if name in line}
             facts |= {"move": what, "from": line["worker"], "to": str(line["to"]).removeprefix("@")}
             self._move = len(self._pieces)
-            self._pieces.append(Piece(name="hand-over", start_ms=at_ms, end_ms=at_ms, attributes=facts))
+            self._pieces.append(SpanSpec(name="hand-over", start_ms=at_ms, end_ms=at_ms, attributes=facts))
         self._phase, self._since_ms = "wait", at_ms
 
     def _catch_up(self, now_ms: int, worker: str) -> None:
@@ -150,7 +150,9 @@ class _Teller:
             self._offset = offset
         if ended_by is not None:
             attributes["ended_by"] = ended_by
-        piece = Piece(name=self._phase, start_ms=self._since_ms, end_ms=at_ms, attributes=attributes, error=error)
+        piece = SpanSpec(
+            name=self._phase, start_ms=self._since_ms, end_ms=at_ms, attributes=attributes, error=error
+        )
         if self._phase != "decode":
             piece.inside = 0 if self._move is None else self._move
         self._pieces.append(piece)
@@ -178,7 +180,7 @@ class TraceSender:
         self._exporting = exporting
         self._namespace = settings.namespace
         self._reads = Reads(Keys(settings.namespace))
-        self._door = Door(settings.redis_url, retry_s=_RETRY_S, max_connections=2, says_outages=True)
+        self._executor = Executor(settings.redis_url, retry_s=_RETRY_S, max_connections=2, says_outages=True)
         self._ended: deque[str] = deque(maxlen=capacity)
         self._wake = threading.Event()
         self._stopping = threading.Event()
@@ -198,7 +200,7 @@ class TraceSender:
         last = threading.Thread(target=self._exporting.close, name="l4-traces-end", daemon=True)
         last.start()
         last.join(2 * _CLOSE_S)
-        self._door.close()
+        self._executor.close()
 
     # -- Observer: called on the engine's event loop
 
@@ -257,15 +259,15 @@ class TraceSender:
         """Read these requests and hand their spans over to be sent."""
         calls: list[Any] = [self._reads.record(request_id) for request_id in request_ids]
         calls += [self._reads.ledger(request_id) for request_id in request_ids]
-        found = self._door.run_many(calls)
+        found = self._executor.run_many(calls)
         for record, ledger in zip(found[: len(request_ids)], found[len(request_ids) :], strict=True):
             if record is None or record.state not in TERMINAL:
                 continue
             traceparent = record.body_fields.get("traceparent")
             if isinstance(traceparent, str):
-                self._emit(record, traceparent, tell_pieces(record, ledger))
+                self._emit(record, traceparent, build_spans(record, ledger))
 
-    def _emit(self, record: RequestRecord, traceparent: str, pieces: Sequence[Piece]) -> None:
+    def _emit(self, record: RequestRecord, traceparent: str, pieces: Sequence[SpanSpec]) -> None:
         from opentelemetry.trace import SpanKind, Status, StatusCode, set_span_in_context
 
         tracer, spans = self._exporting.tracer, list[Any]()

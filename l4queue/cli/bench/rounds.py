@@ -17,10 +17,10 @@ from l4queue.models import Plan, RequestState, Routing, StagePlan
 from l4queue.observe.overview import cost_in_force
 from l4queue.plan_json import plan_to_json
 from l4queue.protocol.calls import Calls, Verdict
-from l4queue.protocol.executor import AsyncDoor
+from l4queue.protocol.executor import AsyncExecutor
 from l4queue.protocol.keys import Keys
 from l4queue.sim.metrics import Measured, SimResult, summarize
-from l4queue.sim.runner import Setting
+from l4queue.sim.runner import RunConfig
 from l4queue.sim.tuning import tune_two_pool
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ class Rounds:
     on_progress: Callable[[int, int], None] = lambda _, __: None
     cpu_s: Callable[[], dict[str, float]] = dict
     _l4: Plan | None = field(default=None, init=False)
-    _door: AsyncDoor | None = field(default=None, init=False)
+    _executor: AsyncExecutor | None = field(default=None, init=False)
     _num_runs: int = field(default=0, init=False)
 
     async def rehearse(self) -> None:
@@ -105,11 +105,11 @@ class Rounds:
 
     @asynccontextmanager
     async def _connected(self) -> AsyncIterator[None]:
-        self._door = AsyncDoor(self.settings.redis_url)
+        self._executor = AsyncExecutor(self.settings.redis_url)
         try:
             yield
         finally:
-            await self._door.close()
+            await self._executor.close()
 
     async def _serve(self, policy: str, number: int) -> Round:
         trace = self.traces[number]
@@ -188,7 +188,7 @@ class Rounds:
 
     async def _switch(self, routing: Routing, trace: Trace) -> None:
         """Publish the plan of this routing; whoever publishes meanwhile only makes us try again."""
-        assert self._door is not None
+        assert self._executor is not None
         calls = Calls(Keys(self.settings.namespace))
         for _ in range(20):
             overview = await self.client.overview()
@@ -196,7 +196,7 @@ class Rounds:
             plan = await asyncio.to_thread(self._plan, routing, overview, trace)
             plan = replace(plan, version=version + 1, routing=routing, reason=f"bench: {routing}")
             call = calls.publish(expected_version=version, version=version + 1, body=plan_to_json(plan))
-            if await self._door.run(call) is not Verdict.STALE:
+            if await self._executor.run(call) is not Verdict.STALE:
                 return
         raise ServiceUnavailable("somebody else keeps publishing plans here; stop other planners or benchmarks")
 
@@ -213,7 +213,7 @@ class Rounds:
             return self._l4 if served == set(ids) else one
         if routing is not Routing.TWO_POOL:
             return one
-        setting = Setting(cost=cost_in_force(overview, self.settings), num_instances=len(ids))
+        setting = RunConfig(cost=cost_in_force(overview, self.settings), num_instances=len(ids))
         tuned = tune_two_pool(trace, setting)
         if not 0 < tuned.num_short < len(ids):
             return one

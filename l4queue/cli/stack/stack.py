@@ -21,7 +21,7 @@ from l4queue.config import URL_FILE, Settings, load_settings
 from l4queue.errors import ConfigError, L4QueueError
 from l4queue.hardware import Gpu, cores_of_worker, engine_build, missing_library, view_gpus
 from l4queue.observe.overview import read_overview_async
-from l4queue.protocol.executor import AsyncDoor
+from l4queue.protocol.executor import AsyncExecutor
 from l4queue.redis_url import SecretUrl, parse_url
 from l4queue.tiny import cache_directory
 
@@ -83,7 +83,7 @@ class Stack:
         self.not_ready: list[str] = []
         self.metrics_urls: dict[str, str] = {}
         self._redis: EmbeddedRedis | None = None
-        self._door: AsyncDoor | None = None
+        self._executor: AsyncExecutor | None = None
 
     @property
     def redis_url(self) -> SecretUrl:
@@ -131,7 +131,7 @@ class Stack:
         model = await self._model_path()
         self._choose_flower_port()
         self.settings = self.settings.model_copy(update={"model": model})
-        self._door = AsyncDoor(self.redis_url, retry_s=0.0)
+        self._executor = AsyncExecutor(self.redis_url, retry_s=0.0)
         specs = [*self._service_specs(), *self._serving_specs(num_workers, gpus)]
         self.metrics_urls, specs = with_metrics(specs, self.settings)
         if self.metrics_urls:
@@ -153,9 +153,9 @@ class Stack:
     async def stop(self) -> None:
         """Stop everything in order; safe to call twice."""
         await self.supervisor.stop()
-        if self._door is not None:
-            await self._door.close()
-            self._door = None
+        if self._executor is not None:
+            await self._executor.close()
+            self._executor = None
         if self._redis is not None:
             if self.url_file is not None:
                 self.url_file.unlink(missing_ok=True)
@@ -338,10 +338,10 @@ class Stack:
 
     def _workers_serve(self, *worker_ids: str) -> Callable[[], Awaitable[bool]]:
         async def have_leases() -> bool:
-            if self._door is None:
+            if self._executor is None:
                 return False
             try:
-                overview = await read_overview_async(self._door, self.settings.namespace)
+                overview = await read_overview_async(self._executor, self.settings.namespace)
             except L4QueueError:  # Redis is away or loading; the supervisor asks again
                 return False
             return {load.worker_id for load in overview.workers}.issuperset(worker_ids)

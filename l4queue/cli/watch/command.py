@@ -12,11 +12,11 @@ from dataclasses import asdict
 from threading import Event
 from typing import TYPE_CHECKING, Any
 
-from l4queue.cli.watch.window import Picture, Window
+from l4queue.cli.watch.window import Picture, WatchWindow
 from l4queue.config import load_settings
 from l4queue.errors import ConfigError, ServiceUnavailable
 from l4queue.observe.watch import Watch
-from l4queue.protocol.executor import Door
+from l4queue.protocol.executor import Executor
 from l4queue.protocol.wire import redacted
 
 if TYPE_CHECKING:
@@ -30,9 +30,9 @@ _RESIZE_S = 0.2
 class Watcher:
     """The picture now, or the last one there was and since when Redis has been away."""
 
-    def __init__(self, door: Door, namespace: str) -> None:
-        self._watch = Watch(door, namespace)
-        self._window = Window()
+    def __init__(self, executor: Executor, namespace: str) -> None:
+        self._watch = Watch(executor, namespace)
+        self._window = WatchWindow()
         self.picture: Picture | None = None
         self.trouble = ""
         self._away_s: float | None = None
@@ -57,8 +57,8 @@ def watch(*, interval_s: float, as_json: bool) -> None:
     if not as_json and not sys.stdout.isatty():
         raise ConfigError("--watch draws on a terminal; for programs use --json --watch")
     settings = load_settings()
-    door = Door(settings.redis_url, retry_s=0.0)
-    watcher = Watcher(door, settings.namespace)
+    executor = Executor(settings.redis_url, retry_s=0.0)
+    watcher = Watcher(executor, settings.namespace)
     try:
         with _ending_well() as ending:
             if as_json:
@@ -69,7 +69,7 @@ def watch(*, interval_s: float, as_json: bool) -> None:
     except KeyboardInterrupt:
         pass
     finally:
-        door.close()
+        executor.close()
 
 
 def picture_json(picture: Picture) -> dict[str, Any]:

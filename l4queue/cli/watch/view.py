@@ -14,7 +14,7 @@ from l4queue.cli.watch.window import LATENCY_S, Latency, Picture, StageView, Wai
 from l4queue.models import Plan, StagePlan, WorkerLoad
 
 if TYPE_CHECKING:
-    from l4queue.observe.watch import Move
+    from l4queue.observe.watch import RecentMove
 
 __all__ = ("WIDE_COLUMNS", "fit", "number", "time_text")
 
@@ -194,7 +194,7 @@ def _moves(picture: Picture, count: int, *, is_wide: bool) -> RenderableType:
     return Group(line, table) if count else line
 
 
-def _move(move: Move, now_ms: int, *, is_wide: bool) -> Sequence[str]:
+def _move(move: RecentMove, now_ms: int, *, is_wide: bool) -> Sequence[str]:
     age_ms = now_ms - move.at_ms
     ago = f"{time_text(age_ms - age_ms % 1000)} ago" if age_ms >= 1000 else "now"
     way = f"{_clipped(move.source, 14)} → {_clipped(move.target, 14)}"

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 from l4queue.models import Plan, StagePlan, WorkerLoad
 from l4queue.observe.overview import Overview
-from l4queue.observe.watch import Look, Move
-from l4queue.protocol.keys import personal_stage
+from l4queue.observe.watch import Look, RecentMove
+from l4queue.protocol.keys import private_queue
 from l4queue.protocol.reads import FinishedRequest
 
-__all__ = ("LATENCY_S", "Latency", "Picture", "Rates", "StageView", "Waiting", "Window")
+__all__ = ("LATENCY_S", "Latency", "Picture", "Rates", "StageView", "Waiting", "WatchWindow")
 
 LATENCY_S = 60.0
 """Latencies and counts of moves are of what ended, and of what moved, within so many seconds."""
@@ -91,7 +91,7 @@ class Picture:
     latencies: tuple[Latency, ...]
     counts: dict[str, int]
     moved: dict[str, int]
-    moves: tuple[Move, ...]
+    moves: tuple[RecentMove, ...]
 
     @property
     def num_workers(self) -> int:
@@ -99,13 +99,13 @@ class Picture:
         return sum(len(stage.workers) for stage in self.stages)
 
 
-class Window:
+class WatchWindow:
     """Remembers the last minute of looks."""
 
     def __init__(self) -> None:
         self._finished: deque[FinishedRequest] = deque(maxlen=_MAX_FINISHED)
         self._counts: deque[tuple[int, dict[str, int]]] = deque()
-        self._moves: dict[Move, None] = {}
+        self._moves: dict[RecentMove, None] = {}
 
     def add(self, look: Look) -> Picture:
         """Take in one look and return what is to be shown now."""
@@ -166,7 +166,7 @@ def _stages(overview: Overview, ages_ms: dict[str, int]) -> tuple[StageView, ...
     views = []
     for index, stage in enumerate(overview.plan.stages):
         workers = tuple(w for w in overview.workers if min(known.get(w.worker_id, w.stage), last) == index)
-        queues = [str(index), *(personal_stage(worker.worker_id) for worker in workers)]
+        queues = [str(index), *(private_queue(worker.worker_id) for worker in workers)]
         waiting = _waiting(overview, ages_ms, queues)
         views.append(StageView(index=index, stage=stage, workers=workers, waiting=waiting))
     return tuple(views)

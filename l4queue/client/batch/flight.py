@@ -8,15 +8,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 
-from l4queue.client.core import Composer, Prepared
+from l4queue.client.core import ClientCore, Prepared
 from l4queue.config import Settings
 from l4queue.errors import QueueFull
 from l4queue.models import TERMINAL, RequestState
 from l4queue.protocol.calls import Verdict
-from l4queue.protocol.executor import Door
+from l4queue.protocol.executor import Executor
 from l4queue.protocol.foreign import text
 from l4queue.protocol.records import OutputEntry, RequestRecord
-from l4queue.protocol.retention import Keeping
+from l4queue.protocol.retention import Retention
 
 __all__ = ("Ended", "Flight", "Submission", "Ticket")
 
@@ -82,11 +82,11 @@ class Flight:
                 "result_ttl_s": max(settings.result_ttl_s, MIN_RESULT_TTL_S),
             }
         )
-        self.composer = Composer(self.settings)
-        self.composer.client_id = "b" + hashlib.sha256(batch_id.encode()).hexdigest()[:31]
-        self._mailbox = self.composer.keys.mailbox(self.composer.client_id)
+        self.core = ClientCore(self.settings)
+        self.core.client_id = "b" + hashlib.sha256(batch_id.encode()).hexdigest()[:31]
+        self._mailbox = self.core.keys.mailbox(self.core.client_id)
         self._last_mail = "0-0"
-        self._door = Door(url)
+        self._executor = Executor(url)
         self._pending: dict[str, _Pending] = {}  # in the order in which they were looked at
         self._ended: dict[str, None] = {}
         self._look_s = time.monotonic() + _LOOK_EVERY_S
@@ -106,12 +106,12 @@ class Flight:
         refused: list[Submission] = []
         full: QueueFull | None = None
         known: list[Ticket] = []
-        replies = self._door.run_many([submission.prepared.call for submission in submissions])
+        replies = self._executor.run_many([submission.prepared.call for submission in submissions])
         for submission, reply in zip(submissions, replies, strict=True):
             if reply.verdict is Verdict.FULL:
                 refused.append(submission)
                 try:
-                    self.composer.accepted(submission.prepared, reply)
+                    self.core.accepted(submission.prepared, reply)
                 except QueueFull as error:
                     full = error
                 continue
@@ -120,7 +120,7 @@ class Flight:
                 ticket = replace(ticket, request_id=reply.request_id)
             self._pending[ticket.request_id] = _Pending(ticket, is_found)
             if not is_found:
-                self.composer.accepted(submission.prepared, reply)
+                self.core.accepted(submission.prepared, reply)
                 continue
             known.append(ticket)
             if reply.state is not None and RequestState(reply.state) in TERMINAL:
@@ -130,7 +130,7 @@ class Flight:
     def wait(self, *, block_s: float) -> None:
         """Learn who has ended: by mail as soon as there is some, and by a look at those not heard of for long."""
         block_s = 0.001 if self._ended else block_s
-        found = self._door.wait({self._mailbox: self._last_mail}, block_s=block_s, count=1000)
+        found = self._executor.wait({self._mailbox: self._last_mail}, block_s=block_s, count=1000)
         for entry_id, values in found.get(self._mailbox, ()):
             self._last_mail = entry_id.decode()
             request_id = text(values.get(b"i", b""))
@@ -143,8 +143,8 @@ class Flight:
     def fetch(self, *, limit: int) -> list[Ended]:
         """Records and outputs of some that have ended, both or none. They stay in flight until `landed`."""
         ids = list(islice(self._ended, limit))
-        reads = self.composer.reads
-        replies = self._door.run_many([call for i in ids for call in (reads.record(i), reads.output(i))])
+        reads = self.core.reads
+        replies = self._executor.run_many([call for i in ids for call in (reads.record(i), reads.output(i))])
         ended, lost = [], []
         for request_id, record, outputs in zip(ids, replies[::2], replies[1::2], strict=True):
             del self._ended[request_id]
@@ -166,16 +166,16 @@ class Flight:
 
     def forget(self, request_ids: Sequence[str]) -> None:
         """Delete what Redis still has of requests that have ended."""
-        keeping = Keeping(self.composer.keys)
+        keeping = Retention(self.core.keys)
         chunks = (request_ids[start : start + 100] for start in range(0, len(request_ids), 100))
-        self._door.run_many([keeping.discard(chunk) for chunk in chunks])
+        self._executor.run_many([keeping.discard(chunk) for chunk in chunks])
 
     def cancel_all(self) -> int:
         """Cancel all in flight and forget them, so that they may be sent afresh; how many were cancelled."""
         ids, cancelled = list(self._pending), []
         for start in range(0, len(ids), 256):
             chunk = ids[start : start + 256]
-            replies = self._door.run_many([self.composer.cancel(i, reason="the batch was stopped") for i in chunk])
+            replies = self._executor.run_many([self.core.cancel(i, reason="the batch was stopped") for i in chunk])
             cancelled += [i for i, (verdict, _) in zip(chunk, replies, strict=True) if verdict is Verdict.OK]
         self.forget(cancelled)
         for request_id in cancelled:
@@ -184,7 +184,7 @@ class Flight:
 
     def close(self) -> None:
         """Close all connections."""
-        self._door.close()
+        self._executor.close()
 
     def _look(self) -> None:
         """Look at the records of those not heard of for longest: mail is a hint and may have been trimmed."""
@@ -194,7 +194,7 @@ class Flight:
             if pending.looked_s > now_s - _LOOK_AFTER_S:
                 break
             ids.append(request_id)
-        records = self._door.run_many([self.composer.reads.record(i) for i in ids])
+        records = self._executor.run_many([self.core.reads.record(i) for i in ids])
         for request_id, record in zip(ids, records, strict=True):
             if record is None or record.state in TERMINAL:
                 self._ended[request_id] = None

@@ -16,7 +16,7 @@ from l4queue.client.batch.index import LineIndex, LineState
 from l4queue.client.batch.options import BatchOptions
 from l4queue.client.batch.progress import BatchProgress, BatchSummary
 from l4queue.client.batch.source import LineSource, check_files
-from l4queue.client.batch.window import Window
+from l4queue.client.batch.window import SubmissionWindow
 from l4queue.config import Settings
 from l4queue.errors import ServiceUnavailable
 from l4queue.models import RequestState
@@ -145,7 +145,7 @@ class _Run:
         self._stop = stop
         self._index, self._out, self._errors = index, out, errors
         self._num_lines = len(index) - index.count(LineState.EMPTY)
-        self._window = Window(most=options.max_in_flight)
+        self._window = SubmissionWindow(most=options.max_in_flight)
         self._held: deque[Submission] = deque()
         self._uncommitted: list[str] = []
         self._tally = _Tally(num_earlier=self._num_finished())
@@ -164,7 +164,7 @@ class _Run:
             self._index,
             options=self._options,
             batch_id=self._identity.batch_id,
-            composer=self._flight.composer,
+            core=self._flight.core,
             fail=self._fail,
         )
         with closing(self._flight):

@@ -14,7 +14,7 @@ from l4queue.client.batch.flight import Submission, Ticket
 from l4queue.client.batch.index import LineIndex, LineState, word_of
 from l4queue.client.batch.lines import LineObject, custom_id_of, digest_of_bytes, object_of, parse_line
 from l4queue.client.batch.options import BatchOptions
-from l4queue.client.core import Composer, request_id_of
+from l4queue.client.core import ClientCore, request_id_of
 from l4queue.errors import InvalidRequest
 from l4queue.sampling import DEFAULT_MAX_TOKENS
 
@@ -157,14 +157,14 @@ class LineSource:
         *,
         options: BatchOptions,
         batch_id: str,
-        composer: Composer,
+        core: ClientCore,
         fail: Callable[[int, bytes], None],
     ) -> None:
         self._lines = lines
         self._index = index
         self._options = options
         self._batch_id = batch_id
-        self._composer = composer
+        self._core = core
         self._fail = fail
         self._version = lines.opened_version
         self._open = self._open_lines()
@@ -213,7 +213,7 @@ class LineSource:
             parsed = parse_line(
                 line.data, max_tokens=options.max_tokens, priority=options.priority, idempotency_key=key
             )
-            prepared = self._composer.prepare(parsed.spec)
+            prepared = self._core.prepare(parsed.spec)
         except InvalidRequest as error:
             self._report_refused(line, key, error)
             return None
@@ -230,7 +230,7 @@ class LineSource:
             size=len(line.data),
             custom_id=parsed.custom_id,
             url=parsed.url,
-            model=parsed.model or self._composer.settings.model,
+            model=parsed.model or self._core.settings.model,
             digest=parsed.digest,
         )
         return Submission(ticket=ticket, prepared=prepared, is_again=is_again)

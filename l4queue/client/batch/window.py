@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from math import ceil
 
-__all__ = ("Window",)
+__all__ = ("SubmissionWindow",)
 
 _START = 256
 _LEAST = 16
 _FIRST_GROWTH, _GROWTH, _SHRINK = 2.0, 1.1, 0.9
 
 
-class Window:
+class SubmissionWindow:
     """Grows while requests are taken soon, shrinks while they wait for longer than `target_wait_s`.
 
     What waits in a queue for long gains nothing: the workers are busy anyway. It ages, though, and the age of a

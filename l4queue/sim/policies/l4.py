@@ -20,7 +20,7 @@ from l4queue.sim.engine.request import SimRequest
 from l4queue.sim.policies.central import Pool
 from l4queue.sim.policies.l4_evacuation import Escapes
 from l4queue.sim.policies.l4_pool import StagePool
-from l4queue.sim.policies.l4_running_steals import Move, RunningSteals
+from l4queue.sim.policies.l4_running_steals import PendingMove, RunningSteals
 from l4queue.sim.policies.l4_traffic import Traffic
 from l4queue.sim.policies.views import load_of, score_of, worker_id
 from l4queue.sim.policy import Policy
@@ -151,7 +151,7 @@ class L4(Policy):
             self._steal(instance)
         if self._has["escape"]:
             for request, target in self._escapes.moves(instance, now_s):
-                self.cluster.ask_back(request, instance, Move(target=target, is_steal=False))
+                self.cluster.ask_back(request, instance, PendingMove(target=target, is_steal=False))
 
     def on_started(self, instance: Instance, requests: Sequence[SimRequest], now_s: float) -> None:
         """Watch for the end of the stage's range."""
@@ -186,7 +186,7 @@ class L4(Policy):
             ahead_there_ms=self._ahead_ms(there.pending_prefill_tokens if there else 0, stage),
         )
         if decision.is_move and there is not None:
-            self.cluster.ask_back(request, instance, Move(target=others[there.worker_id], is_steal=False))
+            self.cluster.ask_back(request, instance, PendingMove(target=others[there.worker_id], is_steal=False))
         else:
             instance.watch(request, length_tokens=look_again_at(length))
 
@@ -203,7 +203,7 @@ class L4(Policy):
 
     def on_removed(self, instance: Instance, request: SimRequest, tag: object, now_s: float) -> None:
         """Released: on to its new engine."""
-        assert isinstance(tag, Move)
+        assert isinstance(tag, PendingMove)
         request.stage = tag.target.stage
         request.watch_tokens = None
         send = self.cluster.steal if tag.is_steal else self.cluster.send
@@ -270,7 +270,7 @@ class L4(Policy):
             expected_remaining=self.traffic.outputs.expected_remaining,
         )
         for request, source, target in moves:
-            self.cluster.ask_back(request, source, Move(target=target, is_steal=True))
+            self.cluster.ask_back(request, source, PendingMove(target=target, is_steal=True))
 
     def _stage_loads(self) -> list[StageLoad]:
         return [

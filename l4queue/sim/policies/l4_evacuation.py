@@ -8,7 +8,7 @@ import numpy as np
 
 from l4queue.cost.move import MovePrice
 from l4queue.cost.step import StepCost
-from l4queue.policy.escape import NUM_REFUGES, REST_MS, Refuge, escapes, may_escape
+from l4queue.policy.escape import NUM_REFUGES, REST_MS, EscapeTarget, escapes, may_escape
 from l4queue.policy.steal import RunningRequest, StealLimits
 from l4queue.sim.engine.instance import Instance
 from l4queue.sim.engine.request import SimRequest
@@ -86,14 +86,14 @@ class Escapes:
             running.append(item)
         return running, by_id
 
-    def _refuges(self, instance: Instance, ahead_ms: float) -> list[tuple[Refuge, Instance]]:
+    def _refuges(self, instance: Instance, ahead_ms: float) -> list[tuple[EscapeTarget, Instance]]:
         """Some of the others, those with less prefill before them."""
         others: Sequence[Instance] = self._instances
         if len(others) > NUM_REFUGES + 1:
             others = [others[i] for i in self._rng.choice(len(others), NUM_REFUGES, replace=False).tolist()]
         known = ((other, self._ahead_ms(other.pending_tokens, other.stage)) for other in others)
         return [
-            (Refuge(load=load_of(other), ahead_ms=there_ms), other)
+            (EscapeTarget(load=load_of(other), ahead_ms=there_ms), other)
             for other, there_ms in known
             if there_ms < ahead_ms and other is not instance
         ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from l4queue.policy.admission import bearable_prefill_ms
+from l4queue.policy.admission import max_prefill_ms
 from l4queue.policy.output_lengths import OutputLengths
 from l4queue.sim.engine.instance import Instance
 from l4queue.sim.engine.request import SimRequest
@@ -36,7 +36,7 @@ class StagePool(Pool):
             return False
         if not instance.num_requests or request.has_kv:
             return True
-        bearable_ms = bearable_prefill_ms(
+        bearable_ms = max_prefill_ms(
             instance.num_requests,
             instance.context_tokens,
             remaining_tokens=self._outputs.mean_tokens,

@@ -13,11 +13,11 @@ from l4queue.sim.engine.instance import Instance
 from l4queue.sim.engine.request import SimRequest
 from l4queue.sim.policies.views import load_of, running_request, worker_id
 
-__all__ = ("Move", "RunningSteals")
+__all__ = ("PendingMove", "RunningSteals")
 
 
 @dataclass(frozen=True, slots=True)
-class Move:
+class PendingMove:
     """Where a request that an engine was asked to release is to go, and whether it was stolen."""
 
     target: Instance

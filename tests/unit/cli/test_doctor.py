@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from l4queue import cli
-from l4queue.cli.doctor import Check, Verdict, run_checks
+from l4queue.cli.doctor import Check, CheckResult, run_checks
 from l4queue.cli.server import ServerFacts
 from l4queue.cli.stack.embedded import EmbeddedRedis, free_port
 
@@ -92,10 +92,10 @@ def test_weak_durability_is_a_warning_with_the_settings_that_are_needed(
         monkeypatch.setenv("L4_DURABILITY", "fast")
         fast = found("durability", tmp_path)
 
-    assert strict.verdict is Verdict.WARN
+    assert strict.verdict is CheckResult.WARN
     assert strict.advice is not None
     assert "appendfsync always" in strict.advice
-    assert fast.verdict is Verdict.OK
+    assert fast.verdict is CheckResult.OK
 
 
 def test_a_redis_without_config_is_not_vouched_for() -> None:
@@ -129,24 +129,24 @@ def test_a_port_in_use_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
         check = found("Flower's port", tmp_path)
 
-    assert check.verdict is Verdict.WARN
+    assert check.verdict is CheckResult.WARN
     assert "in use" in check.detail
 
 
 def test_a_model_that_is_not_there_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A missing directory and one without a model in it."""
     monkeypatch.setenv("L4_MODEL", str(tmp_path / "missing"))
-    assert found("model", tmp_path).verdict is Verdict.FAIL
+    assert found("model", tmp_path).verdict is CheckResult.FAIL
     monkeypatch.setenv("L4_MODEL", str(tmp_path))
     check = found("model", tmp_path)
 
-    assert check.verdict is Verdict.FAIL
+    assert check.verdict is CheckResult.FAIL
     assert "no config.json" in check.detail
 
 
-@pytest.mark.parametrize(("version", "verdict"), [((3, 12, 1), Verdict.OK), ((3, 14, 0), Verdict.WARN)])
+@pytest.mark.parametrize(("version", "verdict"), [((3, 12, 1), CheckResult.OK), ((3, 14, 0), CheckResult.WARN)])
 def test_pythons_beyond_the_pinned_lists_are_a_warning(
-    version: tuple[int, int, int], verdict: Verdict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    version: tuple[int, int, int], verdict: CheckResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The lists are resolved for 3.11 to 3.13."""
     monkeypatch.setattr(sys, "version_info", version)

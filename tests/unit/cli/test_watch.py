@@ -9,10 +9,10 @@ import pytest
 from rich.console import Console
 
 from l4queue.cli.watch.view import fit, number, time_text
-from l4queue.cli.watch.window import Window
+from l4queue.cli.watch.window import WatchWindow
 from l4queue.models import Plan, StagePlan, WorkerLoad
 from l4queue.observe.overview import Overview, QueueView
-from l4queue.observe.watch import Look, Move
+from l4queue.observe.watch import Look, RecentMove
 from l4queue.protocol.reads import FinishedRequest
 
 T0_MS = 1_800_000_000_000
@@ -23,7 +23,7 @@ PLAN = Plan(
         StagePlan(low_tokens=512, high_tokens=None, num_workers=1, worker_ids=("b",)),
     ),
 )
-MOVE = Move(
+MOVE = RecentMove(
     at_ms=T0_MS, request_id="r" * 32, kind="hand-over", source="a", target="b", benefit_ms=320.0, cost_ms=110.0
 )
 
@@ -67,7 +67,7 @@ def look(at_s: float, *, counts: dict[str, int] | None = None, **given: Any) -> 
 
 def test_rates_are_of_the_last_ten_seconds() -> None:
     """Not of the whole minute, and not of the last two seconds alone."""
-    window = Window()
+    window = WatchWindow()
     for at_s, done in ((0, 0), (20, 2000), (28, 2080), (30, 2100)):
         picture = window.add(look(at_s, counts={"done": done, "submitted": done, "output_tokens": 3 * done}))
 
@@ -77,7 +77,7 @@ def test_rates_are_of_the_last_ten_seconds() -> None:
 
 def test_counts_that_fall_begin_anew_instead_of_being_negative() -> None:
     """Another Redis, or one that has lost its data."""
-    window = Window()
+    window = WatchWindow()
     window.add(look(0, counts={"done": 500, "handovers": 9}))
 
     picture = window.add(look(2, counts={"done": 3, "handovers": 1}))
@@ -88,7 +88,7 @@ def test_counts_that_fall_begin_anew_instead_of_being_negative() -> None:
 
 def test_latencies_are_by_the_range_of_the_prompt_and_forgotten_after_a_minute() -> None:
     """Median and 99th percentile by nearest rank; time for a token without the first one."""
-    window = Window()
+    window = WatchWindow()
     early = finished(0, 100, ttft_ms=99, e2e_ms=9999, at_ms=T0_MS - 59_000)
     short = [finished(i, 100, ttft_ms=i, e2e_ms=100 + i, at_ms=T0_MS) for i in range(1, 101)]
     long = [finished(900, 512, ttft_ms=50, e2e_ms=1050, at_ms=T0_MS)]
@@ -106,7 +106,7 @@ def test_latencies_are_by_the_range_of_the_prompt_and_forgotten_after_a_minute()
 
 def test_a_move_that_is_told_of_again_is_kept_once() -> None:
     """A ledger is read again while its request runs."""
-    window = Window()
+    window = WatchWindow()
     window.add(look(0, moves=(MOVE,)))
 
     picture = window.add(look(2, moves=(MOVE,)))
@@ -122,7 +122,7 @@ def test_what_waits_for_a_worker_alone_counts_for_its_stage() -> None:
         "solo": QueueView(num_requests=1, tokens=5),
     }
 
-    picture = Window().add(look(0, queues=queues, ages_ms={"0": 100, "@a": 900, "solo": 5}))
+    picture = WatchWindow().add(look(0, queues=queues, ages_ms={"0": 100, "@a": 900, "solo": 5}))
 
     waiting = picture.stages[0].waiting
     assert (waiting.num_requests, waiting.tokens, waiting.oldest_ms) == (3, 720, 900)
@@ -141,7 +141,7 @@ def test_it_never_exceeds_the_terminal(columns: int, rows: int) -> None:
     )
     counts = dict.fromkeys(("done", "live", "failed", "dead", "cancelled", "handovers", "steals_waiting"), 10**7)
     rows_of = tuple(finished(i, 100, ttft_ms=123_456, e2e_ms=7_999_999, at_ms=T0_MS) for i in range(2000))
-    picture = Window().add(
+    picture = WatchWindow().add(
         look(0, workers=workers, counts=counts, finished=rows_of, moves=(MOVE,), ages_ms={"0": 10**7})
     )
     console = Console(width=columns, height=rows, file=io.StringIO(), color_system=None)

@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 
 from l4queue.cost.step import StepCost
 from l4queue.models import WorkerLoad
-from l4queue.policy.admission import RoomLimits, Waiting, bearable_prefill_ms, choose, give_way_ms, room_of
+from l4queue.policy.admission import (
+    AdmissionLimits,
+    WaitingRequest,
+    admission_budget,
+    admit,
+    max_prefill_ms,
+    pull_delay_ms,
+)
 from l4queue.policy.loads import decode_step_ms
 
 COST = StepCost(
@@ -39,12 +46,12 @@ def _load(**changes: object) -> WorkerLoad:
 )
 def test_what_is_pulled_fits_and_is_the_head_of_the_queue(running, used, lengths, pending, growth) -> None:
     """Slots, cache with growth and reserve, and one step of prefill are kept, except for one on an idle worker."""
-    limits = RoomLimits(growth_tokens=growth)
+    limits = AdmissionLimits(growth_tokens=growth)
     load = _load(num_running=running, kv_used_tokens=used if running else 0, context_tokens=used)
-    waiting = [Waiting(request_id=str(i), length_tokens=n) for i, n in enumerate(lengths)]
+    waiting = [WaitingRequest(request_id=str(i), length_tokens=n) for i, n in enumerate(lengths)]
 
-    room = room_of(replace(load, pending_prefill_tokens=pending), cost=COST, limits=limits)
-    pull = choose(room, waiting)
+    room = admission_budget(replace(load, pending_prefill_tokens=pending), cost=COST, limits=limits)
+    pull = admit(room, waiting)
 
     taken = lengths[: pull.num_requests]
     assert running + len(taken) <= 64 or not taken
@@ -59,37 +66,45 @@ def test_what_is_pulled_fits_and_is_the_head_of_the_queue(running, used, lengths
 
 def test_an_idle_worker_takes_one_request_whatever_its_size() -> None:
     """Else a request larger than the free share would wait for ever."""
-    pull = choose(room_of(_load(), cost=COST), [Waiting(request_id="a", length_tokens=99_000)])
+    pull = admit(admission_budget(_load(), cost=COST), [WaitingRequest(request_id="a", length_tokens=99_000)])
 
     assert pull.num_requests == 1
 
 
 def test_the_next_in_order_is_never_skipped() -> None:
     """A long request at the head stops the pull although a short one behind it would fit."""
-    room = room_of(_load(num_running=2, kv_used_tokens=50_000, context_tokens=50_000), cost=COST)
-    waiting = [Waiting(request_id="a", length_tokens=60_000), Waiting(request_id="b", length_tokens=10)]
+    room = admission_budget(_load(num_running=2, kv_used_tokens=50_000, context_tokens=50_000), cost=COST)
+    waiting = [
+        WaitingRequest(request_id="a", length_tokens=60_000),
+        WaitingRequest(request_id="b", length_tokens=10),
+    ]
 
-    assert choose(room, waiting).num_requests == 0
-    assert choose(room, waiting).reason == "cache"
-    assert choose(room, waiting[1:]).num_requests == 1
+    assert admit(room, waiting).num_requests == 0
+    assert admit(room, waiting).reason == "cache"
+    assert admit(room, waiting[1:]).num_requests == 1
 
 
 def test_each_reason_for_no_room_is_named() -> None:
     """Draining, slots, prefill, cache, step time."""
-    assert room_of(_load(is_draining=True), cost=COST).reason == "draining"
-    assert room_of(_load(num_running=64), cost=COST).reason == "all slots taken"
-    assert room_of(_load(num_running=1, pending_prefill_tokens=9000), cost=COST).reason == "prefill pending"
-    assert room_of(_load(num_running=1, kv_used_tokens=99_000), cost=COST).reason == "cache full"
-    slow = RoomLimits(max_step_ms=8.0)
-    assert room_of(_load(num_running=50, context_tokens=50_000), cost=COST, limits=slow).reason == "step time"
+    assert admission_budget(_load(is_draining=True), cost=COST).reason == "draining"
+    assert admission_budget(_load(num_running=64), cost=COST).reason == "all slots taken"
+    assert (
+        admission_budget(_load(num_running=1, pending_prefill_tokens=9000), cost=COST).reason == "prefill pending"
+    )
+    assert admission_budget(_load(num_running=1, kv_used_tokens=99_000), cost=COST).reason == "cache full"
+    slow = AdmissionLimits(max_step_ms=8.0)
+    assert (
+        admission_budget(_load(num_running=50, context_tokens=50_000), cost=COST, limits=slow).reason
+        == "step time"
+    )
 
 
 def test_the_step_bound_limits_how_many_come_in() -> None:
     """At 0.04 ms each (β and 500 tokens of γ), 10 more requests fit between 7.4 and 7.8 ms."""
-    limits = RoomLimits(max_step_ms=7.8 + 1e-6)
+    limits = AdmissionLimits(max_step_ms=7.8 + 1e-6)
     load = _load(num_running=10, context_tokens=5000)
 
-    assert room_of(load, cost=COST, limits=limits).num_requests == 10
+    assert admission_budget(load, cost=COST, limits=limits).num_requests == 10
 
 
 def test_a_worker_without_known_capacity_uses_the_cost_models_and_none_means_no_bound() -> None:
@@ -97,12 +112,12 @@ def test_a_worker_without_known_capacity_uses_the_cost_models_and_none_means_no_
     unknown = _load(kv_capacity_tokens=0, max_running=0)
     free = StepCost(alpha_ms=1.0, beta_ms=0.0, gamma_ms=0.0, pi_ms=0.0, psi_ms=0.0)
 
-    assert room_of(unknown, cost=COST).kv_tokens == 95_000
-    assert room_of(unknown, cost=COST).num_requests == 64
-    assert room_of(unknown, cost=free).kv_tokens > 10**12
+    assert admission_budget(unknown, cost=COST).kv_tokens == 95_000
+    assert admission_budget(unknown, cost=COST).num_requests == 64
+    assert admission_budget(unknown, cost=free).kv_tokens > 10**12
     busy = _load(num_running=1, kv_capacity_tokens=0)
-    limits = RoomLimits(max_step_ms=100.0)
-    assert room_of(busy, cost=free, limits=limits).num_requests == 63
+    limits = AdmissionLimits(max_step_ms=100.0)
+    assert admission_budget(busy, cost=free, limits=limits).num_requests == 63
 
 
 @given(
@@ -118,13 +133,11 @@ def test_a_prompt_waits_exactly_where_what_runs_cannot_bear_its_prefill(
     """The bound in tokens that a worker gives to Redis says what the bound in time of the simulator says."""
     cost = replace(COST, kv_capacity_tokens=0)
     load = _load(num_running=running, context_tokens=context, kv_capacity_tokens=0)
-    limits = RoomLimits(remaining_tokens=remaining, prefill_tokens=10**9)
-    room = room_of(load, cost=cost, limits=limits, num_waiting=num_waiting)
-    bearable = bearable_prefill_ms(
-        running, context, remaining_tokens=remaining, num_waiting=num_waiting, cost=cost
-    )
+    limits = AdmissionLimits(remaining_tokens=remaining, prefill_tokens=10**9)
+    room = admission_budget(load, cost=cost, limits=limits, num_waiting=num_waiting)
+    bearable = max_prefill_ms(running, context, remaining_tokens=remaining, num_waiting=num_waiting, cost=cost)
 
-    taken = choose(room, [Waiting(request_id="a", length_tokens=length)]).num_requests
+    taken = admit(room, [WaitingRequest(request_id="a", length_tokens=length)]).num_requests
 
     is_near = abs(cost.prefill_ms(length) - bearable) <= cost.prefill_ms(1) + 1e-3 * bearable
     may = running == 0 or cost.prefill_ms(length) <= bearable
@@ -138,7 +151,7 @@ def test_short_prompts_never_wait_and_a_long_queue_fills_the_batch(
     """What is bearable is at least four times what one request needs to end, and rises with the queue."""
     one = remaining * decode_step_ms(running, context, cost=COST)
     bearable = [
-        bearable_prefill_ms(running, context, remaining_tokens=remaining, num_waiting=q, cost=COST)
+        max_prefill_ms(running, context, remaining_tokens=remaining, num_waiting=q, cost=COST)
         for q in (num_waiting, num_waiting + running * 5 + 1)
     ]
     assert 4.0 * one <= bearable[0] <= bearable[1]
@@ -146,21 +159,23 @@ def test_short_prompts_never_wait_and_a_long_queue_fills_the_batch(
 
 def test_without_an_expectation_prompts_of_any_length_are_taken() -> None:
     """As the routings that l4 is compared with do."""
-    pull = choose(room_of(_load(num_running=1), cost=COST), [Waiting(request_id="a", length_tokens=90_000)])
+    pull = admit(
+        admission_budget(_load(num_running=1), cost=COST), [WaitingRequest(request_id="a", length_tokens=90_000)]
+    )
     assert pull.num_requests == 1
 
 
 @given(own=st.floats(0, 1e9), more=st.floats(0, 1e9), lightest=st.floats(0, 1e9))
 def test_the_one_that_gets_through_its_batch_sooner_never_gives_way_for_longer(own, more, lightest) -> None:
-    pauses = [give_way_ms(batch, lightest_ms=lightest) for batch in (own, own + more)]
+    pauses = [pull_delay_ms(batch, lightest_ms=lightest) for batch in (own, own + more)]
     assert 0.0 <= pauses[0] <= pauses[1] <= 50.0
 
 
 def test_the_lightest_and_one_alone_give_way_to_nobody() -> None:
     """Others may be known as heavier than the worker is itself; one that knows nobody waits for nobody."""
-    assert give_way_ms(7.0, lightest_ms=7.0) == give_way_ms(7.0, lightest_ms=9.0) == 0.0
-    assert give_way_ms(7.0, lightest_ms=math.inf) == 0.0
+    assert pull_delay_ms(7.0, lightest_ms=7.0) == pull_delay_ms(7.0, lightest_ms=9.0) == 0.0
+    assert pull_delay_ms(7.0, lightest_ms=math.inf) == 0.0
 
 
 def test_the_difference_is_what_counts() -> None:
-    assert give_way_ms(17.0, lightest_ms=10.0) == 7.0
+    assert pull_delay_ms(17.0, lightest_ms=10.0) == 7.0

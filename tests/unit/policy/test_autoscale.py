@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from l4queue.models import WorkerLoad
-from l4queue.policy.autoscale import Demand, demand_of
+from l4queue.policy.autoscale import FleetDemand, demand_of
 
 
 def load(name: str = "w", *, running: int = 2, context: int = 500, is_draining: bool = False) -> WorkerLoad:
@@ -51,7 +51,7 @@ def test_without_any_worker_known_one_is_wanted_for_any_work(queued: int, wanted
 
     assert demand.ratio is None
     assert demand.workers() == wanted
-    assert demand.workers(last_known=Demand(
+    assert demand.workers(last_known=FleetDemand(
         tokens=0, requests=0, capacity_tokens=0, capacity_requests=0, num_workers=0
     )) == wanted  # fmt: skip
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from l4queue.cost.step import StepCost
 from l4queue.models import WorkerLoad
-from l4queue.policy.admission import BackgroundRoom, Room, Waiting, choose, room_of
-from l4queue.policy.background import BackgroundLimits, Credit, RunningBackground, background_room, give_back
+from l4queue.policy.admission import AdmissionBudget, BackgroundBudget, WaitingRequest, admission_budget, admit
+from l4queue.policy.background import BackgroundLimits, Credit, RunningBackground, background_budget, give_back
 from l4queue.policy.loads import decode_step_ms
 
 COST = StepCost(
@@ -44,9 +44,11 @@ def _running(number: int, *, length: int = 800, left: float = 100.0, **more: boo
     ]
 
 
-def _room(load: WorkerLoad, running: list[RunningBackground], *, credit_ms: float = 0.0) -> BackgroundRoom:
+def _room(load: WorkerLoad, running: list[RunningBackground], *, credit_ms: float = 0.0) -> BackgroundBudget:
     credit = Credit(ms=credit_ms)
-    return background_room(load, room_of(load, cost=COST), running, credit=credit, cost=COST, limits=LIMITS)
+    return background_budget(
+        load, admission_budget(load, cost=COST), running, credit=credit, cost=COST, limits=LIMITS
+    )
 
 
 @given(
@@ -60,7 +62,7 @@ def test_taking_keeps_step_slots_and_cache_within_the_bounds(others, number, len
     """All but for the first one, which a worker takes wherever there is any room."""
     running = _running(number, length=length, left=left)
     load = _load(number + others, number * length + others * 300)
-    room = room_of(load, cost=COST)
+    room = admission_budget(load, cost=COST)
 
     found = _room(load, running)
 
@@ -74,8 +76,8 @@ def test_taking_keeps_step_slots_and_cache_within_the_bounds(others, number, len
         step_ms = sum(r.step_ms(COST) for r in running) * (number + 1) / number
         assert step_ms <= LIMITS.slowdown * EMPTY_MS
         assert load.num_running + 1 <= 48
-        waiting = [Waiting(request_id="b", length_tokens=taken, is_background=True)]
-        if choose(room, waiting, background=found).num_requests and not room.is_idle:
+        waiting = [WaitingRequest(request_id="b", length_tokens=taken, is_background=True)]
+        if admit(room, waiting, background=found).num_requests and not room.is_idle:
             assert load.kv_used_tokens + taken <= 300_000
             more = RunningBackground(request_id="b", length_tokens=taken, expected_remaining_tokens=0.0)
             assert sum(r.step_ms(COST) for r in [*running, more]) <= LIMITS.slowdown * EMPTY_MS + 1e-9
@@ -114,8 +116,8 @@ def test_in_the_long_run_steps_and_prefills_together_stay_within_the_bound() -> 
         context = others * 500 + sum(r.length_tokens for r in running)
         load = _load(others + len(running), context)
         credit = credit.grown(now_ms=now_ms, load=load, running=running, cost=COST, limits=LIMITS)
-        room = room_of(load, cost=COST)
-        found = background_room(load, room, running, credit=credit, cost=COST, limits=LIMITS)
+        room = admission_budget(load, cost=COST)
+        found = background_budget(load, room, running, credit=credit, cost=COST, limits=LIMITS)
         prefill_ms = 0.0
         if found.num_requests:
             prefill_ms = COST.prefill_ms(600)
@@ -226,12 +228,12 @@ def test_what_was_given_back_is_not_taken_again_at_once(number, length, left) ->
 def test_background_that_may_not_be_taken_is_passed_over() -> None:
     """Others behind it are taken; a second background one behind one that does not fit is not."""
     waiting = [
-        Waiting(request_id="b1", length_tokens=500, is_background=True),
-        Waiting(request_id="a", length_tokens=10),
-        Waiting(request_id="b2", length_tokens=5, is_background=True),
-        Waiting(request_id="c", length_tokens=10),
+        WaitingRequest(request_id="b1", length_tokens=500, is_background=True),
+        WaitingRequest(request_id="a", length_tokens=10),
+        WaitingRequest(request_id="b2", length_tokens=5, is_background=True),
+        WaitingRequest(request_id="c", length_tokens=10),
     ]
-    room = Room(
+    room = AdmissionBudget(
         num_requests=9,
         kv_tokens=900,
         prefill_tokens=900,
@@ -242,10 +244,10 @@ def test_background_that_may_not_be_taken_is_passed_over() -> None:
     )
 
     def taken(number: int, longest: int) -> tuple[str, ...]:
-        background = BackgroundRoom(num_requests=number, longest_tokens=longest, reason="")
-        return choose(room, waiting, background=background).request_ids
+        background = BackgroundBudget(num_requests=number, longest_tokens=longest, reason="")
+        return admit(room, waiting, background=background).request_ids
 
-    assert choose(room, waiting).request_ids == ("b1", "a", "b2", "c")
+    assert admit(room, waiting).request_ids == ("b1", "a", "b2", "c")
     assert taken(0, 900) == ("a", "c")
     assert taken(1, 900) == ("b1", "a", "c")
     assert taken(9, 400) == ("a", "c")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from l4queue.cost.coefficients import load_coefficients
 from l4queue.cost.move import MovePrice
 from l4queue.models import WorkerLoad
-from l4queue.policy.escape import MIN_PREFILL_MS, Escape, Refuge, escapes
+from l4queue.policy.escape import MIN_PREFILL_MS, Escape, EscapeTarget, escapes
 from l4queue.policy.handover import Handover, decide_handover
 from l4queue.policy.loads import decode_step_ms
 from l4queue.policy.steal import RunningRequest, StealLimits
@@ -18,7 +18,7 @@ from l4queue.policy.steal import RunningRequest, StealLimits
 COST = load_coefficients("h100", "llama-3.1-8b")
 TRANSFER = MovePrice(bandwidth_bytes_per_s=50e9)
 HERE = WorkerLoad(worker_id="here", num_running=40, context_tokens=60_000, pending_prefill_tokens=10_000)
-CALM = Refuge(load=WorkerLoad(worker_id="calm", num_running=10, context_tokens=15_000), ahead_ms=0.0)
+CALM = EscapeTarget(load=WorkerLoad(worker_id="calm", num_running=10, context_tokens=15_000), ahead_ms=0.0)
 ITEM = RunningRequest(request_id="a", length_tokens=1500, expected_remaining_tokens=300.0)
 
 _items = st.builds(
@@ -29,7 +29,7 @@ _items = st.builds(
     is_pinned=st.booleans(),
 )
 _refuges = st.builds(
-    Refuge,
+    EscapeTarget,
     load=st.builds(
         WorkerLoad,
         worker_id=st.uuids().map(str),
@@ -43,7 +43,7 @@ _refuges = st.builds(
 
 def _escapes(
     running: list[RunningRequest],
-    refuges: list[Refuge],
+    refuges: list[EscapeTarget],
     *,
     here: WorkerLoad = HERE,
     ahead_ms: float = 400.0,
@@ -61,7 +61,7 @@ def _escapes(
     )
 
 
-def _weighed(item: RunningRequest, there: Refuge, *, ahead_ms: float) -> Handover:
+def _weighed(item: RunningRequest, there: EscapeTarget, *, ahead_ms: float) -> Handover:
     return decide_handover(
         item.length_tokens,
         high_tokens=0,
@@ -99,7 +99,7 @@ def test_each_reason_to_stay() -> None:
 
 def test_a_sibling_that_drains_hides_no_other() -> None:
     """Though it has the least to do."""
-    leaving = Refuge(load=WorkerLoad(worker_id="leaving", is_draining=True), ahead_ms=0.0)
+    leaving = EscapeTarget(load=WorkerLoad(worker_id="leaving", is_draining=True), ahead_ms=0.0)
 
     assert [escape.target_id for escape in _escapes([ITEM], [leaving, CALM])] == ["calm"]
 
@@ -123,7 +123,7 @@ def test_many_that_leave_are_spread_over_equal_siblings() -> None:
     st.randoms(use_true_random=False),
 )
 def test_every_move_pays_and_none_is_invented(  # type: ignore[no-untyped-def]  # hypothesis' Random
-    items: list[RunningRequest], refuges: list[Refuge], ahead_ms: float, in_flight: int, rng
+    items: list[RunningRequest], refuges: list[EscapeTarget], ahead_ms: float, in_flight: int, rng
 ) -> None:
     """Each request once, from more prefill to less, for a gain; the order of what is given does not matter."""
     found = _escapes(items, refuges, ahead_ms=ahead_ms, in_flight=in_flight)
@@ -140,7 +140,7 @@ def test_every_move_pays_and_none_is_invented(  # type: ignore[no-untyped-def]  
 
 
 @given(st.lists(_items, min_size=1, max_size=8, unique_by=lambda item: item.request_id), _refuges)
-def test_the_first_to_leave_gains_most(items: list[RunningRequest], refuge: Refuge) -> None:
+def test_the_first_to_leave_gains_most(items: list[RunningRequest], refuge: EscapeTarget) -> None:
     """Against weighing every request by itself."""
     refuge = replace(refuge, load=replace(refuge.load, is_draining=False))
     found = _escapes(items, [refuge], ahead_ms=refuge.ahead_ms + 500.0)

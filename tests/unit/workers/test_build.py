@@ -65,4 +65,4 @@ async def test_the_emulated_engine_moves_kv_at_the_rate_that_is_set(rate: float)
             assert price.kv_bytes_per_token == info.kv_bytes_per_token == shipped.kv_bytes_per_token
     finally:
         await engine.stop()
-        await state.door.close()
+        await state.executor.close()

@@ -22,7 +22,7 @@ from workers.engine.base import (
     FinishReason,
     StepRecord,
 )
-from workers.engine.emulated.scheduler import Batch
+from workers.engine.emulated.scheduler import EmulatedBatch
 from workers.engine.emulated.tickets import covered_tokens, make_ticket
 
 __all__ = ("EmulatedEngine",)
@@ -62,7 +62,7 @@ class EmulatedEngine:
         self._num_kv_loads = 0
         self._num_kv_misses = 0
         self._kv_loaded_bytes = 0
-        self._batch = Batch(self._cost)
+        self._batch = EmulatedBatch(self._cost)
         self._out: list[EngineOutput] = []
         self._ready = asyncio.Event()
         self._work = asyncio.Event()

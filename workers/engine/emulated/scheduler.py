@@ -19,7 +19,7 @@ from zlib import crc32
 from l4queue.cost.step import BatchShape, StepCost
 from workers.engine.base import EngineOutput, EngineRequest, FinishReason
 
-__all__ = ("BLOCK_TOKENS", "Batch", "next_token")
+__all__ = ("BLOCK_TOKENS", "EmulatedBatch", "next_token")
 
 BLOCK_TOKENS = 16
 """Tokens of one KV block: vLLM's default, and the simulator's."""
@@ -35,7 +35,7 @@ def next_token(token_ids: Sequence[int]) -> int:
     return _token(crc32(array("q", token_ids).tobytes()))
 
 
-class Batch:
+class EmulatedBatch:
     """The requests of one engine and what its next step computes.
 
     `schedule` decides a step and says what it works on, `finish` applies it and returns what came out.

@@ -22,10 +22,10 @@ from workers.engine.base import (
 from workers.engine.loop_work import LoopWork
 from workers.engine.vllm.constraints import ConstraintExaminer
 from workers.engine.vllm.environment import bind_threads, prepare_environment
-from workers.engine.vllm.prefill_gate import PrefillTurns
+from workers.engine.vllm.prefill_gate import PrefillGate
 from workers.engine.vllm.step_recorder import StepWatch
 from workers.engine.vllm.translate import engine_output, failed, prompt, sampling_params
-from workers.kv.frontend import Desk, model_fingerprint
+from workers.kv.frontend import KVFrontend, model_fingerprint
 from workers.kv.movable import kv_bytes_per_token
 from workers.kv.store import SegmentStore
 
@@ -91,9 +91,9 @@ class VllmEngine:
         self._gpu_memory_share = gpu_memory_share
         self._cpu_cores = cpu_cores
         self._cpu_kv_cache_gib = cpu_kv_cache_gib
-        self._desk: Desk | None = None
+        self._desk: KVFrontend | None = None
         if kv_directory is not None and kv_handover_bytes > 0 and tensor_parallel == 1:
-            self._desk = Desk(SegmentStore(kv_directory, limit_bytes=kv_handover_bytes))
+            self._desk = KVFrontend(SegmentStore(kv_directory, limit_bytes=kv_handover_bytes))
         self._keep_metrics = keep_metrics
         self._work = work or LoopWork()
         self._examiner = ConstraintExaminer(limit_s=constraint_limit_s)
@@ -103,7 +103,7 @@ class VllmEngine:
         self._ready = asyncio.Event()
         self._dead: str | None = None
         self._watch = StepWatch(max_chunk_tokens=0)
-        self._turns = PrefillTurns(max_batched_tokens=0, max_chunk_tokens=0)
+        self._turns = PrefillGate(max_batched_tokens=0, max_chunk_tokens=0)
         self._beginning: set[asyncio.Task[None]] = set()
         self._health: asyncio.Task[None] | None = None
         self._kv_capacity_tokens = 0
@@ -148,7 +148,7 @@ class VllmEngine:
             longest = min(max_chunk_tokens(budget), config.model_config.max_model_len)
             scheduling.long_prefill_token_threshold = longest
             self._watch = StepWatch(max_chunk_tokens=longest)
-            self._turns = PrefillTurns(max_batched_tokens=budget, max_chunk_tokens=longest)
+            self._turns = PrefillGate(max_batched_tokens=budget, max_chunk_tokens=longest)
             self._llm = AsyncLLM.from_vllm_config(config, stat_loggers=[_logger_factory(self._stepped)])
         except (OSError, ValueError, RuntimeError) as error:
             raise ConfigError(f"vLLM cannot start with model {self._model!r}: {error}") from error
@@ -362,7 +362,7 @@ class VllmEngine:
         if self._desk is not None:
             self._desk.left(request_id)
 
-    def _transfer_config(self, desk: Desk, version: str) -> Any:
+    def _transfer_config(self, desk: KVFrontend, version: str) -> Any:
         from vllm.config import KVTransferConfig
 
         return KVTransferConfig(**desk.connector_config(model_fingerprint(self._model, self._dtype, version)))

@@ -6,12 +6,12 @@ from heapq import heapify, heappop, heappush
 
 from workers.engine.base import EngineRequest
 
-__all__ = ("PrefillTurns",)
+__all__ = ("PrefillGate",)
 
 _FEW_STEPS = 2
 
 
-class PrefillTurns:
+class PrefillGate:
     """Who waits until the prefill of a long prompt is over, by priority and arrival.
 
     vLLM gives the tokens of a step to what runs in the order in which that began. A prompt of many steps leaves a

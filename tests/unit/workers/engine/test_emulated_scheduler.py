@@ -15,7 +15,7 @@ from l4queue.sim.cluster import Cluster
 from l4queue.sim.engine.request import SimRequest
 from l4queue.sim.policies.length_blind import RoundRobin
 from workers.engine.base import EngineRequest, FinishReason
-from workers.engine.emulated.scheduler import BLOCK_TOKENS, Batch, next_token
+from workers.engine.emulated.scheduler import BLOCK_TOKENS, EmulatedBatch, next_token
 
 COST = StepCost(
     alpha_ms=5.0,
@@ -38,7 +38,7 @@ def request(name: str, ids: list[int], max_tokens: int, **more: object) -> Engin
     return EngineRequest(request_id=name, token_ids=ids, max_tokens=max_tokens, params=params, **fields)  # type: ignore[arg-type]
 
 
-def run_out(batch: Batch) -> dict[str, list[int]]:
+def run_out(batch: EmulatedBatch) -> dict[str, list[int]]:
     """Step until nothing is left; the tokens of each request."""
     out: dict[str, list[int]] = {}
     while batch:
@@ -65,7 +65,7 @@ def test_the_emulated_engine_and_the_simulator_batch_alike(
     rng = np.random.default_rng(0)
     Cluster(simulated, cost=cost, num_instances=1, policy=RoundRobin(), rng=rng).run()
 
-    batch, left, now_s = Batch(cost), deque(enumerate(rows)), 0.0
+    batch, left, now_s = EmulatedBatch(cost), deque(enumerate(rows)), 0.0
     first_s: dict[int, float] = {}
     finish_s: dict[int, float] = {}
     while left or batch:
@@ -95,12 +95,12 @@ def test_the_emulated_engine_and_the_simulator_batch_alike(
 def test_a_resumed_request_goes_on_as_if_never_cut(prompt: list[int], length: int, data: st.DataObject) -> None:
     """Prompt plus generated ids as a new prompt gives the same rest, alone or beside others."""
     cut = data.draw(st.integers(1, length - 1))
-    whole = Batch(COST)
+    whole = EmulatedBatch(COST)
     whole.add(request("a", prompt, length))
     tokens = run_out(whole)["a"]
     assert tokens[0] == next_token(prompt)
 
-    resumed = Batch(COST)
+    resumed = EmulatedBatch(COST)
     resumed.add(request("other", [1, 2, 3], 40))
     resumed.add(request("a", prompt + tokens[:cut], length - cut))
 
@@ -118,7 +118,7 @@ def test_every_id_of_the_prefix_decides_the_tokens(at: int) -> None:
         [*ids[:at], *ids[at + 1 :]],
         [*ids[:at], at, *ids[at:]],
     ):
-        batch = Batch(COST)
+        batch = EmulatedBatch(COST)
         batch.add(request("a", variant, 8))
         outputs.append(tuple(run_out(batch)["a"]))
 
@@ -127,7 +127,7 @@ def test_every_id_of_the_prefix_decides_the_tokens(at: int) -> None:
 
 def test_tokens_vary() -> None:
     """A long output has no short cycle and spreads over the vocabulary."""
-    batch = Batch(StepCost(**{**COST.to_dict(), "kv_capacity_tokens": 10_000}))
+    batch = EmulatedBatch(StepCost(**{**COST.to_dict(), "kv_capacity_tokens": 10_000}))
     batch.add(request("a", [1], 5000))
     tokens = run_out(batch)["a"]
 
@@ -138,12 +138,12 @@ def test_tokens_vary() -> None:
 
 def test_the_lower_priority_number_is_admitted_first_and_preempted_last() -> None:
     """With one seat, priority then arrival decides; with a full cache, the last in that order gives way."""
-    one_seat = Batch(StepCost(**{**COST.to_dict(), "max_num_seqs": 1}))
+    one_seat = EmulatedBatch(StepCost(**{**COST.to_dict(), "max_num_seqs": 1}))
     for name, priority in (("late", 5), ("a", 0), ("b", 0), ("urgent", -5)):
         one_seat.add(request(name, [1], 2, priority=priority))
     assert list(run_out(one_seat)) == ["urgent", "a", "b", "late"]
 
-    tight = Batch(StepCost(**{**COST.to_dict(), "kv_capacity_tokens": 320}))
+    tight = EmulatedBatch(StepCost(**{**COST.to_dict(), "kv_capacity_tokens": 320}))
     tight.add(request("patient", [1] * 60, 200, priority=9))
     tight.add(request("urgent", [2] * 60, 200, priority=-9))
     last: dict[str, int] = {}
@@ -158,7 +158,7 @@ def test_the_lower_priority_number_is_admitted_first_and_preempted_last() -> Non
 
 def test_what_brings_its_cache_decodes_beside_a_long_prefill() -> None:
     """It enters with the next step; without a share for others it would wait for the whole prompt."""
-    batch = Batch(COST)
+    batch = EmulatedBatch(COST)
     batch.add(request("long", [1] * 1000, 1))
     alone = batch.schedule()
     assert alone.prefill_tokens == COST.max_batched_tokens
@@ -178,7 +178,7 @@ def test_nobody_is_admitted_in_a_step_that_preempts() -> None:
     """Not even an urgent newcomer that would fit: as in vLLM, it waits for the next step."""
 
     def steps(*, urgent_before: int | None) -> tuple[int, list[int]]:
-        batch = Batch(StepCost(**{**COST.to_dict(), "kv_capacity_tokens": 320}))
+        batch = EmulatedBatch(StepCost(**{**COST.to_dict(), "kv_capacity_tokens": 320}))
         for name in "ab":
             batch.add(request(name, [1] * 60, 200, priority=9))
         number, came_out, preempting = 0, list[int](), 0
@@ -198,7 +198,7 @@ def test_nobody_is_admitted_in_a_step_that_preempts() -> None:
 
 def test_a_stop_token_ends_the_output_but_not_before_min_tokens() -> None:
     """The token is kept, as vLLM keeps it."""
-    batch = Batch(COST)
+    batch = EmulatedBatch(COST)
     batch.add(request("plain", [5, 6], 30))
     tokens = run_out(batch)["plain"]
     params = SamplingParams(stop_token_ids=(tokens[4], tokens[9]))
@@ -222,7 +222,7 @@ def test_aborting_anything_at_any_time_leaves_the_others_alone(
     data: st.DataObject, rows: list[tuple[int, int]]
 ) -> None:
     """Nothing comes out for an aborted request, all of it for the rest; no block leaks."""
-    batch, out = Batch(COST), {str(i): 0 for i in range(len(rows))}
+    batch, out = EmulatedBatch(COST), {str(i): 0 for i in range(len(rows))}
     gone: set[str] = set()
     for index, (prompt, output) in enumerate(rows):
         batch.add(request(str(index), [index] * prompt, output))
@@ -245,7 +245,7 @@ def test_aborting_anything_at_any_time_leaves_the_others_alone(
 
 def test_an_id_that_is_there_already_is_refused() -> None:
     """Two requests of one id would be told apart by nothing."""
-    batch = Batch(COST)
+    batch = EmulatedBatch(COST)
     batch.add(request("a", [1], 1))
 
     with pytest.raises(ValueError, match="in the engine already"):

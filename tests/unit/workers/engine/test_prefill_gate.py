@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from l4queue.models import SamplingParams
 from workers.engine.base import EngineRequest
-from workers.engine.vllm.prefill_gate import PrefillTurns
+from workers.engine.vllm.prefill_gate import PrefillGate
 
 CHUNK, LEFT = 24, 4  # tokens of a step for the long prompt, and those that it leaves
 EVENTS = st.lists(
@@ -37,7 +37,7 @@ def test_beside_a_prompt_of_many_steps_there_is_none_but_short_ones(
     events: list[tuple[str, int, int, bool]],
 ) -> None:
     """Short ones and those with their KV never wait; the others begin in order, up to the next long one."""
-    turns = PrefillTurns(max_batched_tokens=CHUNK + LEFT, max_chunk_tokens=CHUNK)
+    turns = PrefillGate(max_batched_tokens=CHUNK + LEFT, max_chunk_tokens=CHUNK)
     long_one = ""
     waiting: list[tuple[int, int, str, int]] = []
     for number, (what, value, priority, has_kv) in enumerate(events):
@@ -65,13 +65,13 @@ def test_beside_a_prompt_of_many_steps_there_is_none_but_short_ones(
 
 def test_prompts_that_fit_a_step_are_prefilled_together() -> None:
     """Batches of prompts are not taken apart: without one of many steps nobody waits."""
-    turns = PrefillTurns(max_batched_tokens=CHUNK + LEFT, max_chunk_tokens=CHUNK)
+    turns = PrefillGate(max_batched_tokens=CHUNK + LEFT, max_chunk_tokens=CHUNK)
     assert all(turns.arrived(request(str(index), num_tokens=CHUNK)) for index in range(10))
 
 
 def test_before_the_engine_says_its_limits_everything_takes_turns() -> None:
     """Limits of zero: one prompt at a time."""
-    turns = PrefillTurns(max_batched_tokens=0, max_chunk_tokens=0)
+    turns = PrefillGate(max_batched_tokens=0, max_chunk_tokens=0)
     assert turns.arrived(request("a", num_tokens=1))
     assert not turns.arrived(request("b", num_tokens=1))
     assert [one.request_id for one in turns.over("a")] == ["b"]

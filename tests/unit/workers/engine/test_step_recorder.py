@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from l4queue.cost.step import BatchShape, StepCost
 from l4queue.models import SamplingParams
 from workers.engine.base import EngineRequest
-from workers.engine.emulated.scheduler import Batch
+from workers.engine.emulated.scheduler import EmulatedBatch
 from workers.engine.vllm.step_recorder import StepWatch
 
 COST = StepCost(
@@ -59,7 +59,7 @@ def test_the_watch_finds_out_what_every_step_worked_on(
 ) -> None:
     """Contexts, query-key pairs and skew, from token counts alone; arrivals and aborts at any step."""
     watch = StepWatch(max_chunk_tokens=COST.max_chunk_tokens)
-    batch, step, shapes = Batch(COST), 0, list[BatchShape]()
+    batch, step, shapes = EmulatedBatch(COST), 0, list[BatchShape]()
     lengths = {str(i): prompt for i, (_, prompt, _, _) in enumerate(rows)}
     while batch or step <= 30:
         for index, (arrival, prompt, output, priority) in enumerate(rows):

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from workers.kv.copier import Carrier, LoadJob, Results, SaveJob
+from workers.kv.copier import KVCopier, LoadJob, Results, SaveJob
 from workers.kv.store import SegmentStore, new_ticket
 
 torch = pytest.importorskip("torch")
@@ -41,19 +41,19 @@ class Bench:
     def __init__(self, folder: Path, num_threads: int) -> None:
         self.num_threads = num_threads
         self.store = SegmentStore(folder / "kv", limit_bytes=1 << 24)
-        self.carriers: list[Carrier] = []
+        self.carriers: list[KVCopier] = []
 
-    def carrier(self, kv_caches: dict[str, torch.Tensor], fingerprint: str = "model") -> Carrier:
+    def carrier(self, kv_caches: dict[str, torch.Tensor], fingerprint: str = "model") -> KVCopier:
         """A carrier for a cache."""
         from workers.kv.blocks import block_rows
 
         rows = block_rows(kv_caches)
         rows.num_threads = self.num_threads
-        made = Carrier(self.store, rows, fingerprint=fingerprint, block_tokens=BLOCK_TOKENS)
+        made = KVCopier(self.store, rows, fingerprint=fingerprint, block_tokens=BLOCK_TOKENS)
         self.carriers.append(made)
         return made
 
-    def save(self, carrier: Carrier, block_ids: list[int], num_tokens: int) -> str:
+    def save(self, carrier: KVCopier, block_ids: list[int], num_tokens: int) -> str:
         """Save a request; its ticket."""
         ticket = new_ticket()
         carrier.submit(
@@ -62,7 +62,7 @@ class Bench:
         assert wait(carrier).saved == {"s"}
         return ticket
 
-    def load(self, carrier: Carrier, ticket: str, first_block: int, block_ids: list[int]) -> bool:
+    def load(self, carrier: KVCopier, ticket: str, first_block: int, block_ids: list[int]) -> bool:
         """Load into blocks; whether that worked."""
         carrier.submit(LoadJob(request_id="l", ticket=ticket, first_block=first_block, block_ids=block_ids))
         results = wait(carrier)
@@ -70,7 +70,7 @@ class Bench:
         return not results.failed
 
 
-def wait(carrier: Carrier) -> Results:
+def wait(carrier: KVCopier) -> Results:
     """The results of one job."""
     while True:
         results = carrier.results(wait_s=10.0)

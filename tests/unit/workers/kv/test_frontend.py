@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from workers.kv.frontend import Desk, model_fingerprint
-from workers.kv.scheduler import Ledger
+from workers.kv.frontend import KVFrontend, model_fingerprint
+from workers.kv.scheduler import TransferLog
 from workers.kv.store import SegmentStore
 
 
@@ -21,13 +21,13 @@ def store(tmp_path: Path) -> SegmentStore:
 
 
 @pytest.fixture
-def desk(store: SegmentStore) -> Desk:
+def desk(store: SegmentStore) -> KVFrontend:
     """Of an engine."""
-    return Desk(store)
+    return KVFrontend(store)
 
 
 @pytest.mark.parametrize("is_kept", [True, False])
-async def test_a_cut_waits_for_the_connector(desk: Desk, store: SegmentStore, is_kept: bool) -> None:
+async def test_a_cut_waits_for_the_connector(desk: KVFrontend, store: SegmentStore, is_kept: bool) -> None:
     """And says whether there is KV."""
     params = desk.admit("a", "from")
     assert params["l4_from"] == "from"
@@ -39,11 +39,11 @@ async def test_a_cut_waits_for_the_connector(desk: Desk, store: SegmentStore, is
     await asyncio.sleep(0)
     assert not waiting.done()
     assert store.take_mark(ticket)
-    desk.take(asdict(Ledger(kept=[ticket] if is_kept else [], dropped=[] if is_kept else [ticket])))
+    desk.take(asdict(TransferLog(kept=[ticket] if is_kept else [], dropped=[] if is_kept else [ticket])))
     assert await waiting == (ticket if is_kept else "")
 
 
-async def test_a_copy_that_is_there_is_not_waited_for(desk: Desk, store: SegmentStore) -> None:
+async def test_a_copy_that_is_there_is_not_waited_for(desk: KVFrontend, store: SegmentStore) -> None:
     """Though the engine, busy with a long prompt, has told nothing yet."""
     desk.admit("a", "")
     desk.started("a")
@@ -53,7 +53,9 @@ async def test_a_copy_that_is_there_is_not_waited_for(desk: Desk, store: Segment
     assert await waiting == ticket
 
 
-async def test_a_request_without_a_token_or_unknown_is_not_waited_for(desk: Desk, store: SegmentStore) -> None:
+async def test_a_request_without_a_token_or_unknown_is_not_waited_for(
+    desk: KVFrontend, store: SegmentStore
+) -> None:
     """The connector might never hear of it."""
     assert "l4_from" not in desk.admit("a", "")
     assert desk.begin_cut("a") == ""
@@ -64,7 +66,7 @@ async def test_a_request_without_a_token_or_unknown_is_not_waited_for(desk: Desk
     assert list(store.directory.iterdir()) == []
 
 
-async def test_a_dead_engine_copies_nothing(desk: Desk, store: SegmentStore) -> None:
+async def test_a_dead_engine_copies_nothing(desk: KVFrontend, store: SegmentStore) -> None:
     """Whoever waits goes on without; the mark is gone."""
     desk.admit("a", "")
     desk.started("a")
@@ -76,7 +78,7 @@ async def test_a_dead_engine_copies_nothing(desk: Desk, store: SegmentStore) -> 
 
 
 async def test_an_engine_that_says_nothing_is_waited_for_in_vain(
-    desk: Desk, store: SegmentStore, monkeypatch: pytest.MonkeyPatch
+    desk: KVFrontend, store: SegmentStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A late copy finds no mark and is not made."""
     monkeypatch.setattr("workers.kv.frontend._CUT_TIMEOUT_S", 0.01)
@@ -85,10 +87,10 @@ async def test_an_engine_that_says_nothing_is_waited_for_in_vain(
     ticket = desk.begin_cut("a")
     assert await desk.finish_cut(ticket) == ""
     assert not store.take_mark(ticket)
-    desk.take(asdict(Ledger(kept=[ticket])))
+    desk.take(asdict(TransferLog(kept=[ticket])))
 
 
-async def test_a_directory_that_is_gone_costs_only_the_kv(desk: Desk, store: SegmentStore) -> None:
+async def test_a_directory_that_is_gone_costs_only_the_kv(desk: KVFrontend, store: SegmentStore) -> None:
     """The request is cut all the same."""
     desk.admit("a", "")
     desk.started("a")
@@ -96,10 +98,10 @@ async def test_a_directory_that_is_gone_costs_only_the_kv(desk: Desk, store: Seg
     assert desk.begin_cut("a") == ""
 
 
-async def test_counters_add_up(desk: Desk) -> None:
+async def test_counters_add_up(desk: KVFrontend) -> None:
     """Misses of all causes together."""
     for _ in range(2):
-        desk.take(asdict(Ledger(num_loads=2, loaded_bytes=100, misses={"missing": 1, "damaged": 2})))
+        desk.take(asdict(TransferLog(num_loads=2, loaded_bytes=100, misses={"missing": 1, "damaged": 2})))
     assert (desk.num_loads, desk.loaded_bytes, desk.num_misses) == (4, 200, 6)
 
 

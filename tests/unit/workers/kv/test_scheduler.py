@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from workers.kv.copier import LoadJob, SaveJob
-from workers.kv.scheduler import Arrival, Planning
+from workers.kv.scheduler import KVRequest, KVScheduler
 from workers.kv.segment import Layout, SegmentWriter
 from workers.kv.store import SegmentStore, new_ticket
 
@@ -23,9 +23,9 @@ def store(tmp_path: Path) -> SegmentStore:
 
 
 @pytest.fixture
-def planning(store: SegmentStore) -> Planning:
+def planning(store: SegmentStore) -> KVScheduler:
     """Of an engine."""
-    return Planning(store, fingerprint="model", block_tokens=BLOCK_TOKENS)
+    return KVScheduler(store, fingerprint="model", block_tokens=BLOCK_TOKENS)
 
 
 @pytest.fixture
@@ -52,9 +52,11 @@ def segment(store: SegmentStore) -> Callable[..., str]:
     return make
 
 
-def arrival(ticket: str, num_tokens: int, *, cached_tokens: int = 0, name: str = "r") -> Arrival:
+def arrival(ticket: str, num_tokens: int, *, cached_tokens: int = 0, name: str = "r") -> KVRequest:
     """A request of ids 0, 1, 2, ..."""
-    return Arrival(request_id=name, ticket=ticket, token_ids=list(range(num_tokens)), cached_tokens=cached_tokens)
+    return KVRequest(
+        request_id=name, ticket=ticket, token_ids=list(range(num_tokens)), cached_tokens=cached_tokens
+    )
 
 
 @pytest.mark.parametrize(
@@ -69,7 +71,7 @@ def arrival(ticket: str, num_tokens: int, *, cached_tokens: int = 0, name: str =
     ],
 )
 def test_as_many_tokens_as_match_but_the_last(
-    planning: Planning, segment: Callable[..., str], saved: int, given: int, cached: int, loadable: int
+    planning: KVScheduler, segment: Callable[..., str], saved: int, given: int, cached: int, loadable: int
 ) -> None:
     """And only blocks that are not there yet are filled, each time the scheduler asks the same."""
     ticket = segment(saved)
@@ -82,23 +84,23 @@ def test_as_many_tokens_as_match_but_the_last(
     first, last = cached // BLOCK_TOKENS, -(-(cached + loadable) // BLOCK_TOKENS)
     assert job == LoadJob(request_id="r", ticket=ticket, first_block=first, block_ids=blocks[first:last])
     planning.over(saved=(), loaded={"r"}, failed=())
-    ledger = planning.take_ledger()
+    ledger = planning.take_log()
     assert (ledger.num_loads, ledger.loaded_bytes, ledger.misses) == (1, (last - first) * 2 * 100, {})
     assert planning.loadable_tokens(asked) == 0
-    assert not planning.take_ledger()
+    assert not planning.take_log()
 
 
 def test_what_the_target_has_already_is_not_loaded(
-    planning: Planning, store: SegmentStore, segment: Callable[..., str]
+    planning: KVScheduler, store: SegmentStore, segment: Callable[..., str]
 ) -> None:
     """A request that comes back; its segment goes."""
     ticket = segment(100)
     assert planning.loadable_tokens(arrival(ticket, 101, cached_tokens=112)) == 0
     assert not store.path(ticket).exists()
-    assert planning.take_ledger().num_loads == 1
+    assert planning.take_log().num_loads == 1
 
 
-def test_misses_are_counted_once_each_by_cause(planning: Planning, segment: Callable[..., str]) -> None:
+def test_misses_are_counted_once_each_by_cause(planning: KVScheduler, segment: Callable[..., str]) -> None:
     """However often the scheduler asks."""
     damaged = segment(50)
     path = planning._store.path(damaged)
@@ -113,29 +115,31 @@ def test_misses_are_counted_once_each_by_cause(planning: Planning, segment: Call
     for name, ticket in tickets.items():
         for _ in range(3):
             assert planning.loadable_tokens(arrival(ticket, 60, name=name)) == 0
-    other = Arrival(request_id="m", ticket=segment(50), token_ids=[9, *range(1, 60)], cached_tokens=0)
+    other = KVRequest(request_id="m", ticket=segment(50), token_ids=[9, *range(1, 60)], cached_tokens=0)
     assert planning.loadable_tokens(other) == 0
     assert planning.loadable_tokens(arrival("", 60, name="without")) == 0
-    assert planning.take_ledger().misses == {"missing": 2, "foreign": 2, "damaged": 1, "mismatch": 1}
+    assert planning.take_log().misses == {"missing": 2, "foreign": 2, "damaged": 1, "mismatch": 1}
 
 
-def test_a_failed_load_is_a_miss_and_not_tried_again(planning: Planning, segment: Callable[..., str]) -> None:
+def test_a_failed_load_is_a_miss_and_not_tried_again(planning: KVScheduler, segment: Callable[..., str]) -> None:
     """The scheduler asks once more and then prefills."""
     ticket = segment(100)
     asked = arrival(ticket, 101)
     planning.load("r", ticket, num_tokens=planning.loadable_tokens(asked), block_ids=list(range(7)))
     planning.over(saved=(), loaded={"r"}, failed={"r"})
     assert planning.loadable_tokens(asked) == 0
-    assert planning.take_ledger().misses == {"damaged": 1}
+    assert planning.take_log().misses == {"damaged": 1}
 
 
-def leave(planning: Planning, ticket: str, num_tokens: int = 40, *, is_cut: bool = True, name: str = "r") -> bool:
+def leave(
+    planning: KVScheduler, ticket: str, num_tokens: int = 40, *, is_cut: bool = True, name: str = "r"
+) -> bool:
     """A request leaves with so many computed tokens."""
     blocks = list(range(-(-num_tokens // BLOCK_TOKENS)))
     return planning.left(name, ticket, token_ids=list(range(num_tokens)), block_ids=blocks, is_cut=is_cut)
 
 
-def test_only_a_marked_request_is_saved(planning: Planning, store: SegmentStore) -> None:
+def test_only_a_marked_request_is_saved(planning: KVScheduler, store: SegmentStore) -> None:
     """Ends and cancellations cost one look at the directory."""
     ticket = new_ticket()
     assert not leave(planning, ticket)
@@ -151,28 +155,28 @@ def test_only_a_marked_request_is_saved(planning: Planning, store: SegmentStore)
 
 @pytest.mark.parametrize("is_written", [True, False])
 def test_the_front_end_hears_what_became_of_a_copy(
-    planning: Planning, store: SegmentStore, segment: Callable[..., str], is_written: bool
+    planning: KVScheduler, store: SegmentStore, segment: Callable[..., str], is_written: bool
 ) -> None:
     """By whether the segment is there."""
     ticket = segment(40) if is_written else new_ticket()
     store.mark(ticket)
     assert leave(planning, ticket)
     planning.over(saved={"r"}, loaded=(), failed=())
-    ledger = planning.take_ledger()
+    ledger = planning.take_log()
     assert (ledger.kept, ledger.dropped) == (([ticket], []) if is_written else ([], [ticket]))
 
 
-def test_a_request_that_ends_by_itself_or_has_no_kv_is_dropped(planning: Planning, store: SegmentStore) -> None:
+def test_a_request_that_ends_by_itself_or_has_no_kv_is_dropped(planning: KVScheduler, store: SegmentStore) -> None:
     """Its end was quicker than the cut; or it still waits."""
     for is_cut, num_tokens in ((False, 40), (True, 0)):
         ticket = new_ticket()
         store.mark(ticket)
         assert not leave(planning, ticket, num_tokens, is_cut=is_cut)
-        assert planning.take_ledger().dropped == [ticket]
+        assert planning.take_log().dropped == [ticket]
 
 
 def test_a_request_that_is_cut_or_cancelled_while_it_loads_has_no_kv_to_keep(
-    planning: Planning, store: SegmentStore, segment: Callable[..., str]
+    planning: KVScheduler, store: SegmentStore, segment: Callable[..., str]
 ) -> None:
     """And the end of its load changes nothing."""
     ticket, own = segment(100), new_ticket()
@@ -180,7 +184,7 @@ def test_a_request_that_is_cut_or_cancelled_while_it_loads_has_no_kv_to_keep(
     planning.load("r", ticket, num_tokens=num_tokens, block_ids=list(range(7)))
     store.mark(own)
     assert not leave(planning, own, 100)
-    assert planning.take_ledger().dropped == [own]
+    assert planning.take_log().dropped == [own]
     planning.over(saved=(), loaded={"r"}, failed=())
-    assert not planning.take_ledger()
+    assert not planning.take_log()
     assert planning.loadable_tokens(arrival(segment(100), 101)) == 100  # the id may come again

@@ -7,11 +7,11 @@ import logging
 
 import pytest
 
-from workers.loop.task_set import Chores
+from workers.loop.task_set import TaskSet
 
 
 async def test_the_first_that_fails_is_raised_to_whoever_watches() -> None:
-    chores, may_go_on = Chores(), asyncio.Event()
+    chores, may_go_on = TaskSet(), asyncio.Event()
 
     async def fail(why: str) -> None:
         await may_go_on.wait()
@@ -30,7 +30,7 @@ async def test_the_first_that_fails_is_raised_to_whoever_watches() -> None:
 async def test_at_the_end_those_in_progress_are_awaited_and_their_failures_logged(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    chores, done = Chores(), list[str]()
+    chores, done = TaskSet(), list[str]()
 
     async def work(name: str) -> None:
         await asyncio.sleep(0)

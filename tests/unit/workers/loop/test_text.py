@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from l4queue.errors import ConfigError
 from l4queue.models import SamplingParams
 from l4queue.tiny import make_tiny_tokenizer
-from workers.loop.text import Piece, StreamDecoder, TextStream, no_text, text_factory
+from workers.loop.text import StreamDecoder, TextPiece, TextStream, no_text, text_factory
 
 REAL = (
     "The `with` statement wraps a block with methods defined by a context manager.\n\n"
@@ -212,7 +212,7 @@ def test_the_factory_takes_over_the_parameters_of_a_request(tiny: Any, tmp_path:
     ids = tiny.encode("one two three four")
     assert tiny.decode(ids[:-1]) == "one two three"
 
-    assert make(SamplingParams(stop=("two",))).feed(ids) == Piece("one ", len(tiny.encode("one two")), True)
+    assert make(SamplingParams(stop=("two",))).feed(ids) == TextPiece("one ", len(tiny.encode("one two")), True)
     assert make(SamplingParams(stop=("two",), min_tokens=3)).feed(ids).text == "one two three four"
     assert make(SamplingParams(stop_token_ids=(ids[-1],))).feed(ids).text == "one two three"
 

@@ -8,7 +8,7 @@ from l4queue.cost.step import StepCost
 from l4queue.models import WorkerLoad
 from workers.engine.base import EngineStats, StepRecord
 from workers.telemetry.metrics import WorkerMetrics
-from workers.telemetry.snapshot import StepMeter, WorkerFigures
+from workers.telemetry.snapshot import StepMeter, WorkerSnapshot
 
 COST = StepCost(alpha_ms=8.0, beta_ms=1.0, gamma_ms=0.0, pi_ms=0.1, psi_ms=0.0)
 
@@ -44,13 +44,13 @@ def test_errors_are_relative_to_what_was_measured() -> None:
     assert found.decode_s.total == pytest.approx(0.028)
 
 
-def figures(worker_id: str) -> WorkerFigures:
+def figures(worker_id: str) -> WorkerSnapshot:
     """A worker that runs three of four."""
     load = WorkerLoad(
         worker_id=worker_id, stage=1, num_running=3, max_running=4, kv_used_tokens=25, kv_capacity_tokens=100
     )
     engine = EngineStats(num_running=3, num_waiting=1, kv_used_tokens=25, num_steps=4, last_step_ms=1.0)
-    return WorkerFigures(
+    return WorkerSnapshot(
         load=load,
         engine=engine,
         steps=meter(),

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from l4queue.models import RequestState
 from l4queue.protocol.records import RequestRecord
-from workers.telemetry.tracing import Piece, tell_pieces
+from workers.telemetry.tracing import SpanSpec, build_spans
 
 DONE = RequestRecord(
     request_id="r",
@@ -32,7 +32,7 @@ def _line(what: str, at_ms: int, **facts: object) -> str:
     return json.dumps({"what": what, "at_ms": at_ms, "worker": "w0", "to": "0", "offset": 0, **facts})
 
 
-def _shape(pieces: list[Piece]) -> list[tuple[str, int, int, str | None]]:
+def _shape(pieces: list[SpanSpec]) -> list[tuple[str, int, int, str | None]]:
     """Name, start, end, and the name of what it is a part of."""
     names = [piece.name for piece in pieces]
     return [
@@ -43,7 +43,7 @@ def _shape(pieces: list[Piece]) -> list[tuple[str, int, int, str | None]]:
 
 def test_an_ordinary_life() -> None:
     """One lease leaves no line: its times are in the record."""
-    pieces = tell_pieces(DONE, [])
+    pieces = build_spans(DONE, [])
 
     assert _shape(pieces) == [
         ("request", 1000, 1100, None),
@@ -64,7 +64,7 @@ def test_a_hand_over_holds_the_wait_and_the_prefill_that_it_costs() -> None:
         _line("taken", 1041, worker="w1"),
         _line("resumed", 1050, gap_ms=10),
     ]
-    pieces = tell_pieces(replace(DONE, epoch=2), ledger)
+    pieces = build_spans(replace(DONE, epoch=2), ledger)
 
     assert _shape(pieces)[3:] == [
         ("prefill", 1005, 1010, "request"),
@@ -93,7 +93,7 @@ def test_a_crash_before_and_after_the_first_token() -> None:
         _line("taken", 1061, worker="w1"),
         _line("resumed", 1070, worker="w1"),
     ]
-    pieces = tell_pieces(replace(DONE, epoch=3, crashes=2), ledger)
+    pieces = build_spans(replace(DONE, epoch=3, crashes=2), ledger)
 
     assert [(p.name, p.attributes.get("worker"), p.error) for p in pieces[2:]] == [
         ("wait", None, None),
@@ -111,16 +111,16 @@ def test_a_crash_before_and_after_the_first_token() -> None:
 def test_a_first_lease_by_a_thief_and_a_queue_that_moved() -> None:
     """The line of the theft is the time of the lease; a new plan leaves the wait whole."""
     ledger = [_line("rerouted", 1003), _line("stolen", 1005, worker="w1", to="1")]
-    assert [p.name for p in tell_pieces(DONE, ledger)] == ["request", "route", "wait", "prefill", "decode"]
+    assert [p.name for p in build_spans(DONE, ledger)] == ["request", "route", "wait", "prefill", "decode"]
 
 
 def test_what_has_not_come_far() -> None:
     """Cancelled on the inbox, in the queue, and before its first token; the failure is on the request."""
     gone = replace(DONE, state=RequestState.CANCELLED, error="revoked", offset=0, first_token_ms=None)
 
-    taken = tell_pieces(gone, [])
-    queued = tell_pieces(replace(gone, started_ms=None), [])
-    new = tell_pieces(replace(gone, started_ms=None, queued_ms=None), [])
+    taken = build_spans(gone, [])
+    queued = build_spans(replace(gone, started_ms=None), [])
+    new = build_spans(replace(gone, started_ms=None, queued_ms=None), [])
 
     assert [p.name for p in taken] == ["request", "route", "wait", "prefill"]
     assert [p.name for p in queued] == [p.name for p in new] == ["request", "route", "wait"]
@@ -159,7 +159,7 @@ def test_no_time_is_told_twice_or_left_out(
     end_ms = now_ms + next(times)
     record = replace(DONE, first_token_ms=first_ms, finished_ms=end_ms, offset=offset, epoch=len(steps) + 1)
 
-    pieces = tell_pieces(record, ledger)
+    pieces = build_spans(record, ledger)
 
     holders = {piece.inside for piece in pieces}
     leaves = [piece for index, piece in enumerate(pieces) if index not in holders]
