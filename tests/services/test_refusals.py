@@ -191,9 +191,11 @@ def test_processes_wait_for_what_an_operator_can_mend(
     assert {process: child.poll() for process, child in d.children.items()} == dict.fromkeys(NAMES)
     for process in ("w1", "w2", "d1", "exporter"):
         said = d.said(process, SAID)
-        assert len(said) <= 1, said
-        assert all(re.search(refusal.words, line) for line in said), said
-        assert len(d.said(process, OVER)) == len(said)
+        known = [line for line in said if "trouble=away" not in line]  # broken connections are seen before why
+        assert len(known) <= 1, said
+        assert len(said) - len(known) <= (name == "connections"), said
+        assert all(re.search(refusal.words, line) for line in known), said
+        assert len(d.said(process, OVER)) == bool(said)
     record = d.executor.run(d.scene.reads.record("running"))
     assert record is not None
     assert record.crashes == 0
