@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,9 +15,9 @@ from typing import Any
 from redis.exceptions import ConnectionError as Cut
 
 from l4queue.protocol.calls import Call
-from l4queue.protocol.door import AsyncDoor
+from l4queue.protocol.door import AsyncDoor, Door
 
-__all__ = ("Faults", "FaultyDoor", "Fuse", "Kind", "Point", "Side")
+__all__ = ("Faults", "FaultyBlockingDoor", "FaultyDoor", "Fuse", "Kind", "Point", "Side")
 
 
 class Side(StrEnum):
@@ -58,17 +59,19 @@ class Faults:
         self._fuses = list(fuses)
         self._journal = journal
         self._seen: Counter[str] = Counter()
+        self._lock = threading.Lock()
 
     def strike(self, calls: Sequence[Call[Any]]) -> tuple[int, Point] | None:
         """How many of these calls still reach the server, and where it strikes; None: it does not."""
-        for index, call in enumerate(calls):
-            if call.script is None:
-                continue
-            self._seen[call.script] += 1
-            for fuse in self._fuses:
-                if fuse.point.script == call.script and self._seen[call.script] >= fuse.nth:
-                    self._fuses.remove(fuse)
-                    return index + (fuse.point.side is Side.AFTER), fuse.point
+        with self._lock:  # a worker has a door in another thread
+            for index, call in enumerate(calls):
+                if call.script is None:
+                    continue
+                self._seen[call.script] += 1
+                for fuse in self._fuses:
+                    if fuse.point.script == call.script and self._seen[call.script] >= fuse.nth:
+                        self._fuses.remove(fuse)
+                        return index + (fuse.point.side is Side.AFTER), fuse.point
         return None
 
     def burn(self, point: Point) -> None:
@@ -96,4 +99,19 @@ class FaultyDoor(AsyncDoor):
             await super()._send(calls[:num_sent])
         self.faults.burn(point)
         await self.client.connection_pool.disconnect(inuse_connections=False)
+        raise Cut(f"cut {point.side} {point.script}")
+
+
+class FaultyBlockingDoor(Door):
+    """The same for threads: what keeps a worker's lease."""
+
+    def _send(self, calls: Sequence[Call[Any]]) -> list[Any]:
+        struck = FaultyDoor.faults.strike(calls)
+        if struck is None:
+            return super()._send(calls)
+        num_sent, point = struck
+        if num_sent:
+            super()._send(calls[:num_sent])
+        FaultyDoor.faults.burn(point)
+        self.close()
         raise Cut(f"cut {point.side} {point.script}")

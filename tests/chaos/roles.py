@@ -17,6 +17,7 @@ import dispatcher.__main__ as dispatcher_main
 import dispatcher.replan as replanning
 import dispatcher.service as dispatcher_service
 import l4queue.client.aio as client_module
+import workers.keeper as worker_keeper
 import workers.state as worker_state
 from dispatcher.service import Dispatcher
 from l4queue import AsyncClient, Settings
@@ -27,7 +28,7 @@ from l4queue.protocol.calls import Calls, Verdict
 from l4queue.protocol.keys import Keys
 from l4queue.protocol.reads import Reads
 from l4queue.protocol.upkeep import Upkeep
-from tests.chaos.faults import Faults, FaultyDoor, Fuse, Kind, Point, Side
+from tests.chaos.faults import Faults, FaultyBlockingDoor, FaultyDoor, Fuse, Kind, Point, Side
 from tests.chaos.wishes import MAX_LEN, Wish, expected, wish
 from tests.services.pipeline import COST, ByteTokenizer
 from workers.emulated import EmulatedEngine
@@ -66,6 +67,8 @@ def _begin(job: dict[str, Any]) -> Settings:
     modules: tuple[Any, ...] = (worker_state, client_module, replanning)
     for module in modules:
         module.AsyncDoor = FaultyDoor
+    keeper: Any = worker_keeper
+    keeper.Door = FaultyBlockingDoor
     return settings_of(job)
 
 

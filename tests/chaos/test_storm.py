@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.skipif("L4_TEST_CHAOS" not in os.environ, reason="asked for with L4_TEST_CHAOS=1"),
 ]
 _NUM_SAMPLED = 30
-_RARE = ("migrate", "refuse", "cancel")  # may take longer than this test has
+_RARE = ("migrate", "refuse", "cancel", "pardon")  # may take longer than this test has
 
 
 @pytest.mark.timeout(180)
