@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,9 +15,9 @@ from typing import Any
 from redis.exceptions import ConnectionError as Cut
 
 from l4queue.protocol.calls import Call
-from l4queue.protocol.executor import AsyncExecutor
+from l4queue.protocol.executor import AsyncExecutor, Executor
 
-__all__ = ("Faults", "FaultyDoor", "Fuse", "Kind", "Point", "Side")
+__all__ = ("Faults", "FaultyBlockingExecutor", "FaultyExecutor", "Fuse", "Kind", "Point", "Side")
 
 
 class Side(StrEnum):
@@ -58,17 +59,19 @@ class Faults:
         self._fuses = list(fuses)
         self._journal = journal
         self._seen: Counter[str] = Counter()
+        self._lock = threading.Lock()
 
     def strike(self, calls: Sequence[Call[Any]]) -> tuple[int, Point] | None:
         """How many of these calls still reach the server, and where it strikes; None: it does not."""
-        for index, call in enumerate(calls):
-            if call.script is None:
-                continue
-            self._seen[call.script] += 1
-            for fuse in self._fuses:
-                if fuse.point.script == call.script and self._seen[call.script] >= fuse.nth:
-                    self._fuses.remove(fuse)
-                    return index + (fuse.point.side is Side.AFTER), fuse.point
+        with self._lock:  # a worker has a door in another thread
+            for index, call in enumerate(calls):
+                if call.script is None:
+                    continue
+                self._seen[call.script] += 1
+                for fuse in self._fuses:
+                    if fuse.point.script == call.script and self._seen[call.script] >= fuse.nth:
+                        self._fuses.remove(fuse)
+                        return index + (fuse.point.side is Side.AFTER), fuse.point
         return None
 
     def burn(self, point: Point) -> None:
@@ -82,7 +85,7 @@ class Faults:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-class FaultyDoor(AsyncExecutor):
+class FaultyExecutor(AsyncExecutor):
     """A door whose process carries faults. Of a pipeline that is struck the calls before it have run."""
 
     faults = Faults((), None)  # of the process; set by its entry point
@@ -96,4 +99,19 @@ class FaultyDoor(AsyncExecutor):
             await super()._send(calls[:num_sent])
         self.faults.burn(point)
         await self.client.connection_pool.disconnect(inuse_connections=False)
+        raise Cut(f"cut {point.side} {point.script}")
+
+
+class FaultyBlockingExecutor(Executor):
+    """The same for threads: what keeps a worker's lease."""
+
+    def _send(self, calls: Sequence[Call[Any]]) -> list[Any]:
+        struck = FaultyExecutor.faults.strike(calls)
+        if struck is None:
+            return super()._send(calls)
+        num_sent, point = struck
+        if num_sent:
+            super()._send(calls[:num_sent])
+        FaultyExecutor.faults.burn(point)
+        self.close()
         raise Cut(f"cut {point.side} {point.script}")

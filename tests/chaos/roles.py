@@ -28,10 +28,11 @@ from l4queue.protocol.calls import Calls, Verdict
 from l4queue.protocol.keys import Keys
 from l4queue.protocol.reads import Reads
 from l4queue.protocol.upkeep import Upkeep
-from tests.chaos.faults import Faults, FaultyDoor, Fuse, Kind, Point, Side
+from tests.chaos.faults import Faults, FaultyBlockingExecutor, FaultyExecutor, Fuse, Kind, Point, Side
 from tests.chaos.wishes import MAX_LEN, Wish, expected, wish
 from tests.services.pipeline import COST, ByteTokenizer
 from workers.engine.emulated.engine import EmulatedEngine
+from workers.loop import lease_thread
 from workers.loop.text import no_text
 from workers.loop.worker import Worker
 from workers.telemetry.observer import NullObserver
@@ -64,10 +65,12 @@ def settings_of(job: dict[str, Any]) -> Settings:
 
 def _begin(job: dict[str, Any]) -> Settings:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(process)d %(name)s %(message)s")
-    FaultyDoor.faults = Faults([fuse_from(row) for row in job.get("fuses", ())], Path(job["journal"]))
+    FaultyExecutor.faults = Faults([fuse_from(row) for row in job.get("fuses", ())], Path(job["journal"]))
     modules: tuple[Any, ...] = (worker_state, client_module, replanning)
     for module in modules:
-        module.AsyncExecutor = FaultyDoor
+        module.AsyncExecutor = FaultyExecutor
+    keeping: Any = lease_thread
+    keeping.Executor = FaultyBlockingExecutor
     upkeep_module.PACK_AGE_MS = _PACK_AGE_MS
     return settings_of(job)
 
@@ -107,7 +110,7 @@ def run_dispatcher(job: dict[str, Any]) -> None:
     service_module._MAX_DELIVERIES = 1000  # as `max_crashes`: whoever dies here is never the request's fault
 
     async def serve() -> None:
-        executor, tokenizer = FaultyDoor(settings.redis_url, retry_s=None), ByteTokenizer()
+        executor, tokenizer = FaultyExecutor(settings.redis_url, retry_s=None), ByteTokenizer()
         tokenizer.max_model_len = MAX_LEN
         service: Any = Dispatcher(settings=settings, executor=executor, tokenizer=tokenizer, name=job["name"])  # type: ignore[arg-type]
         stopping = asyncio.Event()
@@ -148,7 +151,7 @@ def run_planner(job: dict[str, Any]) -> None:
     async def serve() -> None:
         stopping = asyncio.Event()
         _on_term(stopping.set)
-        executor = FaultyDoor(settings.redis_url, retry_s=None)
+        executor = FaultyExecutor(settings.redis_url, retry_s=None)
         upkeep = Upkeep(settings=settings, executor=executor)
         while not stopping.is_set():
             version, body = await executor.run(reads.plan())

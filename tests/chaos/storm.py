@@ -32,6 +32,8 @@ SCRIPTS: dict[str, dict[str, int]] = {
         "settle": 8,
         "release": 3,
         "renew": 6,
+        "extend": 4,
+        "pardon": 1,
         "ask": 2,
         "reap": 10,
         "expire": 10,
@@ -57,6 +59,7 @@ SCRIPTS: dict[str, dict[str, int]] = {
 WORKERS = ("w0", "w1", "w2", "w3")
 _TERM_S = 2.0
 _BLACKOUT_S = 12.0
+_STOP_S = 4.0
 _CALM_S = 300.0
 
 
@@ -136,6 +139,7 @@ class Storm:
             await self.launch(name)
         self._spawn(self._terminate_now_and_then())
         self._spawn(self._black_out_now_and_then())
+        self._spawn(self._stop_now_and_then())
 
     def cast(
         self,
@@ -246,6 +250,17 @@ class Storm:
         old = [p for p in all_points(Kind.CUT if lethal else None) if p.role == role]
         points = set(new) | set(self._rng.sample(old, min(5, len(old))))
         return [Fuse(p, self._rng.randint(1, SCRIPTS[role][p.script])) for p in sorted(points)]
+
+    async def _stop_now_and_then(self) -> None:
+        """A worker stands still for two leases and comes back: it has lost them, and has not died."""
+        while not self._is_calm:
+            await asyncio.sleep(_STOP_S)
+            name = self._rng.choice(WORKERS)
+            self.nursery.send(name, signal.SIGSTOP)
+            try:
+                await asyncio.sleep(_STOP_S / 2)
+            finally:
+                self.nursery.send(name, signal.SIGCONT)
 
     async def _watch(self) -> None:
         while True:
