@@ -209,7 +209,7 @@ def test_a_warm_shutdown_gives_requests_back_without_blame(deployment: Deploymen
 
 
 def test_a_cold_shutdown_does_not_drain(deployment: Deployment) -> None:
-    """SIGQUIT ends it with what it runs; another one goes on from what is written once the lease has run out."""
+    """SIGQUIT ends it amid its requests, given back or left to the lease; another worker goes on from there."""
     deployment.processes.worker("w1")
     deployment.enqueue("a", max_tokens=700)
     until(deployment.is_serving, "it serves")
@@ -218,7 +218,7 @@ def test_a_cold_shutdown_does_not_drain(deployment: Deployment) -> None:
     code = deployment.processes.stop("w1", signal.SIGQUIT)
 
     assert code != 0
-    assert deployment.scene.record("a").state is RequestState.RUNNING  # not given back: its lease runs out
+    assert deployment.scene.record("a").state in (RequestState.RUNNING, RequestState.QUEUED)
     deployment.processes.worker("w2")
     until(deployment.is_in(RequestState.DONE, "a"), "w2 finishes it", timeout_s=120)
     assert len([t for entry in deployment.scene.shown("a") for t in entry]) == 700
