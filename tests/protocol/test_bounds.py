@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from l4queue import Client, Settings
+from l4queue.models import RequestState
 from tests.protocol.scene import Scene
 
 SLACK = 128
@@ -150,6 +151,48 @@ def test_a_counter_that_is_no_number_begins_anew(scene: Scene) -> None:
 
     assert scene.counts()["live"] == scene.counts()["submitted"] == 1
     assert {letter[b"bytes"] for _, letter in scene.raw.xrange(scene.keys.dead)} == {b"abc", b"\xff"}
+
+
+def test_a_counter_that_can_count_no_further_begins_anew(scene: Scene) -> None:
+    """Nobody is refused for it, and no script stops half-way."""
+    most, least = 2**63 - 1, -(2**63)
+    scene.raw.hset(scene.keys.counts, mapping={"submitted": most, "done": most, "output_tokens": most})
+    scene.raw.hset(scene.keys.counts, "live_bytes", least)
+    scene.raw.hset(scene.keys.hist, mapping={"a:2": most, "p:2": most})
+    scene.bring(RequestState.DONE)
+
+    counts = scene.counts()
+    assert (counts["submitted"], counts["done"], counts["output_tokens"], counts["live"]) == (1, 1, 1, 0)
+    assert len(scene.raw.xrange(scene.keys.finished)) == 1
+    assert {letter[b"bytes"] for _, letter in scene.raw.xrange(scene.keys.dead)} >= {b"%d" % most}
+
+
+@pytest.mark.parametrize("value", ["abc", "", "nan", "inf", "-1", "{}", b"\xff\x00"])
+def test_numbers_that_nobody_can_read_stop_no_reaper(scene: Scene, value: str | bytes) -> None:
+    """Terms of leases that lie far ahead, and times at which requests last came to a stage."""
+    scene.bring(RequestState.RUNNING)
+    scene.register("w2")
+    scene.raw.hset(scene.keys.worker("w2"), "lease_ms", value)
+    scene.raw.zadd(scene.keys.workers, {"w2": 9e15})
+    scene.raw.hset(scene.keys.foreground, "1", value)
+    scene.lapse()
+
+    assert scene.reap().num_requeued == 1
+    assert scene.raw.zscore(scene.keys.workers, "w2") < 9e15
+    assert scene.raw.hkeys(scene.keys.foreground) == [b"0"]
+
+
+def test_kept_results_of_impossible_sizes_stop_no_eviction(scene: Scene) -> None:
+    """They go, and what is counted stays."""
+    scene.bring(RequestState.DONE)
+    scene.pack()
+    kept = scene.counts()["result_bytes"]
+    for key in ("results", "keyed"):
+        scene.raw.zadd(scene.keys.prefix + key, {"x " + "9" * 25: 1.0, "y -5": 1.0, "z": 1.0, b"\xff \xfe": 1.0})
+
+    assert scene.evict().kept_bytes == kept
+    assert scene.raw.zcard(scene.keys.prefix + "keyed") == 0
+    assert scene.raw.zcard(scene.keys.prefix + "results") == 1
 
 
 def test_what_a_reader_cannot_read_is_buried_once(scene: Scene) -> None:

@@ -12,7 +12,7 @@ local room, dropped, forgotten = tonumber(ARGV[2]), 0, 0
 local function uncount(set, member)
   redis.call('ZREM', set, member)
   local id, bytes = string.match(member, '^(.*) (%d+)$')
-  if bytes then redis.call('HINCRBY', counts, 'result_bytes', -bytes) end
+  if whole(bytes) then redis.call('HINCRBY', counts, 'result_bytes', -bytes) end
   return id or ''
 end
 

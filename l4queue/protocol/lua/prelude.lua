@@ -45,7 +45,8 @@ function heal(err, command, key, field)
     set_aside(key)
   elseif command == 'XADD' and is_spoiled(err) then
     set_aside(key, true)
-  elseif command == 'HINCRBY' and string.find(err, 'hash value is not an integer', 1, true) then
+  elseif command == 'HINCRBY' and (string.find(err, 'hash value is not an integer', 1, true)
+      or string.find(err, 'would overflow', 1, true)) then
     local bytes = server.call('HGET', key, field)
     server.call('HDEL', key, field)
     bury(string.sub(key, #P + 1) .. ' ' .. field, 'not a number', bytes)
