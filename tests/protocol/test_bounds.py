@@ -8,6 +8,7 @@ import pytest
 
 from l4queue import Client, Settings
 from l4queue.models import RequestState
+from l4queue.protocol.calls import Verdict
 from tests.protocol.scene import Scene
 
 SLACK = 128
@@ -127,6 +128,31 @@ def test_a_queued_record_that_cannot_be_read_is_failed_with_its_bytes(scene: Sce
     assert letter[b"i"] == b"a"
     assert f"{field}=abc".encode() in letter[b"bytes"]
     assert scene.counts()["live"] == 1
+
+
+@pytest.mark.parametrize("score", ["0x10", " 5", "5 ", "1e", "nan", "1_0"])
+def test_a_place_in_the_order_that_only_some_can_read_ends_its_request(scene: Scene, score: str) -> None:
+    """Lua reads more than Redis and workers do: neither taking nor giving back may fail for all the others."""
+    for request_id in ("a", "b", "c"):
+        scene.submit(request_id)
+        scene.route(request_id)
+    scene.register()
+    scene.grant()
+    for request_id in ("a", "b"):
+        scene.raw.hset(scene.keys.request(request_id), "score", score)
+
+    assert [grant.request_id for grant in scene.take().grants] == ["c"]
+    assert scene.release("a") is Verdict.OK
+    assert [scene.state(request_id) for request_id in ("a", "b")] == [RequestState.FAILED] * 2
+    assert scene.counts()["live"] == 1
+
+
+def test_a_cancelled_request_whose_state_nobody_knows_is_left_alone(scene: Scene) -> None:
+    """Its client hears that it is not live."""
+    scene.submit()
+    scene.raw.hset(scene.keys.request("a"), "state", b"\xff\xfe")
+
+    assert scene.cancel()[0] is Verdict.IS
 
 
 def test_a_running_record_that_cannot_be_read_is_failed_by_its_next_write(scene: Scene) -> None:

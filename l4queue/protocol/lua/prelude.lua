@@ -213,7 +213,7 @@ local function fault(id)
     if not whole(v[i]) and (v[i] or i < 11 or i == 11 and is_routed) then return names[i] end
   end
   if not is_routed then return nil end
-  local stage, score = v[2], tonumber(v[3])
+  local stage, score = v[2], string.find(v[3] or '', '^-?%d[%d.]*[eE]?[-+]?%d*$') and tonumber(v[3])
   if not stage or not string.find(stage, '^[!-~]') or string.find(stage, '^[^@].*[^!-~]') then return 'stage' end
   if not score or score ~= score or math.abs(score) >= 2 ^ 53 then return 'score' end
   return nil
