@@ -130,6 +130,22 @@ def test_a_queued_record_that_cannot_be_read_is_failed_with_its_bytes(scene: Sce
     assert scene.counts()["live"] == 1
 
 
+def test_a_live_request_among_kept_results_is_not_evicted(scene: Scene) -> None:
+    """Somebody else wrote that it had ended: neither its record nor its output goes."""
+    scene.bring(RequestState.RUNNING)
+    scene.emit()
+    for key in ("results", "keyed"):
+        scene.raw.zadd(scene.keys.prefix + key, {"a 5": 1.0, "a 6": 9e15})
+    scene.raw.hset(scene.keys.counts, "result_bytes", 10**6)
+
+    scene.evict(max_bytes=0)
+
+    assert scene.state() is RequestState.RUNNING
+    assert scene.settle(offset=2) is Verdict.OK
+    assert scene.shown() == [tuple(scene.tokens(1, 0, 2)), ()]
+    assert scene.counts()["live"] == 0
+
+
 @pytest.mark.parametrize("score", ["0x10", " 5", "5 ", "1e", "nan", "1_0"])
 def test_a_place_in_the_order_that_only_some_can_read_ends_its_request(scene: Scene, score: str) -> None:
     """Lua reads more than Redis and workers do: neither taking nor giving back may fail for all the others."""
