@@ -130,6 +130,18 @@ def test_a_queued_record_that_cannot_be_read_is_failed_with_its_bytes(scene: Sce
     assert scene.counts()["live"] == 1
 
 
+@pytest.mark.parametrize(
+    "mark", ["9999999999999999-0", "9" * 30 + "-0", "18446744073709551615-18446744073709551615", "abc", ""]
+)
+def test_a_mark_that_is_not_ours_stops_no_packing(scene: Scene, mark: str) -> None:
+    """Nor does that of a clock that was ahead, once `finished` has begun anew."""
+    scene.bring(RequestState.DONE)
+    scene.raw.set(scene.keys.prefix + "packed", mark)
+
+    assert [scene.pack().num_packed for _ in range(2)] == [1, 0]
+    assert scene.counts()["result_bytes"] > 0
+
+
 def test_a_live_request_among_kept_results_is_not_evicted(scene: Scene) -> None:
     """Somebody else wrote that it had ended: neither its record nor its output goes."""
     scene.bring(RequestState.RUNNING)
