@@ -127,7 +127,7 @@ def _verdict(reply: bytes) -> Verdict:
 
 
 def _cancelled(reply: bytes) -> tuple[Verdict, str | None]:
-    head, _, tail = reply.decode().partition(":")
+    head, _, tail = reply.decode(errors="replace").partition(":")  # anybody may have written the state
     return Verdict(head), tail or None
 
 

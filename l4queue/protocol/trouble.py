@@ -92,6 +92,7 @@ _BUGS = frozenset(
 """Codes of errors that no waiting mends; others that are not known here are conditions of the server."""
 _WORDS = (
     ("max number of clients", Trouble.CLIENTS),
+    ("Script killed by user", Trouble.BUSY),
     ("command not allowed when used memory", Trouble.MEMORY),
     ("ACL failure in script", Trouble.RIGHTS),
     ("The user executing the script can't", Trouble.RIGHTS),  # Redis 6.2

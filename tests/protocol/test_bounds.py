@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 
 from l4queue import Client, Settings
+from l4queue.models import RequestState
+from l4queue.protocol.calls import Verdict
 from tests.protocol.scene import Scene
 
 SLACK = 128
@@ -128,6 +130,59 @@ def test_a_queued_record_that_cannot_be_read_is_failed_with_its_bytes(scene: Sce
     assert scene.counts()["live"] == 1
 
 
+@pytest.mark.parametrize(
+    "mark", ["9999999999999999-0", "9" * 30 + "-0", "18446744073709551615-18446744073709551615", "abc", ""]
+)
+def test_a_mark_that_is_not_ours_stops_no_packing(scene: Scene, mark: str) -> None:
+    """Nor does that of a clock that was ahead, once `finished` has begun anew."""
+    scene.bring(RequestState.DONE)
+    scene.raw.set(scene.keys.prefix + "packed", mark)
+
+    assert [scene.pack().num_packed for _ in range(2)] == [1, 0]
+    assert scene.counts()["result_bytes"] > 0
+
+
+def test_a_live_request_among_kept_results_is_not_evicted(scene: Scene) -> None:
+    """Somebody else wrote that it had ended: neither its record nor its output goes."""
+    scene.bring(RequestState.RUNNING)
+    scene.emit()
+    for key in ("results", "keyed"):
+        scene.raw.zadd(scene.keys.prefix + key, {"a 5": 1.0, "a 6": 9e15})
+    scene.raw.hset(scene.keys.counts, "result_bytes", 10**6)
+
+    scene.evict(max_bytes=0)
+
+    assert scene.state() is RequestState.RUNNING
+    assert scene.settle(offset=2) is Verdict.OK
+    assert scene.shown() == [tuple(scene.tokens(1, 0, 2)), ()]
+    assert scene.counts()["live"] == 0
+
+
+@pytest.mark.parametrize("score", ["0x10", " 5", "5 ", "1e", "nan", "1_0"])
+def test_a_place_in_the_order_that_only_some_can_read_ends_its_request(scene: Scene, score: str) -> None:
+    """Lua reads more than Redis and workers do: neither taking nor giving back may fail for all the others."""
+    for request_id in ("a", "b", "c"):
+        scene.submit(request_id)
+        scene.route(request_id)
+    scene.register()
+    scene.grant()
+    for request_id in ("a", "b"):
+        scene.raw.hset(scene.keys.request(request_id), "score", score)
+
+    assert [grant.request_id for grant in scene.take().grants] == ["c"]
+    assert scene.release("a") is Verdict.OK
+    assert [scene.state(request_id) for request_id in ("a", "b")] == [RequestState.FAILED] * 2
+    assert scene.counts()["live"] == 1
+
+
+def test_a_cancelled_request_whose_state_nobody_knows_is_left_alone(scene: Scene) -> None:
+    """Its client hears that it is not live."""
+    scene.submit()
+    scene.raw.hset(scene.keys.request("a"), "state", b"\xff\xfe")
+
+    assert scene.cancel()[0] is Verdict.IS
+
+
 def test_a_running_record_that_cannot_be_read_is_failed_by_its_next_write(scene: Scene) -> None:
     """Its worker is told that it is no longer the owner."""
     for request_id, act in (("a", "emit"), ("b", "settle"), ("c", "release")):
@@ -150,6 +205,48 @@ def test_a_counter_that_is_no_number_begins_anew(scene: Scene) -> None:
 
     assert scene.counts()["live"] == scene.counts()["submitted"] == 1
     assert {letter[b"bytes"] for _, letter in scene.raw.xrange(scene.keys.dead)} == {b"abc", b"\xff"}
+
+
+def test_a_counter_that_can_count_no_further_begins_anew(scene: Scene) -> None:
+    """Nobody is refused for it, and no script stops half-way."""
+    most, least = 2**63 - 1, -(2**63)
+    scene.raw.hset(scene.keys.counts, mapping={"submitted": most, "done": most, "output_tokens": most})
+    scene.raw.hset(scene.keys.counts, "live_bytes", least)
+    scene.raw.hset(scene.keys.hist, mapping={"a:2": most, "p:2": most})
+    scene.bring(RequestState.DONE)
+
+    counts = scene.counts()
+    assert (counts["submitted"], counts["done"], counts["output_tokens"], counts["live"]) == (1, 1, 1, 0)
+    assert len(scene.raw.xrange(scene.keys.finished)) == 1
+    assert {letter[b"bytes"] for _, letter in scene.raw.xrange(scene.keys.dead)} >= {b"%d" % most}
+
+
+@pytest.mark.parametrize("value", ["abc", "", "nan", "inf", "-1", "{}", b"\xff\x00"])
+def test_numbers_that_nobody_can_read_stop_no_reaper(scene: Scene, value: str | bytes) -> None:
+    """Terms of leases that lie far ahead, and times at which requests last came to a stage."""
+    scene.bring(RequestState.RUNNING)
+    scene.register("w2")
+    scene.raw.hset(scene.keys.worker("w2"), "lease_ms", value)
+    scene.raw.zadd(scene.keys.workers, {"w2": 9e15})
+    scene.raw.hset(scene.keys.foreground, "1", value)
+    scene.lapse()
+
+    assert scene.reap().num_requeued == 1
+    assert scene.raw.zscore(scene.keys.workers, "w2") < 9e15
+    assert scene.raw.hkeys(scene.keys.foreground) == [b"0"]
+
+
+def test_kept_results_of_impossible_sizes_stop_no_eviction(scene: Scene) -> None:
+    """They go, and what is counted stays."""
+    scene.bring(RequestState.DONE)
+    scene.pack()
+    kept = scene.counts()["result_bytes"]
+    for key in ("results", "keyed"):
+        scene.raw.zadd(scene.keys.prefix + key, {"x " + "9" * 25: 1.0, "y -5": 1.0, "z": 1.0, b"\xff \xfe": 1.0})
+
+    assert scene.evict().kept_bytes == kept
+    assert scene.raw.zcard(scene.keys.prefix + "keyed") == 0
+    assert scene.raw.zcard(scene.keys.prefix + "results") == 1
 
 
 def test_what_a_reader_cannot_read_is_buried_once(scene: Scene) -> None:

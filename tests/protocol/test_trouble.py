@@ -34,6 +34,8 @@ PASSING = {
     "TRYAGAIN Multiple keys request during rehashing of slot": Trouble.CLUSTER,
     "MOVED 3999 127.0.0.1:6381": Trouble.CLUSTER,
     "BUSY Redis is busy running a script. You can only call SCRIPT KILL or SHUTDOWN NOSAVE.": Trouble.BUSY,
+    "ERR Script killed by user with SCRIPT KILL... script: 1ff, on @user_script:1.": Trouble.BUSY,
+    "ERR Error running script (call to f_1): @user_script:1: Script killed by user with SCRIPT": Trouble.BUSY,
     "OOM command not allowed when used memory > 'maxmemory'.": Trouble.MEMORY,
     "ERR Error running script (call to f_1): -OOM command not allowed when used memory > 'x'.": Trouble.MEMORY,
     "MISCONF Redis is configured to save RDB snapshots, but it's currently unable to": Trouble.DISK,

@@ -12,13 +12,19 @@ local room, dropped, forgotten = tonumber(ARGV[2]), 0, 0
 local function uncount(set, member)
   redis.call('ZREM', set, member)
   local id, bytes = string.match(member, '^(.*) (%d+)$')
-  if bytes then redis.call('HINCRBY', counts, 'result_bytes', -bytes) end
+  if whole(bytes) then redis.call('HINCRBY', counts, 'result_bytes', -bytes) end
   return id or ''
+end
+
+-- A member may be somebody else's: what it names and has not ended stays.
+local function is_live(rk)
+  return redis.call('EXISTS', rk) == 1 and redis.call('HEXISTS', rk, 'finished_ms') == 0
 end
 
 -- Removes the output. What stays of a request with an idempotency key is counted until it expires, too.
 local function drop(id, is_early)
   local rk = P .. 'req:' .. id
+  if is_live(rk) then return end
   redis.call('UNLINK', P .. 'out:' .. id)
   local is_keyed, is_there = redis.call('HEXISTS', rk, 'key_ttl_ms') == 1, redis.call('EXISTS', rk) == 1
   if not is_there then return end
@@ -74,7 +80,8 @@ end
 while is_beyond() do
   local member = redis.call('ZRANGE', KEYS[2], 0, 0)[1]
   if not member then break end
-  redis.call('UNLINK', P .. 'req:' .. uncount(KEYS[2], member))
+  local rk = P .. 'req:' .. uncount(KEYS[2], member)
+  if not is_live(rk) then redis.call('UNLINK', rk) end
   forgotten, room = forgotten + 1, room - 1
 end
 if dropped > 0 then redis.call('HINCRBY', counts, 'results_dropped', dropped) end

@@ -140,7 +140,11 @@ if redis.call('XLEN', KEYS[1]) >= 10000 then  -- so many end in so short a time 
   grace = math.min(grace, (t - ms(redis.call('XRANGE', KEYS[1], '-', '+', 'COUNT', 1)[1][1])) / 2)
 end
 local n, room, more = 0, tonumber(ARGV[3]), 0
-local rows = redis.call('XRANGE', KEYS[1], last and '(' .. last or '-', '+', 'COUNT', ARGV[2])
+local rows = last and redis.pcall('XRANGE', KEYS[1], '(' .. last, '+', 'COUNT', ARGV[2]) or {}
+if rows.err or #rows == 0 then  -- all is done, or the mark is not one of ours
+  local newest = redis.call('XREVRANGE', KEYS[1], '+', '-', 'COUNT', 1)[1]
+  if newest and newest[1] ~= last then rows = redis.call('XRANGE', KEYS[1], '-', '+', 'COUNT', ARGV[2]) end
+end
 for _, row in ipairs(rows) do
   local age = t - ms(row[1])
   if age < grace and age > -3600000 then break end  -- a clock that was an hour ahead is no reason to wait for it

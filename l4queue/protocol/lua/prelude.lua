@@ -45,7 +45,8 @@ function heal(err, command, key, field)
     set_aside(key)
   elseif command == 'XADD' and is_spoiled(err) then
     set_aside(key, true)
-  elseif command == 'HINCRBY' and string.find(err, 'hash value is not an integer', 1, true) then
+  elseif command == 'HINCRBY' and (string.find(err, 'hash value is not an integer', 1, true)
+      or string.find(err, 'would overflow', 1, true)) then
     local bytes = server.call('HGET', key, field)
     server.call('HDEL', key, field)
     bury(string.sub(key, #P + 1) .. ' ' .. field, 'not a number', bytes)
@@ -212,7 +213,7 @@ local function fault(id)
     if not whole(v[i]) and (v[i] or i < 11 or i == 11 and is_routed) then return names[i] end
   end
   if not is_routed then return nil end
-  local stage, score = v[2], tonumber(v[3])
+  local stage, score = v[2], string.find(v[3] or '', '^-?%d[%d.]*[eE]?[-+]?%d*$') and tonumber(v[3])
   if not stage or not string.find(stage, '^[!-~]') or string.find(stage, '^[^@].*[^!-~]') then return 'stage' end
   if not score or score ~= score or math.abs(score) >= 2 ^ 53 then return 'score' end
   return nil

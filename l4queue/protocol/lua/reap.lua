@@ -22,12 +22,17 @@ if t - last > tonumber(ARGV[2]) then
   end
 end
 for _, incarnation in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '(' .. int(t + ARGV[3] + 1000), '+inf')) do
-  local told = tonumber(redis.call('HGET', P .. 'w:' .. incarnation, 'lease_ms') or 10 * ARGV[3])
+  local told = whole(redis.call('HGET', P .. 'w:' .. incarnation, 'lease_ms')) or 10 * ARGV[3]
   redis.call('ZADD', KEYS[1], 'XX', 'LT', int(t + math.max(told, ARGV[3])), incarnation)
 end
 local stamps = redis.call('HGETALL', P .. 'foreground')
 for i = 1, #stamps, 2 do
-  if tonumber(stamps[i + 1]) > t + 1000 then redis.call('HSET', P .. 'foreground', stamps[i], int(t)) end
+  if not whole(stamps[i + 1]) then
+    redis.call('HDEL', P .. 'foreground', stamps[i])
+    bury('foreground ' .. stamps[i], 'not a number', stamps[i + 1])
+  elseif tonumber(stamps[i + 1]) > t + 1000 then
+    redis.call('HSET', P .. 'foreground', stamps[i], int(t))
+  end
 end
 local room, requeued, dead = tonumber(ARGV[1]), 0, 0
 for _, incarnation in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', int(t))) do
