@@ -9,6 +9,7 @@ from os import PathLike
 from types import TracebackType
 from typing import Any
 
+from l4queue.client.arguments import build_spec, checked_count, checked_id, spec_of
 from l4queue.client.batch import BatchProgress, BatchSummary, batch_options
 from l4queue.client.bulk import Bulk
 from l4queue.client.core import (
@@ -16,12 +17,8 @@ from l4queue.client.core import (
     ClientCore,
     Prepared,
     Result,
-    build_spec,
     check_outcome,
-    checked_count,
-    checked_id,
     known,
-    spec_of,
     unknown,
 )
 from l4queue.client.demux import Watch
