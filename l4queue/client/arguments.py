@@ -61,7 +61,7 @@ def spec_of(request: str | dict[str, Any] | RequestSpec, common: Mapping[str, An
         except ValidationError as error:
             raise _refusal(error) from None
     if isinstance(request, str):
-        return build_spec(request, **common)
+        return build_spec(**{**common, "prompt": request})
     if not isinstance(request, dict) or not all(isinstance(name, str) for name in request):
         raise InvalidRequest("must be a prompt, a dictionary of arguments or a RequestSpec", field="request")
     return build_spec(**{**common, **request})
@@ -97,4 +97,4 @@ def checked_id(request_id: object) -> str:
 
 def printable(name: str) -> str:
     """A name that a caller wrote, as an error can tell it: in one line, of bounded length, in valid Unicode."""
-    return name.encode("utf-8", "backslashreplace").decode()[:_MAX_NAME_CHARS]
+    return name.encode("utf-8", "backslashreplace").decode()[:_MAX_NAME_CHARS] or "''"

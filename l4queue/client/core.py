@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import JsonValue
 
-from l4queue.client.arguments import checked_text
+from l4queue.client.arguments import checked_text, spec_of
 from l4queue.client.tracing import EnqueueTraces
 from l4queue.config import Settings
 from l4queue.errors import (
@@ -164,6 +164,11 @@ class ClientCore:
             has_open_end=spec.params.max_tokens is None,
         )
         return Prepared(request_id=request_id, call=call, span=span, has_key=bool(digest))
+
+    def prepare_many(self, requests: Iterable[Any], common: Mapping[str, Any]) -> Iterator[Prepared]:
+        """The same for the elements of `enqueue_many`, one after the other."""
+        for request in requests:
+            yield self.prepare(spec_of(request, common))
 
     def accepted(self, prepared: Prepared, reply: SubmitReply) -> str:
         """The id of the accepted request, or of the one that its key stands for.

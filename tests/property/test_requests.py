@@ -164,6 +164,19 @@ def test_an_element_of_many_that_is_no_request_is_refused(request_: Any) -> None
     assert caught.value.field == "request"
 
 
+def test_a_prompt_of_its_own_counts_more_than_a_common_one() -> None:
+    """However it is given."""
+    assert spec_of("a", {"prompt": "b"}) == spec_of({"prompt": "a"}, {"prompt": "b"}) == build_spec("a")
+
+
+@pytest.mark.parametrize("request_", [{"prompt": "a", "": 1}, {"": 1}])
+def test_a_parameter_without_a_name_is_named_all_the_same(request_: dict[str, Any]) -> None:
+    """A field is never empty."""
+    with pytest.raises(InvalidRequest) as caught:
+        spec_of(request_, {})
+    assert (caught.value.field, str(caught.value)) == ("''", "'': unknown parameter")
+
+
 UNCHECKED = RequestSpec.model_construct
 
 
