@@ -67,9 +67,11 @@ def _ids(value: object) -> object:
 
 
 class Strict(BaseModel):
-    """Strict input: no coercion, no unknown fields, no NaN or infinity."""
+    """Strict input: no coercion, no unknown fields, no NaN or infinity. Models in others are checked, too."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        strict=True, extra="forbid", frozen=True, allow_inf_nan=False, revalidate_instances="always"
+    )
 
 
 class StructuredOutputs(Strict):

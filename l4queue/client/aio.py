@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable
 from os import PathLike
 from types import TracebackType
 from typing import Any
 
+from l4queue.client.arguments import build_spec, checked_count, checked_id
 from l4queue.client.batch import BatchProgress, BatchSummary, batch_options
 from l4queue.client.bulk import Bulk
 from l4queue.client.core import (
@@ -16,12 +17,8 @@ from l4queue.client.core import (
     ClientCore,
     Prepared,
     Result,
-    build_spec,
     check_outcome,
-    checked_count,
-    checked_id,
     known,
-    spec_of,
     unknown,
 )
 from l4queue.client.demux import Watch
@@ -77,8 +74,7 @@ class AsyncClient:
         handles of the accepted ones: see `L4QueueError`. A conflicting idempotency key ends the work with its
         batch of 256.
         """
-        prepared = [self._core.prepare(spec_of(request, common)) for request in requests]
-        return await self._submit(prepared, block=block, progress=progress)
+        return await self._submit(self._core.prepare_many(requests, common), block=block, progress=progress)
 
     async def get(self, request_id: str) -> AsyncHandle:
         """The handle of an earlier request; UnknownRequest when there is no record of it."""
@@ -165,7 +161,7 @@ class AsyncClient:
 
     async def _submit(
         self,
-        prepared: Sequence[Prepared],
+        prepared: Iterable[Prepared],
         *,
         block: bool,
         progress: Callable[[int], None] | None = None,

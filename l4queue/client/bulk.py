@@ -27,12 +27,14 @@ class Bulk(Generic[H]):
         self, core: ClientCore, prepared: Iterable[Prepared], make_handle: Callable[[str, bool], H]
     ) -> None:
         self._core = core
-        self._prepared = list(prepared)
+        self._prepared: list[Prepared] = []
         self._make_handle = make_handle
         self._handles: dict[int, H] = {}
         self._refused: list[int] = []
-        self._left = list(range(len(self._prepared)))
         self._sent: list[int] = []
+        with self:  # the iterable is the caller's and may raise anything
+            self._prepared = list(prepared)
+        self._left = list(range(len(self._prepared)))
 
     @property
     def is_open(self) -> bool:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
-from pydantic import JsonValue, ValidationError
+from pydantic import JsonValue
 
+from l4queue.client.arguments import checked_text, spec_of
 from l4queue.client.tracing import EnqueueTraces
 from l4queue.config import Settings
 from l4queue.errors import (
@@ -28,13 +29,13 @@ from l4queue.errors import (
     ResultExpired,
     UnknownRequest,
 )
-from l4queue.models import TERMINAL, RequestBody, RequestSpec, RequestState, SamplingParams
+from l4queue.models import TERMINAL, RequestBody, RequestSpec, RequestState
 from l4queue.protocol.calls import Call, Calls, SubmitReply, Verdict
 from l4queue.protocol.keys import Keys
 from l4queue.protocol.reads import Reads
 from l4queue.protocol.records import Followed, OutputEntry, RequestRecord, TokenLogprobs, pack_ids
-from l4queue.sampling import DEFAULT_MAX_TOKENS, NOT_OFFERED
-from l4queue.strict_json import JsonError, canonical_json, check_text
+from l4queue.sampling import DEFAULT_MAX_TOKENS
+from l4queue.strict_json import canonical_json
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Span
@@ -46,25 +47,17 @@ __all__ = (
     "ClientCore",
     "Prepared",
     "Result",
-    "build_spec",
     "check_kept",
     "check_outcome",
-    "checked_count",
-    "checked_id",
-    "checked_text",
     "known",
-    "printable",
     "request_id_of",
-    "spec_of",
     "unknown",
 )
 
-_SPEC_FIELDS = frozenset(RequestSpec.model_fields) - {"params"}
 _BODY_FIELDS = set(RequestBody.model_fields)
 _DIGEST_FIELDS = _BODY_FIELDS - {"traceparent"}  # the same request in another trace is the same request
-_MAX_ID_CHARS, _MAX_REASON_CHARS, _MAX_NAME_CHARS = 512, 1000, 200
+_MAX_REASON_CHARS = 1000
 _NEWS_TTL_MS = 60_000  # a client that has gone is told nothing after that
-_MAX_COUNT = 1_000_000
 _BYTES_PER_TOKEN = 4  # estimate for admission only; the dispatcher counts
 
 
@@ -116,42 +109,6 @@ class Prepared:
     call: Call[SubmitReply]
     span: Span | None = None
     has_key: bool = False
-
-
-def build_spec(prompt: str | None = None, **options: Any) -> RequestSpec:
-    """One validated request from keyword arguments; InvalidRequest names the first bad one.
-
-    Sampling parameters (`SamplingParams`) and request fields (`RequestSpec`) share one flat namespace.
-    """
-    fields: dict[str, Any] = {"prompt": prompt} if prompt is not None else {}
-    sampling: dict[str, Any] = {}
-    for name, value in options.items():
-        if name in _SPEC_FIELDS:
-            if value is not None:
-                fields[name] = value
-        elif name in SamplingParams.model_fields:
-            if value is not None:
-                sampling[name] = value
-        else:
-            raise InvalidRequest(NOT_OFFERED.get(name, "unknown parameter"), field=printable(name))
-    try:
-        params = SamplingParams.model_validate(sampling)
-        return RequestSpec.model_validate({**fields, "params": params})
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        location = ".".join(str(part) for part in first["loc"]) or "request"
-        raise InvalidRequest(first["msg"].removeprefix("Value error, "), field=printable(location)) from None
-
-
-def spec_of(request: str | dict[str, Any] | RequestSpec, common: Mapping[str, Any]) -> RequestSpec:
-    """The request that an element of `enqueue_many` stands for."""
-    if isinstance(request, RequestSpec):
-        return request
-    if isinstance(request, str):
-        return build_spec(request, **common)
-    if not isinstance(request, dict) or not all(isinstance(name, str) for name in request):
-        raise InvalidRequest("must be a prompt, a dictionary of arguments or a RequestSpec", field="request")
-    return build_spec(**{**common, **request})
 
 
 class ClientCore:
@@ -207,6 +164,11 @@ class ClientCore:
             has_open_end=spec.params.max_tokens is None,
         )
         return Prepared(request_id=request_id, call=call, span=span, has_key=bool(digest))
+
+    def prepare_many(self, requests: Iterable[Any], common: Mapping[str, Any]) -> Iterator[Prepared]:
+        """The same for the elements of `enqueue_many`, one after the other."""
+        for request in requests:
+            yield self.prepare(spec_of(request, common))
 
     def accepted(self, prepared: Prepared, reply: SubmitReply) -> str:
         """The id of the accepted request, or of the one that its key stands for.
@@ -338,34 +300,6 @@ def request_id_of(idempotency_key: str) -> str:
     return "k" + hashlib.sha256(idempotency_key.encode()).hexdigest()[:31]
 
 
-def checked_text(value: object, *, field: str, most_chars: int) -> str:
-    """A text from a caller that can be stored; InvalidRequest names what is wrong with it."""
-    if not isinstance(value, str):
-        raise InvalidRequest("must be a text", field=field)
-    if len(value) > most_chars:
-        raise InvalidRequest(f"has {len(value)} characters; at most {most_chars} are accepted", field=field)
-    try:
-        check_text(value)
-    except JsonError as error:
-        raise InvalidRequest(str(error), field=field) from None
-    return value
-
-
-def checked_count(count: object) -> int:
-    """How many entries to read at most; InvalidRequest for what is no such number."""
-    if type(count) is not int or not 0 <= count <= _MAX_COUNT:
-        raise InvalidRequest(f"must be a whole number in [0, {_MAX_COUNT}]", field="count")
-    return count
-
-
-def checked_id(request_id: object) -> str:
-    """An id as there may be one; UnknownRequest for what never was one."""
-    try:
-        return checked_text(request_id, field="request_id", most_chars=_MAX_ID_CHARS)
-    except InvalidRequest as error:
-        raise UnknownRequest(f"no such request: {error}") from None
-
-
 def _digested(spec: RequestSpec, body: str) -> str:
     if spec.params.max_tokens != DEFAULT_MAX_TOKENS:
         return body
@@ -375,11 +309,6 @@ def _digested(spec: RequestSpec, body: str) -> str:
 
 def _digest(kind: str, body: str, prompt: bytes) -> str:
     return hashlib.sha256(f"{kind}\0{body}\0".encode() + prompt).hexdigest()
-
-
-def printable(name: str) -> str:
-    """A name that a caller wrote, as an error can tell it: in one line, of bounded length, in valid Unicode."""
-    return name.encode("utf-8", "backslashreplace").decode()[:_MAX_NAME_CHARS]
 
 
 def unknown(request_id: str) -> UnknownRequest:

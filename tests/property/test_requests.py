@@ -8,10 +8,18 @@ from typing import Any
 import pytest
 from hypothesis import example, given, settings
 
-from l4queue.client.core import ClientCore, Prepared, build_spec, spec_of
+from l4queue.client.arguments import build_spec, spec_of
+from l4queue.client.core import ClientCore, Prepared
 from l4queue.config import Settings
 from l4queue.errors import InvalidRequest
-from l4queue.models import MAX_METADATA_BYTES, RequestBody, RequestSpec, RequestState
+from l4queue.models import (
+    MAX_METADATA_BYTES,
+    ChatMessage,
+    RequestBody,
+    RequestSpec,
+    RequestState,
+    SamplingParams,
+)
 from l4queue.protocol.records import RequestRecord
 from l4queue.sampling import MAX_SCHEMA_CHARS
 from tests.property.requests import BODIES, nested, shuffled
@@ -154,3 +162,50 @@ def test_an_element_of_many_that_is_no_request_is_refused(request_: Any) -> None
     with pytest.raises(InvalidRequest) as caught:
         spec_of(request_, {})
     assert caught.value.field == "request"
+
+
+def test_a_prompt_of_its_own_counts_more_than_a_common_one() -> None:
+    """However it is given."""
+    assert spec_of("a", {"prompt": "b"}) == spec_of({"prompt": "a"}, {"prompt": "b"}) == build_spec("a")
+
+
+@pytest.mark.parametrize("request_", [{"prompt": "a", "": 1}, {"": 1}])
+def test_a_parameter_without_a_name_is_named_all_the_same(request_: dict[str, Any]) -> None:
+    """A field is never empty."""
+    with pytest.raises(InvalidRequest) as caught:
+        spec_of(request_, {})
+    assert (caught.value.field, str(caught.value)) == ("''", "'': unknown parameter")
+
+
+UNCHECKED = RequestSpec.model_construct
+
+
+@pytest.mark.parametrize(
+    ("spec", "field"),
+    [
+        (UNCHECKED(), "request"),
+        (UNCHECKED(prompt=5), "prompt"),
+        (UNCHECKED(prompt="a", token_ids=(1,)), "request"),
+        (UNCHECKED(token_ids=[-1]), "token_ids"),
+        (UNCHECKED(messages=(ChatMessage.model_construct(role=5, content=6),)), "messages.0.role"),
+        (UNCHECKED(prompt="a", params=None), "params"),
+        (UNCHECKED(prompt="a", params=SamplingParams.model_construct(max_tokens=-5)), "params.max_tokens"),
+        (UNCHECKED(prompt="a", metadata={1: 2}), "metadata"),
+        (UNCHECKED(prompt="a", deadline_s=float("inf")), "deadline_s"),
+        (UNCHECKED(prompt="a", traceparent="\ud800"), "traceparent"),
+        (build_spec("a").model_copy(update={"priority": 10**30}), "priority"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_specification_that_was_never_checked_is_checked(spec: RequestSpec, field: str) -> None:
+    """Before it is sent: nobody could serve it."""
+    with pytest.raises(InvalidRequest) as caught:
+        spec_of(spec, {})
+    assert caught.value.field == field
+
+
+def test_a_specification_is_the_same_after_its_check() -> None:
+    """With all that it may hold."""
+    options: dict[str, Any] = {"stop": "a", "structured_outputs": {"json": {"b": [1]}}, "metadata": {"c": {}}}
+    for spec in (build_spec("a", **options), build_spec(messages=[{"role": "user", "content": "x"}])):
+        assert spec_of(spec, {}) == spec

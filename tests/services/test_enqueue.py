@@ -117,6 +117,39 @@ def test_a_bad_request_is_found_before_any_is_sent(client: Client, scene: Scene)
     assert "submitted" not in scene.counts()
 
 
+class Odd:
+    """Requests of a source that fails before the first one, or behind it."""
+
+    def __init__(self, kind: type[BaseException], num_good: int) -> None:
+        self._kind, self._num_good = kind, num_good
+
+    def __iter__(self) -> Iterator[str]:
+        if not self._num_good:
+            raise self._kind("enough")
+        return self._requests()
+
+    def _requests(self) -> Iterator[str]:
+        yield from ["x"] * self._num_good
+        raise self._kind("enough")
+
+
+@pytest.mark.parametrize("num_good", [0, 300])
+@pytest.mark.parametrize("kind", [ValueError, KeyboardInterrupt, L4QueueError])
+async def test_a_source_of_requests_that_fails_tells_that_none_was_sent(
+    small: Settings, client: Client, scene: Scene, kind: type[BaseException], num_good: int
+) -> None:
+    """As any other error does."""
+    with pytest.raises(kind, match="enough") as caught:
+        client.enqueue_many(Odd(kind, num_good))
+    async with AsyncClient(settings=small) as other:
+        with pytest.raises(kind, match="enough") as caught_too:
+            await other.enqueue_many(Odd(kind, num_good))
+    for error in (caught.value, caught_too.value):
+        assert (error.accepted, error.in_doubt, error.refused) == ((), (), ())  # type: ignore[attr-defined]
+        assert not hasattr(error, "__notes__")
+    assert "submitted" not in scene.counts()
+
+
 @pytest.mark.parametrize("kind", [ValueError, KeyboardInterrupt, SystemExit])
 def test_whatever_a_progress_callback_raises_has_the_handles(client: Client, kind: type[BaseException]) -> None:
     """Also Ctrl-C."""

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from l4queue.client.core import ClientCore, build_spec
+from l4queue.client.arguments import build_spec
+from l4queue.client.core import ClientCore
 from l4queue.config import Settings
 from l4queue.protocol.calls import Arg
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from l4queue.client.core import build_spec
+from l4queue.client.arguments import build_spec
 from l4queue.errors import InvalidRequest
 from l4queue.models import RequestBody, SamplingParams
 from l4queue.protocol.records import TokenLogprobs, pack_logprobs, unpack_logprobs

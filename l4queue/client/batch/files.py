@@ -17,7 +17,7 @@ from l4queue.client.batch.lines import MAX_LINE_BYTES
 from l4queue.errors import InvalidRequest
 from l4queue.strict_json import JsonError, parse_json, read_json
 
-__all__ = ("AnswerFile", "BatchIdentity", "IdentityFile", "InputFile", "RawLine")
+__all__ = ("AnswerFile", "BatchIdentity", "IdentityFile", "InputFile", "RawLine", "new_beside")
 
 _READ_BYTES = 2**20
 _MAX_ANSWER_BYTES = 2**30
@@ -38,13 +38,12 @@ class InputFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
+            if not stat.S_ISREG(path.stat().st_mode) and not path.is_dir():  # to open a pipe may wait for ever
+                raise InvalidRequest(f"{path} is read twice and cannot be a pipe or a device", field="jsonl")
             self._file: BinaryIO = path.open("rb", buffering=_READ_BYTES)
         except OSError as error:
             raise InvalidRequest(f"cannot read {path}: {error.strerror}", field="jsonl") from None
         self.opened_version = self.version()
-        if not self._file.seekable():
-            self._file.close()
-            raise InvalidRequest(f"{path} is read twice and cannot be a pipe", field="jsonl")
 
     def version(self) -> tuple[int, int]:
         """Changes when the file is changed: size in bytes, time of the last change in ns."""
@@ -89,7 +88,7 @@ class AnswerFile:
         try:
             self._file: BinaryIO = path.open("a+b", buffering=_READ_BYTES)
         except OSError as error:
-            raise InvalidRequest(f"cannot write {path}: {error.strerror or error}", field=field) from None
+            raise _cannot_write(path, error, field=field) from None
         if not stat.S_ISREG(os.fstat(self._file.fileno()).st_mode):
             self._file.close()
             raise InvalidRequest(f"{path} is not a file", field=field)
@@ -180,6 +179,11 @@ class BatchIdentity:
     num_submitted: int = 0
 
 
+def new_beside(path: Path) -> Path:
+    """Where the new contents of a file are written before they replace it."""
+    return path.with_name(path.name + ".new")
+
+
 class IdentityFile:
     """Keeps the identity of a batch from its first request to its last answer."""
 
@@ -189,6 +193,8 @@ class IdentityFile:
     def read(self) -> BatchIdentity:
         """The identity of the batch that goes on, or a new one. InvalidRequest for a broken file."""
         try:
+            if self.path.exists() and not self.path.is_file():  # a pipe without a writer would be waited for
+                raise JsonError("no file")
             found = BatchIdentity(**read_json(self.path.read_bytes()))
             if not isinstance(found.batch_id, str) or not found.batch_id or type(found.num_submitted) is not int:
                 raise JsonError("no identity")
@@ -202,17 +208,25 @@ class IdentityFile:
             raise InvalidRequest(message, field="out") from None
 
     def write(self, identity: BatchIdentity) -> None:
-        """Replace it durably."""
-        beside = self.path.with_name(self.path.name + ".new")
-        with beside.open("wb") as file:
-            file.write(json.dumps(asdict(identity)).encode())
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(self.path)
+        """Replace it durably. InvalidRequest where it cannot be written."""
+        beside = new_beside(self.path)
+        try:
+            beside.unlink(missing_ok=True)  # of a run that crashed, or no file at all
+            with beside.open("xb") as file:
+                file.write(json.dumps(asdict(identity)).encode())
+                file.flush()
+                os.fsync(file.fileno())
+            beside.replace(self.path)
+        except OSError as error:
+            raise _cannot_write(beside, error, field="out") from None
 
     def remove(self) -> None:
         """The batch is finished."""
         self.path.unlink(missing_ok=True)
+
+
+def _cannot_write(path: Path, error: OSError, *, field: str) -> InvalidRequest:
+    return InvalidRequest(f"cannot write {path}: {error.strerror or error}", field=field)
 
 
 def _answer(data: bytes) -> dict[str, Any] | None:

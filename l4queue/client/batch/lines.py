@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from l4queue.client.core import build_spec, checked_text, printable
+from l4queue.client.arguments import build_spec, checked_text, printable
 from l4queue.errors import InvalidRequest
 from l4queue.models import RequestSpec, SamplingParams
 from l4queue.strict_json import JsonError, canonical_json, parse_json

@@ -8,6 +8,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from l4queue.client.batch.files import new_beside
 from l4queue.errors import InvalidRequest
 
 __all__ = ("DEFAULT_MAX_IN_FLIGHT", "DEFAULT_PRIORITY", "BatchOptions", "batch_options")
@@ -40,7 +41,7 @@ class BatchOptions:
         _check_whole("priority", self.priority, least=-100, most=100)
         if self.max_tokens is not None:
             _check_whole("max_tokens", self.max_tokens, least=1, most=1_000_000)
-        files = (self.path_in, self.path_out, self.errors, self.identity)
+        files = (self.path_in, self.path_out, self.errors, self.identity, new_beside(self.identity))
         try:
             are_one = len({path.resolve() for path in files}) < len(files) or any(
                 one.samefile(other) for one, other in combinations((f for f in files if f.exists()), 2)

@@ -107,6 +107,31 @@ def test_what_is_no_file_takes_no_answers(tmp_path: Path) -> None:
         assert caught.value.field == "out"
 
 
+def test_an_input_that_cannot_be_read_twice_is_refused(tmp_path: Path) -> None:
+    """A pipe is not opened: without a writer that waits for ever."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path / "link", Path("/dev/zero"), tmp_path):
+        with pytest.raises(InvalidRequest) as caught:
+            InputFile(path)
+        assert caught.value.field == "jsonl"
+
+
+def test_an_identity_is_no_pipe_and_no_folder(tmp_path: Path) -> None:
+    """Neither is waited for; what stands where the new one is written gives way, unless it is a folder."""
+    file, beside = IdentityFile(tmp_path / "out.batch.json"), tmp_path / "out.batch.json.new"
+    os.mkfifo(file.path)
+    with pytest.raises(InvalidRequest, match="delete it"):
+        file.read()
+    os.mkfifo(beside)
+    file.write(BatchIdentity(batch_id="b"))
+    assert file.read().batch_id == "b"
+    beside.mkdir()
+    with pytest.raises(InvalidRequest, match="cannot write") as caught:
+        file.write(BatchIdentity(batch_id="c"))
+    assert (caught.value.field, file.read().batch_id) == ("out", "b")
+
+
 def test_a_line_longer_than_any_request_is_read_in_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those behind it have their places all the same."""
     monkeypatch.setattr(files, "MAX_LINE_BYTES", 10)
@@ -188,6 +213,8 @@ def test_an_identity_lasts_until_it_is_removed(tmp_path: Path) -> None:
         ({"speed": 3}, "speed"),
         ({"path_errors": "out.batch.json"}, "out"),
         ({"path_in": "out.batch.json"}, "out"),
+        ({"path_in": "out.batch.json.new"}, "out"),
+        ({"path_errors": "out.batch.json.new"}, "out"),
         ({"path_in": "\0"}, "out"),
         ({"path_out": "\ud800"}, "out"),
         ({"path_in": 5}, "out"),
