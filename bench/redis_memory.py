@@ -31,7 +31,8 @@ from l4queue.cli.stack.embedded import EmbeddedRedis
 from l4queue.client import AsyncHandle
 from l4queue.cost.coefficients import read_coefficients
 from l4queue.models import RequestState
-from l4queue.protocol.calls import Call, Calls
+from l4queue.policy.admission import unbounded_budget
+from l4queue.protocol.calls import Call, Calls, Taker
 from l4queue.protocol.executor import AsyncExecutor, Executor
 from l4queue.protocol.keys import Keys
 from l4queue.protocol.records import Outcome
@@ -208,8 +209,9 @@ def live_a_day(url: str, *, num_requests: int, max_bytes: int) -> None:
         where = {fields[b"i"].decode(): entry.decode() for entry, fields in entries}
         route: dict[str, Any] = {"stage": "0", "score": 1.0, "token_ids": range(4), "max_tokens": 20}
         executor.run_many([calls.route(i, entry_id=where[i], plan_version=0, bucket=2, **route) for i in ids])
-        take = calls.take("0", incarnation="w:1", worker_id="w", nonce=str(start), max_requests=50)
-        executor.run(take)
+        taker = Taker(worker_id="w", incarnation="w:1", stage="0")
+        budget = unbounded_budget(50, reason="benchmark")
+        executor.run(calls.take("0", taker=taker, nonce=str(start), budget=budget))
         for offset in range(0, 20, 4):
             part: dict[str, Any] = {"offset": offset, "token_ids": range(4), "text": " a word or two"}
             executor.run_many([calls.emit(i, **owner, **part) for i in ids])

@@ -27,7 +27,8 @@ from told import machine, tell
 from l4queue import AsyncClient, Client, Settings
 from l4queue.cli.stack.embedded import EmbeddedRedis
 from l4queue.models import RequestState
-from l4queue.protocol.calls import Call, Calls
+from l4queue.policy.admission import unbounded_budget
+from l4queue.protocol.calls import Call, Calls, Taker
 from l4queue.protocol.executor import Executor
 from l4queue.protocol.keys import Keys
 from l4queue.protocol.records import Outcome
@@ -51,10 +52,10 @@ class Worker:
         self._send([self._calls.route(i, **more) for i in ids])
         begin = self._calls.renew("w", worker_id="w", lease_ms=10**8, load="{}", sequence=1, register=True)
         self._executor.run(begin)
+        taker = Taker(worker_id="w", incarnation="w", stage="0")
         for number in range(0, len(ids), 1000):
-            self._executor.run(
-                self._calls.take("0", incarnation="w", worker_id="w", nonce=str(number), max_requests=1000)
-            )
+            budget = unbounded_budget(1000, reason="benchmark")
+            self._executor.run(self._calls.take("0", taker=taker, nonce=str(number), budget=budget))
 
     def write(self, ids: Sequence[str], *, offset: int, num: int) -> None:
         """Tokens for all of them."""

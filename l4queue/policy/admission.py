@@ -21,6 +21,7 @@ __all__ = (
     "admit",
     "max_prefill_ms",
     "pull_delay_ms",
+    "unbounded_budget",
 )
 
 UNBOUNDED_TOKENS = 2**53
@@ -68,6 +69,18 @@ class AdmissionBudget:
     is_idle: bool
     reason: str
     longest_tokens: int = UNBOUNDED_TOKENS
+
+
+def unbounded_budget(num_requests: int, *, reason: str, is_idle: bool = True) -> AdmissionBudget:
+    """Budget of so many requests, whatever their size."""
+    return AdmissionBudget(
+        num_requests=num_requests,
+        kv_tokens=UNBOUNDED_TOKENS,
+        prefill_tokens=UNBOUNDED_TOKENS,
+        growth_tokens=0,
+        is_idle=is_idle,
+        reason=reason,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""State transitions as values: script, keys, arguments, and the parser of the reply."""
+"""Calls of the scripts as values: script, keys, arguments, and the parser of the reply."""
 
 from __future__ import annotations
 
@@ -7,43 +7,51 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Generic, TypeVar
 
-from l4queue.policy.admission import UNBOUNDED_TOKENS
+from l4queue.policy.admission import UNBOUNDED_TOKENS, AdmissionBudget
 from l4queue.protocol.keys import Keys
 from l4queue.protocol.records import (
     NO_QUOTA,
     BackgroundQuota,
     Followed,
-    Grant,
     Outcome,
     TokenLogprobs,
     pack_ids,
     pack_logprobs,
 )
+from l4queue.protocol.replies import (
+    Migrated,
+    Reaped,
+    SubmitReply,
+    Taken,
+    Verdict,
+    parse_cancelled,
+    parse_migrated,
+    parse_reaped,
+    parse_submitted,
+    parse_taken,
+    parse_verdict,
+)
 from l4queue.protocol.sizes import waiting_bytes
 
-__all__ = ("Arg", "Call", "Calls", "Migrated", "Move", "MoveKind", "Reaped", "SubmitReply", "Taken", "Verdict")
+__all__ = (
+    "Arg",
+    "Call",
+    "Calls",
+    "Migrated",
+    "Move",
+    "MoveKind",
+    "Reaped",
+    "SubmitReply",
+    "Taken",
+    "Taker",
+    "Verdict",
+)
 
 T = TypeVar("T")
 Arg = str | int | float | bytes
 
 MAX_DEAD_LETTER_BYTES = 16_384
 """How much of an undecodable entry is kept. With 10,000 dead letters at most this bounds their memory."""
-
-
-class Verdict(StrEnum):
-    """What a script says to a writer."""
-
-    OK = "OK"
-    DUP = "DUP"  # already done by this very call: fine
-    FENCED = "FENCED"  # no longer the owner: stop working on it
-    HAVE = "HAVE"  # the server has some of these tokens already
-    GAP = "GAP"  # the server lacks earlier tokens
-    LOST = "LOST"  # the incarnation's lease was reaped
-    STALE = "STALE"  # another plan was published first
-    UNKNOWN = "UNKNOWN"  # no such request
-    IS = "IS"  # terminal already
-    CONFLICT = "CONFLICT"  # same id, different request
-    FULL = "FULL"  # the bounded backlog is full
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,29 +65,6 @@ class Call(Generic[T]):
     keys: tuple[str, ...]
     args: tuple[Arg, ...]
     parse: Callable[[Any], T]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SubmitReply:
-    """Answer to `submit`. `at_ms` is set for OK; the backlog for FULL; the state for DUP and CONFLICT.
-
-    `request_id` is set but for FULL. It is not the one that was sent where that one had been given before.
-    """
-
-    verdict: Verdict
-    request_id: str | None = None
-    at_ms: int | None = None
-    state: str | None = None
-    live_tokens: int = 0
-    drain_tokens_per_s: float = 0.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Taken:
-    """Answer to `take`: OK with grants, or LOST."""
-
-    verdict: Verdict
-    grants: tuple[Grant, ...] = ()
 
 
 class MoveKind(StrEnum):
@@ -101,55 +86,17 @@ class Move:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Migrated:
-    """Answer to `migrate`: how many left the queue, of how many looked at."""
+class Taker:
+    """A worker that takes: under this incarnation, for its own stage."""
 
-    num_moved: int
-    num_seen: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reaped:
-    """Answer to `reap`."""
-
-    num_requeued: int
-    num_dead: int
-    was_graced: bool
+    worker_id: str
+    incarnation: str
+    stage: str
 
 
 def _packed(logprobs: Sequence[TokenLogprobs]) -> tuple[bytes, ...]:
     """The last argument of a write; none where none were asked for, which is nearly always."""
     return (pack_logprobs(logprobs),) if logprobs else ()
-
-
-def _verdict(reply: bytes) -> Verdict:
-    return Verdict(reply.partition(b":")[0].decode())
-
-
-def _cancelled(reply: bytes) -> tuple[Verdict, str | None]:
-    head, _, tail = reply.decode(errors="replace").partition(":")  # anybody may have written the state
-    return Verdict(head), tail or None
-
-
-def _submitted(reply: list[bytes]) -> SubmitReply:
-    verdict = Verdict(reply[0].decode())
-    if verdict is Verdict.OK:
-        return SubmitReply(verdict=verdict, at_ms=int(reply[1]), request_id=reply[2].decode())
-    if verdict is Verdict.FULL:
-        return SubmitReply(verdict=verdict, live_tokens=int(reply[1]), drain_tokens_per_s=float(reply[2]))
-    return SubmitReply(verdict=verdict, state=reply[1].decode(), request_id=reply[2].decode())
-
-
-def _taken(reply: list[Any]) -> Taken:
-    return Taken(verdict=Verdict(reply[0].decode()), grants=tuple(Grant.parse(row) for row in reply[1:]))
-
-
-def _migrated(reply: list[int]) -> Migrated:
-    return Migrated(num_moved=reply[0], num_seen=reply[1])
-
-
-def _reaped(reply: list[int]) -> Reaped:
-    return Reaped(num_requeued=reply[0], num_dead=reply[1], was_graced=bool(reply[2]))
 
 
 class Calls:
@@ -187,7 +134,7 @@ class Calls:
         known_ms = "" if key_ttl_ms is None else key_ttl_ms
         limits = (max_live_tokens, max_live_bytes, deadline_ms, ttl_ms, client_id)
         more = (canonical, known_ms, int(has_open_end))
-        return Call("submit", (k.counts, k.inbox, k.request(request_id)), args + limits + more, _submitted)
+        return Call("submit", (k.counts, k.inbox, k.request(request_id)), args + limits + more, parse_submitted)
 
     def route(
         self,
@@ -213,7 +160,7 @@ class Calls:
         queued = (request_id, entry_id, stage, repr(score), len(token_ids), max_tokens, ids)
         charge = "" if charge_tokens is None else charge_tokens
         args = (*queued, plan_version, bucket, why, charge, body)
-        return Call("route", (k.inbox, k.request(request_id), k.hist), args, _verdict)
+        return Call("route", (k.inbox, k.request(request_id), k.hist), args, parse_verdict)
 
     def refuse(
         self,
@@ -229,41 +176,34 @@ class Calls:
         k = self.keys
         keys = (k.inbox, k.request(request_id), k.dead)
         kept = raw[:MAX_DEAD_LETTER_BYTES]
-        return Call("refuse", keys, (request_id, entry_id, error, field, kept, reason), _verdict)
+        return Call("refuse", keys, (request_id, entry_id, error, field, kept, reason), parse_verdict)
 
     def take(
         self,
         stage: str,
         *,
-        incarnation: str,
-        worker_id: str,
+        taker: Taker,
         nonce: str,
-        max_requests: int,
-        room_tokens: int = UNBOUNDED_TOKENS,
-        reserve_tokens: int = 0,
-        prefill_tokens: int = UNBOUNDED_TOKENS,
-        is_idle: bool = True,
+        budget: AdmissionBudget,
+        hold: BackgroundQuota = NO_QUOTA,
         num_sharers: int = 1,
-        own_stage: str | None = None,
         benefit_ms: float = 0.0,
         cost_ms: float = 0.0,
-        longest_tokens: int = UNBOUNDED_TOKENS,
-        hold: BackgroundQuota = NO_QUOTA,
     ) -> Call[Taken]:
-        """Lease waiting requests while they fit `room_tokens`, each with `reserve_tokens` to grow.
+        """Lease waiting requests of a queue while they fit the budget.
 
-        The request that exceeds `prefill_tokens` is the last, one longer than `longest_tokens` is not taken; an
-        idle worker's first one always fits. The same rule as `l4queue.policy.admission.choose`. Of several sharers
-        each takes half its share of each class at a time. What is taken from another stage than `own_stage` counts
-        as stolen, for the predicted benefit and cost.
+        The rule is that of `l4queue.policy.admission.admit`. Of several sharers each takes half its share of each
+        class at a time. Requests of another stage than the taker's count as stolen, for the predicted benefit and
+        cost.
         """
         k = self.keys
-        keys = (k.queue(stage), k.worker(incarnation), k.held(incarnation), k.workers)
-        room = (max_requests, room_tokens, reserve_tokens)
-        args = (incarnation, nonce, *room, worker_id, stage, prefill_tokens, int(is_idle), num_sharers)
-        home = (stage if own_stage is None else own_stage, f"{benefit_ms:.3f}", f"{cost_ms:.3f}")
+        keys = (k.queue(stage), k.worker(taker.incarnation), k.held(taker.incarnation), k.workers)
+        room = (budget.num_requests, min(budget.kv_tokens, UNBOUNDED_TOKENS), budget.growth_tokens)
+        first = (taker.incarnation, nonce, *room, taker.worker_id, stage)
+        sharing = (budget.prefill_tokens, int(budget.is_idle), num_sharers)
+        price = (taker.stage, f"{benefit_ms:.3f}", f"{cost_ms:.3f}")
         held = (round(hold.for_ms), hold.max_requests, hold.longest_tokens, round(hold.overdue_ms))
-        return Call("take", keys, (*args, *home, longest_tokens, *held), _taken)
+        return Call("take", keys, (*first, *sharing, *price, budget.longest_tokens, *held), parse_taken)
 
     def emit(
         self,
@@ -287,7 +227,7 @@ class Calls:
             text,
             *_packed(logprobs),
         )
-        return Call("emit", (k.request(request_id), k.output(request_id)), args, _verdict)
+        return Call("emit", (k.request(request_id), k.output(request_id)), args, parse_verdict)
 
     def settle(
         self,
@@ -306,7 +246,7 @@ class Calls:
         last = (offset, len(token_ids), pack_ids(token_ids), text)
         end = (outcome.held_text, outcome.state.value, outcome.finish_reason, outcome.error, outcome.field)
         args: tuple[Arg, ...] = (request_id, incarnation, epoch, *last, *end, *_packed(logprobs))
-        return Call("settle", (k.request(request_id), k.output(request_id)), args, _verdict)
+        return Call("settle", (k.request(request_id), k.output(request_id)), args, parse_verdict)
 
     def release(
         self,
@@ -329,12 +269,12 @@ class Calls:
         told = ("", "0", "0", "")
         if move is not None:
             told = (move.kind.value, f"{move.benefit_ms:.3f}", f"{move.cost_ms:.3f}", move.kv)
-        return Call("release", (self.keys.request(request_id),), args + told, _verdict)
+        return Call("release", (self.keys.request(request_id),), args + told, parse_verdict)
 
     def ask(self, incarnation: str, *, message: str) -> Call[Verdict]:
         """Send a live worker a message (JSON); LOST when there is no such worker. A repeat is a second message."""
         keys = (self.keys.workers, self.keys.control(incarnation))
-        return Call("ask", keys, (incarnation, message), _verdict)
+        return Call("ask", keys, (incarnation, message), parse_verdict)
 
     def renew(
         self,
@@ -351,32 +291,32 @@ class Calls:
         k = self.keys
         pairs = tuple(part for item in (histogram or {}).items() for part in item)
         args = (incarnation, lease_ms, worker_id, load, int(register), sequence, *pairs)
-        return Call("renew", (k.workers, k.worker(incarnation), k.hist), args, _verdict)
+        return Call("renew", (k.workers, k.worker(incarnation), k.hist), args, parse_verdict)
 
     def extend(self, incarnation: str, *, lease_ms: int) -> Call[Verdict]:
         """Renew a lease without news; LOST when it was reaped."""
         keys = (self.keys.workers, self.keys.worker(incarnation))
-        return Call("extend", keys, (incarnation, lease_ms), _verdict)
+        return Call("extend", keys, (incarnation, lease_ms), parse_verdict)
 
     def pardon(self, incarnation: str, *, worker_id: str, guilty: Iterable[str] = ()) -> Call[Verdict]:
         """Take back what was blamed on requests when this incarnation was reaped, but for the guilty ones."""
-        return Call("pardon", (self.keys.lost(incarnation),), (worker_id, *guilty), _verdict)
+        return Call("pardon", (self.keys.lost(incarnation),), (worker_id, *guilty), parse_verdict)
 
     def retire(self, incarnation: str) -> Call[Verdict]:
         """Leave for good; what is still held goes back without blame."""
-        return Call("retire", (self.keys.workers,), (incarnation,), _verdict)
+        return Call("retire", (self.keys.workers,), (incarnation,), parse_verdict)
 
     def reap(self, *, limit: int, gap_ms: int, grace_ms: int, max_crashes: int) -> Call[Reaped]:
         """Return the requests of workers whose lease ran out."""
         k = self.keys
-        return Call("reap", (k.workers, k.tick), (limit, gap_ms, grace_ms, max_crashes), _reaped)
+        return Call("reap", (k.workers, k.tick), (limit, gap_ms, grace_ms, max_crashes), parse_reaped)
 
     def cancel(self, request_id: str, *, reason: str, nonce: str = "") -> Call[tuple[Verdict, str | None]]:
         """End a live request. IS comes with the terminal state that it has already.
 
         A repeat under the same nonce is answered like the first; without one it says IS.
         """
-        return Call("cancel", (self.keys.request(request_id),), (request_id, reason, nonce), _cancelled)
+        return Call("cancel", (self.keys.request(request_id),), (request_id, reason, nonce), parse_cancelled)
 
     def follow(
         self, client_id: str, *, followed: Sequence[str], looked_at: Sequence[str] = (), ttl_ms: int
@@ -390,7 +330,7 @@ class Calls:
 
     def unfollow(self, request_id: str, *, client_id: str) -> Call[Verdict]:
         """Have a client told of this request no more."""
-        return Call("unfollow", (self.keys.request(request_id),), (client_id,), _verdict)
+        return Call("unfollow", (self.keys.request(request_id),), (client_id,), parse_verdict)
 
     def expire(self, *, limit: int) -> Call[int]:
         """End live requests whose deadline has passed."""
@@ -399,7 +339,7 @@ class Calls:
     def publish(self, *, expected_version: int, version: int, body: str) -> Call[Verdict]:
         """Publish a plan if `expected_version` is still the current one."""
         k = self.keys
-        return Call("publish", (k.plan, k.plans), (expected_version, version, body), _verdict)
+        return Call("publish", (k.plan, k.plans), (expected_version, version, body), parse_verdict)
 
     def remember(self, text: str) -> Call[None]:
         """Store what the planner wants to know in its next round."""
@@ -416,7 +356,7 @@ class Calls:
         `highs` are the upper ends of all stages but the last. Looks at `limit` requests after the first `skip`
         ones, in serving order.
         """
-        return Call("migrate", (self.keys.queue(source),), (source, skip, limit, *highs), _migrated)
+        return Call("migrate", (self.keys.queue(source),), (source, skip, limit, *highs), parse_migrated)
 
     def repair(self, request_id: str, *, forgotten_ms: int) -> Call[str]:
         """Mend a live record that has neither inbox entry, queue entry nor lease; says what was missing."""

@@ -8,7 +8,8 @@ from typing import Any
 import redis
 
 from l4queue.models import RequestState
-from l4queue.protocol.calls import Calls, Reaped, SubmitReply, Taken, Verdict
+from l4queue.policy.admission import unbounded_budget
+from l4queue.protocol.calls import Calls, Reaped, SubmitReply, Taken, Taker, Verdict
 from l4queue.protocol.executor import Executor
 from l4queue.protocol.keys import Keys
 from l4queue.protocol.reads import Reads
@@ -99,10 +100,14 @@ class Scene:
     def register(self, worker: str = "w1", **over: Any) -> Verdict:
         return self.renew(worker, register=True, **over)
 
-    def take(self, worker: str = "w1", stage: str = "0", *, nonce: str = "", **over: Any) -> Taken:
-        given: dict[str, Any] = {"max_requests": 10, "is_idle": True}
+    def take(
+        self, worker: str = "w1", stage: str = "0", *, nonce: str = "", own_stage: str | None = None, **over: Any
+    ) -> Taken:
+        """Up to `max_requests` whatever their size, unless a budget says otherwise."""
+        budget = unbounded_budget(over.pop("max_requests", 10), reason="test", is_idle=over.pop("is_idle", True))
         nonce = nonce or f"n{next(self._nonces)}"
-        call = self.calls.take(stage, incarnation=worker, worker_id=worker, nonce=nonce, **(given | over))
+        taker = Taker(worker_id=worker, incarnation=worker, stage=stage if own_stage is None else own_stage)
+        call = self.calls.take(stage, taker=taker, nonce=nonce, **({"budget": budget} | over))
         return self.executor.run(call)
 
     def grant(self, worker: str = "w1", stage: str = "0", **over: Any) -> Grant:

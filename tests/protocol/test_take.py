@@ -10,7 +10,7 @@ import pytest
 from l4queue.cost.step import StepCost
 from l4queue.models import RequestState
 from l4queue.observe.overview import QueueView, read_overview, stage_loads
-from l4queue.policy.admission import AdmissionBudget, BackgroundBudget, WaitingRequest, admit
+from l4queue.policy.admission import AdmissionBudget, BackgroundBudget, WaitingRequest, admit, unbounded_budget
 from l4queue.policy.queue_order import BACKGROUND
 from l4queue.protocol.calls import Verdict
 from l4queue.protocol.records import BackgroundQuota
@@ -198,12 +198,7 @@ def test_room_is_used_as_the_policy_decides(scene: Scene, case: int) -> None:
         taken = scene.take(
             worker,
             stage,
-            max_requests=room.num_requests,
-            room_tokens=room.kv_tokens,
-            reserve_tokens=room.growth_tokens,
-            prefill_tokens=room.prefill_tokens,
-            is_idle=room.is_idle,
-            longest_tokens=room.longest_tokens,
+            budget=room,
             hold=BackgroundQuota(
                 for_ms=60_000,
                 max_requests=background.num_requests,
@@ -266,9 +261,9 @@ def test_background_that_finds_no_room_holds_up_nobody_either(scene: Scene) -> N
     _background(scene, ("b", -1000.0, 50))
     _queue(scene, ("a", _now_ms(scene), 1))
 
-    full = {"is_idle": False, "room_tokens": 20, "reserve_tokens": 1}
-    assert _taken(scene, **full) == [], "overdue: it counts as an ordinary one"
-    assert _taken(scene, **full, hold=BackgroundQuota(overdue_ms=60_000.0)) == ["a"]
+    full = replace(unbounded_budget(10, reason="test", is_idle=False), kv_tokens=20, growth_tokens=1)
+    assert _taken(scene, budget=full) == [], "overdue: it counts as an ordinary one"
+    assert _taken(scene, budget=full, hold=BackgroundQuota(overdue_ms=60_000.0)) == ["a"]
     check(scene)
 
 

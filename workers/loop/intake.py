@@ -15,12 +15,13 @@ from l4queue.policy.admission import (
     AdmissionLimits,
     admission_budget,
     pull_delay_ms,
+    unbounded_budget,
 )
 from l4queue.policy.escape import has_prefill
 from l4queue.policy.handover import look_again_at
 from l4queue.policy.loads import batch_ms
 from l4queue.policy.steal import Steal, steal_waiting
-from l4queue.protocol.calls import Verdict
+from l4queue.protocol.calls import Taker, Verdict
 from l4queue.protocol.foreign import finding
 from l4queue.protocol.keys import SOLO_STAGE, private_queue
 from l4queue.protocol.records import BackgroundQuota, Grant, Outcome, OutputEntry
@@ -36,14 +37,7 @@ __all__ = ("Intake",)
 log = logging.getLogger("l4queue.worker")
 _PREFILL_STEPS = 2  # prompts of two steps wait in the engine: it never runs dry, and little is out of reach
 _LONG_PREFILL_STEPS = 1  # beside a prompt of many steps nothing waits: others can take it, and there is time
-_IDLE_ROOM = AdmissionBudget(
-    num_requests=1,
-    kv_tokens=UNBOUNDED_TOKENS,
-    prefill_tokens=UNBOUNDED_TOKENS,
-    growth_tokens=0,
-    is_idle=True,
-    reason="runs alone",
-)
+_SOLO_ROOM = unbounded_budget(1, reason="runs alone")
 
 
 class Intake:
@@ -130,7 +124,7 @@ class Intake:
         """One request that is to run alone, where nothing runs here."""
         if self._state.sessions:
             return 0
-        taken = await self._take(SOLO_STAGE, _IDLE_ROOM)
+        taken = await self._take(SOLO_STAGE, _SOLO_ROOM)
         self._solo.taken()
         return taken
 
@@ -141,7 +135,7 @@ class Intake:
         if slots < 1 or state.is_draining:
             self.private_due = True  # it waits for a slot
             return 0
-        room = replace(_IDLE_ROOM, num_requests=slots, reason="meant for this worker")
+        room = unbounded_budget(slots, reason="meant for this worker")
         return await self._take(private_queue(state.worker_id), room, num_sharers=1)
 
     async def _take(
@@ -154,22 +148,16 @@ class Intake:
         price: tuple[float, float] = (0.0, 0.0),
     ) -> int:
         state = self._state
+        taker = Taker(worker_id=state.worker_id, incarnation=state.lease.incarnation, stage=str(state.stage))
         call = state.calls.take(
             stage,
-            incarnation=state.lease.incarnation,
-            worker_id=state.worker_id,
+            taker=taker,
             nonce=uuid.uuid4().hex,
-            max_requests=room.num_requests,
-            room_tokens=min(room.kv_tokens, UNBOUNDED_TOKENS),
-            reserve_tokens=room.growth_tokens,
-            prefill_tokens=room.prefill_tokens,
-            is_idle=room.is_idle,
+            budget=room,
+            hold=hold or self._background.no_quota,
             num_sharers=state.num_sharers if num_sharers is None else num_sharers,
-            own_stage=str(state.stage),
             benefit_ms=price[0],
             cost_ms=price[1],
-            longest_tokens=room.longest_tokens,
-            hold=hold or self._background.no_quota,
         )
         taken = await state.executor.run(call)
         if taken.verdict is Verdict.LOST:  # the next heartbeat begins a new incarnation

@@ -23,6 +23,7 @@ from workers.engine.loop_work import LoopWork
 from workers.engine.vllm.constraints import ConstraintExaminer
 from workers.engine.vllm.environment import bind_threads, prepare_environment
 from workers.engine.vllm.prefill_gate import PrefillGate
+from workers.engine.vllm.stat_loggers import drop_metrics, step_logger
 from workers.engine.vllm.step_recorder import StepWatch
 from workers.engine.vllm.translate import engine_output, failed, prompt, sampling_params
 from workers.kv.frontend import KVFrontend, model_fingerprint
@@ -30,7 +31,7 @@ from workers.kv.movable import kv_bytes_per_token
 from workers.kv.store import SegmentStore
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Coroutine
     from pathlib import Path
 
 __all__ = ("VllmEngine",)
@@ -149,11 +150,11 @@ class VllmEngine:
             scheduling.long_prefill_token_threshold = longest
             self._watch = StepWatch(max_chunk_tokens=longest)
             self._turns = PrefillGate(max_batched_tokens=budget, max_chunk_tokens=longest)
-            self._llm = AsyncLLM.from_vllm_config(config, stat_loggers=[_logger_factory(self._stepped)])
+            self._llm = AsyncLLM.from_vllm_config(config, stat_loggers=[step_logger(self._stepped)])
         except (OSError, ValueError, RuntimeError) as error:
             raise ConfigError(f"vLLM cannot start with model {self._model!r}: {error}") from error
         if not self._keep_metrics:
-            _drop_metrics(self._llm.logger_manager)
+            drop_metrics(self._llm.logger_manager)
         self._llm.output_handler.add_done_callback(lambda _: self._ready.set())
         self._health = asyncio.create_task(self._watch_health())
         cache = config.cache_config
@@ -374,30 +375,3 @@ class VllmEngine:
             if ids is not None:
                 found.update(ids if isinstance(ids, list) else [ids])
         return found
-
-
-def _logger_factory(on_step: Callable[[Any, Any], None]) -> Callable[[Any, int], Any]:
-    from vllm.v1.metrics.loggers import StatLoggerBase
-
-    class Logger(StatLoggerBase):  # type: ignore[misc] # vLLM is imported late and untyped
-        """Says that a step is over, with its statistics; prints nothing."""
-
-        def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
-            self.engine_index = engine_index
-
-        def record(
-            self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0
-        ) -> None:
-            on_step(scheduler_stats, iteration_stats)
-
-        def log_engine_initialized(self) -> None:
-            """Nothing to say."""
-
-    return Logger
-
-
-def _drop_metrics(manager: Any) -> None:
-    """Leave out the logger for Prometheus, which vLLM adds whatever it is asked for."""
-    from vllm.v1.metrics.loggers import PrometheusStatLogger
-
-    manager.stat_loggers = [one for one in manager.stat_loggers if not isinstance(one, PrometheusStatLogger)]
