@@ -12,12 +12,12 @@ from l4queue.observe.telemetry import Telemetry
 from l4queue.planning.histogram import Buckets
 from l4queue.policy.autoscale import FleetDemand, demand_of
 from l4queue.protocol.keys import is_private_queue
+from l4queue.protocol.ledger import REQUEUES, MoveCounter, ResumeCounter, requeue_counter
 
 __all__ = ("describe",)
 
 _STAGE = ("stage",)
 _PERSONAL = "worker"
-_REQUEUED = ("lost", "crashed", "left", "released", "repaired")
 
 
 def describe(
@@ -128,9 +128,13 @@ def _totals(families: Families, counts: Mapping[str, int]) -> None:
         return {(): counts.get(name, 0)}
 
     ended: Values = {(state.value,): float(counts.get(state.value, 0)) for state in sorted(TERMINAL)}
-    requeued: Values = {(why,): float(counts.get(f"requeued_{why}", 0)) for why in _REQUEUED}
-    steals: Values = {(kind,): float(counts.get(f"steals_{kind}", 0)) for kind in ("waiting", "running")}
-    gaps: dict[Labels, tuple[int, float]] = {(): (counts.get("resumes", 0), counts.get("resume_gap_ms", 0) / 1000)}
+    requeued: Values = {(why.value,): float(counts.get(requeue_counter(why), 0)) for why in REQUEUES}
+    steals: Values = {
+        ("waiting",): float(counts.get(MoveCounter.STEALS_WAITING, 0)),
+        ("running",): float(counts.get(MoveCounter.STEALS_RUNNING, 0)),
+    }
+    gap_s = counts.get(ResumeCounter.GAP_MS, 0) / 1000
+    gaps: dict[Labels, tuple[int, float]] = {(): (counts.get(ResumeCounter.RESUMES, 0), gap_s)}
     families.counter("requests_accepted", "Requests accepted", total("submitted"))
     families.counter("requests_rejected", "Requests that met a full backlog", total("rejected"))
     families.counter("requests_finished", "Requests by how they ended", ended, labels=("state",))
@@ -142,7 +146,9 @@ def _totals(families: Families, counts: Mapping[str, int]) -> None:
         labels=("reason",),
     )
     families.counter("steals", "Requests that an idle worker took over", steals, labels=("kind",))
-    families.counter("handovers", "Running requests that outgrew a stage or left a prefill", total("handovers"))
+    families.counter(
+        "handovers", "Running requests that outgrew a stage or left a prefill", total(MoveCounter.HANDOVERS)
+    )
     families.summary("resume_gap_seconds", "For how long a moved request made no token", gaps)
     families.counter("results_dropped", "Results that went early for want of room", total("results_dropped"))
     families.counter("repairs", "Records mended; each is an alarm", total("repairs"))

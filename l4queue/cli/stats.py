@@ -92,13 +92,15 @@ def _moves(counts: dict[str, int]) -> Any:
     """What moved between workers since the beginning, and how long a moved request made no token on average."""
     from rich.table import Table
 
+    from l4queue.protocol.ledger import MoveCounter, ResumeCounter
+
     table = Table(title="moves", title_justify="left")
     for name in ("hand-overs", "stolen waiting", "stolen running", "resumed", "mean gap ms"):
         table.add_column(name, justify="right")
-    resumes = counts.get("resumes", 0)
-    moved = (counts.get(name, 0) for name in ("handovers", "steals_waiting", "steals_running", "resumes"))
-    gap = f"{counts.get('resume_gap_ms', 0) / resumes:.0f}" if resumes else "–"
-    table.add_row(*map(str, moved), gap)
+    resumes = counts.get(ResumeCounter.RESUMES, 0)
+    moved = (counts.get(name, 0) for name in MoveCounter)
+    gap = f"{counts.get(ResumeCounter.GAP_MS, 0) / resumes:.0f}" if resumes else "–"
+    table.add_row(*map(str, moved), str(resumes), gap)
     return table
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from l4queue.protocol.ledger import LedgerEvent, LedgerLine, parse_line
 from l4queue.protocol.records import RequestRecord
 
 __all__ = ("Event", "tell")
@@ -24,12 +25,13 @@ class Event:
 
 def tell(record: RequestRecord, *, why: str | None, ledger: Sequence[str]) -> tuple[Event, ...]:
     """The story of a request, oldest first. Ordinary steps come from the times in its record."""
-    lines = [json.loads(line) for line in ledger]
-    first = lines[0].get("worker") if lines and lines[0]["what"] != "rerouted" else record.worker
+    lines = [parse_line(line) for line in ledger]
+    head = lines[0] if lines else None
+    first = record.worker if head is None or head.event is LedgerEvent.REROUTED else head.facts.get("worker")
     events = [_accepted(record)]
     if record.queued_ms is not None:
         events.append(_routed(record, record.queued_ms, json.loads(why) if why else {}))
-    if record.started_ms is not None and not (lines and lines[0]["what"] == "stolen"):
+    if record.started_ms is not None and not (head and head.event is LedgerEvent.STOLEN):
         events.append(
             Event(at_ms=record.started_ms, what="taken", text=f"taken by {first}", facts={"worker": first})
         )
@@ -39,9 +41,7 @@ def tell(record: RequestRecord, *, why: str | None, ledger: Sequence[str]) -> tu
             Event(at_ms=record.first_token_ms, what="first token", text=text, facts={"ttft_ms": record.ttft_ms})
         )
     for line in lines:
-        facts = {name: value for name, value in line.items() if name not in ("at_ms", "what")}
-        text = _text_of(line["what"], facts)
-        events.append(Event(at_ms=int(line["at_ms"]), what=line["what"], text=text, facts=facts))
+        events.append(Event(at_ms=line.at_ms, what=line.what, text=_text_of(line), facts=line.facts))
     if record.finished_ms is not None:
         events.append(_ended(record, record.finished_ms))
     return tuple(sorted(events, key=lambda event: event.at_ms))  # stable: equal times keep this order
@@ -112,30 +112,27 @@ def _rerouted(facts: dict[str, Any]) -> str:
     return f"moved from queue {facts['from']} to stage {facts['to']}: a new plan, or nobody served it"
 
 
-def _unknown(facts: dict[str, Any]) -> str:
-    """What a later release notes."""
-    return ", ".join(f"{name} {value}" for name, value in facts.items())
-
-
-_TEXTS: dict[str, Callable[[dict[str, Any]], str]] = {
-    "hand-over": lambda f: _moved("hand-over", f),
-    "escape": lambda f: _moved("away from a prefill,", f),
-    "steal": lambda f: _moved("stolen while running", f),
-    "stolen": _stolen,
-    "taken": lambda f: f"taken by {f['worker']} from queue {f['from']}",
-    "resumed": lambda f: f"goes on after {f['gap_ms']:.0f} ms without a token",
-    "rerouted": _rerouted,
-    "lost": lambda f: _back("the lease ran out of", f),
-    "crashed": lambda f: _back("engine died in", f),
-    "released": lambda f: _back("given back by", f),
-    "left": lambda f: _back("it left:", f),
-    "repaired": lambda f: _back("no lease was found (alarm) at", f),
+_TEXTS: dict[LedgerEvent, Callable[[dict[str, Any]], str]] = {
+    LedgerEvent.HANDOVER: lambda f: _moved("hand-over", f),
+    LedgerEvent.ESCAPE: lambda f: _moved("away from a prefill,", f),
+    LedgerEvent.STEAL: lambda f: _moved("stolen while running", f),
+    LedgerEvent.STOLEN: _stolen,
+    LedgerEvent.TAKEN: lambda f: f"taken by {f['worker']} from queue {f['from']}",
+    LedgerEvent.RESUMED: lambda f: f"goes on after {f['gap_ms']:.0f} ms without a token",
+    LedgerEvent.REROUTED: _rerouted,
+    LedgerEvent.LOST: lambda f: _back("the lease ran out of", f),
+    LedgerEvent.CRASHED: lambda f: _back("engine died in", f),
+    LedgerEvent.RELEASED: lambda f: _back("given back by", f),
+    LedgerEvent.LEFT: lambda f: _back("it left:", f),
+    LedgerEvent.REPAIRED: lambda f: _back("no lease was found (alarm) at", f),
 }
 
 
-def _text_of(what: str, facts: dict[str, Any]) -> str:
-    """The line for people; the bare facts of what another release told in its own way."""
-    try:
-        return _TEXTS[what](facts)
-    except (KeyError, TypeError, ValueError, AttributeError):
-        return f"{what}: {', '.join(f'{name} {value}' for name, value in facts.items())}"
+def _text_of(line: LedgerLine) -> str:
+    """The line for people; the bare facts of a line that another release wrote in its own way."""
+    if line.event is not None:
+        try:
+            return _TEXTS[line.event](line.facts)
+        except (KeyError, TypeError, ValueError, AttributeError):
+            pass
+    return f"{line.what}: {', '.join(f'{name} {value}' for name, value in line.facts.items())}"

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from l4queue.observe.overview import Overview, read_overview
 from l4queue.protocol.executor import Executor
 from l4queue.protocol.keys import Keys
+from l4queue.protocol.ledger import PRICED, LedgerEvent, LedgerLine, MoveCounter, parse_line
 from l4queue.protocol.reads import FinishedRequest, Reads
 
 __all__ = ("Look", "RecentMove", "Watch")
@@ -20,17 +19,15 @@ MAX_AGED = 32
 """Requests at the head of a queue whose waiting time is read."""
 MAX_LEDGERS = 500
 """Requests whose ledgers are read for moves in one look."""
-_COUNTED = ("handovers", "steals_waiting", "steals_running")
-_MOVES = ("hand-over", "steal", "stolen")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecentMove:
-    """One request that changed its worker or was taken from another stage's queue. `kind` as in the ledger."""
+    """One request that changed its worker or was taken from another stage's queue. `kind` is one of `PRICED`."""
 
     at_ms: int
     request_id: str
-    kind: str
+    kind: LedgerEvent
     source: str
     target: str
     benefit_ms: float
@@ -92,7 +89,7 @@ class Watch:
 
         A request is told of again in the next look while it runs; whoever keeps moves must know them by value.
         """
-        num_moves = sum(overview.counts.get(name, 0) for name in _COUNTED)
+        num_moves = sum(overview.counts.get(name, 0) for name in MoveCounter)
         if num_moves == (self._num_moves or 0):
             self._num_moves = num_moves
             return []
@@ -105,29 +102,28 @@ class Watch:
             move
             for request_id, ledger in zip(ids, ledgers, strict=True)
             for line in ledger
-            if (move := _move(request_id, json.loads(line))) is not None
+            if (move := _move(request_id, line)) is not None
         ]
 
 
-def _move(request_id: str, line: dict[str, Any]) -> RecentMove | None:
+def _move(request_id: str, text: str) -> RecentMove | None:
     """The move that a ledger's line tells of, if it is one."""
-    kind = str(line["what"])
-    if kind not in _MOVES:
-        return None
     try:
-        return _told(request_id, kind, line)
+        line = parse_line(text)
+        return _told(request_id, line.event, line) if line.event in PRICED else None
     except (KeyError, TypeError, ValueError):  # another release tells it in other words
         return None
 
 
-def _told(request_id: str, kind: str, line: dict[str, Any]) -> RecentMove:
-    taken = kind == "stolen"  # waiting in another stage's queue: then it is the worker that moved it
+def _told(request_id: str, kind: LedgerEvent, line: LedgerLine) -> RecentMove:
+    facts = line.facts
+    taken = kind is LedgerEvent.STOLEN  # waiting in another stage's queue: then it is the worker that moved it
     return RecentMove(
-        at_ms=int(line["at_ms"]),
+        at_ms=line.at_ms,
         request_id=request_id,
         kind=kind,
-        source=f"stage {line['from']}" if taken else str(line["worker"]),
-        target=str(line["worker"]) if taken else str(line["to"]).removeprefix("@"),
-        benefit_ms=float(line["benefit_ms"]),
-        cost_ms=float(line["cost_ms"]),
+        source=f"stage {facts['from']}" if taken else str(facts["worker"]),
+        target=str(facts["worker"]) if taken else str(facts["to"]).removeprefix("@"),
+        benefit_ms=float(facts["benefit_ms"]),
+        cost_ms=float(facts["cost_ms"]),
     )

@@ -9,6 +9,7 @@ from typing import Any, Generic, TypeVar
 
 from l4queue.policy.admission import UNBOUNDED_TOKENS, AdmissionBudget
 from l4queue.protocol.keys import Keys
+from l4queue.protocol.ledger import LedgerEvent
 from l4queue.protocol.records import (
     NO_QUOTA,
     BackgroundQuota,
@@ -70,9 +71,9 @@ class Call(Generic[T]):
 class MoveKind(StrEnum):
     """Why a running request is moved on purpose."""
 
-    HANDOVER = "hand-over"  # it has outgrown its stage
-    ESCAPE = "escape"  # a prefill would have held it up
-    STEAL = "steal"  # a sibling with room asked for it
+    HANDOVER = LedgerEvent.HANDOVER.value  # it has outgrown its stage
+    ESCAPE = LedgerEvent.ESCAPE.value  # a prefill would have held it up
+    STEAL = LedgerEvent.STEAL.value  # a sibling with room asked for it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -197,7 +197,7 @@ async def test_as_json_it_prints_a_line_for_each_look_also_of_an_outage(
         assert stage["num_slots"] == 16
         assert [worker["worker_id"] for worker in stage["workers"]] == ["short-0"]
         assert found["rates"]["accepted_per_s"] > 0
-        assert {move["kind"] for move in found["moves"]} <= {"hand-over", "steal", "stolen"}
+        assert {move["kind"] for move in found["moves"]} <= {"hand-over", "escape", "steal", "stolen"}
         assert found["latencies"][-1]["num_requests"] >= found["latencies"][0]["num_requests"]
 
         durable_server.kill()

@@ -6,11 +6,10 @@ The spans are made from the request's record and ledger, after the fact and on a
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +19,7 @@ from l4queue.errors import L4QueueError
 from l4queue.models import TERMINAL, RequestState
 from l4queue.protocol.executor import Executor
 from l4queue.protocol.keys import Keys
+from l4queue.protocol.ledger import FAULTS, LEASE_ENDS, MOVES, TAKES, LedgerEvent, LedgerLine, parse_line
 from l4queue.protocol.reads import Reads
 from l4queue.protocol.records import RequestRecord
 from workers.telemetry.observer import Observer, RequestView
@@ -33,11 +33,7 @@ CAPACITY = 10_000
 _BATCH = 64
 _RETRY_S = 1.0
 _CLOSE_S = 1.0
-_MOVES = ("hand-over", "steal")
 _MOVE_FACTS = ("benefit_ms", "cost_ms", "kv")
-_TAKES = ("taken", "stolen")
-_LEAVES = ("hand-over", "escape", "steal", "lost", "crashed", "released", "left", "repaired")
-_FAULTS = {"lost": "its worker was lost", "crashed": "its engine died", "repaired": "no lease was found"}
 
 
 @dataclass(slots=True, kw_only=True)
@@ -57,7 +53,7 @@ def build_spans(record: RequestRecord, ledger: Sequence[str]) -> list[SpanSpec]:
     teller = _SpanBuilder(record)
     for line in ledger:
         try:
-            teller.add(json.loads(line))
+            teller.add(parse_line(line))
         except (KeyError, TypeError, ValueError):  # another release tells it in other words
             continue
     return teller.finish()
@@ -79,15 +75,34 @@ class _SpanBuilder:
         self._has_taken, self._has_token = False, False
         self._move: int | None = None  # index of the hand-over that is under way
 
-    def add(self, line: dict[str, Any]) -> None:
-        """One line of the ledger."""
-        what, at_ms = str(line["what"]), int(line["at_ms"])
-        if what in _TAKES:
-            self._take(at_ms, str(line["worker"]))
-        elif what == "resumed":
-            self._first_token(at_ms)
-        elif what in _LEAVES:  # others, of whatever release, end no lease
-            self._leave(what, at_ms, line)
+    def add(self, line: LedgerLine) -> None:
+        """One line of the ledger. A word of another release ends no lease."""
+        if line.event is not None:
+            _RULES[line.event](self, line)
+
+    def take(self, line: LedgerLine) -> None:
+        """A lease begins."""
+        self._take(line.at_ms, str(line.facts["worker"]))
+
+    def resume(self, line: LedgerLine) -> None:
+        """The first token of a lease that is not the first one."""
+        self._first_token(line.at_ms)
+
+    def stay(self, line: LedgerLine) -> None:
+        """The request waits on, in whatever queue."""
+
+    def leave(self, line: LedgerLine) -> None:
+        """A lease ends before the request does."""
+        at_ms, facts, event = line.at_ms, line.facts, LedgerEvent(line.what)
+        self._catch_up(at_ms, str(facts["worker"]))
+        self._close(at_ms, offset=int(facts["offset"]), error=FAULTS.get(event), ended_by=event.value)
+        if event in MOVES:
+            self._end_move(at_ms)
+            told: dict[str, Any] = {name: facts[name] for name in _MOVE_FACTS if name in facts}
+            told |= {"move": event.value, "from": facts["worker"], "to": str(facts["to"]).removeprefix("@")}
+            self._move = len(self._pieces)
+            self._pieces.append(SpanSpec(name="hand-over", start_ms=at_ms, end_ms=at_ms, attributes=told))
+        self._phase, self._since_ms = "wait", at_ms
 
     def finish(self) -> list[SpanSpec]:
         """The end of the request ends what is open."""
@@ -100,18 +115,6 @@ class _SpanBuilder:
         self._end_move(self._end_ms)
         self._pieces[0].error = error
         return self._pieces
-
-    def _leave(self, what: str, at_ms: int, line: dict[str, Any]) -> None:
-        """A lease ends before the request does."""
-        self._catch_up(at_ms, str(line["worker"]))
-        self._close(at_ms, offset=int(line["offset"]), error=_FAULTS.get(what), ended_by=what)
-        if what in _MOVES:
-            self._end_move(at_ms)
-            facts: dict[str, Any] = {name: line[name] for name in _MOVE_FACTS if name in line}
-            facts |= {"move": what, "from": line["worker"], "to": str(line["to"]).removeprefix("@")}
-            self._move = len(self._pieces)
-            self._pieces.append(SpanSpec(name="hand-over", start_ms=at_ms, end_ms=at_ms, attributes=facts))
-        self._phase, self._since_ms = "wait", at_ms
 
     def _catch_up(self, now_ms: int, worker: str) -> None:
         """What leaves no line: the first lease, and the first token where it was no resumption."""
@@ -156,6 +159,14 @@ class _SpanBuilder:
         if self._phase != "decode":
             piece.inside = 0 if self._move is None else self._move
         self._pieces.append(piece)
+
+
+_RULES: Mapping[LedgerEvent, Callable[[_SpanBuilder, LedgerLine], None]] = {
+    **dict.fromkeys(TAKES, _SpanBuilder.take),
+    **dict.fromkeys(LEASE_ENDS, _SpanBuilder.leave),
+    LedgerEvent.RESUMED: _SpanBuilder.resume,
+    LedgerEvent.REROUTED: _SpanBuilder.stay,
+}
 
 
 def open_traces(settings: Settings, observer: Observer) -> TraceSender | None:

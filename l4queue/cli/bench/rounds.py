@@ -19,6 +19,7 @@ from l4queue.plan_json import plan_to_json
 from l4queue.protocol.calls import Calls, Verdict
 from l4queue.protocol.executor import AsyncExecutor
 from l4queue.protocol.keys import Keys
+from l4queue.protocol.ledger import MoveCounter
 from l4queue.sim.metrics import Measured, SimResult, summarize
 from l4queue.sim.runner import RunConfig
 from l4queue.sim.tuning import tune_two_pool
@@ -135,8 +136,9 @@ class Rounds:
         result = summarize(
             policy,
             measured,
-            num_handovers=_gained(before, after, "handovers"),
-            num_steals=_gained(before, after, "steals_waiting") + _gained(before, after, "steals_running"),
+            num_handovers=_gained(before, after, MoveCounter.HANDOVERS),
+            num_steals=_gained(before, after, MoveCounter.STEALS_WAITING)
+            + _gained(before, after, MoveCounter.STEALS_RUNNING),
             num_preemptions=_num_preemptions(after) - _num_preemptions(before),
         )
         return Round(
@@ -269,13 +271,12 @@ def _measured(records: Sequence[RequestRecord], *, began_ms: int) -> Measured:
 
 
 def _sample(overview: Overview, *, at_s: float) -> Sample:
-    names = ("handovers", "steals_waiting", "steals_running")
     return Sample(
         at_s=at_s,
         running={load.worker_id: load.num_running for load in overview.workers},
         waiting=overview.inbox + sum(queue.num_requests for queue in overview.queues.values()),
         plan=overview.plan,
-        num_moves=sum(overview.counts.get(name, 0) for name in names),
+        num_moves=sum(overview.counts.get(name, 0) for name in MoveCounter),
         fixed_work_ms=fixed_work_ms(),
     )
 

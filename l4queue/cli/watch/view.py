@@ -12,6 +12,7 @@ from rich.text import Text
 
 from l4queue.cli.watch.window import LATENCY_S, Latency, Picture, StageView, Waiting
 from l4queue.models import Plan, StagePlan, WorkerLoad
+from l4queue.protocol.ledger import LedgerEvent, MoveCounter
 
 if TYPE_CHECKING:
     from l4queue.observe.watch import RecentMove
@@ -26,8 +27,17 @@ _BAR, _SHORT_BAR = 12, 8
 _BUSY, _FULL = 0.7, 0.9
 _MAX_MOVES = 10
 _ALARM = "bold white on red"
-_KINDS = {"hand-over": "hand-over", "steal": "stolen running", "stolen": "stolen waiting"}
-_MOVED = (("handovers", "hand-overs"), ("steals_waiting", "stolen waiting"), ("steals_running", "running"))
+_KINDS = {
+    LedgerEvent.HANDOVER: "hand-over",
+    LedgerEvent.ESCAPE: "escape",
+    LedgerEvent.STEAL: "stolen running",
+    LedgerEvent.STOLEN: "stolen waiting",
+}
+_MOVED = {
+    MoveCounter.HANDOVERS: "hand-overs",
+    MoveCounter.STEALS_WAITING: "stolen waiting",
+    MoveCounter.STEALS_RUNNING: "running",
+}
 _BAD_ENDS = ("failed", "expired", "dead")
 
 
@@ -185,7 +195,7 @@ def _worker(view: StageView, load: WorkerLoad) -> list[RenderableType]:
 
 def _moves(picture: Picture, count: int, *, is_wide: bool) -> RenderableType:
     line = _line("").append(f"moved, {LATENCY_S:.0f} s / in all  ", style="cyan")
-    for name, label in _MOVED:
+    for name, label in _MOVED.items():
         line.append(f"{label} {picture.moved[name]}/{number(picture.counts.get(name, 0))}  ")
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(justify="right", no_wrap=True)

@@ -11,6 +11,7 @@ from l4queue.models import Plan, StagePlan, WorkerLoad
 from l4queue.observe.overview import Overview
 from l4queue.observe.watch import Look, RecentMove
 from l4queue.protocol.keys import private_queue
+from l4queue.protocol.ledger import MoveCounter
 from l4queue.protocol.reads import FinishedRequest
 
 __all__ = ("LATENCY_S", "Latency", "Picture", "Rates", "StageView", "Waiting", "WatchWindow")
@@ -20,7 +21,6 @@ LATENCY_S = 60.0
 RATE_S = 10.0
 _MAX_FINISHED = 20_000
 _MAX_MOVES = 50
-_MOVED = ("handovers", "steals_waiting", "steals_running")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,14 +120,14 @@ class WatchWindow:
             rates=self._rates(),
             latencies=_latencies(self._finished, overview.plan),
             counts=overview.counts,
-            moved={name: self._increase(name, LATENCY_S) for name in _MOVED},
+            moved={name.value: self._increase(name, LATENCY_S) for name in MoveCounter},
             moves=tuple(self._moves),
         )
 
     def _remember(self, look: Look) -> None:
         now_ms, counts = look.overview.now_ms, look.overview.counts
         before = self._counts[-1][1] if self._counts else {}
-        if any(counts.get(name, 0) < before.get(name, 0) for name in ("done", *_MOVED)):
+        if any(counts.get(name, 0) < before.get(name, 0) for name in ("done", *MoveCounter)):
             self._counts.clear()  # another Redis, or one that has lost its data
         self._counts.append((now_ms, counts))
         while self._counts[0][0] < now_ms - 1000 * LATENCY_S and len(self._counts) > 2:

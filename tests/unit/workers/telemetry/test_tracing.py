@@ -6,10 +6,12 @@ import json
 from dataclasses import replace
 from itertools import pairwise
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from l4queue.models import RequestState
+from l4queue.protocol.ledger import LEASE_ENDS, MOVES
 from l4queue.protocol.records import RequestRecord
 from workers.telemetry.tracing import SpanSpec, build_spans
 
@@ -83,6 +85,20 @@ def test_a_hand_over_holds_the_wait_and_the_prefill_that_it_costs() -> None:
     assert after.attributes == {"worker": "w1", "tokens": 5}
 
 
+@pytest.mark.parametrize("kind", MOVES)
+def test_every_kind_of_move_is_a_hand_over_span(kind: str) -> None:
+    """Its attribute `move` has the kind."""
+    ledger = [
+        _line(kind, 1040, to="@w1", offset=4, benefit_ms=80.0, cost_ms=7.0, kv=False),
+        _line("taken", 1041, worker="w1"),
+        _line("resumed", 1050, gap_ms=10),
+    ]
+
+    (move,) = [piece for piece in build_spans(replace(DONE, epoch=2), ledger) if piece.name == "hand-over"]
+
+    assert (move.start_ms, move.end_ms, move.attributes["move"], move.error) == (1040, 1050, kind, None)
+
+
 def test_a_crash_before_and_after_the_first_token() -> None:
     """What the killed workers did is told by the one that ended it; only their own spans have failed."""
     ledger = [
@@ -128,7 +144,7 @@ def test_what_has_not_come_far() -> None:
 
 
 STEPS = st.lists(
-    st.tuples(st.sampled_from(["lost", "released", "left", "hand-over", "steal", "crashed"]), st.booleans()),
+    st.tuples(st.sampled_from([event.value for event in LEASE_ENDS]), st.booleans()),
     max_size=12,
 )
 
