@@ -160,7 +160,9 @@ class Settings(BaseSettings):
         ge=0,
         description="requests/s of a worker beyond which Flower sees outcomes only, beyond 4 times that a sample",
     )
-    flower_show_prompts: bool = Field(False, description="show prompt text in Flower; off by default")
+    flower_show_prompts: bool = Field(
+        False, description="show the first 200 characters of each output in Flower; prompts are never shown"
+    )
 
     metrics_port: int = Field(
         0, ge=0, le=65535, description="port of Prometheus metrics, of each process its own; 0: none"

@@ -53,7 +53,7 @@ def serve(
         app,
         hostname=node,
         task_name=name,
-        show_prompts=settings.flower_show_prompts,
+        show_outputs=settings.flower_show_prompts,
         sample_above_per_s=settings.flower_sample_above_per_s,
     )
     traces = open_traces(settings, sender)

@@ -19,6 +19,7 @@ from l4queue.planning.histogram import Buckets, Counts, difference, merge
 from l4queue.planning.partition import PartitionProblem
 from l4queue.planning.planner import Decision, PlannerSettings, Snapshot, expected_demand
 from l4queue.planning.refine import refine
+from l4queue.planning.shadow import decide, why_settled
 from l4queue.planning.steady_state import PartitionSettings
 from l4queue.planning.traffic_change import Learned, Noise, is_early_round, learn, with_decision, work_ms
 from l4queue.policy.steal import StealFrom, StealLimits
@@ -29,7 +30,6 @@ from l4queue.protocol.keys import Keys
 from l4queue.protocol.reads import FinishedRequest, Reads
 from l4queue.protocol.upkeep import Upkeep
 from l4queue.sim.policies.l4 import L4Options
-from l4queue.sim.prove import decide, why_settled
 from l4queue.sim.replay import MAX_ARRIVALS, Changed, RecordedArrival, make_scorer
 
 __all__ = ("refine_once", "replan_once")

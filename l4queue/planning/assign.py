@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 from math import log2
 
 from l4queue.models import Plan, StagePlan, WorkerLoad
-from l4queue.policy.loads import StageLoad
 
-__all__ = ("Assignment", "Newcomer", "assign", "scale_counts", "stage_for_newcomer")
+__all__ = ("Assignment", "assign", "scale_counts")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,14 +17,6 @@ class Assignment:
 
     stages: tuple[StagePlan, ...]
     moved: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Newcomer:
-    """The stage a new worker joins until the next plan."""
-
-    stage: int
-    reason: str
 
 
 def assign(stages: Sequence[StagePlan], workers: Sequence[WorkerLoad], *, current: Plan) -> Assignment:
@@ -87,32 +78,6 @@ def scale_counts(counts: Sequence[int], total: int) -> list[int]:
     for i in order[: total - sum(result)]:
         result[i] += 1
     return result
-
-
-def stage_for_newcomer(plan: Plan, loads: Sequence[WorkerLoad], *, queues: Sequence[StageLoad] = ()) -> Newcomer:
-    """The stage that lacks most of its planned workers; if none lacks any, the one with the longest drain.
-
-    Ties go to the lower stage. Draining workers do not count as present.
-    """
-    if len(plan.stages) == 1:
-        return Newcomer(stage=0, reason="one stage")
-    present = [0] * len(plan.stages)
-    for load in loads:
-        if not load.is_draining and 0 <= load.stage < len(present):
-            present[load.stage] += 1
-    lack = [
-        (s.num_workers - n) / max(1, s.num_workers) if s.num_workers else 0.0
-        for s, n in zip(plan.stages, present, strict=True)
-    ]
-    worst = max(range(len(lack)), key=lambda i: (lack[i], -i))
-    if lack[worst] > 0.0:
-        return Newcomer(stage=worst, reason="short of planned workers")
-    known = [q for q in queues if 0 <= q.stage < len(present) and q.drain_ms is not None]
-    if known:
-        longest = max(known, key=lambda q: (q.drain_ms or 0.0, -q.stage))
-        return Newcomer(stage=longest.stage, reason="longest drain")
-    fewest = min(range(len(present)), key=lambda i: (present[i] / max(1, plan.stages[i].num_workers), i))
-    return Newcomer(stage=fewest, reason="all stages staffed")
 
 
 def _nearest(stages: Sequence[int], target: int) -> int:

@@ -24,7 +24,6 @@ __all__ = (
     "expected_demand",
     "is_young",
     "plan",
-    "score_by_model",
 )
 
 Score = Callable[[Plan], float]
@@ -170,20 +169,6 @@ def expected_demand(snapshot: Snapshot) -> Demand:
     running = sum(load.num_running for load in snapshot.loads)
     demand = with_unfinished(snapshot.demand, running)
     return with_backlog(demand, snapshot.backlog, buckets=snapshot.buckets)
-
-
-def score_by_model(snapshot: Snapshot, settings: PlannerSettings) -> Score:
-    """The closed form as a scoring function: the objective of any plan on the snapshot's demand."""
-    demand = expected_demand(snapshot)
-
-    def score(candidate: Plan) -> float:
-        counts = [s.num_workers for s in candidate.stages]
-        problem = PartitionProblem(
-            demand, sum(counts), buckets=snapshot.buckets, cost=snapshot.cost, settings=settings.partition
-        )
-        return problem.judge([s.low_tokens for s in candidate.stages[1:]], counts).objective
-
-    return score
 
 
 def _without_traffic(snapshot: Snapshot, workers: tuple[WorkerLoad, ...], *, has_changed: bool) -> Decision:

@@ -13,10 +13,9 @@ __all__ = ("Refinement", "refine")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refinement:
-    """The plan with moved boundaries, or None when it is best left alone. `gain` is a share of the objective."""
+    """The plan with moved boundaries, or None when it is best left alone."""
 
     plan: Plan | None
-    gain: float
     reason: str
 
 
@@ -30,13 +29,12 @@ def refine(plan: Plan, problem: PartitionProblem, *, min_gain: float = 0.01) -> 
     A plan of one stage, or with a stage without workers, is left alone; so is one that only a replay found good.
     """
     if plan.details.get("is_proven"):
-        return Refinement(plan=None, gain=0.0, reason="proven by replay against the closed form")
+        return Refinement(plan=None, reason="proven by replay against the closed form")
     workers = [s.num_workers for s in plan.stages]
     buckets = problem.buckets
     bounds = [buckets.edge_near(s.low_tokens) for s in plan.stages] + [len(buckets)]
     if len(workers) == 1 or min(workers) < 1 or any(a >= b for a, b in itertools.pairwise(bounds)):
-        return Refinement(plan=None, gain=0.0, reason="nothing to refine")
-    before = problem.objective(bounds, workers)
+        return Refinement(plan=None, reason="nothing to refine")
     moved = []
     for i in range(1, len(workers)):
         here = _pair(problem, bounds, workers, i, bounds[i])
@@ -50,17 +48,14 @@ def refine(plan: Plan, problem: PartitionProblem, *, min_gain: float = 0.01) -> 
             bounds[i] = best
             moved.append(i)
     if not moved:
-        return Refinement(plan=None, gain=0.0, reason="balanced")
-    after = problem.objective(bounds, workers)
+        return Refinement(plan=None, reason="balanced")
     edges = [buckets.edges[b] for b in bounds[:-1]]
     stages = tuple(
         replace(s, low_tokens=low, high_tokens=high)
         for s, low, high in zip(plan.stages, edges, [*edges[1:], None], strict=True)
     )
-    gain = 1.0 - after / before if 0.0 < before < float("inf") else 1.0
     return Refinement(
         plan=replace(plan, version=plan.version + 1, stages=stages, reason="refined"),
-        gain=gain,
         reason="moved boundary " + ", ".join(str(i) for i in moved),
     )
 

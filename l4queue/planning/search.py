@@ -15,7 +15,7 @@ Ties: the lowest first boundary from the right, then the fewest workers in the l
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
@@ -32,20 +32,16 @@ DENSE_LIMIT = 14_000_000
 """Largest B²·M² for which the dense recurrence is used."""
 
 MOST_JOINS = 50_000_000
-"""Labels times stages beyond which the best plan known is returned with its gap, not a proven optimum."""
+"""Labels times stages beyond which the best plan known is returned, not a proven optimum."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Split:
-    """Boundaries as bucket numbers (0 first, B last), workers per stage, and what it costs.
-
-    `gap` is zero for a proven optimum; else the optimum may be lower by at most this share.
-    """
+    """Boundaries as bucket numbers (0 first, B last), workers per stage, and what it costs."""
 
     bounds: tuple[int, ...]
     workers: tuple[int, ...]
     cost: float
-    gap: float = 0.0
 
 
 def best_splits(
@@ -302,8 +298,7 @@ class _Pruned:
             rest = backward[k - p][self.j[pairs]]
             arcs = self._arcs(pairs, limit - forward[p - 1][self.i[pairs]] - rest, price)
             if len(arcs[0]) * max(1, len(labels.at)) > MOST_JOINS:
-                lower = float(forward[k][self.b]) - price * self.m
-                return replace(best, gap=max(0.0, 1.0 - lower / best.cost) if best.cost > 0.0 else 0.0)
+                return best
             labels = labels.extended(arcs, backward[k - p], price=price, limit=limit, most=self.m - (k - p))
             history.append(labels)
         found = np.flatnonzero((labels.at == self.b) & (labels.used == self.m))

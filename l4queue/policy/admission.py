@@ -1,4 +1,4 @@
-"""Admission: the requests a worker may take now, with KV space left for growth and steps kept short."""
+"""Admission: the requests a worker may take now, with KV space left for growth and prefill kept short."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ __all__ = (
 
 UNBOUNDED_TOKENS = 2**53
 """No bound: the largest whole number that Lua, JSON and floats hold exactly."""
+_MIN_RESERVE = 0.05
+_MAX_RESERVE = 0.25
 _PATIENCE = 4.0
 """At most a fifth of the engine's time is given up. Of 1, 3, 4, 5, 6 in simulation: below 3 the long prompts of
 mooncake_conversation empty batches on H100 that would fill again; from 5 on less is won on CPU engines."""
@@ -39,18 +41,15 @@ class AdmissionLimits:
     """What keeps a worker from pulling more.
 
     `growth_tokens` is a quantile of what a request of this stage still grows; the sum over the batch is
-    reserved, but at least `min_reserve` and at most `max_reserve` of the cache, since not all grow at once.
+    reserved, but at least 5 % and at most 25 % of the cache, since not all grow at once.
     `prefill_tokens` bounds the prompts that wait for their prefill inside the engine, where nobody can steal,
-    cancel cheaply or overtake; None: one step's token budget. `max_step_ms` bounds the decode step, if set.
+    cancel cheaply or overtake; None: one step's token budget.
     `remaining_tokens` is what a running request still generates on average: where it is set, a prompt whose
     prefill would hold up what runs for longer than that needs to end waits for it (`max_prefill_ms`).
     """
 
     growth_tokens: float = 256.0
-    min_reserve: float = 0.05
-    max_reserve: float = 0.25
     prefill_tokens: int | None = None
-    max_step_ms: float | None = None
     remaining_tokens: float | None = None
 
 
@@ -85,7 +84,7 @@ def unbounded_budget(num_requests: int, *, reason: str, is_idle: bool = True) ->
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WaitingRequest:
-    """A waiting request as the puller sees it: its length is prompt plus what it has generated already."""
+    """A waiting request for `admit`: its length is prompt plus output so far."""
 
     request_id: str
     length_tokens: int
@@ -103,7 +102,7 @@ class BackgroundBudget:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Admitted:
-    """Which of the waiting requests to take, and what stopped it: from the head, but for background ones."""
+    """The answer of `admit`: requests to take, from the head but for background ones, and what stopped it."""
 
     request_ids: tuple[str, ...]
     tokens: int
@@ -180,7 +179,7 @@ def admission_budget(
     elif free <= 0:
         slots, reason = 0, "cache full"
     else:
-        slots, reason = _within_step(load, slots, busy=busy, cost=cost, limits=limits)
+        reason = "room"
     return AdmissionBudget(
         num_requests=slots,
         kv_tokens=max(0, free),
@@ -195,10 +194,11 @@ def admission_budget(
 def admit(
     room: AdmissionBudget, waiting: Sequence[WaitingRequest], *, background: BackgroundBudget | None = None
 ) -> Admitted:
-    """Take in this order while there is room: the rule of the script `take`.
+    """Take in this order while there is room: the rule of the script `take`, and the oracle of its tests.
 
-    Never skips: the next in order must not starve behind small ones. Only a background request that may not be
-    taken is passed over, and so are those behind it. `background` None: as all others.
+    No product code calls it. It never skips: the next in order must not starve behind small ones. Only a
+    background request that may not be taken is passed over, and so are those behind it. `background` None: as
+    all others.
     """
     taken: list[str] = []
     tokens = prefill = 0
@@ -246,21 +246,5 @@ def _bound_by_running(
 def _free_tokens(load: WorkerLoad, capacity: int, *, busy: int, limits: AdmissionLimits) -> int:
     if not capacity:
         return 2**62
-    reserve = min(max(busy * limits.growth_tokens, limits.min_reserve * capacity), limits.max_reserve * capacity)
+    reserve = min(max(busy * limits.growth_tokens, _MIN_RESERVE * capacity), _MAX_RESERVE * capacity)
     return int(capacity - load.kv_used_tokens - reserve)
-
-
-def _within_step(
-    load: WorkerLoad, slots: int, *, busy: int, cost: StepCost, limits: AdmissionLimits
-) -> tuple[int, str]:
-    """Fewer slots when more requests of the present mean length would make the decode step too slow."""
-    if limits.max_step_ms is None:
-        return slots, "room"
-    now_ms = cost.alpha_ms + cost.beta_ms * busy + cost.gamma_ms * load.context_tokens
-    each_ms = cost.beta_ms + cost.gamma_ms * load.context_tokens / busy
-    spare_ms = limits.max_step_ms - now_ms
-    if spare_ms <= 0.0:
-        return 0, "step time"
-    if each_ms <= 0.0:
-        return slots, "room"
-    return min(slots, max(1, int(spare_ms / each_ms))), "room"

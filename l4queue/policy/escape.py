@@ -79,10 +79,10 @@ def escapes(
     `ahead_ms` is the prefill before what runs here. With less than `MIN_PREFILL_MS` in the engine nothing moves.
     A move must win more than the prefill that its request is going to meet there (`_PREFILL_SHARE`). At most
     `max_moves` are in motion from here; each move counts in the loads by which the next is weighed
-    (`handover.decide_handover`). Pinned requests stay. Ties by request id, and by worker id.
+    (`handover.decide_handover`). Ties by request id, and by worker id.
     """
     left = (limits or StealLimits()).max_moves - moves_in_flight
-    able = [item for item in running if not item.is_pinned]
+    able = list(running)
     places = {
         refuge.load.worker_id: refuge for refuge in refuges if refuge.ahead_ms < ahead_ms and refuge.load.is_open
     }

@@ -35,7 +35,6 @@ def decide_handover(
     there: WorkerLoad | None,
     cost: StepCost,
     price: MovePrice,
-    growth_tokens: int = 0,
     min_gain_ms: float = 0.0,
     ahead_here_ms: float = 0.0,
     ahead_there_ms: float = 0.0,
@@ -62,7 +61,7 @@ def decide_handover(
     if expected_remaining_tokens <= 0.0:
         return Handover(is_move=False, benefit_ms=0.0, cost_ms=0.0, reason="nearly finished")
     capacity = there.kv_capacity_tokens or cost.kv_capacity_tokens
-    if capacity and there.kv_used_tokens + length_tokens + growth_tokens > capacity:
+    if capacity and there.kv_used_tokens + length_tokens > capacity:
         return Handover(is_move=False, benefit_ms=0.0, cost_ms=0.0, reason="no room in the cache there")
     running_there = there.num_running + there.num_waiting_in_engine
     if running_there >= (there.max_running or cost.max_num_seqs):

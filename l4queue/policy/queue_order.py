@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ("BACKGROUND", "background_overdue_ms", "in_class", "longest_overtaking_ms", "score")
+__all__ = ("BACKGROUND", "background_overdue_ms", "in_class", "score")
 
 BACKGROUND = 2.0**50
 """Added to the score of background requests. It is far beyond any clock, and leaves eighths of a ms exact."""
@@ -43,7 +43,7 @@ def score(
 
     Nobody starves: x is served after y only if score(x) > score(y). A request that arrives later than
     arrival(x) + prompt(x)·ms_per_token + (priority(x) - priority(y))·step has a score above that of x whatever
-    its prompt, so x is overtaken only by what arrives within that time (`longest_overtaking_ms`), a finite set.
+    its prompt, so x is overtaken only by what arrives within that time, a finite set.
     Lower priority values are served first, as in vLLM; each class is a head start of `priority_step_s`.
 
     Background requests (`in_class`) may be passed over for as long as others come, but not beyond the bound.
@@ -54,21 +54,6 @@ def score(
     return arrival_ms + _offset_ms(
         prompt_tokens, priority, ageing_tokens_per_s, priority_step_s, starvation_bound_s
     )
-
-
-def longest_overtaking_ms(
-    prompt_tokens: int,
-    *,
-    ageing_tokens_per_s: float,
-    priority: int = 0,
-    best_priority: int = 0,
-    priority_step_s: float = 30.0,
-    starvation_bound_s: float = 600.0,
-) -> float:
-    """For how long after its arrival others may still arrive that are served before this request, ms."""
-    own = _offset_ms(prompt_tokens, priority, ageing_tokens_per_s, priority_step_s, starvation_bound_s)
-    best = _offset_ms(0, min(priority, best_priority), ageing_tokens_per_s, priority_step_s, starvation_bound_s)
-    return own - best
 
 
 def _offset_ms(

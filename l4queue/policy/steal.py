@@ -45,10 +45,9 @@ class StealFrom(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StealLimits:
-    """Bounds of stealing. `slowdown_weight` multiplies what the thief's own requests lose (1: like for like)."""
+    """Bounds of stealing."""
 
     steal_from: StealFrom = StealFrom.ANY
-    slowdown_weight: float = 1.0
     max_requests: int = 16
     #: running requests in motion at once, to or from one worker
     max_moves: int = 3
@@ -88,7 +87,7 @@ def steal_waiting(
       else the imbalance would flip
     - benefit: every request in the victim's queue moves up by one, together one drain time of the queue
     - cost: running with the request slows the thief's n requests by its prefill and (β+γ·length) a step for half
-      its expected output, less what it would have slowed the victim's; weighted by `slowdown_weight`
+      its expected output, less what it would have slowed the victim's
     """
     limits = limits or StealLimits()
     if limits.steal_from is StealFrom.NONE or max_requests < 1:
@@ -117,7 +116,7 @@ def steal_waiting(
             reason = "would not finish earlier"
             continue
         slow_ms = cost.prefill_ms(head) + expected_output_tokens / 2 * (cost.beta_ms + cost.gamma_ms * head)
-        cost_ms = limits.slowdown_weight * max(0.0, slow_ms * (busy - victim.running_per_worker))
+        cost_ms = max(0.0, slow_ms * (busy - victim.running_per_worker))
         benefit_ms = victim.drain_ms
         if benefit_ms <= cost_ms:
             reason = "would slow its own requests more"
@@ -157,13 +156,12 @@ class Ask:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunningRequest:
-    """A running request as its worker knows it. `came_from` is the worker it was moved from last."""
+    """A running request that may move, as its worker knows it. `came_from`: the worker it was moved from last."""
 
     request_id: str
     length_tokens: int
     expected_remaining_tokens: float
     came_from: str | None = None
-    is_pinned: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,7 +184,6 @@ class Transfer:
     target_id: str
     request_id: str
     length_tokens: int
-    gain_ms: float
     reason: str
 
 
@@ -278,7 +275,7 @@ def bid(
         return ()
     offers = []
     for item in running:
-        if item.is_pinned or item.came_from == request.worker_id or item.expected_remaining_tokens <= 0.0:
+        if item.came_from == request.worker_id or item.expected_remaining_tokens <= 0.0:
             continue
         length, remaining = item.length_tokens, item.expected_remaining_tokens
         there_ms = decode_step_ms(request.num_running + 1, request.context_tokens + length, cost=cost)
@@ -338,7 +335,6 @@ def match(
                 target_id=target,
                 request_id=offer.request_id,
                 length_tokens=offer.length_tokens,
-                gain_ms=offer.benefit_ms - offer.cost_ms,
                 reason="victim overloaded",
             )
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from enum import IntEnum
 from heapq import heappop, heappush
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,10 +12,8 @@ from l4queue.cost.move import MovePrice
 from l4queue.cost.step import StepCost
 from l4queue.sim.engine.instance import Instance
 from l4queue.sim.engine.request import SimRequest
+from l4queue.sim.policy import Policy
 from l4queue.sim.wake import WakeRace
-
-if TYPE_CHECKING:
-    from l4queue.sim.policy import Policy
 
 __all__ = ("Cluster", "Event", "EventKind")
 
@@ -41,7 +38,7 @@ Event = tuple[float, int, int, object, object]
 
 
 class Cluster:
-    """Runs one policy over one trace. Single use: build, `run()`, read `requests`.
+    """Runs one policy over one trace, as its `Fleet`. Single use: build, `run()`, read `requests`.
 
     `observe`, when given, is called after every event: tests check conservation there, the command line
     moves its progress bar.
@@ -104,26 +101,34 @@ class Cluster:
     # ---------------------------------------------------------------- verbs for policies
 
     def push(self, request: SimRequest, instance: Instance) -> None:
-        """Give a request to an engine now; a decode run there ends at its next boundary."""
+        """See `Fleet`."""
         instance.push(request)
         self._wake(instance)
 
+    def push_stolen(self, request: SimRequest, thief: Instance) -> None:
+        """See `Fleet`."""
+        self._count_steal(request)
+        self.push(request, thief)
+
     def ask_back(self, request: SimRequest, instance: Instance, tag: object) -> None:
-        """Have a running request released at the next boundary; the policy then gets `on_removed`."""
+        """See `Fleet`."""
         instance.ask_back(request, tag)
         self._wake(instance)
 
     def send(self, request: SimRequest, target: Instance) -> None:
-        """Hand a released request over to another engine, by KV transfer or by prefilling again."""
+        """See `Fleet`."""
         self.num_handovers += 1
         request.num_handovers += 1
         self._transfer(request, target)
 
     def steal(self, request: SimRequest, target: Instance) -> None:
-        """As `send`, for a running request that an idle engine has asked for."""
+        """See `Fleet`."""
+        self._count_steal(request)
+        self._transfer(request, target)
+
+    def _count_steal(self, request: SimRequest) -> None:
         self.num_steals += 1
         request.num_steals += 1
-        self._transfer(request, target)
 
     def _transfer(self, request: SimRequest, target: Instance) -> None:
         request.has_kv = self.price.bandwidth_bytes_per_s is not None

@@ -3,15 +3,60 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
+import numpy as np
+
+from l4queue.cost.move import MovePrice
+from l4queue.cost.step import StepCost
 from l4queue.sim.engine.instance import Instance
 from l4queue.sim.engine.request import SimRequest
+from l4queue.sim.wake import WakeRace
 
-if TYPE_CHECKING:
-    from l4queue.sim.cluster import Cluster
+__all__ = ("Fleet", "Policy")
 
-__all__ = ("Policy",)
+
+class Fleet(Protocol):
+    """The part of a cluster that a policy may use: engines and constants to read, and verbs."""
+
+    @property
+    def instances(self) -> Sequence[Instance]:
+        """The engines, by index."""
+
+    @property
+    def cost(self) -> StepCost:
+        """Cost of a step, the same for all engines."""
+
+    @property
+    def price(self) -> MovePrice:
+        """Price of moving a running request."""
+
+    @property
+    def rng(self) -> np.random.Generator:
+        """The only source of chance."""
+
+    @property
+    def race(self) -> WakeRace:
+        """Which of several engines with room takes a request."""
+
+    @property
+    def now_s(self) -> float:
+        """Time of the present event, s."""
+
+    def push(self, request: SimRequest, instance: Instance) -> None:
+        """Give a request to an engine now; a decode run there ends at its next boundary."""
+
+    def push_stolen(self, request: SimRequest, thief: Instance) -> None:
+        """As `push`, for a waiting request of another stage."""
+
+    def ask_back(self, request: SimRequest, instance: Instance, tag: object) -> None:
+        """Have a running request released at the next boundary; the policy then gets `on_removed`."""
+
+    def send(self, request: SimRequest, target: Instance) -> None:
+        """Hand a released request over to another engine, by KV transfer or by prefilling again."""
+
+    def steal(self, request: SimRequest, target: Instance) -> None:
+        """As `send`, for a running request that an idle engine has asked for."""
 
 
 class Policy:
@@ -22,9 +67,9 @@ class Policy:
 
     name = ""
     tick_s: float | None = None
-    cluster: Cluster
+    cluster: Fleet
 
-    def attach(self, cluster: Cluster) -> None:
+    def attach(self, cluster: Fleet) -> None:
         """Called once before the first event."""
         self.cluster = cluster
 

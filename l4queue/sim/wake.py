@@ -28,7 +28,7 @@ def backlog_ms(instance: Instance) -> float:
 class WakeRace:
     """The first of several engines to take a request: each lets others go first as live workers do, and is late.
 
-    The pause is the live one (`policy.room.give_way_ms`); the delay is exponential with a mean of `jitter_ms`.
+    The pause is the live one (`pull_delay_ms`); the delay is exponential with a mean of `jitter_ms`.
     With 0 the engine with the least backlog is always the first; where the delay is much longer than the pauses,
     as where many workers share few cores, any of them is.
     """

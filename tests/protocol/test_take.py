@@ -164,7 +164,7 @@ def test_epochs_rise_by_one_with_each_lease(scene: Scene) -> None:
 
 @pytest.mark.parametrize("case", range(6))
 def test_room_is_used_as_the_policy_decides(scene: Scene, case: int) -> None:
-    """The script and `policy.room.choose` agree on random queues and rooms: simulator and live system are one."""
+    """The script and `admit` agree on random queues and rooms: simulator and live system are one."""
     rng = np.random.default_rng([SEED, case])
     for turn in range(12):
         stage = f"{case * 100 + turn}"

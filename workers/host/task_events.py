@@ -72,7 +72,7 @@ class EventSender:
         *,
         hostname: str,
         task_name: str,
-        show_prompts: bool = False,
+        show_outputs: bool = False,
         capacity: int = CAPACITY,
         sample_above_per_s: float = SAMPLE_ABOVE_PER_S,
         clock: Callable[[], float] = time.monotonic,
@@ -80,7 +80,7 @@ class EventSender:
         self._app = app
         self._hostname = hostname
         self._task_name = task_name
-        self._show_prompts = show_prompts
+        self._show_outputs = show_outputs
         self._waiting: deque[Event] = deque(maxlen=capacity)
         self._detail = Budget(sample_above_per_s, clock=clock)
         self._outcomes = Budget(sample_above_per_s * OUTCOMES_FACTOR, clock=clock)
@@ -124,7 +124,7 @@ class EventSender:
             self._num_left_out += 1
             return
         result = f"{output_tokens} tokens, {runtime_s:.1f} s"
-        if self._show_prompts and text:
+        if self._show_outputs and text:
             result += f": {text[:_PREVIEW_CHARS]!r}"
         self._put_outcome("task-succeeded", view, runtime_s=runtime_s, result=result, runtime=round(runtime_s, 4))
 
@@ -198,8 +198,6 @@ class EventSender:
         }
         if view.num_resumed:
             told["resumed_tokens"] = view.num_resumed
-        if self._show_prompts and view.prompt is not None:
-            told["prompt"] = view.prompt[:_PREVIEW_CHARS]
         return {
             "name": self._task_name,
             "args": f"{view.prompt_tokens} → ≤{view.max_tokens} tokens, stage {view.stage} ({view.range_text})",

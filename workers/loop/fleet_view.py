@@ -11,8 +11,8 @@ from l4queue.config import Settings
 from l4queue.cost.step import StepCost
 from l4queue.models import Plan, WorkerLoad
 from l4queue.observe.overview import Overview, read_overview_async, stage_loads
-from l4queue.planning.assign import stage_for_newcomer
 from l4queue.policy.loads import StageLoad, batch_ms, prefill_ahead_ms
+from l4queue.policy.newcomer import stage_for_newcomer
 from l4queue.policy.output_lengths import OutputLengths
 from l4queue.protocol.executor import AsyncExecutor
 from l4queue.protocol.keys import SOLO_STAGE, Keys

@@ -13,7 +13,7 @@ LEASE_ENDED = "its lease ended"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestView:
-    """One request as a dashboard may show it. `prompt` is None unless prompts are to be shown."""
+    """One request as a dashboard may show it."""
 
     request_id: str
     stage: int
@@ -22,7 +22,6 @@ class RequestView:
     max_tokens: int
     num_resumed: int
     epoch: int
-    prompt: str | None = None
     is_traced: bool = False  # it carries a traceparent
 
 

@@ -46,16 +46,6 @@ class Instance(Batch):
         else:
             self._waiting.append(request)
 
-    def withdraw(self, request: SimRequest) -> bool:
-        """Take a request back that the engine has not admitted; False when it has."""
-        try:
-            self._waiting.remove(request)
-        except ValueError:
-            return False
-        if not request.has_kv:
-            self.pending_tokens -= request.length
-        return True
-
     def watch(self, request: SimRequest, *, length_tokens: int) -> None:
         """Raise an alarm at the boundary where a request has grown to `length_tokens`, or at the next one.
 

@@ -8,7 +8,7 @@ from heapq import heappop, heappush
 
 from l4queue.sim.engine.instance import Instance
 from l4queue.sim.engine.request import SimRequest
-from l4queue.sim.policy import Policy
+from l4queue.sim.policy import Fleet, Policy
 from l4queue.sim.wake import WakeRace
 
 __all__ = ("Central", "CentralSjf", "Clairvoyant", "Pool", "TwoPool")
@@ -97,7 +97,7 @@ class Central(Policy):
 
     name = "central"
 
-    def attach(self, cluster) -> None:  # type: ignore[no-untyped-def]
+    def attach(self, cluster: Fleet) -> None:
         super().attach(cluster)
         self._pools = self._make_pools()
         self._pool_of = {i.index: pool for pool in self._pools for i in pool.instances}

@@ -23,7 +23,7 @@ from l4queue.sim.policies.l4_pool import StagePool
 from l4queue.sim.policies.l4_running_steals import PendingMove, RunningSteals
 from l4queue.sim.policies.l4_traffic import Traffic
 from l4queue.sim.policies.views import load_of, score_of, worker_id
-from l4queue.sim.policy import Policy
+from l4queue.sim.policy import Fleet, Policy
 from l4queue.sim.wake import backlog_ms
 
 __all__ = ("INGREDIENTS", "L4", "L4Options")
@@ -93,7 +93,7 @@ class L4(Policy):
         self._news: list[StageLoad] = []
         self._news_s = -_NEWS_S
 
-    def attach(self, cluster) -> None:  # type: ignore[no-untyped-def] # as in the base
+    def attach(self, cluster: Fleet) -> None:
         """Begin with one stage for everybody."""
         super().attach(cluster)
         price = self._price = cluster.price
@@ -238,10 +238,7 @@ class L4(Policy):
         for _ in range(decision.num_requests):
             if not len(victim) or not victim.has_room(thief, victim.head):
                 return
-            request = victim.take()
-            request.num_steals += 1
-            self.cluster.num_steals += 1
-            self.cluster.push(request, thief)
+            self.cluster.push_stolen(victim.take(), thief)
 
     def _what_to_steal(self, thief: Instance, loads: Sequence[StageLoad]) -> Steal:
         return steal_waiting(

@@ -15,7 +15,7 @@ __all__ = ("StagePool",)
 
 
 class StagePool(Pool):
-    """A pool whose engines have room for a prompt only if what they run can bear its prefill (`policy.room`)."""
+    """A pool whose engines have room for a prompt only if their batch can bear its prefill (`max_prefill_ms`)."""
 
     __slots__ = ("_outputs",)
 

@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from l4queue.models import Plan, StagePlan, WorkerLoad
-from l4queue.planning.assign import assign, scale_counts, stage_for_newcomer
-from l4queue.policy.loads import StageLoad
+from l4queue.planning.assign import assign, scale_counts
 
 
 def _plan(counts: list[int], *, ids: bool = True) -> Plan:
@@ -116,18 +115,3 @@ def test_too_few_workers_serve_the_stages_that_were_to_have_most() -> None:
     """Two workers for three stages: the two largest, ties to the lower."""
     assert scale_counts([1, 3, 3], 2) == [0, 1, 1]
     assert scale_counts([2, 2, 2], 1) == [1, 0, 0]
-
-
-def test_a_newcomer_joins_where_workers_are_missing_else_where_the_queue_is_longest() -> None:
-    """Short of planned workers first (draining ones are absent), then the longest drain; ties to the lower."""
-    plan = _plan([2, 2])
-    full = [WorkerLoad(worker_id=f"w{i}", stage=i // 2) for i in range(4)]
-    queues = [StageLoad(stage=0, num_workers=2, drain_ms=10.0), StageLoad(stage=1, num_workers=2, drain_ms=20.0)]
-
-    assert stage_for_newcomer(plan, full[:3]).stage == 1
-    draining = [*full[:3], WorkerLoad(worker_id="w3", stage=1, is_draining=True)]
-    assert stage_for_newcomer(plan, draining).stage == 1
-    assert stage_for_newcomer(plan, full, queues=queues).stage == 1
-    assert stage_for_newcomer(plan, full).stage == 0
-    assert stage_for_newcomer(plan, []).stage == 0
-    assert stage_for_newcomer(Plan.one_stage(), full).reason == "one stage"

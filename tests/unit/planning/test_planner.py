@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -15,7 +16,8 @@ from l4queue.cost.coefficients import load_coefficients
 from l4queue.models import Plan, StagePlan, WorkerLoad
 from l4queue.plan_json import plan_from_json, plan_to_json
 from l4queue.planning.histogram import Buckets, Demand
-from l4queue.planning.planner import Decision, PlannerSettings, Snapshot, is_young, plan, score_by_model
+from l4queue.planning.partition import PartitionProblem
+from l4queue.planning.planner import Decision, PlannerSettings, Snapshot, expected_demand, is_young, plan
 from l4queue.planning.steady_state import Objective, PartitionSettings
 
 COST = load_coefficients("h100", "llama-3.1-8b")
@@ -57,6 +59,20 @@ def _published() -> Plan:
 
 def _later(**changes: object) -> Snapshot:
     return _snapshot(**{"now_ms": 1_100_000, "plan": _published(), **changes})
+
+
+def _score_by_model(snapshot: Snapshot, settings: PlannerSettings) -> Callable[[Plan], float]:
+    """The closed form as a scoring function: the objective of any plan on the snapshot's demand."""
+    demand = expected_demand(snapshot)
+
+    def score(candidate: Plan) -> float:
+        counts = [s.num_workers for s in candidate.stages]
+        problem = PartitionProblem(
+            demand, sum(counts), buckets=snapshot.buckets, cost=snapshot.cost, settings=settings.partition
+        )
+        return problem.judge([s.low_tokens for s in candidate.stages[1:]], counts).objective
+
+    return score
 
 
 def test_mixed_traffic_gets_classes_and_every_worker_a_place() -> None:
@@ -241,7 +257,7 @@ def test_a_plan_found_by_hand_is_judged_as_any_other() -> None:
         decision = plan(_snapshot(plan=present, now_ms=10**7), SETTINGS)
         assert decision.publish
         assert decision.plan.version == 8
-    assert score_by_model(_snapshot(), SETTINGS)(silly) > score_by_model(_snapshot(), SETTINGS)(_published())
+    assert _score_by_model(_snapshot(), SETTINGS)(silly) > _score_by_model(_snapshot(), SETTINGS)(_published())
 
 
 def test_settings_come_from_the_deployment() -> None:
@@ -273,7 +289,7 @@ def test_nothing_is_published_that_is_predicted_worse(workers, rate, long_share,
     first: Decision = plan(snapshot, wanted)
     again = plan(replace(snapshot, plan=first.plan, now_ms=10**8), wanted)
 
-    score = score_by_model(snapshot, wanted)
+    score = _score_by_model(snapshot, wanted)
     one = Plan.one_stage(num_workers=workers)
     assert score(first.plan) <= score(one) * (1 + 1e-9)
     assert not again.publish

@@ -14,9 +14,9 @@ from l4queue.planning.partition import PartitionProblem
 from l4queue.planning.planner import PlannerSettings, Snapshot, expected_demand, plan
 from l4queue.planning.proposals import MOST_WORKERS, proposals
 from l4queue.planning.refine import refine
+from l4queue.planning.shadow import decide
 from l4queue.planning.steady_state import PartitionSettings
 from l4queue.planning.traffic_change import Learned, with_decision
-from l4queue.sim.prove import decide
 
 BUCKETS = Buckets.log_spaced(16_384)
 COST = StepCost(alpha_ms=3.0, beta_ms=0.6, gamma_ms=2.2e-4, pi_ms=0.33, psi_ms=1e-4, kv_capacity_tokens=524_288)

@@ -97,7 +97,6 @@ def test_a_drift_of_lengths_is_followed() -> None:
 
     assert longer.plan is not None
     assert longer.plan.stages[1].low_tokens > boundary
-    assert longer.gain > 0.0
     assert shorter.plan is not None
     assert shorter.plan.stages[1].low_tokens < boundary
 

@@ -85,26 +85,13 @@ def test_the_next_in_order_is_never_skipped() -> None:
 
 
 def test_each_reason_for_no_room_is_named() -> None:
-    """Draining, slots, prefill, cache, step time."""
+    """Draining, slots, prefill, cache."""
     assert admission_budget(_load(is_draining=True), cost=COST).reason == "draining"
     assert admission_budget(_load(num_running=64), cost=COST).reason == "all slots taken"
     assert (
         admission_budget(_load(num_running=1, pending_prefill_tokens=9000), cost=COST).reason == "prefill pending"
     )
     assert admission_budget(_load(num_running=1, kv_used_tokens=99_000), cost=COST).reason == "cache full"
-    slow = AdmissionLimits(max_step_ms=8.0)
-    assert (
-        admission_budget(_load(num_running=50, context_tokens=50_000), cost=COST, limits=slow).reason
-        == "step time"
-    )
-
-
-def test_the_step_bound_limits_how_many_come_in() -> None:
-    """At 0.04 ms each (β and 500 tokens of γ), 10 more requests fit between 7.4 and 7.8 ms."""
-    limits = AdmissionLimits(max_step_ms=7.8 + 1e-6)
-    load = _load(num_running=10, context_tokens=5000)
-
-    assert admission_budget(load, cost=COST, limits=limits).num_requests == 10
 
 
 def test_a_worker_without_known_capacity_uses_the_cost_models_and_none_means_no_bound() -> None:
@@ -116,8 +103,7 @@ def test_a_worker_without_known_capacity_uses_the_cost_models_and_none_means_no_
     assert admission_budget(unknown, cost=COST).num_requests == 64
     assert admission_budget(unknown, cost=free).kv_tokens > 10**12
     busy = _load(num_running=1, kv_capacity_tokens=0)
-    limits = AdmissionLimits(max_step_ms=100.0)
-    assert admission_budget(busy, cost=free, limits=limits).num_requests == 63
+    assert admission_budget(busy, cost=free).num_requests == 63
 
 
 @given(

@@ -9,7 +9,6 @@ from l4queue.policy.queue_order import (
     BACKGROUND,
     background_overdue_ms,
     in_class,
-    longest_overtaking_ms,
     score,
 )
 
@@ -34,7 +33,8 @@ def test_the_static_score_orders_as_ageing_does_at_any_time(a_ms, a_tokens, b_ms
 @given(TIMES, PROMPTS, PROMPTS, st.integers(-3, 3), st.integers(-3, 3), st.integers(1, 10**6))
 def test_nobody_is_overtaken_by_what_arrives_after_the_bound(arrival, prompt, other, p, q, after) -> None:
     """A request that arrives later than the bound is served later, whatever its prompt."""
-    bound = longest_overtaking_ms(prompt, ageing_tokens_per_s=RATE, priority=p, best_priority=q)
+    best = score(0, 0, ageing_tokens_per_s=RATE, priority=min(p, q))
+    bound = score(0, prompt, ageing_tokens_per_s=RATE, priority=p) - best
 
     mine = score(arrival, prompt, ageing_tokens_per_s=RATE, priority=p)
     late = score(arrival + bound + after, other, ageing_tokens_per_s=RATE, priority=q)
