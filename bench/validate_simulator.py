@@ -105,7 +105,8 @@ def stages(plt: object, img: Path) -> list[str]:
     lines = [
         "**Predicted and simulated stages.** The closed form of the planner (`l4queue/planning/steady_state.py`) "
         "beside a simulation of the plan that it chose: `mixed` (synthetic, Poisson), Llama-3.1-8B on 16 H100, "
-        "two stages, no hand-over, stealing, skew term or replanning. In flight are requests past their first token; "
+        "two stages, no hand-over, stealing, skew term or replanning. In flight are requests past their first "
+        "token; "
         "the first tenth of the requests is left out. The errors are the prediction's. *prefill free*: the "
         "same plan on engines whose prefill takes no time. Up to 70 % load the form is within 4 %. At 85 and "
         "95 % it is a quarter too high, and nearly all of that goes when prefill is free: the wait for prefill is "

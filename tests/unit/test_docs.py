@@ -18,13 +18,16 @@ from l4queue.config import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("bench/results/*.md")])
+SOURCES = {".py", ".yml", ".sh", ""}
 CODE = ("l4queue", "dispatcher", "workers", "tests", "bench", "docs", "docker", "Makefile", "docker-compose.yml")
 
 PLACEHOLDER = re.compile(r"@[A-Z]{2,}@|\bTBD\b|\bTODO\b|\bFIXME\b|\bFILL ?IN\b")
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]\n]*\]\(([^)\s]+)\)")
 VARIABLE = re.compile(r"\bL4_[A-Z0-9]+(?:_[A-Z0-9]+)*\b(?!_)")
-QUOTED_DEFAULT = re.compile(r"`(L4_[A-Z0-9_]+)`\s\((\d[\d,.]*\d|\d)(?: ?(ms|s|GiB|MiB|tokens|%))?(?: by default)?\)")
+QUOTED_DEFAULT = re.compile(
+    r"`(L4_[A-Z0-9_]+)`\s\((\d[\d,.]*\d|\d)(?: ?(ms|s|GiB|MiB|tokens|%))?(?: by default)?\)"
+)
 ASSIGNED = re.compile(r"`(L4_[A-Z0-9_]+)=([^`\s]*)`")
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -62,7 +65,7 @@ def variables_in_code() -> frozenset[str]:
     found = {"L4_" + name.upper() for name in Settings.model_fields}
     for name in CODE:
         path = ROOT / name
-        files = [path] if path.is_file() else [p for p in path.rglob("*") if p.suffix in {".py", ".yml", ".sh", ""}]
+        files = [path] if path.is_file() else [p for p in path.rglob("*") if p.suffix in SOURCES]
         for file in files:
             if file.is_file() and file != Path(__file__):
                 found.update(VARIABLE.findall(file.read_text("utf-8", errors="replace")))
@@ -138,9 +141,7 @@ def parse(arguments: list[str]) -> None:
 
 
 @pages
-def test_every_command_line_of_a_page_parses(
-    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_command_line_of_a_page_parses(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for line in commands(page):
         words = shlex.split(re.split(r" [|&>#] ?|&$", line)[0], comments=True)[1:]
