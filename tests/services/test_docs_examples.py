@@ -1,4 +1,4 @@
-"""Examples that pages mark `python runnable`, as they are written, against a deployment with an emulated engine."""
+"""Examples that pages mark `python runnable`, as they stand, against a deployment with an emulated engine."""
 
 from __future__ import annotations
 
@@ -53,9 +53,7 @@ def test_readme_and_the_page_of_batches_have_examples() -> None:
 
 
 @pytest.mark.parametrize("code", EXAMPLES)
-async def test_an_example_runs_as_it_is_written(
-    code: str, redis_url: str, namespace: str, tmp_path: Path
-) -> None:
+async def test_an_example_runs_as_it_is_written(code: str, redis_url: str, namespace: str, tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text(batch_file(), "utf-8")
     async with open_pipeline(redis_url, namespace) as pipeline:
         pipeline.start("w0")
