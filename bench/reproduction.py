@@ -1,6 +1,6 @@
-"""Writes docs/reproduction.md and its figures: every policy on every trace at several loads, with ablations.
+"""Writes bench/results/reproduction.md and its figures: every policy on every trace, several loads, ablations.
 
-    python bench/reproduction.py [--jobs 2] [--results DIR] [--out docs/reproduction.md] [--img docs/img]
+    python bench/reproduction.py [--jobs 2] [--results DIR] [--out FILE] [--img docs/img]
 
 Traces are read from the folder in L4_SHARED_DIR (default ../shared), below `traces`; without it only the synthetic
 workloads are run. Each run is kept in DIR under a hash of its settings and of the code, so that a report that is
@@ -23,6 +23,12 @@ from reproduction_grid import LOADS, SHOWN, SWEEP, Grid
 from reproduction_text import Report
 
 from l4queue.sim.plots import require_matplotlib
+
+HEAD = """# Reproduction: the tables
+
+Every policy on every window, as `python bench/reproduction.py` measured it in the simulator.
+[docs/reproduction.md](../../docs/reproduction.md) explains the terms and discusses the results.
+"""
 
 
 def plot(grid: Grid, results: Results, folder: Path) -> None:
@@ -65,7 +71,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--results", type=Path, default=Path("build/reproduction"))
-    parser.add_argument("--out", type=Path, default=Path("docs/reproduction.md"))
+    parser.add_argument("--out", type=Path, default=Path("bench/results/reproduction.md"))
     parser.add_argument("--img", type=Path, default=Path("docs/img"))
     parser.add_argument("--available", action="store_true", help="run nothing: report on the runs that are there")
     given = parser.parse_args()
@@ -80,7 +86,6 @@ def main() -> None:
     done = sum(results.has([spec]) for spec in wanted)
     if done == len(wanted):
         plot(grid, results, given.img)
-    head = Path(__file__).with_name("reproduction_head.md").read_text("utf-8")
     made = (
         f"Made by `python bench/reproduction.py` on {datetime.now(UTC):%Y-%m-%d}, Python "
         f"{platform.python_version()}, code {code_version('l4')}, {done} of {len(wanted)} runs; "
@@ -89,7 +94,7 @@ def main() -> None:
     )
     img = os.path.relpath(given.img, given.out.parent) if done == len(wanted) else None
     body = "\n".join(Report(grid, results).lines(img))
-    given.out.write_text(f"{head}\n{made}\n\n{body}\n", "utf-8")
+    given.out.write_text(f"{HEAD}\n{made}\n\n{body}\n", "utf-8")
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ class Readme:
             for line in block.splitlines()
             if line.startswith("$ ")
         ]
-        (self.python,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+        (self.python,) = re.findall(r"```python[^\n]*\n(.*?)```", text, re.DOTALL)
         (self.output,) = re.findall(r"```text\n(.*?)```", text, re.DOTALL)
         cells = [re.findall(r"`([^`]+)`", cell) for cell in re.findall(r"^\|(.+?)\|", text, re.MULTILINE)]
         named = [words for words in cells if words and words[0].startswith("l4queue ")]

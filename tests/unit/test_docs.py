@@ -18,6 +18,7 @@ from l4queue.config import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("bench/results/*.md")])
+SOURCES = {".py", ".yml", ".sh", ""}
 CODE = ("l4queue", "dispatcher", "workers", "tests", "bench", "docs", "docker", "Makefile", "docker-compose.yml")
 
 PLACEHOLDER = re.compile(r"@[A-Z]{2,}@|\bTBD\b|\bTODO\b|\bFIXME\b|\bFILL ?IN\b")
@@ -27,6 +28,7 @@ VARIABLE = re.compile(r"\bL4_[A-Z0-9]+(?:_[A-Z0-9]+)*\b(?!_)")
 QUOTED_DEFAULT = re.compile(
     r"`(L4_[A-Z0-9_]+)`\s\((\d[\d,.]*\d|\d)(?: ?(ms|s|GiB|MiB|tokens|%))?(?: by default)?\)"
 )
+SOURCE_FILE = re.compile(r"(?<![\w./-])((?:\w[\w-]*/)+\w+\.(?:py|lua))\b")
 ASSIGNED = re.compile(r"`(L4_[A-Z0-9_]+)=([^`\s]*)`")
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -64,9 +66,7 @@ def variables_in_code() -> frozenset[str]:
     found = {"L4_" + name.upper() for name in Settings.model_fields}
     for name in CODE:
         path = ROOT / name
-        files = (
-            [path] if path.is_file() else [p for p in path.rglob("*") if p.suffix in {".py", ".yml", ".sh", ""}]
-        )
+        files = [path] if path.is_file() else [p for p in path.rglob("*") if p.suffix in SOURCES]
         for file in files:
             if file.is_file() and file != Path(__file__):
                 found.update(VARIABLE.findall(file.read_text("utf-8", errors="replace")))
@@ -89,6 +89,26 @@ def test_every_relative_link_and_anchor_resolves(page: Path) -> None:
         if not file.exists() or (anchor and file.suffix == ".md" and anchor not in anchors(file.resolve())):
             broken.append(target)
     assert broken == []
+
+
+@cache
+def files_in_tree() -> tuple[str, ...]:
+    """Paths of the source files, each after a slash: a page may leave out the folders at the beginning."""
+    found = [p for name in CODE for p in (ROOT / name).rglob("*") if p.suffix in {".py", ".lua"}]
+    return tuple("/" + str(p.relative_to(ROOT)) for p in found)
+
+
+@pages
+def test_every_source_file_that_a_page_names_exists(page: Path) -> None:
+    named = set(SOURCE_FILE.findall(page.read_text("utf-8")))
+    missing = {name for name in named if not any(path.endswith("/" + name) for path in files_in_tree())}
+    assert missing == set()
+
+
+def test_readme_links_every_page_of_the_docs() -> None:
+    linked = set(LINK.findall(prose((ROOT / "README.md").read_text("utf-8"))))
+    pages_of_docs = {str(page.relative_to(ROOT)) for page in ROOT.glob("docs/**/*.md")}
+    assert pages_of_docs - linked == set()
 
 
 @pages
