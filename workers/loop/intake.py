@@ -65,7 +65,11 @@ class Intake:
         self._evacuate_before_prefill = evacuate_before_prefill
         self._solo = SoloTurn(state, writer)
         self._waits_for: frozenset[str] | None = None  # what ran when the queue was last found to wait
-        self.private_due = True  # something may wait for this worker alone
+        self._private_due = True  # something may wait for this worker alone
+
+    def expect_private(self) -> None:
+        """Look into the queue of this worker alone with the next round: something may have come."""
+        self._private_due = True
 
     async def pull_once(self) -> int:
         """One round: our own queue, the solo queue when idle, the stage's queue, or else a sibling's.
@@ -74,13 +78,13 @@ class Intake:
         """
         state = self._state
         if await self._solo.look():
-            if self.private_due:
-                self.private_due = await self._solo.send_on()
+            if self._private_due:
+                self._private_due = await self._solo.send_on()
             return await self._take_solo()
-        if self.private_due:
-            self.private_due = False
+        if self._private_due:
+            self._private_due = False
             if taken := await self._take_private():
-                self.private_due = True  # there may be more
+                self._private_due = True  # there may be more
                 return taken
         if await self._take_solo():
             return 1
@@ -121,7 +125,7 @@ class Intake:
     def pull_delay_s(self) -> float:
         """How long to let other workers of the stage go first; what waits for this one alone waits no longer."""
         state = self._state
-        if self.private_due or state.num_sharers < 2:
+        if self._private_due or state.num_sharers < 2:
             return 0.0
         lightest_ms = state.fleet_view.lightest_ms(state.stage, cost=state.cost)
         return pull_delay_ms(batch_ms(state.load(), cost=state.cost), lightest_ms=lightest_ms) / 1000
@@ -139,7 +143,7 @@ class Intake:
         state = self._state
         slots = state.max_running - len(state.sessions)
         if slots < 1 or state.is_draining:
-            self.private_due = True  # it waits for a slot
+            self._private_due = True  # it waits for a slot
             return 0
         room = replace(_IDLE_ROOM, num_requests=slots, reason="meant for this worker")
         return await self._take(private_queue(state.worker_id), room, num_sharers=1)

@@ -22,6 +22,7 @@ from l4queue.protocol.reads import Reads
 from workers.engine.base import Cut, Engine, EngineDied, EngineInfo
 from workers.engine.loop_work import LoopWork
 from workers.loop.fleet_view import FleetView
+from workers.loop.growth import GrowthCounts
 from workers.loop.lease import Lease
 from workers.loop.session import Session, TextFactory
 from workers.telemetry.observer import LEASE_ENDED, Observer, RequestView
@@ -71,6 +72,7 @@ class WorkerState:
         self.is_draining = False
         self.is_emptying = False
         self.nudge = asyncio.Event()
+        self.growth = GrowthCounts(max_model_len=settings.max_model_len)
         self.lease = Lease(
             settings=settings,
             executor=self.executor,
@@ -81,6 +83,7 @@ class WorkerState:
             price=lambda: self.move_price,
             num_steps=lambda: engine.stats().num_steps,
             work=self.work,
+            growth=self.growth,
         )
 
     @property

@@ -13,7 +13,6 @@ from pydantic import JsonValue
 from l4queue.config import Settings
 from l4queue.cost.step import StepCost
 from l4queue.models import Plan
-from l4queue.planning.histogram import Buckets, growth_fields
 from l4queue.protocol.plans import read_plan
 from l4queue.protocol.upkeep import Upkeep
 from workers.engine.base import Engine, EngineDied, EngineOutput
@@ -75,7 +74,6 @@ class Worker:
             self.state, self._writer, self._rollback, evacuate_before_prefill=self._mover.evacuate_before_prefill
         )
         self._tasks_set = TaskSet()
-        self._buckets = Buckets.log_spaced(settings.max_model_len)
         self._stopping = asyncio.Event()
         self._early_refresh = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -216,8 +214,7 @@ class Worker:
             touched.append(session)
             if output.token_ids:
                 upto = session.length_tokens
-                grown = growth_fields(self._buckets, from_tokens=upto - len(output.token_ids), to_tokens=upto)
-                self.state.lease.histogram.update(grown)
+                self.state.growth.add(from_tokens=upto - len(output.token_ids), to_tokens=upto)
         return touched
 
     async def _keep_up(self) -> None:
@@ -237,13 +234,13 @@ class Worker:
             overview = await fleet_view.refresh()
             self._adopt(overview.plan)  # the listener may have begun just after it was published
             await self._mover.ask_once()
-            self._intake.private_due = True  # a wake-up may have been missed
+            self._intake.expect_private()  # a wake-up may have been missed
             if fleet_view.num_waiting:
                 state.nudge.set()  # perhaps there is something to steal
 
     def _on_wake(self, is_private_queue: bool) -> None:
         if is_private_queue:
-            self._intake.private_due = True
+            self._intake.expect_private()
             self.state.nudge.set()
         else:
             asyncio.get_running_loop().call_later(self._intake.pull_delay_s(), self.state.nudge.set)
