@@ -42,7 +42,7 @@ class BackgroundWork:
     def hold(self, room: AdmissionBudget) -> BackgroundQuota:
         """What the next take is told. The script knows what came to the queue, this worker what runs here."""
         state, now_ms, running = self._state, _now_ms(), self._running()
-        load, cost = state.load(), state.cost
+        load, cost = state.load(), state.profile.cost
         self._credit = self._credit.grown(
             now_ms=now_ms, load=load, running=running, cost=cost, limits=self._limits
         )
@@ -58,12 +58,14 @@ class BackgroundWork:
         """Charge the prefills of what was taken."""
         for grant in grants:
             if grant.is_background:
-                self._credit = self._credit.less(self._state.cost.prefill_ms(grant.prompt_tokens + grant.offset))
+                self._credit = self._credit.less(
+                    self._state.profile.cost.prefill_ms(grant.prompt_tokens + grant.offset)
+                )
 
     async def preempt_background(self) -> None:
         """Give back what stands in the way of interactive requests, if there are any."""
         state = self._state
-        chosen = set(give_back(state.load(), self._running(), cost=state.cost, limits=self._limits))
+        chosen = set(give_back(state.load(), self._running(), cost=state.profile.cost, limits=self._limits))
         if not chosen or await self._is_quiet():
             return
         leaving = [session for session in state.sessions.values() if session.request_id in chosen]
@@ -78,7 +80,7 @@ class BackgroundWork:
             return False
         reads = state.reads
         now_ms, came_ms = await state.executor.run_many(
-            [reads.server_time_ms(), reads.foreground_ms(str(state.stage))]
+            [reads.server_time_ms(), reads.foreground_ms(str(state.placement.stage))]
         )
         return came_ms is None or now_ms - came_ms >= self._quiet_ms
 

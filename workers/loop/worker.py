@@ -84,7 +84,7 @@ class Worker:
         state = self.state
         try:
             info = await self._engine.start()
-            state.engine_started(info)
+            state.profile.started(info)
             log.info("worker %s ready: %s %s of %s", state.worker_id, info.name, info.version, info.model)
             if not self._stopping.is_set():
                 await self._serve()
@@ -115,7 +115,7 @@ class Worker:
 
     async def _serve(self) -> None:
         state = self.state
-        state.plan = (await state.fleet_view.refresh()).plan
+        state.placement.follow((await state.fleet_view.refresh()).plan)
         await state.lease.begin()
         failure = await self._run_loops()
         async with asyncio.timeout(self.settings.drain_s):
@@ -147,7 +147,9 @@ class Worker:
             self._take_for_ever(),
             self._write_for_ever(),
             state.lease.keep(self._on_lost),
-            listener.run(lambda: (str(state.stage), state.sibling_stages, state.lease.incarnation)),
+            listener.run(
+                lambda: (str(state.placement.stage), state.placement.sibling_stages, state.lease.incarnation)
+            ),
             self._keep_up(),
             self._look_around(),
             self._mover.failure(),
@@ -159,7 +161,7 @@ class Worker:
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            state.is_draining = True
+            state.placement.drain()
             await _cancel_all(tasks)
         failure = next((error for task in done if (error := task.exception()) is not None), None)
         if failure is not None:
@@ -220,7 +222,7 @@ class Worker:
     async def _keep_up(self) -> None:
         upkeep = Upkeep(settings=self.settings, executor=self.state.executor)
         while True:
-            await upkeep.run_once(self.state.plan)
+            await upkeep.run_once(self.state.placement.plan)
             await asyncio.sleep(upkeep.interval_s)
 
     async def _look_around(self) -> None:
@@ -261,11 +263,10 @@ class Worker:
 
     def _adopt(self, plan: Plan) -> None:
         state = self.state
-        if plan.version <= state.plan.version:
+        if not state.placement.follow(plan):
             return
-        state.plan = plan
         self._mover.watch_anew()
-        log.info("plan %d: %s serves stage %d", state.plan.version, state.worker_id, state.stage)
+        log.info("plan %d: %s serves stage %d", plan.version, state.worker_id, state.placement.stage)
         state.nudge.set()
 
     def _on_lost(self) -> None:
