@@ -256,7 +256,7 @@ async def test_a_request_that_ends_while_it_moves_has_ended(
         with pytest.raises(ending):
             await _read(handle, read)
         engine.may_go_on.set()
-        await until(lambda: true(all(s.request_id != handle.id for s in source.state.sessions.values())))
+        await until(lambda: true(all(s.request_id != handle.id for s in source.state.sessions)))
 
         assert 0 < len(read) < 300
         assert tuple(read) == (await _uncut("hello", 300))[: len(read)]

@@ -154,7 +154,7 @@ async def test_the_stage_of_a_worker_that_runs_empty_is_served_by_others(
     busy = [await pipeline.client.enqueue("x" * n, **pinned) for n in (5, 5, 5, 5, 60)]  # type: ignore[arg-type]
     await until(lambda: true(len(w0.active()) + len(w1.active()) == 5))
     emptier, other = sorted((w0, w1), key=lambda w: len(w.active()))
-    suspect = next(iter(other.state.sessions.values()))
+    suspect = next(iter(other.state.sessions))
     scene.raw.hset(scene.keys.request(suspect.request_id), "crashes", 1)
     scene.release(suspect.request_id, other.state.lease.incarnation, suspect.grant.epoch, blame=True)
     assert scene.waiting(SOLO_STAGE) == [suspect.request_id]
@@ -184,6 +184,6 @@ async def test_a_long_prompt_does_not_wait_for_what_is_handed_over_after_it(
     slow = replace(COST, alpha_ms=4.0, beta_ms=0.0, pi_ms=40.0)
     worker = pipeline.start("w0", speed=0.05, cost=slow)
     async with _handed_over(scene, "w0", num_tokens=500, every_s=0.03):
-        await until(lambda: true(worker.state.num_finished > 5 and len(worker.active()) > 4))
+        await until(lambda: true(worker.state.sessions.num_finished > 5 and len(worker.active()) > 4))
         long = await pipeline.client.enqueue("y" * 1900, max_tokens=2, ignore_eos=True)
         assert (await long.result(timeout=40)).output_tokens == 2

@@ -68,9 +68,9 @@ class BackgroundWork:
         chosen = set(give_back(state.load(), self._running(), cost=state.profile.cost, limits=self._limits))
         if not chosen or await self._is_quiet():
             return
-        leaving = [session for session in state.sessions.values() if session.request_id in chosen]
+        leaving = [session for session in state.sessions if session.request_id in chosen]
         for session in leaving:
-            session.is_moving = True
+            state.sessions.begin_move(session)
         await self._writer.give_back(leaving, why="makes way for interactive requests")
 
     async def _is_quiet(self) -> bool:
@@ -86,12 +86,12 @@ class BackgroundWork:
 
     def _local_quiet_ms(self) -> float:
         """How long ago another request was last seen here."""
-        if any(not session.grant.is_background for session in self._state.sessions.values()):
+        if any(not session.grant.is_background for session in self._state.sessions):
             self._foreground_ms = _now_ms()
         return _now_ms() - self._foreground_ms
 
     def _running(self) -> list[RunningBackground]:
-        return [self._look_at(s) for s in self._state.sessions.values() if s.grant.is_background]
+        return [self._look_at(s) for s in self._state.sessions if s.grant.is_background]
 
     def _look_at(self, session: Session) -> RunningBackground:
         is_bound = session.params.is_pinned and not session.awaits_first_token

@@ -105,7 +105,7 @@ class Intake:
         if not state.fleet_view.num_queued(state.placement.stage):
             self._waits_for = None
             return room
-        here = frozenset(state.sessions)
+        here = state.sessions.ids()
         self._waits_for = here if self._waits_for is None else self._waits_for & here
         return room if self._waits_for else replace(room, longest_tokens=UNBOUNDED_TOKENS)
 
@@ -113,7 +113,7 @@ class Intake:
         """What may be taken now: by the policy, and a step of prefill at a time: a long prompt is seen first."""
         state, info, fleet_view = self._state, self._state.profile.info, self._state.fleet_view
         is_ours = state.placement.is_l4
-        has_long = max(state.prefills, default=0) > info.max_batched_tokens
+        has_long = max(state.sessions.prefills, default=0) > info.max_batched_tokens
         limits = AdmissionLimits(
             prefill_tokens=(_LONG_PREFILL_STEPS if has_long else _PREFILL_STEPS) * info.max_batched_tokens,
             remaining_tokens=fleet_view.outputs.mean_tokens if is_ours else None,
@@ -197,7 +197,7 @@ class Intake:
         taken = await self._take(
             str(decision.stage), replace(room, num_requests=decision.num_requests), hold=hold, price=price
         )
-        state.num_stolen += taken
+        state.sessions.count_stolen(taken)
         return taken
 
     def _what_to_steal(self, room: AdmissionBudget) -> Steal:
@@ -232,8 +232,7 @@ class Intake:
             session = await self._open(grant, earlier.get(grant.request_id, []))
             if session is None or await self._rollback.is_second(session):
                 continue
-            state.sessions[session.engine_id] = session
-            session.watch_tokens = _first_watch(session, state.placement.high_tokens)
+            state.sessions.add(session, watch_tokens=_first_watch(session, state.placement.high_tokens))
             state.observer.request_started(state.view(session))
             if session.has_ended:
                 ended.append(session)

@@ -43,8 +43,7 @@ class Mover:
 
     def watch_anew(self) -> None:
         """A new plan: whatever is beyond the end of the range now is thought about with its next token."""
-        for session in self._state.sessions.values():
-            session.watch_tokens = self._state.placement.high_tokens
+        self._state.sessions.watch_all(from_tokens=self._state.placement.high_tokens)
 
     def look(self, sessions: Iterable[Session]) -> None:
         """Hand over what has outgrown the stage, and what a prefill would hold up, if that pays."""
@@ -71,7 +70,7 @@ class Mover:
         lease, cost, pending_tokens = (
             self._state.lease,
             self._state.profile.cost,
-            self._state.pending_prefill_tokens,
+            self._state.sessions.pending_prefill_tokens,
         )
         told_tokens = lease.last_published.pending_prefill_tokens if lease.last_published else 0
         if abs(cost.prefill_ms(pending_tokens) - cost.prefill_ms(told_tokens)) >= MIN_PREFILL_MS:
@@ -90,7 +89,7 @@ class Mover:
     async def _escape(self) -> None:
         """Move running requests away from prefill that is before them here, to siblings with less."""
         state, fleet_view = self._state, self._state.fleet_view
-        may = self._may_escape(state.pending_prefill_tokens) and any(s.may_move for s in state.sessions.values())
+        may = self._may_escape(state.sessions.pending_prefill_tokens) and any(s.may_move for s in state.sessions)
         others = fleet_view.others() if may else []
         if not others:
             return
@@ -100,7 +99,7 @@ class Mover:
         rested_s = asyncio.get_running_loop().time() - REST_MS / 1000
         by_id = {
             session.request_id: session
-            for session in state.sessions.values()
+            for session in state.sessions
             if session.may_move and not (session.came_from and session.started_s > rested_s)
         }
         for escape in escapes(
@@ -113,7 +112,6 @@ class Mover:
             price=state.profile.move_price,
             limits=state.steal_limits,
         ):
-            state.num_handed_over += 1
             move = Move(kind=MoveKind.ESCAPE, benefit_ms=escape.benefit_ms, cost_ms=escape.cost_ms)
             self._begin(by_id[escape.request_id], escape.target_id, move)
 
@@ -151,7 +149,7 @@ class Mover:
         request = value_of(Ask, object_of(message, what="message").get("ask"), what="ask")
         offers = bid(
             state.load(),
-            [self._running(session) for session in state.sessions.values() if session.may_move],
+            [self._running(session) for session in state.sessions if session.may_move],
             request,
             moves_in_flight=len(self._moves),
             last_move_ms=self._last_steal_ms,
@@ -160,7 +158,7 @@ class Mover:
             price=state.profile.move_price,
             limits=state.steal_limits,
         )
-        by_id = {session.request_id: session for session in state.sessions.values()}
+        by_id = {session.request_id: session for session in state.sessions}
         bids = {offer.request_id: offer for offer in offers}
         moving = {state.worker_id: len(self._moves)}
         for transfer in match([request], offers, moves_in_flight=moving, limits=state.steal_limits):
@@ -195,9 +193,8 @@ class Mover:
             ahead_there_ms=self._ahead_ms(there) if there else 0.0,
         )
         if not decision.is_move or there is None:
-            session.watch_tokens = look_again_at(session.length_tokens)
+            state.sessions.watch(session, from_tokens=look_again_at(session.length_tokens))
             return
-        state.num_handed_over += 1
         move = Move(kind=MoveKind.HANDOVER, benefit_ms=decision.benefit_ms, cost_ms=decision.cost_ms)
         self._begin(session, there.worker_id, move)
 
@@ -209,7 +206,7 @@ class Mover:
         )
 
     def _begin(self, session: Session, target_id: str, move: Move) -> None:
-        session.is_moving = True
+        self._state.sessions.begin_move(session, move.kind)
         self._moves.start(self._move(session, target_id, move))
 
     async def _move(self, session: Session, target_id: str, move: Move) -> None:
@@ -217,7 +214,7 @@ class Mover:
         state = self._state
         cut = await state.cut(session)
         if cut is None:  # its end is on the way, or the engine's
-            session.is_moving = False
+            state.sessions.end_move(session)
             return
         await self._writer.flush([session])
         if session.engine_id not in state.sessions:  # it had ended, or was taken from us meanwhile
@@ -230,9 +227,9 @@ class Mover:
             move=Move(kind=move.kind, benefit_ms=move.benefit_ms, cost_ms=move.cost_ms, kv=cut.kv),
         )
         await state.executor.run(call)
-        if state.sessions.pop(session.engine_id, None) is not None:
+        if state.sessions.drop(session):
             state.observer.request_moved(state.view(session), why=f"{move.kind}: on to {target_id}")
-        state.nudge.set()
+        state.sessions.wake()
         log.info("%s of %s at %d tokens to %s", move.kind, session.request_id, session.length_tokens, target_id)
 
     def _running(self, session: Session) -> RunningRequest:

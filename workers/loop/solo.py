@@ -56,7 +56,7 @@ class SoloTurn:
         return answer.num_seen == _LIMIT
 
     def _runs_alone(self) -> bool:
-        return any(session.grant.stage == SOLO_STAGE for session in self._state.sessions.values())
+        return any(session.grant.stage == SOLO_STAGE for session in self._state.sessions)
 
     async def _is_our_turn(self) -> bool:
         state, now_s = self._state, asyncio.get_running_loop().time()
@@ -82,8 +82,8 @@ class SoloTurn:
         now_s = asyncio.get_running_loop().time()
         if self._began_s is None or now_s - self._began_s < _LIMITS.empty_s:
             return
-        sessions = self._state.sessions.values()
+        sessions = self._state.sessions
         leaving = [session for session in sessions if not session.is_moving and not session.has_ended]
         for session in leaving:
-            session.is_moving = True
+            sessions.begin_move(session)
         await self._writer.give_back(leaving, why="makes way for a request that runs alone")

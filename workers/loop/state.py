@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterable
 from uuid import uuid4
 
@@ -24,6 +23,7 @@ from workers.loop.growth import GrowthCounts
 from workers.loop.lease import Lease
 from workers.loop.placement import Placement
 from workers.loop.session import Session, TextFactory
+from workers.loop.sessions import Sessions
 from workers.telemetry.observer import LEASE_ENDED, Observer, RequestView
 from workers.telemetry.snapshot import WorkerSnapshot
 
@@ -54,7 +54,7 @@ class WorkerState:
         self.calls = Calls(self.keys)
         self.reads = Reads(self.keys)
         self.executor = AsyncExecutor(settings.redis_url, retry_s=None)
-        self.sessions: dict[str, Session] = {}
+        self.sessions = Sessions()
         self.profile = EngineProfile(settings=settings, engine=engine, cost=cost)
         self.fleet_view = FleetView(settings=settings, executor=self.executor, worker_id=worker_id)
         self.placement = Placement(
@@ -63,10 +63,6 @@ class WorkerState:
             newcomer_stage=lambda plan: self.fleet_view.newcomer_stage(plan, cost=self.profile.cost),
         )
         self.steal_limits = StealLimits(steal_from=StealFrom(settings.steal_from))
-        self.num_finished = 0
-        self.num_stolen = 0
-        self.num_handed_over = 0
-        self.nudge = asyncio.Event()
         self.growth = GrowthCounts(max_model_len=settings.max_model_len)
         self.lease = Lease(
             settings=settings,
@@ -97,11 +93,11 @@ class WorkerState:
 
     async def drop(self, sessions: Iterable[Session]) -> None:
         """Stop computing requests that are no longer ours; tell the observer what became of them."""
-        gone = [s for s in sessions if self.sessions.pop(s.engine_id, None) is not None]
+        gone = [session for session in sessions if self.sessions.drop(session)]
         if not gone:
             return
         await self.abort(gone)
-        self.nudge.set()
+        self.sessions.wake()
         records = await self.executor.run_many([self.reads.record(session.request_id) for session in gone])
         for session, record in zip(gone, records, strict=True):
             if record is not None and record.state in ("cancelled", "expired"):
@@ -129,17 +125,6 @@ class WorkerState:
                 is_traced="traceparent" in record.body,
             )
             self.observer.request_cancelled(view)
-
-    @property
-    def prefills(self) -> list[int]:
-        """Lengths of the requests here that have no token yet, without those that bring their KV cache, tokens."""
-        waiting = (s for s in list(self.sessions.values()) if s.awaits_first_token and not s.grant.kv)
-        return [session.length_tokens for session in waiting]
-
-    @property
-    def pending_prefill_tokens(self) -> int:
-        """All of these together."""
-        return sum(self.prefills)
 
     def expected_remaining(self, session: Session) -> float:
         """Tokens it still generates: all where nothing else ends the output, else by what others went on to."""
@@ -172,15 +157,15 @@ class WorkerState:
             stage=self.placement.stage,
             num_running=len(self.sessions),
             num_waiting_in_engine=stats.num_waiting,
-            context_tokens=sum(session.length_tokens for session in list(self.sessions.values())),
-            pending_prefill_tokens=self.pending_prefill_tokens,
+            context_tokens=sum(session.length_tokens for session in self.sessions),
+            pending_prefill_tokens=self.sessions.pending_prefill_tokens,
             kv_used_tokens=stats.kv_used_tokens,
             kv_capacity_tokens=info.kv_capacity_tokens if info else 0,
             max_running=self.profile.max_running,
             step_ms=round(stats.last_step_ms, 3),
             is_draining=self.placement.is_draining,
             engine=info.name if info else "",
-            num_finished=self.num_finished,
+            num_finished=self.sessions.num_finished,
             num_preemptions=stats.num_preemptions,
             is_emptying=self.placement.is_emptying,
             can_empty=True,
@@ -196,8 +181,8 @@ class WorkerState:
                 engine=self.engine.stats(),
                 steps=self.profile.steps,
                 plan_version=self.placement.plan.version,
-                num_stolen=self.num_stolen,
-                num_handed_over=self.num_handed_over,
+                num_stolen=self.sessions.num_stolen,
+                num_handed_over=self.sessions.num_handed_over,
                 is_calibrated=self.profile.is_calibrated,
             )
         ]
@@ -220,8 +205,8 @@ class WorkerState:
             "kv_share": round(load.kv_share, 4),
             "step_ms": load.step_ms,
             "finished": load.num_finished,
-            "stolen": self.num_stolen,
-            "handed_over": self.num_handed_over,
+            "stolen": self.sessions.num_stolen,
+            "handed_over": self.sessions.num_handed_over,
             "kv_loads": engine.num_kv_loads,
             "kv_misses": engine.num_kv_misses,
             "draining": load.is_draining,

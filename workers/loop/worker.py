@@ -111,7 +111,7 @@ class Worker:
 
     def active(self) -> list[RequestView]:
         """The requests running here."""
-        return [self.state.view(session) for session in list(self.state.sessions.values())]
+        return [self.state.view(session) for session in self.state.sessions]
 
     async def _serve(self) -> None:
         state = self.state
@@ -125,7 +125,7 @@ class Worker:
             has_died = isinstance(failure, EngineDied)
             why = "engine died" if has_died else "worker stops"
             culprit = state.work.culprit(failure)
-            await self._writer.give_back(list(state.sessions.values()), why=why, blame=has_died, culprit=culprit)
+            await self._writer.give_back(list(state.sessions), why=why, blame=has_died, culprit=culprit)
             await state.lease.end()
         if failure is not None:
             raise failure
@@ -170,14 +170,14 @@ class Worker:
 
     async def _take_for_ever(self) -> None:
         while True:
-            self.state.nudge.clear()
+            self.state.sessions.begin_round()
             await self._rollback.look()
             has_taken = await self._intake.pull_once() > 0
             try:
-                # Not wait_for: in Python 3.11 it swallows a cancellation that meets a nudge, and the drain
+                # Not wait_for: in Python 3.11 it swallows a cancellation that meets a wake-up, and the drain
                 # would wait for this loop for ever.
                 async with asyncio.timeout(self._intake.pull_delay_s() if has_taken else _IDLE_S):
-                    await self.state.nudge.wait()
+                    await self.state.sessions.woken()
             except TimeoutError:
                 continue
 
@@ -238,14 +238,14 @@ class Worker:
             await self._mover.ask_once()
             self._intake.expect_private()  # a wake-up may have been missed
             if fleet_view.num_waiting:
-                state.nudge.set()  # perhaps there is something to steal
+                state.sessions.wake()  # perhaps there is something to steal
 
     def _on_wake(self, is_private_queue: bool) -> None:
         if is_private_queue:
             self._intake.expect_private()
-            self.state.nudge.set()
+            self.state.sessions.wake()
         else:
-            asyncio.get_running_loop().call_later(self._intake.pull_delay_s(), self.state.nudge.set)
+            asyncio.get_running_loop().call_later(self._intake.pull_delay_s(), self.state.sessions.wake)
 
     def _on_other(self) -> None:
         """Something waits in another stage: a worker with nothing to wait for looks whether to steal it."""
@@ -254,7 +254,7 @@ class Worker:
 
     def _on_cancel(self, request_ids: Sequence[str]) -> None:
         wanted = set(request_ids)
-        self._tasks_set.start(self.state.drop([s for s in self.state.sessions.values() if s.request_id in wanted]))
+        self._tasks_set.start(self.state.drop([s for s in self.state.sessions if s.request_id in wanted]))
 
     def _on_plan(self, body: str) -> None:
         plan = read_plan(body, key=self.state.keys.plans)
@@ -267,10 +267,10 @@ class Worker:
             return
         self._mover.watch_anew()
         log.info("plan %d: %s serves stage %d", plan.version, state.worker_id, state.placement.stage)
-        state.nudge.set()
+        state.sessions.wake()
 
     def _on_lost(self) -> None:
-        self._tasks_set.start(self.state.drop(list(self.state.sessions.values())))
+        self._tasks_set.start(self.state.drop(list(self.state.sessions)))
 
     def _cancel(self, request_id: str) -> None:
         self._tasks_set.start(self.state.cancel(request_id))
