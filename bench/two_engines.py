@@ -28,7 +28,7 @@ from l4queue.cost.step import StepCost
 from l4queue.sim.plots import require_matplotlib, save_figure
 from l4queue.sim.registry import make_policy
 from l4queue.sim.runner import RunConfig, run_policy
-from workers.loop.state import KV_BYTES_PER_S, KV_FIXED_MS
+from workers.loop.engine_profile import KV_BYTES_PER_S, KV_FIXED_MS
 
 SIMULATED = {
     "round-robin": "round-robin",

@@ -83,7 +83,7 @@ async def _travel(pipeline: Pipeline) -> None:
     for name in ("w0", "w1", "w2"):
         pipeline.start(name, speed=1.0, cost=CROWDED)
     await pipeline.publish(*_stages((0, 40, ("w0",)), (40, 120, ("w1",)), (120, None, ("w2",))))
-    await until(lambda: true(all(w.state.plan.version for w, _ in pipeline.workers.values())))
+    await until(lambda: true(all(w.state.placement.plan.version for w, _ in pipeline.workers.values())))
     await until(lambda: true(all(len(w.state.fleet_view.others()) == 2 for w, _ in pipeline.workers.values())))
     # crowds that stay: a penalty pins a request to its worker
     stays = {"max_tokens": 600, "ignore_eos": True, "presence_penalty": 0.5}
@@ -114,7 +114,7 @@ async def _travel(pipeline: Pipeline) -> None:
 async def _outgrow(pipeline: Pipeline, num_tokens: int) -> AsyncHandle:
     """A request that will outgrow the crowded stage of w0 while w1 idles."""
     await pipeline.publish(*_stages((0, 40, ("w0",)), (40, None, ("w1",))))
-    await until(lambda: true(all(w.state.plan.version for w, _ in pipeline.workers.values())))
+    await until(lambda: true(all(w.state.placement.plan.version for w, _ in pipeline.workers.values())))
     await until(lambda: true(all(w.state.fleet_view.others() for w, _ in pipeline.workers.values())))
     stays = {"max_tokens": 600, "ignore_eos": True, "presence_penalty": 0.5}
     for _ in range(12):
@@ -141,7 +141,7 @@ async def test_the_kv_cache_moves_with_the_request_where_engines_can_move_it(
         assert (stats.num_kv_loads, stats.num_kv_misses) == (1, 0)
         assert target.stats()["kv_loads"] == 1
         # a token or two may be computed between decision and cut
-        price = target.state.move_price
+        price = target.state.profile.move_price
         costs = [price.delay_ms(length_tokens - late, CROWDED) for late in range(4)]
         assert price.bandwidth_bytes_per_s == rate
         assert any(moved["cost_ms"] == pytest.approx(cost, abs=0.001) for cost in costs), (moved, costs)
@@ -157,7 +157,7 @@ async def test_what_runs_leaves_before_a_long_prefill(redis_url: str, namespace:
         for name in ("w0", "w1"):
             pipeline.start(name, speed=1.0, cost=slow)
         await pipeline.publish(*_stages((0, 100, ("w0",)), (100, None, ("w1",))))
-        await until(lambda: true(all(w.state.plan.version for w, _ in pipeline.workers.values())))
+        await until(lambda: true(all(w.state.placement.plan.version for w, _ in pipeline.workers.values())))
         await until(lambda: true(all(w.state.fleet_view.others() for w, _ in pipeline.workers.values())))
         prompt = "x" * 150
         decoding = await pipeline.client.enqueue(prompt, max_tokens=400, ignore_eos=True)
@@ -256,7 +256,7 @@ async def test_a_request_that_ends_while_it_moves_has_ended(
         with pytest.raises(ending):
             await _read(handle, read)
         engine.may_go_on.set()
-        await until(lambda: true(all(s.request_id != handle.id for s in source.state.sessions.values())))
+        await until(lambda: true(all(s.request_id != handle.id for s in source.state.sessions)))
 
         assert 0 < len(read) < 300
         assert tuple(read) == (await _uncut("hello", 300))[: len(read)]
@@ -294,7 +294,7 @@ async def test_a_newcomer_joins_the_stage_that_lacks_workers(pipeline: Pipeline)
     handle = await pipeline.client.enqueue("y" * 60, max_tokens=4)
     newcomer = pipeline.start("new")
     assert (await handle.result(timeout=120)).output_tokens == 4
-    assert newcomer.state.stage == 1
+    assert newcomer.state.placement.stage == 1
 
 
 async def _publish_routing(pipeline: Pipeline, routing: Routing, *stages: StagePlan) -> None:

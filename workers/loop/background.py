@@ -42,7 +42,7 @@ class BackgroundWork:
     def hold(self, room: AdmissionBudget) -> BackgroundQuota:
         """What the next take is told. The script knows what came to the queue, this worker what runs here."""
         state, now_ms, running = self._state, _now_ms(), self._running()
-        load, cost = state.load(), state.cost
+        load, cost = state.load(), state.profile.cost
         self._credit = self._credit.grown(
             now_ms=now_ms, load=load, running=running, cost=cost, limits=self._limits
         )
@@ -58,17 +58,19 @@ class BackgroundWork:
         """Charge the prefills of what was taken."""
         for grant in grants:
             if grant.is_background:
-                self._credit = self._credit.less(self._state.cost.prefill_ms(grant.prompt_tokens + grant.offset))
+                self._credit = self._credit.less(
+                    self._state.profile.cost.prefill_ms(grant.prompt_tokens + grant.offset)
+                )
 
     async def preempt_background(self) -> None:
         """Give back what stands in the way of interactive requests, if there are any."""
         state = self._state
-        chosen = set(give_back(state.load(), self._running(), cost=state.cost, limits=self._limits))
+        chosen = set(give_back(state.load(), self._running(), cost=state.profile.cost, limits=self._limits))
         if not chosen or await self._is_quiet():
             return
-        leaving = [session for session in state.sessions.values() if session.request_id in chosen]
+        leaving = [session for session in state.sessions if session.request_id in chosen]
         for session in leaving:
-            session.is_moving = True
+            state.sessions.begin_move(session)
         await self._writer.give_back(leaving, why="makes way for interactive requests")
 
     async def _is_quiet(self) -> bool:
@@ -78,18 +80,18 @@ class BackgroundWork:
             return False
         reads = state.reads
         now_ms, came_ms = await state.executor.run_many(
-            [reads.server_time_ms(), reads.foreground_ms(str(state.stage))]
+            [reads.server_time_ms(), reads.foreground_ms(str(state.placement.stage))]
         )
         return came_ms is None or now_ms - came_ms >= self._quiet_ms
 
     def _local_quiet_ms(self) -> float:
         """How long ago another request was last seen here."""
-        if any(not session.grant.is_background for session in self._state.sessions.values()):
+        if any(not session.grant.is_background for session in self._state.sessions):
             self._foreground_ms = _now_ms()
         return _now_ms() - self._foreground_ms
 
     def _running(self) -> list[RunningBackground]:
-        return [self._look_at(s) for s in self._state.sessions.values() if s.grant.is_background]
+        return [self._look_at(s) for s in self._state.sessions if s.grant.is_background]
 
     def _look_at(self, session: Session) -> RunningBackground:
         is_bound = session.params.is_pinned and not session.awaits_first_token

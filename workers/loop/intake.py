@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 
-from l4queue.models import RequestState, Routing
+from l4queue.models import RequestState
 from l4queue.policy.admission import (
     UNBOUNDED_TOKENS,
     AdmissionBudget,
@@ -59,7 +59,11 @@ class Intake:
         self._evacuate_before_prefill = evacuate_before_prefill
         self._solo = SoloTurn(state, writer)
         self._waits_for: frozenset[str] | None = None  # what ran when the queue was last found to wait
-        self.private_due = True  # something may wait for this worker alone
+        self._private_due = True  # something may wait for this worker alone
+
+    def expect_private(self) -> None:
+        """Look into the queue of this worker alone with the next round: something may have come."""
+        self._private_due = True
 
     async def pull_once(self) -> int:
         """One round: our own queue, the solo queue when idle, the stage's queue, or else a sibling's.
@@ -68,13 +72,13 @@ class Intake:
         """
         state = self._state
         if await self._solo.look():
-            if self.private_due:
-                self.private_due = await self._solo.send_on()
+            if self._private_due:
+                self._private_due = await self._solo.send_on()
             return await self._take_solo()
-        if self.private_due:
-            self.private_due = False
+        if self._private_due:
+            self._private_due = False
             if taken := await self._take_private():
-                self.private_due = True  # there may be more
+                self._private_due = True  # there may be more
                 return taken
         if await self._take_solo():
             return 1
@@ -84,7 +88,7 @@ class Intake:
             return 0
         room = self._without_newcomers(room)
         hold = self._background.hold(room)
-        if taken := await self._take(str(state.stage), room, hold=hold):
+        if taken := await self._take(str(state.placement.stage), room, hold=hold):
             self._waits_for = None
             return taken
         return await self._steal(room, hold)
@@ -92,33 +96,33 @@ class Intake:
     def _without_newcomers(self, room: AdmissionBudget) -> AdmissionBudget:
         """A prompt that waits for what runs to end waits for what ran when it began to, not for hand-overs."""
         state = self._state
-        if not state.fleet_view.num_queued(state.stage):
+        if not state.fleet_view.num_queued(state.placement.stage):
             self._waits_for = None
             return room
-        here = frozenset(state.sessions)
+        here = state.sessions.ids()
         self._waits_for = here if self._waits_for is None else self._waits_for & here
         return room if self._waits_for else replace(room, longest_tokens=UNBOUNDED_TOKENS)
 
     def room(self) -> AdmissionBudget:
         """What may be taken now: by the policy, and a step of prefill at a time: a long prompt is seen first."""
-        state, info, fleet_view = self._state, self._state.engine_info, self._state.fleet_view
-        is_ours = state.plan.routing is Routing.L4
-        has_long = max(state.prefills, default=0) > info.max_batched_tokens
+        state, info, fleet_view = self._state, self._state.profile.info, self._state.fleet_view
+        is_ours = state.placement.is_l4
+        has_long = max(state.sessions.prefills, default=0) > info.max_batched_tokens
         limits = AdmissionLimits(
             prefill_tokens=(_LONG_PREFILL_STEPS if has_long else _PREFILL_STEPS) * info.max_batched_tokens,
             remaining_tokens=fleet_view.outputs.mean_tokens if is_ours else None,
         )
-        waiting = fleet_view.num_queued(state.stage) / state.num_sharers
-        room = admission_budget(state.load(), cost=state.cost, limits=limits, num_waiting=waiting)
+        waiting = fleet_view.num_queued(state.placement.stage) / state.placement.num_sharers
+        room = admission_budget(state.load(), cost=state.profile.cost, limits=limits, num_waiting=waiting)
         return replace(room, prefill_tokens=min(room.prefill_tokens, info.max_batched_tokens))
 
     def pull_delay_s(self) -> float:
         """How long to let other workers of the stage go first; what waits for this one alone waits no longer."""
         state = self._state
-        if self.private_due or state.num_sharers < 2:
+        if self._private_due or state.placement.num_sharers < 2:
             return 0.0
-        lightest_ms = state.fleet_view.lightest_ms(state.stage, cost=state.cost)
-        return pull_delay_ms(batch_ms(state.load(), cost=state.cost), lightest_ms=lightest_ms) / 1000
+        lightest_ms = state.fleet_view.lightest_ms(state.placement.stage, cost=state.profile.cost)
+        return pull_delay_ms(batch_ms(state.load(), cost=state.profile.cost), lightest_ms=lightest_ms) / 1000
 
     async def _take_solo(self) -> int:
         """One request that is to run alone, where nothing runs here."""
@@ -131,9 +135,9 @@ class Intake:
     async def _take_private(self) -> int:
         """What was handed over or pushed to this worker, up to its slots: whoever sent it looked at the room."""
         state = self._state
-        slots = state.max_running - len(state.sessions)
-        if slots < 1 or state.is_draining:
-            self.private_due = True  # it waits for a slot
+        slots = state.profile.max_running - len(state.sessions)
+        if slots < 1 or state.placement.is_draining:
+            self._private_due = True  # it waits for a slot
             return 0
         room = unbounded_budget(slots, reason="meant for this worker")
         return await self._take(private_queue(state.worker_id), room, num_sharers=1)
@@ -148,14 +152,16 @@ class Intake:
         price: tuple[float, float] = (0.0, 0.0),
     ) -> int:
         state = self._state
-        taker = Taker(worker_id=state.worker_id, incarnation=state.lease.incarnation, stage=str(state.stage))
+        taker = Taker(
+            worker_id=state.worker_id, incarnation=state.lease.incarnation, stage=str(state.placement.stage)
+        )
         call = state.calls.take(
             stage,
             taker=taker,
             nonce=uuid.uuid4().hex,
             budget=room,
             hold=hold or self._background.no_quota,
-            num_sharers=state.num_sharers if num_sharers is None else num_sharers,
+            num_sharers=state.placement.num_sharers if num_sharers is None else num_sharers,
             benefit_ms=price[0],
             cost_ms=price[1],
         )
@@ -171,7 +177,7 @@ class Intake:
         state = self._state
         if self._what_to_steal(room).stage is None:
             return 0
-        if await state.executor.run(state.reads.num_foreground(str(state.stage))) > 0:
+        if await state.executor.run(state.reads.num_foreground(str(state.placement.stage))) > 0:
             return 0  # what waits here is only too long to begin now: stealing would put it off further
         await state.fleet_view.refresh()  # by half a second's old news a queue could be emptied twice
         decision = self._what_to_steal(room)
@@ -181,17 +187,17 @@ class Intake:
         taken = await self._take(
             str(decision.stage), replace(room, num_requests=decision.num_requests), hold=hold, price=price
         )
-        state.num_stolen += taken
+        state.sessions.count_stolen(taken)
         return taken
 
     def _what_to_steal(self, room: AdmissionBudget) -> Steal:
         """The policy's decision by what was seen of the others last."""
         state, fleet_view = self._state, self._state.fleet_view
         none = Steal(stage=None, num_requests=0, benefit_ms=0.0, cost_ms=0.0, reason="one stage")
-        if len(state.plan.stages) < 2 or state.plan.routing is not Routing.L4:
+        if len(state.placement.plan.stages) < 2 or not state.placement.is_l4:
             return none
-        loads = fleet_view.stage_loads(cost=state.cost)
-        own = next((load for load in loads if load.stage == state.stage), None)
+        loads = fleet_view.stage_loads(cost=state.profile.cost)
+        own = next((load for load in loads if load.stage == state.placement.stage), None)
         if own is None or len(loads) < 2:
             return none
         return steal_waiting(
@@ -201,7 +207,7 @@ class Intake:
             head_tokens={},
             max_requests=room.num_requests,
             expected_output_tokens=fleet_view.outputs.mean_tokens,
-            cost=state.cost,
+            cost=state.profile.cost,
             limits=state.steal_limits,
         )
 
@@ -216,13 +222,12 @@ class Intake:
             session = await self._open(grant, earlier.get(grant.request_id, []))
             if session is None or await self._rollback.is_second(session):
                 continue
-            state.sessions[session.engine_id] = session
-            session.watch_tokens = _first_watch(session, state.high_tokens)
+            state.sessions.add(session, watch_tokens=_first_watch(session, state.placement.high_tokens))
             state.observer.request_started(state.view(session))
             if session.has_ended:
                 ended.append(session)
                 continue
-            if not grant.kv and has_prefill(session.length_tokens, state.cost):
+            if not grant.kv and has_prefill(session.length_tokens, state.profile.cost):
                 await self._evacuate_before_prefill()
             if session.engine_id in state.sessions:  # it may have been cancelled meanwhile
                 await state.work.steps(session.engine_id, state.engine.add(session.engine_request()))
@@ -235,12 +240,12 @@ class Intake:
                 session = Session(
                     grant,
                     incarnation=state.lease.incarnation,
-                    stage=state.stage,
-                    range_text=state.range_text(state.stage),
+                    stage=state.placement.stage,
+                    range_text=state.placement.range_text(state.placement.stage),
                     started_s=asyncio.get_running_loop().time(),
                     make_text=state.make_text,
                 )
-                session.resume(entries, eos_token_ids=state.engine_info.eos_token_ids)
+                session.resume(entries, eos_token_ids=state.profile.info.eos_token_ids)
         except ValueError as error:
             outcome = Outcome(state=RequestState.FAILED, finish_reason="invalid", error=str(error), field="body")
             await self._writer.refuse(grant, outcome)

@@ -11,7 +11,6 @@ import json
 import logging
 import time
 import uuid
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
 
@@ -26,6 +25,7 @@ from l4queue.protocol.executor import AsyncExecutor
 from l4queue.protocol.parsing import load_to_json
 from workers.engine.base import EngineDied
 from workers.engine.loop_work import LoopWork, lease_of
+from workers.loop.growth import GrowthCounts
 from workers.loop.lease_thread import LeaseThread
 
 __all__ = ("Lease",)
@@ -50,6 +50,7 @@ class Lease:
         price: Callable[[], MovePrice],
         num_steps: Callable[[], int],
         work: LoopWork,
+        growth: GrowthCounts,
     ) -> None:
         self._settings = settings
         self._executor = executor
@@ -60,8 +61,7 @@ class Lease:
         self._price = price
         self._num_steps = num_steps
         self._work = work
-        self._sequence = 0
-        self._sent: dict[str, int] | None = None
+        self._growth = growth
         self._seen_steps = -1
         self._progress_s = 0.0
         self._checked_s = 0.0
@@ -71,7 +71,6 @@ class Lease:
         )
         self._due = asyncio.Event()
         self.last_published: WorkerLoad | None = None  # the load that the others know
-        self.histogram: Counter[str] = Counter()
         self.incarnation = self._fresh_name()
 
     async def begin(self) -> None:
@@ -144,10 +143,7 @@ class Lease:
             raise EngineDied(f"no engine step for {stalled_s:.0f} s with requests running")
 
     async def _send(self, *, register: bool) -> Verdict:
-        if self._sent is None:  # else it is not known whether the last ones arrived: a repeat is not counted twice
-            self._sequence += 1
-            self._sent = dict(self.histogram)
-        sent = self._sent
+        sequence, histogram = self._growth.batch()
         cost = self._cost()
         load = self.last_published = self._load()
         last_published = {
@@ -162,16 +158,14 @@ class Lease:
                 worker_id=self._worker_id,
                 lease_ms=int(self._settings.lease_s * 1000),
                 load=json.dumps(last_published),
-                sequence=self._sequence,
+                sequence=sequence,
                 register=register,
-                histogram=sent,
+                histogram=histogram,
             )
         )
-        self._sent = None
+        self._growth.answered(is_counted=verdict is Verdict.OK)
         if verdict is Verdict.OK:
             self._renewed_s = asyncio.get_running_loop().time()
-            self.histogram.subtract(sent)
-            self.histogram += Counter()  # drops what is zero
         return verdict
 
     def _fresh_name(self) -> str:

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from typing import NoReturn
 
 from l4queue.compat import FORMAT, object_of, value_of
-from l4queue.models import Routing, WorkerLoad
+from l4queue.models import WorkerLoad
 from l4queue.policy.escape import MIN_PREFILL_MS, NUM_REFUGES, REST_MS, EscapeTarget, escapes, may_escape
 from l4queue.policy.handover import decide_handover, least_loaded, look_again_at, next_stage
 from l4queue.policy.steal import Ask, RunningRequest, ask, bid, choose_victim, match
@@ -43,8 +43,7 @@ class Mover:
 
     def watch_anew(self) -> None:
         """A new plan: whatever is beyond the end of the range now is thought about with its next token."""
-        for session in self._state.sessions.values():
-            session.watch_tokens = self._state.high_tokens
+        self._state.sessions.watch_all(from_tokens=self._state.placement.high_tokens)
 
     def look(self, sessions: Iterable[Session]) -> None:
         """Hand over what has outgrown the stage, and what a prefill would hold up, if that pays."""
@@ -52,7 +51,7 @@ class Mover:
             watch = session.watch_tokens
             if watch is None or session.length_tokens < watch or not session.may_move:
                 continue
-            if self._state.plan.routing is Routing.L4 and len(self._moves) < self._state.steal_limits.max_moves:
+            if self._state.placement.is_l4 and len(self._moves) < self._state.steal_limits.max_moves:
                 self._consider(session)
         pending_tokens = self._tell()
         is_due = asyncio.get_running_loop().time() >= self._escaped_s + _ESCAPE_S
@@ -68,7 +67,11 @@ class Mover:
 
     def _tell(self) -> int:
         """Prefill that begins or ends here is news: siblings decide by it. Returns what is pending, tokens."""
-        lease, cost, pending_tokens = self._state.lease, self._state.cost, self._state.pending_prefill_tokens
+        lease, cost, pending_tokens = (
+            self._state.lease,
+            self._state.profile.cost,
+            self._state.sessions.pending_prefill_tokens,
+        )
         told_tokens = lease.last_published.pending_prefill_tokens if lease.last_published else 0
         if abs(cost.prefill_ms(pending_tokens) - cost.prefill_ms(told_tokens)) >= MIN_PREFILL_MS:
             lease.tell()
@@ -76,17 +79,17 @@ class Mover:
 
     def _may_escape(self, pending_tokens: int) -> bool:
         state = self._state
-        is_on = state.plan.routing is Routing.L4 and state.settings.hand_over and state.settings.escape
+        is_on = state.placement.is_l4 and state.settings.hand_over and state.settings.escape
         return (
             is_on
             and len(self._moves) < state.steal_limits.max_moves
-            and may_escape(pending_tokens, cost=state.cost, price=state.move_price)
+            and may_escape(pending_tokens, cost=state.profile.cost, price=state.profile.move_price)
         )
 
     async def _escape(self) -> None:
         """Move running requests away from prefill that is before them here, to siblings with less."""
         state, fleet_view = self._state, self._state.fleet_view
-        may = self._may_escape(state.pending_prefill_tokens) and any(s.may_move for s in state.sessions.values())
+        may = self._may_escape(state.sessions.pending_prefill_tokens) and any(s.may_move for s in state.sessions)
         others = fleet_view.others() if may else []
         if not others:
             return
@@ -96,7 +99,7 @@ class Mover:
         rested_s = asyncio.get_running_loop().time() - REST_MS / 1000
         by_id = {
             session.request_id: session
-            for session in state.sessions.values()
+            for session in state.sessions
             if session.may_move and not (session.came_from and session.started_s > rested_s)
         }
         for escape in escapes(
@@ -105,11 +108,10 @@ class Mover:
             ahead_ms=self._ahead_ms(here),
             refuges=[EscapeTarget(load=load, ahead_ms=self._ahead_ms(load)) for load in siblings],
             moves_in_flight=len(self._moves),
-            cost=state.cost,
-            price=state.move_price,
+            cost=state.profile.cost,
+            price=state.profile.move_price,
             limits=state.steal_limits,
         ):
-            state.num_handed_over += 1
             move = Move(kind=MoveKind.ESCAPE, benefit_ms=escape.benefit_ms, cost_ms=escape.cost_ms)
             self._begin(by_id[escape.request_id], escape.target_id, move)
 
@@ -122,7 +124,7 @@ class Mover:
     async def ask_once(self) -> None:
         """With room and nothing waiting anywhere: ask the most overloaded sibling for running requests."""
         state, fleet_view = self._state, self._state.fleet_view
-        if state.plan.routing is not Routing.L4:
+        if not state.placement.is_l4:
             return
         own = state.load()
         request = ask(
@@ -131,10 +133,10 @@ class Mover:
             moves_in_flight=len(self._moves),
             last_move_ms=self._last_ask_ms,
             now_ms=_now_ms(),
-            cost=state.cost,
+            cost=state.profile.cost,
             limits=state.steal_limits,
         )
-        victim = choose_victim(own, fleet_view.others(), cost=state.cost, limits=state.steal_limits)
+        victim = choose_victim(own, fleet_view.others(), cost=state.profile.cost, limits=state.steal_limits)
         if request is None or victim is None:
             return
         self._last_ask_ms = _now_ms()
@@ -147,16 +149,16 @@ class Mover:
         request = value_of(Ask, object_of(message, what="message").get("ask"), what="ask")
         offers = bid(
             state.load(),
-            [self._running(session) for session in state.sessions.values() if session.may_move],
+            [self._running(session) for session in state.sessions if session.may_move],
             request,
             moves_in_flight=len(self._moves),
             last_move_ms=self._last_steal_ms,
             now_ms=_now_ms(),
-            cost=state.cost,
-            price=state.move_price,
+            cost=state.profile.cost,
+            price=state.profile.move_price,
             limits=state.steal_limits,
         )
-        by_id = {session.request_id: session for session in state.sessions.values()}
+        by_id = {session.request_id: session for session in state.sessions}
         bids = {offer.request_id: offer for offer in offers}
         moving = {state.worker_id: len(self._moves)}
         for transfer in match([request], offers, moves_in_flight=moving, limits=state.steal_limits):
@@ -175,35 +177,36 @@ class Mover:
 
     def _consider(self, session: Session) -> None:
         state = self._state
-        stage = next_stage(state.stage, session.length_tokens, state.plan)
+        stage = next_stage(state.placement.stage, session.length_tokens, state.placement.plan)
         siblings = state.fleet_view.others(stage=stage)
-        there = least_loaded(siblings, cost=state.cost, holders=(session.came_from,))
+        there = least_loaded(siblings, cost=state.profile.cost, holders=(session.came_from,))
         here = state.load()
         decision = decide_handover(
             session.length_tokens,
-            high_tokens=state.high_tokens,
+            high_tokens=state.placement.high_tokens,
             expected_remaining_tokens=state.expected_remaining(session),
             here=here,
             there=there,
-            cost=state.cost,
-            price=state.move_price,
+            cost=state.profile.cost,
+            price=state.profile.move_price,
             ahead_here_ms=self._ahead_ms(here),
             ahead_there_ms=self._ahead_ms(there) if there else 0.0,
         )
         if not decision.is_move or there is None:
-            session.watch_tokens = look_again_at(session.length_tokens)
+            state.sessions.watch(session, from_tokens=look_again_at(session.length_tokens))
             return
-        state.num_handed_over += 1
         move = Move(kind=MoveKind.HANDOVER, benefit_ms=decision.benefit_ms, cost_ms=decision.cost_ms)
         self._begin(session, there.worker_id, move)
 
     def _ahead_ms(self, load: WorkerLoad) -> float:
         """Prefill before what that worker runs, by what is known of its stage's queue."""
         fleet_view = self._state.fleet_view
-        return fleet_view.ahead_ms(load.pending_prefill_tokens, fleet_view.stage_of(load), cost=self._state.cost)
+        return fleet_view.ahead_ms(
+            load.pending_prefill_tokens, fleet_view.stage_of(load), cost=self._state.profile.cost
+        )
 
     def _begin(self, session: Session, target_id: str, move: Move) -> None:
-        session.is_moving = True
+        self._state.sessions.begin_move(session, move.kind)
         self._moves.start(self._move(session, target_id, move))
 
     async def _move(self, session: Session, target_id: str, move: Move) -> None:
@@ -211,7 +214,7 @@ class Mover:
         state = self._state
         cut = await state.cut(session)
         if cut is None:  # its end is on the way, or the engine's
-            session.is_moving = False
+            state.sessions.end_move(session)
             return
         await self._writer.flush([session])
         if session.engine_id not in state.sessions:  # it had ended, or was taken from us meanwhile
@@ -224,9 +227,9 @@ class Mover:
             move=Move(kind=move.kind, benefit_ms=move.benefit_ms, cost_ms=move.cost_ms, kv=cut.kv),
         )
         await state.executor.run(call)
-        if state.sessions.pop(session.engine_id, None) is not None:
+        if state.sessions.drop(session):
             state.observer.request_moved(state.view(session), why=f"{move.kind}: on to {target_id}")
-        state.nudge.set()
+        state.sessions.wake()
         log.info("%s of %s at %d tokens to %s", move.kind, session.request_id, session.length_tokens, target_id)
 
     def _running(self, session: Session) -> RunningRequest:

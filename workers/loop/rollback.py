@@ -33,7 +33,7 @@ class Rollback:
         self._looked_s = now_s
         incarnation = state.lease.incarnation
         held = await state.executor.run(state.reads.held(incarnation))
-        strange = sorted(held - {session.request_id for session in state.sessions.values()})
+        strange = sorted(held - {session.request_id for session in state.sessions})
         records = await state.executor.run_many([state.reads.record(request_id) for request_id in strange])
         running = [r for r in records if r is not None and r.state is RequestState.RUNNING]
         calls = [state.calls.release(r.request_id, incarnation=incarnation, epoch=r.epoch) for r in running]

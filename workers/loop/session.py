@@ -75,8 +75,8 @@ class Session:
         self.priority = body.priority
         self.is_traced = body.traceparent is not None
         self.came_from = grant.came_from
-        self.is_moving = False
-        self.watch_tokens: int | None = None  # the length at which moving it is thought about
+        self._is_moving = False
+        self._watch_tokens: int | None = None
         self.params: SamplingParams = body.params
         self.max_tokens = body.params.max_tokens or DEFAULT_MAX_TOKENS
         self.prompt_ids: list[int] = unpack_ids(grant.packed_ids)
@@ -105,13 +105,35 @@ class Session:
         return self.max_tokens - len(self.output_ids)
 
     @property
+    def is_moving(self) -> bool:
+        """Whether it is about to leave."""
+        return self._is_moving
+
+    @property
+    def watch_tokens(self) -> int | None:
+        """Length at which a move of it is considered; None: at none."""
+        return self._watch_tokens
+
+    def begin_move(self) -> None:
+        """Mark it as leaving."""
+        self._is_moving = True
+
+    def end_move(self) -> None:
+        """Mark it as staying."""
+        self._is_moving = False
+
+    def watch_from(self, tokens: int | None) -> None:
+        """Consider a move of it from this length on."""
+        self._watch_tokens = tokens
+
+    @property
     def may_move(self) -> bool:
         """Whether it may go on elsewhere. Before its first token here it would only be prefilled twice.
 
         One that runs alone stays: it would wait to be run alone again.
         """
         is_alone = self.grant.stage == SOLO_STAGE
-        is_free = not (self.is_moving or self.has_ended or self.params.is_pinned or is_alone)
+        is_free = not (self._is_moving or self.has_ended or self.params.is_pinned or is_alone)
         return is_free and len(self.output_ids) > self.grant.offset
 
     @property

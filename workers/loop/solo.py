@@ -19,7 +19,7 @@ _LIMIT = 200
 
 
 class SoloTurn:
-    """Sets `WorkerState.is_emptying`, which others respect: they neither hand over nor push to this worker.
+    """Decides when this worker runs empty, which others respect: they neither hand over nor push to this worker.
 
     What comes all the same, as from workers of an older release, is sent on to the stage of its length.
     """
@@ -35,8 +35,7 @@ class SoloTurn:
         """Whether nothing may be taken now, but from the solo queue once this worker runs nothing."""
         state, runs_alone = self._state, self._runs_alone()
         is_emptying = runs_alone or await self._is_our_turn()
-        if is_emptying != state.is_emptying:
-            state.is_emptying = is_emptying
+        if state.placement.run_empty(is_emptying):
             state.lease.tell()
         if is_emptying and not runs_alone:
             await self._give_back()
@@ -50,14 +49,14 @@ class SoloTurn:
         """Move what waits for this worker alone to the stages of its lengths; whether there may be more."""
         state = self._state
         own = private_queue(state.worker_id)
-        call = state.calls.migrate(source=own, highs=state.plan.highs, limit=_LIMIT)
+        call = state.calls.migrate(source=own, highs=state.placement.plan.highs, limit=_LIMIT)
         answer = await state.executor.run(call)
         if answer.num_moved:
             log.info("sent on %d requests: %s is to be empty", answer.num_moved, state.worker_id)
         return answer.num_seen == _LIMIT
 
     def _runs_alone(self) -> bool:
-        return any(session.grant.stage == SOLO_STAGE for session in self._state.sessions.values())
+        return any(session.grant.stage == SOLO_STAGE for session in self._state.sessions)
 
     async def _is_our_turn(self) -> bool:
         state, now_s = self._state, asyncio.get_running_loop().time()
@@ -83,8 +82,8 @@ class SoloTurn:
         now_s = asyncio.get_running_loop().time()
         if self._began_s is None or now_s - self._began_s < _LIMITS.empty_s:
             return
-        sessions = self._state.sessions.values()
+        sessions = self._state.sessions
         leaving = [session for session in sessions if not session.is_moving and not session.has_ended]
         for session in leaving:
-            session.is_moving = True
+            sessions.begin_move(session)
         await self._writer.give_back(leaving, why="makes way for a request that runs alone")

@@ -2,36 +2,32 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterable
-from dataclasses import replace
 from uuid import uuid4
 
 from pydantic import JsonValue
 
 from l4queue.config import Settings
-from l4queue.cost.calibrate import Calibrator
-from l4queue.cost.move import MovePrice
 from l4queue.cost.step import StepCost
-from l4queue.models import Plan, RequestState, Routing, WorkerLoad
+from l4queue.models import RequestState, WorkerLoad
 from l4queue.policy.steal import StealFrom, StealLimits
 from l4queue.protocol.calls import Calls, Verdict
 from l4queue.protocol.executor import AsyncExecutor
 from l4queue.protocol.keys import Keys
 from l4queue.protocol.reads import Reads
-from workers.engine.base import Cut, Engine, EngineDied, EngineInfo
+from workers.engine.base import Cut, Engine, EngineDied
 from workers.engine.loop_work import LoopWork
+from workers.loop.engine_profile import EngineProfile
 from workers.loop.fleet_view import FleetView
+from workers.loop.growth import GrowthCounts
 from workers.loop.lease import Lease
+from workers.loop.placement import Placement
 from workers.loop.session import Session, TextFactory
+from workers.loop.sessions import Sessions
 from workers.telemetry.observer import LEASE_ENDED, Observer, RequestView
-from workers.telemetry.snapshot import StepMeter, WorkerSnapshot
+from workers.telemetry.snapshot import WorkerSnapshot
 
-__all__ = ("KV_BYTES_PER_S", "KV_FIXED_MS", "WorkerState")
-
-# measured on two CPU engines under load, writing and reading together: docs/kv-handover.md
-KV_BYTES_PER_S = 0.75e9
-KV_FIXED_MS = 50.0
+__all__ = ("WorkerState",)
 
 
 class WorkerState:
@@ -58,90 +54,28 @@ class WorkerState:
         self.calls = Calls(self.keys)
         self.reads = Reads(self.keys)
         self.executor = AsyncExecutor(settings.redis_url, retry_s=None)
-        self.plan = Plan.one_stage()
-        self.sessions: dict[str, Session] = {}
-        self.info: EngineInfo | None = None
-        self.calibrator = Calibrator(prior=cost)
+        self.sessions = Sessions()
+        self.profile = EngineProfile(settings=settings, engine=engine, cost=cost)
         self.fleet_view = FleetView(settings=settings, executor=self.executor, worker_id=worker_id)
+        self.placement = Placement(
+            settings=settings,
+            worker_id=worker_id,
+            newcomer_stage=lambda plan: self.fleet_view.newcomer_stage(plan, cost=self.profile.cost),
+        )
         self.steal_limits = StealLimits(steal_from=StealFrom(settings.steal_from))
-        self.num_finished = 0
-        self.num_stolen = 0
-        self.num_handed_over = 0
-        self.steps = StepMeter()
-        self.is_draining = False
-        self.is_emptying = False
-        self.nudge = asyncio.Event()
+        self.growth = GrowthCounts(max_model_len=settings.max_model_len)
         self.lease = Lease(
             settings=settings,
             executor=self.executor,
             calls=self.calls,
             worker_id=worker_id,
             load=self.load,
-            cost=self.measured_cost,
-            price=lambda: self.move_price,
+            cost=self.profile.measure,
+            price=lambda: self.profile.move_price,
             num_steps=lambda: engine.stats().num_steps,
             work=self.work,
+            growth=self.growth,
         )
-
-    @property
-    def stage(self) -> int:
-        """Index of the stage that this worker serves."""
-        known = self.plan.stage_of_worker(self.worker_id)
-        return self.fleet_view.newcomer_stage(self.plan, cost=self.cost) if known is None else known
-
-    @property
-    def high_tokens(self) -> int | None:
-        """Where the range of this worker's stage ends; None: nowhere, or nothing is handed over."""
-        if not self.settings.hand_over:
-            return None
-        return self.plan.stages[self.stage].high_tokens
-
-    @property
-    def sibling_stages(self) -> tuple[str, ...]:
-        """Other stages whose waiting requests this worker might steal; none where nothing is stolen."""
-        if self.plan.routing is not Routing.L4 or self.steal_limits.steal_from is StealFrom.NONE:
-            return ()
-        return tuple(str(stage) for stage in range(len(self.plan.stages)) if stage != self.stage)
-
-    @property
-    def num_sharers(self) -> int:
-        """Workers of this stage by the current plan; two where the plan does not say."""
-        return len(self.plan.stages[self.stage].worker_ids) or 2
-
-    @property
-    def engine_info(self) -> EngineInfo:
-        """What the engine is. Only once it has started."""
-        assert self.info is not None
-        return self.info
-
-    @property
-    def max_running(self) -> int:
-        """Most requests at once: the setting's and the engine's limit."""
-        return min(self.settings.max_running, self.info.max_running) if self.info else 0
-
-    @property
-    def cost(self) -> StepCost:
-        """The cost model in force: measured here once that is possible, else what was given."""
-        return self.calibrator.cost
-
-    def measured_cost(self) -> StepCost | None:
-        """The cost model of this very engine; None until it has seen enough steps."""
-        records = self.engine.step_records()
-        if records and self.settings.metrics_port:
-            self.steps.add(records, self.cost)
-        self.calibrator = self.calibrator.update(records)
-        return self.calibrator.cost if self.calibrator.is_identified else None
-
-    def engine_started(self, info: EngineInfo) -> None:
-        """Take over the engine's own limits."""
-        self.info = info
-        limits = replace(
-            self.calibrator.prior,
-            kv_capacity_tokens=info.kv_capacity_tokens,
-            max_batched_tokens=info.max_batched_tokens,
-            max_num_seqs=self.max_running,
-        )
-        self.calibrator = Calibrator(prior=limits)
 
     async def abort(self, sessions: Iterable[Session]) -> None:
         """Stop computing these; a dead engine has stopped already."""
@@ -157,26 +91,13 @@ class WorkerState:
         except EngineDied:
             return None
 
-    @property
-    def move_price(self) -> MovePrice:
-        """What moving a running request costs: its target prefills it again, or reads its KV cache."""
-        if not self.engine_info.can_move_kv:
-            return MovePrice()
-        kv_bytes_per_token = self.engine_info.kv_bytes_per_token
-        if self.settings.engine == "emulated":  # as the simulator has it
-            bandwidth = self.settings.emulated_kv_bytes_per_s
-            return MovePrice(bandwidth_bytes_per_s=bandwidth, kv_bytes_per_token=kv_bytes_per_token)
-        return MovePrice(
-            bandwidth_bytes_per_s=KV_BYTES_PER_S, kv_bytes_per_token=kv_bytes_per_token, fixed_ms=KV_FIXED_MS
-        )
-
     async def drop(self, sessions: Iterable[Session]) -> None:
         """Stop computing requests that are no longer ours; tell the observer what became of them."""
-        gone = [s for s in sessions if self.sessions.pop(s.engine_id, None) is not None]
+        gone = [session for session in sessions if self.sessions.drop(session)]
         if not gone:
             return
         await self.abort(gone)
-        self.nudge.set()
+        self.sessions.wake()
         records = await self.executor.run_many([self.reads.record(session.request_id) for session in gone])
         for session, record in zip(gone, records, strict=True):
             if record is not None and record.state in ("cancelled", "expired"):
@@ -196,7 +117,7 @@ class WorkerState:
             view = RequestView(
                 request_id=request_id,
                 stage=stage,
-                range_text=self.range_text(stage),
+                range_text=self.placement.range_text(stage),
                 prompt_tokens=record.prompt_tokens or 0,
                 max_tokens=record.max_tokens or 0,
                 num_resumed=record.offset,
@@ -205,30 +126,12 @@ class WorkerState:
             )
             self.observer.request_cancelled(view)
 
-    @property
-    def prefills(self) -> list[int]:
-        """Lengths of the requests here that have no token yet, without those that bring their KV cache, tokens."""
-        waiting = (s for s in list(self.sessions.values()) if s.awaits_first_token and not s.grant.kv)
-        return [session.length_tokens for session in waiting]
-
-    @property
-    def pending_prefill_tokens(self) -> int:
-        """All of these together."""
-        return sum(self.prefills)
-
     def expected_remaining(self, session: Session) -> float:
         """Tokens it still generates: all where nothing else ends the output, else by what others went on to."""
         params, left = session.params, session.remaining_tokens
         if params.ignore_eos and not params.stop and not params.stop_token_ids:
             return float(left)
         return self.fleet_view.outputs.expected_remaining(len(session.output_ids), limit=left)
-
-    def range_text(self, stage: int) -> str:
-        """The range of a stage as people write it."""
-        if stage >= len(self.plan.stages):
-            return "?"
-        found = self.plan.stages[stage]
-        return f"{found.low_tokens}–{'∞' if found.high_tokens is None else found.high_tokens}"
 
     def view(self, session: Session) -> RequestView:
         """A session as a dashboard may show it."""
@@ -246,63 +149,64 @@ class WorkerState:
 
     def load(self) -> WorkerLoad:
         """What this worker does now, as it publishes it."""
-        stats, info = self.engine.stats(), self.info
+        stats = self.engine.stats()
+        info = self.profile.info if self.profile.is_started else None
         return WorkerLoad(
             worker_id=self.worker_id,
             incarnation=self.lease.incarnation,
-            stage=self.stage,
+            stage=self.placement.stage,
             num_running=len(self.sessions),
             num_waiting_in_engine=stats.num_waiting,
-            context_tokens=sum(session.length_tokens for session in list(self.sessions.values())),
-            pending_prefill_tokens=self.pending_prefill_tokens,
+            context_tokens=sum(session.length_tokens for session in self.sessions),
+            pending_prefill_tokens=self.sessions.pending_prefill_tokens,
             kv_used_tokens=stats.kv_used_tokens,
             kv_capacity_tokens=info.kv_capacity_tokens if info else 0,
-            max_running=self.max_running,
+            max_running=self.profile.max_running,
             step_ms=round(stats.last_step_ms, 3),
-            is_draining=self.is_draining,
+            is_draining=self.placement.is_draining,
             engine=info.name if info else "",
-            num_finished=self.num_finished,
+            num_finished=self.sessions.num_finished,
             num_preemptions=stats.num_preemptions,
-            is_emptying=self.is_emptying,
+            is_emptying=self.placement.is_emptying,
             can_empty=True,
         )
 
     def figures(self) -> list[WorkerSnapshot]:
         """For metrics; none before the engine has started."""
-        if self.info is None:
+        if not self.profile.is_started:
             return []
         return [
             WorkerSnapshot(
                 load=self.load(),
                 engine=self.engine.stats(),
-                steps=self.steps,
-                plan_version=self.plan.version,
-                num_stolen=self.num_stolen,
-                num_handed_over=self.num_handed_over,
-                is_calibrated=self.calibrator.is_identified,
+                steps=self.profile.steps,
+                plan_version=self.placement.plan.version,
+                num_stolen=self.sessions.num_stolen,
+                num_handed_over=self.sessions.num_handed_over,
+                is_calibrated=self.profile.is_calibrated,
             )
         ]
 
     def stats(self) -> dict[str, JsonValue]:
         """A snapshot for dashboards."""
-        if self.info is None:
+        if not self.profile.is_started:
             return {"worker": self.worker_id, "engine": "loading", "model": self.settings.model}
-        load, engine = self.load(), self.engine.stats()
+        load, engine, info = self.load(), self.engine.stats(), self.profile.info
         return {
             "worker": self.worker_id,
-            "engine": f"{load.engine} {self.info.version}",
-            "model": self.info.model,
+            "engine": f"{load.engine} {info.version}",
+            "model": info.model,
             "stage": load.stage,
-            "range_tokens": self.range_text(load.stage),
-            "plan_version": self.plan.version,
+            "range_tokens": self.placement.range_text(load.stage),
+            "plan_version": self.placement.plan.version,
             "running": load.num_running,
             "max_running": load.max_running,
             "context_tokens": load.context_tokens,
             "kv_share": round(load.kv_share, 4),
             "step_ms": load.step_ms,
             "finished": load.num_finished,
-            "stolen": self.num_stolen,
-            "handed_over": self.num_handed_over,
+            "stolen": self.sessions.num_stolen,
+            "handed_over": self.sessions.num_handed_over,
             "kv_loads": engine.num_kv_loads,
             "kv_misses": engine.num_kv_misses,
             "draining": load.is_draining,

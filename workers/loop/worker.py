@@ -13,7 +13,6 @@ from pydantic import JsonValue
 from l4queue.config import Settings
 from l4queue.cost.step import StepCost
 from l4queue.models import Plan
-from l4queue.planning.histogram import Buckets, growth_fields
 from l4queue.protocol.plans import read_plan
 from l4queue.protocol.upkeep import Upkeep
 from workers.engine.base import Engine, EngineDied, EngineOutput
@@ -75,7 +74,6 @@ class Worker:
             self.state, self._writer, self._rollback, evacuate_before_prefill=self._mover.evacuate_before_prefill
         )
         self._tasks_set = TaskSet()
-        self._buckets = Buckets.log_spaced(settings.max_model_len)
         self._stopping = asyncio.Event()
         self._early_refresh = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -86,7 +84,7 @@ class Worker:
         state = self.state
         try:
             info = await self._engine.start()
-            state.engine_started(info)
+            state.profile.started(info)
             log.info("worker %s ready: %s %s of %s", state.worker_id, info.name, info.version, info.model)
             if not self._stopping.is_set():
                 await self._serve()
@@ -113,11 +111,11 @@ class Worker:
 
     def active(self) -> list[RequestView]:
         """The requests running here."""
-        return [self.state.view(session) for session in list(self.state.sessions.values())]
+        return [self.state.view(session) for session in self.state.sessions]
 
     async def _serve(self) -> None:
         state = self.state
-        state.plan = (await state.fleet_view.refresh()).plan
+        state.placement.follow((await state.fleet_view.refresh()).plan)
         await state.lease.begin()
         failure = await self._run_loops()
         async with asyncio.timeout(self.settings.drain_s):
@@ -127,7 +125,7 @@ class Worker:
             has_died = isinstance(failure, EngineDied)
             why = "engine died" if has_died else "worker stops"
             culprit = state.work.culprit(failure)
-            await self._writer.give_back(list(state.sessions.values()), why=why, blame=has_died, culprit=culprit)
+            await self._writer.give_back(list(state.sessions), why=why, blame=has_died, culprit=culprit)
             await state.lease.end()
         if failure is not None:
             raise failure
@@ -149,7 +147,9 @@ class Worker:
             self._take_for_ever(),
             self._write_for_ever(),
             state.lease.keep(self._on_lost),
-            listener.run(lambda: (str(state.stage), state.sibling_stages, state.lease.incarnation)),
+            listener.run(
+                lambda: (str(state.placement.stage), state.placement.sibling_stages, state.lease.incarnation)
+            ),
             self._keep_up(),
             self._look_around(),
             self._mover.failure(),
@@ -161,7 +161,7 @@ class Worker:
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            state.is_draining = True
+            state.placement.drain()
             await _cancel_all(tasks)
         failure = next((error for task in done if (error := task.exception()) is not None), None)
         if failure is not None:
@@ -170,14 +170,14 @@ class Worker:
 
     async def _take_for_ever(self) -> None:
         while True:
-            self.state.nudge.clear()
+            self.state.sessions.begin_round()
             await self._rollback.look()
             has_taken = await self._intake.pull_once() > 0
             try:
-                # Not wait_for: in Python 3.11 it swallows a cancellation that meets a nudge, and the drain
+                # Not wait_for: in Python 3.11 it swallows a cancellation that meets a wake-up, and the drain
                 # would wait for this loop for ever.
                 async with asyncio.timeout(self._intake.pull_delay_s() if has_taken else _IDLE_S):
-                    await self.state.nudge.wait()
+                    await self.state.sessions.woken()
             except TimeoutError:
                 continue
 
@@ -216,14 +216,13 @@ class Worker:
             touched.append(session)
             if output.token_ids:
                 upto = session.length_tokens
-                grown = growth_fields(self._buckets, from_tokens=upto - len(output.token_ids), to_tokens=upto)
-                self.state.lease.histogram.update(grown)
+                self.state.growth.add(from_tokens=upto - len(output.token_ids), to_tokens=upto)
         return touched
 
     async def _keep_up(self) -> None:
         upkeep = Upkeep(settings=self.settings, executor=self.state.executor)
         while True:
-            await upkeep.run_once(self.state.plan)
+            await upkeep.run_once(self.state.placement.plan)
             await asyncio.sleep(upkeep.interval_s)
 
     async def _look_around(self) -> None:
@@ -237,16 +236,16 @@ class Worker:
             overview = await fleet_view.refresh()
             self._adopt(overview.plan)  # the listener may have begun just after it was published
             await self._mover.ask_once()
-            self._intake.private_due = True  # a wake-up may have been missed
+            self._intake.expect_private()  # a wake-up may have been missed
             if fleet_view.num_waiting:
-                state.nudge.set()  # perhaps there is something to steal
+                state.sessions.wake()  # perhaps there is something to steal
 
     def _on_wake(self, is_private_queue: bool) -> None:
         if is_private_queue:
-            self._intake.private_due = True
-            self.state.nudge.set()
+            self._intake.expect_private()
+            self.state.sessions.wake()
         else:
-            asyncio.get_running_loop().call_later(self._intake.pull_delay_s(), self.state.nudge.set)
+            asyncio.get_running_loop().call_later(self._intake.pull_delay_s(), self.state.sessions.wake)
 
     def _on_other(self) -> None:
         """Something waits in another stage: a worker with nothing to wait for looks whether to steal it."""
@@ -255,7 +254,7 @@ class Worker:
 
     def _on_cancel(self, request_ids: Sequence[str]) -> None:
         wanted = set(request_ids)
-        self._tasks_set.start(self.state.drop([s for s in self.state.sessions.values() if s.request_id in wanted]))
+        self._tasks_set.start(self.state.drop([s for s in self.state.sessions if s.request_id in wanted]))
 
     def _on_plan(self, body: str) -> None:
         plan = read_plan(body, key=self.state.keys.plans)
@@ -264,15 +263,14 @@ class Worker:
 
     def _adopt(self, plan: Plan) -> None:
         state = self.state
-        if plan.version <= state.plan.version:
+        if not state.placement.follow(plan):
             return
-        state.plan = plan
         self._mover.watch_anew()
-        log.info("plan %d: %s serves stage %d", state.plan.version, state.worker_id, state.stage)
-        state.nudge.set()
+        log.info("plan %d: %s serves stage %d", plan.version, state.worker_id, state.placement.stage)
+        state.sessions.wake()
 
     def _on_lost(self) -> None:
-        self._tasks_set.start(self.state.drop(list(self.state.sessions.values())))
+        self._tasks_set.start(self.state.drop(list(self.state.sessions)))
 
     def _cancel(self, request_id: str) -> None:
         self._tasks_set.start(self.state.cancel(request_id))

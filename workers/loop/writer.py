@@ -79,7 +79,7 @@ class Writer:
         ]
         await state.executor.run_many(calls)
         for session in left:
-            if state.sessions.pop(session.engine_id, None) is not None:
+            if state.sessions.drop(session):
                 state.observer.request_moved(state.view(session), why=why)
         log.info("gave back %d requests: %s", len(left), why)
 
@@ -132,9 +132,7 @@ class Writer:
 
     def _settled(self, session: Session, outcome: Outcome) -> None:
         state = self._state
-        state.sessions.pop(session.engine_id, None)
-        state.num_finished += 1
-        state.nudge.set()
+        state.sessions.settle(session)
         runtime_s = asyncio.get_running_loop().time() - session.started_s
         view = state.view(session)
         if outcome.state is RequestState.DONE:

@@ -55,10 +55,10 @@ async def test_the_emulated_engine_moves_kv_at_the_rate_that_is_set(rate: float)
     worker = make_worker(settings, NullObserver())
     engine, state = worker.state.engine, worker.state
     info = await engine.start()
-    state.engine_started(info)
+    state.profile.started(info)
     try:
         assert info.can_move_kv == bool(rate)
-        price = state.move_price
+        price = state.profile.move_price
         assert price.bandwidth_bytes_per_s == (rate or None)
         if rate:
             shipped = read_coefficients(settings.emulated_gpu, settings.emulated_model)

@@ -1,0 +1,114 @@
+"""Sessions of a worker: the requests that run here, which of them move, and the wake-up of its intake."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+
+from l4queue.protocol.calls import MoveKind
+from workers.loop.session import Session
+
+__all__ = ("Sessions",)
+
+
+class Sessions:
+    """Holds them by their id in the engine. Changed on the event loop only; reading is safe on any thread."""
+
+    def __init__(self) -> None:
+        self._by_id: dict[str, Session] = {}
+        self._woken = asyncio.Event()
+        self._num_finished = 0
+        self._num_stolen = 0
+        self._num_handed_over = 0
+
+    def __len__(self) -> int:
+        return len(self._by_id)
+
+    def __iter__(self) -> Iterator[Session]:
+        return iter(list(self._by_id.values()))
+
+    def __contains__(self, engine_id: str) -> bool:
+        return engine_id in self._by_id
+
+    def get(self, engine_id: str) -> Session | None:
+        """The session with this id in the engine, if it still runs here."""
+        return self._by_id.get(engine_id)
+
+    def ids(self) -> frozenset[str]:
+        """The ids in the engine of all."""
+        return frozenset(self._by_id)
+
+    @property
+    def num_finished(self) -> int:
+        """Requests settled by this worker."""
+        return self._num_finished
+
+    @property
+    def num_stolen(self) -> int:
+        """Waiting requests taken from other stages."""
+        return self._num_stolen
+
+    @property
+    def num_handed_over(self) -> int:
+        """Hand-overs and escapes begun."""
+        return self._num_handed_over
+
+    @property
+    def prefills(self) -> list[int]:
+        """Lengths of the requests here that have no token yet, without those that bring their KV cache, tokens."""
+        return [s.length_tokens for s in self if s.awaits_first_token and not s.grant.kv]
+
+    @property
+    def pending_prefill_tokens(self) -> int:
+        """All of these together."""
+        return sum(self.prefills)
+
+    def add(self, session: Session, *, watch_tokens: int | None) -> None:
+        """Run this one from now on; its move is considered from `watch_tokens` on, never where that is None."""
+        self._by_id[session.engine_id] = session
+        session.watch_from(watch_tokens)
+
+    def watch(self, session: Session, *, from_tokens: int) -> None:
+        """Consider a move of this one again at that length."""
+        session.watch_from(from_tokens)
+
+    def watch_all(self, *, from_tokens: int | None) -> None:
+        """Consider moves of all that are as long as that or grow to it; none where it is None."""
+        for session in self:
+            session.watch_from(from_tokens)
+
+    def begin_move(self, session: Session, kind: MoveKind | None = None) -> None:
+        """Let this one leave: it moves nowhere else meanwhile. `kind` is None where it is given back."""
+        if kind in (MoveKind.HANDOVER, MoveKind.ESCAPE):
+            self._num_handed_over += 1
+        session.begin_move()
+
+    def end_move(self, session: Session) -> None:
+        """This one stays."""
+        session.end_move()
+
+    def settle(self, session: Session) -> None:
+        """This one has its outcome: count it and wake the intake."""
+        self._by_id.pop(session.engine_id, None)
+        self._num_finished += 1
+        self.wake()
+
+    def drop(self, session: Session) -> bool:
+        """Forget this one, which goes on elsewhere or nowhere; False where it was gone already."""
+        return self._by_id.pop(session.engine_id, None) is not None
+
+    def count_stolen(self, num_requests: int) -> None:
+        """Count waiting requests that were taken from other stages."""
+        self._num_stolen += num_requests
+
+    def wake(self) -> None:
+        """Begin the next round of the intake now: there is room, or something to take."""
+        self._woken.set()
+
+    def begin_round(self) -> None:
+        """Forget earlier wake-ups: the round that begins sees their cause."""
+        self._woken.clear()
+
+    async def woken(self) -> None:
+        """Wait for a wake-up since the round began."""
+        await self._woken.wait()
