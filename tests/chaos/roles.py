@@ -17,7 +17,7 @@ import dispatcher.__main__ as dispatcher_main
 import dispatcher.planner.rounds as replanning
 import dispatcher.routing.service as dispatcher_service
 import l4queue.client.aio as client_module
-import workers.loop.state as worker_state
+import workers.loop.context as worker_context
 from dispatcher.routing.service import Dispatcher
 from l4queue import AsyncClient, Settings
 from l4queue.errors import L4QueueError, RequestCancelled, RequestExpired, RequestTooLong, UnknownRequest
@@ -66,7 +66,7 @@ def settings_of(job: dict[str, Any]) -> Settings:
 def _begin(job: dict[str, Any]) -> Settings:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(process)d %(name)s %(message)s")
     FaultyExecutor.faults = Faults([fuse_from(row) for row in job.get("fuses", ())], Path(job["journal"]))
-    modules: tuple[Any, ...] = (worker_state, client_module, replanning)
+    modules: tuple[Any, ...] = (worker_context, client_module, replanning)
     for module in modules:
         module.AsyncExecutor = FaultyExecutor
     keeping: Any = lease_thread

@@ -27,7 +27,7 @@ async def pipeline(redis_url: str, namespace: str) -> AsyncIterator[Pipeline]:
 
 def _running(worker: Worker) -> tuple[int, int]:
     """(background, others)."""
-    kinds = [session.grant.is_background for session in list(worker.state.sessions)]
+    kinds = [session.grant.is_background for session in list(worker.sessions)]
     return sum(kinds), len(kinds) - sum(kinds)
 
 
@@ -71,14 +71,14 @@ async def test_who_comes_to_a_full_engine_gets_a_slot_and_the_batch_goes_on_late
     worker = pipeline.start("w0", speed=1.0)
     handles = await _batch(pipeline, 16, max_tokens=1500)
     await until(lambda: true(_running(worker) == (16, 0)))
-    await until(lambda: true(all(s.output_ids for s in worker.state.sessions)))
+    await until(lambda: true(all(s.output_ids for s in worker.sessions)))
 
     talk = await pipeline.client.enqueue("hello", max_tokens=20, ignore_eos=True)
     result = await talk.result(timeout=120)
 
     background, _ = _running(worker)
     assert 1 <= background <= 12, "a quarter of the slots is for newcomers"
-    stay = {s.request_id for s in worker.state.sessions if s.grant.is_background}
+    stay = {s.request_id for s in worker.sessions if s.grant.is_background}
     assert result.e2e_s < 2.0, "a batch request takes 6 s"
     results = [await handle.result(timeout=120) for handle in handles]
     assert all(len(r.token_ids) == 1500 for r in results)

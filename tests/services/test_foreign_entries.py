@@ -60,7 +60,7 @@ class Place:
     @property
     def incarnation(self) -> str:
         """Of the worker that serves."""
-        return self.worker.state.lease.incarnation
+        return self.worker.lease.incarnation
 
     async def good(self, number: int = 3) -> None:
         """Requests of well-behaved clients are done."""
@@ -88,7 +88,7 @@ class Place:
             await self.dispatcher.adopt_once()
             await replan_once(self.settings)
             await refine_once(self.settings)
-            await self.worker.state.fleet_view.refresh()
+            await self.worker.fleet_view.refresh()
             await asyncio.to_thread(self._look_blocking)
             await self.client.plan_history()
             await self.client.dead_letters()

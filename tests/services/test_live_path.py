@@ -73,7 +73,7 @@ async def test_beside_a_prompt_of_many_steps_nothing_is_taken(pipeline: Pipeline
 
     async def all_begun() -> bool:
         nonlocal most
-        most = max(most, len(worker.state.sessions.prefills))
+        most = max(most, len(worker.sessions.prefills))
         return all([(await handle.status()).first_token_ms is not None for handle in handles])
 
     await until(all_begun)

@@ -83,8 +83,8 @@ async def _travel(pipeline: Pipeline) -> None:
     for name in ("w0", "w1", "w2"):
         pipeline.start(name, speed=1.0, cost=CROWDED)
     await pipeline.publish(*_stages((0, 40, ("w0",)), (40, 120, ("w1",)), (120, None, ("w2",))))
-    await until(lambda: true(all(w.state.placement.plan.version for w, _ in pipeline.workers.values())))
-    await until(lambda: true(all(len(w.state.fleet_view.others()) == 2 for w, _ in pipeline.workers.values())))
+    await until(lambda: true(all(w.placement.plan.version for w, _ in pipeline.workers.values())))
+    await until(lambda: true(all(len(w.fleet_view.others()) == 2 for w, _ in pipeline.workers.values())))
     # crowds that stay: a penalty pins a request to its worker
     stays = {"max_tokens": 600, "ignore_eos": True, "presence_penalty": 0.5}
     crowd = [await pipeline.client.enqueue("x" * length, **stays) for length in (5,) * 16 + (60,) * 6]
@@ -114,8 +114,8 @@ async def _travel(pipeline: Pipeline) -> None:
 async def _outgrow(pipeline: Pipeline, num_tokens: int) -> AsyncHandle:
     """A request that will outgrow the crowded stage of w0 while w1 idles."""
     await pipeline.publish(*_stages((0, 40, ("w0",)), (40, None, ("w1",))))
-    await until(lambda: true(all(w.state.placement.plan.version for w, _ in pipeline.workers.values())))
-    await until(lambda: true(all(w.state.fleet_view.others() for w, _ in pipeline.workers.values())))
+    await until(lambda: true(all(w.placement.plan.version for w, _ in pipeline.workers.values())))
+    await until(lambda: true(all(w.fleet_view.others() for w, _ in pipeline.workers.values())))
     stays = {"max_tokens": 600, "ignore_eos": True, "presence_penalty": 0.5}
     for _ in range(12):
         await pipeline.client.enqueue("x" * 5, **stays)
@@ -137,11 +137,11 @@ async def test_the_kv_cache_moves_with_the_request_where_engines_can_move_it(
         (moved,) = [line for line in await _ledger(pipeline, handle.id) if line["what"] == "hand-over"]
         assert moved["kv"]
         length_tokens = len("hello") + moved["offset"]
-        stats = target.state.engine.stats()
+        stats = target.context.engine.stats()
         assert (stats.num_kv_loads, stats.num_kv_misses) == (1, 0)
         assert target.stats()["kv_loads"] == 1
         # a token or two may be computed between decision and cut
-        price = target.state.profile.move_price
+        price = target.profile.move_price
         costs = [price.delay_ms(length_tokens - late, CROWDED) for late in range(4)]
         assert price.bandwidth_bytes_per_s == rate
         assert any(moved["cost_ms"] == pytest.approx(cost, abs=0.001) for cost in costs), (moved, costs)
@@ -157,8 +157,8 @@ async def test_what_runs_leaves_before_a_long_prefill(redis_url: str, namespace:
         for name in ("w0", "w1"):
             pipeline.start(name, speed=1.0, cost=slow)
         await pipeline.publish(*_stages((0, 100, ("w0",)), (100, None, ("w1",))))
-        await until(lambda: true(all(w.state.placement.plan.version for w, _ in pipeline.workers.values())))
-        await until(lambda: true(all(w.state.fleet_view.others() for w, _ in pipeline.workers.values())))
+        await until(lambda: true(all(w.placement.plan.version for w, _ in pipeline.workers.values())))
+        await until(lambda: true(all(w.fleet_view.others() for w, _ in pipeline.workers.values())))
         prompt = "x" * 150
         decoding = await pipeline.client.enqueue(prompt, max_tokens=400, ignore_eos=True)
         async for _ in decoding.stream(timeout=120):
@@ -242,7 +242,7 @@ async def test_a_request_that_ends_while_it_moves_has_ended(
     async with open_pipeline(redis_url, namespace, steal_from="none", max_running=32) as pipeline:
         source = pipeline.start("w0", speed=1.0, cost=CROWDED, make_engine=CutWaits)
         target = pipeline.start("w1", speed=1.0, cost=CROWDED)
-        engine = source.state.engine
+        engine = source.context.engine
         assert isinstance(engine, CutWaits)
         handle = await _outgrow(pipeline, 300)
         async with asyncio.timeout(120):
@@ -256,7 +256,7 @@ async def test_a_request_that_ends_while_it_moves_has_ended(
         with pytest.raises(ending):
             await _read(handle, read)
         engine.may_go_on.set()
-        await until(lambda: true(all(s.request_id != handle.id for s in source.state.sessions)))
+        await until(lambda: true(all(s.request_id != handle.id for s in source.sessions)))
 
         assert 0 < len(read) < 300
         assert tuple(read) == (await _uncut("hello", 300))[: len(read)]
@@ -294,7 +294,7 @@ async def test_a_newcomer_joins_the_stage_that_lacks_workers(pipeline: Pipeline)
     handle = await pipeline.client.enqueue("y" * 60, max_tokens=4)
     newcomer = pipeline.start("new")
     assert (await handle.result(timeout=120)).output_tokens == 4
-    assert newcomer.state.placement.stage == 1
+    assert newcomer.placement.stage == 1
 
 
 async def _publish_routing(pipeline: Pipeline, routing: Routing, *stages: StagePlan) -> None:
@@ -308,7 +308,7 @@ async def test_a_router_pushes_in_turn_and_nobody_steals(pipeline: Pipeline) -> 
     """Under round robin each gets every second request and keeps it; those of one that leaves go to others."""
     for name in ("w0", "w1"):
         pipeline.start(name, speed=1.0, cost=CROWDED)
-    await until(lambda: true(all(w.state.fleet_view.others() for w, _ in pipeline.workers.values())))
+    await until(lambda: true(all(w.fleet_view.others() for w, _ in pipeline.workers.values())))
     await _publish_routing(pipeline, Routing.ROUND_ROBIN, *_stages((0, None, ("w0", "w1"))))
     handles = []
     for index in range(20):  # the even ones are long, the odd ones short: a queue would spread them
@@ -330,7 +330,7 @@ async def test_two_pools_split_by_prompt_length(pipeline: Pipeline) -> None:
     """Short prompts to one worker, long ones to the other."""
     for name in ("w0", "w1"):
         pipeline.start(name)
-    await until(lambda: true(all(w.state.fleet_view.others() for w, _ in pipeline.workers.values())))
+    await until(lambda: true(all(w.fleet_view.others() for w, _ in pipeline.workers.values())))
     await _publish_routing(pipeline, Routing.TWO_POOL, *_stages((0, 40, ("w0",)), (40, None, ("w1",))))
     handles = [(n, await pipeline.client.enqueue("b" * n, max_tokens=2)) for n in (5, 60, 39, 40, 5)]
     assert [(await h.result(timeout=120)).worker for n, h in handles] == ["w0", "w1", "w0", "w1", "w0"]
@@ -345,7 +345,7 @@ async def test_the_least_loaded_is_so_by_what_it_runs_now(
     )  # published loads would be seen afresh each time
     for name in ("w0", "w1"):
         pipeline.start(name, speed=1.0, cost=CROWDED)
-    await until(lambda: true(all(w.state.fleet_view.others() for w, _ in pipeline.workers.values())))
+    await until(lambda: true(all(w.fleet_view.others() for w, _ in pipeline.workers.values())))
     await _publish_routing(pipeline, Routing.LEAST_LOADED, *_stages((0, None, ("w0", "w1"))))
     for index in range(1, 9):
         await pipeline.client.enqueue("a", max_tokens=1900, ignore_eos=True)

@@ -93,7 +93,7 @@ async def test_hand_overs_do_not_keep_a_worker_from_running_empty(pipeline: Pipe
         handle = await pipeline.client.get(name)
         assert (await handle.result(timeout=60)).output_tokens > 0
         assert (await handle.status()).crashes == 0
-    assert not worker.state.placement.is_emptying
+    assert not worker.placement.is_emptying
 
 
 async def test_a_request_without_end_does_not_keep_a_worker_from_running_empty(
@@ -144,31 +144,31 @@ async def test_the_stage_of_a_worker_that_runs_empty_is_served_by_others(
     """Even where it is the only one of its stage, and far from empty: what is queued there is stolen."""
     monkeypatch.setattr("workers.loop.solo._LIMITS", replace(QUICK, empty_s=1000.0))
     w0, w1 = (pipeline.start(name, speed=5.0) for name in ("w0", "w1"))
-    await until(lambda: true(all(w.state.fleet_view.others() for w in (w0, w1))))
+    await until(lambda: true(all(w.fleet_view.others() for w in (w0, w1))))
     await pipeline.publish(
         StagePlan(low_tokens=0, high_tokens=40, num_workers=1, worker_ids=("w0",)),
         StagePlan(low_tokens=40, high_tokens=None, num_workers=1, worker_ids=("w1",)),
     )
-    await until(lambda: true(w0.state.placement.plan.version == w1.state.placement.plan.version == 1))
+    await until(lambda: true(w0.placement.plan.version == w1.placement.plan.version == 1))
     pinned = {**ENDLESS, "presence_penalty": 0.5}
     busy = [await pipeline.client.enqueue("x" * n, **pinned) for n in (5, 5, 5, 5, 60)]  # type: ignore[arg-type]
     await until(lambda: true(len(w0.active()) + len(w1.active()) == 5))
     emptier, other = sorted((w0, w1), key=lambda w: len(w.active()))
-    suspect = next(iter(other.state.sessions))
+    suspect = next(iter(other.sessions))
     scene.raw.hset(scene.keys.request(suspect.request_id), "crashes", 1)
-    scene.release(suspect.request_id, other.state.lease.incarnation, suspect.grant.epoch, blame=True)
+    scene.release(suspect.request_id, other.lease.incarnation, suspect.grant.epoch, blame=True)
     assert scene.waiting(SOLO_STAGE) == [suspect.request_id]
-    await until(lambda: true(emptier.state.placement.is_emptying))
+    await until(lambda: true(emptier.placement.is_emptying))
 
     for number in range(4):
         name = f"other{number}"
         scene.submit(name, max_live_tokens=10**9, max_live_bytes=10**9, body='{"params":{"max_tokens":5}}')
-        scene.route(name, stage=str(emptier.state.placement.stage), token_ids=[1] * 60, max_tokens=5)
+        scene.route(name, stage=str(emptier.placement.stage), token_ids=[1] * 60, max_tokens=5)
         await (await pipeline.client.get(name)).result(timeout=30)
-        assert scene.record(name).worker == other.state.worker_id
+        assert scene.record(name).worker == other.context.worker_id
 
     assert scene.waiting(SOLO_STAGE) == [suspect.request_id]
-    assert emptier.state.placement.is_emptying
+    assert emptier.placement.is_emptying
     for handle in busy:
         if handle.id != suspect.request_id:
             await handle.cancel()
@@ -184,6 +184,6 @@ async def test_a_long_prompt_does_not_wait_for_what_is_handed_over_after_it(
     slow = replace(COST, alpha_ms=4.0, beta_ms=0.0, pi_ms=40.0)
     worker = pipeline.start("w0", speed=0.05, cost=slow)
     async with _handed_over(scene, "w0", num_tokens=500, every_s=0.03):
-        await until(lambda: true(worker.state.sessions.num_finished > 5 and len(worker.active()) > 4))
+        await until(lambda: true(worker.sessions.num_finished > 5 and len(worker.active()) > 4))
         long = await pipeline.client.enqueue("y" * 1900, max_tokens=2, ignore_eos=True)
         assert (await long.result(timeout=40)).output_tokens == 2

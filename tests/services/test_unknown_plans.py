@@ -39,7 +39,7 @@ async def _check(redis_url: str, namespace: str, body: bytes) -> tuple[int, str]
     async with open_pipeline(redis_url, namespace, lease_s=5.0) as opened:
         workers = [opened.start("a"), opened.start("b")]
         await opened.publish(*STAGES)
-        await until(lambda: true(all(one.state.placement.plan.version == 1 for one in workers)))
+        await until(lambda: true(all(one.placement.plan.version == 1 for one in workers)))
         raw.hset(keys.plan, mapping={"version": 2, "body": body})
         raw.xadd(keys.plans, {"version": 2, "body": body})
 
@@ -47,7 +47,7 @@ async def _check(redis_url: str, namespace: str, body: bytes) -> tuple[int, str]
         served = [(await handle.result()).worker for handle in handles]
         overview = await opened.client.overview()
         assert set(served) <= {"a", "b"}
-        assert all(one.state.placement.plan.version == 1 for one in workers)
+        assert all(one.placement.plan.version == 1 for one in workers)
         assert overview.plan.stages == STAGES
         assert (overview.plan_version, overview.has_unreadable_plan) == (2, True)
         assert any(letter.request_id in ("plan", "plans") for letter in await opened.client.dead_letters())
@@ -56,11 +56,9 @@ async def _check(redis_url: str, namespace: str, body: bytes) -> tuple[int, str]
         said = await replan_once(opened.settings)
         version = int(raw.hget(keys.plan, "version"))
         await until(
-            lambda: true(
-                all(one.state.placement.plan.version == (version if version > 2 else 1) for one in workers)
-            )
+            lambda: true(all(one.placement.plan.version == (version if version > 2 else 1) for one in workers))
         )
-        assert workers[0].state.placement.plan.stages == STAGES
+        assert workers[0].placement.plan.stages == STAGES
     raw.close()
     return version, said
 

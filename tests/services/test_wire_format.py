@@ -82,9 +82,9 @@ async def test_values_that_an_older_release_reads_strictly_keep_their_fields(
             StagePlan(low_tokens=0, high_tokens=500, num_workers=1, worker_ids=("a",)),
             StagePlan(low_tokens=500, high_tokens=None, num_workers=1, worker_ids=("b",)),
         )
-        await until(lambda: true(idle.state.placement.plan.version == 1), timeout_s=120)
+        await until(lambda: true(idle.placement.plan.version == 1), timeout_s=120)
         await replan_once(opened.settings)
-        last_published = json.loads(raw.hget(keys.worker(idle.state.lease.incarnation), "load"))
+        last_published = json.loads(raw.hget(keys.worker(idle.lease.incarnation), "load"))
         plan = json.loads(raw.hget(keys.plan, "body"))
         memory = json.loads(raw.get(keys.memory))
         body = json.loads(raw.hget(keys.request(handle.id), "body"))

@@ -61,6 +61,7 @@ OWN_BOUNDS: dict[str, Callable[[Any], bool]] = {
     "stop_token_ids": lambda value: len(value) > 64 or _any(value, lambda token: not 0 <= token < 2**31),
     "max_tokens": lambda value: value is not None and value > 10**6,
     "logprobs": lambda value: value == -1 or value > 20,
+    "min_tokens": lambda value: value > 10**6,
 }
 """What vLLM's parameters accept and we do not: docs/requests.md names each of them."""
 

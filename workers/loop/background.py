@@ -16,8 +16,13 @@ from l4queue.policy.background import (
 )
 from l4queue.policy.queue_order import background_overdue_ms
 from l4queue.protocol.records import BackgroundQuota, Grant
+from workers.loop.context import WorkerContext
+from workers.loop.engine_profile import EngineProfile
+from workers.loop.fleet_view import FleetView
+from workers.loop.placement import Placement
+from workers.loop.report import WorkerReport
 from workers.loop.session import Session
-from workers.loop.state import WorkerState
+from workers.loop.sessions import Sessions
 from workers.loop.writer import Writer
 
 __all__ = ("BackgroundWork",)
@@ -28,9 +33,24 @@ _ALWAYS_MS = 1e15  # longer than the server's clock has run: also where none eve
 class BackgroundWork:
     """Applies the policy to what this worker runs. `no_quota` is for takes of what was meant for this worker."""
 
-    def __init__(self, state: WorkerState, writer: Writer) -> None:
-        settings = state.settings
-        self._state = state
+    def __init__(
+        self,
+        context: WorkerContext,
+        *,
+        sessions: Sessions,
+        placement: Placement,
+        profile: EngineProfile,
+        fleet_view: FleetView,
+        report: WorkerReport,
+        writer: Writer,
+    ) -> None:
+        settings = context.settings
+        self._context = context
+        self._sessions = sessions
+        self._placement = placement
+        self._profile = profile
+        self._fleet_view = fleet_view
+        self._report = report
         self._writer = writer
         self._limits = BackgroundLimits(slowdown=settings.background_slowdown)
         self._quiet_ms = settings.background_quiet_s * 1000
@@ -41,8 +61,8 @@ class BackgroundWork:
 
     def hold(self, room: AdmissionBudget) -> BackgroundQuota:
         """What the next take is told. The script knows what came to the queue, this worker what runs here."""
-        state, now_ms, running = self._state, _now_ms(), self._running()
-        load, cost = state.load(), state.profile.cost
+        now_ms, running = _now_ms(), self._running()
+        load, cost = self._report.load(), self._profile.cost
         self._credit = self._credit.grown(
             now_ms=now_ms, load=load, running=running, cost=cost, limits=self._limits
         )
@@ -58,47 +78,44 @@ class BackgroundWork:
         """Charge the prefills of what was taken."""
         for grant in grants:
             if grant.is_background:
-                self._credit = self._credit.less(
-                    self._state.profile.cost.prefill_ms(grant.prompt_tokens + grant.offset)
-                )
+                self._credit = self._credit.less(self._profile.cost.prefill_ms(grant.prompt_tokens + grant.offset))
 
     async def preempt_background(self) -> None:
         """Give back what stands in the way of interactive requests, if there are any."""
-        state = self._state
-        chosen = set(give_back(state.load(), self._running(), cost=state.profile.cost, limits=self._limits))
+        chosen = set(give_back(self._report.load(), self._running(), cost=self._profile.cost, limits=self._limits))
         if not chosen or await self._is_quiet():
             return
-        leaving = [session for session in state.sessions if session.request_id in chosen]
+        leaving = [session for session in self._sessions if session.request_id in chosen]
         for session in leaving:
-            state.sessions.begin_move(session)
+            self._sessions.begin_move(session)
         await self._writer.give_back(leaving, why="makes way for interactive requests")
 
     async def _is_quiet(self) -> bool:
         """Whether no other request is here or came to the stage for some time."""
-        state = self._state
+        context = self._context
         if self._local_quiet_ms() < self._quiet_ms:
             return False
-        reads = state.reads
-        now_ms, came_ms = await state.executor.run_many(
-            [reads.server_time_ms(), reads.foreground_ms(str(state.placement.stage))]
+        reads = context.reads
+        now_ms, came_ms = await context.executor.run_many(
+            [reads.server_time_ms(), reads.foreground_ms(str(self._placement.stage))]
         )
         return came_ms is None or now_ms - came_ms >= self._quiet_ms
 
     def _local_quiet_ms(self) -> float:
         """How long ago another request was last seen here."""
-        if any(not session.grant.is_background for session in self._state.sessions):
+        if any(not session.grant.is_background for session in self._sessions):
             self._foreground_ms = _now_ms()
         return _now_ms() - self._foreground_ms
 
     def _running(self) -> list[RunningBackground]:
-        return [self._look_at(s) for s in self._state.sessions if s.grant.is_background]
+        return [self._look_at(s) for s in self._sessions if s.grant.is_background]
 
     def _look_at(self, session: Session) -> RunningBackground:
         is_bound = session.params.is_pinned and not session.awaits_first_token
         return RunningBackground(
             request_id=session.request_id,
             length_tokens=session.length_tokens,
-            expected_remaining_tokens=self._state.expected_remaining(session),
+            expected_remaining_tokens=self._fleet_view.expected_remaining(session),
             awaits_prefill=session.awaits_first_token,
             is_fixed=session.is_moving or session.has_ended or is_bound,
         )

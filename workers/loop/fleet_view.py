@@ -17,6 +17,7 @@ from l4queue.policy.output_lengths import OutputLengths
 from l4queue.protocol.executor import AsyncExecutor
 from l4queue.protocol.keys import SOLO_STAGE, Keys
 from l4queue.protocol.reads import Reads
+from workers.loop.session import Session
 
 __all__ = ("FleetView",)
 
@@ -89,6 +90,13 @@ class FleetView:
             num_workers=self._num_able[stage],
             cost=cost,
         )
+
+    def expected_remaining(self, session: Session) -> float:
+        """Tokens it still generates: all where nothing else ends the output, else by what others went on to."""
+        params, left = session.params, session.remaining_tokens
+        if params.ignore_eos and not params.stop and not params.stop_token_ids:
+            return float(left)
+        return self.outputs.expected_remaining(len(session.output_ids), limit=left)
 
     @property
     def num_waiting(self) -> int:

@@ -26,10 +26,16 @@ from l4queue.protocol.foreign import finding
 from l4queue.protocol.keys import SOLO_STAGE, private_queue
 from l4queue.protocol.records import BackgroundQuota, Grant, Outcome, OutputEntry
 from workers.loop.background import BackgroundWork
+from workers.loop.context import WorkerContext
+from workers.loop.engine_profile import EngineProfile
+from workers.loop.fleet_view import FleetView
+from workers.loop.lease import Lease
+from workers.loop.placement import Placement
+from workers.loop.report import WorkerReport, view_of
 from workers.loop.rollback import Rollback
 from workers.loop.session import Session, engine_id
+from workers.loop.sessions import Sessions
 from workers.loop.solo import SoloTurn
-from workers.loop.state import WorkerState
 from workers.loop.writer import Writer
 
 __all__ = ("Intake",)
@@ -45,19 +51,33 @@ class Intake:
 
     def __init__(
         self,
-        state: WorkerState,
-        writer: Writer,
-        rollback: Rollback,
+        context: WorkerContext,
         *,
+        sessions: Sessions,
+        placement: Placement,
+        profile: EngineProfile,
+        fleet_view: FleetView,
+        lease: Lease,
+        report: WorkerReport,
+        writer: Writer,
+        background: BackgroundWork,
+        solo: SoloTurn,
+        rollback: Rollback,
         evacuate_before_prefill: Callable[[], Awaitable[None]],
     ) -> None:
         """`evacuate_before_prefill` is awaited before a prompt begins whose prefill holds up what runs."""
-        self._state = state
+        self._context = context
+        self._sessions = sessions
+        self._placement = placement
+        self._profile = profile
+        self._fleet_view = fleet_view
+        self._lease = lease
+        self._report = report
         self._writer = writer
-        self._background = BackgroundWork(state, writer)
+        self._background = background
+        self._solo = solo
         self._rollback = rollback
         self._evacuate_before_prefill = evacuate_before_prefill
-        self._solo = SoloTurn(state, writer)
         self._waits_for: frozenset[str] | None = None  # what ran when the queue was last found to wait
         self._private_due = True  # something may wait for this worker alone
 
@@ -70,7 +90,6 @@ class Intake:
 
         While this worker is to be empty for a request of the solo queue, nothing but that.
         """
-        state = self._state
         if await self._solo.look():
             if self._private_due:
                 self._private_due = await self._solo.send_on()
@@ -88,45 +107,45 @@ class Intake:
             return 0
         room = self._without_newcomers(room)
         hold = self._background.hold(room)
-        if taken := await self._take(str(state.placement.stage), room, hold=hold):
+        if taken := await self._take(str(self._placement.stage), room, hold=hold):
             self._waits_for = None
             return taken
         return await self._steal(room, hold)
 
     def _without_newcomers(self, room: AdmissionBudget) -> AdmissionBudget:
         """A prompt that waits for what runs to end waits for what ran when it began to, not for hand-overs."""
-        state = self._state
-        if not state.fleet_view.num_queued(state.placement.stage):
+        if not self._fleet_view.num_queued(self._placement.stage):
             self._waits_for = None
             return room
-        here = state.sessions.ids()
+        here = self._sessions.ids()
         self._waits_for = here if self._waits_for is None else self._waits_for & here
         return room if self._waits_for else replace(room, longest_tokens=UNBOUNDED_TOKENS)
 
     def room(self) -> AdmissionBudget:
         """What may be taken now: by the policy, and a step of prefill at a time: a long prompt is seen first."""
-        state, info, fleet_view = self._state, self._state.profile.info, self._state.fleet_view
-        is_ours = state.placement.is_l4
-        has_long = max(state.sessions.prefills, default=0) > info.max_batched_tokens
+        info, fleet_view = self._profile.info, self._fleet_view
+        is_ours = self._placement.is_l4
+        has_long = max(self._sessions.prefills, default=0) > info.max_batched_tokens
         limits = AdmissionLimits(
             prefill_tokens=(_LONG_PREFILL_STEPS if has_long else _PREFILL_STEPS) * info.max_batched_tokens,
             remaining_tokens=fleet_view.outputs.mean_tokens if is_ours else None,
         )
-        waiting = fleet_view.num_queued(state.placement.stage) / state.placement.num_sharers
-        room = admission_budget(state.load(), cost=state.profile.cost, limits=limits, num_waiting=waiting)
+        waiting = fleet_view.num_queued(self._placement.stage) / self._placement.num_sharers
+        load = self._report.load()
+        room = admission_budget(load, cost=self._profile.cost, limits=limits, num_waiting=waiting)
         return replace(room, prefill_tokens=min(room.prefill_tokens, info.max_batched_tokens))
 
     def pull_delay_s(self) -> float:
         """How long to let other workers of the stage go first; what waits for this one alone waits no longer."""
-        state = self._state
-        if self._private_due or state.placement.num_sharers < 2:
+        if self._private_due or self._placement.num_sharers < 2:
             return 0.0
-        lightest_ms = state.fleet_view.lightest_ms(state.placement.stage, cost=state.profile.cost)
-        return pull_delay_ms(batch_ms(state.load(), cost=state.profile.cost), lightest_ms=lightest_ms) / 1000
+        cost = self._profile.cost
+        lightest_ms = self._fleet_view.lightest_ms(self._placement.stage, cost=cost)
+        return pull_delay_ms(batch_ms(self._report.load(), cost=cost), lightest_ms=lightest_ms) / 1000
 
     async def _take_solo(self) -> int:
         """One request that is to run alone, where nothing runs here."""
-        if self._state.sessions:
+        if self._sessions:
             return 0
         taken = await self._take(SOLO_STAGE, _SOLO_ROOM)
         self._solo.taken()
@@ -134,13 +153,12 @@ class Intake:
 
     async def _take_private(self) -> int:
         """What was handed over or pushed to this worker, up to its slots: whoever sent it looked at the room."""
-        state = self._state
-        slots = state.profile.max_running - len(state.sessions)
-        if slots < 1 or state.placement.is_draining:
+        slots = self._profile.max_running - len(self._sessions)
+        if slots < 1 or self._placement.is_draining:
             self._private_due = True  # it waits for a slot
             return 0
         room = unbounded_budget(slots, reason="meant for this worker")
-        return await self._take(private_queue(state.worker_id), room, num_sharers=1)
+        return await self._take(private_queue(self._context.worker_id), room, num_sharers=1)
 
     async def _take(
         self,
@@ -151,21 +169,19 @@ class Intake:
         num_sharers: int | None = None,
         price: tuple[float, float] = (0.0, 0.0),
     ) -> int:
-        state = self._state
-        taker = Taker(
-            worker_id=state.worker_id, incarnation=state.lease.incarnation, stage=str(state.placement.stage)
-        )
-        call = state.calls.take(
+        context, placement = self._context, self._placement
+        taker = Taker(worker_id=context.worker_id, incarnation=self._lease.incarnation, stage=str(placement.stage))
+        call = context.calls.take(
             stage,
             taker=taker,
             nonce=uuid.uuid4().hex,
             budget=room,
             hold=hold or self._background.no_quota,
-            num_sharers=state.placement.num_sharers if num_sharers is None else num_sharers,
+            num_sharers=placement.num_sharers if num_sharers is None else num_sharers,
             benefit_ms=price[0],
             cost_ms=price[1],
         )
-        taken = await state.executor.run(call)
+        taken = await context.executor.run(call)
         if taken.verdict is Verdict.LOST:  # the next heartbeat begins a new incarnation
             return 0
         self._background.began(taken.grants)
@@ -174,12 +190,12 @@ class Intake:
 
     async def _steal(self, room: AdmissionBudget, hold: BackgroundQuota) -> int:
         """Take waiting requests of a sibling stage if the policy says that it pays."""
-        state = self._state
+        context = self._context
         if self._what_to_steal(room).stage is None:
             return 0
-        if await state.executor.run(state.reads.num_foreground(str(state.placement.stage))) > 0:
+        if await context.executor.run(context.reads.num_foreground(str(self._placement.stage))) > 0:
             return 0  # what waits here is only too long to begin now: stealing would put it off further
-        await state.fleet_view.refresh()  # by half a second's old news a queue could be emptied twice
+        await self._fleet_view.refresh()  # by half a second's old news a queue could be emptied twice
         decision = self._what_to_steal(room)
         if decision.stage is None:
             return 0
@@ -187,69 +203,70 @@ class Intake:
         taken = await self._take(
             str(decision.stage), replace(room, num_requests=decision.num_requests), hold=hold, price=price
         )
-        state.sessions.count_stolen(taken)
+        self._sessions.count_stolen(taken)
         return taken
 
     def _what_to_steal(self, room: AdmissionBudget) -> Steal:
         """The policy's decision by what was seen of the others last."""
-        state, fleet_view = self._state, self._state.fleet_view
+        fleet_view = self._fleet_view
         none = Steal(stage=None, num_requests=0, benefit_ms=0.0, cost_ms=0.0, reason="one stage")
-        if len(state.placement.plan.stages) < 2 or not state.placement.is_l4:
+        if len(self._placement.plan.stages) < 2 or not self._placement.is_l4:
             return none
-        loads = fleet_view.stage_loads(cost=state.profile.cost)
-        own = next((load for load in loads if load.stage == state.placement.stage), None)
+        loads = fleet_view.stage_loads(cost=self._profile.cost)
+        own = next((load for load in loads if load.stage == self._placement.stage), None)
         if own is None or len(loads) < 2:
             return none
         return steal_waiting(
-            state.load(),
+            self._report.load(),
             own=replace(own, queued_requests=0, queued_tokens=0),  # nothing there that could be taken
             siblings=loads,
             head_tokens={},
             max_requests=room.num_requests,
             expected_output_tokens=fleet_view.outputs.mean_tokens,
-            cost=state.profile.cost,
-            limits=state.steal_limits,
+            cost=self._profile.cost,
+            limits=self._context.steal_limits,
         )
 
     async def start(self, grants: Sequence[Grant]) -> None:
         """Hand leased requests to the engine; those that had ended before a crash are settled at once."""
-        state = self._state
+        context = self._context
         resumed = [grant for grant in grants if grant.offset]
-        outputs = await state.executor.run_many([self._state.reads.output(grant.request_id) for grant in resumed])
+        outputs = await context.executor.run_many([context.reads.output(grant.request_id) for grant in resumed])
         earlier = {g.request_id: entries for g, entries in zip(resumed, outputs, strict=True)}
         ended = []
         for grant in grants:
             session = await self._open(grant, earlier.get(grant.request_id, []))
             if session is None or await self._rollback.is_second(session):
                 continue
-            state.sessions.add(session, watch_tokens=_first_watch(session, state.placement.high_tokens))
-            state.observer.request_started(state.view(session))
+            self._sessions.add(session, watch_tokens=_first_watch(session, self._placement.high_tokens))
+            context.observer.request_started(view_of(session))
             if session.has_ended:
                 ended.append(session)
                 continue
-            if not grant.kv and has_prefill(session.length_tokens, state.profile.cost):
+            if not grant.kv and has_prefill(session.length_tokens, self._profile.cost):
                 await self._evacuate_before_prefill()
-            if session.engine_id in state.sessions:  # it may have been cancelled meanwhile
-                await state.work.steps(session.engine_id, state.engine.add(session.engine_request()))
+            if session.engine_id in self._sessions:  # it may have been cancelled meanwhile
+                await context.work.steps(session.engine_id, context.engine.add(session.engine_request()))
         await self._writer.flush(ended)
 
     async def _open(self, grant: Grant, entries: Sequence[OutputEntry]) -> Session | None:
-        state = self._state
+        context = self._context
         try:
-            with state.work.on(engine_id(grant)):
+            with context.work.on(engine_id(grant)):
                 session = Session(
                     grant,
-                    incarnation=state.lease.incarnation,
-                    stage=state.placement.stage,
-                    range_text=state.placement.range_text(state.placement.stage),
+                    incarnation=self._lease.incarnation,
+                    stage=self._placement.stage,
+                    range_text=self._placement.range_text(self._placement.stage),
                     started_s=asyncio.get_running_loop().time(),
-                    make_text=state.make_text,
+                    make_text=context.make_text,
                 )
-                session.resume(entries, eos_token_ids=state.profile.info.eos_token_ids)
+                session.resume(entries, eos_token_ids=self._profile.info.eos_token_ids)
         except ValueError as error:
             outcome = Outcome(state=RequestState.FAILED, finish_reason="invalid", error=str(error), field="body")
             await self._writer.refuse(grant, outcome)
-            await state.executor.bury([finding(state.keys.request(grant.request_id), error, (grant, entries))])
+            unreadable = finding(context.keys.request(grant.request_id), error, (grant, entries))
+            await context.executor.bury([unreadable])
             return None
         return session
 

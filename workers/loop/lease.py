@@ -15,16 +15,15 @@ from collections.abc import Callable
 from dataclasses import asdict
 
 from l4queue.compat import FORMAT
-from l4queue.config import Settings
 from l4queue.cost.move import MovePrice
 from l4queue.cost.step import StepCost
 from l4queue.errors import ServiceUnavailable
 from l4queue.models import WorkerLoad
-from l4queue.protocol.calls import Calls, Verdict
-from l4queue.protocol.executor import AsyncExecutor
+from l4queue.protocol.calls import Verdict
 from l4queue.protocol.parsing import load_to_json
 from workers.engine.base import EngineDied
-from workers.engine.loop_work import LoopWork, lease_of
+from workers.engine.loop_work import lease_of
+from workers.loop.context import WorkerContext
 from workers.loop.growth import GrowthCounts
 from workers.loop.lease_thread import LeaseThread
 
@@ -40,27 +39,22 @@ class Lease:
 
     def __init__(
         self,
+        context: WorkerContext,
         *,
-        settings: Settings,
-        executor: AsyncExecutor,
-        calls: Calls,
-        worker_id: str,
         load: Callable[[], WorkerLoad],
         cost: Callable[[], StepCost | None],
         price: Callable[[], MovePrice],
-        num_steps: Callable[[], int],
-        work: LoopWork,
         growth: GrowthCounts,
     ) -> None:
-        self._settings = settings
-        self._executor = executor
-        self._calls = calls
-        self._worker_id = worker_id
+        self._settings = settings = context.settings
+        self._executor = context.executor
+        self._calls = calls = context.calls
+        self._worker_id = context.worker_id
+        self._engine = context.engine
+        self._work = work = context.work
         self._load = load
         self._cost = cost
         self._price = price
-        self._num_steps = num_steps
-        self._work = work
         self._growth = growth
         self._seen_steps = -1
         self._progress_s = 0.0
@@ -133,7 +127,7 @@ class Lease:
 
     def _check_progress(self) -> None:
         """An engine that has stalled too long is dead. While the loop stands still nobody sees its steps."""
-        now_s, steps = asyncio.get_running_loop().time(), self._num_steps()
+        now_s, steps = asyncio.get_running_loop().time(), self._engine.stats().num_steps
         self._progress_s += max(0.0, now_s - self._checked_s - 2 * _NEWS_S)
         self._checked_s = now_s
         if steps != self._seen_steps or self._load().num_running == 0:

@@ -17,8 +17,14 @@ from l4queue.policy.handover import decide_handover, least_loaded, look_again_at
 from l4queue.policy.steal import Ask, RunningRequest, ask, bid, choose_victim, match
 from l4queue.protocol.calls import Move, MoveKind
 from l4queue.protocol.keys import private_queue
+from workers.loop.context import WorkerContext
+from workers.loop.engine_profile import EngineProfile
+from workers.loop.fleet_view import FleetView
+from workers.loop.lease import Lease
+from workers.loop.placement import Placement
+from workers.loop.report import WorkerReport, view_of
 from workers.loop.session import Session
-from workers.loop.state import WorkerState
+from workers.loop.sessions import Sessions
 from workers.loop.task_set import TaskSet
 from workers.loop.writer import Writer
 
@@ -32,8 +38,25 @@ _ESCAPE_S = 0.1  # so often it is looked again while a prefill goes on
 class Mover:
     """Decides by the policy, then moves: cut in the engine, write what there is, queue it for its new worker."""
 
-    def __init__(self, state: WorkerState, writer: Writer) -> None:
-        self._state = state
+    def __init__(
+        self,
+        context: WorkerContext,
+        *,
+        sessions: Sessions,
+        placement: Placement,
+        profile: EngineProfile,
+        fleet_view: FleetView,
+        lease: Lease,
+        report: WorkerReport,
+        writer: Writer,
+    ) -> None:
+        self._context = context
+        self._sessions = sessions
+        self._placement = placement
+        self._profile = profile
+        self._fleet_view = fleet_view
+        self._lease = lease
+        self._report = report
         self._writer = writer
         self._moves = TaskSet()
         self._last_steal_ms: int | None = None
@@ -43,7 +66,7 @@ class Mover:
 
     def watch_anew(self) -> None:
         """A new plan: whatever is beyond the end of the range now is thought about with its next token."""
-        self._state.sessions.watch_all(from_tokens=self._state.placement.high_tokens)
+        self._sessions.watch_all(from_tokens=self._placement.high_tokens)
 
     def look(self, sessions: Iterable[Session]) -> None:
         """Hand over what has outgrown the stage, and what a prefill would hold up, if that pays."""
@@ -51,7 +74,7 @@ class Mover:
             watch = session.watch_tokens
             if watch is None or session.length_tokens < watch or not session.may_move:
                 continue
-            if self._state.placement.is_l4 and len(self._moves) < self._state.steal_limits.max_moves:
+            if self._placement.is_l4 and len(self._moves) < self._context.steal_limits.max_moves:
                 self._consider(session)
         pending_tokens = self._tell()
         is_due = asyncio.get_running_loop().time() >= self._escaped_s + _ESCAPE_S
@@ -67,39 +90,35 @@ class Mover:
 
     def _tell(self) -> int:
         """Prefill that begins or ends here is news: siblings decide by it. Returns what is pending, tokens."""
-        lease, cost, pending_tokens = (
-            self._state.lease,
-            self._state.profile.cost,
-            self._state.sessions.pending_prefill_tokens,
-        )
+        lease, cost, pending_tokens = self._lease, self._profile.cost, self._sessions.pending_prefill_tokens
         told_tokens = lease.last_published.pending_prefill_tokens if lease.last_published else 0
         if abs(cost.prefill_ms(pending_tokens) - cost.prefill_ms(told_tokens)) >= MIN_PREFILL_MS:
             lease.tell()
         return pending_tokens
 
     def _may_escape(self, pending_tokens: int) -> bool:
-        state = self._state
-        is_on = state.placement.is_l4 and state.settings.hand_over and state.settings.escape
+        context = self._context
+        is_on = self._placement.is_l4 and context.settings.hand_over and context.settings.escape
         return (
             is_on
-            and len(self._moves) < state.steal_limits.max_moves
-            and may_escape(pending_tokens, cost=state.profile.cost, price=state.profile.move_price)
+            and len(self._moves) < context.steal_limits.max_moves
+            and may_escape(pending_tokens, cost=self._profile.cost, price=self._profile.move_price)
         )
 
     async def _escape(self) -> None:
         """Move running requests away from prefill that is before them here, to siblings with less."""
-        state, fleet_view = self._state, self._state.fleet_view
-        may = self._may_escape(state.sessions.pending_prefill_tokens) and any(s.may_move for s in state.sessions)
+        context, fleet_view = self._context, self._fleet_view
+        may = self._may_escape(self._sessions.pending_prefill_tokens) and any(s.may_move for s in self._sessions)
         others = fleet_view.others() if may else []
         if not others:
             return
         self._escaped_s = asyncio.get_running_loop().time()
         siblings = await fleet_view.asked_again(random.sample(others, min(NUM_REFUGES, len(others))))
-        here = state.load()
+        here = self._report.load()
         rested_s = asyncio.get_running_loop().time() - REST_MS / 1000
         by_id = {
             session.request_id: session
-            for session in state.sessions
+            for session in self._sessions
             if session.may_move and not (session.came_from and session.started_s > rested_s)
         }
         for escape in escapes(
@@ -108,9 +127,9 @@ class Mover:
             ahead_ms=self._ahead_ms(here),
             refuges=[EscapeTarget(load=load, ahead_ms=self._ahead_ms(load)) for load in siblings],
             moves_in_flight=len(self._moves),
-            cost=state.profile.cost,
-            price=state.profile.move_price,
-            limits=state.steal_limits,
+            cost=self._profile.cost,
+            price=self._profile.move_price,
+            limits=context.steal_limits,
         ):
             move = Move(kind=MoveKind.ESCAPE, benefit_ms=escape.benefit_ms, cost_ms=escape.cost_ms)
             self._begin(by_id[escape.request_id], escape.target_id, move)
@@ -123,45 +142,45 @@ class Mover:
 
     async def ask_once(self) -> None:
         """With room and nothing waiting anywhere: ask the most overloaded sibling for running requests."""
-        state, fleet_view = self._state, self._state.fleet_view
-        if not state.placement.is_l4:
+        context, fleet_view = self._context, self._fleet_view
+        if not self._placement.is_l4:
             return
-        own = state.load()
+        own = self._report.load()
         request = ask(
             own,
             num_waiting_anywhere=fleet_view.num_in_play,
             moves_in_flight=len(self._moves),
             last_move_ms=self._last_ask_ms,
             now_ms=_now_ms(),
-            cost=state.profile.cost,
-            limits=state.steal_limits,
+            cost=self._profile.cost,
+            limits=context.steal_limits,
         )
-        victim = choose_victim(own, fleet_view.others(), cost=state.profile.cost, limits=state.steal_limits)
+        victim = choose_victim(own, fleet_view.others(), cost=self._profile.cost, limits=context.steal_limits)
         if request is None or victim is None:
             return
         self._last_ask_ms = _now_ms()
         message = json.dumps({"v": FORMAT, "ask": asdict(request)})
-        await state.executor.offer(state.calls.ask(victim.incarnation, message=message))
+        await context.executor.offer(context.calls.ask(victim.incarnation, message=message))
 
     def answer(self, message: str) -> None:
         """A sibling asks: move what pays to it. UnreadableValue where it asks what this release does not know."""
-        state = self._state
+        context = self._context
         request = value_of(Ask, object_of(message, what="message").get("ask"), what="ask")
         offers = bid(
-            state.load(),
-            [self._running(session) for session in state.sessions if session.may_move],
+            self._report.load(),
+            [self._running(session) for session in self._sessions if session.may_move],
             request,
             moves_in_flight=len(self._moves),
             last_move_ms=self._last_steal_ms,
             now_ms=_now_ms(),
-            cost=state.profile.cost,
-            price=state.profile.move_price,
-            limits=state.steal_limits,
+            cost=self._profile.cost,
+            price=self._profile.move_price,
+            limits=context.steal_limits,
         )
-        by_id = {session.request_id: session for session in state.sessions}
+        by_id = {session.request_id: session for session in self._sessions}
         bids = {offer.request_id: offer for offer in offers}
-        moving = {state.worker_id: len(self._moves)}
-        for transfer in match([request], offers, moves_in_flight=moving, limits=state.steal_limits):
+        moving = {context.worker_id: len(self._moves)}
+        for transfer in match([request], offers, moves_in_flight=moving, limits=context.steal_limits):
             offer = bids[transfer.request_id]
             move = Move(kind=MoveKind.STEAL, benefit_ms=offer.benefit_ms, cost_ms=offer.cost_ms)
             self._last_steal_ms = _now_ms()
@@ -176,67 +195,64 @@ class Mover:
         await self._moves.failure()
 
     def _consider(self, session: Session) -> None:
-        state = self._state
-        stage = next_stage(state.placement.stage, session.length_tokens, state.placement.plan)
-        siblings = state.fleet_view.others(stage=stage)
-        there = least_loaded(siblings, cost=state.profile.cost, holders=(session.came_from,))
-        here = state.load()
+        stage = next_stage(self._placement.stage, session.length_tokens, self._placement.plan)
+        siblings = self._fleet_view.others(stage=stage)
+        there = least_loaded(siblings, cost=self._profile.cost, holders=(session.came_from,))
+        here = self._report.load()
         decision = decide_handover(
             session.length_tokens,
-            high_tokens=state.placement.high_tokens,
-            expected_remaining_tokens=state.expected_remaining(session),
+            high_tokens=self._placement.high_tokens,
+            expected_remaining_tokens=self._fleet_view.expected_remaining(session),
             here=here,
             there=there,
-            cost=state.profile.cost,
-            price=state.profile.move_price,
+            cost=self._profile.cost,
+            price=self._profile.move_price,
             ahead_here_ms=self._ahead_ms(here),
             ahead_there_ms=self._ahead_ms(there) if there else 0.0,
         )
         if not decision.is_move or there is None:
-            state.sessions.watch(session, from_tokens=look_again_at(session.length_tokens))
+            self._sessions.watch(session, from_tokens=look_again_at(session.length_tokens))
             return
         move = Move(kind=MoveKind.HANDOVER, benefit_ms=decision.benefit_ms, cost_ms=decision.cost_ms)
         self._begin(session, there.worker_id, move)
 
     def _ahead_ms(self, load: WorkerLoad) -> float:
         """Prefill before what that worker runs, by what is known of its stage's queue."""
-        fleet_view = self._state.fleet_view
-        return fleet_view.ahead_ms(
-            load.pending_prefill_tokens, fleet_view.stage_of(load), cost=self._state.profile.cost
-        )
+        fleet_view = self._fleet_view
+        return fleet_view.ahead_ms(load.pending_prefill_tokens, fleet_view.stage_of(load), cost=self._profile.cost)
 
     def _begin(self, session: Session, target_id: str, move: Move) -> None:
-        self._state.sessions.begin_move(session, move.kind)
+        self._sessions.begin_move(session, move.kind)
         self._moves.start(self._move(session, target_id, move))
 
     async def _move(self, session: Session, target_id: str, move: Move) -> None:
         """Cut, write, release. What fails on the way ends the worker, which gives the request back."""
-        state = self._state
-        cut = await state.cut(session)
+        context = self._context
+        cut = await self._writer.cut(session)
         if cut is None:  # its end is on the way, or the engine's
-            state.sessions.end_move(session)
+            self._sessions.end_move(session)
             return
         await self._writer.flush([session])
-        if session.engine_id not in state.sessions:  # it had ended, or was taken from us meanwhile
+        if session.engine_id not in self._sessions:  # it had ended, or was taken from us meanwhile
             return
-        call = state.calls.release(
+        call = context.calls.release(
             session.request_id,
             incarnation=session.incarnation,
             epoch=session.grant.epoch,
             stage=private_queue(target_id),
             move=Move(kind=move.kind, benefit_ms=move.benefit_ms, cost_ms=move.cost_ms, kv=cut.kv),
         )
-        await state.executor.run(call)
-        if state.sessions.drop(session):
-            state.observer.request_moved(state.view(session), why=f"{move.kind}: on to {target_id}")
-        state.sessions.wake()
+        await context.executor.run(call)
+        if self._sessions.drop(session):
+            context.observer.request_moved(view_of(session), why=f"{move.kind}: on to {target_id}")
+        self._sessions.wake()
         log.info("%s of %s at %d tokens to %s", move.kind, session.request_id, session.length_tokens, target_id)
 
     def _running(self, session: Session) -> RunningRequest:
         return RunningRequest(
             request_id=session.request_id,
             length_tokens=session.length_tokens,
-            expected_remaining_tokens=self._state.expected_remaining(session),
+            expected_remaining_tokens=self._fleet_view.expected_remaining(session),
             came_from=session.came_from or None,
         )
 

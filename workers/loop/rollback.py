@@ -10,8 +10,11 @@ import asyncio
 import logging
 
 from l4queue.models import RequestState
+from workers.loop.context import WorkerContext
+from workers.loop.lease import Lease
 from workers.loop.session import Session
-from workers.loop.state import WorkerState
+from workers.loop.sessions import Sessions
+from workers.loop.writer import Writer
 
 __all__ = ("Rollback",)
 
@@ -21,23 +24,33 @@ log = logging.getLogger("l4queue.worker")
 class Rollback:
     """Compares leases with sessions. Only between two takes: what is being started is in neither."""
 
-    def __init__(self, state: WorkerState) -> None:
-        self._state = state
+    def __init__(
+        self,
+        context: WorkerContext,
+        *,
+        sessions: Sessions,
+        lease: Lease,
+        writer: Writer,
+    ) -> None:
+        self._context = context
+        self._sessions = sessions
+        self._lease = lease
+        self._writer = writer
         self._looked_s = 0.0
 
     async def look(self) -> int:
         """Once a lease: give back what Redis holds for this worker and it does not run; how many."""
-        state, now_s = self._state, asyncio.get_running_loop().time()
-        if now_s - self._looked_s < state.settings.lease_s:
+        context, now_s = self._context, asyncio.get_running_loop().time()
+        if now_s - self._looked_s < context.settings.lease_s:
             return 0
         self._looked_s = now_s
-        incarnation = state.lease.incarnation
-        held = await state.executor.run(state.reads.held(incarnation))
-        strange = sorted(held - {session.request_id for session in state.sessions})
-        records = await state.executor.run_many([state.reads.record(request_id) for request_id in strange])
+        incarnation = self._lease.incarnation
+        held = await context.executor.run(context.reads.held(incarnation))
+        strange = sorted(held - {session.request_id for session in self._sessions})
+        records = await context.executor.run_many([context.reads.record(request_id) for request_id in strange])
         running = [r for r in records if r is not None and r.state is RequestState.RUNNING]
-        calls = [state.calls.release(r.request_id, incarnation=incarnation, epoch=r.epoch) for r in running]
-        await state.executor.run_many(calls)
+        calls = [context.calls.release(r.request_id, incarnation=incarnation, epoch=r.epoch) for r in running]
+        await context.executor.run_many(calls)
         if running:
             log.error("Redis has lost writes: gave back %d requests that are not run here", len(running))
         return len(running)
@@ -47,12 +60,14 @@ class Rollback:
 
         Both are ended: the next lease has another epoch.
         """
-        state = self._state
-        first = state.sessions.get(session.engine_id)
+        context = self._context
+        first = self._sessions.get(session.engine_id)
         if first is None:
             return False
-        await state.drop([first])
-        call = state.calls.release(session.request_id, incarnation=session.incarnation, epoch=session.grant.epoch)
-        await state.executor.run(call)
+        await self._writer.drop([first])
+        call = context.calls.release(
+            session.request_id, incarnation=session.incarnation, epoch=session.grant.epoch
+        )
+        await context.executor.run(call)
         log.error("Redis has lost writes: gave back %s, which was taken before", session.request_id)
         return True

@@ -8,7 +8,12 @@ from dataclasses import replace
 
 from l4queue.policy.solo import SoloLimits, turn_of
 from l4queue.protocol.keys import SOLO_STAGE, private_queue
-from workers.loop.state import WorkerState
+from workers.loop.context import WorkerContext
+from workers.loop.fleet_view import FleetView
+from workers.loop.lease import Lease
+from workers.loop.placement import Placement
+from workers.loop.report import WorkerReport
+from workers.loop.sessions import Sessions
 from workers.loop.writer import Writer
 
 __all__ = ("SoloTurn",)
@@ -24,8 +29,23 @@ class SoloTurn:
     What comes all the same, as from workers of an older release, is sent on to the stage of its length.
     """
 
-    def __init__(self, state: WorkerState, writer: Writer) -> None:
-        self._state = state
+    def __init__(
+        self,
+        context: WorkerContext,
+        *,
+        sessions: Sessions,
+        placement: Placement,
+        fleet_view: FleetView,
+        lease: Lease,
+        report: WorkerReport,
+        writer: Writer,
+    ) -> None:
+        self._context = context
+        self._sessions = sessions
+        self._placement = placement
+        self._fleet_view = fleet_view
+        self._lease = lease
+        self._report = report
         self._writer = writer
         self._head: str | None = None
         self._head_since_s = 0.0
@@ -33,10 +53,10 @@ class SoloTurn:
 
     async def look(self) -> bool:
         """Whether nothing may be taken now, but from the solo queue once this worker runs nothing."""
-        state, runs_alone = self._state, self._runs_alone()
+        runs_alone = self._runs_alone()
         is_emptying = runs_alone or await self._is_our_turn()
-        if state.placement.run_empty(is_emptying):
-            state.lease.tell()
+        if self._placement.run_empty(is_emptying):
+            self._lease.tell()
         if is_emptying and not runs_alone:
             await self._give_back()
         return is_emptying
@@ -47,34 +67,34 @@ class SoloTurn:
 
     async def send_on(self) -> bool:
         """Move what waits for this worker alone to the stages of its lengths; whether there may be more."""
-        state = self._state
-        own = private_queue(state.worker_id)
-        call = state.calls.migrate(source=own, highs=state.placement.plan.highs, limit=_LIMIT)
-        answer = await state.executor.run(call)
+        context = self._context
+        own = private_queue(context.worker_id)
+        call = context.calls.migrate(source=own, highs=self._placement.plan.highs, limit=_LIMIT)
+        answer = await context.executor.run(call)
         if answer.num_moved:
-            log.info("sent on %d requests: %s is to be empty", answer.num_moved, state.worker_id)
+            log.info("sent on %d requests: %s is to be empty", answer.num_moved, context.worker_id)
         return answer.num_seen == _LIMIT
 
     def _runs_alone(self) -> bool:
-        return any(session.grant.stage == SOLO_STAGE for session in self._state.sessions)
+        return any(session.grant.stage == SOLO_STAGE for session in self._sessions)
 
     async def _is_our_turn(self) -> bool:
-        state, now_s = self._state, asyncio.get_running_loop().time()
+        context, now_s = self._context, asyncio.get_running_loop().time()
         waiting: list[str] = []
-        if state.fleet_view.num_solo:
-            waiting = await state.executor.run(state.reads.queue_ids(SOLO_STAGE, limit=1))
+        if self._fleet_view.num_solo:
+            waiting = await context.executor.run(context.reads.queue_ids(SOLO_STAGE, limit=1))
         if not waiting:
             self.taken()
             return False
         if waiting[0] != self._head:
             self._head, self._head_since_s = waiting[0], now_s
-        own = replace(state.load(), is_emptying=self._began_s is not None)
-        turn = turn_of(own, state.fleet_view.others(), waited_s=now_s - self._head_since_s, limits=_LIMITS)
+        own = replace(self._report.load(), is_emptying=self._began_s is not None)
+        turn = turn_of(own, self._fleet_view.others(), waited_s=now_s - self._head_since_s, limits=_LIMITS)
         if not turn.is_ours:
             self._began_s = None
         elif self._began_s is None:
             self._began_s = now_s
-            log.info("%s runs empty for %s: %s", state.worker_id, self._head, turn.reason)
+            log.info("%s runs empty for %s: %s", context.worker_id, self._head, turn.reason)
         return turn.is_ours
 
     async def _give_back(self) -> None:
@@ -82,8 +102,7 @@ class SoloTurn:
         now_s = asyncio.get_running_loop().time()
         if self._began_s is None or now_s - self._began_s < _LIMITS.empty_s:
             return
-        sessions = self._state.sessions
-        leaving = [session for session in sessions if not session.is_moving and not session.has_ended]
+        leaving = [session for session in self._sessions if not session.is_moving and not session.has_ended]
         for session in leaving:
-            sessions.begin_move(session)
+            self._sessions.begin_move(session)
         await self._writer.give_back(leaving, why="makes way for a request that runs alone")

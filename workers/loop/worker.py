@@ -17,12 +17,21 @@ from l4queue.protocol.plans import read_plan
 from l4queue.protocol.upkeep import Upkeep
 from workers.engine.base import Engine, EngineDied, EngineOutput
 from workers.engine.loop_work import LoopWork
+from workers.loop.background import BackgroundWork
+from workers.loop.context import WorkerContext
+from workers.loop.engine_profile import EngineProfile
+from workers.loop.fleet_view import FleetView
+from workers.loop.growth import GrowthCounts
 from workers.loop.intake import Intake
+from workers.loop.lease import Lease
 from workers.loop.listener import Listener
 from workers.loop.mover import Mover
+from workers.loop.placement import Placement
+from workers.loop.report import WorkerReport, view_of
 from workers.loop.rollback import Rollback
 from workers.loop.session import Session, TextFactory
-from workers.loop.state import WorkerState
+from workers.loop.sessions import Sessions
+from workers.loop.solo import SoloTurn
 from workers.loop.task_set import TaskSet
 from workers.loop.writer import Writer
 from workers.telemetry.observer import Observer, RequestView
@@ -56,42 +65,100 @@ class Worker:
         work: LoopWork | None = None,
     ) -> None:
         """`work` is the one that the engine marks too, if it does."""
+        work = work or LoopWork()
         self.settings = settings
-        self.state = WorkerState(
+        self.context = context = WorkerContext.open(
+            settings=settings, worker_id=worker_id, engine=engine, observer=observer, make_text=text, work=work
+        )
+        self.sessions = sessions = Sessions()
+        self.profile = profile = EngineProfile(settings=settings, engine=engine, cost=cost)
+        self.fleet_view = fleet_view = FleetView(settings=settings, executor=context.executor, worker_id=worker_id)
+        self.placement = placement = Placement(
             settings=settings,
-            engine=engine,
-            observer=observer,
             worker_id=worker_id,
-            text=text,
-            cost=cost,
-            work=work,
+            newcomer_stage=lambda plan: fleet_view.newcomer_stage(plan, cost=profile.cost),
+        )
+        self._report = report = WorkerReport(
+            context,
+            sessions=sessions,
+            placement=placement,
+            profile=profile,
+            incarnation=lambda: self.lease.incarnation,
+        )
+        self._growth = GrowthCounts(max_model_len=settings.max_model_len)
+        self.lease = Lease(
+            context, load=report.load, cost=profile.measure, price=lambda: profile.move_price, growth=self._growth
         )
         self._engine = engine
-        self._writer = Writer(self.state)
-        self._rollback = Rollback(self.state)
-        self._mover = Mover(self.state, self._writer)
-        self._intake = Intake(
-            self.state, self._writer, self._rollback, evacuate_before_prefill=self._mover.evacuate_before_prefill
-        )
+        self._connect()
         self._tasks_set = TaskSet()
         self._stopping = asyncio.Event()
         self._early_refresh = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
 
+    def _connect(self) -> None:
+        """Make the parts that act, each with those parts of the state that it reads or changes."""
+        context, sessions, placement, profile = self.context, self.sessions, self.placement, self.profile
+        fleet_view, lease, report = self.fleet_view, self.lease, self._report
+        self._writer = writer = Writer(context, sessions=sessions, placement=placement, lease=lease)
+        self._rollback = Rollback(context, sessions=sessions, lease=lease, writer=writer)
+        self._mover = Mover(
+            context,
+            sessions=sessions,
+            placement=placement,
+            profile=profile,
+            fleet_view=fleet_view,
+            lease=lease,
+            report=report,
+            writer=writer,
+        )
+        background = BackgroundWork(
+            context,
+            sessions=sessions,
+            placement=placement,
+            profile=profile,
+            fleet_view=fleet_view,
+            report=report,
+            writer=writer,
+        )
+        solo = SoloTurn(
+            context,
+            sessions=sessions,
+            placement=placement,
+            fleet_view=fleet_view,
+            lease=lease,
+            report=report,
+            writer=writer,
+        )
+        self._intake = Intake(
+            context,
+            sessions=sessions,
+            placement=placement,
+            profile=profile,
+            fleet_view=fleet_view,
+            lease=lease,
+            report=report,
+            writer=writer,
+            background=background,
+            solo=solo,
+            rollback=self._rollback,
+            evacuate_before_prefill=self._mover.evacuate_before_prefill,
+        )
+
     async def run(self) -> None:
         """Start the engine and serve until stopped; then give everything back. Raises EngineDied."""
         self._loop = asyncio.get_running_loop()
-        state = self.state
+        context = self.context
         try:
             info = await self._engine.start()
-            state.profile.started(info)
-            log.info("worker %s ready: %s %s of %s", state.worker_id, info.name, info.version, info.model)
+            self.profile.started(info)
+            log.info("worker %s ready: %s %s of %s", context.worker_id, info.name, info.version, info.model)
             if not self._stopping.is_set():
                 await self._serve()
         finally:
-            state.lease.leave()
+            self.lease.leave()
             await self._engine.stop()
-            await state.executor.close()
+            await context.executor.close()
 
     def request_stop(self) -> None:
         """End `run` soon: nothing more is taken, running requests go back with their progress."""
@@ -103,40 +170,40 @@ class Worker:
 
     def stats(self) -> dict[str, JsonValue]:
         """A snapshot for dashboards."""
-        return self.state.stats()
+        return self._report.stats()
 
     def figures(self) -> list[WorkerSnapshot]:
         """The same for metrics."""
-        return self.state.figures()
+        return self._report.snapshots()
 
     def active(self) -> list[RequestView]:
         """The requests running here."""
-        return [self.state.view(session) for session in self.state.sessions]
+        return [view_of(session) for session in self.sessions]
 
     async def _serve(self) -> None:
-        state = self.state
-        state.placement.follow((await state.fleet_view.refresh()).plan)
-        await state.lease.begin()
+        context = self.context
+        self.placement.follow((await self.fleet_view.refresh()).plan)
+        await self.lease.begin()
         failure = await self._run_loops()
         async with asyncio.timeout(self.settings.drain_s):
-            await state.lease.say()  # that it drains: nobody is to hand over to it any more
+            await self.lease.say()  # that it drains: nobody is to hand over to it any more
             await self._mover.finish()
             await self._tasks_set.finish()
             has_died = isinstance(failure, EngineDied)
             why = "engine died" if has_died else "worker stops"
-            culprit = state.work.culprit(failure)
-            await self._writer.give_back(list(state.sessions), why=why, blame=has_died, culprit=culprit)
-            await state.lease.end()
+            culprit = context.work.culprit(failure)
+            await self._writer.give_back(list(self.sessions), why=why, blame=has_died, culprit=culprit)
+            await self.lease.end()
         if failure is not None:
             raise failure
 
     async def _run_loops(self) -> BaseException | None:
         """Run until asked to stop or until a loop fails; the failure, if any."""
-        state = self.state
+        context = self.context
         listener = Listener(
-            executor=state.executor,
-            keys=state.keys,
-            worker_id=state.worker_id,
+            executor=context.executor,
+            keys=context.keys,
+            worker_id=context.worker_id,
             on_wake=self._on_wake,
             on_other=self._on_other,
             on_cancel=self._on_cancel,
@@ -146,9 +213,9 @@ class Worker:
         loops: tuple[Coroutine[Any, Any, object], ...] = (
             self._take_for_ever(),
             self._write_for_ever(),
-            state.lease.keep(self._on_lost),
+            self.lease.keep(self._on_lost),
             listener.run(
-                lambda: (str(state.placement.stage), state.placement.sibling_stages, state.lease.incarnation)
+                lambda: (str(self.placement.stage), self.placement.sibling_stages, self.lease.incarnation)
             ),
             self._keep_up(),
             self._look_around(),
@@ -161,23 +228,23 @@ class Worker:
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            state.placement.drain()
+            self.placement.drain()
             await _cancel_all(tasks)
         failure = next((error for task in done if (error := task.exception()) is not None), None)
         if failure is not None:
-            log.error("worker %s fails: %s", state.worker_id, failure, exc_info=failure)
+            log.error("worker %s fails: %s", context.worker_id, failure, exc_info=failure)
         return failure
 
     async def _take_for_ever(self) -> None:
         while True:
-            self.state.sessions.begin_round()
+            self.sessions.begin_round()
             await self._rollback.look()
             has_taken = await self._intake.pull_once() > 0
             try:
                 # Not wait_for: in Python 3.11 it swallows a cancellation that meets a wake-up, and the drain
                 # would wait for this loop for ever.
                 async with asyncio.timeout(self._intake.pull_delay_s() if has_taken else _IDLE_S):
-                    await self.state.sessions.woken()
+                    await self.sessions.woken()
             except TimeoutError:
                 continue
 
@@ -208,25 +275,25 @@ class Worker:
     def _fold(self, outputs: Sequence[EngineOutput]) -> list[Session]:
         touched = []
         for output in outputs:
-            session = self.state.sessions.get(output.request_id)
+            session = self.sessions.get(output.request_id)
             if session is None:
                 continue
-            with self.state.work.on(session.engine_id, is_timed=False):
+            with self.context.work.on(session.engine_id, is_timed=False):
                 session.feed(output)
             touched.append(session)
             if output.token_ids:
                 upto = session.length_tokens
-                self.state.growth.add(from_tokens=upto - len(output.token_ids), to_tokens=upto)
+                self._growth.add(from_tokens=upto - len(output.token_ids), to_tokens=upto)
         return touched
 
     async def _keep_up(self) -> None:
-        upkeep = Upkeep(settings=self.settings, executor=self.state.executor)
+        upkeep = Upkeep(settings=self.settings, executor=self.context.executor)
         while True:
-            await upkeep.run_once(self.state.placement.plan)
+            await upkeep.run_once(self.placement.plan)
             await asyncio.sleep(upkeep.interval_s)
 
     async def _look_around(self) -> None:
-        state, fleet_view = self.state, self.state.fleet_view
+        fleet_view = self.fleet_view
         while True:
             self._early_refresh.clear()
             await asyncio.sleep(fleet_view.interval_s / _EARLY_REFRESH_FRACTION)
@@ -238,42 +305,41 @@ class Worker:
             await self._mover.ask_once()
             self._intake.expect_private()  # a wake-up may have been missed
             if fleet_view.num_waiting:
-                state.sessions.wake()  # perhaps there is something to steal
+                self.sessions.wake()  # perhaps there is something to steal
 
     def _on_wake(self, is_private_queue: bool) -> None:
         if is_private_queue:
             self._intake.expect_private()
-            self.state.sessions.wake()
+            self.sessions.wake()
         else:
-            asyncio.get_running_loop().call_later(self._intake.pull_delay_s(), self.state.sessions.wake)
+            asyncio.get_running_loop().call_later(self._intake.pull_delay_s(), self.sessions.wake)
 
     def _on_other(self) -> None:
         """Something waits in another stage: a worker with nothing to wait for looks whether to steal it."""
-        if not self.state.sessions or self._intake.room().num_requests:
+        if not self.sessions or self._intake.room().num_requests:
             self._early_refresh.set()
 
     def _on_cancel(self, request_ids: Sequence[str]) -> None:
         wanted = set(request_ids)
-        self._tasks_set.start(self.state.drop([s for s in self.state.sessions if s.request_id in wanted]))
+        self._tasks_set.start(self._writer.drop([s for s in self.sessions if s.request_id in wanted]))
 
     def _on_plan(self, body: str) -> None:
-        plan = read_plan(body, key=self.state.keys.plans)
+        plan = read_plan(body, key=self.context.keys.plans)
         if plan is not None:
             self._adopt(plan)
 
     def _adopt(self, plan: Plan) -> None:
-        state = self.state
-        if not state.placement.follow(plan):
+        if not self.placement.follow(plan):
             return
         self._mover.watch_anew()
-        log.info("plan %d: %s serves stage %d", plan.version, state.worker_id, state.placement.stage)
-        state.sessions.wake()
+        log.info("plan %d: %s serves stage %d", plan.version, self.context.worker_id, self.placement.stage)
+        self.sessions.wake()
 
     def _on_lost(self) -> None:
-        self._tasks_set.start(self.state.drop(list(self.state.sessions)))
+        self._tasks_set.start(self._writer.drop(list(self.sessions)))
 
     def _cancel(self, request_id: str) -> None:
-        self._tasks_set.start(self.state.cancel(request_id))
+        self._tasks_set.start(self._writer.cancel(request_id))
 
     def _threadsafe(self, function: Any, *args: Any) -> None:
         if self._loop is None:

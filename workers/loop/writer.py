@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from uuid import uuid4
 
 from l4queue.models import RequestState
 from l4queue.protocol.calls import Call, Verdict
 from l4queue.protocol.records import Grant, Outcome
+from workers.engine.base import Cut, EngineDied
 from workers.engine.loop_work import lease_of
+from workers.loop.context import WorkerContext
+from workers.loop.lease import Lease
+from workers.loop.placement import Placement
+from workers.loop.report import view_of
 from workers.loop.session import Session, Write
-from workers.loop.state import WorkerState
+from workers.loop.sessions import Sessions
+from workers.telemetry.observer import LEASE_ENDED, RequestView
 
 __all__ = ("Writer",)
 
@@ -19,10 +26,20 @@ log = logging.getLogger("l4queue.worker")
 
 
 class Writer:
-    """Turns writes of sessions into calls and their verdicts into consequences."""
+    """Turns writes of sessions into calls and their verdicts into consequences; ends sessions in the engine."""
 
-    def __init__(self, state: WorkerState) -> None:
-        self._state = state
+    def __init__(
+        self,
+        context: WorkerContext,
+        *,
+        sessions: Sessions,
+        placement: Placement,
+        lease: Lease,
+    ) -> None:
+        self._context = context
+        self._sessions = sessions
+        self._placement = placement
+        self._lease = lease
         self._in_order = asyncio.Lock()
 
     async def flush(self, sessions: Sequence[Session]) -> None:
@@ -39,8 +56,8 @@ class Writer:
             return
         stopped = [w.session for w in writes if w.session.ended_by_text]
         if stopped:  # the engine knows nothing of stop strings and would go on
-            await self._state.abort(stopped)
-        verdicts = await self._state.executor.run_many([self._call(write) for write in writes])
+            await self._abort(stopped)
+        verdicts = await self._context.executor.run_many([self._call(write) for write in writes])
         lost = []
         for write, verdict in zip(writes, verdicts, strict=True):
             if verdict in (Verdict.OK, Verdict.DUP):
@@ -50,7 +67,7 @@ class Writer:
                 if verdict is not Verdict.FENCED:
                     log.error("output of %s out of step: %s", write.session.request_id, verdict)
                 lost.append(write.session)
-        await self._state.drop(lost)
+        await self.drop(lost)
 
     async def give_back(
         self, sessions: Sequence[Session], *, why: str, blame: bool = False, culprit: str | None = None
@@ -59,58 +76,110 @@ class Writer:
 
         `culprit` is the id in the engine of one that gets it all the same.
         """
-        state = self._state
-        if culprit is not None and culprit not in state.sessions:  # it had not begun
-            await state.executor.run(self._blame(culprit))
+        context = self._context
+        if culprit is not None and culprit not in self._sessions:  # it had not begun
+            await context.executor.run(self._blame(culprit))
         if not sessions:
             return
-        await state.abort(sessions)
+        await self._abort(sessions)
         await self.flush(sessions)
-        left = [session for session in sessions if session.engine_id in state.sessions]
+        left = [session for session in sessions if session.engine_id in self._sessions]
         calls = [
-            state.calls.release(
+            context.calls.release(
                 session.request_id,
                 incarnation=session.incarnation,
                 epoch=session.grant.epoch,
                 blame=blame or session.engine_id == culprit,
-                max_crashes=state.settings.max_crashes,
+                max_crashes=context.settings.max_crashes,
             )
             for session in left
         ]
-        await state.executor.run_many(calls)
+        await context.executor.run_many(calls)
         for session in left:
-            if state.sessions.drop(session):
-                state.observer.request_moved(state.view(session), why=why)
+            if self._sessions.drop(session):
+                context.observer.request_moved(view_of(session), why=why)
         log.info("gave back %d requests: %s", len(left), why)
 
     async def refuse(self, grant: Grant, outcome: Outcome) -> None:
         """Settle a request that cannot even start."""
-        state = self._state
-        call = state.calls.settle(
+        context = self._context
+        call = context.calls.settle(
             grant.request_id,
-            incarnation=state.lease.incarnation,
+            incarnation=self._lease.incarnation,
             epoch=grant.epoch,
             offset=grant.offset,
             token_ids=(),
             text="",
             outcome=outcome,
         )
-        await state.executor.run(call)
+        await context.executor.run(call)
+
+    async def cut(self, session: Session) -> Cut | None:
+        """Stop computing this one at a token boundary; None when it does not run any more."""
+        try:
+            return await self._context.engine.cut(session.engine_id)
+        except EngineDied:
+            return None
+
+    async def drop(self, sessions: Iterable[Session]) -> None:
+        """Stop computing requests that are no longer ours; tell the observer what became of them."""
+        context = self._context
+        gone = [session for session in sessions if self._sessions.drop(session)]
+        if not gone:
+            return
+        await self._abort(gone)
+        self._sessions.wake()
+        records = await context.executor.run_many([context.reads.record(session.request_id) for session in gone])
+        for session, record in zip(gone, records, strict=True):
+            if record is not None and record.state in ("cancelled", "expired"):
+                context.observer.request_cancelled(view_of(session))
+            else:
+                context.observer.request_moved(view_of(session), why=LEASE_ENDED)
+
+    async def cancel(self, request_id: str) -> None:
+        """Cancel a request wherever it is. Many workers may be asked; the one that does it tells the observer.
+
+        A request that runs is reported by the worker that runs it, as soon as it hears of it.
+        """
+        context = self._context
+        record = await context.executor.run(context.reads.record(request_id))
+        call = context.calls.cancel(request_id, reason="revoked", nonce=uuid4().hex)
+        verdict, _ = await context.executor.run(call)
+        if verdict is Verdict.OK and record is not None and record.state is not RequestState.RUNNING:
+            stage = int(record.stage) if record.stage is not None and record.stage.isdecimal() else 0
+            view = RequestView(
+                request_id=request_id,
+                stage=stage,
+                range_text=self._placement.range_text(stage),
+                prompt_tokens=record.prompt_tokens or 0,
+                max_tokens=record.max_tokens or 0,
+                num_resumed=record.offset,
+                epoch=record.epoch,
+                is_traced="traceparent" in record.body,
+            )
+            context.observer.request_cancelled(view)
+
+    async def _abort(self, sessions: Iterable[Session]) -> None:
+        """Stop computing these; a dead engine has stopped already."""
+        try:
+            await self._context.engine.abort([session.engine_id for session in sessions])
+        except EngineDied:
+            return
 
     def _blame(self, engine_id: str) -> Call[Verdict]:
-        state, (request_id, epoch) = self._state, lease_of(engine_id)
-        return state.calls.release(
+        context, (request_id, epoch) = self._context, lease_of(engine_id)
+        return context.calls.release(
             request_id,
-            incarnation=state.lease.incarnation,
+            incarnation=self._lease.incarnation,
             epoch=epoch,
             blame=True,
-            max_crashes=state.settings.max_crashes,
+            max_crashes=context.settings.max_crashes,
         )
 
     def _call(self, write: Write) -> Call[Verdict]:
-        state, session = self._state, write.session
+        context, session = self._context, write.session
         if write.outcome is None:
-            return state.calls.emit(
+            return context.calls.emit(
                 session.request_id,
                 incarnation=session.incarnation,
                 epoch=session.grant.epoch,
@@ -119,7 +188,7 @@ class Writer:
                 text=write.text,
                 logprobs=write.logprobs,
             )
-        return state.calls.settle(
+        return context.calls.settle(
             session.request_id,
             incarnation=session.incarnation,
             epoch=session.grant.epoch,
@@ -131,13 +200,13 @@ class Writer:
         )
 
     def _settled(self, session: Session, outcome: Outcome) -> None:
-        state = self._state
-        state.sessions.settle(session)
+        context = self._context
+        self._sessions.settle(session)
         runtime_s = asyncio.get_running_loop().time() - session.started_s
-        view = state.view(session)
+        view = view_of(session)
         if outcome.state is RequestState.DONE:
-            state.observer.request_succeeded(
+            context.observer.request_succeeded(
                 view, output_tokens=len(session.output_ids), runtime_s=runtime_s, text=session.text_preview
             )
         else:
-            state.observer.request_failed(view, error=outcome.error, runtime_s=runtime_s)
+            context.observer.request_failed(view, error=outcome.error, runtime_s=runtime_s)

@@ -53,16 +53,16 @@ async def test_the_emulated_engine_moves_kv_at_the_rate_that_is_set(rate: float)
     """As large as the model's; priced as in the simulator."""
     settings = Settings(engine="emulated", emulated_kv_bytes_per_s=rate)
     worker = make_worker(settings, NullObserver())
-    engine, state = worker.state.engine, worker.state
+    engine, profile = worker.context.engine, worker.profile
     info = await engine.start()
-    state.profile.started(info)
+    profile.started(info)
     try:
         assert info.can_move_kv == bool(rate)
-        price = state.profile.move_price
+        price = profile.move_price
         assert price.bandwidth_bytes_per_s == (rate or None)
         if rate:
             shipped = read_coefficients(settings.emulated_gpu, settings.emulated_model)
             assert price.kv_bytes_per_token == info.kv_bytes_per_token == shipped.kv_bytes_per_token
     finally:
         await engine.stop()
-        await state.executor.close()
+        await worker.context.executor.close()

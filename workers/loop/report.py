@@ -1,0 +1,118 @@
+"""Report of a worker: its load for the fleet, its snapshot for metrics, its stats for dashboards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from pydantic import JsonValue
+
+from l4queue.models import WorkerLoad
+from workers.loop.context import WorkerContext
+from workers.loop.engine_profile import EngineProfile
+from workers.loop.placement import Placement
+from workers.loop.session import Session
+from workers.loop.sessions import Sessions
+from workers.telemetry.observer import RequestView
+from workers.telemetry.snapshot import WorkerSnapshot
+
+__all__ = ("WorkerReport", "view_of")
+
+
+class WorkerReport:
+    """Reads the other parts of the worker and writes nothing. Safe on any thread."""
+
+    def __init__(
+        self,
+        context: WorkerContext,
+        *,
+        sessions: Sessions,
+        placement: Placement,
+        profile: EngineProfile,
+        incarnation: Callable[[], str],
+    ) -> None:
+        self._context = context
+        self._sessions = sessions
+        self._placement = placement
+        self._profile = profile
+        self._incarnation = incarnation
+
+    def load(self) -> WorkerLoad:
+        """The load of this worker now, as it publishes it."""
+        stats = self._context.engine.stats()
+        info = self._profile.info if self._profile.is_started else None
+        return WorkerLoad(
+            worker_id=self._context.worker_id,
+            incarnation=self._incarnation(),
+            stage=self._placement.stage,
+            num_running=len(self._sessions),
+            num_waiting_in_engine=stats.num_waiting,
+            context_tokens=sum(session.length_tokens for session in self._sessions),
+            pending_prefill_tokens=self._sessions.pending_prefill_tokens,
+            kv_used_tokens=stats.kv_used_tokens,
+            kv_capacity_tokens=info.kv_capacity_tokens if info else 0,
+            max_running=self._profile.max_running,
+            step_ms=round(stats.last_step_ms, 3),
+            is_draining=self._placement.is_draining,
+            engine=info.name if info else "",
+            num_finished=self._sessions.num_finished,
+            num_preemptions=stats.num_preemptions,
+            is_emptying=self._placement.is_emptying,
+            can_empty=True,
+        )
+
+    def snapshots(self) -> list[WorkerSnapshot]:
+        """The worker for its metrics; none before the engine has started."""
+        if not self._profile.is_started:
+            return []
+        return [
+            WorkerSnapshot(
+                load=self.load(),
+                engine=self._context.engine.stats(),
+                steps=self._profile.steps,
+                plan_version=self._placement.plan.version,
+                num_stolen=self._sessions.num_stolen,
+                num_handed_over=self._sessions.num_handed_over,
+                is_calibrated=self._profile.is_calibrated,
+            )
+        ]
+
+    def stats(self) -> dict[str, JsonValue]:
+        """The worker for dashboards."""
+        worker_id = self._context.worker_id
+        if not self._profile.is_started:
+            return {"worker": worker_id, "engine": "loading", "model": self._context.settings.model}
+        load, engine, info = self.load(), self._context.engine.stats(), self._profile.info
+        return {
+            "worker": worker_id,
+            "engine": f"{load.engine} {info.version}",
+            "model": info.model,
+            "stage": load.stage,
+            "range_tokens": self._placement.range_text(load.stage),
+            "plan_version": self._placement.plan.version,
+            "running": load.num_running,
+            "max_running": load.max_running,
+            "context_tokens": load.context_tokens,
+            "kv_share": round(load.kv_share, 4),
+            "step_ms": load.step_ms,
+            "finished": load.num_finished,
+            "stolen": self._sessions.num_stolen,
+            "handed_over": self._sessions.num_handed_over,
+            "kv_loads": engine.num_kv_loads,
+            "kv_misses": engine.num_kv_misses,
+            "draining": load.is_draining,
+        }
+
+
+def view_of(session: Session) -> RequestView:
+    """A session as a dashboard may show it."""
+    grant = session.grant
+    return RequestView(
+        request_id=grant.request_id,
+        stage=session.stage,
+        range_text=session.range_text,
+        prompt_tokens=grant.prompt_tokens,
+        max_tokens=session.max_tokens,
+        num_resumed=grant.offset,
+        epoch=grant.epoch,
+        is_traced=session.is_traced,
+    )
