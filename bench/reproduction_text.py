@@ -21,6 +21,7 @@ from reproduction_grid import (
     plans,
 )
 
+from l4queue.planning.steady_state import LONG_BOUND, P99_BOUND
 from l4queue.sim.metrics import SimResult
 from l4queue.sim.registry import LENGTH_BLIND
 
@@ -115,8 +116,8 @@ class Report:
                 marked(own.mean_e2e_s / found["round-robin"].mean_e2e_s, of_rr),
                 marked(ratio("l4"), of_best),
                 best.policy,
-                marked(own.p99_e2e_s / best.p99_e2e_s, 1.10, is_shown=False),
-                marked(long_s(own) / long_s(best), 1.25, is_shown=False),
+                marked(own.p99_e2e_s / best.p99_e2e_s, P99_BOUND, is_shown=False),
+                marked(long_s(own) / long_s(best), LONG_BOUND, is_shown=False),
                 marked(ratio("l4, mean"), 0.72 if window.case == "mixed" else None),
                 marked(ratio("l4, re-prefill"), None),
                 marked(ratio("two-pool"), None),

@@ -22,6 +22,8 @@ from l4queue.protocol.upkeep import Upkeep
 
 log = logging.getLogger("l4queue.dispatcher")
 _SLOW_ROUND_S = 5.0
+"""Period of repair and of the measured drain, s. A dispatcher whose routing has stood still for so long does
+not call itself alive. Chosen: a repair looks at many records, and only broken ones wait for it."""
 
 
 async def keep_up(

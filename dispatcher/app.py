@@ -22,6 +22,7 @@ from l4queue.redis_url import without_secrets
 __all__ = ("make_app", "steady_now")
 
 _NICENESS = 19
+"""The lowest priority of POSIX systems."""
 _BEGUN_AT, _BEGUN_S = datetime.now(UTC), time.monotonic()
 
 

@@ -30,6 +30,8 @@ __all__ = ("Exporter", "main", "serve")
 log = logging.getLogger("l4queue.exporter")
 _FOLLOW_S = 1.0  # the stream of outcomes holds 20,000: so much may finish between two looks
 _RETRY_S = 2.0
+"""How long a look tries again when Redis is away, s. Chosen: well below the 10 s that Prometheus waits for a
+scrape."""
 
 
 class Exporter:

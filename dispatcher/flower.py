@@ -23,6 +23,8 @@ __all__ = ("SocketBroker", "check_variables", "flower_options", "main")
 MAX_TASKS = 20_000
 """Requests that Flower remembers; it forgets the least recently seen."""
 _PURGE_OFFLINE_S = 3600
+"""How long Flower shows a worker that is gone, s. Chosen: long enough to be seen, and names of replaced
+workers do not pile up."""
 _COLUMNS = "name,uuid,state,args,result,received,runtime,worker"
 
 

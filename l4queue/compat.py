@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from l4queue.errors import UnreadableValue
 
-__all__ = ("FORMAT", "MAX_NUMBER", "object_of", "value_of")
+__all__ = ("FORMAT", "MAX_NUMBER", "TOTALS", "object_of", "value_of")
 
 T = TypeVar("T")
 
@@ -23,6 +23,9 @@ FORMAT = 1
 """The version that JSON values carry as `v`. A higher one says that a reader of this release would be misled."""
 MAX_NUMBER = 2**53
 """Largest number that is believed: what a double holds exactly, and far more tokens or ms than there are."""
+TOTALS = "worker-totals"
+"""Celery event of our own by which a worker tells Flower how many of each type there were since it began, whether
+they were sent or not; `run` names that start."""
 
 _adapters: dict[type[Any], TypeAdapter[Any]] = {}
 

@@ -11,18 +11,19 @@ from typing import Any, Literal
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
+from l4queue.compat import MAX_NUMBER
 from l4queue.errors import ConfigError
 from l4queue.redis_url import SecretUrl, celery_url, parse_url, with_password
 from l4queue.strict_json import check_text
 
-__all__ = ("URL_FILE", "Settings", "celery_settings", "load_settings")
+__all__ = ("URL_FILE", "Settings", "celery_settings", "default_of", "load_settings")
 
 URL_FILE = Path(".l4queue/url")
 """Where `l4queue up` leaves the URL of the Redis that it has started, for clients in the same directory."""
 _OTHER_BROKERS = ("amqp", "amqps", "pyamqp", "redis+socket")  # as kombu has them
 
 
-MAX_SETTING = 2**53
+MAX_SETTING = MAX_NUMBER
 """Largest number of a setting, in milliseconds or bytes or tokens: what Redis and Lua count exactly."""
 MAX_SETTING_CHARS = 4096
 
@@ -252,6 +253,11 @@ def _url_of_up() -> SecretUrl | None:
     except (OSError, UnicodeDecodeError):
         return None
     return SecretUrl(text) if text else None
+
+
+def default_of(name: str) -> float:
+    """Default of a numeric setting, in its unit: planner and simulator begin with the same."""
+    return float(Settings.model_fields[name].default)
 
 
 def celery_settings(settings: Settings) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, JsonValue, field_validator, model_validator
 
+from l4queue.compat import MAX_NUMBER
 from l4queue.sampling import LIST_AS_TUPLE, SamplingParams, Strict
 from l4queue.strict_json import MAX_NESTING, check_json, check_text
 
@@ -16,6 +17,7 @@ __all__ = (
     "CONTINUATIONS",
     "TERMINAL",
     "TRANSITIONS",
+    "UNBOUNDED_TOKENS",
     "ChatMessage",
     "Plan",
     "RequestBody",
@@ -27,6 +29,9 @@ __all__ = (
     "Transition",
     "WorkerLoad",
 )
+
+UNBOUNDED_TOKENS = MAX_NUMBER
+"""No bound, tokens: the largest whole number that Lua, JSON and floats hold exactly."""
 
 MAX_PROMPT_BYTES = 16 * 2**20
 """Longest prompt accepted, bytes of UTF-8: far above what any model holds, far below what hurts Redis."""

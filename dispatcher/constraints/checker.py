@@ -23,10 +23,16 @@ __all__ = ("ConstraintChecker", "ConstraintVerdict")
 
 log = logging.getLogger("l4queue.dispatcher")
 _MAX_VERDICTS = 4096
+"""Verdicts that are remembered by digest; the least recently used go first. Chosen: some 2 MB at 500 characters
+each."""
 _LATE_KEPT_S = 300.0
+"""How long a verdict for want of time holds, s. Chosen: a busy machine may do better later, a retry storm may
+not."""
 _MAX_LINE_BYTES = 1 << 20
+"""Longest line of the process's answers, bytes: far above an id and an error of 500 characters."""
 _MAX_STARTS = 3  # so often the process may end while it checks the same constraint
 _END_S = 1.0
+"""How long the process may take to end by itself before it is killed, s. Chosen: it has nothing to save."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,6 +15,8 @@ __all__ = ("PendingChecks",)
 log = logging.getLogger("l4queue.dispatcher")
 _MAX_HELD = 1024  # with schemas of 64 kB each 64 MB; what comes beyond is adopted again later
 _LEAST_KEEP_S = 0.05
+"""Shortest period in which entries under check are claimed anew, s: no storm of calls where the claim time is
+tiny."""
 
 
 class PendingChecks:

@@ -28,10 +28,12 @@ __all__ = ("Check", "Checks", "load_check", "serve")
 Check = Callable[[dict[str, Any]], str]
 """The error of a constraint, or nothing."""
 
-_MAX_CHILDREN = 2
-_MAX_LARGE = 1
+_MAX_CHILDREN, _MAX_LARGE = 2, 1
+"""Children that compile at once, and large constraints among them. Chosen: one large constraint never holds up
+all."""
 _MAX_MEMORY_BYTES = 4 << 30  # address space of a child beyond what it begins with
 _MAX_ERROR_CHARS = 500
+"""Characters of an error that are passed on: compilers quote whole grammars."""
 _ADVICE = "use a smaller one: fewer properties and choices, no nested or long repetitions"
 
 

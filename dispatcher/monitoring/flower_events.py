@@ -14,14 +14,15 @@ import flower.app
 import flower.events
 from prometheus_client import Counter as PrometheusCounter
 
+from l4queue.compat import TOTALS
+
 __all__ = ("LEFT_OUT", "MAX_WAITING", "TOTALS", "ExactState", "FairEvents", "install")
 
-TOTALS = "worker-totals"
-"""The event by which a worker tells how many of each type there were since it began; `run` names that start."""
 MAX_WAITING = 2_000
 """Events that wait to be digested; beyond it those of requests that are not shown yet are left out."""
 _MOST_WAITING = 50_000  # were all of them failures
 _SLICE_S = 0.02
+"""Longest digestion at one go, s. Chosen: a page waits no longer than that for the event loop."""
 LEFT_OUT = PrometheusCounter(
     "l4queue_flower_events_left_out_total", "Events that Flower did not digest because it was behind"
 )

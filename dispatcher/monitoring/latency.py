@@ -17,9 +17,13 @@ from l4queue.protocol.reads import FinishedRequest, Reads
 __all__ = ("Latencies", "length_class")
 
 _PAGE = 2000
+"""Outcomes of one read. Chosen: it bounds a reply; what is left is read at once."""
 _LENGTH_BOUNDS_TOKENS = (256, 2048, 16_384)
+"""Upper ends of the length classes, tokens. Chosen: factors of eight; each class more multiplies all series."""
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0, 120.0, 300.0, 900.0, 3600.0)
+"""Bucket bounds of waits and latencies, s: two to three a decade, from a first token to an hour."""
 _TOKEN_SECONDS = (0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)
+"""Bucket bounds of the time for a token, s: densest from 10 to 50 ms, where the steps of an engine lie."""
 _LABELS = ("stage", "length_class")
 
 _Series = dict[Labels, Tally]

@@ -35,7 +35,9 @@ from l4queue.sim.replay import MAX_ARRIVALS, Changed, RecordedArrival, make_scor
 __all__ = ("refine_once", "replan_once")
 
 _BACKLOG_SAMPLE = 1000
+"""Waiting requests of a queue whose lengths are read. Chosen: the rest is scaled from these; each costs a read."""
 _RETRY_S = 10.0
+"""How long a round tries again when Redis is away, s: the default period of rounds, then the next one begins."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 __all__ = ("RouterCounters",)
 
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+"""Bucket bounds of a round and of counting tokens, s: three a decade, from one short prompt to a full batch."""
 _REASONS = ("invalid", "too_long", "unreadable", "poison")
 
 

@@ -12,14 +12,15 @@ from l4queue.models import Plan, Routing
 from l4queue.observe.overview import Overview, cost_in_force, stage_loads
 from l4queue.policy import queue_order
 from l4queue.policy.loads import StageLoad
+from l4queue.policy.output_lengths import FIRST_GUESS_TOKENS
 from l4queue.policy.push_routing import PUSHING, Outstanding, push
 from l4queue.policy.route import route
 from l4queue.protocol.keys import private_queue
 
 __all__ = ("Place", "Router")
 
-_FIRST_GUESS_TOKENS = 128.0
 _MAX_ALTERNATIVES = 4
+"""Stages not chosen that `explain` names. Chosen: they are stored with every request."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +60,7 @@ class Router:
         """Take in what the workers have to do now; `held` has the requests that each incarnation runs by now."""
         cost, counts = cost_in_force(overview, self._settings), overview.counts
         done = counts.get("done", 0)
-        expected = counts.get("output_tokens", 0) / done if done else _FIRST_GUESS_TOKENS
+        expected = counts.get("output_tokens", 0) / done if done else FIRST_GUESS_TOKENS
         if overview.plan.version == self.plan.version:
             quiet_ms = self._settings.background_quiet_s * 1000
             self._loads = stage_loads(overview, expected_output_tokens=expected, cost=cost, quiet_ms=quiet_ms)

@@ -31,6 +31,8 @@ __all__ = ("Dispatcher",)
 
 log = logging.getLogger("l4queue.dispatcher")
 _LOOK_S = 0.25
+"""Age at which the loads of the workers are read again, s. Chosen: half of the interval in which workers
+publish."""
 _NAME = re.compile(r"[!-+\--~]{1,200}")  # what an id may look like: the same as the scripts have it, and short
 _MAX_DELIVERIES = 3  # so many dispatchers may end while they work on an entry: the next one refuses it
 

@@ -15,6 +15,8 @@ from l4queue.tiny import build_tiny_tokenizer, cache_directory
 __all__ = ("Counted", "PromptTokenizer", "Refusal")
 
 _FALLBACK_TOKEN_BYTES = 512
+"""Longest token of a tokenizer that tells no vocabulary, bytes. Chosen: above all known; a bound too low would
+refuse prompts that fit."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

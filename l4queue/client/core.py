@@ -30,6 +30,7 @@ from l4queue.errors import (
     UnknownRequest,
 )
 from l4queue.models import TERMINAL, RequestBody, RequestSpec, RequestState
+from l4queue.policy.retry import retry_after_s
 from l4queue.protocol.calls import Call, Calls, SubmitReply, Verdict
 from l4queue.protocol.keys import Keys
 from l4queue.protocol.reads import Reads
@@ -177,11 +178,8 @@ class ClientCore:
         """
         request_id = reply.request_id or prepared.request_id
         if reply.verdict is Verdict.FULL:
-            drain = reply.drain_tokens_per_s
-            wait_s = reply.live_tokens * 0.05 / drain if drain > 0 else 1.0
-            raise QueueFull(
-                f"{reply.live_tokens} tokens are waiting or running", retry_after_s=min(60.0, max(0.5, wait_s))
-            )
+            wait_s = retry_after_s(reply.live_tokens, drain_tokens_per_s=reply.drain_tokens_per_s)
+            raise QueueFull(f"{reply.live_tokens} tokens are waiting or running", retry_after_s=wait_s)
         if reply.verdict is Verdict.CONFLICT:
             raise IdempotencyConflict(
                 f"the idempotency key of request {request_id} was used with a different body"

@@ -14,6 +14,7 @@ from copy import copy
 from dataclasses import dataclass
 
 from l4queue.client.core import Chunk, check_kept, known, unknown
+from l4queue.compat import MAX_NUMBER
 from l4queue.errors import InvalidRequest, L4QueueError, OutputLost
 from l4queue.models import TERMINAL, RequestState
 from l4queue.protocol.reads import StreamEntry
@@ -50,7 +51,7 @@ class Watch:
     def __init__(
         self, request_id: str, *, wake: Callable[[], None], after: int | None = None, has_mail: bool = False
     ) -> None:
-        if after is not None and (type(after) is not int or not 0 <= after < 2**53):
+        if after is not None and (type(after) is not int or not 0 <= after < MAX_NUMBER):
             raise InvalidRequest("must be a number of tokens, not negative", field="after")
         self.request_id = request_id
         self.after = after

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from l4queue.config import Settings
+from l4queue.config import Settings, default_of
 from l4queue.cost.step import StepCost
 from l4queue.models import Plan, StagePlan, WorkerLoad
 from l4queue.plan_json import split_of
@@ -58,8 +58,8 @@ class PlannerSettings:
     on long requests for the plan in force, so that it is not thrown out by a bound it has just crossed.
     """
 
-    min_gain: float = 0.05
-    min_life_ms: int = 20_000
+    min_gain: float = default_of("plan_min_gain")
+    min_life_ms: int = round(1000 * default_of("plan_min_life_s"))
     move_gain: float = 0.02
     min_class_gain: float = 0.02
     min_stage_gain: float = 0.03

@@ -16,7 +16,10 @@ Floats: TypeAlias = npt.NDArray[np.float64]
 MOST_WORKERS = 8
 """Beyond it the closed form is good enough on its own, and a replay costs more."""
 _REQUEST_SHARES = (0.5, 0.75, 0.9, 0.95)
+"""Shares of the requests below a boundary. Chosen: from the median to the longest twentieth, where lengths
+spread."""
 _WORK_SHARES = (0.3, 0.5, 0.7)
+"""Shares of the work below a boundary. Chosen: around the even split. Every share more is a replay more."""
 _EMPTY_SHARE = 0.001
 """A bucket with less of the requests than this belongs to a gap between kinds of requests."""
 

@@ -33,15 +33,35 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from l4queue.config import default_of
 from l4queue.cost.move import MovePrice
 from l4queue.cost.step import StepCost
 from l4queue.errors import ConfigError
 from l4queue.planning.histogram import Buckets, Demand
 
-__all__ = ("Objective", "PartitionSettings", "RangeTerms", "prefill_waits", "range_terms", "stage_cost")
+__all__ = (
+    "LONG_BOUND",
+    "LONG_SHARE",
+    "P99_BOUND",
+    "P99_SHARE",
+    "Objective",
+    "PartitionSettings",
+    "RangeTerms",
+    "prefill_waits",
+    "range_terms",
+    "stage_cost",
+)
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 Ints: TypeAlias = npt.NDArray[np.intp]
+
+LONG_SHARE = 0.05
+"""The `long` class: this share of requests, those of greatest prompt + output; `short` is the rest."""
+P99_SHARE = 0.01
+"""The share of requests beyond the 99th percentile."""
+LONG_BOUND, P99_BOUND = 1.25, 1.10
+"""Chosen, factors against one stage: how much slower the longest requests, and the 99th percentile, may become for
+the sake of the mean. docs/reproduction.md holds every policy against the same two."""
 
 
 class Objective(StrEnum):
@@ -62,7 +82,7 @@ class PartitionSettings:
     """Parameters of the closed form and of the search. Shares and factors have no unit."""
 
     objective: Objective = Objective.BALANCED
-    max_stages: int = 4
+    max_stages: int = int(default_of("max_stages"))
     #: what a ms of waiting for the first token counts, in ms of latency
     ttft_weight: float = 1.0
     #: share of the KV cache kept free
@@ -72,8 +92,8 @@ class PartitionSettings:
     #: the longest context of a batch is taken at this quantile of the stage's steps
     skew_quantile: float = 0.98
     #: the stages of the longest 5 % (1 %) may have steps at most this much slower than one stage would
-    long_bound: float = 1.25
-    p99_bound: float = 1.10
+    long_bound: float = LONG_BOUND
+    p99_bound: float = P99_BOUND
     #: service level of `goodput`
     slo_ttft_ms: float = 5000.0
     slo_tpot_ms: float = 100.0
@@ -301,7 +321,7 @@ def _with_bounds(
     slack_of_one = 1.0 - float(load[0, end]) / max(1, num_workers)
     if slack_of_one <= 0.0:
         return least
-    for share, bound in ((0.05, settings.long_bound), (0.01, settings.p99_bound)):
+    for share, bound in ((LONG_SHARE, settings.long_bound), (P99_SHARE, settings.p99_bound)):
         first = _first_long_bucket(demand, buckets=buckets, share=share)
         slack = slack_of_one / bound
         needs = load[:, first + 1 :] / (1.0 - slack)

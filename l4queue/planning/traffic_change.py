@@ -28,6 +28,8 @@ __all__ = ("Learned", "Noise", "difference_of", "is_due", "is_early_round", "lea
 Floats: TypeAlias = npt.NDArray[np.float64]
 
 _CELL_BUCKETS = 4
+"""Neighbouring buckets that are compared as one: an octave of `Buckets.log_spaced`. Chosen: fewer leave too few
+requests in a cell to tell a change from chance, more hide a shift of lengths."""
 _PRIOR_DEGREES = 10.0
 """Before anything is known arrivals are taken to be Poisson, as firmly as if that had been seen in five rounds."""
 CHANGE_SIGMAS, CHANGE_SHARE = 4.0, 0.15

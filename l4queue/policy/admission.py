@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from l4queue.cost.step import StepCost
-from l4queue.models import WorkerLoad
+from l4queue.models import UNBOUNDED_TOKENS, WorkerLoad
 from l4queue.policy.loads import decode_step_ms
 
 __all__ = (
-    "UNBOUNDED_TOKENS",
     "AdmissionBudget",
     "AdmissionLimits",
     "Admitted",
@@ -24,10 +23,10 @@ __all__ = (
     "unbounded_budget",
 )
 
-UNBOUNDED_TOKENS = 2**53
-"""No bound: the largest whole number that Lua, JSON and floats hold exactly."""
-_MIN_RESERVE = 0.05
-_MAX_RESERVE = 0.25
+_MIN_RESERVE, _MAX_RESERVE = 0.05, 0.25
+"""Least and most share of the KV cache that is kept for the growth of running requests."""
+_EULER_MASCHERONI = 0.5772
+"""γ of H(n) ≈ ln n + γ + 1/2n, to four digits: DLMF 5.2.3. The rest of the series is below 1/12n²."""
 _PATIENCE = 4.0
 """At most a fifth of the engine's time is given up. Of 1, 3, 4, 5, 6 in simulation: below 3 the long prompts of
 mooncake_conversation empty batches on H100 that would fill again; from 5 on less is won on CPU engines."""
@@ -125,7 +124,7 @@ def max_prefill_ms(
     where P > _PATIENCE·D. With nothing running the bound is that of one request that has just begun.
     """
     n = max(1, num_running)
-    harmonic = math.log(n) + 0.5772 + 0.5 / n if n > 1 else 1.0
+    harmonic = math.log(n) + _EULER_MASCHERONI + 0.5 / n if n > 1 else 1.0
     ends_ms = remaining_tokens * harmonic * decode_step_ms(n, context_tokens, cost=cost)
     return ends_ms * max(_PATIENCE, num_waiting / n)
 
@@ -245,6 +244,6 @@ def _bound_by_running(
 
 def _free_tokens(load: WorkerLoad, capacity: int, *, busy: int, limits: AdmissionLimits) -> int:
     if not capacity:
-        return 2**62
+        return UNBOUNDED_TOKENS
     reserve = min(max(busy * limits.growth_tokens, _MIN_RESERVE * capacity), _MAX_RESERVE * capacity)
     return int(capacity - load.kv_used_tokens - reserve)

@@ -14,6 +14,8 @@ __all__ = ("Handover", "decide_handover", "least_loaded", "look_again_at", "next
 
 _EQUAL = 0.05  # loads within 5 % of the least count as equal: they are half a second old anyway
 _LOOK_AGAIN = 1.5
+"""Growth after which a request that stayed is weighed again, as a factor of its length. Chosen: a smaller one
+weighs the same request at nearly the same length, a larger one lets a move wait that has come to pay."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

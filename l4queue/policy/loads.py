@@ -9,6 +9,8 @@ from l4queue.cost.step import StepCost
 from l4queue.models import WorkerLoad
 
 __all__ = (
+    "EARLY_NEWS_FRACTION",
+    "NEWS_INTERVAL_S",
     "StageLoad",
     "batch_ms",
     "decode_step_ms",
@@ -17,6 +19,12 @@ __all__ = (
     "running_work_ms",
     "stage_load",
 )
+
+NEWS_INTERVAL_S = 0.5
+"""A worker publishes its load, and looks at the others', at least this often. Chosen: news of this
+age costs 1 to 4 % of the mean (docs/simulator.md); younger news costs every worker more calls."""
+EARLY_NEWS_FRACTION = 10
+"""News of other stages' queues bring the next look forward to this part of the interval: 50 ms."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

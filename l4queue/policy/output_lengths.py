@@ -6,15 +6,21 @@ from bisect import bisect_right, insort
 from collections import deque
 from collections.abc import Iterable
 
-__all__ = ("OutputLengths",)
+from l4queue.sampling import DEFAULT_MAX_TOKENS
 
-_FIRST_GUESS_TOKENS = 256.0
+__all__ = ("FIRST_GUESS_TOKENS", "KNOWN_OUTPUTS", "OutputLengths")
+
+FIRST_GUESS_TOKENS = float(DEFAULT_MAX_TOKENS)
+"""Mean output before the first one is known, tokens: the bound of a request that names none."""
+KNOWN_OUTPUTS = 3000
+"""Latest outputs that are remembered: enough for the tail above the 99th percentile, 30 of them. More would follow
+a change of traffic later."""
 
 
 class OutputLengths:
     """The latest `size` output lengths seen, tokens; older ones are forgotten."""
 
-    def __init__(self, *, size: int = 3000) -> None:
+    def __init__(self, *, size: int = KNOWN_OUTPUTS) -> None:
         self._recent: deque[int] = deque()
         self._sorted: list[int] = []
         self._total = 0
@@ -39,7 +45,7 @@ class OutputLengths:
     @property
     def mean_tokens(self) -> float:
         """Mean output; a guess before the first."""
-        return self._total / len(self._sorted) if self._sorted else _FIRST_GUESS_TOKENS
+        return self._total / len(self._sorted) if self._sorted else FIRST_GUESS_TOKENS
 
     def expected_remaining(self, generated: int, *, limit: int | None = None) -> float:
         """Mean of what those that got further than `generated` went on to generate, at most `limit`, tokens.
@@ -48,7 +54,7 @@ class OutputLengths:
         output is known: the guess.
         """
         if not self._sorted:
-            expected = _FIRST_GUESS_TOKENS
+            expected = FIRST_GUESS_TOKENS
         else:
             index = bisect_right(self._sorted, generated)
             longer = len(self._sorted) - index

@@ -12,7 +12,7 @@ from enum import StrEnum
 
 from l4queue.cost.move import MovePrice
 from l4queue.cost.step import StepCost
-from l4queue.models import WorkerLoad
+from l4queue.models import UNBOUNDED_TOKENS, WorkerLoad
 from l4queue.policy.loads import StageLoad, decode_step_ms, request_work_ms, running_work_ms
 
 __all__ = (
@@ -206,7 +206,7 @@ def ask(
     slots = (load.max_running or cost.max_num_seqs) - load.num_running - load.num_waiting_in_engine
     slots = min(slots, limits.max_moves - moves_in_flight)
     capacity = load.kv_capacity_tokens or cost.kv_capacity_tokens
-    room = capacity - load.kv_used_tokens if capacity else 2**62
+    room = capacity - load.kv_used_tokens if capacity else UNBOUNDED_TOKENS
     is_prefilling = load.pending_prefill_tokens > cost.max_batched_tokens * _IDLE_PREFILL_SHARE
     if num_waiting_anywhere or is_prefilling or not load.is_open or cooling or slots < 1 or room < 1:
         return None

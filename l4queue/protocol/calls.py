@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Generic, TypeVar
 
-from l4queue.policy.admission import UNBOUNDED_TOKENS, AdmissionBudget
+from l4queue.models import UNBOUNDED_TOKENS
+from l4queue.policy.admission import AdmissionBudget
 from l4queue.protocol.keys import Keys
 from l4queue.protocol.ledger import LedgerEvent
 from l4queue.protocol.records import (

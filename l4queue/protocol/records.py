@@ -10,8 +10,7 @@ from typing import Any
 
 from l4queue.compat import MAX_NUMBER, object_of
 from l4queue.errors import UnreadableValue
-from l4queue.models import RequestState
-from l4queue.policy.admission import UNBOUNDED_TOKENS
+from l4queue.models import UNBOUNDED_TOKENS, RequestState
 
 __all__ = (
     "NO_QUOTA",

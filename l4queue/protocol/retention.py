@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from l4queue.compat import MAX_NUMBER
 from l4queue.protocol.calls import Arg, Call
 from l4queue.protocol.keys import Keys
 
@@ -13,9 +14,8 @@ __all__ = ("PACK_AGE_MS", "Evicted", "Packed", "Retention")
 PACK_AGE_MS = 15_000
 """Age at which an ended request is packed. A reader of an earlier release that is then in the middle of an output
 that it did not submit has to begin again: it knows no bounds within an entry."""
-
-
-_UNBOUNDED = 2**53
+_UNBOUNDED_BYTES = MAX_NUMBER
+"""No bound, bytes: results go because they are named, not for want of room."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +54,7 @@ class Retention:
 
     def discard(self, request_ids: Sequence[str]) -> Call[int]:
         """Delete requests that have ended, their output and their idempotency keys; how many were there."""
-        args: tuple[Arg, ...] = (_UNBOUNDED, 0, *request_ids)
+        args: tuple[Arg, ...] = (_UNBOUNDED_BYTES, 0, *request_ids)
         return Call("evict", (self.keys.results, self.keys.keyed), args, lambda reply: int(reply[4]))
 
 

@@ -19,7 +19,10 @@ from l4queue.sim.traces.trace import Trace
 __all__ = ("Bound", "capacity_rps", "find_instances", "meets", "parse_slo", "request_work_ms")
 
 PROBE_INSTANCES = 4
+"""Engines of the run that measures a capacity. Chosen: the result is scaled to any number, and four even out
+chance."""
 PROBE_REQUESTS = 6000
+"""Most requests of that run. Chosen: enough to fill the engines; more take longer."""
 
 
 def request_work_ms(trace: Trace, cost: StepCost) -> NDArray[np.float64]:

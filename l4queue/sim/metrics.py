@@ -9,12 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from l4queue.planning.steady_state import LONG_SHARE
 from l4queue.sim.engine.request import SimRequest
 
 __all__ = ("LONG_SHARE", "ClassResult", "Measured", "SimResult", "measure", "summarize")
-
-LONG_SHARE = 0.05
-"""The `long` class: this share of requests, those of greatest prompt + output; `short` is the rest."""
 
 Floats = NDArray[np.float64]
 

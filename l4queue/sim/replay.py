@@ -11,6 +11,7 @@ from l4queue.cost.move import MovePrice
 from l4queue.cost.step import StepCost
 from l4queue.models import Plan
 from l4queue.planning.histogram import Buckets, Demand
+from l4queue.planning.steady_state import LONG_BOUND, P99_BOUND
 from l4queue.sim.engine.instance import Instance
 from l4queue.sim.engine.request import SimRequest
 from l4queue.sim.metrics import SimResult
@@ -25,16 +26,18 @@ MIN_ARRIVALS = 100
 MIN_LATENCIES = 4.0
 """A replay shorter than so many mean latencies ends before its queues are what they would become."""
 MAX_ARRIVALS = 1500
+"""Most arrivals in a replay. Chosen: more tell plans apart more surely, and take the planner longer."""
 _DRAWN = 400
-_LONG_BOUND = 1.25
-_P99_BOUND = 1.10
+"""Arrivals that are drawn where a change has left too few. Chosen: they are drawn from what is known already, so
+more of them tell little more."""
 _OVERRUN_POWER = 2.0
 """A plan beyond a bound is charged with this power of the overrun: chance in a short record does not throw a good
 plan out at once, and no plan far beyond wins."""
-_NUM_CHECKS = 16
-_FIRST_CHECK = 6
+_NUM_CHECKS, _FIRST_CHECK = 16, 6
 """A replay is held against the best so far at sixteen points of the record, from three eighths of it on."""
 _CLEARLY_WORSE = 1.25
+"""Factor on the latency that would make a plan equal to the best: beyond it a replay ends early. Chosen: a smaller
+one ends plans that would have caught up, a larger one saves less time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,8 +138,8 @@ class _Replays:
             return found.mean_e2e_s
         overrun = max(
             1.0,
-            _ratio(found.long.mean_e2e_s, one.long.mean_e2e_s) / _LONG_BOUND,
-            found.p99_e2e_s / one.p99_e2e_s / _P99_BOUND,
+            _ratio(found.long.mean_e2e_s, one.long.mean_e2e_s) / LONG_BOUND,
+            found.p99_e2e_s / one.p99_e2e_s / P99_BOUND,
         )
         return float(found.mean_e2e_s * overrun**_OVERRUN_POWER)
 

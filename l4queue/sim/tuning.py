@@ -12,6 +12,8 @@ from l4queue.sim.traces.trace import Trace
 __all__ = ("tune_two_pool",)
 
 QUANTILES = (0.5, 0.7, 0.8, 0.9, 0.95)
+"""Quantiles of the prompts that are tried as the threshold of two pools. Chosen: from the median up, as most
+prompts are short; each one more costs simulations."""
 
 
 def tune_two_pool(trace: Trace, setting: RunConfig, *, max_requests: int = 2500) -> TwoPool:

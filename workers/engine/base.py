@@ -11,6 +11,7 @@ from l4queue.models import SamplingParams
 from l4queue.protocol.records import TokenLogprobs
 
 __all__ = (
+    "MAX_STEP_RECORDS",
     "Cut",
     "Engine",
     "EngineDied",
@@ -117,6 +118,11 @@ class EngineStats:
     num_kv_loads: int = 0
     num_kv_misses: int = 0
     kv_loaded_bytes: int = 0
+
+
+MAX_STEP_RECORDS = 4096
+"""Step records that an engine keeps until they are read; the oldest go first. Chosen: 40 s of steps of 10 ms, far
+more than lie between two reads."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

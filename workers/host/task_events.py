@@ -14,7 +14,8 @@ from celery import Celery
 from celery.events.dispatcher import EventDispatcher
 from pydantic import JsonValue
 
-from workers.telemetry.observer import LEASE_ENDED, RequestView
+from l4queue.compat import TOTALS
+from workers.telemetry.observer import LEASE_ENDED, PREVIEW_CHARS, RequestView
 
 __all__ = ("Budget", "EventSender")
 
@@ -25,15 +26,12 @@ SAMPLE_ABOVE_PER_S = 500.0
 """Requests per second whose start is shown; beyond it a request appears with its outcome."""
 OUTCOMES_FACTOR = 4
 """So many times that, successes are left out too. Failures, revocations and retries never are."""
-TOTALS = "worker-totals"
-"""Our own event: how many of each type there were since this worker began, whether they were sent or not."""
 _COUNTED = ("task-received", "task-succeeded", "task-failed", "task-revoked", "task-retried")
 _TOTALS_S = 1.0
 _REPEAT_S = 5.0  # for a Flower that has just begun
 _FLUSH_S = 0.1
 _BATCH = 200
 _RETRY_S = 1.0
-_PREVIEW_CHARS = 200
 
 Event = dict[str, Any]
 
@@ -125,7 +123,7 @@ class EventSender:
             return
         result = f"{output_tokens} tokens, {runtime_s:.1f} s"
         if self._show_outputs and text:
-            result += f": {text[:_PREVIEW_CHARS]!r}"
+            result += f": {text[:PREVIEW_CHARS]!r}"
         self._put_outcome("task-succeeded", view, runtime_s=runtime_s, result=result, runtime=round(runtime_s, 4))
 
     def request_failed(self, view: RequestView, *, error: str, runtime_s: float) -> None:

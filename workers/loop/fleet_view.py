@@ -11,7 +11,7 @@ from l4queue.config import Settings
 from l4queue.cost.step import StepCost
 from l4queue.models import Plan, WorkerLoad
 from l4queue.observe.overview import Overview, read_overview_async, stage_loads
-from l4queue.policy.loads import StageLoad, batch_ms, prefill_ahead_ms
+from l4queue.policy.loads import NEWS_INTERVAL_S, StageLoad, batch_ms, prefill_ahead_ms
 from l4queue.policy.newcomer import stage_for_newcomer
 from l4queue.policy.output_lengths import OutputLengths
 from l4queue.protocol.executor import AsyncExecutor
@@ -21,7 +21,6 @@ from workers.loop.session import Session
 
 __all__ = ("FleetView",)
 
-_INTERVAL_S = 0.5
 _WORKERS_PER_S = 64  # in a large fleet everybody looks at everybody less often
 
 
@@ -46,7 +45,7 @@ class FleetView:
     def interval_s(self) -> float:
         """Pause between two looks, s."""
         num_workers = len(self.overview.workers) if self.overview else 0
-        return max(_INTERVAL_S, num_workers / _WORKERS_PER_S)
+        return max(NEWS_INTERVAL_S, num_workers / _WORKERS_PER_S)
 
     async def refresh(self) -> Overview:
         """Look at plan, workers and queues, and at what has finished since the last look."""

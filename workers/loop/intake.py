@@ -8,9 +8,8 @@ import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 
-from l4queue.models import RequestState
+from l4queue.models import UNBOUNDED_TOKENS, RequestState
 from l4queue.policy.admission import (
-    UNBOUNDED_TOKENS,
     AdmissionBudget,
     AdmissionLimits,
     admission_budget,

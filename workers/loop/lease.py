@@ -19,6 +19,7 @@ from l4queue.cost.move import MovePrice
 from l4queue.cost.step import StepCost
 from l4queue.errors import ServiceUnavailable
 from l4queue.models import WorkerLoad
+from l4queue.policy.loads import NEWS_INTERVAL_S
 from l4queue.protocol.calls import Verdict
 from l4queue.protocol.parsing import load_to_json
 from workers.engine.base import EngineDied
@@ -30,8 +31,8 @@ from workers.loop.lease_thread import LeaseThread
 __all__ = ("Lease",)
 
 log = logging.getLogger("l4queue.worker")
-_NEWS_S = 0.5
-_MIN_NEWS_S = 0.02
+_LEAST_NEWS_S = 0.02
+"""Shortest pause between two publications, s: changes within it go out together, 50 calls a second at most."""
 
 
 class Lease:
@@ -78,9 +79,9 @@ class Lease:
         Raises EngineDied when the engine has stalled too long.
         """
         while True:
-            await asyncio.sleep(_MIN_NEWS_S)
+            await asyncio.sleep(_LEAST_NEWS_S)
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(min(self._settings.lease_s / 3, _NEWS_S) - _MIN_NEWS_S):
+                async with asyncio.timeout(min(self._settings.lease_s / 3, NEWS_INTERVAL_S) - _LEAST_NEWS_S):
                     await self._due.wait()
             self._due.clear()
             self._check_progress()
@@ -128,7 +129,7 @@ class Lease:
     def _check_progress(self) -> None:
         """An engine that has stalled too long is dead. While the loop stands still nobody sees its steps."""
         now_s, steps = asyncio.get_running_loop().time(), self._engine.stats().num_steps
-        self._progress_s += max(0.0, now_s - self._checked_s - 2 * _NEWS_S)
+        self._progress_s += max(0.0, now_s - self._checked_s - 2 * NEWS_INTERVAL_S)
         self._checked_s = now_s
         if steps != self._seen_steps or self._load().num_running == 0:
             self._seen_steps, self._progress_s = steps, now_s

@@ -24,6 +24,8 @@ __all__ = ("LeaseThread",)
 
 log = logging.getLogger("l4queue.worker")
 _MOST_TICK_S = 1.0
+"""Longest pause between two looks of the keeper, s. Chosen: under a long lease it is still soon
+seen that the loop stands still."""
 _FAREWELL_S = 5.0  # for what is told to Redis before the end, and for the other keepers of this process
 _changed = threading.Condition()
 _in_force: set[LeaseThread] = set()  # of this process: its last one to give up ends it

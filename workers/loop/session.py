@@ -13,10 +13,9 @@ from l4queue.protocol.records import Grant, Outcome, OutputEntry, TokenLogprobs,
 from l4queue.sampling import DEFAULT_MAX_TOKENS
 from workers.engine.base import EngineOutput, EngineRequest, FinishReason
 from workers.loop.text import TextStream
+from workers.telemetry.observer import PREVIEW_CHARS
 
 __all__ = ("Session", "TextFactory", "Write", "engine_id", "resumed_seed")
-
-_PREVIEW_CHARS = 120
 
 TextFactory = Callable[[SamplingParams], TextStream]
 """Makes the text of one output: with the model's tokenizer and the request's stop strings."""
@@ -207,8 +206,8 @@ class Session:
             self._pending_text.append(piece.text)
             if output.logprobs:
                 self._pending_logprobs.extend(output.logprobs[: piece.num_tokens])
-            if len(self.text_preview) < _PREVIEW_CHARS:
-                self.text_preview = (self.text_preview + piece.text)[:_PREVIEW_CHARS]
+            if len(self.text_preview) < PREVIEW_CHARS:
+                self.text_preview = (self.text_preview + piece.text)[:PREVIEW_CHARS]
             if piece.stopped:
                 self.ended_by_text = True
                 self._end(FinishReason.STOP)

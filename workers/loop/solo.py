@@ -21,6 +21,8 @@ __all__ = ("SoloTurn",)
 log = logging.getLogger("l4queue.worker")
 _LIMITS = SoloLimits()
 _LIMIT = 200
+"""Requests that one call looks at. Chosen: it bounds how long a call keeps the server; a longer queue takes
+more calls."""
 
 
 class SoloTurn:

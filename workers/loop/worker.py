@@ -13,6 +13,7 @@ from pydantic import JsonValue
 from l4queue.config import Settings
 from l4queue.cost.step import StepCost
 from l4queue.models import Plan
+from l4queue.policy.loads import EARLY_NEWS_FRACTION
 from l4queue.protocol.plans import read_plan
 from l4queue.protocol.upkeep import Upkeep
 from workers.engine.base import Engine, EngineDied, EngineOutput
@@ -40,9 +41,6 @@ from workers.telemetry.snapshot import WorkerSnapshot
 __all__ = ("Worker",)
 
 log = logging.getLogger("l4queue.worker")
-_EARLY_REFRESH_FRACTION = (
-    10  # news of other stages' queues bring the next look forward to so small a part of the interval
-)
 _IDLE_S = 1.0  # an idle worker looks for work at least so often, should a wake-up have been missed
 
 
@@ -296,9 +294,9 @@ class Worker:
         fleet_view = self.fleet_view
         while True:
             self._early_refresh.clear()
-            await asyncio.sleep(fleet_view.interval_s / _EARLY_REFRESH_FRACTION)
+            await asyncio.sleep(fleet_view.interval_s / EARLY_NEWS_FRACTION)
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(fleet_view.interval_s * (1.0 - 1.0 / _EARLY_REFRESH_FRACTION)):
+                async with asyncio.timeout(fleet_view.interval_s * (1.0 - 1.0 / EARLY_NEWS_FRACTION)):
                     await self._early_refresh.wait()
             overview = await fleet_view.refresh()
             self._adopt(overview.plan)  # the listener may have begun just after it was published

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-__all__ = ("LEASE_ENDED", "NullObserver", "Observer", "RequestView")
+__all__ = ("LEASE_ENDED", "PREVIEW_CHARS", "NullObserver", "Observer", "RequestView")
 
+PREVIEW_CHARS = 200
+"""Characters of a prompt or an output that are shown with `L4_FLOWER_SHOW_PROMPTS`: docs/flower.md."""
 LEASE_ENDED = "its lease ended"
 """Why a request moved when this worker was the last to know; it may be finished elsewhere by now."""
 

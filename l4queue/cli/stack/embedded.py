@@ -20,7 +20,7 @@ from typing import Literal
 
 from l4queue.cli.stack.process import die_with_parent
 from l4queue.errors import ConfigError, ServiceUnavailable
-from l4queue.redis_url import SecretUrl
+from l4queue.redis_url import PORT, SecretUrl
 
 __all__ = (
     "MIN_VERSION",
@@ -34,7 +34,7 @@ __all__ = (
 )
 
 MIN_VERSION = (6, 2, 0)
-USUAL_PORT = 6379
+USUAL_PORT = PORT
 _START_S = 60.0
 """Reading a large AOF takes its time: about a second per gigabyte, more on a slow disk."""
 _STOP_S = 30.0

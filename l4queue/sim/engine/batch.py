@@ -12,13 +12,11 @@ from collections import deque
 from collections.abc import Iterator
 from heapq import heappop, heappush
 
-from l4queue.cost.step import StepCost
+from l4queue.cost.step import BLOCK_TOKENS, StepCost
+from l4queue.models import UNBOUNDED_TOKENS
 from l4queue.sim.engine.request import SimRequest
 
 __all__ = ("BLOCK_TOKENS", "Batch")
-
-BLOCK_TOKENS = 16
-"""Tokens of one KV block: vLLM's default."""
 
 
 class Batch:
@@ -71,7 +69,7 @@ class Batch:
         self.num_steps = 0
         self.busy_s = 0.0
         self.num_preempted = 0
-        self.blocks_total = max(1, cost.kv_capacity_tokens // BLOCK_TOKENS) if cost.kv_capacity_tokens else 2**60
+        self.blocks_total = max(1, (cost.kv_capacity_tokens or UNBOUNDED_TOKENS) // BLOCK_TOKENS)
         self.blocks_used = 0
         self.num_decodes = 0
         self.context_tokens = 0

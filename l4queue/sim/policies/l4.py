@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
+from l4queue.config import default_of
 from l4queue.errors import ConfigError
 from l4queue.models import Plan
 from l4queue.planning.partition import PartitionProblem
@@ -12,7 +13,7 @@ from l4queue.planning.planner import Decision, PlannerSettings, Snapshot, expect
 from l4queue.planning.refine import refine
 from l4queue.planning.steady_state import Objective, PartitionSettings
 from l4queue.policy.handover import decide_handover, least_loaded, look_again_at, next_stage
-from l4queue.policy.loads import StageLoad, prefill_ahead_ms, stage_load
+from l4queue.policy.loads import EARLY_NEWS_FRACTION, NEWS_INTERVAL_S, StageLoad, prefill_ahead_ms, stage_load
 from l4queue.policy.route import route
 from l4queue.policy.steal import Steal, StealLimits, steal_waiting
 from l4queue.sim.engine.instance import Instance
@@ -28,7 +29,7 @@ from l4queue.sim.wake import backlog_ms
 
 __all__ = ("INGREDIENTS", "L4", "L4Options")
 
-_NEWS_S = 0.05  # as old may be what a worker knows of other stages when something comes to their queues
+_NEWS_S = NEWS_INTERVAL_S / EARLY_NEWS_FRACTION  # age of a worker's news when something comes to another stage
 INGREDIENTS = (
     "hand-over",
     "stealing",
@@ -50,11 +51,11 @@ class L4Options:
 
     objective: str = "balanced"
     without: frozenset[str] = frozenset()
-    replan_s: float = 10.0
-    refine_s: float = 2.0
-    half_life_s: float = 120.0
-    min_life_s: float = 20.0
-    min_gain: float = 0.05
+    replan_s: float = default_of("replan_interval_s")
+    refine_s: float = default_of("refine_interval_s")
+    half_life_s: float = default_of("demand_half_life_s")
+    min_life_s: float = default_of("plan_min_life_s")
+    min_gain: float = default_of("plan_min_gain")
     steal: StealLimits = field(default_factory=StealLimits)
 
     @classmethod

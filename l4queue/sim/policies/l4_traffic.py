@@ -11,14 +11,15 @@ import numpy as np
 from l4queue.cost.step import StepCost
 from l4queue.planning.histogram import Buckets, Counts, counts_of, merge
 from l4queue.planning.traffic_change import Learned, is_early_round, learn, with_decision, work_ms
-from l4queue.policy.output_lengths import OutputLengths
+from l4queue.policy.output_lengths import KNOWN_OUTPUTS, OutputLengths
 from l4queue.sim.engine.instance import Instance
 from l4queue.sim.engine.request import SimRequest
 
 __all__ = ("Traffic",)
 
 _MAX_TOKENS = 262_144
-_SAMPLE = 3000
+"""Begin of the last bucket at the latest, tokens. Chosen: twice the context of Llama-3.1; the last bucket has no
+end."""
 
 
 class Traffic:
@@ -27,13 +28,13 @@ class Traffic:
     def __init__(self, *, half_life_s: float) -> None:
         self.buckets = Buckets.log_spaced(_MAX_TOKENS)
         self.learned = Learned.nothing(self.buckets, now_s=0.0)
-        self.recent: deque[SimRequest] = deque(maxlen=_SAMPLE)
+        self.recent: deque[SimRequest] = deque(maxlen=KNOWN_OUTPUTS)
         self.learned_s = 0.0
         self._half_life_s = half_life_s
         self._prompts: list[int] = []
         self._grown: list[tuple[int, int]] = []
         self._seen: dict[SimRequest, int] = {}
-        self.outputs = OutputLengths(size=_SAMPLE)
+        self.outputs = OutputLengths(size=KNOWN_OUTPUTS)
 
     def arrived(self, request: SimRequest) -> None:
         """Count a prompt."""

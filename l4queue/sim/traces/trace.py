@@ -21,7 +21,9 @@ __all__ = ("COLUMNS", "Trace", "read_trace")
 
 COLUMNS = ("arrival_s", "input_tokens", "output_tokens")
 MAX_TOKENS = 100_000_000
+"""Longest prompt or output in a file, tokens: a hundred times what models hold; beyond it a column is mixed up."""
 MAX_ARRIVAL_S = 1e9
+"""Latest arrival, s: 30 years. Beyond it times are of another unit, or of a calendar."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

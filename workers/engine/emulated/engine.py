@@ -13,6 +13,7 @@ from dataclasses import replace
 
 from l4queue.cost.step import BatchShape, StepCost
 from workers.engine.base import (
+    MAX_STEP_RECORDS,
     Cut,
     EngineDied,
     EngineInfo,
@@ -27,7 +28,6 @@ from workers.engine.emulated.tickets import covered_tokens, make_ticket
 
 __all__ = ("EmulatedEngine",)
 
-_MAX_STEP_RECORDS = 4096
 _DEFAULT_KV_TOKENS = 1_000_000
 _MAX_LATE_S = 0.05  # a loop that was held up for longer does not run to catch up
 
@@ -69,7 +69,7 @@ class EmulatedEngine:
         self._task: asyncio.Task[None] | None = None
         self._num_steps = 0
         self._last_step_ms = 0.0
-        self._records: deque[StepRecord] = deque(maxlen=_MAX_STEP_RECORDS)
+        self._records: deque[StepRecord] = deque(maxlen=MAX_STEP_RECORDS)
 
     async def start(self) -> EngineInfo:
         """Begin stepping."""

@@ -16,17 +16,14 @@ from heapq import heapify, heappop, heappush
 from struct import Struct
 from zlib import crc32
 
-from l4queue.cost.step import BatchShape, StepCost
+from l4queue.cost.step import BLOCK_TOKENS, BatchShape, StepCost
+from l4queue.models import UNBOUNDED_TOKENS
 from workers.engine.base import EngineOutput, EngineRequest, FinishReason
 
 __all__ = ("BLOCK_TOKENS", "EmulatedBatch", "next_token")
 
-BLOCK_TOKENS = 16
-"""Tokens of one KV block: vLLM's default, and the simulator's."""
-
 _VOCABULARY = 8000
 _FIRST_TOKEN = 100  # below lie special tokens in most vocabularies; a batch never says "end" by itself
-_UNBOUNDED_TOKENS = 2**60
 _pack = Struct("<q").pack
 
 
@@ -46,7 +43,7 @@ class EmulatedBatch:
         self._max_batched_tokens = cost.max_batched_tokens
         self._max_chunk_tokens = cost.max_chunk_tokens
         self._max_num_seqs = cost.max_num_seqs
-        self._blocks_total = _blocks_below(cost.kv_capacity_tokens or _UNBOUNDED_TOKENS)
+        self._blocks_total = _blocks_below(cost.kv_capacity_tokens or UNBOUNDED_TOKENS)
         self._blocks_used = 0
         self._known: dict[str, _Entry] = {}
         self._running: dict[_Entry, None] = {}  # in order of admission

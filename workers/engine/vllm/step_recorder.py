@@ -12,11 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from workers.engine.base import StepRecord
+from workers.engine.base import MAX_STEP_RECORDS, StepRecord
 
 __all__ = ("StepWatch",)
-
-_MAX_STEP_RECORDS = 4096
 
 
 @dataclass(slots=True, kw_only=True)
@@ -51,7 +49,7 @@ class StepWatch:
         self._num_arrived = 0
         self._decoding: dict[str, int] = {}  # length up to the last token that was seen, tokens
         self._prefills: dict[str, _Prefill] = {}
-        self._records: deque[StepRecord] = deque(maxlen=_MAX_STEP_RECORDS)
+        self._records: deque[StepRecord] = deque(maxlen=MAX_STEP_RECORDS)
 
     def arrived(self, request_id: str, *, num_tokens: int, priority: int) -> None:
         """A request goes to the engine."""

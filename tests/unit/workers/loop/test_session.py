@@ -25,6 +25,7 @@ from l4queue.tiny import make_tiny_tokenizer
 from workers.engine.base import EngineOutput, EngineRequest, FinishReason
 from workers.loop.session import Session, resumed_seed
 from workers.loop.text import StreamDecoder, TextStream
+from workers.telemetry.observer import PREVIEW_CHARS
 
 EOS = 1
 PROMPT = (300, 301, 302)
@@ -147,6 +148,16 @@ def test_an_end_of_sequence_gives_no_text_whatever_the_tokenizer_calls_it(ignore
         assert list(ids) == source
         assert text == ("the end</s>" if ignore_eos else "the end")
         assert reason == ("length" if ignore_eos else "stop")
+
+
+def test_the_preview_has_as_many_characters_as_are_shown(tokenizer: Any) -> None:
+    """docs/flower.md promises them."""
+    source = tokenizer.encode("x" * 2 * PREVIEW_CHARS).ids
+    wanted = Wanted()
+    session = open_session(tokenizer, SamplingParams(max_tokens=len(source)), wanted, epoch=1)
+    for output in generate(session.engine_request(), source, len(source)):
+        session.feed(output)
+    assert session.text_preview == "x" * PREVIEW_CHARS
 
 
 @pytest.mark.parametrize(("body", "expected"), [(b"{}", 256), (b'{"params":{"max_tokens":9}}', 9)])
