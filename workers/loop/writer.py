@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from l4queue.models import RequestState
 from l4queue.protocol.calls import Call, Verdict
@@ -108,25 +109,17 @@ class Writer:
         )
 
     def _call(self, write: Write) -> Call[Verdict]:
-        state, session = self._state, write.session
-        if write.outcome is None:
-            return state.calls.emit(
-                session.request_id,
-                incarnation=session.incarnation,
-                epoch=session.grant.epoch,
-                offset=write.offset,
-                token_ids=write.token_ids,
-                text=write.text,
-                logprobs=write.logprobs,
-            )
-        return state.calls.settle(
+        calls, session = self._state.calls, write.session
+        make: Callable[..., Call[Verdict]] = calls.emit
+        if write.outcome is not None:
+            make = partial(calls.settle, outcome=write.outcome)
+        return make(
             session.request_id,
             incarnation=session.incarnation,
             epoch=session.grant.epoch,
             offset=write.offset,
             token_ids=write.token_ids,
             text=write.text,
-            outcome=write.outcome,
             logprobs=write.logprobs,
         )
 
