@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,19 +30,6 @@ from tests.services.processes import until as until_seen
 
 pytestmark = [pytest.mark.services, pytest.mark.timeout(600)]
 L4QUEUE = Path(sys.executable).with_name("l4queue")
-
-
-@pytest.fixture
-def files(tmp_path: Path) -> Files:
-    """In the test's own folder."""
-    return Files(tmp_path)
-
-
-@pytest.fixture
-async def pipeline(redis_url: str, namespace: str) -> AsyncIterator[Pipeline]:
-    """A dispatcher; no worker yet."""
-    async with open_pipeline(redis_url, namespace) as opened:
-        yield opened
 
 
 async def records(pipeline: Pipeline) -> int:

@@ -6,7 +6,6 @@ import asyncio
 import json
 import re
 from collections import Counter
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +14,9 @@ import pytest
 from l4queue.client.batch import source
 from l4queue.errors import InvalidRequest
 from tests.services.batches import Files, has_submitted, run, stopped_when, submitted, write_lines
-from tests.services.pipeline import Pipeline, open_pipeline, until
+from tests.services.pipeline import Pipeline, until
 
 pytestmark = [pytest.mark.services, pytest.mark.timeout(120)]
-
-
-@pytest.fixture
-def files(tmp_path: Path) -> Files:
-    """In the test's own folder."""
-    return Files(tmp_path)
-
-
-@pytest.fixture
-async def pipeline(redis_url: str, namespace: str) -> AsyncIterator[Pipeline]:
-    """A dispatcher; no worker yet."""
-    async with open_pipeline(redis_url, namespace) as opened:
-        yield opened
 
 
 def write_requests(path: Path, prompts: dict[str, Any]) -> None:

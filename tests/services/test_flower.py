@@ -119,21 +119,6 @@ class Monitored:
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A byte-level tokenizer without merges: one token for each byte."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    letters = {letter: index for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    built = Tokenizer(models.BPE(vocab=letters, merges=[]))
-    built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    built.decoder = decoders.ByteLevel()
-    folder = tmp_path_factory.mktemp("tokenizer")
-    PreTrainedTokenizerFast(tokenizer_object=built, model_max_length=16_384).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def monitored(
     redis_executable: str, tokenizer: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Monitored]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
@@ -25,13 +24,6 @@ from l4queue.models import StagePlan
 from tests.services.pipeline import COST, Pipeline, open_pipeline, true, until
 
 pytestmark = pytest.mark.services
-
-
-@pytest.fixture
-async def pipeline(redis_url: str, namespace: str) -> AsyncIterator[Pipeline]:
-    """A dispatcher with upkeep; no worker yet."""
-    async with open_pipeline(redis_url, namespace) as opened:
-        yield opened
 
 
 async def test_a_request_is_served_streamed_and_read_again(pipeline: Pipeline) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import Awaitable
 from dataclasses import replace
 from typing import Any
 
@@ -25,13 +25,6 @@ from workers.engine.emulated.engine import EmulatedEngine
 pytestmark = pytest.mark.services
 # every request in a batch costs the others a lot, a prefill next to nothing: moving pays at once
 CROWDED = replace(COST, alpha_ms=1.0, beta_ms=2.0, pi_ms=0.0001)
-
-
-@pytest.fixture
-async def pipeline(redis_url: str, namespace: str) -> AsyncIterator[Pipeline]:
-    """A dispatcher with upkeep; no worker yet."""
-    async with open_pipeline(redis_url, namespace) as opened:
-        yield opened
 
 
 def _stages(*ranges: tuple[int, int | None, tuple[str, ...]]) -> tuple[StagePlan, ...]:

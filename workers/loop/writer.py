@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from uuid import uuid4
 
 from l4queue.models import RequestState
@@ -177,25 +178,17 @@ class Writer:
         )
 
     def _call(self, write: Write) -> Call[Verdict]:
-        context, session = self._context, write.session
-        if write.outcome is None:
-            return context.calls.emit(
-                session.request_id,
-                incarnation=session.incarnation,
-                epoch=session.grant.epoch,
-                offset=write.offset,
-                token_ids=write.token_ids,
-                text=write.text,
-                logprobs=write.logprobs,
-            )
-        return context.calls.settle(
+        calls, session = self._context.calls, write.session
+        make: Callable[..., Call[Verdict]] = calls.emit
+        if write.outcome is not None:
+            make = partial(calls.settle, outcome=write.outcome)
+        return make(
             session.request_id,
             incarnation=session.incarnation,
             epoch=session.grant.epoch,
             offset=write.offset,
             token_ids=write.token_ids,
             text=write.text,
-            outcome=write.outcome,
             logprobs=write.logprobs,
         )
 
