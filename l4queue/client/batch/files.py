@@ -138,13 +138,22 @@ class AnswerFile:
         self._file.flush()
 
     def sync(self) -> None:
-        """Return once all that was appended is on disk."""
+        """Return once all that was appended is on disk. InvalidRequest when the file is no longer at its place."""
         self._file.flush()
         os.fsync(self._file.fileno())
+        if not self._is_at_its_place():
+            told = f"{self.path} was removed or replaced while the batch ran"
+            raise InvalidRequest(f"{told}; run the command again", field=self._field)
 
     def close(self) -> None:
         """Write, unlock and close; safe to call twice."""
         self._file.close()
+
+    def _is_at_its_place(self) -> bool:
+        try:
+            return os.path.samestat(self.path.stat(), os.fstat(self._file.fileno()))
+        except OSError:
+            return False
 
     def _repair(self) -> int:
         """Bytes cut off the end (positive), or -1 for an end of line that was added."""
