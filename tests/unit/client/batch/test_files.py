@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 from contextlib import closing
 from pathlib import Path
 
@@ -165,6 +166,27 @@ def test_a_file_that_was_taken_away_is_told(has_another: bool, tmp_path: Path) -
         with pytest.raises(InvalidRequest, match="removed or replaced") as caught:
             file.sync()
     assert caught.value.field == "out"
+
+
+def test_a_full_disk_is_told_and_what_was_written_counts(tmp_path: Path) -> None:
+    """The rest is torn, as by a crash. A limit of the process stands for the disk."""
+    path, before = tmp_path / "out", resource.getrlimit(resource.RLIMIT_FSIZE)
+    file = AnswerFile(path, field="out")
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(LINES[0]) + 5, before[1]))
+        file.append(LINES[0])
+        file.sync()
+        file.append(LINES[1])
+        for write in (file.flush, file.sync, file.close):
+            with pytest.raises(InvalidRequest, match="make room") as caught:
+                write()
+            assert caught.value.field == "out"
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    file.close()
+    with closing(AnswerFile(path, field="out")) as again:
+        assert [answer["custom_id"] for answer in again.answers()] == ["ü0"]
+        assert again.num_repaired_bytes == 5
 
 
 def test_files_that_cannot_be_opened_name_their_option(tmp_path: Path) -> None:
