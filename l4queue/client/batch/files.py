@@ -8,6 +8,7 @@ import os
 import stat
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
@@ -130,21 +131,42 @@ class AnswerFile:
         return InvalidRequest(f"line {number} of {self.path} {why}; {advice}", field=self._field)
 
     def append(self, line: bytes) -> None:
-        """Add one line, its end included."""
-        self._file.write(line)
+        """Add one line, its end included. InvalidRequest where the disk is full, as in `flush` and `close`."""
+        with self._writing():
+            self._file.write(line)
 
     def flush(self) -> None:
         """Let others read what was appended."""
-        self._file.flush()
+        with self._writing():
+            self._file.flush()
 
     def sync(self) -> None:
-        """Return once all that was appended is on disk."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """Return once all that was appended is on disk. InvalidRequest when the file is no longer at its place."""
+        with self._writing():
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        if not self._is_at_its_place():
+            told = f"{self.path} was removed or replaced while the batch ran"
+            raise InvalidRequest(f"{told}; run the command again", field=self._field)
 
     def close(self) -> None:
         """Write, unlock and close; safe to call twice."""
-        self._file.close()
+        with self._writing():
+            self._file.close()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            told = f"cannot write {self.path}: {error.strerror or error}"
+            raise InvalidRequest(f"{told}; make room and run the command again", field=self._field) from None
+
+    def _is_at_its_place(self) -> bool:
+        try:
+            return os.path.samestat(self.path.stat(), os.fstat(self._file.fileno()))
+        except OSError:
+            return False
 
     def _repair(self) -> int:
         """Bytes cut off the end (positive), or -1 for an end of line that was added."""

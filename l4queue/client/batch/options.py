@@ -41,6 +41,10 @@ class BatchOptions:
         _check_whole("priority", self.priority, least=-100, most=100)
         if self.max_tokens is not None:
             _check_whole("max_tokens", self.max_tokens, least=1, most=1_000_000)
+        _check_truth("cancel_on_exit", self.cancel_on_exit)
+        _check_truth("keep_results", self.keep_results)
+        if not self.path_out.name:
+            raise InvalidRequest(f"{str(self.path_out)!r} is not the name of a file", field="out")
         files = (self.path_in, self.path_out, self.errors, self.identity, new_beside(self.identity))
         try:
             are_one = len({path.resolve() for path in files}) < len(files) or any(
@@ -86,3 +90,8 @@ def batch_options(
 def _check_whole(name: str, value: object, *, least: int, most: int) -> None:
     if type(value) is not int or not least <= value <= most:
         raise InvalidRequest(f"must be a whole number in [{least}, {most}]", field=name)
+
+
+def _check_truth(name: str, value: object) -> None:
+    if type(value) is not bool:
+        raise InvalidRequest("must be True or False", field=name)

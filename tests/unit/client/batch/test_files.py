@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 from contextlib import closing
 from pathlib import Path
 
@@ -151,6 +152,43 @@ def test_only_one_writes_a_file(tmp_path: Path) -> None:
     AnswerFile(tmp_path / "out", field="out").close()
 
 
+@pytest.mark.parametrize("has_another", [False, True])
+def test_a_file_that_was_taken_away_is_told(has_another: bool, tmp_path: Path) -> None:
+    """Nothing counts as written: what is appended to it stands nowhere."""
+    path = tmp_path / "out"
+    with closing(AnswerFile(path, field="out")) as file:
+        file.append(LINES[0])
+        file.sync()
+        path.unlink()
+        if has_another:
+            path.write_bytes(LINES[0])
+        file.append(LINES[1])
+        with pytest.raises(InvalidRequest, match="removed or replaced") as caught:
+            file.sync()
+    assert caught.value.field == "out"
+
+
+def test_a_full_disk_is_told_and_what_was_written_counts(tmp_path: Path) -> None:
+    """The rest is torn, as by a crash. A limit of the process stands for the disk."""
+    path, before = tmp_path / "out", resource.getrlimit(resource.RLIMIT_FSIZE)
+    file = AnswerFile(path, field="out")
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(LINES[0]) + 5, before[1]))
+        file.append(LINES[0])
+        file.sync()
+        file.append(LINES[1])
+        for write in (file.flush, file.sync, file.close):
+            with pytest.raises(InvalidRequest, match="make room") as caught:
+                write()
+            assert caught.value.field == "out"
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    file.close()
+    with closing(AnswerFile(path, field="out")) as again:
+        assert [answer["custom_id"] for answer in again.answers()] == ["ü0"]
+        assert again.num_repaired_bytes == 5
+
+
 def test_files_that_cannot_be_opened_name_their_option(tmp_path: Path) -> None:
     """Missing input, output in no folder."""
     with pytest.raises(InvalidRequest) as caught:
@@ -222,6 +260,11 @@ def test_an_identity_lasts_until_it_is_removed(tmp_path: Path) -> None:
         ({"max_in_flight": 10**400}, "max_in_flight"),
         ({"priority": float("nan")}, "priority"),
         ({"max_tokens": 1.5}, "max_tokens"),
+        ({"path_out": ""}, "out"),
+        ({"path_out": "/"}, "out"),
+        ({"path_out": "", "path_errors": "errors"}, "out"),
+        ({"cancel_on_exit": "no"}, "cancel_on_exit"),
+        ({"keep_results": 1}, "keep_results"),
     ],
 )
 def test_options_that_cannot_be_used_are_named(more: dict[str, object], field: str) -> None:
