@@ -92,7 +92,7 @@ ENDINGS: dict[str, Callable[[Scene], Any]] = {
 
 
 @pytest.mark.parametrize(
-    ("ending", "state", "told"),
+    ("ending", "state", "last_published"),
     [
         ("cancel", S.SUBMITTED, S.CANCELLED),
         ("cancel", S.RUNNING, S.CANCELLED),
