@@ -47,5 +47,5 @@ def test_a_mistake_in_a_script_is_found_by_random_histories(redis_server: RedisS
 
 def test_the_scripts_as_they_are_pass_the_same_tests(redis_server: RedisServer) -> None:
     """A mutant that changes nothing lives: what kills the others is their mistake."""
-    harmless = Mutant(name="none", script="emit", old="tonumber(v[4])", new="tonumber( v[4])")
+    harmless = Mutant(name="none", script="emit", old="tonumber(ARGV[4])", new="tonumber( ARGV[4])")
     assert killed_by_tests(redis_server, harmless) is None
