@@ -32,7 +32,7 @@ local function cut_the_future()
   local stamps = redis.call('HGETALL', P .. 'foreground')
   for i = 1, #stamps, 2 do
     local stage, came_ms = stamps[i], tonumber(stamps[i + 1])
-    if came_ms > now + 1000 then redis.call('HSET', P .. 'foreground', stage, int(now)) end
+    if came_ms and came_ms > now + 1000 then redis.call('HSET', P .. 'foreground', stage, int(now)) end
   end
 end
 
