@@ -2,7 +2,9 @@
 -- KEYS  1 workers (zset)  2 ctl:<incarnation> (stream)
 -- ARGV  1 incarnation  2 message (JSON)
 -- Returns 'OK' | 'LOST' (no such worker)
-if not redis.call('ZSCORE', KEYS[1], ARGV[1]) then return 'LOST' end
-redis.call('XADD', KEYS[2], 'MAXLEN', '~', 256, '*', 'm', ARGV[2])
-redis.call('PEXPIRE', KEYS[2], 600000)
+local workers, messages = unpack(KEYS)
+local incarnation, message = unpack(ARGV)
+if not redis.call('ZSCORE', workers, incarnation) then return 'LOST' end
+redis.call('XADD', messages, 'MAXLEN', '~', 256, '*', 'm', message)
+redis.call('PEXPIRE', messages, 600000)
 return 'OK'

@@ -3,10 +3,12 @@
 -- KEYS  1 req:<id>
 -- ARGV  1 id  2 reason  3 nonce ('' = none)
 -- Returns 'OK' | 'UNKNOWN' | 'IS:<terminal state>'
-local v = redis.call('HMGET', KEYS[1], 'state', 'cancel')
-local state = v[1]
+local record = KEYS[1]
+local id, reason, nonce = unpack(ARGV)
+local request = fields(record, {'state', 'cancel'})
+local state = request.state
 if not state then return 'UNKNOWN' end
-if state == 'cancelled' and ARGV[3] ~= '' and v[2] == ARGV[3] then return 'OK' end
-if state ~= 'submitted' and state ~= 'queued' and state ~= 'running' then return 'IS:' .. state end
-settle(ARGV[1], 'cancelled', '', {'error', ARGV[2], 'cancel', ARGV[3]})
+if state == 'cancelled' and nonce ~= '' and request.cancel == nonce then return 'OK' end
+if not is_live(state) then return 'IS:' .. state end
+settle(id, 'cancelled', '', {'error', reason, 'cancel', nonce})
 return 'OK'

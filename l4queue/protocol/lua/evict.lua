@@ -6,9 +6,12 @@
 --       what they want of them
 -- Returns {results that went early, keys forgotten early, bytes kept, 1 when there is more to do at once, how many of
 --         those named were there}
-local counts, t = P .. 'counts', now_ms()
-local room, dropped, forgotten = tonumber(ARGV[2]), 0, 0
+local results, keyed = unpack(KEYS)
+local max_bytes, room = tonumber(ARGV[1]), tonumber(ARGV[2])
+local counts, now = P .. 'counts', now_ms()
+local num_dropped, num_forgotten, num_discarded = 0, 0, 0
 
+-- Takes one out of `results` or `keyed`, and its bytes off the count. Returns its id.
 local function uncount(set, member)
   redis.call('ZREM', set, member)
   local id, bytes = string.match(member, '^(.*) (%d+)$')
@@ -17,73 +20,77 @@ local function uncount(set, member)
 end
 
 -- A member may be somebody else's: what it names and has not ended stays.
-local function is_live(rk)
-  return redis.call('EXISTS', rk) == 1 and redis.call('HEXISTS', rk, 'finished_ms') == 0
+local function is_live(record)
+  return redis.call('EXISTS', record) == 1 and redis.call('HEXISTS', record, 'finished_ms') == 0
 end
 
 -- Removes the output. What stays of a request with an idempotency key is counted until it expires, too.
 local function drop(id, is_early)
-  local rk = P .. 'req:' .. id
-  if is_live(rk) then return end
+  local record = P .. 'req:' .. id
+  if is_live(record) then return end
   redis.call('UNLINK', P .. 'out:' .. id)
-  local is_keyed, is_there = redis.call('HEXISTS', rk, 'key_ttl_ms') == 1, redis.call('EXISTS', rk) == 1
+  local is_keyed, is_there = redis.call('HEXISTS', record, 'key_ttl_ms') == 1, redis.call('EXISTS', record) == 1
   if not is_there then return end
-  if is_early then dropped = dropped + 1 end
+  if is_early then num_dropped = num_dropped + 1 end
   if not is_keyed then
-    redis.call('UNLINK', rk)
+    redis.call('UNLINK', record)
     return
   end
-  for _, name in ipairs(redis.call('HKEYS', rk)) do
+  for _, name in ipairs(redis.call('HKEYS', record)) do
     if name == 'body' or string.match(name, '^why') or string.match(name, '^ledger') then
-      redis.call('HDEL', rk, name)
+      redis.call('HDEL', record, name)
     end
   end
-  if is_early then redis.call('HSET', rk, 'dropped_ms', int(t)) end
-  local bytes = int(footprint(rk))
-  redis.call('HSET', rk, 'kept_bytes', bytes)
-  redis.call('ZADD', KEYS[2], int(t + redis.call('PTTL', rk)), id .. ' ' .. bytes)
+  if is_early then redis.call('HSET', record, 'dropped_ms', int(now)) end
+  local bytes = int(footprint(record))
+  redis.call('HSET', record, 'kept_bytes', bytes)
+  redis.call('ZADD', keyed, int(now + redis.call('PTTL', record)), id .. ' ' .. bytes)
   redis.call('HINCRBY', counts, 'result_bytes', bytes)
 end
 
+-- Removes all of a request that has ended, its idempotency key included.
 local function discard(id)
-  local rk = P .. 'req:' .. id
-  local v = redis.call('HMGET', rk, 'finished_ms', 'kept_bytes')
-  if not v[1] then return 0 end
-  redis.call('UNLINK', rk, P .. 'out:' .. id)
-  local member = id .. ' ' .. (v[2] or '')
-  for _, set in ipairs({KEYS[1], KEYS[2]}) do
+  local record = P .. 'req:' .. id
+  local request = fields(record, {'finished_ms', 'kept_bytes'})
+  if not request.finished_ms then return end
+  redis.call('UNLINK', record, P .. 'out:' .. id)
+  local member = id .. ' ' .. (request.kept_bytes or '')
+  for _, set in ipairs({results, keyed}) do
     if redis.call('ZSCORE', set, member) then uncount(set, member) end
   end
   given(id)
-  return 1
+  num_discarded = num_discarded + 1
 end
 
-local discarded = 0
-for i = 3, #ARGV do discarded = discarded + discard(ARGV[i]) end
-for _, member in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', int(t), 'LIMIT', 0, room)) do
-  pcall(drop, uncount(KEYS[1], member), false)  -- a foreign key in this place stays as it is
-  room = room - 1
+local function kept_bytes()
+  return tonumber(redis.call('HGET', counts, 'result_bytes')) or 0
 end
-for _, member in ipairs(redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', int(t), 'LIMIT', 0, room)) do
-  uncount(KEYS[2], member)
-  room = room - 1
-end
+
 local function is_beyond()
-  return room > 0 and (tonumber(redis.call('HGET', counts, 'result_bytes')) or 0) > tonumber(ARGV[1])
+  return room > 0 and kept_bytes() > max_bytes
 end
-while is_beyond() do
-  local member = redis.call('ZRANGE', KEYS[1], 0, 0)[1]
-  if not member then break end
-  pcall(drop, uncount(KEYS[1], member), true)
+
+for i = 3, #ARGV do discard(ARGV[i]) end
+for _, member in ipairs(redis.call('ZRANGEBYSCORE', results, '-inf', int(now), 'LIMIT', 0, room)) do
+  pcall(drop, uncount(results, member), false)  -- a foreign key in this place stays as it is
+  room = room - 1
+end
+for _, member in ipairs(redis.call('ZRANGEBYSCORE', keyed, '-inf', int(now), 'LIMIT', 0, room)) do
+  uncount(keyed, member)
   room = room - 1
 end
 while is_beyond() do
-  local member = redis.call('ZRANGE', KEYS[2], 0, 0)[1]
+  local member = redis.call('ZRANGE', results, 0, 0)[1]
   if not member then break end
-  local rk = P .. 'req:' .. uncount(KEYS[2], member)
-  if not is_live(rk) then redis.call('UNLINK', rk) end
-  forgotten, room = forgotten + 1, room - 1
+  pcall(drop, uncount(results, member), true)
+  room = room - 1
 end
-if dropped > 0 then redis.call('HINCRBY', counts, 'results_dropped', dropped) end
-return {dropped, forgotten, tonumber(redis.call('HGET', counts, 'result_bytes')) or 0, room > 0 and 0 or 1,
-  discarded}
+while is_beyond() do
+  local member = redis.call('ZRANGE', keyed, 0, 0)[1]
+  if not member then break end
+  local record = P .. 'req:' .. uncount(keyed, member)
+  if not is_live(record) then redis.call('UNLINK', record) end
+  num_forgotten, room = num_forgotten + 1, room - 1
+end
+if num_dropped > 0 then redis.call('HINCRBY', counts, 'results_dropped', num_dropped) end
+return {num_dropped, num_forgotten, kept_bytes(), room > 0 and 0 or 1, num_discarded}

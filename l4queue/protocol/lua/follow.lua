@@ -6,14 +6,12 @@
 --       3 how many of the ids are followed; those after them are only looked at  4... ids
 -- Returns {'1' when the news stream was made by this call, else '0', state, offset, state, offset, ...}; the state of an
 --         unknown request is ''
-local client, ttl, most = ARGV[1], ARGV[2], tonumber(ARGV[3])
-local out = {'0'}
-if most > 0 and redis.call('PEXPIRE', KEYS[1], ttl) == 0 then
-  redis.call('XADD', KEYS[1], '*', 'v', '1')
-  redis.call('PEXPIRE', KEYS[1], ttl)
-  out[1] = '1'
-end
-local function add(rk, followers)
+local news = KEYS[1]
+local client, ttl, num_followed = ARGV[1], ARGV[2], tonumber(ARGV[3])
+local FIRST = 4  -- where the ids begin
+
+-- Adds the client to the followers of one request.
+local function add(record, followers)
   local kept = {}
   for other in string.gmatch(followers, '%S+') do
     if other == client then return end
@@ -28,14 +26,20 @@ local function add(rk, followers)
     kept = alive
   end
   kept[#kept + 1] = client
-  redis.call('HSET', rk, 'followers', table.concat(kept, ' '))
+  redis.call('HSET', record, 'followers', table.concat(kept, ' '))
 end
-for i = 4, #ARGV do
-  local rk = P .. 'req:' .. ARGV[i]
-  local v = redis.call('HMGET', rk, 'state', 'offset', 'followers')
-  local state = v[1] or ''
-  if i - 3 <= most and (state == 'submitted' or state == 'queued' or state == 'running') then add(rk, v[3] or '') end
-  out[#out + 1] = state
-  out[#out + 1] = v[2] or '0'
+
+local reply = {'0'}
+if num_followed > 0 and redis.call('PEXPIRE', news, ttl) == 0 then
+  redis.call('XADD', news, '*', 'v', '1')
+  redis.call('PEXPIRE', news, ttl)
+  reply[1] = '1'
 end
-return out
+for i = FIRST, #ARGV do
+  local record = P .. 'req:' .. ARGV[i]
+  local request = fields(record, {'state', 'offset', 'followers'})
+  if i < FIRST + num_followed and is_live(request.state) then add(record, request.followers or '') end
+  reply[#reply + 1] = request.state or ''
+  reply[#reply + 1] = request.offset or '0'
+end
+return reply

@@ -3,14 +3,15 @@
 -- KEYS  1 in (stream)
 -- ARGV  1 unseen for (ms)
 -- Returns the number removed
-local consumers, n = redis.pcall('XINFO', 'CONSUMERS', KEYS[1], 'd'), 0
-if consumers.err then return 0 end
-for _, row in ipairs(consumers) do
-  local fact = {}
-  for i = 1, #row, 2 do fact[row[i]] = row[i + 1] end
-  if fact.pending == 0 and fact.idle >= tonumber(ARGV[1]) then
-    redis.call('XGROUP', 'DELCONSUMER', KEYS[1], 'd', fact.name)
-    n = n + 1
+local inbox, unseen_ms = KEYS[1], tonumber(ARGV[1])
+local rows, num_removed = redis.pcall('XINFO', 'CONSUMERS', inbox, 'd'), 0
+if rows.err then return 0 end
+for _, row in ipairs(rows) do
+  local consumer = {}
+  for i = 1, #row, 2 do consumer[row[i]] = row[i + 1] end
+  if consumer.pending == 0 and consumer.idle >= unseen_ms then
+    redis.call('XGROUP', 'DELCONSUMER', inbox, 'd', consumer.name)
+    num_removed = num_removed + 1
   end
 end
-return n
+return num_removed

@@ -4,26 +4,38 @@
 -- ARGV  1 from  2 so many at the head are left out  3 most requests looked at
 --       4.. upper ends of the stages but the last (tokens, ascending)
 -- Returns {moved, looked at}
-local n, ids = 0, redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', '+inf', 'LIMIT', ARGV[2], ARGV[3])
+local queue = KEYS[1]
+local from, num_left_out, most = ARGV[1], ARGV[2], ARGV[3]
+local ends = {}
+for i = 4, #ARGV do ends[i - 3] = tonumber(ARGV[i]) end
+
+-- The stage of a request of this length: the number of ends that it has reached.
+local function stage_of(tokens)
+  local stage = 0
+  while ends[stage + 1] and tokens >= ends[stage + 1] do stage = stage + 1 end
+  return int(stage)
+end
+
+local num_moved, ids = 0, redis.call('ZRANGEBYSCORE', queue, '-inf', '+inf', 'LIMIT', num_left_out, most)
 for _, id in ipairs(ids) do
-  local rk = P .. 'req:' .. id
-  local v = redis.call('HMGET', rk, 'state', 'stage', 'prompt_tokens', 'offset', 'score')
-  local what = v[1] == 'queued' and v[2] == ARGV[1] and fault(id)
+  local record = P .. 'req:' .. id
+  local request = fields(record, {'state', 'stage', 'prompt_tokens', 'offset', 'score'})
+  local is_here = request.state == 'queued' and request.stage == from
+  local what = is_here and fault(id)
   if what then
     condemn(id, what)
-  elseif v[1] == 'queued' and v[2] == ARGV[1] then
-    local tokens, to = tonumber(v[3]) + tonumber(v[4]), 0
-    while ARGV[4 + to] and tokens >= tonumber(ARGV[4 + to]) do to = to + 1 end
-    to = int(to)
-    if to ~= ARGV[1] then
-      dequeue(id, ARGV[1], tokens)
-      redis.call('HSET', rk, 'stage', to)
-      note(rk, {what = 'rerouted', from = ARGV[1], to = to})
-      enqueue(id, to, v[5], tokens)
-      n = n + 1
+  elseif is_here then
+    local tokens = tonumber(request.prompt_tokens) + tonumber(request.offset)
+    local to = stage_of(tokens)
+    if to ~= from then
+      dequeue(id, from, tokens)
+      redis.call('HSET', record, 'stage', to)
+      note(record, {what = 'rerouted', from = from, to = to})
+      enqueue(id, to, request.score, tokens)
+      num_moved = num_moved + 1
     end
   else
-    dequeue(id, ARGV[1], 0)
+    dequeue(id, from, 0)
   end
 end
-return {n, #ids}
+return {num_moved, #ids}

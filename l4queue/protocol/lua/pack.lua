@@ -7,11 +7,14 @@
 -- ARGV  1 least age (ms): readers of an earlier release, which know no bounds, have the end by then
 --       2 most requests  3 most output entries, about
 -- Returns {requests packed, 1 when there is more to do at once}
+local finished, packed, results = unpack(KEYS)
+local grace_ms, most, room = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
 local PAGE, SMALL = 500, 40000
 local UNUSED = {kind = 1, charge_tokens = 1, charge_bytes = 1, client = 1, solo_crashes = 1, score = 1, kv = 1,
   from = 1, moved_ms = 1, ttl_ms = 1, owner = 1, followers = 1, cancel = 1, bounds = 1}
 local LONG = {why = 1, ledger = 1}
 
+-- A number as a varint.
 local function varint(n)
   local bytes = ''
   while n >= 128 do
@@ -21,7 +24,8 @@ local function varint(n)
   return bytes .. string.char(n)
 end
 
-local function fields_of(row)
+-- The fields of an entry of a stream by their names.
+local function values_of(row)
   local values = {}
   for i = 1, #row[2], 2 do values[row[2][i]] = row[2][i + 1] end
   return values
@@ -34,7 +38,7 @@ local function tokens_of(entry_id) return tonumber(string.match(entry_id, '^%d+'
 local function joined(rows)
   local ids, texts, bounds, lows, highs, upto, width = {}, {}, {}, {}, {}, nil, nil
   for i, row in ipairs(rows) do
-    local v = fields_of(row)
+    local v = values_of(row)
     local t, x, l = v.t or '', v.x or '', v.l or ''
     upto, width = upto or tokens_of(row[1]) - #t / 4, width or #l / #t
     if v.c or t == '' or tokens_of(row[1]) ~= upto + #t / 4 or #l / #t ~= width or width % 2 ~= 0 then return nil end
@@ -52,7 +56,7 @@ local function pack_output(out, made)
   local from = last and '(' .. int(tokens_of(last[1])) .. '-0' or '-'
   local rows = redis.call('XRANGE', out, from, '+', 'COUNT', PAGE)
   local num_read, ended = #rows, nil
-  if num_read > 0 and fields_of(rows[num_read]).e then ended = table.remove(rows) end
+  if num_read > 0 and values_of(rows[num_read]).e then ended = table.remove(rows) end
   if #rows > 0 then
     local entry = joined(rows)
     if not entry then
@@ -79,7 +83,7 @@ local function place(out, made)
   end
   for _, row in ipairs(redis.call('XRANGE', out, '-', '+')) do
     bytes = bytes + 40
-    for _, value in pairs(fields_of(row)) do bytes = bytes + #value end
+    for _, value in pairs(values_of(row)) do bytes = bytes + #value end
   end
   if bytes < SMALL then
     -- pcall: a server may not allow it; then the stream keeps its room
@@ -91,8 +95,8 @@ end
 
 -- Writes the record anew without what only a live request needs: small enough, it is stored in one piece. Long texts
 -- are cut for that where nothing else is long, and the first release does not need them.
-local function pack_record(rk)
-  local all, kept, is_small = redis.call('HGETALL', rk), {}, true
+local function pack_record(record)
+  local all, kept, is_small = redis.call('HGETALL', record), {}, true
   for i = 1, #all, 2 do
     if #all[i + 1] > 64 and (not LONG[all[i]] or #all[i + 1] > 1024) then is_small = false end
   end
@@ -108,53 +112,54 @@ local function pack_record(rk)
       kept[#kept + 1], kept[#kept + 2] = name, value
     end
   end
-  redis.call('DEL', rk)
-  redis.call('HSET', rk, unpack(kept))
+  redis.call('DEL', record)
+  redis.call('HSET', record, unpack(kept))
 end
 
+-- Packs a request, or the next page of its output. Returns whether it is done, and how many entries were read.
 local function pack(id)
-  local rk, out, made = P .. 'req:' .. id, P .. 'out:' .. id, P .. 'pack:' .. id
-  local v = redis.call('HMGET', rk, 'finished_ms', 'kept_bytes', 'key_ttl_ms', 'bounds')
-  if not v[1] or v[2] then return true, 1 end
+  local record, out, made = P .. 'req:' .. id, P .. 'out:' .. id, P .. 'pack:' .. id
+  local request = fields(record, {'finished_ms', 'kept_bytes', 'key_ttl_ms', 'bounds'})
+  if not request.finished_ms or request.kept_bytes then return true, 1 end
   local is_whole, num_read = true, 1
-  if v[4] then is_whole, num_read = pack_output(out, made) end
+  if request.bounds then is_whole, num_read = pack_output(out, made) end
   if not is_whole then return false, num_read end
-  local bytes, t, ttl = place(out, made), now_ms(), redis.call('PTTL', rk)
-  local until_ms = t + math.max(ttl, redis.call('PTTL', out))
-  if v[3] then ttl = math.max(ttl, v[1] + v[3] - t) end
-  pack_record(rk)
-  redis.call('HSET', rk, 'kept_bytes', 0)
-  bytes = bytes + footprint(rk)
-  redis.call('HSET', rk, 'kept_bytes', int(bytes))
-  redis.call('PEXPIRE', rk, int(math.max(1, ttl)))
-  redis.call('ZADD', KEYS[3], int(until_ms), id .. ' ' .. int(bytes))
+  local bytes, now, ttl = place(out, made), now_ms(), redis.call('PTTL', record)
+  local until_ms = now + math.max(ttl, redis.call('PTTL', out))
+  if request.key_ttl_ms then ttl = math.max(ttl, request.finished_ms + request.key_ttl_ms - now) end
+  pack_record(record)
+  redis.call('HSET', record, 'kept_bytes', 0)
+  bytes = bytes + footprint(record)
+  redis.call('HSET', record, 'kept_bytes', int(bytes))
+  redis.call('PEXPIRE', record, int(math.max(1, ttl)))
+  redis.call('ZADD', results, int(until_ms), id .. ' ' .. int(bytes))
   redis.call('HINCRBY', P .. 'counts', 'result_bytes', int(bytes))
   given(id)
   return true, num_read
 end
 
-redis.call('DEL', P .. 'pack:')
-local last, grace, t = string.match(redis.call('GET', KEYS[2]) or '', '^%d+%-%d+$'), tonumber(ARGV[1]), now_ms()
-local ms = tokens_of
-if redis.call('XLEN', KEYS[1]) >= 10000 then  -- so many end in so short a time that `finished` would lose them
-  grace = math.min(grace, (t - ms(redis.call('XRANGE', KEYS[1], '-', '+', 'COUNT', 1)[1][1])) / 2)
+redis.call('DEL', P .. 'pack:')  -- needs no memory: a full server refuses a script whose first write does
+local last, now = string.match(redis.call('GET', packed) or '', '^%d+%-%d+$'), now_ms()
+local ended_ms = tokens_of  -- entries of `finished` have the time before the dash
+if redis.call('XLEN', finished) >= 10000 then  -- so many end in so short a time that `finished` would lose them
+  grace_ms = math.min(grace_ms, (now - ended_ms(redis.call('XRANGE', finished, '-', '+', 'COUNT', 1)[1][1])) / 2)
 end
-local n, room, more = 0, tonumber(ARGV[3]), 0
-local rows = last and redis.pcall('XRANGE', KEYS[1], '(' .. last, '+', 'COUNT', ARGV[2]) or {}
+local num_packed, more = 0, 0
+local rows = last and redis.pcall('XRANGE', finished, '(' .. last, '+', 'COUNT', most) or {}
 if rows.err or #rows == 0 then  -- all is done, or the mark is not one of ours
-  local newest = redis.call('XREVRANGE', KEYS[1], '+', '-', 'COUNT', 1)[1]
-  if newest and newest[1] ~= last then rows = redis.call('XRANGE', KEYS[1], '-', '+', 'COUNT', ARGV[2]) end
+  local newest = redis.call('XREVRANGE', finished, '+', '-', 'COUNT', 1)[1]
+  if newest and newest[1] ~= last then rows = redis.call('XRANGE', finished, '-', '+', 'COUNT', most) end
 end
 for _, row in ipairs(rows) do
-  local age = t - ms(row[1])
-  if age < grace and age > -3600000 then break end  -- a clock that was an hour ahead is no reason to wait for it
+  local age = now - ended_ms(row[1])
+  if age < grace_ms and age > -3600000 then break end  -- a clock that was an hour ahead is no reason to wait for it
   if room <= 0 then
     more = 1
     break
   end
   local is_ours, is_done, num_read
   repeat
-    is_ours, is_done, num_read = pcall(pack, fields_of(row).i or '')
+    is_ours, is_done, num_read = pcall(pack, values_of(row).i or '')
     if not is_ours then is_done, num_read = true, 1 end  -- foreign keys or entries: they expire as they are
     room = room - num_read
   until is_done or room <= 0
@@ -162,8 +167,8 @@ for _, row in ipairs(rows) do
     more = 1
     break
   end
-  n, last = n + 1, row[1]
+  num_packed, last = num_packed + 1, row[1]
 end
-if n > 0 then redis.call('SET', KEYS[2], last) end
-if n == #rows and n == tonumber(ARGV[2]) then more = 1 end
-return {n, more}
+if num_packed > 0 then redis.call('SET', packed, last) end
+if num_packed == #rows and num_packed == most then more = 1 end
+return {num_packed, more}

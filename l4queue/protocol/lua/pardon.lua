@@ -4,29 +4,30 @@
 -- KEYS  1 lost:<incarnation> (hash: id -> '1' where the crash counts as one alone)
 -- ARGV  1 worker id  2.. ids whose blame stands
 -- Returns 'OK'
+local lost, worker_id = KEYS[1], ARGV[1]
 local stands = {}
 for i = 2, #ARGV do stands[ARGV[i]] = true end
-local blamed = redis.call('HGETALL', KEYS[1])
-redis.call('DEL', KEYS[1])
+local blamed = redis.call('HGETALL', lost)
+redis.call('DEL', lost)
 for i = 1, #blamed, 2 do
-  local id = blamed[i]
-  local rk = P .. 'req:' .. id
-  local v = redis.call('HMGET', rk, 'state', 'stage', 'crashes', 'score', 'prompt_tokens', 'offset', 'home')
-  local is_live = v[1] == 'queued' or v[1] == 'running'
-  if is_live and not stands[id] and tonumber(v[3]) > 0 then
-    local to, tokens = v[2], tonumber(v[5]) + tonumber(v[6])
-    if v[1] == 'queued' and v[2] == 'solo' and tonumber(v[3]) <= 2 then
-      to = v[7] or '0'
+  local id, was_alone = blamed[i], blamed[i + 1] == '1'
+  local record = P .. 'req:' .. id
+  local request = fields(record, {'state', 'stage', 'crashes', 'score', 'prompt_tokens', 'offset', 'home'})
+  local is_leased_or_waiting = request.state == 'queued' or request.state == 'running'
+  if is_leased_or_waiting and not stands[id] and tonumber(request.crashes) > 0 then
+    local to, tokens = request.stage, tonumber(request.prompt_tokens) + tonumber(request.offset)
+    if request.state == 'queued' and request.stage == 'solo' and tonumber(request.crashes) <= 2 then
+      to = request.home or '0'
       dequeue(id, 'solo', tokens)
     end
-    local crashes = redis.call('HINCRBY', rk, 'crashes', -1)
-    if blamed[i + 1] == '1' then redis.call('HINCRBY', rk, 'solo_crashes', -1) end
+    local crashes = redis.call('HINCRBY', record, 'crashes', -1)
+    if was_alone then redis.call('HINCRBY', record, 'solo_crashes', -1) end
     redis.call('HINCRBY', P .. 'counts', 'pardoned', 1)
     -- 'rerouted' with a fact more, since readers of an older release know no other word for it
-    note(rk, {what = 'rerouted', from = v[2], to = to, pardoned = ARGV[1], crashes = crashes})
-    if to ~= v[2] then
-      redis.call('HSET', rk, 'stage', to)
-      enqueue(id, to, v[4], tokens)
+    note(record, {what = 'rerouted', from = request.stage, to = to, pardoned = worker_id, crashes = crashes})
+    if to ~= request.stage then
+      redis.call('HSET', record, 'stage', to)
+      enqueue(id, to, request.score, tokens)
     end
   end
 end

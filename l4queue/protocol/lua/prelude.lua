@@ -1,8 +1,11 @@
--- Shared by every script (prepended when scripts are loaded): names, clock, queue moves, the one ending.
+-- Shared by every script (prepended when scripts are loaded), by subject: foreign values, clock and numbers, records,
+-- memory, output, queues, endings, ledger and moves, blame.
 -- KEYS[1] always carries the hash tag; every key a script touches shares it, so one slot serves all.
 -- A server out of memory refuses a script's first command that needs memory, but not those after a write
--- that needs none: scripts that drain the queue therefore begin with ZREM, SREM or DEL.
-local P = string.match(KEYS[1], '^{[^}]*}:')
+-- that needs none: scripts that drain the queue therefore begin with ZREM, SREM, HDEL or DEL.
+local P = string.match(KEYS[1], '^{[^}]*}:')  -- prefix of all names
+
+-- == Foreign values ==
 
 -- Anybody who can write to Redis can write anything under our names. A command that fails on that sets it aside and
 -- is run again; every script calls Redis this way.
@@ -52,8 +55,8 @@ function heal(err, command, key, field)
     bury(string.sub(key, #P + 1) .. ' ' .. field, 'not a number', bytes)
   end
 end
--- Scores from here on are those of background requests: l4queue/policy/queue_order.py.
-local BACKGROUND = 2 ^ 50
+
+-- == Clock and numbers ==
 
 local function now_ms()
   local t = redis.call('TIME')
@@ -69,23 +72,22 @@ local function whole(value)
   return value and #value <= 15 and string.find(value, '^%d+$') and tonumber(value) or nil
 end
 
--- Bytes that Redis uses for a record and its places in inbox, queue or results. A server that may not tell counts what
--- is written, and what a small hash costs beside.
-local function footprint(rk)
-  local bytes = redis.pcall('MEMORY', 'USAGE', rk, 'SAMPLES', 0)
-  if type(bytes) == 'number' then return bytes + 150 end
-  bytes = 650
-  for _, value in ipairs(redis.call('HVALS', rk)) do bytes = bytes + #value end
-  return bytes
+-- == Records ==
+
+-- Some fields of a hash by their names; false for each that it lacks.
+local function fields(key, names)
+  local values, found = redis.call('HMGET', key, unpack(names)), {}
+  for i = 1, #names do found[names[i]] = values[i] end
+  return found
 end
 
--- Bytes that Redis uses for the output of a running request, the first 256 tokens included.
-local OUTPUT_BYTES = 4450
+local function is_live(state)
+  return state == 'submitted' or state == 'queued' or state == 'running'
+end
 
--- Counts more memory for a live request.
-local function charge(rk, bytes)
-  redis.call('HINCRBY', rk, 'charge_bytes', int(bytes))
-  redis.call('HINCRBY', P .. 'counts', 'live_bytes', int(bytes))
+-- The fence of writers: true only for the owner of a running request under its current epoch.
+local function is_owner(request, incarnation, epoch)
+  return request.state == 'running' and request.owner == incarnation and request.epoch == epoch
 end
 
 -- Notes that an id made of an idempotency key has been given, and says whether it had been before (or one like it: of
@@ -94,6 +96,48 @@ local function given(id)
   local bits = string.match(id, '^k(%x%x%x%x%x%x)%x+$')
   return bits and redis.call('SETBIT', P .. 'given', tonumber(bits, 16), 1) == 1
 end
+
+-- Name of the field that no script can work on in the record of a live request; nil where the record is sound.
+local function fault(id)
+  if not string.find(id, '^[!-+%-.-~]+$') then return 'id' end
+  local names = {'state', 'stage', 'score', 'epoch', 'offset', 'crashes', 'charge_tokens', 'charge_bytes', 'ttl_ms',
+    'submitted_ms', 'prompt_tokens', 'deadline_ms', 'queued_ms', 'started_ms', 'first_token_ms', 'moved_ms'}
+  local values = redis.call('HMGET', P .. 'req:' .. id, unpack(names))
+  local state, stage = values[1], values[2]
+  local score = string.find(values[3] or '', '^-?%d[%d.]*[eE]?[-+]?%d*$') and tonumber(values[3])
+  local is_routed = state ~= 'submitted'
+  for i = 4, #names do  -- the times from `deadline_ms` on need not be there
+    local is_needed = i < 11 or i == 11 and is_routed
+    if not whole(values[i]) and (values[i] or is_needed) then return names[i] end
+  end
+  if not is_routed then return nil end
+  if not stage or not string.find(stage, '^[!-~]') or string.find(stage, '^[^@].*[^!-~]') then return 'stage' end
+  if not score or score ~= score or math.abs(score) >= 2 ^ 53 then return 'score' end
+  return nil
+end
+
+-- == Memory ==
+
+-- Bytes that Redis uses for a record and its places in inbox, queue or results. A server that may not tell counts what
+-- is written, and what a small hash costs beside.
+local function footprint(record)
+  local bytes = redis.pcall('MEMORY', 'USAGE', record, 'SAMPLES', 0)
+  if type(bytes) == 'number' then return bytes + 150 end
+  bytes = 650
+  for _, value in ipairs(redis.call('HVALS', record)) do bytes = bytes + #value end
+  return bytes
+end
+
+-- Bytes that Redis uses for the output of a running request, the first 256 tokens included.
+local OUTPUT_BYTES = 4450
+
+-- Counts more memory for a live request.
+local function charge(record, bytes)
+  redis.call('HINCRBY', record, 'charge_bytes', int(bytes))
+  redis.call('HINCRBY', P .. 'counts', 'live_bytes', int(bytes))
+end
+
+-- == Output ==
 
 -- Tells the followers of a request (client ids, split by spaces) that `upto` tokens exist or that it has ended. A client
 -- that has gone is told nothing: only itself makes its news stream, and keeps it alive.
@@ -125,6 +169,11 @@ local function append(out, upto, ids, text, logprobs, followers)
   return true
 end
 
+-- == Queues ==
+
+-- Scores from here on are those of background requests: l4queue/policy/queue_order.py.
+local BACKGROUND = 2 ^ 50
+
 -- Puts a request into a stage queue and wakes its waiting workers. `tokens` is its current length.
 local function enqueue(id, stage, score, tokens)
   if redis.call('ZADD', P .. 'q:' .. stage, score, id) == 1 then
@@ -154,76 +203,67 @@ local function hint(owner, id)
   redis.call('PEXPIRE', P .. 'ctl:' .. owner, 600000)
 end
 
+-- == Endings ==
+
 -- Ends a request: the only place that writes a terminal state. The caller has checked that it is live.
 -- `text` is text held back until the end; `facts` is a flat list of record fields to store.
 local function settle(id, state, text, facts)
-  local rk = P .. 'req:' .. id
-  local v = redis.call('HMGET', rk, 'state', 'owner', 'stage', 'charge_tokens', 'charge_bytes', 'offset',
-    'client', 'ttl_ms', 'prompt_tokens', 'submitted_ms', 'queued_ms', 'started_ms', 'first_token_ms',
-    'worker', 'crashes', 'entry', 'followers', 'key_ttl_ms')
-  for _, i in ipairs({4, 5, 6, 8, 9, 10, 11, 12, 13, 15, 18}) do
-    if not whole(v[i]) then v[i] = false end
+  local record = P .. 'req:' .. id
+  local request = fields(record, {'state', 'owner', 'stage', 'client', 'worker', 'entry', 'followers', 'charge_tokens',
+    'charge_bytes', 'offset', 'ttl_ms', 'prompt_tokens', 'submitted_ms', 'queued_ms', 'started_ms', 'first_token_ms',
+    'crashes', 'key_ttl_ms'})
+  for _, name in ipairs({'charge_tokens', 'charge_bytes', 'offset', 'ttl_ms', 'prompt_tokens', 'submitted_ms',
+    'queued_ms', 'started_ms', 'first_token_ms', 'crashes', 'key_ttl_ms'}) do
+    if not whole(request[name]) then request[name] = false end
   end
-  local t, offset, ttl = now_ms(), tonumber(v[6] or 0), tonumber(v[8] or 86400000)
+  local now, offset, ttl = now_ms(), tonumber(request.offset or 0), tonumber(request.ttl_ms or 86400000)
   redis.call('ZREM', P .. 'deadlines', id)
-  if v[1] == 'queued' and v[3] then dequeue(id, v[3], (v[9] or 0) + offset) end
-  if v[1] == 'submitted' and v[16] then
-    redis.pcall('XACK', P .. 'in', 'd', v[16])
-    redis.pcall('XDEL', P .. 'in', v[16])
+  if request.state == 'queued' and request.stage then
+    dequeue(id, request.stage, (request.prompt_tokens or 0) + offset)
   end
-  if v[2] then redis.call('SREM', P .. 'held:' .. v[2], id) end
-  if v[1] == 'running' and v[2] and state ~= 'done' and state ~= 'failed' then hint(v[2], id) end
-  redis.call('HDEL', rk, 'owner', 'prompt', 'ids', 'entry', 'followers')
-  redis.call('HSET', rk, 'state', state, 'finished_ms', int(t), unpack(facts))
+  if request.state == 'submitted' and request.entry then
+    redis.pcall('XACK', P .. 'in', 'd', request.entry)
+    redis.pcall('XDEL', P .. 'in', request.entry)
+  end
+  if request.owner then redis.call('SREM', P .. 'held:' .. request.owner, id) end
+  if request.state == 'running' and request.owner and state ~= 'done' and state ~= 'failed' then
+    hint(request.owner, id)
+  end
+  redis.call('HDEL', record, 'owner', 'prompt', 'ids', 'entry', 'followers')
+  redis.call('HSET', record, 'state', state, 'finished_ms', int(now), unpack(facts))
   redis.call('XADD', P .. 'out:' .. id, int(offset) .. '-1', 'e', state, 'x', text)
   redis.call('PEXPIRE', P .. 'out:' .. id, ttl)
-  ttl = math.max(ttl, tonumber(v[18] or 0))
-  redis.call('PEXPIRE', rk, ttl)
+  ttl = math.max(ttl, tonumber(request.key_ttl_ms or 0))
+  redis.call('PEXPIRE', record, ttl)
   local key = string.match(id, '^(k%x+)%-%d+$')
   if key then redis.call('PEXPIRE', P .. 'key:' .. key, ttl) end
   local counts = P .. 'counts'
   redis.call('HINCRBY', counts, 'live', -1)
-  redis.call('HINCRBY', counts, 'live_tokens', 0 - (v[4] or 0))
-  redis.call('HINCRBY', counts, 'live_bytes', 0 - (v[5] or 0))
+  redis.call('HINCRBY', counts, 'live_tokens', 0 - (request.charge_tokens or 0))
+  redis.call('HINCRBY', counts, 'live_bytes', 0 - (request.charge_bytes or 0))
   redis.call('HINCRBY', counts, state, 1)
   redis.call('HINCRBY', counts, 'output_tokens', offset)
   redis.call('XADD', P .. 'finished', 'MAXLEN', '~', 20000, '*', 'i', id, 's', state,
-    'p', v[9] or 0, 'o', int(offset), 'a', v[10] or int(t), 'q', v[11] or '', 'b', v[12] or '', 'f', v[13] or '',
-    'd', int(t), 'g', v[3] or '', 'w', v[14] or '', 'c', v[15] or 0)
-  if v[7] and v[7] ~= '' then
-    local mail = P .. 'mail:' .. v[7]
+    'p', request.prompt_tokens or 0, 'o', int(offset), 'a', request.submitted_ms or int(now),
+    'q', request.queued_ms or '', 'b', request.started_ms or '', 'f', request.first_token_ms or '', 'd', int(now),
+    'g', request.stage or '', 'w', request.worker or '', 'c', request.crashes or 0)
+  if request.client and request.client ~= '' then
+    local mail = P .. 'mail:' .. request.client
     redis.call('XADD', mail, 'MAXLEN', '~', 20000, '*', 'i', id, 's', state)
     redis.call('PEXPIRE', mail, 3600000)
   end
   if #text > 1024 then
-    tell(v[17], id, offset, 'e', state)
+    tell(request.followers, id, offset, 'e', state)
   else
-    tell(v[17], id, offset, 'e', state, 'x', text)
+    tell(request.followers, id, offset, 'e', state, 'x', text)
   end
-end
-
--- What no script can work on in the record of a live request: the name of a field; nil where it is sound.
-local function fault(id)
-  if not string.find(id, '^[!-+%-.-~]+$') then return 'id' end
-  local names = {'state', 'stage', 'score', 'epoch', 'offset', 'crashes', 'charge_tokens', 'charge_bytes', 'ttl_ms',
-    'submitted_ms', 'prompt_tokens', 'deadline_ms', 'queued_ms', 'started_ms', 'first_token_ms', 'moved_ms'}
-  local v = redis.call('HMGET', P .. 'req:' .. id, unpack(names))
-  local is_routed = v[1] ~= 'submitted'
-  for i = 4, 16 do  -- the last ones need not be there
-    if not whole(v[i]) and (v[i] or i < 11 or i == 11 and is_routed) then return names[i] end
-  end
-  if not is_routed then return nil end
-  local stage, score = v[2], string.find(v[3] or '', '^-?%d[%d.]*[eE]?[-+]?%d*$') and tonumber(v[3])
-  if not stage or not string.find(stage, '^[!-~]') or string.find(stage, '^[^@].*[^!-~]') then return 'stage' end
-  if not score or score ~= score or math.abs(score) >= 2 ^ 53 then return 'score' end
-  return nil
 end
 
 -- Ends a live request whose record no script can work on: its bytes, shortened, are a dead letter.
 local function condemn(id, what)
-  local rk, parts = P .. 'req:' .. id, {}
+  local record, parts = P .. 'req:' .. id, {}
   redis.call('ZREM', P .. 'deadlines', id)
-  for i, part in ipairs(redis.call('HGETALL', rk)) do
+  for i, part in ipairs(redis.call('HGETALL', record)) do
     parts[i] = string.sub(part, 1, 1000) .. (i % 2 == 1 and '=' or '\n')
   end
   local why = 'its record cannot be read: ' .. what
@@ -231,67 +271,65 @@ local function condemn(id, what)
   settle(id, 'failed', '', {'error', why, 'field', what, 'finish_reason', 'invalid'})
 end
 
+-- == Ledger and moves ==
+
 -- Adds a line to a request's ledger, which `l4queue explain` tells. Ordinary steps leave none: the record has
 -- their times. A request that is moved without end fills its ledger, not the server.
-local function note(rk, line)
-  local had = redis.call('HGET', rk, 'ledger') or ''
+local function note(record, line)
+  local had = redis.call('HGET', record, 'ledger') or ''
   if #had > 8000 then return end
   line.at_ms = now_ms()
   local text = cjson.encode(line) .. '\n'
-  redis.call('HSET', rk, 'ledger', had .. text)
-  charge(rk, #text)
+  redis.call('HSET', record, 'ledger', had .. text)
+  charge(record, #text)
 end
 
 -- Returns a running request to a queue, and says why in its ledger. With two crashes to its name it waits to be
 -- run alone, and remembers its stage as `home`; with fewer it does not. `line` has what is to be said besides.
 local function requeue(id, stage, score, line)
-  local rk, what = P .. 'req:' .. id, fault(id)
+  local record, what = P .. 'req:' .. id, fault(id)
   if what then return condemn(id, what) end
-  local v = redis.call('HMGET', rk, 'owner', 'crashes', 'prompt_tokens', 'offset', 'stage', 'score', 'worker',
-    'home')
-  if v[1] then redis.call('SREM', P .. 'held:' .. v[1], id) end
-  if stage == '' then stage = v[5] end
-  if tonumber(v[2]) >= 2 then
+  local request = fields(record, {'owner', 'crashes', 'prompt_tokens', 'offset', 'stage', 'score', 'worker', 'home'})
+  if request.owner then redis.call('SREM', P .. 'held:' .. request.owner, id) end
+  if stage == '' then stage = request.stage end
+  if tonumber(request.crashes) >= 2 then
     stage = 'solo'
-    if v[5] ~= 'solo' then redis.call('HSET', rk, 'home', v[5]) end
+    if request.stage ~= 'solo' then redis.call('HSET', record, 'home', request.stage) end
   elseif stage == 'solo' then
-    stage = v[8] or '0'
+    stage = request.home or '0'
   end
-  if score == '' then score = v[6] end
-  redis.call('HDEL', rk, 'owner', 'kv')
-  redis.call('HSET', rk, 'state', 'queued', 'stage', stage, 'score', score, 'moved_ms', int(now_ms()),
-    'from', v[7] or '')
+  if score == '' then score = request.score end
+  redis.call('HDEL', record, 'owner', 'kv')
+  redis.call('HSET', record, 'state', 'queued', 'stage', stage, 'score', score, 'moved_ms', int(now_ms()),
+    'from', request.worker or '')
   redis.call('HINCRBY', P .. 'counts', 'requeued_' .. line.what, 1)
-  line.worker, line.to, line.offset = v[7] or '', stage, tonumber(v[4])
-  note(rk, line)
-  enqueue(id, stage, score, tonumber(v[3]) + tonumber(v[4]))
+  line.worker, line.to, line.offset = request.worker or '', stage, tonumber(request.offset)
+  note(record, line)
+  enqueue(id, stage, score, tonumber(request.prompt_tokens) + tonumber(request.offset))
 end
 
 -- Notes for how long a moved request made no token, with the first one that its new worker writes.
-local function resumed(rk, moved_ms)
+local function resumed(record, moved_ms)
   if not moved_ms then return end
-  redis.call('HDEL', rk, 'moved_ms')
+  redis.call('HDEL', record, 'moved_ms')
   if not whole(moved_ms) then return end
   local gap = math.max(0, now_ms() - moved_ms)  -- a clock may go back
   redis.call('HINCRBY', P .. 'counts', 'resumes', 1)
   redis.call('HINCRBY', P .. 'counts', 'resume_gap_ms', int(gap))
-  note(rk, {what = 'resumed', gap_ms = gap})
+  note(record, {what = 'resumed', gap_ms = gap})
 end
+
+-- == Blame ==
 
 -- Blames the loss of its worker on a running request. True when it has died alone `limit` times: then it is
 -- dead; else the caller requeues it.
 local function crashed(id, limit)
-  local rk = P .. 'req:' .. id
-  local crashes = redis.call('HINCRBY', rk, 'crashes', 1)
-  if redis.call('HGET', rk, 'stage') ~= 'solo' then return false end
-  if redis.call('HINCRBY', rk, 'solo_crashes', 1) < tonumber(limit) then return false end
+  local record = P .. 'req:' .. id
+  local crashes = redis.call('HINCRBY', record, 'crashes', 1)
+  if redis.call('HGET', record, 'stage') ~= 'solo' then return false end
+  if redis.call('HINCRBY', record, 'solo_crashes', 1) < tonumber(limit) then return false end
   local why = 'worker lost ' .. crashes .. ' times while computing it, the last ' .. limit .. ' times alone'
   bury(id, why, '')
   settle(id, 'dead', '', {'error', why})
   return true
-end
-
--- The reply to a writer: true only for the owner of a running request under its current epoch.
-local function is_owner(v, incarnation, epoch)
-  return v[1] == 'running' and v[2] == incarnation and v[3] == epoch
 end

@@ -2,10 +2,12 @@
 -- KEYS  1 plan (hash)  2 plans (stream)
 -- ARGV  1 version it replaces  2 version  3 body (JSON)
 -- Returns 'OK' | 'DUP' | 'STALE:<version>'
-local v = redis.call('HMGET', KEYS[1], 'version', 'body')
-local version = whole(v[1]) and v[1] or '0'
-if version == ARGV[2] and v[2] == ARGV[3] then return 'DUP' end
-if version ~= ARGV[1] then return 'STALE:' .. version end
-redis.call('HSET', KEYS[1], 'version', ARGV[2], 'body', ARGV[3], 'published_ms', int(now_ms()))
-redis.call('XADD', KEYS[2], 'MAXLEN', '~', 256, '*', 'version', ARGV[2], 'body', ARGV[3])
+local plan_key, plans = unpack(KEYS)
+local replaced, version, body = unpack(ARGV)
+local plan = fields(plan_key, {'version', 'body'})
+local current = whole(plan.version) and plan.version or '0'
+if current == version and plan.body == body then return 'DUP' end
+if current ~= replaced then return 'STALE:' .. current end
+redis.call('HSET', plan_key, 'version', version, 'body', body, 'published_ms', int(now_ms()))
+redis.call('XADD', plans, 'MAXLEN', '~', 256, '*', 'version', version, 'body', body)
 return 'OK'

@@ -8,54 +8,69 @@
 -- KEYS  1 workers (zset)  2 tick (string: ms of the last call)
 -- ARGV  1 most requests  2 gap that counts as an outage (ms)  3 grace (ms)  4 crashes alone that condemn
 -- Returns {requeued, dead, graced (0|1)}
-local t = now_ms()
-local last = whole(redis.call('GET', KEYS[2])) or t
-redis.call('DEL', KEYS[2])
-redis.call('SET', KEYS[2], int(t))
-local graced = 0
-if t - last > tonumber(ARGV[2]) then
-  for _, incarnation in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', int(t + ARGV[3]))) do
+local workers, tick = unpack(KEYS)
+local room, gap_ms, grace_ms, max_crashes = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
+local now = now_ms()
+local num_requeued, num_dead, graced = 0, 0, 0
+
+-- After an outage: every lease that would have run out lasts one grace longer, three times at most.
+local function give_grace()
+  for _, incarnation in ipairs(redis.call('ZRANGEBYSCORE', workers, '-inf', int(now + grace_ms))) do
     if redis.call('HINCRBY', P .. 'w:' .. incarnation, 'graced', 1) <= 3 then
-      redis.call('ZADD', KEYS[1], 'XX', int(t + ARGV[3]), incarnation)
+      redis.call('ZADD', workers, 'XX', int(now + grace_ms), incarnation)
       graced = 1
     end
   end
 end
-for _, incarnation in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '(' .. int(t + ARGV[3] + 1000), '+inf')) do
-  local told = whole(redis.call('HGET', P .. 'w:' .. incarnation, 'lease_ms')) or 10 * ARGV[3]
-  redis.call('ZADD', KEYS[1], 'XX', 'LT', int(t + math.max(told, ARGV[3])), incarnation)
-end
-local stamps = redis.call('HGETALL', P .. 'foreground')
-for i = 1, #stamps, 2 do
-  if not whole(stamps[i + 1]) then
-    redis.call('HDEL', P .. 'foreground', stamps[i])
-    bury('foreground ' .. stamps[i], 'not a number', stamps[i + 1])
-  elseif tonumber(stamps[i + 1]) > t + 1000 then
-    redis.call('HSET', P .. 'foreground', stamps[i], int(t))
+
+-- After a clock went back: leases end within their term from now, and nothing came to a stage after now.
+local function cut_the_future()
+  for _, incarnation in ipairs(redis.call('ZRANGEBYSCORE', workers, '(' .. int(now + grace_ms + 1000), '+inf')) do
+    local told = whole(redis.call('HGET', P .. 'w:' .. incarnation, 'lease_ms')) or 10 * grace_ms
+    redis.call('ZADD', workers, 'XX', 'LT', int(now + math.max(told, grace_ms)), incarnation)
+  end
+  local stamps = redis.call('HGETALL', P .. 'foreground')
+  for i = 1, #stamps, 2 do
+    local stage, came_ms = stamps[i], whole(stamps[i + 1])
+    if not came_ms then
+      redis.call('HDEL', P .. 'foreground', stage)
+      bury('foreground ' .. stage, 'not a number', stamps[i + 1])
+    elseif came_ms > now + 1000 then
+      redis.call('HSET', P .. 'foreground', stage, int(now))
+    end
   end
 end
-local room, requeued, dead = tonumber(ARGV[1]), 0, 0
-for _, incarnation in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', int(t))) do
+
+-- Returns one request of a worker that is lost, unless it is somebody else's by now.
+local function take_back(id, incarnation)
+  local request = fields(P .. 'req:' .. id, {'state', 'owner', 'stage'})
+  if request.state ~= 'running' or request.owner ~= incarnation then return end
+  if crashed(id, max_crashes) then
+    num_dead = num_dead + 1
+    return
+  end
+  redis.call('HSET', P .. 'lost:' .. incarnation, id, request.stage == 'solo' and '1' or '0')
+  redis.call('PEXPIRE', P .. 'lost:' .. incarnation, 3600000)
+  requeue(id, '', '', {what = 'lost'})
+  num_requeued = num_requeued + 1
+end
+
+local last = whole(redis.call('GET', tick)) or now
+redis.call('DEL', tick)  -- needs no memory: a full server refuses a script whose first write does
+redis.call('SET', tick, int(now))
+if now - last > gap_ms then give_grace() end
+cut_the_future()
+for _, incarnation in ipairs(redis.call('ZRANGEBYSCORE', workers, '-inf', int(now))) do
   local held = P .. 'held:' .. incarnation
   while room > 0 do
     local id = redis.call('SPOP', held)
     if not id then break end
     room = room - 1
-    local v = redis.call('HMGET', P .. 'req:' .. id, 'state', 'owner', 'stage')
-    if v[1] == 'running' and v[2] == incarnation then
-      if crashed(id, ARGV[4]) then
-        dead = dead + 1
-      else
-        redis.call('HSET', P .. 'lost:' .. incarnation, id, v[3] == 'solo' and '1' or '0')
-        redis.call('PEXPIRE', P .. 'lost:' .. incarnation, 3600000)
-        requeue(id, '', '', {what = 'lost'})
-        requeued = requeued + 1
-      end
-    end
+    take_back(id, incarnation)
   end
   if redis.call('SCARD', held) == 0 then
-    redis.call('ZREM', KEYS[1], incarnation)
+    redis.call('ZREM', workers, incarnation)
     redis.call('DEL', P .. 'w:' .. incarnation, P .. 'ctl:' .. incarnation, held)
   end
 end
-return {requeued, dead, graced}
+return {num_requeued, num_dead, graced}

@@ -5,16 +5,20 @@
 --       8 kind of move ('' = none | hand-over | escape | steal)  9 predicted benefit (ms)  10 predicted cost (ms)
 --       11 ticket of its KV cache ('' = none kept)
 -- Returns 'OK' | 'DUP' | 'FENCED'
-local v = redis.call('HMGET', KEYS[1], 'state', 'owner', 'epoch')
-if (v[1] == 'queued' or v[1] == 'dead') and v[3] == ARGV[3] then return 'DUP' end
-if not is_owner(v, ARGV[2], ARGV[3]) then return 'FENCED' end
-redis.call('SREM', P .. 'held:' .. ARGV[2], ARGV[1])
-if ARGV[6] == '1' and crashed(ARGV[1], ARGV[7]) then return 'OK' end
-local line = {what = ARGV[6] == '1' and 'crashed' or 'released'}
-if ARGV[8] ~= '' then
-  line.what, line.benefit_ms, line.cost_ms, line.kv = ARGV[8], tonumber(ARGV[9]), tonumber(ARGV[10]), ARGV[11] ~= ''
-  redis.call('HINCRBY', P .. 'counts', ARGV[8] == 'steal' and 'steals_running' or 'handovers', 1)
+local record = KEYS[1]
+local id, incarnation, epoch, stage, score = unpack(ARGV, 1, 5)
+local is_blamed, max_crashes, move, ticket = ARGV[6] == '1', tonumber(ARGV[7]), ARGV[8], ARGV[11]
+local benefit_ms, cost_ms = tonumber(ARGV[9]), tonumber(ARGV[10])
+local request = fields(record, {'state', 'owner', 'epoch'})
+if (request.state == 'queued' or request.state == 'dead') and request.epoch == epoch then return 'DUP' end
+if not is_owner(request, incarnation, epoch) then return 'FENCED' end
+redis.call('SREM', P .. 'held:' .. incarnation, id)
+if is_blamed and crashed(id, max_crashes) then return 'OK' end
+local line = {what = is_blamed and 'crashed' or 'released'}
+if move ~= '' then
+  line.what, line.benefit_ms, line.cost_ms, line.kv = move, benefit_ms, cost_ms, ticket ~= ''
+  redis.call('HINCRBY', P .. 'counts', move == 'steal' and 'steals_running' or 'handovers', 1)
 end
-requeue(ARGV[1], ARGV[4], ARGV[5], line)
-if ARGV[11] ~= '' then redis.call('HSET', KEYS[1], 'kv', ARGV[11]) end
+requeue(id, stage, score, line)
+if ticket ~= '' then redis.call('HSET', record, 'kv', ticket) end
 return 'OK'

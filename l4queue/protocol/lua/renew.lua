@@ -4,14 +4,17 @@
 --       6 sequence number of this heartbeat  7.. pairs of hist field, increment
 -- The term of the lease is noted for reapers: an expiry beyond it is impossible.
 -- Returns 'OK' | 'LOST' (the lease ran out and was reaped: take a new incarnation)
-if ARGV[5] ~= '1' and not redis.call('ZSCORE', KEYS[1], ARGV[1]) then return 'LOST' end
-local t = now_ms()
-local fresh = redis.call('HGET', KEYS[2], 'seq') ~= ARGV[6]
-redis.call('HDEL', KEYS[2], 'graced')
-redis.call('ZADD', KEYS[1], int(t + ARGV[2]), ARGV[1])
-redis.call('HSET', KEYS[2], 'worker', ARGV[3], 'load', ARGV[4], 'seq', ARGV[6], 'seen_ms', int(t),
-  'lease_ms', ARGV[2])
-if fresh then
-  for i = 7, #ARGV, 2 do redis.call('HINCRBY', KEYS[3], ARGV[i], ARGV[i + 1]) end
+local workers, worker, hist = unpack(KEYS)
+local incarnation, lease_ms, worker_id, load = ARGV[1], tonumber(ARGV[2]), ARGV[3], ARGV[4]
+local is_first, sequence = ARGV[5] == '1', ARGV[6]
+if not is_first and not redis.call('ZSCORE', workers, incarnation) then return 'LOST' end
+local now = now_ms()
+local is_fresh = redis.call('HGET', worker, 'seq') ~= sequence
+redis.call('HDEL', worker, 'graced')
+redis.call('ZADD', workers, int(now + lease_ms), incarnation)
+redis.call('HSET', worker, 'worker', worker_id, 'load', load, 'seq', sequence, 'seen_ms', int(now),
+  'lease_ms', lease_ms)
+if is_fresh then
+  for i = 7, #ARGV, 2 do redis.call('HINCRBY', hist, ARGV[i], ARGV[i + 1]) end
 end
 return 'OK'

@@ -3,12 +3,13 @@
 -- KEYS  1 workers (zset)
 -- ARGV  1 incarnation
 -- Returns 'OK'
-local held = P .. 'held:' .. ARGV[1]
+local workers, incarnation = KEYS[1], ARGV[1]
+local held = P .. 'held:' .. incarnation
 for _, id in ipairs(redis.call('SMEMBERS', held)) do
   redis.call('SREM', held, id)
-  local v = redis.call('HMGET', P .. 'req:' .. id, 'state', 'owner')
-  if v[1] == 'running' and v[2] == ARGV[1] then requeue(id, '', '', {what = 'left'}) end
+  local request = fields(P .. 'req:' .. id, {'state', 'owner'})
+  if request.state == 'running' and request.owner == incarnation then requeue(id, '', '', {what = 'left'}) end
 end
-redis.call('ZREM', KEYS[1], ARGV[1])
-redis.call('DEL', P .. 'w:' .. ARGV[1], P .. 'ctl:' .. ARGV[1], held)
+redis.call('ZREM', workers, incarnation)
+redis.call('DEL', P .. 'w:' .. incarnation, P .. 'ctl:' .. incarnation, held)
 return 'OK'

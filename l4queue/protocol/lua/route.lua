@@ -6,28 +6,32 @@
 --       11 charge_tokens ('' = prompt and max_tokens)  12 body (JSON, '' = as submitted)
 -- Notes when a request that is not background last came to the stage: workers then hold back the others.
 -- Returns 'OK' | 'DUP'
-redis.call('XACK', KEYS[1], 'd', ARGV[2])
-redis.call('XDEL', KEYS[1], ARGV[2])
-local v = redis.call('HMGET', KEYS[2], 'state', 'charge_tokens', 'charge_bytes')
-if v[1] ~= 'submitted' then return 'DUP' end
-local what = fault(ARGV[1])
+local inbox, record, hist = unpack(KEYS)
+local id, entry, stage, score = unpack(ARGV, 1, 4)
+local prompt_tokens, max_tokens, charge_tokens = tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[11])
+local ids, plan, bucket, why, body = ARGV[7], ARGV[8], ARGV[9], ARGV[10], ARGV[12]
+redis.call('XACK', inbox, 'd', entry)
+redis.call('XDEL', inbox, entry)
+local request = fields(record, {'state', 'charge_tokens', 'charge_bytes'})
+if request.state ~= 'submitted' then return 'DUP' end
+local what = fault(id)
 if what then
-  condemn(ARGV[1], what)
+  condemn(id, what)
   return 'DUP'
 end
-local tokens = tonumber(ARGV[11]) or ARGV[5] + ARGV[6]
-redis.call('HDEL', KEYS[2], 'prompt', 'entry')
-redis.call('HSET', KEYS[2], 'state', 'queued', 'stage', ARGV[3], 'score', ARGV[4], 'prompt_tokens', ARGV[5],
-  'max_tokens', ARGV[6], 'ids', ARGV[7], 'plan', ARGV[8], 'charge_tokens', int(tokens), 'queued_ms', int(now_ms()))
-redis.call('HINCRBY', P .. 'counts', 'live_tokens', int(tokens - v[2]))
-redis.call('HINCRBY', P .. 'counts', 'prompt_tokens', ARGV[5])
-redis.call('HINCRBY', KEYS[3], 'a:' .. ARGV[9], 1)
-redis.call('HINCRBY', KEYS[3], 'p:' .. ARGV[9], ARGV[5])
-if tonumber(ARGV[4]) < BACKGROUND and string.sub(ARGV[3], 1, 1) ~= '@' then
-  redis.call('HSET', P .. 'foreground', ARGV[3], int(now_ms()))
+local tokens = charge_tokens or prompt_tokens + max_tokens
+redis.call('HDEL', record, 'prompt', 'entry')
+redis.call('HSET', record, 'state', 'queued', 'stage', stage, 'score', score, 'prompt_tokens', prompt_tokens,
+  'max_tokens', max_tokens, 'ids', ids, 'plan', plan, 'charge_tokens', int(tokens), 'queued_ms', int(now_ms()))
+redis.call('HINCRBY', P .. 'counts', 'live_tokens', int(tokens - request.charge_tokens))
+redis.call('HINCRBY', P .. 'counts', 'prompt_tokens', prompt_tokens)
+redis.call('HINCRBY', hist, 'a:' .. bucket, 1)
+redis.call('HINCRBY', hist, 'p:' .. bucket, prompt_tokens)
+if tonumber(score) < BACKGROUND and string.sub(stage, 1, 1) ~= '@' then
+  redis.call('HSET', P .. 'foreground', stage, int(now_ms()))
 end
-if ARGV[10] ~= '' then redis.call('HSET', KEYS[2], 'why', ARGV[10]) end
-if ARGV[12] ~= '' then redis.call('HSET', KEYS[2], 'body', ARGV[12]) end
-charge(KEYS[2], footprint(KEYS[2]) - (v[3] or 0))
-enqueue(ARGV[1], ARGV[3], ARGV[4], tonumber(ARGV[5]))
+if why ~= '' then redis.call('HSET', record, 'why', why) end
+if body ~= '' then redis.call('HSET', record, 'body', body) end
+charge(record, footprint(record) - (request.charge_bytes or 0))
+enqueue(id, stage, score, prompt_tokens)
 return 'OK'

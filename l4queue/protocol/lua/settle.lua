@@ -4,26 +4,30 @@
 --       8 text held back until now  9 state (done | failed)  10 finish reason  11 error ('' = none)  12 field ('' = none)
 --       13 packed logprobs of the last tokens (only when asked for)
 -- Returns 'OK' | 'DUP' | 'GAP:<offset>' | 'FENCED'
-local v = redis.call('HMGET', KEYS[1], 'state', 'owner', 'epoch', 'offset', 'first_token_ms', 'settled_epoch',
-  'moved_ms', 'followers')
-if v[1] == ARGV[9] and v[6] == ARGV[3] then return 'DUP' end
-if not is_owner(v, ARGV[2], ARGV[3]) then return 'FENCED' end
-local have, upto = whole(v[4]), ARGV[4] + ARGV[5]
+local record, out = unpack(KEYS)
+local id, incarnation, epoch, ids, text, held_text = ARGV[1], ARGV[2], ARGV[3], ARGV[6], ARGV[7], ARGV[8]
+local state, reason, why, field, logprobs = unpack(ARGV, 9, 13)
+local from, num = tonumber(ARGV[4]), tonumber(ARGV[5])
+local request = fields(record, {'state', 'owner', 'epoch', 'offset', 'first_token_ms', 'settled_epoch', 'moved_ms',
+  'followers'})
+if request.state == state and request.settled_epoch == epoch then return 'DUP' end
+if not is_owner(request, incarnation, epoch) then return 'FENCED' end
+local have, upto = whole(request.offset), from + num
 if not have then
-  condemn(ARGV[1], 'offset')
+  condemn(id, 'offset')
   return 'FENCED'
 end
 if upto ~= have then
-  if tonumber(ARGV[4]) ~= have then return 'GAP:' .. v[4] end
-  redis.call('SREM', P .. 'held:' .. ARGV[2], ARGV[1])
-  if not append(KEYS[2], upto, ARGV[6], ARGV[7], ARGV[13], v[8]) then
-    condemn(ARGV[1], 'output')
+  if from ~= have then return 'GAP:' .. request.offset end
+  -- needs no memory: a full server refuses a script whose first write does
+  redis.call('SREM', P .. 'held:' .. incarnation, id)
+  if not append(out, upto, ids, text, logprobs, request.followers) then
+    condemn(id, 'output')
     return 'FENCED'
   end
-  redis.call('HSET', KEYS[1], 'offset', int(upto))
-  resumed(KEYS[1], v[7])
-  if not v[5] then redis.call('HSET', KEYS[1], 'first_token_ms', int(now_ms())) end
+  redis.call('HSET', record, 'offset', int(upto))
+  resumed(record, request.moved_ms)
+  if not request.first_token_ms then redis.call('HSET', record, 'first_token_ms', int(now_ms())) end
 end
-settle(ARGV[1], ARGV[9], ARGV[8],
-  {'finish_reason', ARGV[10], 'error', ARGV[11], 'field', ARGV[12], 'settled_epoch', ARGV[3]})
+settle(id, state, held_text, {'finish_reason', reason, 'error', why, 'field', field, 'settled_epoch', epoch})
 return 'OK'

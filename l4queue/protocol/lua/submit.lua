@@ -9,49 +9,55 @@
 --       14 how long the key is known after the end (ms, '' = no key)
 --       15 1 = max_tokens was left out: the dispatcher decides what still fits
 -- Returns {'OK', ms, id} | {'DUP', state, id} | {'CONFLICT', state, id} | {'FULL', live tokens, drained tokens/s}
-local id, rk, is_keyed = ARGV[1], KEYS[3], ARGV[14] ~= ''
-local function look()
-  local known = redis.call('HMGET', rk, 'state', 'digest', 'canonical')
-  if not known[1] then return nil end
-  if known[2] == ARGV[2] or ARGV[13] ~= '' and known[3] == ARGV[13] then return {'DUP', known[1], id} end
-  return {'CONFLICT', known[1], id}
+local counts, inbox, first_record = unpack(KEYS)
+local first_id, digest, body, kind, prompt = unpack(ARGV, 1, 5)
+local charge_tokens, charge_bytes = tonumber(ARGV[6]), tonumber(ARGV[7])
+local max_tokens, max_bytes, deadline_ms = tonumber(ARGV[8]), tonumber(ARGV[9]), tonumber(ARGV[10])
+local ttl_ms, client, canonical, key_ttl_ms, has_open_end = ARGV[11], ARGV[12], ARGV[13], ARGV[14], ARGV[15] == '1'
+local is_keyed = key_ttl_ms ~= ''
+
+-- The answer to a request whose record is there; nil where it is not.
+local function look(id, record)
+  local state, its_digest, its_canonical = unpack(redis.call('HMGET', record, 'state', 'digest', 'canonical'))
+  if not state then return nil end
+  local is_same = its_digest == digest or canonical ~= '' and its_canonical == canonical
+  return {is_same and 'DUP' or 'CONFLICT', state, id}
 end
-local known = look()
+
+local known = look(first_id, first_record)
 if not known and is_keyed then
-  local later = redis.call('GET', P .. 'key:' .. ARGV[1])
-  if later then
-    id, rk = later, P .. 'req:' .. later
-    known = look()
-  end
+  local later = redis.call('GET', P .. 'key:' .. first_id)
+  if later then known = look(later, P .. 'req:' .. later) end
 end
 if known then return known end
-local v = redis.call('HMGET', KEYS[1], 'live_tokens', 'live_bytes', 'drain_tokens_per_s')
-local tokens, bytes = whole(v[1]) or 0, whole(v[2]) or 0
-if tokens > 0 and tokens + ARGV[6] > tonumber(ARGV[8]) or bytes > 0 and bytes + ARGV[7] > tonumber(ARGV[9]) then
-  redis.pcall('HINCRBY', KEYS[1], 'rejected', 1)  -- pcall: a server out of memory may refuse to count, not to answer
-  return {'FULL', int(tokens), v[3] and string.find(v[3], '^%d+%.?%d*$') and v[3] or '0'}
+
+local tokens, bytes, drained = unpack(redis.call('HMGET', counts, 'live_tokens', 'live_bytes', 'drain_tokens_per_s'))
+tokens, bytes = whole(tokens) or 0, whole(bytes) or 0
+if tokens > 0 and tokens + charge_tokens > max_tokens or bytes > 0 and bytes + charge_bytes > max_bytes then
+  redis.pcall('HINCRBY', counts, 'rejected', 1)  -- pcall: a server out of memory may refuse to count, not to answer
+  return {'FULL', int(tokens), drained and string.find(drained, '^%d+%.?%d*$') and drained or '0'}
 end
-local t = now_ms()
-local number = redis.call('HINCRBY', KEYS[1], 'submitted', 1)
-id, rk = ARGV[1], KEYS[3]
+
+local now, id, record = now_ms(), first_id, first_record
+local number = redis.call('HINCRBY', counts, 'submitted', 1)
 if is_keyed and given(id) then
   id = id .. '-' .. int(number)
-  rk = P .. 'req:' .. id
-  redis.call('SET', P .. 'key:' .. ARGV[1], id, 'PX', 2592000000)  -- from the end on as long as the record
+  record = P .. 'req:' .. id
+  redis.call('SET', P .. 'key:' .. first_id, id, 'PX', 2592000000)  -- from the end on as long as the record
 end
-local entry = redis.call('XADD', KEYS[2], '*', 'i', id)
-redis.call('HSET', rk, 'state', 'submitted', 'entry', entry, 'digest', ARGV[2], 'body', ARGV[3], 'kind', ARGV[4],
-  'prompt', ARGV[5], 'charge_tokens', ARGV[6], 'charge_bytes', 0, 'ttl_ms', ARGV[11],
-  'client', ARGV[12], 'submitted_ms', int(t), 'epoch', 0, 'offset', 0, 'crashes', 0, 'solo_crashes', 0,
+local entry = redis.call('XADD', inbox, '*', 'i', id)
+redis.call('HSET', record, 'state', 'submitted', 'entry', entry, 'digest', digest, 'body', body, 'kind', kind,
+  'prompt', prompt, 'charge_tokens', charge_tokens, 'charge_bytes', 0, 'ttl_ms', ttl_ms,
+  'client', client, 'submitted_ms', int(now), 'epoch', 0, 'offset', 0, 'crashes', 0, 'solo_crashes', 0,
   'bounds', 1)  -- whoever waits for it knows packed outputs
-if ARGV[13] ~= '' then redis.call('HSET', rk, 'canonical', ARGV[13]) end
-if is_keyed then redis.call('HSET', rk, 'key_ttl_ms', ARGV[14]) end
-if ARGV[15] == '1' then redis.call('HSET', rk, 'open_end', 1) end
-if ARGV[10] ~= '0' then
-  redis.call('HSET', rk, 'deadline_ms', int(t + ARGV[10]))
-  redis.call('ZADD', P .. 'deadlines', int(t + ARGV[10]), id)
+if canonical ~= '' then redis.call('HSET', record, 'canonical', canonical) end
+if is_keyed then redis.call('HSET', record, 'key_ttl_ms', key_ttl_ms) end
+if has_open_end then redis.call('HSET', record, 'open_end', 1) end
+if deadline_ms ~= 0 then
+  redis.call('HSET', record, 'deadline_ms', int(now + deadline_ms))
+  redis.call('ZADD', P .. 'deadlines', int(now + deadline_ms), id)
 end
-charge(rk, footprint(rk))
-redis.call('HINCRBY', KEYS[1], 'live', 1)
-redis.call('HINCRBY', KEYS[1], 'live_tokens', ARGV[6])
-return {'OK', int(t), id}
+charge(record, footprint(record))
+redis.call('HINCRBY', counts, 'live', 1)
+redis.call('HINCRBY', counts, 'live_tokens', charge_tokens)
+return {'OK', int(now), id}

@@ -19,53 +19,47 @@
 --         be reaped and blamed at once; a replay is answered all the same), else {'OK', grant...} where a grant is
 --         {id, epoch, body, packed ids, offset, prompt_tokens, crashes, score, submitted_ms, deadline_ms, stage, from, kv,
 --         '1' for background}
-local expiry = redis.call('ZSCORE', KEYS[4], ARGV[1])
-if not expiry then return {'LOST'} end
-local out = {'OK'}
+local queue, worker, held, workers = unpack(KEYS)
+local incarnation, nonce, worker_id, stage, own_stage = ARGV[1], ARGV[2], ARGV[6], ARGV[7], ARGV[11]
+local most, room, reserve, prefill = tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[8])
+local is_idle, sharers, longest = ARGV[9] == '1', tonumber(ARGV[10]), tonumber(ARGV[14])
+local benefit_ms, cost_ms = tonumber(ARGV[12]), tonumber(ARGV[13])
+local held_back_ms, background, longest_background = tonumber(ARGV[15]), tonumber(ARGV[16]), tonumber(ARGV[17])
+local now = now_ms()
+local overdue = now - tonumber(ARGV[18])
 local FIELDS = {'state', 'owner', 'epoch', 'body', 'ids', 'offset', 'prompt_tokens', 'crashes', 'score',
   'submitted_ms', 'deadline_ms', 'stage', 'from', 'kv'}
-local overdue = now_ms() - ARGV[18]
+local is_solo, is_private = stage == 'solo', string.sub(stage, 1, 1) == '@'
+local is_stolen = not is_solo and not is_private and own_stage ~= stage
+if is_solo then most = math.min(1, most) end
+local reply, taken, shares = {'OK'}, {}, {}
+
+-- == Order: which requests come next ==
+
+-- Whether a request of this score counts as background: it stands behind BACKGROUND and is not overdue.
 local function is_background(score)
   return tonumber(score) >= BACKGROUND and score - BACKGROUND > overdue
 end
-local function grant(id, v)
-  out[#out + 1] = {id, v[3], v[4], v[5], v[6], v[7], v[8], v[9], v[10], v[11] or '0', v[12], v[13] or '', v[14] or '',
-    is_background(v[9]) and '1' or ''}
-end
-local w = redis.call('HMGET', KEYS[2], 'nonce', 'grants', 'alone')
-if w[1] == ARGV[2] then
-  for id, epoch in string.gmatch(w[2] or '', '([^ ,]+),(%d+)') do
-    local v = redis.call('HMGET', P .. 'req:' .. id, unpack(FIELDS))
-    if is_owner(v, ARGV[1], epoch) then grant(id, v) end
+
+-- Sets the limits of this take: those of background requests, and of several sharers' two classes half a share each.
+local function set_limits()
+  if now - (whole(redis.call('HGET', P .. 'foreground', own_stage)) or 0) >= held_back_ms then
+    background, longest_background = most, longest
   end
-  return out
+  shares = {most, most}
+  if sharers > 1 then
+    local num = redis.call('ZCOUNT', queue, int(BACKGROUND), '+inf')
+    local others = redis.call('ZCARD', queue) - num
+    shares = {math.min(most, math.ceil(others / (2 * sharers))), math.min(most, math.ceil(num / (2 * sharers)))}
+  end
 end
-if tonumber(expiry) <= now_ms() then return {'LOST'} end
-local solo = ARGV[7] == 'solo'
-if w[3] and redis.call('SISMEMBER', KEYS[3], w[3]) == 1 then return out end
-if solo and redis.call('SCARD', KEYS[3]) > 0 then return out end
-redis.call('HDEL', KEYS[2], 'alone')
-local room, prefill, now, list = tonumber(ARGV[4]), tonumber(ARGV[8]), now_ms(), {}
-local longest = tonumber(ARGV[14])
-local personal = string.sub(ARGV[7], 1, 1) == '@'
-local stolen = not solo and not personal and ARGV[11] ~= ARGV[7]
-local most = solo and math.min(1, ARGV[3]) or tonumber(ARGV[3])
-local background, longest_background = most, longest
-if now - (whole(redis.call('HGET', P .. 'foreground', ARGV[11])) or 0) < tonumber(ARGV[15]) then
-  background, longest_background = tonumber(ARGV[16]), tonumber(ARGV[17])
-end
-local shares, sharers = {most, most}, tonumber(ARGV[10])
-if sharers > 1 then
-  local num = redis.call('ZCOUNT', KEYS[1], int(BACKGROUND), '+inf')
-  local other = redis.call('ZCARD', KEYS[1]) - num
-  shares = {math.min(most, math.ceil(other / (2 * sharers))), math.min(most, math.ceil(num / (2 * sharers)))}
-end
--- The next `n` that may be taken, in order: {id, class (1 others, 2 background)}.
+
+-- The next `n` that may be taken, in order: {id, class (1 others, 2 background), whether it counts as background}.
 local function next_in_order(n)
   local upto = background > 0 and '+inf' or int(BACKGROUND + overdue)
-  local a = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', '(' .. int(BACKGROUND), 'WITHSCORES',
+  local a = redis.call('ZRANGEBYSCORE', queue, '-inf', '(' .. int(BACKGROUND), 'WITHSCORES',
     'LIMIT', 0, math.min(n, shares[1]))
-  local b = redis.call('ZRANGEBYSCORE', KEYS[1], int(BACKGROUND), upto, 'WITHSCORES',
+  local b = redis.call('ZRANGEBYSCORE', queue, int(BACKGROUND), upto, 'WITHSCORES',
     'LIMIT', 0, math.min(n, shares[2]))
   local merged, i, j = {}, 1, 1
   while a[i] or b[j] do
@@ -79,62 +73,110 @@ local function next_in_order(n)
   end
   return merged
 end
-local function lease(id, v, tokens)
-  local rk = P .. 'req:' .. id
-  dequeue(id, ARGV[7], tokens)
-  redis.call('SADD', KEYS[3], id)
-  v[3] = int(v[3] + 1)
-  redis.call('HSET', rk, 'state', 'running', 'owner', ARGV[1], 'worker', ARGV[6], 'epoch', v[3])
-  redis.call('HSETNX', rk, 'started_ms', int(now))
-  if personal then
-    redis.call('HSET', rk, 'stage', ARGV[11])
-    v[12] = ARGV[11]
+
+-- == Fit: whether a request can be taken ==
+
+-- Drops one that nobody can compute: an entry left behind, an unreadable record, one that is too late.
+local function drop(id, request)
+  if request.state ~= 'queued' or request.stage ~= stage then
+    dequeue(id, stage, 0)
+    return true
   end
-  if stolen then
-    redis.call('HINCRBY', P .. 'counts', 'steals_waiting', 1)
-    note(rk, {what = 'stolen', worker = ARGV[6], from = ARGV[7], to = ARGV[11], benefit_ms = tonumber(ARGV[12]),
-      cost_ms = tonumber(ARGV[13])})
-  elseif v[3] ~= '1' then
-    note(rk, {what = 'taken', worker = ARGV[6], from = ARGV[7]})
+  local what = fault(id) or (not request.body or not request.ids or #request.ids % 4 > 0) and 'ids'
+  if what then
+    condemn(id, what)
+    return true
   end
-  if solo then redis.call('HSET', KEYS[2], 'alone', id) end
-  list[#list + 1] = id .. ',' .. v[3]
-  grant(id, v)
+  if request.deadline_ms and tonumber(request.deadline_ms) <= now then
+    settle(id, 'expired', '', {'error', 'its deadline passed while it was queued'})
+    return true
+  end
+  return false
 end
+
+-- Whether a request of this length fits what is left; the first one of an idle worker always does.
+local function fits(tokens, is_back)
+  if #taken > 0 and prefill <= 0 then return false end
+  if #taken == 0 and is_idle then return true end
+  if is_back and tokens > longest_background then return false end
+  return room >= tokens + reserve and tokens <= longest
+end
+
+-- == Lease: the request is the worker's ==
+
+-- Adds a grant to the reply.
+local function grant(id, request)
+  reply[#reply + 1] = {id, request.epoch, request.body, request.ids, request.offset, request.prompt_tokens,
+    request.crashes, request.score, request.submitted_ms, request.deadline_ms or '0', request.stage,
+    request.from or '', request.kv or '', is_background(request.score) and '1' or ''}
+end
+
+-- Moves a request from the queue to the worker, under the next epoch.
+local function lease(id, request, tokens)
+  local record = P .. 'req:' .. id
+  room, prefill = room - tokens - reserve, prefill - tokens
+  dequeue(id, stage, tokens)
+  redis.call('SADD', held, id)
+  request.epoch = int(request.epoch + 1)
+  redis.call('HSET', record, 'state', 'running', 'owner', incarnation, 'worker', worker_id, 'epoch', request.epoch)
+  redis.call('HSETNX', record, 'started_ms', int(now))
+  if is_private then
+    redis.call('HSET', record, 'stage', own_stage)
+    request.stage = own_stage
+  end
+  if is_stolen then
+    redis.call('HINCRBY', P .. 'counts', 'steals_waiting', 1)
+    note(record, {what = 'stolen', worker = worker_id, from = stage, to = own_stage, benefit_ms = benefit_ms,
+      cost_ms = cost_ms})
+  elseif request.epoch ~= '1' then
+    note(record, {what = 'taken', worker = worker_id, from = stage})
+  end
+  if is_solo then redis.call('HSET', worker, 'alone', id) end
+  taken[#taken + 1] = id .. ',' .. request.epoch
+  grant(id, request)
+end
+
+-- == The take ==
+
+local expiry = redis.call('ZSCORE', workers, incarnation)
+if not expiry then return {'LOST'} end
+local last = fields(worker, {'nonce', 'grants', 'alone'})
+if last.nonce == nonce then  -- a repeat: the same grants, as far as they are still the worker's
+  for id, epoch in string.gmatch(last.grants or '', '([^ ,]+),(%d+)') do
+    local request = fields(P .. 'req:' .. id, FIELDS)
+    if is_owner(request, incarnation, epoch) then grant(id, request) end
+  end
+  return reply
+end
+if tonumber(expiry) <= now then return {'LOST'} end
+if last.alone and redis.call('SISMEMBER', held, last.alone) == 1 then return reply end
+if is_solo and redis.call('SCARD', held) > 0 then return reply end
+redis.call('HDEL', worker, 'alone')  -- needs no memory, too: a full server refuses a script whose first write does
+set_limits()
 local passes, is_full = 0, false
 repeat  -- again for those that were only dropped; bounded, as nobody else is served meanwhile
-  local gone, left = 0, most - #list
+  local gone, left = 0, most - #taken
   for _, entry in ipairs(next_in_order(left)) do
     local id, class, is_back = unpack(entry)
     if left <= 0 then break end
     if not is_back or background > 0 then
-      local v = redis.call('HMGET', P .. 'req:' .. id, unpack(FIELDS))
-      local tokens = (tonumber(v[7]) or 0) + (tonumber(v[6]) or 0)
-      local first = #list == 0 and ARGV[9] == '1'
-      local full = #list > 0 and prefill <= 0 or not first and (room < tokens + ARGV[5] or tokens > longest)
-      if v[1] ~= 'queued' or v[12] ~= ARGV[7] then
-        dequeue(id, ARGV[7], 0)
+      local request = fields(P .. 'req:' .. id, FIELDS)
+      local tokens = (tonumber(request.prompt_tokens) or 0) + (tonumber(request.offset) or 0)
+      if drop(id, request) then
         gone, left = gone + 1, left - 1
-      elseif fault(id) or not v[4] or not v[5] or #v[5] % 4 > 0 then
-        condemn(id, fault(id) or 'ids')
-        gone, left = gone + 1, left - 1
-      elseif v[11] and tonumber(v[11]) <= now then
-        settle(id, 'expired', '', {'error', 'its deadline passed while it was queued'})
-        gone, left = gone + 1, left - 1
-      elseif is_back and (full or not first and tokens > longest_background) then
-        background = 0
-      elseif full then
-        is_full = true
-        break
-      else
-        room, prefill = room - tokens - ARGV[5], prefill - tokens
-        lease(id, v, tokens)
+      elseif fits(tokens, is_back) then
+        lease(id, request, tokens)
         left, shares[class] = left - 1, shares[class] - 1
         if is_back then background = background - 1 end
+      elseif is_back then
+        background = 0  -- passed over, as are those behind it
+      else
+        is_full = true
+        break
       end
     end
   end
   passes = passes + 1
-until gone == 0 or is_full or #list >= most or passes == 16
-redis.call('HSET', KEYS[2], 'nonce', ARGV[2], 'grants', table.concat(list, ' '))
-return out
+until gone == 0 or is_full or #taken >= most or passes == 16
+redis.call('HSET', worker, 'nonce', nonce, 'grants', table.concat(taken, ' '))
+return reply
