@@ -194,6 +194,14 @@ class AsyncHandle:
         """Pickled, a handle becomes its id, of which `get` makes a handle in another process."""
         return str, (self.id,)
 
+    def __copy__(self) -> AsyncHandle:
+        """In this process it is the same."""
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AsyncHandle:
+        """The same."""
+        return self
+
     async def status(self) -> RequestRecord:
         """Where the request is now: state, stage, worker, tokens, times."""
         return known(self.id, await self._client._executor.run(self._client._core.reads.record(self.id)))

@@ -188,6 +188,14 @@ class Handle:
         """Pickled, a handle becomes its id, of which `get` makes a handle in another process."""
         return str, (self.id,)
 
+    def __copy__(self) -> Handle:
+        """In this process it is the same."""
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Handle:
+        """The same."""
+        return self
+
     def status(self) -> RequestRecord:
         """Where the request is now: state, stage, worker, tokens, times."""
         return known(self.id, self._client._executor.run(self._client._core.reads.record(self.id)))

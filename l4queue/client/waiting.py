@@ -70,6 +70,8 @@ class Ends(Generic[H]):
         self._event = event
         self._pending: dict[str, dict[int, H]] = {}
         for handle in handles:
+            if not isinstance(getattr(handle, "id", None), str):
+                raise InvalidRequest("must be handles: `get` makes one of an id", field="handles")
             self._pending.setdefault(handle.id, {})[id(handle)] = handle
         self._woken: deque[Watch] = deque()
         self.watches = [self._watch(list(same.values()), has_mail) for same in self._pending.values()]

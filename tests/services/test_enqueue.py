@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import pickle
 from collections.abc import Iterator
 from typing import Any
@@ -252,3 +253,22 @@ def test_a_pickled_handle_is_its_id(client: Client) -> None:
     handle = client.enqueue("x", max_tokens=9)
     assert pickle.loads(pickle.dumps(handle)) == handle.id
     assert client.get(pickle.loads(pickle.dumps([handle]))[0]).status().state is SUBMITTED
+
+
+async def test_a_copied_handle_is_the_handle(small: Settings, client: Client) -> None:
+    """Where it stands in a structure that is copied, too."""
+    async with AsyncClient(settings=small) as other:
+        for handle in (client.enqueue("x", max_tokens=9), await other.enqueue("x", max_tokens=9)):
+            assert copy.copy(handle) is handle
+            assert copy.deepcopy({"handles": [handle]}) == {"handles": [handle]}
+
+
+@pytest.mark.parametrize("handles", [["an id"], [None], "ids"])
+async def test_what_is_no_handle_is_not_waited_for(small: Settings, client: Client, handles: Any) -> None:
+    """An id, as pickling makes of a handle, is named as the mistake."""
+    async with AsyncClient(settings=small) as other:
+        with pytest.raises(InvalidRequest, match="get") as caught:
+            next(client.as_completed(handles))
+        with pytest.raises(InvalidRequest, match="get"):
+            await anext(other.as_completed(handles))
+    assert caught.value.field == "handles"
