@@ -12,6 +12,7 @@ from pydantic import JsonValue
 
 from l4queue.config import Settings
 from l4queue.cost.step import StepCost
+from l4queue.errors import ServiceUnavailable
 from l4queue.models import Plan
 from l4queue.planning.histogram import Buckets, growth_fields
 from l4queue.protocol.plans import read_plan
@@ -35,6 +36,7 @@ log = logging.getLogger("l4queue.worker")
 _EARLY_REFRESH_FRACTION = (
     10  # news of other stages' queues bring the next look forward to so small a part of the interval
 )
+_LAST_TRY_S = 1.0
 _IDLE_S = 1.0  # an idle worker looks for work at least so often, should a wake-up have been missed
 
 
@@ -117,20 +119,58 @@ class Worker:
 
     async def _serve(self) -> None:
         state = self.state
-        state.plan = (await state.fleet_view.refresh()).plan
-        await state.lease.begin()
+        if not await self._has_begun():
+            log.warning("stopped before Redis served: worker %s had nothing to give back", state.worker_id)
+            return
         failure = await self._run_loops()
-        async with asyncio.timeout(self.settings.drain_s):
-            await state.lease.say()  # that it drains: nobody is to hand over to it any more
-            await self._mover.finish()
-            await self._tasks_set.finish()
-            has_died = isinstance(failure, EngineDied)
-            why = "engine died" if has_died else "worker stops"
-            culprit = state.work.culprit(failure)
-            await self._writer.give_back(list(state.sessions.values()), why=why, blame=has_died, culprit=culprit)
-            await state.lease.end()
+        try:
+            async with asyncio.timeout(self.settings.drain_s):
+                await self._drain(failure)
+        except TimeoutError:
+            if failure is None and await self._is_served():
+                raise
+            log.warning(
+                "not drained within %.0f s, as Redis does not serve: others go on when the lease has run out",
+                self.settings.drain_s,
+            )
         if failure is not None:
             raise failure
+
+    async def _has_begun(self) -> bool:
+        """Register with the plan in force; False where this is to stop before Redis serves."""
+        begin = asyncio.create_task(self._begin())
+        stop = asyncio.create_task(self._stopping.wait())
+        await asyncio.wait((begin, stop), return_when=asyncio.FIRST_COMPLETED)
+        has_begun = begin.done()
+        await _cancel_all((begin, stop))
+        if has_begun:
+            await begin
+        return has_begun
+
+    async def _begin(self) -> None:
+        self.state.plan = (await self.state.fleet_view.refresh()).plan
+        await self.state.lease.begin()
+
+    async def _drain(self, failure: BaseException | None) -> None:
+        """Give everything back, and the lease."""
+        state = self.state
+        await state.lease.say()  # that it drains: nobody is to hand over to it any more
+        await self._mover.finish()
+        await self._tasks_set.finish()
+        has_died = isinstance(failure, EngineDied)
+        why = "engine died" if has_died else "worker stops"
+        culprit = state.work.culprit(failure)
+        await self._writer.give_back(list(state.sessions.values()), why=why, blame=has_died, culprit=culprit)
+        await state.lease.end()
+
+    async def _is_served(self) -> bool:
+        """Whether Redis takes writes: then it is not what held up the drain."""
+        state = self.state
+        try:
+            async with asyncio.timeout(_LAST_TRY_S):
+                return await state.executor.offer(state.calls.retire(state.lease.incarnation)) is not None
+        except (TimeoutError, ServiceUnavailable):
+            return False
 
     async def _run_loops(self) -> BaseException | None:
         """Run until asked to stop or until a loop fails; the failure, if any."""
