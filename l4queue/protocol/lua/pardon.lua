@@ -13,7 +13,10 @@ for i = 1, #blamed, 2 do
   local rk = P .. 'req:' .. id
   local v = redis.call('HMGET', rk, 'state', 'stage', 'crashes', 'score', 'prompt_tokens', 'offset', 'home')
   local is_live = v[1] == 'queued' or v[1] == 'running'
-  if is_live and not stands[id] and tonumber(v[3]) > 0 then
+  local what = is_live and fault(id)
+  if what then
+    condemn(id, what)
+  elseif is_live and not stands[id] and tonumber(v[3]) > 0 then
     local to, tokens = v[2], tonumber(v[5]) + tonumber(v[6])
     if v[1] == 'queued' and v[2] == 'solo' and tonumber(v[3]) <= 2 then
       to = v[7] or '0'
