@@ -237,9 +237,17 @@ class Followed:
 
     @classmethod
     def parse(cls, reply: Sequence[bytes]) -> Followed:
-        """From the reply of the script."""
-        states = (RequestState(state.decode()) if state else None for state in reply[1::2])
-        return cls(is_new=reply[0] == b"1", places=tuple(zip(states, map(int, reply[2::2]), strict=True)))
+        """From the reply of the script. A record that nobody can read is unknown, and hides no other."""
+        places = tuple(_place(state, upto) for state, upto in zip(reply[1::2], reply[2::2], strict=True))
+        return cls(is_new=reply[0] == b"1", places=places)
+
+
+def _place(state: bytes, upto: bytes) -> tuple[RequestState | None, int]:
+    try:
+        known = RequestState(state.decode()) if state else None
+    except ValueError:
+        return None, 0
+    return known, int(upto) if upto.isdigit() else 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

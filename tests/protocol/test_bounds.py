@@ -158,6 +158,39 @@ def test_a_live_request_among_kept_results_is_not_evicted(scene: Scene) -> None:
     assert scene.counts()["live"] == 0
 
 
+@pytest.mark.parametrize("field", ["crashes", "prompt_tokens", "offset"])
+def test_a_worker_that_comes_back_ends_a_record_that_cannot_be_read(scene: Scene, field: str) -> None:
+    """And takes the blame from the others."""
+    scene.register()
+    for request_id in ("a", "b"):
+        scene.submit(request_id)
+        scene.route(request_id)
+    scene.take()
+    scene.crash()
+    scene.raw.hset(scene.keys.request("a"), field, "abc")
+
+    assert scene.pardon() == Verdict.OK
+    assert scene.raw.hget(scene.keys.request("a"), "state") == b"failed"
+    assert scene.record("b").crashes == 0
+
+
+@pytest.mark.parametrize("field", ["state", "offset"])
+@pytest.mark.parametrize("value", ["abc", b"\xff", "1e400"])
+def test_one_record_that_cannot_be_read_hides_no_other_from_its_follower(
+    scene: Scene, field: str, value: str | bytes
+) -> None:
+    """A state that nobody knows is none; a number that nobody can read tells of no tokens."""
+    scene.bring(RequestState.QUEUED)
+    scene.bring(RequestState.QUEUED, "b")
+    scene.raw.hset(scene.keys.request("a"), field, value)
+
+    call = scene.calls.follow("c1", followed=["a", "b"], looked_at=[], ttl_ms=1000)
+    assert scene.executor.run(call).places == (
+        (None if field == "state" else RequestState.QUEUED, 0),
+        (RequestState.QUEUED, 0),
+    )
+
+
 @pytest.mark.parametrize("score", ["0x10", " 5", "5 ", "1e", "nan", "1_0"])
 def test_a_place_in_the_order_that_only_some_can_read_ends_its_request(scene: Scene, score: str) -> None:
     """Lua reads more than Redis and workers do: neither taking nor giving back may fail for all the others."""

@@ -101,12 +101,12 @@ ENDINGS: dict[str, Callable[[Scene], Any]] = {
         ("refuse", S.SUBMITTED, S.FAILED),
     ],
 )
-def test_every_end_is_told(scene: Scene, ending: str, state: RequestState, last_published: RequestState) -> None:
+def test_every_end_is_told(scene: Scene, ending: str, state: RequestState, told: RequestState) -> None:
     """Whatever ends the request."""
     scene.bring(state)
     follow(scene, "a")
     ENDINGS[ending](scene)
-    assert [entry.state for entry in news(scene)] == [last_published]
+    assert [entry.state for entry in news(scene)] == [told]
 
 
 def test_moves_and_crashes_keep_the_followers(scene: Scene) -> None:

@@ -216,3 +216,31 @@ def test_a_dispatcher_ends_while_redis_refuses(server: RedisServer, admin: redis
         assert "others adopt it" in processes.log("d1")
     finally:
         processes.close()
+
+
+@pytest.mark.parametrize("when", ["serving", "starting"])
+def test_a_worker_ends_while_redis_refuses(
+    server: RedisServer, admin: redis.Redis, tmp_path: Path, when: str
+) -> None:
+    """Within `L4_DRAIN_S`, with one line; it has not failed. Its requests go on elsewhere."""
+    processes = Processes(tmp_path, redis_url=server.url, engine="emulated", model="tiny", drain_s=1.0)
+    scene = Scene(Executor(server.url), Settings(_env_file=None).namespace)  # type: ignore[call-arg]
+    try:
+        if when == "starting":
+            _set_password(server, admin)
+        processes.worker("w1")
+        until(lambda: " ready: " in processes.log("w1"), "its engine runs", timeout_s=60)
+        if when == "serving":
+            until(lambda: scene.executor.run(scene.reads.incarnations()), "it serves", timeout_s=60)
+            _set_password(server, admin)
+        until(lambda: SAID.search(processes.log("w1")), "it says so", timeout_s=60)
+
+        assert processes.stop("w1") == 0, processes.log("w1")
+        log = processes.log("w1")
+        says = "others go on when the lease" if when == "serving" else "stopped before Redis served"
+        assert len(re.findall(says, log)) == 1
+        assert "CRITICAL l4queue" not in log
+    finally:
+        processes.close()
+        scene.close()
+        scene.executor.close()

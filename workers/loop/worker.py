@@ -12,6 +12,7 @@ from pydantic import JsonValue
 
 from l4queue.config import Settings
 from l4queue.cost.step import StepCost
+from l4queue.errors import ServiceUnavailable
 from l4queue.models import Plan
 from l4queue.policy.loads import EARLY_NEWS_FRACTION
 from l4queue.protocol.plans import read_plan
@@ -41,6 +42,8 @@ from workers.telemetry.snapshot import WorkerSnapshot
 __all__ = ("Worker",)
 
 log = logging.getLogger("l4queue.worker")
+_LAST_TRY_S = 1.0
+"""A drain that Redis held up asks this long whether it serves again."""
 _IDLE_S = 1.0  # an idle worker looks for work at least so often, should a wake-up have been missed
 
 
@@ -179,21 +182,58 @@ class Worker:
         return [view_of(session) for session in self.sessions]
 
     async def _serve(self) -> None:
-        context = self.context
-        self.placement.follow((await self.fleet_view.refresh()).plan)
-        await self.lease.begin()
+        if not await self._has_begun():
+            worker_id = self.context.worker_id
+            log.warning("stopped before Redis served: worker %s had nothing to give back", worker_id)
+            return
         failure = await self._run_loops()
-        async with asyncio.timeout(self.settings.drain_s):
-            await self.lease.say()  # that it drains: nobody is to hand over to it any more
-            await self._mover.finish()
-            await self._tasks_set.finish()
-            has_died = isinstance(failure, EngineDied)
-            why = "engine died" if has_died else "worker stops"
-            culprit = context.work.culprit(failure)
-            await self._writer.give_back(list(self.sessions), why=why, blame=has_died, culprit=culprit)
-            await self.lease.end()
+        try:
+            async with asyncio.timeout(self.settings.drain_s):
+                await self._drain(failure)
+        except TimeoutError:
+            if failure is None and await self._is_served():
+                raise
+            log.warning(
+                "not drained within %.0f s, as Redis does not serve: others go on when the lease has run out",
+                self.settings.drain_s,
+            )
         if failure is not None:
             raise failure
+
+    async def _has_begun(self) -> bool:
+        """Register with the plan in force; False where this is to stop before Redis serves."""
+        begin = asyncio.create_task(self._begin())
+        stop = asyncio.create_task(self._stopping.wait())
+        await asyncio.wait((begin, stop), return_when=asyncio.FIRST_COMPLETED)
+        has_begun = begin.done()
+        await _cancel_all((begin, stop))
+        if has_begun:
+            await begin
+        return has_begun
+
+    async def _begin(self) -> None:
+        self.placement.follow((await self.fleet_view.refresh()).plan)
+        await self.lease.begin()
+
+    async def _drain(self, failure: BaseException | None) -> None:
+        """Give everything back, and the lease."""
+        await self.lease.say()  # that it drains: nobody is to hand over to it any more
+        await self._mover.finish()
+        await self._tasks_set.finish()
+        has_died = isinstance(failure, EngineDied)
+        why = "engine died" if has_died else "worker stops"
+        culprit = self.context.work.culprit(failure)
+        await self._writer.give_back(list(self.sessions), why=why, blame=has_died, culprit=culprit)
+        await self.lease.end()
+
+    async def _is_served(self) -> bool:
+        """Whether Redis takes writes: then it is not what held up the drain."""
+        context = self.context
+        try:
+            async with asyncio.timeout(_LAST_TRY_S):
+                return await context.executor.offer(context.calls.retire(self.lease.incarnation)) is not None
+        except (TimeoutError, ServiceUnavailable):
+            return False
 
     async def _run_loops(self) -> BaseException | None:
         """Run until asked to stop or until a loop fails; the failure, if any."""

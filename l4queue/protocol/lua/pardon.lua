@@ -14,7 +14,10 @@ for i = 1, #blamed, 2 do
   local record = P .. 'req:' .. id
   local request = fields(record, {'state', 'stage', 'crashes', 'score', 'prompt_tokens', 'offset', 'home'})
   local is_leased_or_waiting = request.state == 'queued' or request.state == 'running'
-  if is_leased_or_waiting and not stands[id] and tonumber(request.crashes) > 0 then
+  local what = is_leased_or_waiting and fault(id)
+  if what then
+    condemn(id, what)
+  elseif is_leased_or_waiting and not stands[id] and tonumber(request.crashes) > 0 then
     local to, tokens = request.stage, tonumber(request.prompt_tokens) + tonumber(request.offset)
     if request.state == 'queued' and request.stage == 'solo' and tonumber(request.crashes) <= 2 then
       to = request.home or '0'
