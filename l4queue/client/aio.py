@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import suppress
 from os import PathLike
 from types import TracebackType
 from typing import Any
@@ -23,8 +25,10 @@ from l4queue.client.core import (
 )
 from l4queue.client.demux import Watch
 from l4queue.client.listener import AsyncListener
+from l4queue.client.read_marks import ReadMarks
 from l4queue.client.waiting import Ends, deadline_after, time_left_s, wait_async
 from l4queue.config import Settings, load_settings
+from l4queue.errors import L4QueueError
 from l4queue.models import TERMINAL, Plan, RequestSpec, RequestState
 from l4queue.observe.explain import Event, tell
 from l4queue.observe.overview import Overview, read_overview_async
@@ -33,6 +37,7 @@ from l4queue.protocol.executor import AsyncExecutor
 from l4queue.protocol.plans import readable_plans
 from l4queue.protocol.reads import DeadLetter
 from l4queue.protocol.records import RequestRecord
+from l4queue.protocol.retention import Retention
 
 __all__ = ("AsyncClient", "AsyncHandle")
 
@@ -48,6 +53,7 @@ class AsyncClient:
         self._core = ClientCore(self.settings)
         self._executor = AsyncExecutor(url or self.settings.redis_url)
         self._listener = AsyncListener(self._executor, self._core)
+        self._marks = ReadMarks(Retention(self._core.keys), now_s=time.monotonic())
 
     async def enqueue(self, prompt: str | None = None, **options: Any) -> AsyncHandle:
         """Accept one request and return its handle.
@@ -146,8 +152,18 @@ class AsyncClient:
         """The latest requests that kill their worker and entries that cannot be read, newest first."""
         return await self._executor.run(self._core.reads.dead_letters(count=checked_count(count)))
 
+    async def _has_read(self, request_id: str) -> None:
+        """Note a result that was read; told to the server now and then, in one try."""
+        report = self._marks.add(request_id, now_s=time.monotonic())
+        if report is not None:
+            with suppress(L4QueueError):
+                await self._executor.offer(report)
+
     async def close(self) -> None:
         """Close all connections; safe to call twice."""
+        if (report := self._marks.rest()) is not None:
+            with suppress(L4QueueError):
+                await self._executor.offer(report)
         await self._listener.close()
         await self._executor.close()
 
@@ -227,7 +243,9 @@ class AsyncHandle:
             found, entries = await self._client._listener.output(self.id)
             record = known(self.id, found)
             if record.state in TERMINAL:  # mail may tell of an end that a server has forgotten
-                return self._client._core.result(record, entries)
+                result = self._client._core.result(record, entries)
+                await self._client._has_read(self.id)
+                return result
 
     async def explain(self) -> tuple[Event, ...]:
         """What befell this request and why, in order: routing, steals, hand-overs, crashes."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from os import PathLike
 from types import TracebackType
 from typing import Any
@@ -23,8 +24,10 @@ from l4queue.client.core import (
 )
 from l4queue.client.demux import Watch
 from l4queue.client.listener import Listener
+from l4queue.client.read_marks import ReadMarks
 from l4queue.client.waiting import Ends, deadline_after, time_left_s
 from l4queue.config import Settings, load_settings
+from l4queue.errors import L4QueueError
 from l4queue.models import TERMINAL, Plan, RequestSpec, RequestState
 from l4queue.observe.explain import Event, tell
 from l4queue.observe.overview import Overview, read_overview
@@ -33,6 +36,7 @@ from l4queue.protocol.executor import Executor
 from l4queue.protocol.plans import readable_plans
 from l4queue.protocol.reads import DeadLetter
 from l4queue.protocol.records import RequestRecord
+from l4queue.protocol.retention import Retention
 
 __all__ = ("Client", "Handle")
 
@@ -48,6 +52,7 @@ class Client:
         self._core = ClientCore(self.settings)
         self._executor = Executor(url or self.settings.redis_url)
         self._listener = Listener(self._executor, self._core)
+        self._marks = ReadMarks(Retention(self._core.keys), now_s=time.monotonic())
 
     def enqueue(self, prompt: str | None = None, **options: Any) -> Handle:
         """Accept one request and return its handle.
@@ -140,8 +145,18 @@ class Client:
         """The latest requests that kill their worker and entries that cannot be read, newest first."""
         return self._executor.run(self._core.reads.dead_letters(count=checked_count(count)))
 
+    def _has_read(self, request_id: str) -> None:
+        """Note a result that was read; told to the server now and then, in one try."""
+        report = self._marks.add(request_id, now_s=time.monotonic())
+        if report is not None:
+            with suppress(L4QueueError):
+                self._executor.offer(report)
+
     def close(self) -> None:
         """Close all connections, which ends what still waits; safe to call twice."""
+        if (report := self._marks.rest()) is not None:
+            with suppress(L4QueueError):
+                self._executor.offer(report)
         self._listener.close()
         self._executor.close()
 
@@ -221,7 +236,9 @@ class Handle:
             found, entries = self._client._listener.output(self.id)
             record = known(self.id, found)
             if record.state in TERMINAL:  # mail may tell of an end that a server has forgotten
-                return self._client._core.result(record, entries)
+                result = self._client._core.result(record, entries)
+                self._client._has_read(self.id)
+                return result
 
     def explain(self) -> tuple[Event, ...]:
         """What befell this request and why, in order: routing, steals, hand-overs, crashes."""

@@ -80,6 +80,10 @@ class Keys:
         return self.prefix + "results"
 
     @property
+    def read(self) -> str:
+        return self.prefix + "read"
+
+    @property
     def keyed(self) -> str:
         return self.prefix + "keyed"
 

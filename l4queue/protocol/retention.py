@@ -52,6 +52,10 @@ class Retention:
         """Remove results early while all together take more than `max_bytes`."""
         return Call("evict", (self.keys.results, self.keys.keyed), (max_bytes, limit), _evicted)
 
+    def mark_read(self, request_ids: Sequence[str]) -> Call[int]:
+        """Note that clients have these results, so that they go first for want of room; how many were noted."""
+        return Call("mark_read", (self.keys.read,), tuple(request_ids), int)
+
     def discard(self, request_ids: Sequence[str]) -> Call[int]:
         """Delete requests that have ended, their output and their idempotency keys; how many were there."""
         args: tuple[Arg, ...] = (_UNBOUNDED_BYTES, 0, *request_ids)

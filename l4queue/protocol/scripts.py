@@ -20,6 +20,7 @@ _NAMES = (
     "extend",
     "follow",
     "forget",
+    "mark_read",
     "migrate",
     "pack",
     "pardon",

@@ -34,7 +34,9 @@ __all__ = (
 _CONFIRM_MS = 1000
 _WAIT_PAUSE_S = 0.1
 _SERVICE_PAUSE_S = 0.5  # of many processes that wait for an outage to end
-_NO_TRANSITION = frozenset({"follow", "unfollow"})  # nothing depends on them: a client reads without replicas
+_NO_TRANSITION = frozenset(
+    {"follow", "mark_read", "unfollow"}
+)  # nothing depends on them: a client reads without replicas
 
 
 class ServerFull(ServiceUnavailable):

@@ -82,11 +82,11 @@ class Nursery:
     async def _read(self, process: asyncio.subprocess.Process) -> None:
         assert process.stdout is not None
         async for line in process.stdout:
-            last_published = json.loads(line)
-            name, pid = last_published["name"], last_published["pid"]
-            if "status" in last_published:
+            told = json.loads(line)
+            name, pid = told["name"], told["pid"]
+            if "status" in told:
                 del self.pids[name]
-                self.ended.put_nowait((name, pid, last_published["status"]))
+                self.ended.put_nowait((name, pid, told["status"]))
             else:
                 self.pids[name] = pid
                 self._started.pop(name).set_result(pid)

@@ -20,6 +20,7 @@ import l4queue.client.aio as client_module
 import workers.loop.context as worker_context
 from dispatcher.routing.service import Dispatcher
 from l4queue import AsyncClient, Settings
+from l4queue.client import read_marks
 from l4queue.errors import L4QueueError, RequestCancelled, RequestExpired, RequestTooLong, UnknownRequest
 from l4queue.models import Plan, StagePlan
 from l4queue.plan_json import plan_from_json, plan_to_json
@@ -71,6 +72,8 @@ def _begin(job: dict[str, Any]) -> Settings:
         module.AsyncExecutor = FaultyExecutor
     keeping: Any = lease_thread
     keeping.Executor = FaultyBlockingExecutor
+    marks: Any = read_marks
+    marks._MOST = 1  # every result that is read is told at once
     upkeep_module.PACK_AGE_MS = _PACK_AGE_MS
     return settings_of(job)
 

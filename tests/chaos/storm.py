@@ -54,7 +54,7 @@ SCRIPTS: dict[str, dict[str, int]] = {
         "evict": 10,
     },
     "planner": {"publish": 3, "migrate": 3},
-    "client": {"submit": 20, "follow": 20, "cancel": 2, "unfollow": 1},
+    "client": {"submit": 20, "follow": 20, "cancel": 2, "unfollow": 1, "mark_read": 1},
 }
 WORKERS = ("w0", "w1", "w2", "w3")
 _TERM_S = 2.0

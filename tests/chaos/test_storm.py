@@ -15,7 +15,7 @@ from tests.protocol.server import RedisServer
 
 pytestmark = [pytest.mark.services, pytest.mark.timeout(900)]
 _NUM_SAMPLED = 6  # `make chaos` has time for all
-_RARE = ("migrate", "refuse", "cancel", "unfollow", "pardon")  # may take longer than this test has
+_RARE = ("migrate", "refuse", "cancel", "unfollow", "pardon", "mark_read")  # may take longer than this test has
 
 
 async def test_nothing_is_lost_doubled_or_changed_in_a_storm(

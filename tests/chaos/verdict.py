@@ -32,6 +32,7 @@ _FOR_EVER = {
     "finished",
     "packed",
     "results",
+    "read",
     "keyed",
     "given",
 }
@@ -126,15 +127,13 @@ def _clients_saw_the_same(storm: Storm, records: dict[str, dict[str, str]]) -> l
     errors = []
     for row in storm.endings:
         record: Any = records.get(row["id"])
-        last_published = f"wish {row['n']} ({row['id']})"
+        told = f"wish {row['n']} ({row['id']})"
         if record is None:
-            errors.append(f"{last_published} has no record")
+            errors.append(f"{told} has no record")
         elif (record["state"], int(record["offset"])) != (row["outcome"], row["tokens"]):
-            errors.append(
-                f"{last_published}: client saw {row['outcome']} after {row['tokens']} tokens, record {record}"
-            )
+            errors.append(f"{told}: client saw {row['outcome']} after {row['tokens']} tokens, record {record}")
         if row["wrong"]:
-            errors.append(f"{last_published}: {row['wrong']}")
+            errors.append(f"{told}: {row['wrong']}")
     return errors
 
 

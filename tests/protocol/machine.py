@@ -209,7 +209,7 @@ class ProtocolMachine(RuleBasedStateMachine):
         if expected is None:
             assert taken.verdict is Verdict.LOST
             return
-        last_published = [
+        told = [
             (i, e, r.offset, r.stage, r.kv, r.came_from, hold.overdue_ms > 0 and r.score >= BACKGROUND)
             for i, e in expected
             for r in (self.reqs[i],)
@@ -217,7 +217,7 @@ class ProtocolMachine(RuleBasedStateMachine):
         found = [
             (g.request_id, g.epoch, g.offset, g.stage, g.kv, g.came_from, g.is_background) for g in taken.grants
         ]
-        assert found == last_published
+        assert found == told
         if not is_lost:
             self.grants += [Held(g.request_id, worker, g.epoch, g.offset) for g in taken.grants]
 

@@ -58,8 +58,8 @@ def test_a_left_out_max_tokens_is_decided_by_the_dispatcher(scene: Scene) -> Non
     """It is told so; its body is the one that workers get, and admission counts what it says."""
     scene.submit("a", charge_tokens=10, body="{}", has_open_end=True)
     scene.submit("b", charge_tokens=10, body="{}")
-    last_published = [scene.executor.run(scene.reads.body(name)) for name in ("a", "b")]
-    assert [body is not None and body.has_open_end for body in last_published] == [True, False]
+    told = [scene.executor.run(scene.reads.body(name)) for name in ("a", "b")]
+    assert [body is not None and body.has_open_end for body in told] == [True, False]
 
     body = '{"params":{"max_tokens":900}}'
     scene.route("a", max_tokens=900, charge_tokens=20, body=body)

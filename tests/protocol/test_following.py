@@ -76,9 +76,9 @@ def test_followers_are_told_what_is_written_and_the_end(scene: Scene) -> None:
     scene.settle(offset=5, num=1)
 
     for client in ("n1", "n2"):
-        last_published = news(scene, client)
-        assert [entry.entry for entry in last_published] == scene.executor.run(scene.reads.output("a", after=2))
-        assert [entry.state for entry in last_published] == [None, None, None, S.DONE]
+        told = news(scene, client)
+        assert [entry.entry for entry in told] == scene.executor.run(scene.reads.output("a", after=2))
+        assert [entry.state for entry in told] == [None, None, None, S.DONE]
     assert followers(scene) == []
     check(scene)
 
@@ -92,7 +92,7 @@ ENDINGS: dict[str, Callable[[Scene], Any]] = {
 
 
 @pytest.mark.parametrize(
-    ("ending", "state", "last_published"),
+    ("ending", "state", "told"),
     [
         ("cancel", S.SUBMITTED, S.CANCELLED),
         ("cancel", S.RUNNING, S.CANCELLED),

@@ -284,6 +284,46 @@ def test_beyond_the_bound_the_oldest_results_go_early(scene: Scene) -> None:
     assert scene.evict(max_bytes=2 * one + 50).num_dropped == 0
 
 
+def _read(scene: Scene, *ids: str) -> int:
+    return scene.executor.run(scene.keeping.mark_read(ids))
+
+
+def test_results_that_were_read_go_before_others(scene: Scene) -> None:
+    """Read before or after they are packed, and though they would expire last; a repeat notes nothing."""
+    _run(scene, "d", [2])
+    assert _read(scene, "d", "nobody", "d") == 1
+    one = _kept(scene, *"abc")
+    for index, request_id in enumerate("abcd"):
+        scene.raw.zadd(scene.keys.results, {_member(scene, request_id): 10**14 + index})
+    assert (_read(scene, "c"), _read(scene, "c", "d")) == (1, 0)
+
+    assert scene.evict(max_bytes=2 * one + 50).num_dropped == 2
+
+    assert [scene.raw.exists(scene.keys.request(i), scene.keys.output(i)) for i in "abcd"] == [2, 2, 0, 0]
+    assert scene.raw.zcard(scene.keys.read) == 0
+    assert scene.evict(max_bytes=one + 50).num_dropped == 1  # after them the oldest
+    assert scene.raw.exists(scene.keys.request("a")) == 0
+
+
+def test_what_was_read_and_expires_leaves_no_mark(scene: Scene) -> None:
+    """Nor does a foreign member stop the others."""
+    _kept(scene, *"ab")
+    _read(scene, "a", "b")
+    scene.raw.zadd(scene.keys.read, {"nobody's": 1, "c 5": 2})
+    scene.raw.zadd(scene.keys.results, {_member(scene, "a"): 1})
+
+    assert scene.evict().num_dropped == 0
+    assert scene.raw.zrange(scene.keys.read, 0, -1) == [b"nobody's", b"c 5", _member(scene, "b")]
+    assert scene.evict(max_bytes=1).num_dropped == 1
+    assert scene.raw.zcard(scene.keys.read) == 0
+
+
+def test_a_running_request_is_not_noted_as_read(scene: Scene) -> None:
+    """It has no result yet."""
+    scene.submit("a")
+    assert _read(scene, "a") == 0
+
+
 def _member(scene: Scene, request_id: str) -> bytes:
     for member in scene.raw.zrange(scene.keys.results, 0, -1):
         if member.rpartition(b" ")[0] == request_id.encode():

@@ -94,8 +94,8 @@ def test_an_ending_amid_a_move_is_the_only_one(scene: Scene, ending: RequestStat
         assert scene.settle("a", worker, epoch, 3) is Verdict.FENCED
     assert scene.shown() == [(1000, 1001, 1002), ()]
     owner = {"cut": "w1", "taken": "w2:x"}.get(point)
-    last_published = {name: scene.raw.xlen(scene.keys.control(name)) for name in ("w1", "w2:x")}
-    assert last_published == {name: int(name == owner) for name in last_published}
+    told = {name: scene.raw.xlen(scene.keys.control(name)) for name in ("w1", "w2:x")}
+    assert told == {name: int(name == owner) for name in told}
     check(scene)
 
 

@@ -111,8 +111,8 @@ def test_a_heartbeat_publishes_load_and_extends_the_lease(scene: Scene) -> None:
     """As others read it."""
     now_ms = scene.executor.run(scene.reads.server_time_ms())
     cost = StepCost(alpha_ms=2.5, beta_ms=0.1, gamma_ms=0.0, pi_ms=0.0, psi_ms=0.0)
-    last_published = {"load": {"worker_id": "w1", "num_running": 3}, "cost": cost.to_dict()}
-    scene.register(lease_ms=5_000, load=json.dumps(last_published))
+    told = {"load": {"worker_id": "w1", "num_running": 3}, "cost": cost.to_dict()}
+    scene.register(lease_ms=5_000, load=json.dumps(told))
     ((name, expires_ms),) = scene.executor.run(scene.reads.incarnations())
 
     view = scene.executor.run(scene.reads.worker(name, expires_ms))

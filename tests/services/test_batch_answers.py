@@ -127,11 +127,11 @@ async def test_an_unfinished_batch_of_an_earlier_release_goes_on(pipeline: Pipel
     async with stopped_when(pipeline, files, 100):
         pass
     identity = files.out.with_name("out.jsonl.batch.json")
-    last_published = identity.read_bytes()
+    told = identity.read_bytes()
     pipeline.start("w0")
     assert (await run(pipeline, files)).num_succeeded == 100
     files.out.write_bytes(b"".join(files.out.read_bytes().splitlines(keepends=True)[:60]))
-    identity.write_bytes(last_published)
+    identity.write_bytes(told)
     for file in (files.out, files.errors):
         forget_digests(file)
     assert not re.search(rb"[0-9a-f]{40}", files.out.read_bytes() + files.errors.read_bytes())

@@ -96,9 +96,9 @@ async def _travel(pipeline: Pipeline) -> None:
     assert all(line["benefit_ms"] > line["cost_ms"] for line in lines if line["what"] == "hand-over")
     for other in crowd:
         assert await other.cancel()
-    last_published = [event.what for event in await handle.explain()]
-    assert last_published[:4] == ["accepted", "routed", "taken", "first token"]
-    assert last_published[4:] == ["hand-over", "taken", "resumed", "hand-over", "taken", "resumed", "done"]
+    told = [event.what for event in await handle.explain()]
+    assert told[:4] == ["accepted", "routed", "taken", "first token"]
+    assert told[4:] == ["hand-over", "taken", "resumed", "hand-over", "taken", "resumed", "done"]
     counts = (await pipeline.client.overview()).counts
     assert counts["handovers"] >= 2
     assert counts["live"] == 0
@@ -209,8 +209,8 @@ async def test_a_move_that_fails_ends_its_worker_and_the_request_goes_on_elsewhe
                 await failing
         pipeline.start("w0")  # whoever runs the workers starts it again
         assert (await handle.result(timeout=120)).token_ids == await _uncut("hello", 300)
-        last_published = [line["what"] for line in await _ledger(pipeline, handle.id)]
-        assert next(what for what in last_published if what in ("released", "hand-over")) == "released"
+        told = [line["what"] for line in await _ledger(pipeline, handle.id)]
+        assert next(what for what in told if what in ("released", "hand-over")) == "released"
 
 
 class CutWaits(EmulatedEngine):

@@ -124,16 +124,16 @@ async def test_the_emptiest_of_two_runs_empty_while_requests_are_handed_over(
     await pipeline.publish(
         *(StagePlan(low_tokens=a, high_tokens=b, num_workers=1, worker_ids=(w,)) for a, b, w in stages)
     )
-    last_published: list[WorkerLoad] = []
+    told: list[WorkerLoad] = []
     async with _handed_over(scene, "w1"):
         for name in ("w0", "w1"):
             pipeline.start(name, speed=3.0, cost=CROWDED)
         crowd = [await pipeline.client.enqueue(f"{i:05d}", max_tokens=250, ignore_eos=True) for i in range(12)]
         while (await suspect.status()).state is not RequestState.DONE:
-            last_published += (await pipeline.client.overview()).workers
+            told += (await pipeline.client.overview()).workers
             await asyncio.sleep(0.02)
-    assert any(load.is_emptying for load in last_published)
-    assert not [load for load in last_published if load.is_emptying and load.is_open]
+    assert any(load.is_emptying for load in told)
+    assert not [load for load in told if load.is_emptying and load.is_open]
     for handle in crowd:
         await handle.cancel()
 

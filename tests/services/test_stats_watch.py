@@ -182,16 +182,12 @@ async def test_as_json_it_prints_a_line_for_each_look_also_of_an_outage(
         async def line(wanted: Any) -> dict[str, Any]:
             async with asyncio.timeout(120):
                 while True:
-                    last_published: dict[str, Any] = json.loads(await process.stdout.readline())  # type: ignore[union-attr]
-                    if wanted(last_published):
-                        return last_published
+                    told: dict[str, Any] = json.loads(await process.stdout.readline())  # type: ignore[union-attr]
+                    if wanted(told):
+                        return told
 
-        found = await line(
-            lambda last_published: last_published.get("moves") and last_published["latencies"][0]["e2e_ms"]
-        )
-        found = await line(
-            lambda last_published: last_published["rates"]["done_per_s"]
-        )  # a second look gives rates
+        found = await line(lambda told: told.get("moves") and told["latencies"][0]["e2e_ms"])
+        found = await line(lambda told: told["rates"]["done_per_s"])  # a second look gives rates
         stage = found["stages"][0]
         assert [stage["stage"]["low_tokens"], stage["stage"]["high_tokens"]] == [0, 100]
         assert stage["num_slots"] == 16
@@ -201,12 +197,10 @@ async def test_as_json_it_prints_a_line_for_each_look_also_of_an_outage(
         assert found["latencies"][-1]["num_requests"] >= found["latencies"][0]["num_requests"]
 
         durable_server.kill()
-        gone = await line(lambda last_published: last_published.get("away_s", 0) > 0.3)
+        gone = await line(lambda told: told.get("away_s", 0) > 0.3)
         assert "cannot be reached" in gone["error"]
         durable_server.start()
-        assert (await line(lambda last_published: "error" not in last_published))["counts"]["done"] >= found[
-            "counts"
-        ]["done"]
+        assert (await line(lambda told: "error" not in told))["counts"]["done"] >= found["counts"]["done"]
 
         process.send_signal(signal.SIGINT)
         assert await process.wait() == 0

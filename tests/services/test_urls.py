@@ -229,13 +229,13 @@ def test_workers_tell_no_password_to_those_who_ask(
         with make_app(load_settings(**given)) as app:
             inspect = app.control.inspect(timeout=2.0)
             until(lambda: len(inspect.ping() or {}) == 2, "both answer", timeout_s=60)
-            last_published = [inspect.stats(), inspect.conf(with_defaults=True), inspect.report()]
+            told = [inspect.stats(), inspect.conf(with_defaults=True), inspect.report()]
         said = [processes.log("w1"), processes.log("planner")]
     finally:
         processes.close()
 
-    assert [len(answers or {}) for answers in last_published] == [2, 2, 2]
-    text = "\n".join([*map(repr, last_published), *said])
+    assert [len(answers or {}) for answers in told] == [2, 2, 2]
+    text = "\n".join([*map(repr, told), *said])
     assert "Connected to redis" in text
     assert ENCODED not in text
     assert SPECIAL not in text

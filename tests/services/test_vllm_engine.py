@@ -375,11 +375,11 @@ async def test_logprobs_are_the_model_s_and_go_on_after_a_cut(served: Served) ->
     values = reference_logprobs(Path(served.info.model), EOS_PROMPT, tokens)
     assert tokens == served.expected + tokens[2 * EOS_AT :]
     assert [row.token_id for row in rows] == tokens
-    for row, last_published in zip(rows, values, strict=True):
+    for row, told in zip(rows, values, strict=True):
         assert row.top[0] == (row.token_id, row.logprob), "greedy takes the most probable one"
-        assert row.logprob == pytest.approx(last_published[row.token_id], abs=1e-3)
-        assert [value for _, value in row.top] == pytest.approx(sorted(last_published, reverse=True)[:5], abs=1e-3)
-        assert all(value == pytest.approx(last_published[token], abs=1e-3) for token, value in row.top)
+        assert row.logprob == pytest.approx(told[row.token_id], abs=1e-3)
+        assert [value for _, value in row.top] == pytest.approx(sorted(told, reverse=True)[:5], abs=1e-3)
+        assert all(value == pytest.approx(told[token], abs=1e-3) for token, value in row.top)
 
     await served.one(EOS_PROMPT + tokens[:7], 17, params=params)
     for row, uncut in zip(served.logprobs["one"], rows[7:], strict=True):

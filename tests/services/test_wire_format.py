@@ -84,17 +84,17 @@ async def test_values_that_an_older_release_reads_strictly_keep_their_fields(
         )
         await until(lambda: true(idle.placement.plan.version == 1), timeout_s=120)
         await replan_once(opened.settings)
-        last_published = json.loads(raw.hget(keys.worker(idle.lease.incarnation), "load"))
+        told = json.loads(raw.hget(keys.worker(idle.lease.incarnation), "load"))
         plan = json.loads(raw.hget(keys.plan, "body"))
         memory = json.loads(raw.get(keys.memory))
         body = json.loads(raw.hget(keys.request(handle.id), "body"))
         await handle.cancel()
     raw.close()
 
-    assert last_published["load"].keys() == LOAD
-    assert {"load", "cost", "price"} <= last_published.keys()
-    assert last_published["cost"] is None or last_published["cost"].keys() == COST
-    assert last_published["price"].keys() == PRICE
+    assert told["load"].keys() == LOAD
+    assert {"load", "cost", "price"} <= told.keys()
+    assert told["cost"] is None or told["cost"].keys() == COST
+    assert told["price"].keys() == PRICE
     assert plan.keys() == PLAN
     assert plan["stages"][0].keys() == STAGE
     assert memory.keys() == MEMORY

@@ -89,24 +89,24 @@ def test_a_higher_version_alone_is_refused() -> None:
     assert object_of(f'{{"a": 1, "v": {FORMAT}}}', what="it")["a"] == 1
 
 
-def _worker(last_published: dict[str, Any]) -> views.WorkerView | None:
-    return views.worker("w:1", 5, "{n}:w:w:1", [b"w", json.dumps(last_published).encode(), b"1"])
+def _worker(told: dict[str, Any]) -> views.WorkerView | None:
+    return views.worker("w:1", 5, "{n}:w:w:1", [b"w", json.dumps(told).encode(), b"1"])
 
 
 def test_a_worker_of_a_newer_release_is_known_by_what_both_know() -> None:
     """`more` holds what came later; of it, too, only what this release knows counts."""
-    last_published = {
+    told = {
         "load": asdict(LOAD) | {"later": [1]},
         "cost": asdict(COST) | {"later": 1},
         "price": asdict(MovePrice()),
     }
-    view = _worker(last_published | {"v": 1, "more": {"is_draining": True, "later": 3}, "later": {}})
+    view = _worker(told | {"v": 1, "more": {"is_draining": True, "later": 3}, "later": {}})
 
     assert view is not None
     assert view.load == LOAD  # `load` wins over `more`
     assert (view.cost, view.price) == (COST, MovePrice())
-    del last_published["load"]["is_draining"]
-    assert _worker(last_published | {"more": {"is_draining": True}}).load.is_draining  # type: ignore[union-attr]
+    del told["load"]["is_draining"]
+    assert _worker(told | {"more": {"is_draining": True}}).load.is_draining  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("part", ["cost", "price"])

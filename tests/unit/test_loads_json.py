@@ -27,20 +27,20 @@ def test_a_load_is_read_as_it_was_told(load: WorkerLoad) -> None:
 @given(load=LOADS)
 def test_new_facts_are_no_trouble_for_the_first_release(load: WorkerLoad) -> None:
     """They are beside `load`, where it does not look."""
-    last_published = load_to_json(load)
-    assert set(last_published["load"]) == FIRST
-    assert set(last_published["more"]) == {field.name for field in fields(WorkerLoad)} - FIRST
+    told = load_to_json(load)
+    assert set(told["load"]) == FIRST
+    assert set(told["more"]) == {field.name for field in fields(WorkerLoad)} - FIRST
 
 
 @given(load=LOADS)
 def test_facts_of_other_releases_are_left_out(load: WorkerLoad) -> None:
     """Of a later one those that are unknown here; of the first one those that it lacks have their defaults."""
-    last_published = load_to_json(load)
-    old = load_from_json({"load": last_published["load"]})
+    told = load_to_json(load)
+    old = load_from_json({"load": told["load"]})
     assert (old.num_running, old.is_emptying, old.can_empty) == (load.num_running, False, False)
     later = {
-        "load": {**last_published["load"], "colour": "red"},
-        "more": {**last_published["more"], "mood": 3},
+        "load": {**told["load"], "colour": "red"},
+        "more": {**told["more"], "mood": 3},
         "extra": [],
     }
     assert load_from_json(later) == load

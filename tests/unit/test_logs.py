@@ -68,11 +68,11 @@ def test_every_call_comes_out_with_its_facts(where: str, message: str, names: li
     extra: dict[str, object] = {name: f"v-{index}" for index, name in enumerate(names)}
     record = _record(message.replace("%", ""), extra)
 
-    text, last_published = TextFormatter().format(record), json.loads(JsonFormatter().format(record))
+    text, told = TextFormatter().format(record), json.loads(JsonFormatter().format(record))
 
     assert all(f" {name}={value}" in text for name, value in extra.items()), text
-    assert extra.items() <= last_published.items()
-    assert (last_published["level"], last_published["logger"]) == ("ERROR", "l4queue.test")
+    assert extra.items() <= told.items()
+    assert (told["level"], told["logger"]) == ("ERROR", "l4queue.test")
 
 
 @given(st.text(), st.text())
@@ -80,10 +80,10 @@ def test_a_line_stays_a_line(message: str, value: str) -> None:
     """Whatever a client puts into an id neither breaks a line nor looks like another fact."""
     record = _record("refused", {"request_id": value, "field": message})
 
-    text, last_published = TextFormatter().format(record), JsonFormatter().format(record)
+    text, told = TextFormatter().format(record), JsonFormatter().format(record)
 
-    assert "\n" not in text + last_published
-    assert (json.loads(last_published)["request_id"], json.loads(last_published)["field"]) == (value, message)
+    assert "\n" not in text + told
+    assert (json.loads(told)["request_id"], json.loads(told)["field"]) == (value, message)
     rest = text.partition(" refused request_id=")[2]
     read, end = json.JSONDecoder().raw_decode(rest) if rest.startswith('"') else (value, len(value))
     assert read == value
@@ -99,11 +99,11 @@ def test_facts_stand_before_a_traceback() -> None:
             "l4queue.x", logging.ERROR, "f", 1, "repaired", (), sys.exc_info(), extra={"request_id": "a"}
         )
     lines = formatter("text").format(record).splitlines()
-    last_published = json.loads(formatter("json").format(record))
+    told = json.loads(formatter("json").format(record))
 
     assert lines[0].endswith("repaired request_id=a")
     assert lines[-1] == "ValueError: broken"
-    assert last_published["exception"].endswith("ValueError: broken")
+    assert told["exception"].endswith("ValueError: broken")
 
 
 def test_up_writes_json_lines_with_the_name_of_the_process() -> None:
@@ -127,8 +127,8 @@ def test_celery_says_once_that_its_broker_is_away() -> None:
     outage, logger = BrokerOutage(), logging.getLogger("celery.beat")
 
     def record(message: str, error: Exception) -> logging.LogRecord:
-        last_published = (type(error), error, None)
-        return logger.makeRecord("celery.beat", logging.ERROR, "f", 1, message, ("a", "b"), last_published)
+        told = (type(error), error, None)
+        return logger.makeRecord("celery.beat", logging.ERROR, "f", 1, message, ("a", "b"), told)
 
     first = record("Message Error: %s\n%s", ConnectionError("refused"))
     defect = record("Other: %s %s", KeyError("x"))

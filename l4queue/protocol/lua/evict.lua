@@ -1,5 +1,5 @@
 -- Keeps what has ended within its bound: what expired is no longer counted; beyond the bound results go early, those
--- first that would expire first, and after them the idempotency keys of results that have gone.
+-- first that their clients have read (mark_read), then those that would expire first, and after them the idempotency keys of results that have gone.
 -- A request with an idempotency key leaves its record, so that the key stays known; others leave nothing.
 -- KEYS  1 results (zset: "<id> <bytes>" -> end of the output, ms)  2 keyed (zset: the same -> end of the record, ms)
 -- ARGV  1 bound (bytes)  2 most requests  3... requests that have ended and go now, with their keys: their clients have
@@ -8,12 +8,13 @@
 --         those named were there}
 local results, keyed = unpack(KEYS)
 local max_bytes, room = tonumber(ARGV[1]), tonumber(ARGV[2])
-local counts, now = P .. 'counts', now_ms()
+local counts, read, now = P .. 'counts', P .. 'read', now_ms()
 local num_dropped, num_forgotten, num_discarded = 0, 0, 0
 
 -- Takes one out of `results` or `keyed`, and its bytes off the count. Returns its id.
 local function uncount(set, member)
   redis.call('ZREM', set, member)
+  redis.call('ZREM', read, member)
   local id, bytes = string.match(member, '^(.*) (%d+)$')
   if whole(bytes) then redis.call('HINCRBY', counts, 'result_bytes', -bytes) end
   return id or ''
@@ -80,9 +81,10 @@ for _, member in ipairs(redis.call('ZRANGEBYSCORE', keyed, '-inf', int(now), 'LI
   room = room - 1
 end
 while is_beyond() do
-  local member = redis.call('ZRANGE', results, 0, 0)[1]
+  local member = redis.call('ZRANGE', read, 0, 0)[1] or redis.call('ZRANGE', results, 0, 0)[1]
   if not member then break end
-  pcall(drop, uncount(results, member), true)
+  redis.call('ZREM', read, member)
+  if redis.call('ZSCORE', results, member) then pcall(drop, uncount(results, member), true) end
   room = room - 1
 end
 while is_beyond() do

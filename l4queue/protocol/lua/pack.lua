@@ -119,7 +119,7 @@ end
 -- Packs a request, or the next page of its output. Returns whether it is done, and how many entries were read.
 local function pack(id)
   local record, out, made = P .. 'req:' .. id, P .. 'out:' .. id, P .. 'pack:' .. id
-  local request = fields(record, {'finished_ms', 'kept_bytes', 'key_ttl_ms', 'bounds'})
+  local request = fields(record, {'finished_ms', 'kept_bytes', 'key_ttl_ms', 'bounds', 'read_ms'})
   if not request.finished_ms or request.kept_bytes then return true, 1 end
   local is_whole, num_read = true, 1
   if request.bounds then is_whole, num_read = pack_output(out, made) end
@@ -133,6 +133,7 @@ local function pack(id)
   redis.call('HSET', record, 'kept_bytes', int(bytes))
   redis.call('PEXPIRE', record, int(math.max(1, ttl)))
   redis.call('ZADD', results, int(until_ms), id .. ' ' .. int(bytes))
+  if whole(request.read_ms) then redis.call('ZADD', P .. 'read', request.read_ms, id .. ' ' .. int(bytes)) end
   redis.call('HINCRBY', P .. 'counts', 'result_bytes', int(bytes))
   given(id)
   return true, num_read

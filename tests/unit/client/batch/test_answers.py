@@ -135,7 +135,7 @@ RESPONSE = {"status_code": 200, "request_id": "r", "body": {}}
 
 
 @pytest.mark.parametrize(
-    "last_published",
+    "told",
     [
         {"custom_id": "a", "method": "POST", "url": CHAT_URL, "body": {}},
         {"custom_id": "a", "response": None, "error": None},
@@ -152,6 +152,6 @@ RESPONSE = {"status_code": 200, "request_id": "r", "body": {}}
         {"response": RESPONSE},
     ],
 )
-def test_what_is_no_answer_is_not_taken_for_one(last_published: dict[str, Any]) -> None:
+def test_what_is_no_answer_is_not_taken_for_one(told: dict[str, Any]) -> None:
     """A request above all."""
-    assert read_answer(last_published) is None
+    assert read_answer(told) is None

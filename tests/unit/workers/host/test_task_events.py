@@ -54,8 +54,8 @@ class Receiver:
 
     def totals(self) -> dict[str, int]:
         """What the sender told last of how many there were; zeros are left out."""
-        last_published = [event["totals"] for event in self.events if event["type"] == TOTALS]
-        return {name: n for name, n in last_published[-1].items() if n} if last_published else {}
+        told = [event["totals"] for event in self.events if event["type"] == TOTALS]
+        return {name: n for name, n in told[-1].items() if n} if told else {}
 
     def wait(self, condition: Callable[[], bool]) -> None:
         """Receive until the condition is true."""

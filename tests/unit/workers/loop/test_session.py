@@ -233,8 +233,8 @@ def test_cut_anywhere_it_ends_as_if_uncut(
 
     cut = run(tokenizer, params, source, leases)
     assert cut.whole == run(tokenizer, params, source, []).whole
-    last_published = [logprobs_at(place, token) for place, token in enumerate(cut.whole[0], start=1)]
-    assert cut.logprobs == (last_published if params.logprobs is not None else [])
+    told = [logprobs_at(place, token) for place, token in enumerate(cut.whole[0], start=1)]
+    assert cut.logprobs == (told if params.logprobs is not None else [])
 
 
 @pytest.mark.parametrize("cut", range(1, 12))
