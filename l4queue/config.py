@@ -65,7 +65,9 @@ class Settings(BaseSettings):
         1_000_000_000, ge=1, description="memory of Redis for accepted and unfinished requests, bytes"
     )
     max_result_bytes: int = Field(
-        800_000_000, ge=1, description="memory of Redis for what has ended, bytes; beyond it results go early, read ones first"
+        800_000_000,
+        ge=1,
+        description="Redis memory of what has ended, bytes; beyond it results go, read ones first",
     )
     result_ttl_s: float = Field(86_400.0, gt=0, description="how long a finished request can be read, s")
     idempotency_ttl_s: float = Field(
