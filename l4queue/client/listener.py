@@ -52,6 +52,7 @@ class AsyncListener:
 
     async def begin(self, watches: Sequence[Watch]) -> None:
         """Begin waits: on return each knows where its request is."""
+        self._executor.check_loop()
         now_s = time.monotonic()
         for watch in watches:
             self._demux.add(watch, now_s=now_s)
@@ -107,6 +108,7 @@ class AsyncListener:
 
     async def _run(self, calls: Sequence[Call[Any]]) -> list[Any]:
         """Execute calls in order, in one round trip with those of other waits."""
+        self._executor.check_loop()
         future: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
         self._calls.append((calls, future))
         if self._sender is None or self._sender.done():

@@ -222,9 +222,10 @@ class Executor(_Exchange):
 
 
 class AsyncExecutor(_Exchange):
-    """The same for asyncio; belongs to the event loop that first uses it."""
+    """The same for asyncio; belongs to the event loop that first uses it, until it is closed."""
 
     def _open(self, address: Address, *, most: int) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
         pool, waiters = aredis.BlockingConnectionPool, aredis.ConnectionPool
         self.client = connect_async(address, pool=pool, timeout_s=_SOCKET_TIMEOUT_S, most=most)
         self._waiter = connect_async(address, pool=waiters, timeout_s=_MAX_BLOCK_S + 5.0, most=_MAX_WAITERS)
@@ -234,8 +235,16 @@ class AsyncExecutor(_Exchange):
         value: T = (await self.run_many((call,)))[0]
         return value
 
+    def check_loop(self) -> None:
+        """RuntimeError on another event loop than that of the first use: connections cannot move."""
+        loop = asyncio.get_running_loop()
+        self._loop = self._loop or loop
+        if self._loop is not loop:
+            raise RuntimeError("this client belongs to another event loop: make one for each, or close it before")
+
     async def run_many(self, calls: Sequence[Call[Any]]) -> list[Any]:
         """See `Executor.run_many`."""
+        self.check_loop()
         return await self._run_many(calls)
 
     async def offer(self, call: Call[T]) -> T | None:
@@ -247,6 +256,7 @@ class AsyncExecutor(_Exchange):
         self, streams: Mapping[str, str], *, block_s: float, count: int = 100
     ) -> dict[str, list[StreamEntry]]:
         """See `Executor.wait`."""
+        self.check_loop()
         return await self._wait(streams, block_s=block_s, count=count)
 
     async def clear(self, keys: Sequence[str]) -> bool:
@@ -261,6 +271,7 @@ class AsyncExecutor(_Exchange):
         """Close all connections; safe to call twice."""
         await self.client.connection_pool.disconnect()
         await self._waiter.connection_pool.disconnect()
+        self._loop = None
 
     async def _one(self, words: Sequence[Arg]) -> Any:
         return await self.client.execute_command(*words)

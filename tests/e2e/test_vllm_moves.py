@@ -69,7 +69,7 @@ def check_logprobs(result: Result, uncut: Result) -> None:
 def moving(redis_executable: str, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Moving]:
     """Two workers without a planner: the test publishes the plans. Only hand-over moves what runs."""
     folder, namespace = tmp_path_factory.mktemp("moving"), f"moving-{uuid.uuid4().hex[:8]}"
-    options = {"steal_from": "none", "max_running": 32, "lease_s": 8.0, "namespace": namespace}
+    options = {"steal_from": "none", "max_running": 32, "lease_s": 20.0, "namespace": namespace}
     with deploy(redis_executable, tiny_model, folder, **options) as started:
         started.await_workers(2)
         with started.client() as client:
@@ -156,7 +156,7 @@ def test_damaged_segments_and_a_source_killed_amid_its_moves_change_nothing(movi
         processes.signal("worker-1", signal.SIGSTOP)
         try:
             handles = moving.grow(client)
-            until(lambda: client.overview().counts["handovers"] > before, "a hand-over", timeout_s=6)
+            until(lambda: client.overview().counts["handovers"] > before, "a hand-over", timeout_s=18)
             for path in moving.directory.glob("*.kv"):
                 data = bytearray(path.read_bytes())
                 data[len(data) * 3 // 4] ^= 1

@@ -433,7 +433,7 @@ async def test_output_that_is_gone_is_an_error_that_says_so(
     for entry_id in {"3-0", "5-0", "5-1"} - set(left):
         scene.raw.xdel(scene.keys.output(handle.id), entry_id)
     other = blocking.get(handle.id)
-    kind, says = (OutputLost, "5 tokens") if left else (ResultExpired, "output has expired")
+    kind, says = (OutputLost, "5 tokens") if left else (ResultExpired, "has expired")
     with pytest.raises(kind, match=says):
         await handle.result(timeout=50)
     with pytest.raises(kind, match=says):
@@ -613,3 +613,23 @@ def test_1000_streams_need_few_file_descriptors(redis_url: str, namespace: str) 
     command = [sys.executable, "-c", _FEW, redis_url, namespace]
     done = subprocess.run(command, capture_output=True, text=True, timeout=55, check=False)
     assert (done.stdout, done.returncode) == ("fine\n", 0), done.stderr[-2000:]
+
+
+def test_a_client_on_a_second_event_loop_is_told(redis_url: str, namespace: str) -> None:
+    """Its connections belong to the first, whose requests they would answer; closed, it may begin anew."""
+    client = AsyncClient(settings=Settings(redis_url=redis_url, namespace=namespace))
+    handle = asyncio.run(client.enqueue("x", max_tokens=9))
+
+    async def waits() -> None:
+        for wait in (handle.status(), handle.result(timeout=50), client.enqueue("y", max_tokens=9)):
+            with pytest.raises(RuntimeError, match="another event loop"):
+                await wait
+
+    asyncio.run(waits())
+
+    async def anew() -> RequestState:
+        async with AsyncClient(settings=Settings(redis_url=redis_url, namespace=namespace)) as other:
+            await other.close()
+            return (await (await other.get(handle.id)).status()).state
+
+    assert asyncio.run(anew()) is RequestState.SUBMITTED
