@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from typing import Any
+from uuid import uuid4
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -57,7 +58,7 @@ def test_what_is_accepted_is_answered_and_known_again(
     async def serve() -> None:
         async with open_pipeline(redis_url, namespace) as pipeline:
             pipeline.start("w0")
-            await _serve(pipeline, bodies, name=str(id(bodies)))
+            await _serve(pipeline, bodies, name=uuid4().hex)
 
     asyncio.run(serve())
 

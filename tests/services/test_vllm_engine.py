@@ -318,6 +318,15 @@ async def test_a_constraint_that_cannot_be_kept_is_refused_alone(
     assert (await served.one(EOS_PROMPT, 8, params=params))[1].finish_reason is FinishReason.STOP
 
 
+async def test_what_this_model_does_not_have_is_refused_for_the_field(served: Served) -> None:
+    """Token ids beyond its vocabulary: only vLLM knows the model."""
+    params = SamplingParams(stop_token_ids=(2**31 - 1,))
+    _, last = await served.one(EOS_PROMPT, 8, params=params)
+    assert last.finish_reason is FinishReason.ERROR
+    assert last.field == "stop_token_ids"
+    assert "out-of-vocab" in (last.error or "")
+
+
 async def test_a_constraint_that_takes_too_long_fails_alone_and_others_do_not_wait(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -90,14 +90,11 @@ class EmulatedEngine:
         """Admit a request; one that can never be computed is refused through `outputs`."""
         if request.request_id in self._arriving:
             raise ValueError(f"request {request.request_id} is in the engine already")
-        why = self._why_not(request)
-        if why is None:
+        refusal = self._refusal(request)
+        if refusal is None:
             self._receive(request)
-            return
-        refusal = EngineOutput(
-            request_id=request.request_id, token_ids=(), finish_reason=FinishReason.ERROR, error=why
-        )
-        self._put([refusal])
+        else:
+            self._put([refusal])
 
     async def abort(self, request_ids: Iterable[str]) -> None:
         """Forget requests at once, with what they have not handed out."""
@@ -208,19 +205,30 @@ class EmulatedEngine:
         )
         self._records.append(record)
 
-    def _why_not(self, request: EngineRequest) -> str | None:
+    def _refusal(self, request: EngineRequest) -> EngineOutput | None:
+        """The only output of a request that can never be computed, for the field at fault."""
+        field, why = self._fault(request)
+        if not why:
+            return None
+        reason = FinishReason.ERROR
+        return EngineOutput(
+            request_id=request.request_id, token_ids=(), finish_reason=reason, error=why, field=field
+        )
+
+    def _fault(self, request: EngineRequest) -> tuple[str, str]:
+        """The field that cannot be served, and why; both empty where all can."""
         length = len(request.token_ids) + request.max_tokens
         if not request.token_ids:
-            return "the prompt is empty"
-        if request.params.structured_outputs is not None:
-            return "structured_outputs need a model: the emulated engine has none"
-        if request.params.logprobs is not None:
-            return "logprobs need a model: the emulated engine has none"
+            return "prompt", "the prompt is empty"
+        for field in ("structured_outputs", "logprobs"):
+            if getattr(request.params, field) is not None:
+                return field, f"{field} need a model: the emulated engine has none"
         if length > self._max_model_len:
-            return f"prompt and output of {length} tokens exceed the model's {self._max_model_len}"
+            return "max_tokens", f"prompt and output of {length} tokens exceed the model's {self._max_model_len}"
         if length > self._cost.kv_capacity_tokens:
-            return f"prompt and output of {length} tokens exceed the KV cache's {self._cost.kv_capacity_tokens}"
-        return None
+            capacity_tokens = self._cost.kv_capacity_tokens
+            return "max_tokens", f"prompt and output of {length} tokens exceed the KV cache's {capacity_tokens}"
+        return "", ""
 
     def _put(self, outputs: list[EngineOutput]) -> None:
         if outputs:

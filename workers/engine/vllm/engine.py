@@ -226,7 +226,7 @@ class VllmEngine:
             self._died(str(error))
         elif self._running.get(request_id) is running:
             why = str(error) or repr(error.__cause__ or error)
-            self._end(failed(request_id, why, field=field))
+            self._end(failed(request_id, why, field=field or str(getattr(error, "parameter", None) or "")))
 
     async def abort(self, request_ids: Iterable[str]) -> None:
         """Forget them; their outputs that nobody has seen are dropped."""

@@ -143,6 +143,15 @@ async def test_what_can_never_be_computed_is_refused_alone() -> None:
     out = await collect(engine, 6)
     await engine.stop()
 
+    fields = {name: outputs[-1].field for name, outputs in out.items()}
+    assert fields == {
+        "fits": "",
+        "cache": "max_tokens",
+        "model": "max_tokens",
+        "empty": "prompt",
+        "logprobs": "logprobs",
+        "structured_outputs": "structured_outputs",
+    }
     errors = {name: outputs[-1].error for name, outputs in out.items()}
     assert errors["fits"] is None
     assert "KV cache" in str(errors["cache"])
