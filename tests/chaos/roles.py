@@ -245,11 +245,13 @@ async def _follow(client: AsyncClient, one: Wish) -> dict[str, Any]:
                     wrong = wrong or f"stream at {chunk.offset}: got {got[-5:]}"
                 if one.cancel_after is not None and len(got) >= one.cancel_after:
                     await handle.cancel()
-                if not has_left:  # it comes back for the rest
-                    has_left = True
+                if not has_left:
                     break
             else:
                 is_over = True
+            if not has_left:  # it comes back for the rest: at once, or after others were told of
+                has_left = True
+                await asyncio.sleep(one.n % 8 / 8)
     except RequestCancelled:
         outcome = "cancelled"
     except RequestExpired:
