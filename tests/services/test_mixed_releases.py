@@ -41,10 +41,10 @@ MOST_REQUESTS = 600
 
 _SHOW = """
 from l4queue.config import load_settings
-from l4queue.protocol.executor import Door
-from l4queue.observe.overview import read_overview
+from {package}.overview import read_overview
+from l4queue.protocol.{door} import {name}
 settings = load_settings()
-print(sorted(load.worker_id for load in read_overview(Door(settings.redis_url), settings.namespace).workers))
+print(sorted(load.worker_id for load in read_overview({name}(settings.redis_url), settings.namespace).workers))
 """
 
 
@@ -149,12 +149,16 @@ async def test_workers_of_two_releases_serve_together(
     assert overview.counts["live"] == 0
     assert overview.counts.get("dead", 0) == overview.counts.get("failed", 0) == 0
     planners = {"old": "dispatcher.replan", "new": "dispatcher.planner.rounds"}
+    overviews = {
+        "old": {"package": "l4queue.protocol", "door": "door", "name": "Door"},
+        "new": {"package": "l4queue.observe", "door": "executor", "name": "Executor"},
+    }
     for tree, planner in planners.items():  # each release's planner and overview read what both wrote
         code = f"import asyncio; from l4queue.config import load_settings; from {planner} import replan_once; "
         planned = fleet.run(tree, code + "print('planned:', asyncio.run(replan_once(load_settings())))")
         assert "planned:" in planned, planned
-        shown = fleet.run(tree, _SHOW)
-        assert all(name in shown for name in WORKERS), shown
+        shown = fleet.run(tree, _SHOW.format(**overviews[tree]))
+        assert all(worker in shown for worker in WORKERS), shown
     fleet.check()
 
 

@@ -174,7 +174,7 @@ async def test_prefill_that_begins_or_ends_is_told_at_once(
     redis_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without waiting for the lease to be renewed, which takes more than a test here."""
-    monkeypatch.setattr("workers.loop.lease._NEWS_S", 1000.0)
+    monkeypatch.setattr("workers.loop.lease.NEWS_INTERVAL_S", 1000.0)
     slow = replace(COST, pi_ms=1.0, max_batched_tokens=256)
     async with open_pipeline(redis_url, namespace, lease_s=3000.0) as pipeline:
         pipeline.start("w0", speed=1.0, cost=slow)
