@@ -252,6 +252,9 @@ async def _follow(client: AsyncClient, one: Wish) -> dict[str, Any]:
             if not has_left:  # it comes back for the rest: at once, or after others were told of
                 has_left = True
                 await asyncio.sleep(one.n % 8 / 8)
+        result = await handle.result(timeout=_DEADLINE_S)
+        if result.token_ids != right:
+            wrong = wrong or f"result: got {result.token_ids[-5:]}"
     except RequestCancelled:
         outcome = "cancelled"
     except RequestExpired:
