@@ -41,15 +41,15 @@ class Pace:
 
 
 def add_tasks(app: Celery, settings: Settings) -> None:
-    """Register `l4queue.replan` and `l4queue.refine` with the app."""
+    """Register `l4queue.replan` and `l4queue.refine` with this app only: its settings are no other's."""
     pace = Pace()
 
-    @app.task(name=REPLAN, ignore_result=True, acks_late=True)  # type: ignore[untyped-decorator]  # no types
+    @app.task(name=REPLAN, shared=False, ignore_result=True, acks_late=True)  # type: ignore[untyped-decorator]  # no types
     def replan() -> str:
         """One round of planning; what it returns is the planner's reason."""
         return run(REPLAN, replan_once, settings.replan_interval_s)
 
-    @app.task(name=REFINE, ignore_result=True, acks_late=True)  # type: ignore[untyped-decorator]  # no types
+    @app.task(name=REFINE, shared=False, ignore_result=True, acks_late=True)  # type: ignore[untyped-decorator]  # no types
     def refine() -> str:
         """One look at the boundaries; what it returns is the reason."""
         return run(REFINE, refine_once, settings.refine_interval_s)

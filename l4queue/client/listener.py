@@ -238,7 +238,8 @@ class Listener:
             self._fail(error)
         except Exception as error:
             self._fail(ServiceUnavailable(f"the client cannot read what it is told: {error!r}"))
-            raise
+            if not self._is_closed:  # a client that is closed closes this reader's connection under it
+                raise
 
     def _fail(self, error: L4QueueError) -> None:
         with self._lock:
