@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,11 +12,11 @@ from l4queue.errors import IdempotencyConflict, ResultExpired, UnknownRequest
 from l4queue.models import RequestState
 from l4queue.protocol.calls import Verdict
 from tests.protocol.consistency import check
+from tests.protocol.earlier_scripts import earlier_script
 from tests.protocol.scene import Scene
 
 S = RequestState
 KEYED = "k" + "0123456789abcdef0123456789abcde"
-EARLIER = (Path(__file__).parent / "earlier" / "submit.lua").read_text("utf-8")
 
 
 def _submit(scene: Scene, *, key_ttl_ms: int = 60_000, **over: Any) -> Any:
@@ -28,7 +27,7 @@ def _submit_earlier(scene: Scene, *, digest: str = "d") -> list[bytes]:
     """A client of release 913e1db repeats or begins the same request."""
     keys = (scene.keys.counts, scene.keys.inbox, scene.keys.request(KEYED))
     args = (KEYED, digest, "{}", "p", b"hello", 10, 7, 1000, 10**8, 0, 60_000, "old")
-    return list(scene.raw.eval(EARLIER, 3, *keys, *args))
+    return list(scene.raw.eval(earlier_script("submit"), 3, *keys, *args))
 
 
 def _finish(scene: Scene, request_id: str) -> None:

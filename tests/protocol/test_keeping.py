@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,11 +15,10 @@ from l4queue.protocol.packed import entries_of
 from l4queue.protocol.records import Outcome, OutputEntry, TokenLogprobs
 from l4queue.protocol.retention import Packed
 from tests.protocol.consistency import check
+from tests.protocol.earlier_scripts import earlier_script
 from tests.protocol.scene import Scene
 
 S = RequestState
-EARLIER = Path(__file__).parent / "earlier"
-"""Scripts of release 913e1db, each with its prelude."""
 BODY = '{"params":{"max_tokens":20}}'
 WHY = '{"stage":1,"reason":"' + "w" * 200 + '"}'
 
@@ -147,7 +145,7 @@ def test_outcomes_that_an_earlier_release_wrote_are_packed_too(scene: Scene) -> 
     scene.register()
     scene.grant()
     scene.emit(num=3)
-    source = (EARLIER / "settle.lua").read_text("utf-8")
+    source = earlier_script("settle")
     args = ("a", "w1", 1, 3, 0, b"", "", "end", "done", "stop", "", "")
     keys = (scene.keys.request("a"), scene.keys.output("a"))
     assert scene.raw.eval(source, 2, *keys, *args) == b"OK"
