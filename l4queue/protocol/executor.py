@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
@@ -43,7 +44,7 @@ _SOCKET_TIMEOUT_S = 5.0
 _MAX_WAITERS = 4096  # each blocking read holds a connection; Redis accepts 10,000 by default
 
 
-class _Exchange:
+class _Exchange(ABC):
     """The exchange that both executors share; they add connections and its four primitives, `_one` to `_pause`.
 
     `retry_s` bounds how long a call is tried again while Redis is away or refuses it; then ServiceUnavailable.
@@ -68,25 +69,25 @@ class _Exchange:
         self._replicas = address.replicas
         self._open(address, most=max_connections)
 
+    @abstractmethod
     def _open(self, address: Address, *, most: int) -> None:
         """Make clients for commands, at most so many at once, and for blocking reads."""
-        raise NotImplementedError
 
+    @abstractmethod
     async def _one(self, words: Sequence[Arg]) -> Any:
         """The reply to one command; errors are raised."""
-        raise NotImplementedError
 
+    @abstractmethod
     async def _pipeline(self, commands: Sequence[Sequence[Arg]]) -> list[Any]:
         """The replies to commands of one round trip, errors among them."""
-        raise NotImplementedError
 
+    @abstractmethod
     async def _read(self, streams: Mapping[str, str], *, count: int, block_ms: int) -> Any:
         """The reply to a blocking read."""
-        raise NotImplementedError
 
+    @abstractmethod
     async def _pause(self, pause_s: float) -> bool:
         """Wait so long; whether the executor was closed meanwhile."""
-        raise NotImplementedError
 
     async def _run_many(self, calls: Sequence[Call[Any]]) -> list[Any]:
         found, error = await self._try(calls, retry_s=self.retry_s)
