@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from told import machine, tell
+from told import cpu_s, machine, tell
 
 from l4queue import AsyncClient, Client, Settings
 from l4queue.cli.stack.embedded import EmbeddedRedis
@@ -132,7 +132,7 @@ class Run:
             threads[-1].start()
         await self.are_followed(ids)
         open_us, open_s = (time.process_time() - began[0]) / len(ids) * 1e6, time.monotonic() - began[1]
-        spent = time.process_time(), _cpu_s(self.redis), time.monotonic()
+        spent = time.process_time(), cpu_s(self.redis), time.monotonic()
         self.pipe.send("go")
         worker_s = await asyncio.to_thread(self.pipe.recv)
         await asyncio.gather(*reading)
@@ -143,7 +143,7 @@ class Run:
         return {
             "open_cpu_us_per_stream": open_us,
             "open_s": open_s,
-            "redis_cpu_us_per_token": (_cpu_s(self.redis) - spent[1]) / tokens * 1e6,
+            "redis_cpu_us_per_token": (cpu_s(self.redis) - spent[1]) / tokens * 1e6,
             "worker_cpu_us_per_token": worker_s / tokens * 1e6,
             "client_cpu_us_per_token": (time.process_time() - spent[0]) / tokens * 1e6,
             "tokens_per_s": tokens / (time.monotonic() - spent[2]),
@@ -169,11 +169,6 @@ class Run:
         for chunk in handle.stream():
             with self._lock:
                 self.num_read += len(chunk.token_ids)
-
-
-def _cpu_s(process: psutil.Process) -> float:
-    times = process.cpu_times()
-    return float(times.user + times.system)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""How the benchmarks tell what they found."""
+"""How the benchmarks measure CPU and tell what they found."""
 
 from __future__ import annotations
 
@@ -8,7 +8,15 @@ import platform
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ("machine", "tell")
+import psutil
+
+__all__ = ("cpu_s", "machine", "tell")
+
+
+def cpu_s(process: psutil.Process) -> float:
+    """CPU seconds of a process up to now."""
+    times = process.cpu_times()
+    return float(times.user + times.system)
 
 
 def machine() -> str:

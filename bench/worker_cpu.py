@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from told import machine, tell
+from told import cpu_s, machine, tell
 
 from l4queue.cli.stack.stack import Stack, StackOptions
 from l4queue.client import AsyncClient
@@ -66,12 +66,6 @@ def processes() -> tuple[psutil.Process, psutil.Process]:
             assert parent is not None
             return parent, process
     raise RuntimeError("no engine core: has the worker ended?")
-
-
-def cpu_s(process: psutil.Process) -> float:
-    """CPU seconds of a process up to now."""
-    times = process.cpu_times()
-    return float(times.user + times.system)
 
 
 def main() -> None:

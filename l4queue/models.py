@@ -307,6 +307,11 @@ class WorkerLoad:
         return not (self.is_draining or self.is_emptying)
 
     @property
+    def num_in_engine(self) -> int:
+        """Requests in the engine, running or waiting there."""
+        return self.num_running + self.num_waiting_in_engine
+
+    @property
     def kv_share(self) -> float:
         """Share of the KV cache in use, 0 to 1."""
         return self.kv_used_tokens / self.kv_capacity_tokens if self.kv_capacity_tokens else 0.0

@@ -52,7 +52,7 @@ class Watch:
         self._namespace = namespace
         self._reads = Reads(Keys(namespace))
         self._finished_id: str | None = None
-        self._num_moves: int | None = None
+        self._num_moves = 0
 
     def look(self) -> Look:
         """Look now; the first look also tells what finished before it. ServiceUnavailable when Redis is away."""
@@ -90,8 +90,7 @@ class Watch:
         A request is told of again in the next look while it runs; whoever keeps moves must know them by value.
         """
         num_moves = sum(overview.counts.get(name, 0) for name in MoveCounter)
-        if num_moves == (self._num_moves or 0):
-            self._num_moves = num_moves
+        if num_moves == self._num_moves:
             return []
         held = self._executor.run_many([self._reads.held(worker.incarnation) for worker in overview.workers])
         ids = [request_id for ids in held for request_id in ids] + [row.request_id for row in finished]

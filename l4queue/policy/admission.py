@@ -160,7 +160,7 @@ def admission_budget(
     `num_waiting` is the worker's share of the requests in the queue it pulls from.
     """
     limits = limits or AdmissionLimits()
-    busy = load.num_running + load.num_waiting_in_engine
+    busy = load.num_in_engine
     growth = max(1, round(limits.growth_tokens))
     max_running = load.max_running or cost.max_num_seqs
     capacity = load.kv_capacity_tokens or cost.kv_capacity_tokens

@@ -147,7 +147,7 @@ def _before_ms(place: EscapeTarget, cost: StepCost) -> float:
 
 
 def _step_ms(load: WorkerLoad, cost: StepCost) -> float:
-    return decode_step_ms(load.num_running + load.num_waiting_in_engine, load.context_tokens, cost=cost)
+    return decode_step_ms(load.num_in_engine, load.context_tokens, cost=cost)
 
 
 def _with(load: WorkerLoad, num_requests: int, tokens: int) -> WorkerLoad:

@@ -65,7 +65,7 @@ def decide_handover(
     capacity = there.kv_capacity_tokens or cost.kv_capacity_tokens
     if capacity and there.kv_used_tokens + length_tokens > capacity:
         return Handover(is_move=False, benefit_ms=0.0, cost_ms=0.0, reason="no room in the cache there")
-    running_there = there.num_running + there.num_waiting_in_engine
+    running_there = there.num_in_engine
     if running_there >= (there.max_running or cost.max_num_seqs):
         return Handover(is_move=False, benefit_ms=0.0, cost_ms=0.0, reason="no slot there")
     delta = cost.beta_ms + cost.gamma_ms * (length_tokens + expected_remaining_tokens / 2)
@@ -99,7 +99,7 @@ def least_loaded(
 
 
 def _busy_ms(load: WorkerLoad, cost: StepCost) -> float:
-    step_ms = decode_step_ms(load.num_running + load.num_waiting_in_engine, load.context_tokens, cost=cost)
+    step_ms = decode_step_ms(load.num_in_engine, load.context_tokens, cost=cost)
     return step_ms + cost.pi_ms * load.pending_prefill_tokens
 
 

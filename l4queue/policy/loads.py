@@ -68,7 +68,7 @@ def decode_step_ms(num_running: float, context_tokens: float, *, cost: StepCost)
 
 def batch_ms(load: WorkerLoad, *, cost: StepCost) -> float:
     """What an engine has before it, ms: a decode step without its fixed part, and the pending prefill."""
-    busy = load.num_running + load.num_waiting_in_engine
+    busy = load.num_in_engine
     return cost.beta_ms * busy + cost.gamma_ms * load.context_tokens + cost.pi_ms * load.pending_prefill_tokens
 
 
@@ -96,7 +96,7 @@ def stage_load(
     Of a running request half of the expected output is taken to be left.
     """
     able = [w for w in workers if w.is_open]
-    num_running = sum(w.num_running + w.num_waiting_in_engine for w in able)
+    num_running = sum(w.num_in_engine for w in able)
     context = sum(w.context_tokens for w in able)
     mean = queued_tokens / queued_requests if queued_requests else 0.0
     waiting_ms = queued_requests * request_work_ms(mean, expected_output_tokens=expected_output_tokens, cost=cost)

@@ -94,7 +94,7 @@ def steal_waiting(
         return _no_steal("stealing is off" if max_requests >= 1 else "no room")
     if own.queued_requests > 0:
         return _no_steal("own queue first")
-    busy = thief.num_running + thief.num_waiting_in_engine
+    busy = thief.num_in_engine
     thief_ms = running_work_ms(
         busy, thief.context_tokens, expected_remaining_tokens=expected_output_tokens / 2, cost=cost
     ) + cost.prefill_ms(thief.pending_prefill_tokens)
@@ -203,7 +203,7 @@ def ask(
     """
     limits = limits or StealLimits()
     cooling = last_move_ms is not None and now_ms - last_move_ms < limits.cool_down_ms
-    slots = (load.max_running or cost.max_num_seqs) - load.num_running - load.num_waiting_in_engine
+    slots = (load.max_running or cost.max_num_seqs) - load.num_in_engine
     slots = min(slots, limits.max_moves - moves_in_flight)
     capacity = load.kv_capacity_tokens or cost.kv_capacity_tokens
     room = capacity - load.kv_used_tokens if capacity else UNBOUNDED_TOKENS
@@ -214,7 +214,7 @@ def ask(
         worker_id=load.worker_id,
         room_tokens=room,
         num_slots=slots,
-        num_running=load.num_running + load.num_waiting_in_engine,
+        num_running=load.num_in_engine,
         context_tokens=load.context_tokens,
     )
 

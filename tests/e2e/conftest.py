@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 
 from l4queue import Client, Settings
+from l4queue.cli.stack.embedded import free_port
 from l4queue.models import Plan, StagePlan
 from l4queue.plan_json import plan_to_json
 from l4queue.protocol.calls import Calls, Verdict
 from l4queue.protocol.executor import Executor
 from l4queue.protocol.keys import Keys
 from tests.protocol.server import DURABLE, RedisServer
-from tests.services.processes import Processes, free_port, until
+from tests.services.processes import Processes, until
 
 MAX_MODEL_LEN = 16_384
 

@@ -153,7 +153,7 @@ def test_damaged_segments_and_a_source_killed_amid_its_moves_change_nothing(movi
     misses = moving.engine(1)["kv_misses"]
     with moving.deployment.client() as client:
         before = client.overview().counts["handovers"]
-        processes.signal("worker-1", signal.SIGSTOP)
+        processes.send("worker-1", signal.SIGSTOP)
         try:
             handles = moving.grow(client)
             until(lambda: client.overview().counts["handovers"] > before, "a hand-over", timeout_s=18)
@@ -163,7 +163,7 @@ def test_damaged_segments_and_a_source_killed_amid_its_moves_change_nothing(movi
                 path.write_bytes(data)
             processes.stop("worker-0", signal.SIGKILL)
         finally:
-            processes.signal("worker-1", signal.SIGCONT)
+            processes.send("worker-1", signal.SIGCONT)
         moving.deployment.await_workers(1)
         moving.deployment.publish(
             StagePlan(low_tokens=0, high_tokens=None, num_workers=1, worker_ids=("worker-1",))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-__all__ = ("Processes", "free_port", "until")
+__all__ = ("Processes", "until")
 
 T = TypeVar("T")
 
@@ -26,13 +25,6 @@ def until(condition: Callable[[], T], what: str, *, timeout_s: float = 120) -> T
             return found
         assert time.monotonic() < deadline_s, f"not within {timeout_s} s: {what} (last: {found!r})"
         time.sleep(0.05)
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Processes:
@@ -93,10 +85,6 @@ class Processes:
             return process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"{name} did not end within {timeout_s} s:\n{self.log(name)[-3000:]}") from None
-
-    def signal(self, name: str, number: int) -> None:
-        """Send a signal; the process goes on, or stops for a while."""
-        self._running[name].send_signal(number)
 
     def close(self) -> None:
         """Kill what still runs."""

@@ -18,7 +18,8 @@ import httpx
 import pytest
 import yaml
 
-from tests.services.processes import free_port, until
+from l4queue.cli.stack.embedded import free_port
+from tests.services.processes import until
 
 __all__ = (
     "MONITORING",

@@ -47,7 +47,7 @@ class Sentinels:
     def start(self) -> None:
         """All up, the replica in step, each sentinel aware of the other two."""
         self.primary.start()
-        self._ask(self.primary, "ACL", "SETUSER", _LOGIN, "on", ">x", "+@all", "~*", "&*")
+        _ask(self.primary, "ACL", "SETUSER", _LOGIN, "on", ">x", "+@all", "~*", "&*")
         self.replica.start()
         until(lambda: self._is_in_step(self.replica), "the replica is in step")
         self.sentinels = [self._sentinel(name) for name in ("s1", "s2", "s3")]
@@ -55,8 +55,8 @@ class Sentinels:
 
     def cut_replication(self) -> None:
         """From now on the replica hears nothing."""
-        self._ask(self.primary, "ACL", "SETUSER", _LOGIN, "off")
-        self._ask(self.primary, "CLIENT", "KILL", "TYPE", "replica")
+        _ask(self.primary, "ACL", "SETUSER", _LOGIN, "off")
+        _ask(self.primary, "CLIENT", "KILL", "TYPE", "replica")
 
     def fail_over(self) -> None:
         """SIGKILL the primary and wait until the replica is the primary."""
@@ -70,7 +70,7 @@ class Sentinels:
 
     def role(self, server: RedisServer) -> str:
         """What a server says that it is."""
-        return str(self._ask(server, "ROLE")[0].decode())
+        return str(_ask(server, "ROLE")[0].decode())
 
     def close(self) -> None:
         """Kill all."""
@@ -94,18 +94,12 @@ class Sentinels:
         return RedisServer(self._binary, folder, (), head=(str(config), "--sentinel")).start()
 
     def _is_in_step(self, replica: RedisServer) -> bool:
-        return bool(self._ask(replica, "ROLE")[3] == b"connected")
+        return bool(_ask(replica, "ROLE")[3] == b"connected")
 
     def _is_aware(self, sentinel: RedisServer) -> bool:
-        rows = self._ask(sentinel, "SENTINEL", "MASTERS")
+        rows = _ask(sentinel, "SENTINEL", "MASTERS")
         facts = dict(zip(rows[0][::2], rows[0][1::2], strict=True))
         return (facts[b"num-slaves"], facts[b"num-other-sentinels"]) == (b"1", b"2")
-
-    @staticmethod
-    def _ask(server: RedisServer, *command: str) -> Any:
-        with redis.Redis(port=server.port, protocol=2) as client:
-            client.response_callbacks.clear()
-            return client.execute_command(*command)
 
 
 class Cluster:
@@ -121,15 +115,15 @@ class Cluster:
         for number, node in enumerate(self.nodes):
             node.start()
             bounds = (number * _NUM_SLOTS // 3, (number + 1) * _NUM_SLOTS // 3)
-            self._ask(node, "CLUSTER", "ADDSLOTS", *range(*bounds))
+            _ask(node, "CLUSTER", "ADDSLOTS", *range(*bounds))
         for node in self.nodes[1:]:
-            self._ask(self.nodes[0], "CLUSTER", "MEET", "127.0.0.1", node.port)
+            _ask(self.nodes[0], "CLUSTER", "MEET", "127.0.0.1", node.port)
         until(lambda: all(b"cluster_state:ok" in self._info(n) for n in self.nodes), "the cluster is up")
         until(lambda: all(b"cluster_known_nodes:3" in self._info(n) for n in self.nodes), "all know all")
 
     def owner(self, key: str) -> RedisServer:
         """The node that has the slot of a key."""
-        slot = int(self._ask(self.nodes[0], "CLUSTER", "KEYSLOT", key))
+        slot = int(_ask(self.nodes[0], "CLUSTER", "KEYSLOT", key))
         return self.nodes[next(i for i in range(3) if slot < (i + 1) * _NUM_SLOTS // 3)]
 
     def url(self, *nodes: RedisServer) -> str:
@@ -141,15 +135,15 @@ class Cluster:
         """Give what a node owns to a new one, as an operator does: a replica first, then CLUSTER FAILOVER."""
         heir = self._node("heir").start()
         self.nodes.append(heir)
-        self._ask(heir, "CLUSTER", "MEET", "127.0.0.1", owner.port)
-        owner_id = self._ask(owner, "CLUSTER", "MYID").decode()
-        until(lambda: owner_id in self._ask(heir, "CLUSTER", "NODES").decode(), "it knows the owner")
-        self._ask(heir, "CLUSTER", "REPLICATE", owner_id)
-        until(lambda: self._ask(heir, "ROLE")[3:4] == [b"connected"], "it is in step")
-        heir_id = self._ask(heir, "CLUSTER", "MYID").decode()
+        _ask(heir, "CLUSTER", "MEET", "127.0.0.1", owner.port)
+        owner_id = _ask(owner, "CLUSTER", "MYID").decode()
+        until(lambda: owner_id in _ask(heir, "CLUSTER", "NODES").decode(), "it knows the owner")
+        _ask(heir, "CLUSTER", "REPLICATE", owner_id)
+        until(lambda: _ask(heir, "ROLE")[3:4] == [b"connected"], "it is in step")
+        heir_id = _ask(heir, "CLUSTER", "MYID").decode()
         until(lambda: all(self._follows(heir_id, owner_id, by=node) for node in self.nodes), "all know what it is")
-        self._ask(heir, "CLUSTER", "FAILOVER")
-        until(lambda: self._ask(heir, "ROLE")[0] == b"master", "it is the owner")
+        _ask(heir, "CLUSTER", "FAILOVER")
+        until(lambda: _ask(heir, "ROLE")[0] == b"master", "it is the owner")
         return heir
 
     def close(self) -> None:
@@ -158,7 +152,7 @@ class Cluster:
             node.kill()
 
     def _follows(self, replica_id: str, owner_id: str, *, by: RedisServer) -> bool:
-        rows = [line.split() for line in self._ask(by, "CLUSTER", "NODES").decode().splitlines()]
+        rows = [line.split() for line in _ask(by, "CLUSTER", "NODES").decode().splitlines()]
         return any(row[0] == replica_id and row[3] == owner_id for row in rows)
 
     def _node(self, name: str) -> RedisServer:
@@ -168,13 +162,13 @@ class Cluster:
         return RedisServer(self._binary, self._folder / name, options)
 
     def _info(self, node: RedisServer) -> bytes:
-        return bytes(self._ask(node, "CLUSTER", "INFO"))
+        return bytes(_ask(node, "CLUSTER", "INFO"))
 
-    @staticmethod
-    def _ask(node: RedisServer, *command: Any) -> Any:
-        with redis.Redis(port=node.port, protocol=2) as client:
-            client.response_callbacks.clear()
-            return client.execute_command(*command)
+
+def _ask(server: RedisServer, *command: Any) -> Any:
+    with redis.Redis(port=server.port, protocol=2) as client:
+        client.response_callbacks.clear()
+        return client.execute_command(*command)
 
 
 def _follows(server: RedisServer) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from l4queue.cli.stack.embedded import free_port
 from l4queue.errors import ServiceUnavailable, UnknownRequest
 from l4queue.models import TERMINAL, RequestState
 from l4queue.protocol.calls import Call, Verdict
@@ -22,7 +23,6 @@ from tests.conftest import SEED
 from tests.protocol.scene import Scene
 from tests.protocol.server import VOLATILE, RedisServer
 from tests.services.pipeline import Pipeline, open_pipeline, until
-from tests.services.processes import free_port
 from tests.services.redis_sets import Cluster, Sentinels, has_tls, make_certificate, open_cluster, open_sentinels
 
 pytestmark = [pytest.mark.services, pytest.mark.timeout(600)]

@@ -15,10 +15,11 @@ import pytest
 import redis
 
 from l4queue import Client
+from l4queue.cli.stack.embedded import free_port
 from l4queue.config import load_settings
 from l4queue.models import RequestState
 from tests.protocol.server import RedisServer
-from tests.services.processes import Processes, free_port, until
+from tests.services.processes import Processes, until
 from workers.app import node_name, task_name
 
 if TYPE_CHECKING:

@@ -18,10 +18,11 @@ import httpx
 import pytest
 import redis
 
+from l4queue.cli.stack.embedded import free_port
 from l4queue.cli.stack.flower_place import flower_answers, flower_place
 from l4queue.config import Settings
 from tests.protocol.server import RedisServer
-from tests.services.processes import Processes, free_port, until
+from tests.services.processes import Processes, until
 from tests.services.redis_sets import make_certificate
 from tests.services.test_flower import open_browser
 

@@ -186,9 +186,9 @@ async def test_six_pauses_beyond_the_lease_leave_no_blame(stage: Stage) -> None:
     for turn in range(6):
         name = f"w{turn % 3}"
         await stage.holds(name, 3)
-        stage.processes.signal(name, signal.SIGSTOP)
+        stage.processes.send(name, signal.SIGSTOP)
         await stage.is_gone(name)
-        stage.processes.signal(name, signal.SIGCONT)
+        stage.processes.send(name, signal.SIGCONT)
         await stage.innocent(crowd)
 
     assert await stage.lost() >= 6

@@ -19,6 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from dispatcher.planner.rounds import replan_once
 from l4queue import Client
+from l4queue.cli.stack.embedded import free_port
 from l4queue.config import load_settings
 from l4queue.errors import QueueFull
 from l4queue.models import Plan, StagePlan
@@ -27,7 +28,7 @@ from l4queue.protocol.calls import Calls
 from l4queue.protocol.executor import Executor
 from l4queue.protocol.keys import Keys
 from tests.protocol.server import RedisServer
-from tests.services.processes import Processes, free_port, until
+from tests.services.processes import Processes, until
 from tests.services.prometheus import MONITORING, Prometheus, draw_dashboard, expressions, has_data, promtool
 
 pytestmark = [pytest.mark.services, pytest.mark.timeout(600)]
@@ -179,7 +180,7 @@ def test_plan_queues_and_workers_are_told_by_stage(deployment: Deployment) -> No
     assert found["l4queue_capacity_requests",] == 3 * 16
 
     for name in ROLES[3:]:
-        deployment.processes.signal(name, signal.SIGSTOP)
+        deployment.processes.send(name, signal.SIGSTOP)
     try:
         handles = deployment.client.enqueue_many(["x" * 20] * 5 + ["x" * 200] * 2, max_tokens=4)
         until(
@@ -200,7 +201,7 @@ def test_plan_queues_and_workers_are_told_by_stage(deployment: Deployment) -> No
         assert found["l4queue_unfinished_requests",] == 7
     finally:
         for name in ROLES[3:]:
-            deployment.processes.signal(name, signal.SIGCONT)
+            deployment.processes.send(name, signal.SIGCONT)
     for handle in handles:
         handle.result(timeout=120)
     found = deployment.samples("exporter")

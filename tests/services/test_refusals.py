@@ -12,11 +12,12 @@ import pytest
 import redis
 
 from l4queue import Settings
+from l4queue.cli.stack.embedded import free_port
 from l4queue.models import RequestState
 from l4queue.protocol.executor import Executor
 from tests.protocol.scene import Scene
 from tests.protocol.server import DURABLE, RedisServer
-from tests.services.processes import Processes, free_port, until
+from tests.services.processes import Processes, until
 
 pytestmark = [pytest.mark.services, pytest.mark.timeout(240)]
 

@@ -14,12 +14,13 @@ from pathlib import Path
 import pytest
 
 from l4queue import Client, Settings
+from l4queue.cli.stack.embedded import free_port
 from l4queue.models import Plan, StagePlan
 from l4queue.plan_json import plan_to_json
 from l4queue.protocol.calls import Calls
 from l4queue.protocol.keys import Keys
 from tests.services.collector import Collector, ReceivedSpan, open_collector
-from tests.services.processes import Processes, free_port, until
+from tests.services.processes import Processes, until
 
 pytestmark = [pytest.mark.services, pytest.mark.timeout(600)]
 ENQUEUE = """
@@ -154,7 +155,7 @@ def test_one_request_is_one_tree_across_a_hand_over_and_a_crash(
     until(lambda: handle.status().worker in ("w1", "w2") and handle.status().offset > 150, "it has moved")
     victim = str(handle.status().worker)
     offset = until(lambda: handle.status().offset, "its progress")
-    processes.signal(victim, signal.SIGKILL)
+    processes.send(victim, signal.SIGKILL)
     result = handle.result(timeout=120)
 
     assert result.output_tokens == 6000

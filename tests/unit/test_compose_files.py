@@ -13,11 +13,12 @@ import pytest
 import redis
 import yaml
 
+from l4queue.cli.stack.embedded import free_port
 from l4queue.config import load_settings
 from l4queue.errors import ServiceUnavailable
 from l4queue.protocol.calls import Call
 from l4queue.protocol.executor import Executor
-from tests.services.processes import free_port, until
+from tests.services.processes import until
 
 ROOT = Path(__file__).resolve().parents[2]
 OURS = ("dispatcher", "planner", "beat", "flower", "worker", "exporter")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator
 from urllib.error import URLError
 from urllib.request import urlopen
@@ -13,6 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from dispatcher.monitoring.latency import Latencies, length_class
 from dispatcher.routing.metrics import RouterCounters
+from l4queue.cli.stack.embedded import free_port
 from l4queue.config import Settings
 from l4queue.errors import ConfigError
 from l4queue.metrics import Families, MetricsServer, Tally
@@ -32,13 +32,6 @@ class Source:
         families.summary("gap_seconds", "Gaps", {(): (2, 0.5)})
         families.histogram("wait_seconds", "Waits", {(): tally})
         yield from families.found
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def scrape(port: int) -> dict[str, float]:

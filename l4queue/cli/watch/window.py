@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from l4queue.models import Plan, StagePlan, WorkerLoad
 from l4queue.observe.overview import Overview
 from l4queue.observe.watch import Look, RecentMove
-from l4queue.protocol.keys import private_queue
+from l4queue.protocol.keys import SOLO_STAGE, private_queue
 from l4queue.protocol.ledger import MoveCounter
 from l4queue.protocol.reads import FinishedRequest
 
@@ -116,7 +116,7 @@ class WatchWindow:
             plan=overview.plan,
             stages=_stages(overview, look.ages_ms),
             inbox=Waiting(num_requests=overview.inbox, oldest_ms=look.ages_ms.get("in")),
-            solo=_waiting(overview, look.ages_ms, ["solo"]),
+            solo=_waiting(overview, look.ages_ms, [SOLO_STAGE]),
             rates=self._rates(),
             latencies=_latencies(self._finished, overview.plan),
             counts=overview.counts,
