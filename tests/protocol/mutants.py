@@ -37,6 +37,7 @@ _MODULES = (
     "output",
     "take",
     "blame",
+    "pardon",
     "upkeep",
     "moves",
     "admission",

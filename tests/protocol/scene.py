@@ -11,7 +11,7 @@ from l4queue.models import RequestState
 from l4queue.policy.admission import unbounded_budget
 from l4queue.protocol.calls import Calls, Reaped, SubmitReply, Taken, Taker, Verdict
 from l4queue.protocol.executor import Executor
-from l4queue.protocol.keys import Keys
+from l4queue.protocol.keys import SOLO_STAGE, Keys
 from l4queue.protocol.reads import Reads
 from l4queue.protocol.records import Grant, Outcome, OutputEntry, RequestRecord
 from l4queue.protocol.retention import Evicted, Packed, Retention
@@ -247,6 +247,21 @@ class Scene:
         return [epoch * 1000 + offset + i for i in range(num)]
 
     # going somewhere ----------------------------------------------------------------------------
+    def queue_up(self, *ids: str, stage: str = "0") -> None:
+        """Submit these and route them to a stage, in this order."""
+        for index, request_id in enumerate(ids):
+            self.submit(request_id)
+            self.route(request_id, stage=stage, score=float(index))
+
+    def suspect(self, *ids: str) -> None:
+        """Let two workers die with these requests: they wait to be run alone."""
+        self.queue_up(*ids)
+        self.register()
+        for _ in range(2):
+            self.take()
+            self.crash()
+        assert self.waiting(SOLO_STAGE) == list(ids)
+
     def bring(self, state: RequestState | None, request_id: str = "a") -> None:
         """Bring a new request into this state by the shortest legal way; None leaves it absent."""
         if state is None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from typing import Any
-
 import pytest
 
 from l4queue.models import RequestState
@@ -16,25 +13,9 @@ from tests.protocol.scene import Scene
 S = RequestState
 
 
-def _queue(scene: Scene, *ids: str, stage: str = "0") -> None:
-    for index, request_id in enumerate(ids):
-        scene.submit(request_id)
-        scene.route(request_id, stage=stage, score=float(index))
-
-
-def _suspects(scene: Scene, *ids: str) -> None:
-    """Requests that two workers died with: they wait to be run alone."""
-    _queue(scene, *ids)
-    scene.register()
-    for _ in range(2):
-        scene.take()
-        scene.crash()
-    assert scene.waiting(SOLO_STAGE) == list(ids)
-
-
 def test_a_dead_workers_requests_continue_from_their_checkpoint(scene: Scene) -> None:
     """Back in their queue with one crash to their name, their score, and the tokens they had."""
-    _queue(scene, "a", "b")
+    scene.queue_up("a", "b")
     scene.register()
     scene.take()
     scene.emit("b", num=4)
@@ -66,7 +47,7 @@ def test_a_living_worker_is_left_alone(scene: Scene) -> None:
 
 def test_reaping_is_bounded_and_goes_on_next_time(scene: Scene) -> None:
     """The limit counts over workers; a worker disappears when nothing of it is left."""
-    _queue(scene, "a", "b", "c", "d", "e")
+    scene.queue_up("a", "b", "c", "d", "e")
     for worker, num in (("w1", 3), ("w2", 2)):
         scene.register(worker)
         scene.take(worker, max_requests=num)
@@ -80,7 +61,7 @@ def test_reaping_is_bounded_and_goes_on_next_time(scene: Scene) -> None:
 
 def test_two_crashes_send_a_request_to_the_solo_queue(scene: Scene) -> None:
     """One crash may be anybody's fault; the second makes a suspect."""
-    _queue(scene, "a")
+    scene.queue_up("a")
     scene.register()
     scene.grant()
     scene.crash()
@@ -93,8 +74,8 @@ def test_two_crashes_send_a_request_to_the_solo_queue(scene: Scene) -> None:
 
 def test_a_suspect_is_taken_only_by_a_worker_that_holds_nothing(scene: Scene) -> None:
     """It would endanger its company."""
-    _suspects(scene, "a")
-    _queue(scene, "b")
+    scene.suspect("a")
+    scene.queue_up("b")
     scene.grant()
 
     assert scene.take(stage=SOLO_STAGE).grants == ()
@@ -106,8 +87,8 @@ def test_a_suspect_is_taken_only_by_a_worker_that_holds_nothing(scene: Scene) ->
 
 def test_nothing_joins_a_suspect_while_it_runs(scene: Scene) -> None:
     """Neither from a queue nor a second suspect; afterwards the worker is free again."""
-    _suspects(scene, "a", "b")
-    _queue(scene, "c")
+    scene.suspect("a", "b")
+    scene.queue_up("c")
     assert [g.request_id for g in scene.take(stage=SOLO_STAGE).grants] == ["a"], "one at a time"
 
     assert scene.take().grants == ()
@@ -121,8 +102,8 @@ def test_nothing_joins_a_suspect_while_it_runs(scene: Scene) -> None:
 @pytest.mark.parametrize("ending", ["settle", "release", "cancel", "expire"])
 def test_a_worker_is_free_after_its_suspect_left_in_any_way(scene: Scene, ending: str) -> None:
     """The solo rule is bound to the lease, not to a flag that somebody must clear."""
-    _suspects(scene, "a")
-    _queue(scene, "b")
+    scene.suspect("a")
+    scene.queue_up("b")
     scene.grant(stage=SOLO_STAGE)
     if ending == "settle":
         scene.settle(epoch=3)
@@ -140,7 +121,7 @@ def test_a_worker_is_free_after_its_suspect_left_in_any_way(scene: Scene, ending
 @pytest.mark.parametrize("max_crashes", [1, 2, 3])
 def test_only_dying_alone_often_enough_condemns(scene: Scene, max_crashes: int) -> None:
     """Two crashes in company, then `max_crashes` alone: dead, with a dead letter and an error."""
-    _suspects(scene, "a")
+    scene.suspect("a")
     for turn in range(max_crashes):
         assert scene.state() is S.QUEUED
         scene.grant(stage=SOLO_STAGE)
@@ -159,7 +140,7 @@ def test_only_dying_alone_often_enough_condemns(scene: Scene, max_crashes: int) 
 def test_company_of_a_poisonous_request_survives_it(scene: Scene) -> None:
     """Nine innocents die with it twice; each then passes alone, and only the culprit is condemned."""
     innocents = [f"i{n}" for n in range(9)]
-    _suspects(scene, "poison", *innocents)
+    scene.suspect("poison", *innocents)
     for _ in range(40):
         taken = scene.take(stage=SOLO_STAGE)
         if not taken.grants:
@@ -178,7 +159,7 @@ def test_company_of_a_poisonous_request_survives_it(scene: Scene) -> None:
 
 def test_giving_back_with_blame_counts_like_a_crash(scene: Scene) -> None:
     """The engine died and its worker lives: the same way to the solo queue, and to dead letters in the end."""
-    _queue(scene, "a")
+    scene.queue_up("a")
     scene.register()
     for epoch, stage in ((1, "0"), (2, "0"), (3, SOLO_STAGE), (4, SOLO_STAGE), (5, SOLO_STAGE)):
         assert scene.grant(stage=stage).epoch == epoch
@@ -192,7 +173,7 @@ def test_giving_back_with_blame_counts_like_a_crash(scene: Scene) -> None:
 
 def test_giving_back_without_blame_is_never_held_against_a_request(scene: Scene) -> None:
     """Twenty stops of its worker, alone or not."""
-    _suspects(scene, "a")
+    scene.suspect("a")
     for epoch in range(3, 23):
         scene.grant(stage=SOLO_STAGE)
         scene.release(epoch=epoch)
@@ -220,7 +201,7 @@ def test_a_hand_over_chooses_queue_and_score(scene: Scene) -> None:
 
 def test_an_outage_gives_everybody_one_lease_of_grace(scene: Scene) -> None:
     """Nobody could renew while Redis was away: the first reaper takes nothing, also not from who is next."""
-    _queue(scene, "a", "b")
+    scene.queue_up("a", "b")
     for worker in ("w1", "w2"):
         scene.register(worker)
         scene.grant(worker)
@@ -254,7 +235,7 @@ def test_a_lease_longer_than_the_grace_is_not_cut(scene: Scene) -> None:
 
 def test_slow_reapers_do_not_keep_the_dead_alive(scene: Scene) -> None:
     """Each call finds a gap; a worker that never renews has three graces, one that renews has more each time."""
-    _queue(scene, "a", "b")
+    scene.queue_up("a", "b")
     for worker in ("dead", "alive"):
         scene.register(worker)
         scene.grant(worker)
@@ -294,7 +275,7 @@ def test_reapers_of_different_settings_share_one_tick(scene: Scene) -> None:
 
 def test_a_worker_that_leaves_gives_back_what_it_holds_without_blame(scene: Scene) -> None:
     """Also what it never heard of, because the reply of its take was lost; its later writes are fenced."""
-    _queue(scene, "a", "b")
+    scene.queue_up("a", "b")
     scene.register()
     scene.take()
     scene.emit("a", num=2)
@@ -327,115 +308,3 @@ def test_extending_a_lease_keeps_it_and_its_news(scene: Scene) -> None:
     scene.reap()
     assert scene.extend() is Verdict.LOST
     check(scene)
-
-
-def _lost(scene: Scene, worker: str = "w1", **over: Any) -> None:
-    """A worker takes all, stands still for longer than its lease, and is reaped."""
-    scene.register(worker)
-    scene.take(worker, **over)
-    scene.lapse(worker)
-    scene.reap()
-
-
-def test_a_worker_that_comes_back_has_its_blame_taken_back(scene: Scene) -> None:
-    """Once, however often it says so; the ledger tells; a second loss counts as the first."""
-    _queue(scene, "a", "b")
-    for turn in range(4):
-        _lost(scene, f"w{turn}")
-        assert [scene.record(i).crashes for i in ("a", "b")] == [1, 1]
-        for _ in range(3):
-            assert scene.pardon(f"w{turn}") is Verdict.OK
-        assert [scene.record(i).crashes for i in ("a", "b")] == [0, 0]
-        check(scene)
-
-    assert scene.waiting() == ["a", "b"]
-    assert scene.counts()["pardoned"] == 8
-    last = json.loads(scene.executor.run(scene.reads.ledger("a"))[-1])
-    assert (last["what"], last["pardoned"], last["crashes"], last["to"]) == ("rerouted", "w3", 0, "0")
-
-
-@pytest.mark.parametrize("first", ["w1", "w2"])
-def test_a_suspect_goes_back_to_its_stage_when_a_worker_comes_back(scene: Scene, first: str) -> None:
-    """Whichever of the two it is; nothing is left of the suspicion when both did."""
-    _queue(scene, "a", stage="1")
-    for worker in ("w1", "w2"):
-        _lost(scene, worker, stage="1")
-    assert scene.waiting(SOLO_STAGE) == ["a"]
-
-    for _ in range(2):
-        scene.pardon(first)
-
-    assert (scene.waiting("1"), scene.waiting(SOLO_STAGE)) == (["a"], [])
-    assert scene.record().crashes == 1, "one loss is pardoned once"
-    check(scene)
-    scene.pardon("w2" if first == "w1" else "w1")
-    assert (scene.record().crashes, scene.waiting("1")) == (0, ["a"])
-    check(scene)
-
-
-def test_a_suspect_with_enough_other_crashes_stays_one(scene: Scene) -> None:
-    """Two workers died with it, a third came back."""
-    _suspects(scene, "a")
-    _lost(scene, "w2", stage=SOLO_STAGE)
-    assert (scene.record().crashes, scene.raw.hget(scene.keys.request("a"), "solo_crashes")) == (3, b"1")
-
-    scene.pardon("w2")
-
-    assert (scene.record().crashes, scene.raw.hget(scene.keys.request("a"), "solo_crashes")) == (2, b"0")
-    assert scene.waiting(SOLO_STAGE) == ["a"]
-    check(scene)
-
-
-def test_pauses_alone_never_condemn(scene: Scene) -> None:
-    """A real suspect whose workers stop again and again, and come back each time."""
-    _suspects(scene, "a")
-    for turn in range(5):
-        _lost(scene, f"w{turn + 2}", stage=SOLO_STAGE)
-        scene.pardon(f"w{turn + 2}")
-    assert scene.state() is S.QUEUED
-    check(scene)
-
-
-def test_who_made_its_worker_stand_still_keeps_the_blame(scene: Scene) -> None:
-    """The worker names it; the others of the worker are free of blame."""
-    _queue(scene, "a", "b", "c")
-    _lost(scene)
-
-    scene.pardon("w1", "b", "unknown")
-
-    assert [scene.record(i).crashes for i in ("a", "b", "c")] == [0, 1, 0]
-    check(scene)
-
-
-def test_a_pardon_reaches_a_request_that_runs_elsewhere(scene: Scene) -> None:
-    """It goes on there; given back, it waits in its stage and not to be run alone."""
-    _queue(scene, "a", stage="1")
-    for worker in ("w1", "w2"):
-        _lost(scene, worker, stage="1")
-    scene.register("w3")
-    scene.grant("w3", SOLO_STAGE)
-
-    scene.pardon("w1")
-
-    assert (scene.state(), scene.record().crashes) == (S.RUNNING, 1)
-    check(scene)
-    assert scene.release(worker="w3", epoch=3) is Verdict.OK
-    assert (scene.waiting("1"), scene.waiting(SOLO_STAGE)) == (["a"], [])
-    check(scene)
-
-
-def test_a_pardon_changes_nothing_that_has_ended(scene: Scene) -> None:
-    """Nor does one for a worker that nobody gave up, or one of long ago: what was noted goes with its hour."""
-    _queue(scene, "a", "b")
-    _lost(scene)
-    assert 0 < scene.raw.pttl(scene.keys.lost("w1")) <= 3_600_000
-    scene.cancel("a")
-    scene.raw.delete(scene.keys.request("b"))
-    scene.raw.zrem(scene.keys.queue("0"), "b")
-    before = scene.raw.hgetall(scene.keys.request("a"))
-
-    scene.pardon("w1")
-    scene.pardon("w9")
-
-    assert scene.raw.hgetall(scene.keys.request("a")) == before
-    assert not scene.raw.exists(scene.keys.request("b"))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 
+from l4queue import AsyncClient, Client, Settings
 from tests.services.batches import Files
+from tests.services.foreign_place import Place, open_place
 from tests.services.pipeline import Pipeline, open_pipeline
 
 
@@ -36,4 +38,25 @@ def files(tmp_path: Path) -> Files:
 async def pipeline(redis_url: str, namespace: str) -> AsyncIterator[Pipeline]:
     """A dispatcher with upkeep; no worker yet."""
     async with open_pipeline(redis_url, namespace) as opened:
+        yield opened
+
+
+@pytest.fixture
+async def client(redis_url: str, namespace: str) -> AsyncIterator[AsyncClient]:
+    """An asyncio client of the scene's namespace."""
+    async with AsyncClient(settings=Settings(redis_url=redis_url, namespace=namespace)) as opened:
+        yield opened
+
+
+@pytest.fixture
+def blocking(redis_url: str, namespace: str) -> Iterator[Client]:
+    """A blocking one."""
+    with Client(settings=Settings(redis_url=redis_url, namespace=namespace)) as opened:
+        yield opened
+
+
+@pytest.fixture
+async def place(redis_url: str, namespace: str) -> AsyncIterator[Place]:
+    """One that serves already, for foreign entries."""
+    async with open_place(redis_url, namespace) as opened:
         yield opened

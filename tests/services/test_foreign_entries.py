@@ -5,198 +5,20 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import redis
 
-from dispatcher.exporter import Exporter
-from dispatcher.planner.rounds import refine_once, replan_once
-from dispatcher.routing.service import Dispatcher
-from l4queue import AsyncClient, Client, Settings
-from l4queue.cost.step import StepCost
-from l4queue.errors import L4QueueError
+from l4queue import Client
 from l4queue.models import TERMINAL, RequestState
-from l4queue.observe import health
-from l4queue.observe.watch import Watch
-from l4queue.protocol.executor import AsyncExecutor, Executor
-from l4queue.protocol.keys import Keys
-from l4queue.protocol.upkeep import Upkeep
-from tests.services.pipeline import MAX_LEN, ByteTokenizer, true, until
-from workers.engine.emulated.engine import EmulatedEngine
-from workers.loop.text import no_text
-from workers.loop.worker import Worker
-from workers.telemetry.observer import NullObserver
+from tests.services.foreign_place import BYTES, LONG_S, NUMBERS, Place
 
 pytestmark = [pytest.mark.services, pytest.mark.timeout(600)]
 
-COST = StepCost(
-    alpha_ms=4.0, beta_ms=0.01, gamma_ms=0.0, pi_ms=0.001, psi_ms=0.0, kv_capacity_tokens=100_000, max_num_seqs=32
-)
-LONG_S = 120.0
-BYTES = b"\xff\xfe\x00"
-NUMBERS = (b"abc", b"", b"-7", b"1e400", b"nan", b"9" * 400, BYTES)
 _NAMES = itertools.count()
 
-
-@dataclass(kw_only=True)
-class Place:
-    """One deployment in this process, with a raw connection for what nobody of ours would write."""
-
-    settings: Settings
-    client: AsyncClient
-    executor: AsyncExecutor
-    raw: Any
-    keys: Keys
-    dispatcher: Dispatcher
-    upkeep: Upkeep
-    tasks: dict[str, asyncio.Task[Any]]
-    worker: Worker
-    redis_url: str
-
-    @property
-    def incarnation(self) -> str:
-        """Of the worker that serves."""
-        return self.worker.lease.incarnation
-
-    async def good(self, number: int = 3) -> None:
-        """Requests of well-behaved clients are done."""
-        handles = [await self.client.enqueue(token_ids=[1] * (5 + i), max_tokens=4) for i in range(number)]
-        for handle in handles:
-            assert len((await handle.result(timeout=LONG_S)).token_ids) == 4
-
-    async def running(self) -> str:
-        """The id of a request that the worker runs, and will for long."""
-        handle = await self.client.enqueue(token_ids=[1] * 9, max_tokens=8000, ignore_eos=True)
-        await until(lambda: self._runs(handle.id), timeout_s=LONG_S)
-        return handle.id
-
-    async def _runs(self, request_id: str) -> bool:
-        record = await (await self.client.get(request_id)).status()
-        return record.state is RequestState.RUNNING and record.offset > 0
-
-    async def look(self) -> None:
-        """Everything that reads or mends the deployment runs once, and none of it fails."""
-        for _ in range(2):
-            await self.upkeep.run_once(self.dispatcher.plan)
-            await self.upkeep.measure_drain()
-            await self.upkeep.repair_once()
-            await self.upkeep.reroute(self.dispatcher.plan)
-            await self.dispatcher.adopt_once()
-            await replan_once(self.settings)
-            await refine_once(self.settings)
-            await self.worker.fleet_view.refresh()
-            await asyncio.to_thread(self._look_blocking)
-            await self.client.plan_history()
-            await self.client.dead_letters()
-        self.check()
-
-    def _look_blocking(self) -> None:
-        executor, namespace = Executor(self.redis_url), self.settings.namespace
-        try:
-            Watch(executor, namespace).look()
-            exporter = Exporter(self.settings, executor)
-            exporter.follow()
-            exporter.follow()
-            metrics = {metric.name: metric for metric in exporter.collect()}
-            assert metrics["l4queue_redis_up"].samples[0].value == 1.0
-            health.worker_life(executor, namespace, "w0")
-            health.dispatcher_heard_s(executor, namespace, "host")
-            health.planner_idle_s(executor, namespace)
-        finally:
-            executor.close()
-
-    def check(self) -> None:
-        """Every process serves."""
-        for name, task in self.tasks.items():
-            assert not task.done(), f"{name}: {task.exception()!r}"
-
-    async def ended(self, request_id: str) -> RequestState:
-        """The terminal state that this request comes to."""
-
-        async def has_ended() -> bool:
-            self.check()
-            await self.upkeep.repair_once()
-            await self.upkeep.run_once(self.dispatcher.plan)
-            state = self.raw.hget(self.keys.request(request_id), "state")
-            return state is not None and state.decode() in TERMINAL
-
-        try:
-            await until(has_ended, timeout_s=LONG_S)
-        except TimeoutError:
-            raise AssertionError(f"does not end: {self.raw.hgetall(self.keys.request(request_id))}") from None
-        return RequestState(self.raw.hget(self.keys.request(request_id), "state").decode())
-
-    def letters(self) -> list[str]:
-        """All dead letters, as text."""
-        if self.raw.type(self.keys.dead) != b"stream":
-            return []
-        return [repr(values) for _, values in self.raw.xrange(self.keys.dead)]
-
-
-@asynccontextmanager
-async def open_place(redis_url: str, namespace: str) -> AsyncIterator[Place]:
-    """A dispatcher, upkeep, a worker and a client."""
-    values: dict[str, Any] = {
-        "lease_s": 5.0,
-        "max_running": 16,
-        "max_model_len": 4 * MAX_LEN,
-        "engine": "emulated",
-    }
-    settings = Settings(redis_url=redis_url, namespace=namespace, metrics_port=9, **values)
-    executor = AsyncExecutor(redis_url, retry_s=None)
-    dispatcher = Dispatcher(settings=settings, executor=executor, tokenizer=ByteTokenizer(), name="d")  # type: ignore[arg-type]
-    dispatcher._tokenizer.max_model_len = 4 * MAX_LEN
-    worker = Worker(
-        settings=settings,
-        engine=EmulatedEngine(COST, speed=1.0, max_model_len=4 * MAX_LEN),
-        observer=NullObserver(),
-        worker_id="w0",
-        text=no_text,
-        cost=COST,
-    )
-    tasks = {
-        "dispatcher": asyncio.create_task(dispatcher.run()),
-        "worker": asyncio.create_task(worker.run()),
-    }
-    keys = Keys(namespace)
-    raw = redis.Redis.from_url(redis_url, single_connection_client=True)
-    async with AsyncClient(settings=settings) as client:
-        place = Place(
-            settings=settings,
-            client=client,
-            executor=executor,
-            raw=raw,
-            keys=keys,
-            dispatcher=dispatcher,
-            upkeep=Upkeep(settings=settings, executor=executor),
-            tasks=tasks,
-            worker=worker,
-            redis_url=redis_url,
-        )
-        try:
-            await place.good(1)
-            yield place
-            place.check()
-        finally:
-            worker.request_stop()
-            dispatcher.request_stop()
-            await asyncio.gather(*tasks.values(), return_exceptions=True)
-            await executor.close()
-            raw.close()
-
-
-@pytest.fixture
-async def place(redis_url: str, namespace: str) -> AsyncIterator[Place]:
-    """Serving already."""
-    async with open_place(redis_url, namespace) as opened:
-        yield opened
-
-
-# what is written ------------------------------------------------------------------------------------
 RECORD = {
     "state": "queued",
     "epoch": "0",
@@ -483,104 +305,6 @@ async def test_what_somebody_else_wrote_ends_no_process(place: Place, table: str
     assert place.letters(), "nothing of it is among the dead letters"
 
 
-NAMES: dict[str, Callable[[Place], str]] = {
-    "inbox": lambda p: p.keys.inbox,
-    "counts": lambda p: p.keys.counts,
-    "backlog": lambda p: p.keys.backlog,
-    "foreground": lambda p: p.keys.foreground,
-    "hist": lambda p: p.keys.hist,
-    "workers": lambda p: p.keys.workers,
-    "deadlines": lambda p: p.keys.deadlines,
-    "tick": lambda p: p.keys.tick,
-    "dead": lambda p: p.keys.dead,
-    "finished": lambda p: p.keys.finished,
-    "plan": lambda p: p.keys.plan,
-    "plans": lambda p: p.keys.plans,
-    "memory": lambda p: p.keys.memory,
-    "decisions": lambda p: p.keys.decisions,
-    "queue": lambda p: p.keys.queue("0"),
-    "solo": lambda p: p.keys.queue("solo"),
-    "personal": lambda p: p.keys.queue("@w0"),
-    "wake": lambda p: p.keys.wake("0"),
-    "wake personal": lambda p: p.keys.wake("@w0"),
-    "worker": lambda p: p.keys.worker(p.incarnation),
-    "held": lambda p: p.keys.held(p.incarnation),
-    "control": lambda p: p.keys.control(p.incarnation),
-    "mail": lambda p: p.keys.mailbox(p.client._core.client_id),
-}
-
-
-@pytest.mark.parametrize("name", NAMES)
-async def test_a_key_of_another_type_under_our_name_is_set_aside(place: Place, name: str) -> None:
-    """With its bytes among the dead letters and its value under another name; all goes on."""
-    key = NAMES[name](place)
-    aside = place.keys.prefix + "foreign:" + key.removeprefix(place.keys.prefix)
-    with place.raw.pipeline() as both:
-        both.delete(key)
-        both.lpush(key, "somebody else's")
-        both.execute()
-
-    await place.good()
-    await place.look()
-    await until(lambda: true(bool(place.raw.exists(aside))), timeout_s=LONG_S)
-    await place.good()
-    await place.look()
-
-    assert place.raw.type(key) != b"list"
-    assert any("somebody else" in letter for letter in place.letters())
-
-
-@pytest.mark.parametrize("values", [{"x": "y"}, {"t": b"abc"}, {"t": b"abcd"}, {"e": "weird"}, {BYTES: BYTES}])
-@pytest.mark.parametrize("entry", ["999999-0", "999999-1", "18446744073709551615-18446744073709551615"])
-async def test_a_foreign_entry_in_an_output_fails_that_request_alone(
-    place: Place, entry: str, values: dict[Any, Any]
-) -> None:
-    """What no worker can follow ends in `failed`, with its record among the dead letters; its reader is told."""
-    request_id = await place.running()
-    place.raw.xadd(place.keys.output(request_id), values, id=entry)
-
-    assert await place.ended(request_id) is RequestState.FAILED
-    with pytest.raises(L4QueueError):
-        await (await place.client.get(request_id)).result(timeout=LONG_S)
-    await place.good()
-    await place.look()
-    assert any(request_id in letter for letter in place.letters())
-
-
-RUNNING = {
-    "offset": (*NUMBERS, None),
-    "epoch": (*NUMBERS, None),
-    "owner": (BYTES, None),
-    "charge_tokens": NUMBERS,
-    "ttl_ms": NUMBERS,
-    "crashes": NUMBERS,
-    "score": (b"abc", None),
-    "stage": (None, BYTES),
-    "moved_ms": NUMBERS,
-    "first_token_ms": NUMBERS,
-    "state": (b"weird", BYTES),
-}
-
-
-@pytest.mark.parametrize("field", RUNNING)
-async def test_a_running_request_whose_record_is_broken_ends(place: Place, field: str) -> None:
-    """By itself, by repair, or when it is cancelled; others go on."""
-    for value in RUNNING[field]:
-        request_id = await place.running()
-        key = place.keys.request(request_id)
-        if value is None:
-            place.raw.hdel(key, field)
-        else:
-            place.raw.hset(key, field, value)
-        await place.good(1)
-        await place.look()
-        if place.raw.hget(key, "state") == b"running":
-            await place.client._executor.run(place.client._core.calls.cancel(request_id, reason="test"))
-        if field != "state":
-            assert await place.ended(request_id) in TERMINAL
-    await place.good()
-
-
 async def test_blocking_clients_outlive_it_too(place: Place) -> None:
     """The same through `Client`: as_completed reads a mailbox with foreign entries."""
 
@@ -597,12 +321,3 @@ async def test_blocking_clients_outlive_it_too(place: Place) -> None:
             raw.close()
 
     await asyncio.to_thread(work)
-
-
-async def test_counts_are_whole_after_records_that_nobody_can_read(place: Place) -> None:
-    """What is broken after it was counted leaves no request that is live for ever."""
-    request_id = await place.running()
-    place.raw.hset(place.keys.request(request_id), "offset", "abc")
-    assert await place.ended(request_id) is RequestState.FAILED
-    await place.good()
-    assert int(place.raw.hget(place.keys.counts, "live")) == 0
