@@ -79,7 +79,7 @@ class Settings(BaseSettings):
     constraint_check_s: float = Field(
         5.0, gt=0, description="longest check of a request's structured_outputs before it is refused, s"
     )
-    ageing_tokens_per_s: float = Field(2000.0, gt=0, description="a second of waiting counts as so many tokens")
+    ageing_tokens_per_s: float = Field(2000.0, gt=0, description="tokens that a second of waiting counts as")
     priority_step_s: float = Field(30.0, ge=0, description="head start that one priority class is worth, s")
 
     starvation_bound_s: float = Field(

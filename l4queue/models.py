@@ -131,7 +131,7 @@ class RequestBody(Strict):
     traceparent: str | None = Field(
         default=None,
         pattern=r"^00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}$",
-        description="W3C trace context of whoever asks; spans of the request go below it",
+        description="W3C trace context of the caller; spans of the request go below it",
     )
 
     @classmethod

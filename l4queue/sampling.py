@@ -152,7 +152,7 @@ class SamplingParams(Strict):
     presence_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
     frequency_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
     repetition_penalty: float = Field(default=1.0, gt=0.0)
-    logprobs: int | None = Field(default=None, ge=0, le=20, description="of each token and so many most probable")
+    logprobs: int | None = Field(default=None, ge=0, le=20, description="of each token and of the N most probable")
     structured_outputs: StructuredOutputs | None = Field(default=None, description="what the output must match")
 
     @model_validator(mode="before")

@@ -75,7 +75,7 @@ def solve(
 
 
 def show(
-    history: Annotated[int, typer.Option(min=0, help="Also list so many earlier plans.")] = 0,
+    history: Annotated[int, typer.Option(min=0, help="Number of earlier plans to list, too.")] = 0,
     as_json: Json = False,
 ) -> None:
     """The plan in force, as published in Redis."""

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ("register",)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
-Timeout = Annotated[float | None, typer.Option(help="Give up waiting after so many seconds.")]
+Timeout = Annotated[float | None, typer.Option(help="Seconds to wait at most.")]
 Id = Annotated[str, typer.Argument(help="Request id, as printed by enqueue.", metavar="ID")]
 
 
@@ -33,9 +33,9 @@ def enqueue(
     top_p: Annotated[float, typer.Option()] = 1.0,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends the output; may be repeated.")] = None,
     seed: Annotated[int | None, typer.Option()] = None,
-    logprobs: Annotated[int | None, typer.Option(help="With --json: of each token and so many others.")] = None,
+    logprobs: Annotated[int | None, typer.Option(help="With --json: each token and N others.")] = None,
     priority: Annotated[int | None, typer.Option(help="Lower is served first; 0, for a batch 100.")] = None,
-    deadline_s: Annotated[float | None, typer.Option(help="Expire after so many seconds.")] = None,
+    deadline_s: Annotated[float | None, typer.Option(help="Seconds until the request expires.")] = None,
     idempotency_key: Annotated[str | None, typer.Option(help="Same key, same request: never twice.")] = None,
     chat: Annotated[bool, typer.Option(help="Send the prompt as a user's chat message.")] = False,
     file: Annotated[Path | None, typer.Option(help="Read the prompt from a file.")] = None,
@@ -120,7 +120,7 @@ def cancel(request_id: Id, as_json: Json = False) -> None:
 
 
 def dead(
-    count: Annotated[int, typer.Option(help="Show at most so many.")] = 20,
+    count: Annotated[int, typer.Option(help="Most entries to show.")] = 20,
     as_json: Json = False,
 ) -> None:
     """Dead letters, newest first: requests that kill their worker, and entries that cannot be read."""

@@ -85,9 +85,9 @@ class Watch:
         return ages_ms
 
     def _moves(self, overview: Overview, finished: Iterable[FinishedRequest]) -> list[RecentMove]:
-        """From the ledgers of what runs and of what has just finished, if the counts say that there are new ones.
+        """From the ledgers of running and of just finished requests, if the counts say that there are new ones.
 
-        A request is told of again in the next look while it runs; whoever keeps moves must know them by value.
+        A request is told of again in the next look while it runs: a caller that keeps moves compares values.
         """
         num_moves = sum(overview.counts.get(name, 0) for name in MoveCounter)
         if num_moves == self._num_moves:

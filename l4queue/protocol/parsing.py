@@ -152,7 +152,7 @@ def finished_one(_: bytes, v: Mapping[bytes, bytes]) -> FinishedRequest:
 
 
 def dead_letter(entry_id: bytes, values: Mapping[bytes, bytes]) -> DeadLetter:
-    """One dead letter, whoever wrote it."""
+    """One dead letter, by any writer."""
     return DeadLetter(
         request_id=text(values.get(b"i", b"?")),
         why=text(values.get(b"why", b"?")),

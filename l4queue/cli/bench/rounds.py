@@ -189,7 +189,7 @@ class Rounds:
             await asyncio.gather(task, return_exceptions=True)
 
     async def _switch(self, routing: Routing, trace: Trace) -> None:
-        """Publish the plan of this routing; whoever publishes meanwhile only makes us try again."""
+        """Publish the plan of this routing; another planner that publishes meanwhile only makes us try again."""
         assert self._executor is not None
         calls = Calls(Keys(self.settings.namespace))
         for _ in range(20):
