@@ -50,7 +50,7 @@ class Exporter:
             try:
                 self._latencies.follow()
             except L4QueueError as error:
-                log.debug("cannot follow what finishes: %s", error)  # the door has said so
+                log.debug("cannot follow what finishes: %s", error)  # the executor has said so
 
     def collect(self) -> Iterator[Metric]:
         """All of it; while Redis is away only that it is, and the latencies seen so far."""

@@ -50,7 +50,7 @@ def read_json(data: str | bytes, *, max_bytes: int = MAX_JSON_BYTES, any_integer
     return value
 
 
-def parse_json(data: str | bytes, *, max_bytes: int = MAX_JSON_BYTES, max_nesting: int = MAX_NESTING) -> Any:
+def parse_json(data: str | bytes, *, max_bytes: int = MAX_JSON_BYTES) -> Any:
     """A document with each key once and bounded nesting; its numbers and texts are for the caller to check.
 
     A number beyond what Python reads is an infinity. JsonError for all that cannot be read.
@@ -69,19 +69,17 @@ def parse_json(data: str | bytes, *, max_bytes: int = MAX_JSON_BYTES, max_nestin
     except json.JSONDecodeError as error:
         raise JsonError(f"not JSON: {error.msg} at column {error.colno}") from None
     except RecursionError:
-        raise JsonError(f"is nested deeper than {max_nesting} levels") from None
-    if text.count("[") + text.count("{") > max_nesting:
-        for _ in values_of(value, max_nesting=max_nesting):
+        raise JsonError(f"is nested deeper than {MAX_NESTING} levels") from None
+    if text.count("[") + text.count("{") > MAX_NESTING:
+        for _ in values_of(value):
             pass
     return value
 
 
-def check_json(
-    value: Any, *, max_bytes: int = MAX_JSON_BYTES, max_nesting: int = MAX_NESTING, any_integers: bool = False
-) -> None:
-    """JsonError unless JSON of at most `max_bytes` holds this value, and whoever reads it gets it unchanged."""
+def check_json(value: Any, *, max_bytes: int = MAX_JSON_BYTES, any_integers: bool = False) -> None:
+    """JsonError unless JSON of at most `max_bytes` holds this value, and a reader gets it unchanged."""
     least_bytes = 0
-    for item in values_of(value, max_nesting=max_nesting):
+    for item in values_of(value):
         if isinstance(item, str):
             check_text(item)
         elif isinstance(item, float):
@@ -115,15 +113,15 @@ def canonical_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
 
-def values_of(value: Any, *, max_nesting: int = MAX_NESTING) -> Iterator[Any]:
+def values_of(value: Any) -> Iterator[Any]:
     """The value, what it holds, and all keys, without recursion. JsonError for what JSON has no kind for."""
-    open_values = [(value, max_nesting)]
+    open_values = [(value, MAX_NESTING)]
     while open_values:
         item, levels = open_values.pop()
         yield item
         if isinstance(item, dict | list):
             if levels <= 0:
-                raise JsonError(f"is nested deeper than {max_nesting} levels")
+                raise JsonError(f"is nested deeper than {MAX_NESTING} levels")
             if isinstance(item, dict):
                 for key in item:
                     if not isinstance(key, str):

@@ -73,7 +73,9 @@ class ConstraintChecker:
 
     def known(self, given: StructuredOutputs) -> ConstraintVerdict | None:
         """The verdict, if it was found before."""
-        digest = _digest(given)
+        return self._remembered(_digest(given))
+
+    def _remembered(self, digest: str) -> ConstraintVerdict | None:
         verdict = self._verdicts.get(digest)
         if verdict is None or verdict.until_s <= time.monotonic():
             return None
@@ -82,10 +84,10 @@ class ConstraintChecker:
 
     async def check(self, given: StructuredOutputs) -> ConstraintVerdict:
         """The verdict. Questions about the same constraint share one check."""
-        verdict = self.known(given)
+        digest = _digest(given)
+        verdict = self._remembered(digest)
         if verdict is not None:
             return verdict
-        digest = _digest(given)
         task = self._checking.get(digest)
         if task is None:
             task = self._checking[digest] = asyncio.create_task(self._check(digest, given))

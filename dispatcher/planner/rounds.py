@@ -112,15 +112,15 @@ class _Known:
 
 async def replan_once(settings: Settings) -> str:
     """Keep the plan or publish a better one; returns the planner's reason. Safe to run twice at once."""
-    return await _with_door(settings, _replan)
+    return await _with_executor(settings, _replan)
 
 
 async def refine_once(settings: Settings) -> str:
     """Nudge the boundaries of the plan where that pays; returns the reason. Safe to run twice at once."""
-    return await _with_door(settings, _refine)
+    return await _with_executor(settings, _refine)
 
 
-async def _with_door(settings: Settings, work: Callable[[AsyncExecutor, Settings], Awaitable[str]]) -> str:
+async def _with_executor(settings: Settings, work: Callable[[AsyncExecutor, Settings], Awaitable[str]]) -> str:
     executor = AsyncExecutor(settings.redis_url, retry_s=_RETRY_S, says_outages=True)
     try:
         return await work(executor, settings)

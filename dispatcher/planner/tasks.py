@@ -64,7 +64,7 @@ def add_tasks(app: Celery, settings: Settings) -> None:
 
 
 async def _round(work: Callable[[Settings], Awaitable[str]], settings: Settings) -> str:
-    """One round; while Redis does not serve, which its door says in the log, the next round is as good."""
+    """One round; while Redis does not serve, which its executor says in the log, the next round is as good."""
     try:
         return await work(settings)
     except ServiceUnavailable as error:

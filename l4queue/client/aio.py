@@ -251,8 +251,8 @@ class AsyncHandle:
         """What befell this request and why, in order: routing, steals, hand-overs, crashes."""
         record = await self.status()
         reads = self._client._core.reads
-        why = await self._client._executor.run(reads.routed_because(self.id))
-        ledger = await self._client._executor.run(reads.ledger(self.id))
+        found = await self._client._executor.run_many([reads.routed_because(self.id), reads.ledger(self.id)])
+        why, ledger = found
         return tell(record, why=why, ledger=ledger)
 
     async def cancel(self, *, reason: str = "cancelled by its client") -> bool:

@@ -278,9 +278,10 @@ class Demultiplexer:
         self._next_scan_s = now_s + _FOLLOW_AGAIN_S
         for watches in self._watches.values():
             for watch in watches:
-                follows = watch if watch.is_followed and not watch.is_over else follows
                 if watch.is_over:
                     continue
+                if watch.is_followed:
+                    follows = watch
                 if now_s >= watch.due_s:
                     watch.due_s = now_s + watch.pause_s
                     watch.pause_s = min(RECHECK_S, 2 * watch.pause_s)

@@ -244,8 +244,8 @@ class Handle:
         """What befell this request and why, in order: routing, steals, hand-overs, crashes."""
         record = self.status()
         reads = self._client._core.reads
-        why = self._client._executor.run(reads.routed_because(self.id))
-        ledger = self._client._executor.run(reads.ledger(self.id))
+        found = self._client._executor.run_many([reads.routed_because(self.id), reads.ledger(self.id)])
+        why, ledger = found
         return tell(record, why=why, ledger=ledger)
 
     def cancel(self, *, reason: str = "cancelled by its client") -> bool:

@@ -1,7 +1,8 @@
 """Unreadable values under our names: an alarm, a dead letter, and the service goes on.
 
 Anybody who can write to Redis can write anything, and a newer release may write what this one does not know.
-Readers leave it out and report it here; the door then puts it among the dead letters, with its bytes, once a day.
+Readers leave it out and report it here; the executor then puts it among the dead letters, with its bytes,
+once a day.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def finding(key: str, why: object, raw: object) -> Finding | None:
 
 
 def report(key: str, why: object, raw: object) -> None:
-    """The same, for the door to bury: at once while it reads replies, else with the next ones."""
+    """The same, for the executor to bury: at once while it reads replies, else with the next ones."""
     found, gathering = finding(key, why, raw), _gathering.get()
     if found is not None:
         (_pending if gathering is None else gathering).append(found)
@@ -83,7 +84,7 @@ def report(key: str, why: object, raw: object) -> None:
 def gathered() -> Iterator[list[Finding]]:
     """Collects what is reported meanwhile, and what was since the last time."""
     found: list[Finding] = []
-    with suppress(IndexError):  # until it is empty, whoever else takes from it
+    with suppress(IndexError):  # until it is empty, even where another task takes from it
         while True:
             found.append(_pending.popleft())
     token = _gathering.set(found)

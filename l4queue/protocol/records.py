@@ -279,7 +279,7 @@ class RequestRecord:
     @classmethod
     def field_names(cls) -> tuple[str, ...]:
         """Hash fields to read, in the order that `parse` expects."""
-        return tuple(f.name for f in fields(cls) if f.name != "request_id")
+        return _FIELD_NAMES
 
     @classmethod
     def parse(cls, request_id: str, row: Sequence[bytes | None]) -> RequestRecord | None:
@@ -339,4 +339,5 @@ def in_order(*times_ms: int | None) -> tuple[int | None, ...]:
     return tuple(ordered)
 
 
+_FIELD_NAMES = tuple(f.name for f in fields(RequestRecord) if f.name != "request_id")
 _TEXT_FIELDS = frozenset({"state", "stage", "worker", "finish_reason", "error", "field", "body"})

@@ -18,7 +18,6 @@ __all__ = (
     "ServerFull",
     "Tries",
     "Waits",
-    "backoff_s",
     "command",
     "confirmation",
     "confirmed",
@@ -28,7 +27,6 @@ __all__ = (
     "is_foreign",
     "keys_of",
     "names_of",
-    "redacted",
 )
 
 _CONFIRM_MS = 1000
@@ -123,7 +121,7 @@ class Tries:
         self._url = url
         self._outage = outage
         self._deadline_s = None if retry_s is None else time.monotonic() + retry_s
-        self._pauses_s = backoff_s()
+        self._pauses_s = _backoff_s()
         self._has_cleared = False
 
     def may_clear(self) -> bool:
@@ -181,7 +179,7 @@ class Waits:
             self._outage.passed((name,))
 
 
-def backoff_s() -> Iterator[float]:
+def _backoff_s() -> Iterator[float]:
     """Pauses between tries, s: 20 ms doubling to 1 s."""
     pause = 0.02
     while True:

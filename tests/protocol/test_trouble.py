@@ -153,13 +153,13 @@ def _impostor(answer: bytes) -> Iterator[str]:
 async def test_clients_fail_typed_whatever_listens_there(answer: bytes) -> None:
     """After their own time, from both executors."""
     with _impostor(answer) as url:
-        executor, async_door = Executor(url, retry_s=0.05), AsyncExecutor(url, retry_s=0.05)
+        executor, async_executor = Executor(url, retry_s=0.05), AsyncExecutor(url, retry_s=0.05)
         with pytest.raises(ServiceUnavailable, match=r"Redis at redis://127\.0\.0\.1"):
             executor.run(_ping())
         with pytest.raises(ServiceUnavailable, match=r"Redis at redis://127\.0\.0\.1"):
-            await async_door.run(_ping())
+            await async_executor.run(_ping())
         executor.close()
-        await async_door.close()
+        await async_executor.close()
 
 
 @pytest.mark.parametrize("url", ["redis://no-such-host.invalid:6379/0", "rediss://127.0.0.1:{port}/0"])
@@ -249,23 +249,23 @@ async def test_hints_are_offered_once(full: Scene, caplog: pytest.LogCaptureFixt
     """None while they are refused, even where everything else is waited for; a defect is raised all the same."""
     hint: Call[int] = Call(None, (), ("HSET", full.keys.counts, "hint", 1), int)
     defect: Call[int] = Call(None, (), ("NOSUCH",), int)
-    executor, async_door = (
+    executor, async_executor = (
         Executor(full.executor.url, retry_s=None),
         AsyncExecutor(full.executor.url, retry_s=None),
     )
 
     assert executor.offer(hint) is None
-    assert await async_door.offer(hint) is None
+    assert await async_executor.offer(hint) is None
     for wrong in (defect, Call(None, (), ("GET",), int)):
         with pytest.raises(ServiceUnavailable, match="refused a command"):
             executor.offer(wrong)
         with pytest.raises(ServiceUnavailable, match="refused a command"):
-            await async_door.run(wrong)
+            await async_executor.run(wrong)
     full.raw.config_set("maxmemory", 0)
     assert executor.offer(hint) == 1
-    assert await async_door.offer(hint) == 0
+    assert await async_executor.offer(hint) == 0
     executor.close()
-    await async_door.close()
+    await async_executor.close()
 
     assert len(_lines(caplog)) == 2
 

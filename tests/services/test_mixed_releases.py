@@ -42,7 +42,7 @@ MOST_REQUESTS = 600
 _SHOW = """
 from l4queue.config import load_settings
 from {package}.overview import read_overview
-from l4queue.protocol.{door} import {name}
+from l4queue.protocol.{module} import {name}
 settings = load_settings()
 print(sorted(load.worker_id for load in read_overview({name}(settings.redis_url), settings.namespace).workers))
 """
@@ -150,8 +150,8 @@ async def test_workers_of_two_releases_serve_together(
     assert overview.counts.get("dead", 0) == overview.counts.get("failed", 0) == 0
     planners = {"old": "dispatcher.replan", "new": "dispatcher.planner.rounds"}
     overviews = {
-        "old": {"package": "l4queue.protocol", "door": "door", "name": "Door"},
-        "new": {"package": "l4queue.observe", "door": "executor", "name": "Executor"},
+        "old": {"package": "l4queue.protocol", "module": "door", "name": "Door"},
+        "new": {"package": "l4queue.observe", "module": "executor", "name": "Executor"},
     }
     for tree, planner in planners.items():  # each release's planner and overview read what both wrote
         code = f"import asyncio; from l4queue.config import load_settings; from {planner} import replan_once; "

@@ -82,12 +82,13 @@ class BackgroundWork:
 
     async def preempt_background(self) -> None:
         """Give back what stands in the way of interactive requests, if there are any."""
-        chosen = set(give_back(self._report.load(), self._running(), cost=self._profile.cost, limits=self._limits))
+        running = self._running()
+        if not running:
+            return
+        chosen = set(give_back(self._report.load(), running, cost=self._profile.cost, limits=self._limits))
         if not chosen or await self._is_quiet():
             return
         leaving = [session for session in self._sessions if session.request_id in chosen]
-        for session in leaving:
-            self._sessions.begin_move(session)
         await self._writer.give_back(leaving, why="makes way for interactive requests")
 
     async def _is_quiet(self) -> bool:

@@ -141,7 +141,7 @@ class Lease:
         sequence, histogram = self._growth.batch()
         cost = self._cost()
         load = self.last_published = self._load()
-        last_published = {
+        news = {
             "v": FORMAT,
             **load_to_json(load),
             "cost": None if cost is None else cost.to_dict(),
@@ -152,7 +152,7 @@ class Lease:
                 self.incarnation,
                 worker_id=self._worker_id,
                 lease_ms=int(self._settings.lease_s * 1000),
-                load=json.dumps(last_published),
+                load=json.dumps(news),
                 sequence=sequence,
                 register=register,
                 histogram=histogram,

@@ -7,7 +7,7 @@ import json
 import logging
 import random
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import NoReturn
 
 from l4queue.compat import FORMAT, object_of, value_of
@@ -241,7 +241,7 @@ class Mover:
             incarnation=session.incarnation,
             epoch=session.grant.epoch,
             stage=private_queue(target_id),
-            move=Move(kind=move.kind, benefit_ms=move.benefit_ms, cost_ms=move.cost_ms, kv=cut.kv),
+            move=replace(move, kv=cut.kv),
         )
         await context.executor.run(call)
         if self._sessions.drop(session):

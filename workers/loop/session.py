@@ -67,6 +67,7 @@ class Session:
     ) -> None:
         body = RequestBody.stored(grant.body)
         self.grant = grant
+        self.engine_id = engine_id(grant)
         self.incarnation = incarnation
         self.stage = stage
         self.started_s = started_s
@@ -187,11 +188,6 @@ class Session:
             kv=self.grant.kv,
         )
 
-    @property
-    def engine_id(self) -> str:
-        """The id in the engine."""
-        return engine_id(self.grant)
-
     def feed(self, output: EngineOutput) -> None:
         """Take in new tokens; may end the session (a stop string needs no consent of the engine)."""
         if self.has_ended:
@@ -216,7 +212,7 @@ class Session:
             self._end(output.finish_reason)
 
     def take_write(self) -> Write | None:
-        """What to write now, or None. Call `written` once it is in Redis."""
+        """What to write now, or None. It counts as committed from here on."""
         new = tuple(self.output_ids[self.committed :])
         if self._outcome is None and (not new or self.params.is_pinned):
             return None

@@ -105,6 +105,4 @@ class SoloTurn:
         if self._began_s is None or now_s - self._began_s < _LIMITS.empty_s:
             return
         leaving = [session for session in self._sessions if not session.is_moving and not session.has_ended]
-        for session in leaving:
-            self._sessions.begin_move(session)
         await self._writer.give_back(leaving, why="makes way for a request that runs alone")

@@ -30,7 +30,7 @@ class TaskSet:
         task.add_done_callback(self._ended)
 
     async def failure(self) -> NoReturn:
-        """Wait for the first chore that fails, and raise what it raised."""
+        """Wait for the first task that fails, and raise what it raised."""
         await self._has_failed.wait()
         assert self._failure is not None
         raise self._failure

@@ -82,6 +82,8 @@ class Writer:
             await context.executor.run(self._blame(culprit))
         if not sessions:
             return
+        for session in sessions:
+            self._sessions.begin_move(session)
         await self._abort(sessions)
         await self.flush(sessions)
         left = [session for session in sessions if session.engine_id in self._sessions]

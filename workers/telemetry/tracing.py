@@ -257,7 +257,7 @@ class TraceSender:
                 try:
                     self.send(batch)
                 except L4QueueError as error:
-                    log.debug("traces wait for Redis: %s", error)  # the door has said so
+                    log.debug("traces wait for Redis: %s", error)  # the executor has said so
                     self._ended.extendleft(reversed(batch))
                     if self._stopping.wait(_RETRY_S):
                         return

@@ -17,7 +17,7 @@ from l4queue.config import load_settings
 from l4queue.errors import ConfigError, ServiceUnavailable
 from l4queue.observe.watch import Watch
 from l4queue.protocol.executor import Executor
-from l4queue.protocol.wire import redacted
+from l4queue.redis_url import redacted
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType

@@ -19,7 +19,6 @@ __all__ = (
     "MAX_LINE_BYTES",
     "BatchLine",
     "LineObject",
-    "custom_id_of",
     "digest_of_bytes",
     "object_of",
     "parse_line",
@@ -83,11 +82,6 @@ class LineObject:
 def digest_of_bytes(raw: bytes) -> str:
     """The digest of a line that is no request, by its bytes."""
     return hashlib.sha256(b"bytes:" + raw.strip()).hexdigest()[:DIGEST_CHARS]
-
-
-def custom_id_of(raw: bytes) -> str:
-    """The `custom_id` of a line. InvalidRequest when it is no JSON object or has no usable one."""
-    return object_of(raw).custom_id
 
 
 def object_of(raw: bytes) -> LineObject:

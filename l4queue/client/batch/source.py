@@ -12,7 +12,7 @@ from l4queue.client.batch.answers import Answer, duplicate_line, invalid_line, r
 from l4queue.client.batch.files import AnswerFile, InputFile, RawLine
 from l4queue.client.batch.flight import Submission, Ticket
 from l4queue.client.batch.index import LineIndex, LineState, word_of
-from l4queue.client.batch.lines import LineObject, custom_id_of, digest_of_bytes, object_of, parse_line
+from l4queue.client.batch.lines import LineObject, digest_of_bytes, object_of, parse_line
 from l4queue.client.batch.options import BatchOptions
 from l4queue.client.core import ClientCore, request_id_of
 from l4queue.errors import InvalidRequest
@@ -237,7 +237,7 @@ class LineSource:
 
     def _report_invalid(self, line: RawLine) -> None:
         try:
-            custom_id_of(line.data)
+            object_of(line.data)
         except InvalidRequest as error:
             digest = digest_of_bytes(line.data)
             self._fail(line.number, invalid_line(error, number=line.number, digest=digest))

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from l4queue.client.batch.lines import CHAT_URL, COMPLETIONS_URL, BatchLine, custom_id_of, parse_line
+from l4queue.client.batch.lines import CHAT_URL, COMPLETIONS_URL, BatchLine, object_of, parse_line
 from l4queue.errors import InvalidRequest
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
@@ -149,7 +149,7 @@ def test_the_default_of_the_batch_counts_for_lines_without_their_own() -> None:
 def test_no_line_does_worse_than_be_refused(raw: bytes) -> None:
     """Whatever stands in the file."""
     with suppress(InvalidRequest):
-        assert custom_id_of(raw) == parse(raw).custom_id
+        assert object_of(raw).custom_id == parse(raw).custom_id
 
 
 JSON = st.recursive(
