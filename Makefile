@@ -59,6 +59,7 @@ lint: $(DEV) ## style, types, import contracts, sizes, generated docs
 	$(BIN)/python docs/generate_settings.py --check
 	$(BIN)/python docs/generate_states.py --check
 	$(BIN)/python docs/generate_dashboard.py --check
+	$(BIN)/python docker/env_example.py --check
 
 format: $(DEV) ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix $(wildcard $(CODE))

@@ -8,8 +8,9 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any
 
 from l4queue.protocol.trouble import Trouble, trouble_of
@@ -25,7 +26,7 @@ __all__ = (
 )
 
 _TEXT = "%(asctime)s %(levelname)s %(name)s %(message)s"
-_OWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "color_message"}
+_ADDED_LATER = frozenset({"message", "asctime", "taskName", "color_message"})
 _PLAIN = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._:/@+-{}%()[],*#!?")
 _REPEAT_S = 60.0
 _MOST_KINDS = 100
@@ -118,8 +119,15 @@ def take_log_format(arguments: Sequence[str]) -> list[str]:
 
 
 def _fields(record: logging.LogRecord) -> dict[str, Any]:
-    """What a call gave as `extra`."""
-    return {name: value for name, value in vars(record).items() if name not in _OWN}
+    """The facts that a call gave as `extra`."""
+    own = _record_names(logging.getLogRecordFactory())
+    return {name: value for name, value in vars(record).items() if name not in own}
+
+
+@lru_cache(maxsize=4)
+def _record_names(factory: Callable[..., logging.LogRecord]) -> frozenset[str]:
+    """Names that stand in every record of this factory; vLLM replaces Python's by one that adds a name."""
+    return frozenset(vars(factory(None, None, "", 0, "", (), None, None))) | _ADDED_LATER
 
 
 def _word(value: object) -> str:

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -88,6 +89,26 @@ def test_a_line_stays_a_line(message: str, value: str) -> None:
     read, end = json.JSONDecoder().raw_decode(rest) if rest.startswith('"') else (value, len(value))
     assert read == value
     assert rest[end:].startswith(" field=")
+
+
+def test_names_that_a_library_puts_into_every_record_are_no_facts() -> None:
+    """As vLLM does once it is imported."""
+    before, plain = logging.getLogRecordFactory(), logging.LogRecord
+
+    def factory(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        record = plain(*args, **kwargs)
+        record.vllm_process_name = "MainProcess"
+        return record
+
+    logging.setLogRecordFactory(factory)
+    try:
+        record = _record("refused", {"request_id": "a"})
+        line, told = TextFormatter().format(record), json.loads(JsonFormatter().format(record))
+    finally:
+        logging.setLogRecordFactory(before)
+
+    assert line.endswith("refused request_id=a")
+    assert "vllm_process_name" not in told
 
 
 def test_facts_stand_before_a_traceback() -> None:

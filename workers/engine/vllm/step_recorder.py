@@ -47,7 +47,7 @@ class StepWatch:
         self.last_step_ms = 0.0
         self.num_preemptions = 0
         self._num_arrived = 0
-        self._decoding: dict[str, int] = {}  # length up to the last token that was seen, tokens
+        self._decoding: dict[str, int] = {}  # length up to the last token, tokens
         self._prefills: dict[str, _Prefill] = {}
         self._records: deque[StepRecord] = deque(maxlen=MAX_STEP_RECORDS)
 
@@ -59,9 +59,9 @@ class StepWatch:
         self._prefills[request_id] = _Prefill(order=(priority, self._num_arrived), left_tokens=num_tokens)
 
     def grew(self, request_id: str, *, length_tokens: int) -> None:
-        """A request has grown to this length: its prefill is over."""
+        """A request has grown to this length: its prefill is over. The steps recorded may be ahead of it."""
         self._prefills.pop(request_id, None)
-        self._decoding[request_id] = length_tokens
+        self._decoding[request_id] = max(length_tokens, self._decoding.get(request_id, 0))
 
     def left(self, request_id: str) -> None:
         """A request is through, or aborted."""
@@ -111,6 +111,17 @@ class StepWatch:
                 skew_tokens=num_decodes * (max(lengths, default=0) - mean),
             )
         )
+        self._grow(num_decodes)
+
+    def _grow(self, num_decodes: int) -> None:
+        """Count the tokens of the step just recorded: the next step may be recorded before they are seen."""
+        if num_decodes >= len(self._decoding):
+            for request_id in self._decoding:
+                self._decoding[request_id] += 1
+        ended = {request_id: prefill for request_id, prefill in self._prefills.items() if not prefill.left_tokens}
+        for request_id, prefill in ended.items():
+            del self._prefills[request_id]
+            self._decoding[request_id] = prefill.done_tokens + 1
 
     def _advance(self, num_tokens: int, cached_tokens: int) -> float:
         """Give a step's prefill tokens to requests in the scheduler's order; the query-key pairs they cost.

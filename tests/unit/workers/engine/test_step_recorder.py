@@ -102,6 +102,21 @@ def test_the_watch_finds_out_what_every_step_worked_on(
         assert record.skew_tokens == pytest.approx(shape.skew_tokens)
 
 
+def test_steps_may_be_recorded_before_their_tokens_are_seen() -> None:
+    """A busy worker reads outputs late: contexts are right all the same."""
+    watch = StepWatch(max_chunk_tokens=COST.max_chunk_tokens)
+    watch.arrived("a", num_tokens=100, priority=0)
+    for prefill in (64, 36):
+        watch.record(statistics(prefill=prefill), iteration())
+    for _ in range(3):
+        watch.record(statistics(decodes=1), iteration())
+    for length_tokens in (101, 102, 103, 104):
+        watch.grew("a", length_tokens=length_tokens)
+    watch.record(statistics(decodes=1), iteration())
+
+    assert [record.context_tokens for record in watch.take_records()] == [0, 0, 101, 102, 103, 104]
+
+
 def test_a_step_lasts_from_token_to_token() -> None:
     """The least gap of the requests that decode, in ms; without one, what the core measured."""
     watch = StepWatch(max_chunk_tokens=COST.max_chunk_tokens)
