@@ -35,8 +35,8 @@ install: $(RUNTIME) ## make .venv with everything that runs
 
 dev: $(DEV) ## the same with the tools for tests and checks
 
-test: $(DEV) system ## the whole test suite
-	$(BIN)/python -m pytest $(ARGS)
+test: $(DEV) system ## the whole test suite, in two processes
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 test-fast: $(DEV) ## tests that need no deployment, no engine and no browser, and take seconds
 	$(BIN)/python -m pytest -m 'not services and not vllm and not browser and not slow' $(ARGS)

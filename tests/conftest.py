@@ -23,13 +23,21 @@ if TYPE_CHECKING:
 
 hypothesis.settings.register_profile("shared machines", deadline=None)
 hypothesis.settings.load_profile("shared machines")
-SEED = int(os.environ.get("L4_TEST_SEED") or secrets.randbits(32))
+SEED = int(os.environ.setdefault("L4_TEST_SEED", str(secrets.randbits(32))))  # the same in each of xdist's processes
 _NUMBERS = itertools.count()
 
 
 def pytest_report_header() -> str:
     """The seed, so that a failure can be repeated."""
     return f"seed: L4_TEST_SEED={SEED}, redis: {os.environ.get('L4_TEST_REDIS') or 'redis-server on PATH'}"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of one file run in one process, for their fixtures; those with vLLM in one, for its memory and cores."""
+    for item in items:
+        group = "vllm" if item.get_closest_marker("vllm") else item.path.relative_to(item.config.rootpath).as_posix()
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture

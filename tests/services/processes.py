@@ -16,7 +16,7 @@ __all__ = ("Processes", "until")
 T = TypeVar("T")
 
 
-def until(condition: Callable[[], T], what: str, *, timeout_s: float = 120) -> T:
+def until(condition: Callable[[], T], what: str, *, timeout_s: float = 300) -> T:
     """Poll until the condition is true and return what it gave; AssertionError after the deadline."""
     deadline_s = time.monotonic() + timeout_s
     while True:
@@ -55,7 +55,7 @@ class Processes:
         """Start a GPU worker of this id."""
         return self.start(name, "-m", "workers", worker_id=name, **settings)
 
-    def run(self, *arguments: str, timeout_s: float = 120) -> str:
+    def run(self, *arguments: str, timeout_s: float = 300) -> str:
         """Run `python <arguments>` to its end and return its output."""
         done = subprocess.run(
             (sys.executable, *arguments),
@@ -77,7 +77,7 @@ class Processes:
         """Send a signal and go on."""
         self._running[name].send_signal(number)
 
-    def stop(self, name: str, number: int = signal.SIGTERM, *, timeout_s: float = 120) -> int:
+    def stop(self, name: str, number: int = signal.SIGTERM, *, timeout_s: float = 300) -> int:
         """Send a signal and return the exit code; the process must end by itself in time."""
         process = self._running[name]
         process.send_signal(number)
