@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 hypothesis.settings.register_profile("shared machines", deadline=None)
 hypothesis.settings.load_profile("shared machines")
-SEED = int(os.environ.setdefault("L4_TEST_SEED", str(secrets.randbits(32))))  # the same in each of xdist's processes
+SEED = int(os.environ.setdefault("L4_TEST_SEED", str(secrets.randbits(32))))  # one for all processes of a run
 _NUMBERS = itertools.count()
 
 
@@ -34,10 +34,10 @@ def pytest_report_header() -> str:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of one file run in one process, for their fixtures; those with vLLM in one, for its memory and cores."""
+    """Keep the tests of a file in one process, for their fixtures, and all with vLLM, for memory and cores."""
     for item in items:
-        group = "vllm" if item.get_closest_marker("vllm") else item.path.relative_to(item.config.rootpath).as_posix()
-        item.add_marker(pytest.mark.xdist_group(group))
+        file = item.path.relative_to(item.config.rootpath).as_posix()
+        item.add_marker(pytest.mark.xdist_group("vllm" if item.get_closest_marker("vllm") else file))
 
 
 @pytest.fixture

@@ -258,7 +258,9 @@ async def test_whatever_is_wrong_with_a_segment_the_request_is_prefilled(pair: P
     assert list(pair.target.counters() - before) == [0, 1, 0]
 
 
-@pytest.mark.parametrize("ticket", ["../../../etc/passwd", "emulated-10-10-00000000", new_ticket()], ids=["path", "emulated", "unknown"])
+@pytest.mark.parametrize(
+    "ticket", ["../../../etc/passwd", "emulated-10-10-00000000", new_ticket()], ids=["path", "emulated", "unknown"]
+)
 async def test_a_foreign_ticket_is_prefilled(pair: Pair, ticket: str) -> None:
     """Another host's, another engine's, nonsense."""
     ids = prompt(70, 30)
