@@ -23,7 +23,7 @@ from l4queue.client.core import (
     known,
     unknown,
 )
-from l4queue.client.demux import Watch
+from l4queue.client.demux import RequestWatch
 from l4queue.client.listener import AsyncListener
 from l4queue.client.read_marks import ReadMarks
 from l4queue.client.waiting import Ends, deadline_after, time_left_s, wait_async
@@ -268,7 +268,7 @@ class AsyncHandle:
     async def _chunks(self, *, after: int | None, deadline: float | None) -> AsyncIterator[Chunk]:
         """Chunks after so many tokens until the end; with None the end alone is waited for."""
         event, listener = asyncio.Event(), self._client._listener
-        watch = Watch(self.id, wake=event.set, after=after, has_mail=self._has_mail)
+        watch = RequestWatch(self.id, wake=event.set, after=after, has_mail=self._has_mail)
         try:
             await listener.begin([watch])
             while True:

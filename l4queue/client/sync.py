@@ -22,7 +22,7 @@ from l4queue.client.core import (
     known,
     unknown,
 )
-from l4queue.client.demux import Watch
+from l4queue.client.demux import RequestWatch
 from l4queue.client.listener import Listener
 from l4queue.client.read_marks import ReadMarks
 from l4queue.client.waiting import Ends, deadline_after, time_left_s
@@ -261,7 +261,7 @@ class Handle:
     def _chunks(self, *, after: int | None, deadline: float | None) -> Iterator[Chunk]:
         """Chunks after so many tokens until the end; with None the end alone is waited for."""
         event, listener = threading.Event(), self._client._listener
-        watch = Watch(self.id, wake=event.set, after=after, has_mail=self._has_mail)
+        watch = RequestWatch(self.id, wake=event.set, after=after, has_mail=self._has_mail)
         try:
             listener.begin([watch])
             while True:

@@ -15,7 +15,7 @@ from workers.engine.base import EngineDied
 __all__ = ("LoopWork", "lease_of")
 
 T = TypeVar("T")
-_NOTABLE_S = 0.1
+_NOTABLE_S = 0.1  # of CPU time; shorter work explains no late loop
 
 
 def lease_of(engine_id: str) -> tuple[str, int]:

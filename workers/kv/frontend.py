@@ -16,10 +16,10 @@ from workers.kv.store import SegmentStore, new_ticket
 __all__ = ("KVFrontend", "model_fingerprint")
 
 log = logging.getLogger("l4queue.kv")
-_CUT_TIMEOUT_S = 5.0
-_LOOK_S = 0.003
-_SWEEP_EVERY_S = 10.0
-_SAMPLE_BYTES = 1 << 16
+_CUT_TIMEOUT_S = 5.0  # for the copy of a cut request; a second prefill is cheaper then
+_LOOK_S = 0.003  # between two looks for the copy's file: well under one step
+_SWEEP_EVERY_S = 10.0  # between two searches for old files
+_SAMPLE_BYTES = 1 << 16  # read at each of eight places of a file of weights
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf")
 
 

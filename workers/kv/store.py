@@ -24,9 +24,9 @@ __all__ = ("PartFile", "SegmentStore", "default_directory", "is_ticket", "new_ti
 
 _TICKET = re.compile(r"[0-9a-f]{24}")
 _SHARED_MEMORY = Path("/dev/shm")
-_LOCK_WAIT_S = 0.2
-_LOCK_RETRY_S = 0.002
-_MARK_TTL_S = 60.0
+_LOCK_WAIT_S = 0.2  # for the lock; a request then moves without its KV
+_LOCK_RETRY_S = 0.002  # between two tries
+_MARK_TTL_S = 60.0  # of the mark of a cut request; it is used within seconds
 
 
 def new_ticket() -> str:

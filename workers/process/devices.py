@@ -23,8 +23,8 @@ from l4queue.hardware import EngineBuild, GpuView, engine_build, list_gpus, view
 __all__ = ("DeviceLocks", "choose", "take_devices")
 
 log = logging.getLogger("l4queue.worker")
-_ASK_EVERY_S = 1.0
-_SAY_EVERY_S = 60.0
+_ASK_EVERY_S = 1.0  # between two tries for the lock of a device
+_SAY_EVERY_S = 60.0  # a log line while no device is free
 
 
 def choose(devices: Sequence[str], *, free: Collection[str], count: int) -> tuple[str, ...] | None:

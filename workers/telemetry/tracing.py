@@ -30,9 +30,9 @@ log = logging.getLogger("l4queue.tracing")
 _SERVICE = "l4queue-worker"
 CAPACITY = 10_000
 """Most ended requests whose spans are still to be made; beyond it the oldest are dropped and counted."""
-_BATCH = 64
-_RETRY_S = 1.0
-_CLOSE_S = 1.0
+_BATCH = 64  # requests whose spans are exported at once
+_RETRY_S = 1.0  # between two tries to reach Redis
+_CLOSE_S = 1.0  # for the last export; a collector that is away delays no exit further
 _MOVE_FACTS = ("benefit_ms", "cost_ms", "kv")
 
 

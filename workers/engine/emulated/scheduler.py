@@ -22,7 +22,7 @@ from workers.engine.base import EngineOutput, EngineRequest, FinishReason
 
 __all__ = ("BLOCK_TOKENS", "EmulatedBatch", "next_token")
 
-_VOCABULARY = 8000
+_VOCABULARY = 8000  # token ids; those of the tiny model end at 8,192
 _FIRST_TOKEN = 100  # below lie special tokens in most vocabularies; a batch never says "end" by itself
 _pack = Struct("<q").pack
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = ("VllmEngine",)
 
-_HEALTH_INTERVAL_S = 0.5
+_HEALTH_INTERVAL_S = 0.5  # between two looks whether the engine's process lives
 
 
 @dataclass(slots=True, kw_only=True)

@@ -8,7 +8,7 @@ from workers.engine.base import EngineRequest
 
 __all__ = ("PrefillGate",)
 
-_FEW_STEPS = 2
+_FEW_STEPS = 2  # a prompt that short takes others' tokens only briefly
 
 
 class PrefillGate:
