@@ -27,7 +27,7 @@ __all__ = (
 
 Place = tuple[str, int]
 
-PORT, SENTINEL_PORT = 6379, 26379
+PORT, SENTINEL_PORT = 6379, 26379  # Redis's own defaults
 _SCHEMES = ("redis", "rediss", "unix")
 _WAYS = ("", "sentinel", "cluster")
 _KNOWN = "redis, rediss, unix, redis+sentinel, rediss+sentinel, redis+cluster, rediss+cluster"
@@ -96,7 +96,7 @@ class Address:
         return {name: value for name, value in self.options.items() if name.startswith("ssl_")}
 
 
-_MAX_CHARS = 4096
+_MAX_CHARS = 4096  # of a URL, as of every text setting
 
 
 def parse_url(url: str, *, name: str = "L4_REDIS_URL") -> Address:

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 __all__ = ("Study", "load_traffic", "register")
 
 DEFAULT_POLICIES = "round-robin,least-requests,central,central-sjf,l4"
-LOAD_POINTS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
-PROGRESS_EVERY = 512
+LOAD_POINTS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)  # shares of the capacity
+PROGRESS_EVERY = 512  # finished requests between two updates of the bar
 
 TraceArgument = Annotated[
     Path | None,

@@ -28,8 +28,8 @@ __all__ = (
 
 CLOCK_TOLERANCE_S = 1.0
 """Clocks that differ by less are the same to a reader of logs."""
-_LOOKS = 3
-_JITTER_S = 1.0
+_LOOKS = 3  # at the clock; the fastest reply has the least error
+_JITTER_S = 1.0  # clocks of servers may differ by as much after a failover
 DISPATCHER_SILENT_S = 15.0
 """A dispatcher that said nothing for so long does not work."""
 

@@ -39,8 +39,8 @@ __all__ = ("AsyncExecutor", "Executor")
 
 T = TypeVar("T")
 _READ = "XREAD"
-_MAX_BLOCK_S = 30.0
-_SOCKET_TIMEOUT_S = 5.0
+_MAX_BLOCK_S = 30.0  # of one blocking read; under the idle limits of usual proxies
+_SOCKET_TIMEOUT_S = 5.0  # for one reply; a script takes milliseconds
 _MAX_WAITERS = 4096  # each blocking read holds a connection; Redis accepts 10,000 by default
 
 

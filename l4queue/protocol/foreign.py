@@ -37,8 +37,8 @@ log = logging.getLogger("l4queue.foreign")
 
 UNREADABLE = (ValueError, KeyError, TypeError, IndexError, OverflowError, AttributeError, RecursionError)
 """What reading raises where a value is not what it should be."""
-_MAX_KNOWN = 10_000
-_MAX_WHY_CHARS = 300
+_MAX_KNOWN = 10_000  # findings remembered; then each may be logged once more
+_MAX_WHY_CHARS = 300  # of a reason in the log
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

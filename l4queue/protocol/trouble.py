@@ -20,8 +20,8 @@ log = logging.getLogger("l4queue.redis")
 
 FAILURES = (rx.RedisError, OSError, EOFError, ValueError, IndexError)
 """Classes of errors of an exchange with Redis; the last three where what arrives is no Redis protocol."""
-_BRIEF_S = 1.0
-_FORGOTTEN_S = 15.0
+_BRIEF_S = 1.0  # a shorter interruption is not logged
+_FORGOTTEN_S = 15.0  # a command that failed and was not tried again keeps no outage open
 
 
 class Trouble(StrEnum):

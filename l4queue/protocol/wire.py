@@ -29,8 +29,8 @@ __all__ = (
     "names_of",
 )
 
-_CONFIRM_MS = 1000
-_WAIT_PAUSE_S = 0.1
+_CONFIRM_MS = 1000  # for replicas to confirm a write, before the caller tries again
+_WAIT_PAUSE_S = 0.1  # between two tries of a client
 _SERVICE_PAUSE_S = 0.5  # of many processes that wait for an outage to end
 _NO_TRANSITION = frozenset(
     {"follow", "mark_read", "unfollow"}

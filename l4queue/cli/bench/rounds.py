@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 __all__ = ("Round", "Rounds", "Sample", "pooled")
 
-_SAMPLE_S = 0.5
-_BATCH = 256
+_SAMPLE_S = 0.5  # between two samples of the workers
+_BATCH = 256  # records read at once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,8 +16,8 @@ from l4queue.errors import ServiceUnavailable
 
 __all__ = ("Child", "ChildSpec", "ChildState", "RestartPolicy", "Supervisor")
 
-_NUM_LAST_LINES = 20
-_READ_BYTES = 65_536
+_NUM_LAST_LINES = 20  # shown of a process that failed: a traceback's end
+_READ_BYTES = 65_536  # the size of a pipe on Linux
 
 
 class ChildState(StrEnum):

@@ -20,8 +20,8 @@ from l4queue.strict_json import JsonError, parse_json, read_json
 
 __all__ = ("AnswerFile", "BatchIdentity", "IdentityFile", "InputFile", "RawLine", "new_beside")
 
-_READ_BYTES = 2**20
-_MAX_ANSWER_BYTES = 2**30
+_READ_BYTES = 2**20  # of one read or write
+_MAX_ANSWER_BYTES = 2**30  # of a line that is parsed; far beyond any answer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

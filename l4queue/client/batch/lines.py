@@ -26,7 +26,7 @@ __all__ = (
 
 MAX_LINE_BYTES = 128 * 2**20
 """Longest line that is read, bytes: the longest prompt, each character of it escaped."""
-DIGEST_CHARS = 40
+DIGEST_CHARS = 40  # hexadecimal: 160 bits, no two lines of a batch collide
 CHAT_URL = "/v1/chat/completions"
 COMPLETIONS_URL = "/v1/completions"
 _SAMPLING = frozenset(SamplingParams.model_fields) | {"priority"}

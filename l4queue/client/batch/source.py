@@ -20,7 +20,7 @@ from l4queue.sampling import DEFAULT_MAX_TOKENS
 
 __all__ = ("LineSource", "check_files")
 
-_LOOK_EVERY_LINES = 1000
+_LOOK_EVERY_LINES = 1000  # between two looks at the stop flag: milliseconds
 _STRAY = "answers no line of this input: another input was computed to it, or the same with other options"
 _UNSAID = "does not say which line it answers: an earlier release wrote it, or another program"
 
