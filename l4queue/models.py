@@ -14,7 +14,6 @@ from l4queue.sampling import LIST_AS_TUPLE, SamplingParams, Strict
 from l4queue.strict_json import MAX_NESTING, check_json, check_text
 
 __all__ = (
-    "CONTINUATIONS",
     "TERMINAL",
     "TRANSITIONS",
     "UNBOUNDED_TOKENS",
@@ -107,8 +106,6 @@ TRANSITIONS: tuple[Transition, ...] = (
     ),
     Transition(source=_S.RUNNING, target=_S.EXPIRED, script="expire", why="its deadline passed"),
 )
-CONTINUATIONS = frozenset({_S.SUBMITTED, _S.QUEUED, _S.RUNNING})
-"""States from which a request still moves."""
 
 
 class ChatMessage(Strict):

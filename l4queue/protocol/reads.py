@@ -9,7 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 
-from l4queue.compat import object_of
+from l4queue.compat import MAX_NUMBER, object_of
 from l4queue.policy.queue_order import BACKGROUND
 from l4queue.protocol import parsing as views
 from l4queue.protocol.calls import Call
@@ -97,8 +97,8 @@ class Reads:
         args = ("XREVRANGE", self.keys.plans, "+", "-", "COUNT", count)
         return self._entries(args, views.published)
 
-    def _figures(self, key: str) -> Call[dict[str, str]]:
-        return Call(None, (), ("HGETALL", key), partial(views.figures, key))
+    def _figures(self, key: str, *, least: float = -MAX_NUMBER) -> Call[dict[str, str]]:
+        return Call(None, (), ("HGETALL", key), partial(views.figures, key, least=least))
 
     def counts(self) -> Call[dict[str, str]]:
         """Totals since the beginning: live, live_tokens, submitted, done, failed, ..."""
@@ -110,7 +110,7 @@ class Reads:
 
     def histogram(self) -> Call[dict[str, str]]:
         """Cumulative counters by length bucket: a: arrivals, p: prompt tokens, d: decode steps, c: context."""
-        return Call(None, (), ("HGETALL", self.keys.hist), partial(views.figures, self.keys.hist, least=0.0))
+        return self._figures(self.keys.hist, least=0.0)
 
     def planner_memory(self) -> Call[str | None]:
         """What the planner wrote down in its last round (JSON)."""

@@ -78,7 +78,6 @@ class Child:
         self.state = ChildState.IDLE
         self.pid: int | None = None
         self.exit_code: int | None = None
-        self.num_starts = 0
         self.last_lines: deque[str] = deque(maxlen=_NUM_LAST_LINES)
         self._log = log
         self._restart = restart
@@ -157,7 +156,6 @@ class Child:
             return
         finally:
             os.close(writing_end)
-        self.num_starts += 1
         self.pid, self.exit_code = process.pid, None
         self._spoken.clear()
         self._become(ChildState.STARTING)
@@ -249,10 +247,6 @@ class Supervisor:
         self.children[spec.name] = child
         child.start()
         return child
-
-    def waiting_for(self) -> list[str]:
-        """Names of children that are not ready."""
-        return [name for name, child in self.children.items() if child.state is not ChildState.READY]
 
     async def ready(
         self,
