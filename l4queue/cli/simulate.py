@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
     from l4queue.sim.capacity import Bound
     from l4queue.sim.cluster import Cluster
-    from l4queue.sim.metrics import SimResult
     from l4queue.sim.policies.l4 import L4Options
+    from l4queue.sim.results import SimResult
     from l4queue.sim.runner import Run, RunConfig
     from l4queue.sim.traces.trace import Trace
 

@@ -14,8 +14,8 @@ from l4queue.planning.histogram import Buckets, Demand
 from l4queue.planning.steady_state import LONG_BOUND, P99_BOUND
 from l4queue.sim.engine.instance import Instance
 from l4queue.sim.engine.request import SimRequest
-from l4queue.sim.metrics import SimResult
 from l4queue.sim.policies.l4 import L4, L4Options
+from l4queue.sim.results import SimResult
 from l4queue.sim.runner import RunConfig, run_policy
 from l4queue.sim.traces.trace import Trace
 

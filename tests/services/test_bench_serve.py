@@ -12,7 +12,7 @@ import pytest
 
 from l4queue.cli.bench.traffic import bench_trace, small_mix
 from l4queue.errors import ConfigError
-from l4queue.sim.metrics import SimResult
+from l4queue.sim.results import SimResult
 
 pytestmark = [pytest.mark.services, pytest.mark.timeout(600)]
 POLICIES = ("round-robin", "two-pool", "l4")

@@ -143,7 +143,7 @@ class Worker:
             background=background,
             solo=solo,
             rollback=self._rollback,
-            evacuate_before_prefill=self._mover.evacuate_before_prefill,
+            escape_before_prefill=self._mover.escape_before_prefill,
         )
 
     async def run(self) -> None:

@@ -19,7 +19,7 @@ from l4queue.policy.steal import Steal, StealLimits, steal_waiting
 from l4queue.sim.engine.instance import Instance
 from l4queue.sim.engine.request import SimRequest
 from l4queue.sim.policies.central import Pool
-from l4queue.sim.policies.l4_evacuation import Escapes
+from l4queue.sim.policies.l4_escapes import Escapes
 from l4queue.sim.policies.l4_pool import StagePool
 from l4queue.sim.policies.l4_running_steals import PendingMove, RunningSteals
 from l4queue.sim.policies.l4_traffic import Traffic
