@@ -116,7 +116,7 @@ class ChatMessage(Strict):
 
 
 class RequestBody(Strict):
-    """What of a request travels as JSON beside its prompt."""
+    """The part of a request that travels as JSON beside its prompt."""
 
     params: SamplingParams = SamplingParams()
     priority: int = Field(default=0, ge=-100, le=100, description="lower is served first, as in vLLM")

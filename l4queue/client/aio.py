@@ -220,7 +220,7 @@ class AsyncHandle(HandleBase["AsyncClient"]):
                 return result
 
     async def explain(self) -> tuple[Event, ...]:
-        """What befell this request and why, in order: routing, steals, hand-overs, crashes."""
+        """The events of this request with their reasons, in order: routing, steals, hand-overs, crashes."""
         record = await self.status()
         reads = self._client._core.reads
         found = await self._client._executor.run_many([reads.routed_because(self.id), reads.ledger(self.id)])
@@ -236,7 +236,7 @@ class AsyncHandle(HandleBase["AsyncClient"]):
         return self._was_cancelled(verdict)
 
     async def _chunks(self, *, after: int | None, deadline: float | None) -> AsyncIterator[Chunk]:
-        """Chunks after so many tokens until the end; with None the end alone is waited for."""
+        """Chunks after the first `after` tokens until the end; with None only the end is awaited."""
         event, listener = asyncio.Event(), self._client._listener
         watch = RequestWatch(self.id, wake=event.set, after=after, has_mail=self._has_mail)
         try:

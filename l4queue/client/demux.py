@@ -23,7 +23,7 @@ from l4queue.protocol.records import Followed, NewsEntry, OutputEntry, RequestRe
 __all__ = ("RECHECK_S", "Demultiplexer", "RequestWatch", "StatusQuery")
 
 RECHECK_S = 5.0
-"""A silent request is looked at so often, should what tells of it have been lost."""
+"""Time after which a silent request is asked about, since its news may have been lost."""
 _FIRST_RECHECK_S = 1.0  # the first time; it grows up to RECHECK_S
 _UNTOLD_S = 0.25  # the same where output came without news: its worker is of an earlier release
 _BLOCK_S = 1.0  # a wait that begins meanwhile is looked at by then
@@ -35,14 +35,14 @@ _MOST_BUFFERED = 64  # chunks that nobody takes; a slow reader reads the output 
 
 @dataclass(frozen=True, slots=True)
 class StatusQuery:
-    """Requests to ask the server about in one call: those to be followed, and those that mail tells of."""
+    """Requests to ask the server about in one call: to be followed, or only looked at since mail tells of them."""
 
     followed: tuple[str, ...]
     looked_at: tuple[str, ...]
 
 
 class RequestWatch:
-    """One wait for a request: for its end alone, or for its output after so many tokens (`after`).
+    """One wait for a request: for its end alone, or for its output after `after` tokens.
 
     `wake` is called when there is something to do: take chunks, read the output stream (`must_read`), stop
     (`is_over`) or raise `error`.
@@ -104,7 +104,7 @@ class RequestWatch:
             self.read_on()
 
     def lacks(self, state: RequestState | None, upto: int) -> bool:
-        """Whether there is more than was heard here of a request in this state with so many tokens."""
+        """Whether a request in this state with `upto` tokens has more than was heard here."""
         if self.is_over:
             return False
         return state is None or state in TERMINAL or (self.after is not None and upto > self.offset)
@@ -231,7 +231,7 @@ class Demultiplexer:
     def first_queries(
         self, watches: Sequence[RequestWatch]
     ) -> Iterator[tuple[Sequence[RequestWatch], StatusQuery]]:
-        """What to ask for new waits, in calls of bounded size."""
+        """Questions for new waits, of bounded size."""
         for start in range(0, len(watches), _MOST_IDS):
             some = watches[start : start + _MOST_IDS]
             ordered = [w for w in some if w.is_followed] + [w for w in some if not w.is_followed]
@@ -271,7 +271,7 @@ class Demultiplexer:
         return len(news)
 
     def due(self, now_s: float) -> list[StatusQuery]:
-        """What the server has to be asked now: silent requests, and what keeps the news stream alive."""
+        """Questions that are due: about silent requests, and to keep the news stream alive."""
         if now_s < self._next_scan_s:
             return []
         self._purge()
@@ -320,7 +320,7 @@ class Demultiplexer:
                 watch.fail(error)
 
     def _confront(self, now_s: float, *, is_drained: bool) -> None:
-        """What the server has and no news told is looked for in the output streams."""
+        """Look into the output streams for what the server has and no news told."""
         for watch, (state, upto, asked_s) in list(self._suspects.items()):
             if not is_drained and now_s - asked_s < RECHECK_S:
                 continue

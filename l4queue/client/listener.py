@@ -206,7 +206,7 @@ class Listener:
         return record, entries
 
     def close(self) -> None:
-        """What still waits fails, and the reader ends. The next wait begins anew."""
+        """Fail all waits and end the reader. The next wait begins anew."""
         with self._lock:
             self._is_closed = True
             self._demux.fail(ServiceUnavailable(_CLOSED))

@@ -213,7 +213,7 @@ class Handle(HandleBase["Client"]):
                 return result
 
     def explain(self) -> tuple[Event, ...]:
-        """What befell this request and why, in order: routing, steals, hand-overs, crashes."""
+        """The events of this request with their reasons, in order: routing, steals, hand-overs, crashes."""
         record = self.status()
         reads = self._client._core.reads
         found = self._client._executor.run_many([reads.routed_because(self.id), reads.ledger(self.id)])
@@ -229,7 +229,7 @@ class Handle(HandleBase["Client"]):
         return self._was_cancelled(verdict)
 
     def _chunks(self, *, after: int | None, deadline: float | None) -> Iterator[Chunk]:
-        """Chunks after so many tokens until the end; with None the end alone is waited for."""
+        """Chunks after the first `after` tokens until the end; with None only the end is awaited."""
         event, listener = threading.Event(), self._client._listener
         watch = RequestWatch(self.id, wake=event.set, after=after, has_mail=self._has_mail)
         try:

@@ -82,7 +82,7 @@ class Ends(Generic[H]):
         return len(self._pending)
 
     def take(self) -> Iterator[H]:
-        """Handles of those that have ended since, in order; the error of one whose wait failed."""
+        """Handles of requests that have ended since, in order; the error of one whose wait failed."""
         while self._woken:
             watch = self._woken.popleft()
             if watch.error is not None:

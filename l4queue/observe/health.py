@@ -93,7 +93,7 @@ def clock_ahead_s(executor: Executor, *, clock: Callable[[], float] = time.time)
 
 
 def clock_note(ahead_s: float) -> str | None:
-    """What is to be said of a difference of clocks; None of one that does no harm."""
+    """Remark on a difference of clocks; None where it does no harm."""
     if abs(ahead_s) < CLOCK_TOLERANCE_S:
         return None
     way = "ahead of" if ahead_s > 0 else "behind"

@@ -71,7 +71,7 @@ class _Exchange(ABC):
 
     @abstractmethod
     def _open(self, address: Address, *, most: int) -> None:
-        """Make clients for commands, at most so many at once, and for blocking reads."""
+        """Make clients for commands, with at most this many connections, and for blocking reads."""
 
     @abstractmethod
     async def _one(self, words: Sequence[Arg]) -> Any:

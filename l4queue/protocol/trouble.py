@@ -43,7 +43,7 @@ class Trouble(StrEnum):
     OTHER = "other"
 
     def tell(self, text: str) -> str:
-        """What is wrong and what to do, to be put behind the address; `text` is that of the error."""
+        """Trouble and remedy in words, to follow the address; `text` is the error's."""
         return _TEXTS[self].format(text=text)
 
     @property

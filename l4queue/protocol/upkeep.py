@@ -27,7 +27,7 @@ _PACK_REQUESTS, _PACK_ENTRIES, _TURNS = 100, 1000, 50  # a turn takes the server
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpkeepReport:
-    """What one round of upkeep did."""
+    """Result of one round of upkeep."""
 
     num_requeued: int = 0
     num_dead: int = 0

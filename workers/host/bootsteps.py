@@ -31,7 +31,7 @@ _FAILURE_EXIT_S = 10.0  # for Celery to stop after the engine has failed
 
 
 class WorkerLike(Protocol):
-    """What the host needs of a worker; `workers.loop.worker.Worker` is the one that serves."""
+    """Interface of a worker as its host uses it; `workers.loop.worker.Worker` is the real one."""
 
     async def run(self) -> None: ...
 

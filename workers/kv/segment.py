@@ -56,7 +56,7 @@ class SegmentError(PortableError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """What a segment holds and how. Two engines can exchange segments of equal `fingerprint` and shape."""
+    """Content and layout of a segment. Two engines can exchange segments of equal `fingerprint` and shape."""
 
     fingerprint: str
     num_layers: int

@@ -33,7 +33,7 @@ __all__ = ("Mover",)
 log = logging.getLogger("l4queue.worker")
 _MAKE_WAY_S = 0.1
 """Longest wait for moves under way before a prefill begins, s. Chosen: two writes at the default interval."""
-_ESCAPE_S = 0.1  # so often it is looked again while a prefill goes on
+_ESCAPE_S = 0.1  # between two looks while a prefill goes on
 
 
 class Mover:

@@ -44,7 +44,7 @@ __all__ = ("Worker",)
 log = logging.getLogger("l4queue.worker")
 _LAST_TRY_S = 1.0
 """A drain that Redis held up asks this long whether it serves again."""
-_IDLE_S = 1.0  # an idle worker looks for work at least so often, should a wake-up have been missed
+_IDLE_S = 1.0  # between two looks of an idle worker for work, since a wake-up may be missed
 
 
 class Worker:

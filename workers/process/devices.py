@@ -28,7 +28,7 @@ _SAY_EVERY_S = 60.0  # a log line while no device is free
 
 
 def choose(devices: Sequence[str], *, free: Collection[str], count: int) -> tuple[str, ...] | None:
-    """`count` free devices, or None while there are not so many.
+    """`count` free devices, or None while there are fewer.
 
     Devices are in the order of their bus. A group that starts at a multiple of `count` comes first: such
     groups share a switch or a socket on usual machines, and equal workers then leave no gaps.

@@ -117,7 +117,7 @@ class _SpanBuilder:
         return self._pieces
 
     def _catch_up(self, now_ms: int, worker: str) -> None:
-        """What leaves no line: the first lease, and the first token where it was no resumption."""
+        """Steps that leave no line: the first lease, and the first token where it was no resumption."""
         started_ms, token_ms = self._record.started_ms, self._record.first_token_ms
         if not self._has_taken and started_ms is not None:
             self._take(started_ms, worker)
@@ -170,7 +170,7 @@ _RULES: Mapping[LedgerEvent, Callable[[_SpanBuilder, LedgerLine], None]] = {
 
 
 def open_traces(settings: Settings, observer: Observer) -> TraceSender | None:
-    """What watches beside `observer`; None when traces are off or cannot be sent, which is said once."""
+    """The traces beside `observer`; None when they are off or cannot be sent, which is logged once."""
     if not settings.traces:
         return None
     try:
@@ -235,7 +235,7 @@ class TraceSender:
         self._put(view)
 
     def request_moved(self, view: RequestView, *, why: str) -> None:
-        """Whoever ends it tells of this too."""
+        """Nothing to do: the end of the request tells of this too."""
         self._observer.request_moved(view, why=why)
 
     def _put(self, view: RequestView) -> None:

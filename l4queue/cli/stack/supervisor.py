@@ -44,7 +44,7 @@ class RestartPolicy:
     max_failures: int = 3
 
     def pause_s(self, num_restarts: int) -> float:
-        """Pause before the restart after so many restarts in a row."""
+        """Pause before the next restart after this many in a row."""
         return min(self.most_s, self.first_s * 2.0 ** min(num_restarts, 30))
 
 

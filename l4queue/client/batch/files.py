@@ -189,7 +189,7 @@ class AnswerFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchIdentity:
-    """What an unfinished batch is: its name in idempotency keys, and up to which line it was enqueued."""
+    """Identity of an unfinished batch: its name in idempotency keys, and the last line that was enqueued."""
 
     batch_id: str
     num_submitted: int = 0

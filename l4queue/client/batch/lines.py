@@ -68,7 +68,7 @@ class LineObject:
     fields: dict[str, Any]
 
     def digest(self, *, max_tokens: int | None) -> str:
-        """What an answer belongs to: the same for the same request, however its JSON is written.
+        """Identity of the request that an answer belongs to, however its JSON is written.
 
         `max_tokens` is that of the batch and counts where the line says none of its own.
         """

@@ -21,7 +21,7 @@ DEFAULT_MAX_IN_FLIGHT = 4096  # requests; enough to fill a fleet, few to cancel
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchOptions:
-    """What to run and how. `path_errors` None is the output's name with `.errors.jsonl` added.
+    """Options of a batch. `path_errors` None is the output's name with `.errors.jsonl` added.
 
     `max_tokens` (None: what still fits) and `priority` are for lines that do not say; `max_in_flight` bounds the
     window of requests in flight. InvalidRequest names an option that cannot be used.

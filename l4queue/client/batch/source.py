@@ -100,7 +100,7 @@ def _stray(file: AnswerFile, place: int) -> InvalidRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Proofs:
-    """What an answer can show to belong to a line: its digest, or the id of its request in an unfinished batch."""
+    """Proof that an answer belongs to a line: its digest, or the id of its request in an unfinished batch."""
 
     max_tokens: int | None
     batch_id: str | None

@@ -47,7 +47,7 @@ INGREDIENTS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class L4Options:
-    """What of L4 is on, and how often it plans. `without` names ingredients that are switched off."""
+    """Switches of L4 and its planning periods. `without` names ingredients that are switched off."""
 
     objective: str = "balanced"
     without: frozenset[str] = frozenset()

@@ -125,7 +125,7 @@ class EmulatedBatch:
         return shape
 
     def finish(self) -> list[EngineOutput]:
-        """Apply the step: whoever has its whole prefix computed gets its next token."""
+        """Apply the step: a request whose whole prefix is computed gets its next token."""
         outputs = []
         for entry, chunk in self._chunks:
             if entry not in self._running:  # aborted meanwhile
