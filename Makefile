@@ -18,7 +18,7 @@ BIN := $(VENV)/bin
 UV := $(BIN)/uv pip
 RUNTIME = $(VENV)/.installed-$(ENGINE)
 DEV = $(VENV)/.installed-dev-$(ENGINE)
-CODE := l4queue dispatcher workers tests bench docs
+CODE := l4queue dispatcher workers tests bench tools
 
 .PHONY: help demo up install dev system test test-fast test-compose test-newcomer chaos lint format docs lock clean
 
@@ -55,21 +55,21 @@ lint: $(DEV) ## style, types, import contracts, sizes, generated docs
 	$(BIN)/ruff format --check $(wildcard $(CODE))
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python tests/sizes.py l4queue dispatcher workers
-	$(BIN)/python docs/generate_settings.py --check
-	$(BIN)/python docs/generate_states.py --check
-	$(BIN)/python docs/generate_dashboard.py --check
-	$(BIN)/python docker/env_example.py --check
+	$(BIN)/python tools/check_sizes.py l4queue dispatcher workers
+	$(BIN)/python tools/generate_settings.py --check
+	$(BIN)/python tools/generate_states.py --check
+	$(BIN)/python tools/generate_dashboard.py --check
+	$(BIN)/python tools/generate_env_example.py --check
 
 format: $(DEV) ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix $(wildcard $(CODE))
 	$(BIN)/ruff format $(wildcard $(CODE))
 
 docs: $(RUNTIME) ## write the generated pages of docs/
-	$(BIN)/python docs/generate_settings.py
-	$(BIN)/python docker/env_example.py
-	$(BIN)/python docs/generate_states.py
-	$(BIN)/python docs/generate_dashboard.py
+	$(BIN)/python tools/generate_settings.py
+	$(BIN)/python tools/generate_env_example.py
+	$(BIN)/python tools/generate_states.py
+	$(BIN)/python tools/generate_dashboard.py
 
 # What the tests use beside Python: Redis, a browser, Prometheus. On Debian as root it is installed.
 system:

@@ -82,7 +82,7 @@ class Batch:
 
 
 async def reached(batch: Batch, process: subprocess.Popen[bytes], number: int) -> None:
-    """Return once the output has so many lines."""
+    """Return once the output has this many lines."""
     while batch.num_answers() < number:
         assert process.poll() is None, "the batch ended early"
         await asyncio.sleep(0.1)
@@ -189,7 +189,7 @@ def resident_bytes(pid: int) -> int:
 async def latency(stack: Stack, folder: Path, given: argparse.Namespace) -> dict[str, Any]:
     """The same interactive arrivals without and with a batch that never ends meanwhile.
 
-    `first_10_s` are those that come first after a time in which the batch had the workers for itself.
+    `first_10_s` are the first requests after a time in which the batch had the workers for itself.
     """
     seconds, rate, options = given.seconds, given.rate, given.option
     write_lines(folder / "in.jsonl", 200_000, words=given.batch_words, max_tokens=given.batch_tokens)

@@ -56,7 +56,7 @@ def is_like(plan: Plan, wanted: Plan, num_instances: int) -> bool:
 
 
 def slowed(cost: StepCost, factor: float) -> StepCost:
-    """An engine whose steps take so many times as long: a small one, with fewer requests a period."""
+    """An engine with slower steps, by this factor: a small one, with fewer requests a period."""
     names = ("alpha_ms", "beta_ms", "gamma_ms", "pi_ms", "psi_ms", "sigma_ms")
     return replace(cost, **{name: getattr(cost, name) * factor for name in names})
 

@@ -225,7 +225,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=100_000)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--window", type=int, default=10_000, help="most unfinished requests at a time")
-    parser.add_argument("--most-s", type=float, default=3600.0, help="enqueue no more after so many seconds")
+    parser.add_argument("--most-s", type=float, default=3600.0, help="stop enqueueing after this time, s")
     parser.add_argument("--pause", type=float, default=5.0, help="between two rounds of pages, s")
     parser.add_argument("--durability", choices=("strict", "fast"), default="strict")
     parser.add_argument("--json", action="store_true")

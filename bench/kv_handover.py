@@ -62,7 +62,7 @@ class Running:
         return request_id
 
     async def read(self, *, at_least: int) -> list[int]:
-        """Wait for so many tokens of the only request; there may be more."""
+        """Wait for this many tokens of the only request; there may be more."""
         ids: list[int] = []
         while len(ids) < at_least:
             for output in await self.engine.outputs():

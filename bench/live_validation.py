@@ -33,7 +33,6 @@ from l4queue.models import Plan, Routing, StagePlan
 from l4queue.plan_json import split_of
 from l4queue.policy.push_routing import PUSHING, Outstanding, push
 from l4queue.sim.engine.request import SimRequest
-from l4queue.sim.metrics import Measured, SimResult, summarize
 from l4queue.sim.plots import require_matplotlib, save_figure
 from l4queue.sim.policies.central import Central, CentralSjf
 from l4queue.sim.policies.l4 import L4, L4Options
@@ -41,6 +40,7 @@ from l4queue.sim.policies.views import worker_id
 from l4queue.sim.policy import Policy
 from l4queue.sim.prove import prove_recent
 from l4queue.sim.replay import MAX_ARRIVALS
+from l4queue.sim.results import Measured, SimResult, summarize
 from l4queue.sim.runner import RunConfig, run_policy
 from l4queue.sim.traces.trace import Trace, read_trace
 from l4queue.sim.wake import WAKE_JITTER_MS

@@ -23,9 +23,9 @@ from l4queue.cost.coefficients import read_coefficients
 from l4queue.cost.move import MovePrice
 from l4queue.models import Plan, StagePlan
 from l4queue.sim.capacity import capacity_rps, meets, parse_slo
-from l4queue.sim.metrics import ClassResult, SimResult
 from l4queue.sim.policies.l4 import L4, L4Options
 from l4queue.sim.registry import make_policy
+from l4queue.sim.results import ClassResult, SimResult
 from l4queue.sim.runner import RunConfig, run_policy
 from l4queue.sim.traces.trace import Trace, read_trace
 from l4queue.sim.traces.workload import make_workload

@@ -19,8 +19,8 @@ from reproduction_cases import (
     is_there,
 )
 
-from l4queue.sim.metrics import SimResult
 from l4queue.sim.registry import LENGTH_BLIND, POLICIES
+from l4queue.sim.results import SimResult
 
 OFFSETS = (0.0, 0.3, 0.6)
 LOADS = (0.5, 0.7, 0.95)

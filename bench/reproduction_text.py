@@ -22,8 +22,8 @@ from reproduction_grid import (
 )
 
 from l4queue.planning.steady_state import LONG_BOUND, P99_BOUND
-from l4queue.sim.metrics import SimResult
 from l4queue.sim.registry import LENGTH_BLIND
+from l4queue.sim.results import SimResult
 
 
 class Report:

@@ -39,7 +39,7 @@ class SocketBroker(flower.utils.broker.RedisSocket):  # type: ignore[misc]  # fl
 
 
 def flower_options(settings: Settings, environment: Mapping[str, str]) -> dict[str, str]:
-    """Our options by name, without those that the environment sets."""
+    """Our options by name, except where the environment sets them."""
     ours = {
         "address": "127.0.0.1",
         "port": str(settings.flower_port),

@@ -25,7 +25,7 @@ _OTHER_BROKERS = ("amqp", "amqps", "pyamqp", "redis+socket")  # as kombu has the
 
 MAX_SETTING = MAX_NUMBER
 """Largest number of a setting, in milliseconds or bytes or tokens: what Redis and Lua count exactly."""
-MAX_SETTING_CHARS = 4096
+MAX_SETTING_CHARS = 4096  # longer than any path or URL; an error then still shows the start
 
 
 class Settings(BaseSettings):

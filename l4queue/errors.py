@@ -158,7 +158,7 @@ class TraceError(L4QueueError, ValueError):
 
 
 class UnreadableValue(L4QueueError, ValueError):
-    """What another process wrote cannot be read: it is broken, or of a format that this release does not know."""
+    """A value that another process wrote cannot be read: broken, or of a format unknown to this release."""
 
 
 def _rebuilt(kind: type[PortableError], args: tuple[Any, ...], state: Mapping[str, Any]) -> PortableError:

@@ -28,8 +28,8 @@ __all__ = (
 _TEXT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 _ADDED_LATER = frozenset({"message", "asctime", "taskName", "color_message"})
 _PLAIN = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._:/@+-{}%()[],*#!?")
-_REPEAT_S = 60.0
-_MOST_KINDS = 100
+_REPEAT_S = 60.0  # one line a minute for each kind of message
+_MOST_KINDS = 100  # of message, so that memory stays bounded
 _BROKER_LOGGERS = ("celery.worker.consumer.consumer", "celery.beat")
 
 

@@ -37,7 +37,7 @@ class Tally:
         self.total = 0.0
 
     def add(self, value: float, *, number: int = 1) -> None:
-        """Count a value, or so many of it."""
+        """Count a value, `number` times."""
         self.numbers[bisect_left(self.bounds, value)] += number
         self.total += value * number
 
@@ -49,7 +49,7 @@ class Families:
         self.found: list[Metric] = []
 
     def gauge(self, name: str, meaning: str, values: Values, *, labels: Sequence[str] = ()) -> None:
-        """What goes up and down."""
+        """A metric that goes up and down."""
         from prometheus_client.core import GaugeMetricFamily
 
         family = GaugeMetricFamily(_PREFIX + name, meaning, labels=labels)
@@ -58,7 +58,7 @@ class Families:
         self.found.append(family)
 
     def counter(self, name: str, meaning: str, values: Values, *, labels: Sequence[str] = ()) -> None:
-        """What only grows; its samples end in `_total`."""
+        """A metric that only grows; its samples end in `_total`."""
         from prometheus_client.core import CounterMetricFamily
 
         family = CounterMetricFamily(_PREFIX + name, meaning, labels=labels)

@@ -14,7 +14,6 @@ from l4queue.sampling import LIST_AS_TUPLE, SamplingParams, Strict
 from l4queue.strict_json import MAX_NESTING, check_json, check_text
 
 __all__ = (
-    "CONTINUATIONS",
     "TERMINAL",
     "TRANSITIONS",
     "UNBOUNDED_TOKENS",
@@ -107,8 +106,6 @@ TRANSITIONS: tuple[Transition, ...] = (
     ),
     Transition(source=_S.RUNNING, target=_S.EXPIRED, script="expire", why="its deadline passed"),
 )
-CONTINUATIONS = frozenset({_S.SUBMITTED, _S.QUEUED, _S.RUNNING})
-"""States from which a request still moves."""
 
 
 class ChatMessage(Strict):
@@ -119,7 +116,7 @@ class ChatMessage(Strict):
 
 
 class RequestBody(Strict):
-    """What of a request travels as JSON beside its prompt."""
+    """The part of a request that travels as JSON beside its prompt."""
 
     params: SamplingParams = SamplingParams()
     priority: int = Field(default=0, ge=-100, le=100, description="lower is served first, as in vLLM")

@@ -46,7 +46,7 @@ class Gpu:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GpuView:
-    """What this process may use, and what it should be told about the rest; no notes: all is plain."""
+    """GPUs that this process may use, with notes about the others; no notes: nothing is amiss."""
 
     gpus: tuple[Gpu, ...] = ()
     notes: tuple[str, ...] = ()

@@ -17,7 +17,7 @@ __all__ = ("NewerPlan", "check_plan", "plan_from_json", "plan_to_json", "split_o
 
 MAX_PLAN_BYTES = 16 * 2**20
 """Largest plan that is read, bytes."""
-_MAX_SHOWN_CHARS = 80
+_MAX_SHOWN_CHARS = 80  # of a wrong value in an error: one terminal line
 
 
 class NewerPlan(ConfigError):

@@ -27,7 +27,7 @@ __all__ = (
 
 Place = tuple[str, int]
 
-PORT, SENTINEL_PORT = 6379, 26379
+PORT, SENTINEL_PORT = 6379, 26379  # Redis's own defaults
 _SCHEMES = ("redis", "rediss", "unix")
 _WAYS = ("", "sentinel", "cluster")
 _KNOWN = "redis, rediss, unix, redis+sentinel, rediss+sentinel, redis+cluster, rediss+cluster"
@@ -70,7 +70,7 @@ class SecretUrl(str):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Address:
-    """What a URL says: one server (`host` and `port`, or the socket `path`), or `places` to ask where it is.
+    """A parsed URL: one server (`host` and `port`, or the socket `path`), or `places` to ask where it is.
 
     `replicas` must have every transition before it counts as done; 0: replication is not waited for.
     `options` are redis-py's own, by its names.
@@ -96,7 +96,7 @@ class Address:
         return {name: value for name, value in self.options.items() if name.startswith("ssl_")}
 
 
-_MAX_CHARS = 4096
+_MAX_CHARS = 4096  # of a URL, as of every text setting
 
 
 def parse_url(url: str, *, name: str = "L4_REDIS_URL") -> Address:
@@ -138,7 +138,7 @@ def parse_url(url: str, *, name: str = "L4_REDIS_URL") -> Address:
         default = SENTINEL_PORT if way == "sentinel" else PORT
         common["places"] = tuple(_place(host, default, name) for host in hosts.split(","))
     else:
-        # What stands here may be a password without its host, so it is not shown.
+        # This may be a password without its host, so it is not shown.
         shown = "what stands before the first / or ?"
         hosts = hosts if hosts and not hosts.startswith(":") else f"localhost{hosts}"
         common["host"], common["port"] = _place(hosts, PORT, name, shown=shown)
@@ -221,7 +221,7 @@ _READERS: dict[str, Callable[[str], Any]] = {
     "ssl_min_version": lambda text: ssl.TLSVersion(int(text)),
     "ssl_password": str,
 }
-"""Options of redis-py that a URL may have. Not those that repeat commands or change replies: both are ours."""
+"""Options of redis-py that a URL may have: none that repeats commands or changes replies, both are ours."""
 
 
 class _Options:
@@ -309,7 +309,7 @@ def with_password(url: str, password: str) -> SecretUrl:
 
 
 def without_secrets(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """What kombu tells of a connection, which workers tell to all who ask: without the secrets in them."""
+    """Facts of a connection, as kombu tells them to all who ask a worker, without the secrets in them."""
     told = dict(facts)
     if "://" in str(told.get("hostname")):  # of a socket it is the whole URL
         told["hostname"] = redacted(str(told["hostname"]))

@@ -75,7 +75,7 @@ class Strict(BaseModel):
 
 
 class StructuredOutputs(Strict):
-    """What the output must look like: exactly one of a JSON schema, a regular expression, a list of texts.
+    """Form that the output must have: exactly one of a JSON schema, a regular expression, a list of texts.
 
     A subset of vLLM's `StructuredOutputsParams`, under its names. What kinds of schema and expression work is
     for the engine to say, before it computes anything.
@@ -202,7 +202,7 @@ class SamplingParams(Strict):
         return self
 
     def tokens_that_fit(self, room_tokens: int) -> int:
-        """What a left-out `max_tokens` means where the model has room for so many: all that the bounds allow."""
+        """The value of a left-out `max_tokens` in a model with this room: all that the bounds allow."""
         return min(room_tokens, self._bound_tokens)
 
     @property

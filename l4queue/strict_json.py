@@ -35,7 +35,7 @@ _TO_LOOK_AT = re.compile(r"\\u[dD][89a-fA-F]|\d{19}|[eE]\+?\d\d|N|Infinity")
 
 
 class JsonError(ValueError):
-    """What is wrong with a document or a value, in words for its author."""
+    """A fault of a document or a value, in words for its author."""
 
 
 def read_json(data: str | bytes, *, max_bytes: int = MAX_JSON_BYTES, any_integers: bool = False) -> Any:

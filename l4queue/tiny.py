@@ -11,7 +11,7 @@ from typing import Any
 
 __all__ = ("VOCABULARY", "build_in_place", "build_tiny_tokenizer", "cache_directory", "make_tiny_tokenizer")
 
-VOCABULARY = 8192
+VOCABULARY = 8192  # tokens; enough for the help texts it is trained on, and quick to train
 _CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"

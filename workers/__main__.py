@@ -31,9 +31,9 @@ from workers.telemetry.tracing import open_traces
 __all__ = ("launch", "main", "serve")
 
 log = logging.getLogger("l4queue.worker")
-_MARGIN_S = 10.0
+_MARGIN_S = 10.0  # for the engine to end after the drain
 _EXIT_S = 5.0  # for the interpreter to end, once everything is stopped
-_FAILED = 1
+_FAILED = 1  # exit code
 
 
 def serve(

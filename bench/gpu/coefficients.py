@@ -31,7 +31,7 @@ LABELS = {"equal": "all of one length", "one-long": "one of 8k to 98k among shor
 
 
 def usable(steps: list[Step]) -> list[Step]:
-    """Without those that requests were added beside."""
+    """Steps without the ones beside which requests were added."""
     wrong = set()
     for number in range(1, len(steps)):
         before, step = steps[number - 1], steps[number]

@@ -90,7 +90,7 @@ class SteppedEngine:
             self._names.append(name)
 
     def run(self, num_steps: int) -> None:
-        """Take so many steps."""
+        """Take this many steps."""
         until = len(self.steps) + num_steps
         while len(self.steps) < until:
             self._step()

@@ -30,7 +30,7 @@ _LATE_KEPT_S = 300.0
 not."""
 _MAX_LINE_BYTES = 1 << 20
 """Longest line of the process's answers, bytes: far above an id and an error of 500 characters."""
-_MAX_STARTS = 3  # so often the process may end while it checks the same constraint
+_MAX_STARTS = 3  # times that the process may end while it checks one constraint
 _END_S = 1.0
 """How long the process may take to end by itself before it is killed, s. Chosen: it has nothing to save."""
 

@@ -119,7 +119,7 @@ class Checks:
             self.selector.register(reading, selectors.EVENT_READ, self.finished)
 
     def _run(self, question: dict[str, Any], writing: int) -> None:
-        """What the child does. It does not return."""
+        """The work of the child. Does not return."""
         try:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # compilers print what a request made them do
             _bound_resources(float(question["limit_s"]))

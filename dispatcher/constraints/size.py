@@ -12,7 +12,7 @@ from l4queue.sampling import StructuredOutputs
 __all__ = ("MAX_SIZE", "constraint_size")
 
 MAX_SIZE = 100_000
-"""Most parts of a constraint. xgrammar compiles so many in about 4 s on one core."""
+"""Most parts of a constraint. xgrammar compiles this number in about 4 s on one core."""
 _REPETITION = re.compile(r"\{(\d+)?(,)?(\d+)?\}")
 _BOUNDS = ("minItems", "maxItems", "minProperties", "maxProperties")
 

@@ -30,7 +30,7 @@ _OWN = ("same-origin", "none")  # a page of Flower's own, an address that somebo
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rules:
-    """Who is answered: without a login those that name Flower by an address of this machine or one of `names`."""
+    """Admission to Flower: without a login only by an address of this machine or one of `names`."""
 
     has_login: bool = False
     is_loopback: bool = True

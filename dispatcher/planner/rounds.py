@@ -42,7 +42,7 @@ _RETRY_S = 10.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Memory:
-    """What a planner remembers from its last round: the counters then, and what it had learned.
+    """Memory of a planner's last round: the counters then, and all that it had learned.
 
     Counters are fields as in Redis; `decided` is None while nothing has been decided on a replay.
     """
@@ -100,7 +100,7 @@ class _Memory:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Known:
-    """What is known of the traffic now; `is_early`: the next round of planning should not be waited for."""
+    """Demand as known now; `is_early`: planning should not wait for its next round."""
 
     learned: Learned
     raw: dict[str, int]
@@ -234,7 +234,7 @@ async def _learn(executor: AsyncExecutor, settings: Settings, overview: Overview
 
 
 async def _snapshot(executor: AsyncExecutor, settings: Settings, overview: Overview, known: _Known) -> Snapshot:
-    """What the deployment looks like to the planner."""
+    """Snapshot of the deployment for the planner."""
     return Snapshot(
         now_ms=overview.now_ms,
         plan=overview.plan,
@@ -264,7 +264,7 @@ def _decide(
 def _scorer(
     snapshot: Snapshot, settings: Settings, finished: Sequence[FinishedRequest], known: _Known
 ) -> Callable[[Plan], float] | None:
-    """What plans are replayed on; None where too little has finished since the traffic changed."""
+    """Traffic on which plans are replayed; None where too little has finished since it changed."""
     arrivals = [
         RecordedArrival(
             arrival_s=request.submitted_ms / 1000,

@@ -20,7 +20,7 @@ _SOONEST = 0.5  # of the interval, after the end of the last round
 
 
 class Pace:
-    """Which of the rounds that beat asks for are run: of those that piled up, one.
+    """Choice of the rounds to run: of several that piled up, one.
 
     By the time since the last round ended, on this process's own steady clock: whatever clocks of beat's, Redis's
     and this host say, and however long messages were on their way.

@@ -34,7 +34,7 @@ _LOOK_S = 0.25
 """Age at which the loads of the workers are read again, s. Chosen: half of the interval in which workers
 publish."""
 _NAME = re.compile(r"[!-+\--~]{1,200}")  # what an id may look like: the same as the scripts have it, and short
-_MAX_DELIVERIES = 3  # so many dispatchers may end while they work on an entry: the next one refuses it
+_MAX_DELIVERIES = 3  # dispatchers that may end while they work on an entry; the next one refuses it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,7 +199,7 @@ class Dispatcher:
         return len(calls)
 
     def _examine(self, entry_id: str, body: InboxBody) -> RequestBody | Refusal | None:
-        """What a body says; None when its constraint has to be checked first."""
+        """The fields of a body; None when its constraint has to be checked first."""
         wire = read_body(body.body)
         if isinstance(wire, Refusal) or wire.params.structured_outputs is None:
             return wire

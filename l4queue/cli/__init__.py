@@ -26,8 +26,8 @@ COMMAND_MODULES = (
 )
 """Modules of this package with a `register(app)`; what they need beyond typer is imported inside commands."""
 
-EXIT_ERROR = 1
-EXIT_INTERRUPTED = 130
+EXIT_ERROR = 1  # exit code
+EXIT_INTERRUPTED = 130  # exit code; 128 + SIGINT, as shells report it
 
 
 def build_app() -> typer.Typer:

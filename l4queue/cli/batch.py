@@ -24,12 +24,12 @@ __all__ = ("EXIT_STOPPED", "EXIT_WITH_ERRORS", "refuse_mixture", "run_file")
 
 EXIT_WITH_ERRORS = 3
 """The batch is finished and some of its lines are in the error file."""
-EXIT_STOPPED = 130
+EXIT_STOPPED = 130  # exit code; 128 + SIGINT
 _FOR_ONE_REQUEST = (
     "prompt", "temperature", "top_p", "stop", "seed", "deadline_s", "idempotency_key", "chat", "file", "wait",
     "stream", "timeout",
 )  # fmt: skip
-_LOG_EVERY_S = 10.0
+_LOG_EVERY_S = 10.0  # where no terminal shows a bar
 
 
 def refuse_mixture(context: typer.Context) -> None:

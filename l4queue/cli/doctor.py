@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 __all__ = ("Check", "CheckResult", "register", "run_checks")
 
-_MIN_DISK_BYTES = 2 << 30
+_MIN_DISK_BYTES = 2 << 30  # for Redis's log and a rewrite of it beside it
 _MIN_ENGINE_BYTES = 3 << 30
 """What one CPU engine with the tiny model and 1 GiB of KV cache was seen to take, with a margin."""
-_REDIS_TRY_S = 1.0
-_IMPORT_S = 120.0
+_REDIS_TRY_S = 1.0  # a server on the same network answers in milliseconds
+_IMPORT_S = 120.0  # vLLM from a cold disk takes up to a minute
 _TOKENIZER = """
 import sys
 from l4queue.pretrained import load_tokenizer

@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 __all__ = ("Role", "register", "sign_of_life")
 
-_PLANNER_ROUNDS = 6
-_PLANNER_SILENT_S = 30.0
-_REDIS_TRY_S = 2.0
-_HTTP_TRY_S = 5.0
+_PLANNER_ROUNDS = 6  # rounds that may be missed, by restarts or long searches
+_PLANNER_SILENT_S = 30.0  # at least, where rounds follow fast
+_REDIS_TRY_S = 2.0  # within the time that Compose gives a health check
+_HTTP_TRY_S = 5.0  # within the time that Compose gives a health check
 
 
 class Role(StrEnum):

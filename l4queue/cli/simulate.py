@@ -15,16 +15,16 @@ if TYPE_CHECKING:
 
     from l4queue.sim.capacity import Bound
     from l4queue.sim.cluster import Cluster
-    from l4queue.sim.metrics import SimResult
     from l4queue.sim.policies.l4 import L4Options
+    from l4queue.sim.results import SimResult
     from l4queue.sim.runner import Run, RunConfig
     from l4queue.sim.traces.trace import Trace
 
 __all__ = ("Study", "load_traffic", "register")
 
 DEFAULT_POLICIES = "round-robin,least-requests,central,central-sjf,l4"
-LOAD_POINTS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
-PROGRESS_EVERY = 512
+LOAD_POINTS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)  # shares of the capacity
+PROGRESS_EVERY = 512  # finished requests between two updates of the bar
 
 TraceArgument = Annotated[
     Path | None,

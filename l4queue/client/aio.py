@@ -14,16 +14,9 @@ from typing import Any
 from l4queue.client.arguments import build_spec, checked_count, checked_id
 from l4queue.client.batch import BatchProgress, BatchSummary, batch_options
 from l4queue.client.bulk import Bulk
-from l4queue.client.core import (
-    Chunk,
-    ClientCore,
-    Prepared,
-    Result,
-    check_outcome,
-    known,
-    unknown,
-)
-from l4queue.client.demux import Watch
+from l4queue.client.core import Chunk, ClientCore, Prepared, Result, check_outcome, known
+from l4queue.client.demux import RequestWatch
+from l4queue.client.handle import HandleBase
 from l4queue.client.listener import AsyncListener
 from l4queue.client.read_marks import ReadMarks
 from l4queue.client.waiting import Ends, deadline_after, time_left_s, wait_async
@@ -32,7 +25,6 @@ from l4queue.errors import L4QueueError
 from l4queue.models import TERMINAL, Plan, RequestSpec, RequestState
 from l4queue.observe.explain import Event, tell
 from l4queue.observe.overview import Overview, read_overview_async
-from l4queue.protocol.calls import Verdict
 from l4queue.protocol.executor import AsyncExecutor
 from l4queue.protocol.plans import readable_plans
 from l4queue.protocol.reads import DeadLetter
@@ -195,28 +187,8 @@ class AsyncClient:
         return bulk.handles
 
 
-class AsyncHandle:
+class AsyncHandle(HandleBase["AsyncClient"]):
     """One accepted request. Any number of handles, in any process, may read the same request."""
-
-    def __init__(self, client: AsyncClient, request_id: str, *, has_mail: bool = False) -> None:
-        self._client = client
-        self._has_mail = has_mail  # whether this very client is told of the end
-        self.id = request_id
-
-    def __repr__(self) -> str:
-        return f"AsyncHandle({self.id!r})"
-
-    def __reduce__(self) -> tuple[type[str], tuple[str]]:
-        """Pickled, a handle becomes its id, of which `get` makes a handle in another process."""
-        return str, (self.id,)
-
-    def __copy__(self) -> AsyncHandle:
-        """In this process it is the same."""
-        return self
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> AsyncHandle:
-        """The same."""
-        return self
 
     async def status(self) -> RequestRecord:
         """Where the request is now: state, stage, worker, tokens, times."""
@@ -248,7 +220,7 @@ class AsyncHandle:
                 return result
 
     async def explain(self) -> tuple[Event, ...]:
-        """What befell this request and why, in order: routing, steals, hand-overs, crashes."""
+        """The events of this request with their reasons, in order: routing, steals, hand-overs, crashes."""
         record = await self.status()
         reads = self._client._core.reads
         found = await self._client._executor.run_many([reads.routed_because(self.id), reads.ledger(self.id)])
@@ -261,14 +233,12 @@ class AsyncHandle:
         False when it had ended already.
         """
         verdict, _ = await self._client._executor.run(self._client._core.cancel(self.id, reason=reason))
-        if verdict is Verdict.UNKNOWN:
-            raise unknown(self.id)
-        return verdict is Verdict.OK
+        return self._was_cancelled(verdict)
 
     async def _chunks(self, *, after: int | None, deadline: float | None) -> AsyncIterator[Chunk]:
-        """Chunks after so many tokens until the end; with None the end alone is waited for."""
+        """Chunks after the first `after` tokens until the end; with None only the end is awaited."""
         event, listener = asyncio.Event(), self._client._listener
-        watch = Watch(self.id, wake=event.set, after=after, has_mail=self._has_mail)
+        watch = RequestWatch(self.id, wake=event.set, after=after, has_mail=self._has_mail)
         try:
             await listener.begin([watch])
             while True:

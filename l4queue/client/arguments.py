@@ -15,8 +15,8 @@ from l4queue.strict_json import JsonError, check_text
 __all__ = ("build_spec", "checked_count", "checked_id", "checked_text", "printable", "spec_of")
 
 _SPEC_FIELDS = frozenset(RequestSpec.model_fields) - {"params"}
-_MAX_ID_CHARS, _MAX_NAME_CHARS = 512, 200
-_MAX_COUNT = 1_000_000
+_MAX_ID_CHARS, _MAX_NAME_CHARS = 512, 200  # of an id; of a name shown in an error
+_MAX_COUNT = 1_000_000  # entries that a caller may ask for; more would not fit one reply
 
 
 def build_spec(prompt: str | None = None, **options: Any) -> RequestSpec:

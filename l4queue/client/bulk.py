@@ -13,7 +13,7 @@ from l4queue.protocol.calls import Call, SubmitReply
 __all__ = ("Bulk",)
 
 H = TypeVar("H")
-_BATCH = 256
+_BATCH = 256  # requests of one pipeline; a round trip each costs little from there on
 
 
 class Bulk(Generic[H]):

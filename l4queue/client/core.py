@@ -41,7 +41,7 @@ from l4queue.strict_json import canonical_json
 if TYPE_CHECKING:
     from opentelemetry.trace import Span
 
-    from l4queue.client.demux import Look
+    from l4queue.client.demux import StatusQuery
 
 __all__ = (
     "Chunk",
@@ -57,7 +57,7 @@ __all__ = (
 
 _BODY_FIELDS = set(RequestBody.model_fields)
 _DIGEST_FIELDS = _BODY_FIELDS - {"traceparent"}  # the same request in another trace is the same request
-_MAX_REASON_CHARS = 1000
+_MAX_REASON_CHARS = 1000  # of a cancellation, kept in the record and shown whole
 _NEWS_TTL_MS = 60_000  # a client that has gone is told nothing after that
 _BYTES_PER_TOKEN = 4  # estimate for admission only; the dispatcher counts
 
@@ -207,10 +207,10 @@ class ClientCore:
         """The record and the output beyond `after` tokens, to be read in this order."""
         return self.reads.record(request_id), self.reads.output(request_id, after=after)
 
-    def follow(self, look: Look) -> Call[Followed]:
+    def follow(self, query: StatusQuery) -> Call[Followed]:
         """The call that asks where requests are, and has this client told of the followed ones."""
         return self.calls.follow(
-            self.client_id, followed=look.followed, looked_at=look.looked_at, ttl_ms=_NEWS_TTL_MS
+            self.client_id, followed=query.followed, looked_at=query.looked_at, ttl_ms=_NEWS_TTL_MS
         )
 
     def unfollow(self, request_id: str) -> Call[Verdict]:

@@ -20,29 +20,29 @@ from l4queue.models import TERMINAL, RequestState
 from l4queue.protocol.reads import StreamEntry
 from l4queue.protocol.records import Followed, NewsEntry, OutputEntry, RequestRecord
 
-__all__ = ("RECHECK_S", "Demultiplexer", "Look", "Watch")
+__all__ = ("RECHECK_S", "Demultiplexer", "RequestWatch", "StatusQuery")
 
 RECHECK_S = 5.0
-"""A silent request is looked at so often, should what tells of it have been lost."""
-_FIRST_RECHECK_S = 1.0
+"""Time after which a silent request is asked about, since its news may have been lost."""
+_FIRST_RECHECK_S = 1.0  # the first time; it grows up to RECHECK_S
 _UNTOLD_S = 0.25  # the same where output came without news: its worker is of an earlier release
 _BLOCK_S = 1.0  # a wait that begins meanwhile is looked at by then
 _SCAN_S = 0.25  # least time between two searches for silent requests
 _FOLLOW_AGAIN_S = 15.0  # keeps the news stream alive where no request is silent
-_MOST_IDS = 256  # of one look
+_MOST_IDS = 256  # of one query
 _MOST_BUFFERED = 64  # chunks that nobody takes; a slow reader reads the output stream instead
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
-    """Requests to ask the server about in one call: those to be followed, and those that mail tells of."""
+class StatusQuery:
+    """Requests to ask the server about in one call: to be followed, or only looked at since mail tells of them."""
 
     followed: tuple[str, ...]
     looked_at: tuple[str, ...]
 
 
-class Watch:
-    """One wait for a request: for its end alone, or for its output after so many tokens (`after`).
+class RequestWatch:
+    """One wait for a request: for its end alone, or for its output after `after` tokens.
 
     `wake` is called when there is something to do: take chunks, read the output stream (`must_read`), stop
     (`is_over`) or raise `error`.
@@ -104,7 +104,7 @@ class Watch:
             self.read_on()
 
     def lacks(self, state: RequestState | None, upto: int) -> bool:
-        """Whether there is more than was heard here of a request in this state with so many tokens."""
+        """Whether a request in this state with `upto` tokens has more than was heard here."""
         if self.is_over:
             return False
         return state is None or state in TERMINAL or (self.after is not None and upto > self.offset)
@@ -190,9 +190,9 @@ class Demultiplexer:
         self._mail_key = mail_key
         self._news_key = news_key
         self._last = {mail_key: "0-0", news_key: "0-0"}
-        self._watches: dict[str, list[Watch]] = {}
-        self._removed: deque[Watch] = deque()
-        self._suspects: dict[Watch, tuple[RequestState | None, int, float]] = {}
+        self._watches: dict[str, list[RequestWatch]] = {}
+        self._removed: deque[RequestWatch] = deque()
+        self._suspects: dict[RequestWatch, tuple[RequestState | None, int, float]] = {}
         self._unwanted: set[str] = set()
         self._next_scan_s = 0.0
         self._followed_s = 0.0
@@ -217,25 +217,27 @@ class Demultiplexer:
         """How long to wait for entries at most: not at all to see whether some are there already."""
         return 0.0 if self._suspects else min(_BLOCK_S, max(0.01, self._next_scan_s - now_s))
 
-    def add(self, watch: Watch, *, now_s: float) -> None:
+    def add(self, watch: RequestWatch, *, now_s: float) -> None:
         """Begin a wait. After that the server has to be asked once where the request is: `opened`."""
         self._purge()
         self._watches.setdefault(watch.request_id, []).append(watch)
         watch.due_s = now_s + watch.pause_s
         self._next_scan_s = min(self._next_scan_s, watch.due_s)
 
-    def remove(self, watch: Watch) -> None:
+    def remove(self, watch: RequestWatch) -> None:
         """End a wait."""
         self._removed.append(watch)
 
-    def first_look(self, watches: Sequence[Watch]) -> Iterator[tuple[Sequence[Watch], Look]]:
-        """What to ask for new waits, in calls of bounded size."""
+    def first_queries(
+        self, watches: Sequence[RequestWatch]
+    ) -> Iterator[tuple[Sequence[RequestWatch], StatusQuery]]:
+        """Questions for new waits, of bounded size."""
         for start in range(0, len(watches), _MOST_IDS):
             some = watches[start : start + _MOST_IDS]
             ordered = [w for w in some if w.is_followed] + [w for w in some if not w.is_followed]
-            yield ordered, _look(ordered)
+            yield ordered, _query(ordered)
 
-    def opened(self, watches: Sequence[Watch], reply: Followed) -> None:
+    def opened(self, watches: Sequence[RequestWatch], reply: Followed) -> None:
         """The answer for new waits, in this order."""
         self._news_began(reply)
         for watch, (state, upto) in zip(watches, reply.places, strict=True):
@@ -268,13 +270,13 @@ class Demultiplexer:
         self._confront(now_s, is_drained=is_drained)
         return len(news)
 
-    def due(self, now_s: float) -> list[Look]:
-        """What the server has to be asked now: silent requests, and what keeps the news stream alive."""
+    def due(self, now_s: float) -> list[StatusQuery]:
+        """Questions that are due: about silent requests, and to keep the news stream alive."""
         if now_s < self._next_scan_s:
             return []
         self._purge()
-        silent: dict[str, Watch] = {}
-        follows: Watch | None = None
+        silent: dict[str, RequestWatch] = {}
+        follows: RequestWatch | None = None
         self._next_scan_s = now_s + _FOLLOW_AGAIN_S
         for watches in self._watches.values():
             for watch in watches:
@@ -293,12 +295,12 @@ class Demultiplexer:
             silent[follows.request_id] = follows
         if any(watch.is_followed for watch in silent.values()):
             self._followed_s = now_s
-        return [look for _, look in self.first_look(list(silent.values()))]
+        return [query for _, query in self.first_queries(list(silent.values()))]
 
-    def answered(self, look: Look, reply: Followed, *, now_s: float) -> None:
-        """The answer to a look. News of what it tells may be on their way: they are fed first."""
+    def answered(self, query: StatusQuery, reply: Followed, *, now_s: float) -> None:
+        """The answer to a query. News of the same may be on their way: they are fed first."""
         self._news_began(reply)
-        ids = (*look.followed, *look.looked_at)
+        ids = (*query.followed, *query.looked_at)
         for request_id, (state, upto) in zip(ids, reply.places, strict=True):
             for watch in self._watches.get(request_id, ()):
                 if watch.lacks(state, upto):
@@ -318,7 +320,7 @@ class Demultiplexer:
                 watch.fail(error)
 
     def _confront(self, now_s: float, *, is_drained: bool) -> None:
-        """What the server has and no news told is looked for in the output streams."""
+        """Look into the output streams for what the server has and no news told."""
         for watch, (state, upto, asked_s) in list(self._suspects.items()):
             if not is_drained and now_s - asked_s < RECHECK_S:
                 continue
@@ -345,8 +347,8 @@ class Demultiplexer:
                 self._watches.pop(watch.request_id, None)
 
 
-def _look(watches: Sequence[Watch]) -> Look:
-    return Look(
+def _query(watches: Sequence[RequestWatch]) -> StatusQuery:
+    return StatusQuery(
         tuple(watch.request_id for watch in watches if watch.is_followed),
         tuple(watch.request_id for watch in watches if not watch.is_followed),
     )

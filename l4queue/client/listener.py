@@ -15,7 +15,7 @@ from copy import copy
 from typing import Any
 
 from l4queue.client.core import Chunk, ClientCore
-from l4queue.client.demux import Demultiplexer, Watch
+from l4queue.client.demux import Demultiplexer, RequestWatch
 from l4queue.errors import L4QueueError, ServiceUnavailable
 from l4queue.protocol.calls import Call
 from l4queue.protocol.executor import AsyncExecutor, Executor
@@ -24,7 +24,7 @@ from l4queue.protocol.records import OutputEntry, RequestRecord
 __all__ = ("AsyncListener", "Listener")
 
 _Waiting = tuple[Sequence[Call[Any]], asyncio.Future[list[Any]]]
-_COUNT = 1000
+_COUNT = 1000  # entries of one stream in one reply
 _TRIM_EVERY = 4096  # news
 _BATCH = 128  # calls of one round trip
 _CLOSED = "the client was closed"
@@ -50,25 +50,25 @@ class AsyncListener:
         self._calls: deque[_Waiting] = deque()
         self._sender: asyncio.Task[None] | None = None
 
-    async def begin(self, watches: Sequence[Watch]) -> None:
+    async def begin(self, watches: Sequence[RequestWatch]) -> None:
         """Begin waits: on return each knows where its request is."""
         self._executor.check_loop()
         now_s = time.monotonic()
         for watch in watches:
             self._demux.add(watch, now_s=now_s)
-        looks = list(self._demux.first_look(watches))
-        replies = await self._run([self._core.follow(look) for _, look in looks])
-        for (asked, _), reply in zip(looks, replies, strict=True):
+        queries = list(self._demux.first_queries(watches))
+        replies = await self._run([self._core.follow(query) for _, query in queries])
+        for (asked, _), reply in zip(queries, replies, strict=True):
             self._demux.opened(asked, reply)
         if (self._reader is None or self._reader.done()) and not all(watch.is_over for watch in watches):
             self._reader = asyncio.create_task(self._read())
 
-    def end(self, watches: Sequence[Watch]) -> None:
+    def end(self, watches: Sequence[RequestWatch]) -> None:
         """End waits."""
         for watch in watches:
             self._demux.remove(watch)
 
-    async def read(self, watch: Watch) -> None:
+    async def read(self, watch: RequestWatch) -> None:
         """Read the output stream from where this wait is."""
         watch.read(*await self.output(watch.request_id, after=watch.offset))
 
@@ -89,10 +89,10 @@ class AsyncListener:
         num_news = 0
         try:
             while not self._demux.is_idle:
-                looks = self._demux.due(time.monotonic())
-                replies = await self._executor.run_many([self._core.follow(look) for look in looks])
-                for look, reply in zip(looks, replies, strict=True):
-                    self._demux.answered(look, reply, now_s=time.monotonic())
+                queries = self._demux.due(time.monotonic())
+                replies = await self._executor.run_many([self._core.follow(query) for query in queries])
+                for query, reply in zip(queries, replies, strict=True):
+                    self._demux.answered(query, reply, now_s=time.monotonic())
                 block_s = self._demux.block_s(time.monotonic())
                 found = await self._executor.wait(self._demux.streams, block_s=block_s, count=_COUNT)
                 num_news += self._demux.feed(found, now_s=time.monotonic(), is_drained=_is_drained(found))
@@ -163,7 +163,7 @@ class Listener:
         self._reader: threading.Thread | None = None
         self._is_closed = False
 
-    def begin(self, watches: Sequence[Watch]) -> None:
+    def begin(self, watches: Sequence[RequestWatch]) -> None:
         """Begin waits: on return each knows where its request is."""
         if (
             self._pid != os.getpid()
@@ -174,27 +174,27 @@ class Listener:
             now_s = time.monotonic()
             for watch in watches:
                 self._demux.add(watch, now_s=now_s)
-            looks = list(self._demux.first_look(watches))
-        replies = self._executor.run_many([self._core.follow(look) for _, look in looks])
+            queries = list(self._demux.first_queries(watches))
+        replies = self._executor.run_many([self._core.follow(query) for _, query in queries])
         with self._lock:
-            for (asked, _), reply in zip(looks, replies, strict=True):
+            for (asked, _), reply in zip(queries, replies, strict=True):
                 self._demux.opened(asked, reply)
             is_reading = self._reader is not None and self._reader.is_alive()
             if not is_reading and not self._is_closed and not all(watch.is_over for watch in watches):
                 self._reader = threading.Thread(target=self._read, name="l4queue-listener", daemon=True)
                 self._reader.start()
 
-    def end(self, watches: Sequence[Watch]) -> None:
+    def end(self, watches: Sequence[RequestWatch]) -> None:
         """End waits. Takes no lock: an abandoned stream may end at any moment of any thread."""
         for watch in watches:
             self._demux.remove(watch)
 
-    def take(self, watch: Watch) -> tuple[list[Chunk], bool, bool]:
-        """What `Watch.take` says."""
+    def take(self, watch: RequestWatch) -> tuple[list[Chunk], bool, bool]:
+        """What `RequestWatch.take` says."""
         with self._lock:
             return watch.take()
 
-    def read(self, watch: Watch) -> None:
+    def read(self, watch: RequestWatch) -> None:
         """Read the output stream from where this wait is."""
         record, entries = self.output(watch.request_id, after=watch.offset)
         with self._lock:
@@ -206,7 +206,7 @@ class Listener:
         return record, entries
 
     def close(self) -> None:
-        """What still waits fails, and the reader ends. The next wait begins anew."""
+        """Fail all waits and end the reader. The next wait begins anew."""
         with self._lock:
             self._is_closed = True
             self._demux.fail(ServiceUnavailable(_CLOSED))
@@ -219,11 +219,11 @@ class Listener:
                     if self._demux.is_idle or self._is_closed:
                         self._reader = None
                         return
-                    looks = self._demux.due(time.monotonic())
-                replies = self._executor.run_many([self._core.follow(look) for look in looks])
+                    queries = self._demux.due(time.monotonic())
+                replies = self._executor.run_many([self._core.follow(query) for query in queries])
                 with self._lock:
-                    for look, reply in zip(looks, replies, strict=True):
-                        self._demux.answered(look, reply, now_s=time.monotonic())
+                    for query, reply in zip(queries, replies, strict=True):
+                        self._demux.answered(query, reply, now_s=time.monotonic())
                     streams, block_s = self._demux.streams, self._demux.block_s(time.monotonic())
                 found = self._executor.wait(streams, block_s=block_s, count=_COUNT)
                 with self._lock:

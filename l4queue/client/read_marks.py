@@ -10,7 +10,7 @@ from l4queue.protocol.retention import Retention
 
 __all__ = ("ReadMarks",)
 
-_MOST = 256
+_MOST = 256  # results of one report
 _INTERVAL_S = 5.0
 """Chosen well below the 15 s after which results are packed, so that a wait pays one round trip in 5 s at most."""
 

@@ -13,16 +13,9 @@ from typing import Any
 from l4queue.client.arguments import build_spec, checked_count, checked_id
 from l4queue.client.batch import BatchProgress, BatchSummary, batch_options
 from l4queue.client.bulk import Bulk
-from l4queue.client.core import (
-    Chunk,
-    ClientCore,
-    Prepared,
-    Result,
-    check_outcome,
-    known,
-    unknown,
-)
-from l4queue.client.demux import Watch
+from l4queue.client.core import Chunk, ClientCore, Prepared, Result, check_outcome, known
+from l4queue.client.demux import RequestWatch
+from l4queue.client.handle import HandleBase
 from l4queue.client.listener import Listener
 from l4queue.client.read_marks import ReadMarks
 from l4queue.client.waiting import Ends, deadline_after, time_left_s
@@ -31,7 +24,6 @@ from l4queue.errors import L4QueueError
 from l4queue.models import TERMINAL, Plan, RequestSpec, RequestState
 from l4queue.observe.explain import Event, tell
 from l4queue.observe.overview import Overview, read_overview
-from l4queue.protocol.calls import Verdict
 from l4queue.protocol.executor import Executor
 from l4queue.protocol.plans import readable_plans
 from l4queue.protocol.reads import DeadLetter
@@ -188,28 +180,8 @@ class Client:
         return bulk.handles
 
 
-class Handle:
+class Handle(HandleBase["Client"]):
     """One accepted request. Any number of handles, in any process, may read the same request."""
-
-    def __init__(self, client: Client, request_id: str, *, has_mail: bool = False) -> None:
-        self._client = client
-        self._has_mail = has_mail  # whether this very client is told of the end
-        self.id = request_id
-
-    def __repr__(self) -> str:
-        return f"Handle({self.id!r})"
-
-    def __reduce__(self) -> tuple[type[str], tuple[str]]:
-        """Pickled, a handle becomes its id, of which `get` makes a handle in another process."""
-        return str, (self.id,)
-
-    def __copy__(self) -> Handle:
-        """In this process it is the same."""
-        return self
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Handle:
-        """The same."""
-        return self
 
     def status(self) -> RequestRecord:
         """Where the request is now: state, stage, worker, tokens, times."""
@@ -241,7 +213,7 @@ class Handle:
                 return result
 
     def explain(self) -> tuple[Event, ...]:
-        """What befell this request and why, in order: routing, steals, hand-overs, crashes."""
+        """The events of this request with their reasons, in order: routing, steals, hand-overs, crashes."""
         record = self.status()
         reads = self._client._core.reads
         found = self._client._executor.run_many([reads.routed_because(self.id), reads.ledger(self.id)])
@@ -254,14 +226,12 @@ class Handle:
         False when it had ended already.
         """
         verdict, _ = self._client._executor.run(self._client._core.cancel(self.id, reason=reason))
-        if verdict is Verdict.UNKNOWN:
-            raise unknown(self.id)
-        return verdict is Verdict.OK
+        return self._was_cancelled(verdict)
 
     def _chunks(self, *, after: int | None, deadline: float | None) -> Iterator[Chunk]:
-        """Chunks after so many tokens until the end; with None the end alone is waited for."""
+        """Chunks after the first `after` tokens until the end; with None only the end is awaited."""
         event, listener = threading.Event(), self._client._listener
-        watch = Watch(self.id, wake=event.set, after=after, has_mail=self._has_mail)
+        watch = RequestWatch(self.id, wake=event.set, after=after, has_mail=self._has_mail)
         try:
             listener.begin([watch])
             while True:

@@ -12,14 +12,14 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, Generic, TypeVar
 
-from l4queue.client.demux import Watch
+from l4queue.client.demux import RequestWatch
 from l4queue.errors import InvalidRequest, ResultTimeout
 
 __all__ = ("Ends", "deadline_after", "time_left_s", "wait_async")
 
 H = TypeVar("H", bound=Any)
 
-_LONGEST_S = 1e9
+_LONGEST_S = 1e9  # 30 years; operating systems refuse an infinite wait
 
 
 def deadline_after(timeout: float | None) -> float | None:
@@ -73,7 +73,7 @@ class Ends(Generic[H]):
             if not isinstance(getattr(handle, "id", None), str):
                 raise InvalidRequest("must be handles: `get` makes one of an id", field="handles")
             self._pending.setdefault(handle.id, {})[id(handle)] = handle
-        self._woken: deque[Watch] = deque()
+        self._woken: deque[RequestWatch] = deque()
         self.watches = [self._watch(list(same.values()), has_mail) for same in self._pending.values()]
 
     @property
@@ -82,7 +82,7 @@ class Ends(Generic[H]):
         return len(self._pending)
 
     def take(self) -> Iterator[H]:
-        """Handles of those that have ended since, in order; the error of one whose wait failed."""
+        """Handles of requests that have ended since, in order; the error of one whose wait failed."""
         while self._woken:
             watch = self._woken.popleft()
             if watch.error is not None:
@@ -90,11 +90,11 @@ class Ends(Generic[H]):
             if watch.is_over:
                 yield from self._pending.pop(watch.request_id, {}).values()
 
-    def _watch(self, same: list[H], has_mail: Callable[[H], bool]) -> Watch:
-        watch = Watch(same[0].id, wake=self._event.set, has_mail=any(map(has_mail, same)))
+    def _watch(self, same: list[H], has_mail: Callable[[H], bool]) -> RequestWatch:
+        watch = RequestWatch(same[0].id, wake=self._event.set, has_mail=any(map(has_mail, same)))
         watch.wake = partial(self._wake, watch)
         return watch
 
-    def _wake(self, watch: Watch) -> None:
+    def _wake(self, watch: RequestWatch) -> None:
         self._woken.append(watch)
         self._event.set()

@@ -132,7 +132,7 @@ def _features(step: StepSample) -> Floats:
 
 
 def predict_ms(cost: StepCost, step: StepSample) -> float:
-    """What the model says of a step that was measured, ms."""
+    """The model's time for a measured step, ms."""
     shape = BatchShape(
         num_decodes=step.num_decodes,
         context_tokens=step.context_tokens,

@@ -35,7 +35,7 @@ def max_chunk_tokens(max_batched_tokens: int) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchShape:
-    """What one engine step works on. All counts are ≥ 0."""
+    """Work of one engine step. All counts are ≥ 0."""
 
     num_decodes: int = 0
     context_tokens: int = 0

@@ -24,7 +24,7 @@ class Event:
 
 
 def tell(record: RequestRecord, *, why: str | None, ledger: Sequence[str]) -> tuple[Event, ...]:
-    """The story of a request, oldest first. Ordinary steps come from the times in its record."""
+    """The timeline of a request, oldest first. Ordinary steps come from the times in its record."""
     lines = [parse_line(line) for line in ledger]
     head = lines[0] if lines else None
     first = record.worker if head is None or head.event is LedgerEvent.REROUTED else head.facts.get("worker")

@@ -28,8 +28,8 @@ __all__ = (
 
 CLOCK_TOLERANCE_S = 1.0
 """Clocks that differ by less are the same to a reader of logs."""
-_LOOKS = 3
-_JITTER_S = 1.0
+_LOOKS = 3  # at the clock; the fastest reply has the least error
+_JITTER_S = 1.0  # clocks of servers may differ by as much after a failover
 DISPATCHER_SILENT_S = 15.0
 """A dispatcher that said nothing for so long does not work."""
 
@@ -93,7 +93,7 @@ def clock_ahead_s(executor: Executor, *, clock: Callable[[], float] = time.time)
 
 
 def clock_note(ahead_s: float) -> str | None:
-    """What is to be said of a difference of clocks; None of one that does no harm."""
+    """Remark on a difference of clocks; None where it does no harm."""
     if abs(ahead_s) < CLOCK_TOLERANCE_S:
         return None
     way = "ahead of" if ahead_s > 0 else "behind"

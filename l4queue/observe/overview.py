@@ -27,12 +27,12 @@ __all__ = (
     "stage_loads",
 )
 
-_MAX_HISTORY = 32  # so many plans back is one looked for that this release can read
+_MAX_HISTORY = 32  # plans that are searched for one that this release can read
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QueueView:
-    """What waits in a stage queue; `num_foreground` of it is not background, last seen at `foreground_ms`."""
+    """Content of a stage queue; `num_foreground` of it is not background, last seen at `foreground_ms`."""
 
     num_requests: int
     tokens: int
@@ -67,7 +67,7 @@ class Overview:
     has_newer_plan: bool = False  # unreadable because only a newer release understands it
 
     def in_play(self, stage: str, *, quiet_ms: float) -> QueueView | None:
-        """What waits in a queue and may be taken: background only after `quiet_ms` without other requests."""
+        """Requests of a queue that may be taken: background only after `quiet_ms` without others."""
         queue = self.queues.get(stage)
         return None if queue is None else queue.in_play(now_ms=self.now_ms, quiet_ms=quiet_ms)
 
@@ -123,7 +123,7 @@ def cost_in_force(overview: Overview, settings: Settings) -> StepCost:
 
 
 def price_in_force(overview: Overview) -> MovePrice:
-    """What moving a running request costs: by prefilling it again unless all workers can move KV caches."""
+    """Price of moving a running request: a second prefill unless all workers can move KV caches."""
     slowest = sorted(overview.prices, key=lambda price: price.bandwidth_bytes_per_s or 0.0)
     return slowest[0] if slowest else MovePrice()
 

@@ -36,7 +36,7 @@ class RecentMove:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Look:
-    """What one look found. Ages are by queue name, the inbox as `in`, of those at its head, ms."""
+    """Result of one look. Ages are by queue name, the inbox as `in`, of the requests at its head, ms."""
 
     overview: Overview
     ages_ms: dict[str, int]

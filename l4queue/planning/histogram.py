@@ -296,7 +296,7 @@ def merge(*parts: Counts) -> Counts:
 
 
 def difference(later: Counts, earlier: Counts, *, elapsed_s: float) -> Counts:
-    """What was added between two readings of growing counters, `elapsed_s` apart.
+    """Increase between two readings of growing counters, `elapsed_s` apart.
 
     Where a counter is lower than before it was reset in between: then the later reading counts whole.
     """

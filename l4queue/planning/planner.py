@@ -89,7 +89,7 @@ class Candidate:
 
     @property
     def value(self) -> float:
-        """What candidates are compared by."""
+        """Figure by which candidates are compared; less is better."""
         return self.objective if self.scored is None else self.scored
 
 
@@ -165,7 +165,7 @@ def _partitions(problem: PartitionProblem, *, is_replayed: bool) -> list[Partiti
 
 
 def expected_demand(snapshot: Snapshot) -> Demand:
-    """What the workers have to expect: the rates seen, the steps that running requests still make, the backlog."""
+    """Expected work: the rates seen, the steps that running requests still make, the backlog."""
     running = sum(load.num_running for load in snapshot.loads)
     demand = with_unfinished(snapshot.demand, running)
     return with_backlog(demand, snapshot.backlog, buckets=snapshot.buckets)

@@ -12,7 +12,7 @@ from l4queue.planning.traffic_change import Learned, is_due, work_ms
 __all__ = ("decide", "why_settled")
 
 MIN_UNPROVEN_GAIN = 0.10
-"""What the closed form must promise for classes where no replay can tell yet."""
+"""Gain that the closed form must promise for classes where no replay can tell yet."""
 
 
 def why_settled(snapshot: Snapshot, settings: PlannerSettings, learned: Learned) -> str | None:

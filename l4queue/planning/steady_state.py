@@ -65,7 +65,7 @@ the sake of the mean. docs/reproduction.md holds every policy against the same t
 
 
 class Objective(StrEnum):
-    """What a partition minimises."""
+    """Objective of a partition."""
 
     #: requests in flight: mean end-to-end latency × rate
     MEAN = "mean"
@@ -221,7 +221,7 @@ def stage_cost(terms: RangeTerms, m: Floats, *, settings: PartitionSettings) -> 
 
 
 def prefill_waits(prefill: float, m: int) -> float:
-    """What a prompt waits for prefill begun before it, in units of Λ₂/2Λ₁: zero without any prefill."""
+    """Wait of a prompt for prefill begun before it, in units of Λ₂/2Λ₁: zero without any prefill."""
     if prefill <= 0.0:
         return 0.0
     return (

@@ -64,7 +64,7 @@ class Noise:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Learned:
-    """What is known: `counts` decayed, and without what came before the last change, at `begun_s`.
+    """Remembered traffic: `counts` decayed, and without all before the last change, at `begun_s`.
 
     `since` is what came after the last decision, undecayed; `decided` what the counts were then, None before the
     first and after a change.
@@ -197,7 +197,7 @@ def _times_log(number: Floats, expected: Floats) -> float:
 
 
 def _sigmas(ratio: float, above: float, below: float) -> float:
-    """A value of Fisher's F with so many degrees as standard deviations of a normal law (Paulson, 1942)."""
+    """A value of Fisher's F with these degrees as standard deviations of a normal law (Paulson, 1942)."""
     root = ratio ** (1 / 3)
     a, b = 2.0 / (9.0 * above), 2.0 / (9.0 * below)
     return float(((1.0 - b) * root - (1.0 - a)) / np.sqrt(b * root * root + a))

@@ -37,7 +37,7 @@ _GIVE_WAY_MOST_MS = 50.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdmissionLimits:
-    """What keeps a worker from pulling more.
+    """Limits that keep a worker from pulling more.
 
     `growth_tokens` is a quantile of what a request of this stage still grows; the sum over the batch is
     reserved, but at least 5 % and at most 25 % of the cache, since not all grow at once.
@@ -70,7 +70,7 @@ class AdmissionBudget:
 
 
 def unbounded_budget(num_requests: int, *, reason: str, is_idle: bool = True) -> AdmissionBudget:
-    """Budget of so many requests, whatever their size."""
+    """Budget of a number of requests of any size."""
     return AdmissionBudget(
         num_requests=num_requests,
         kv_tokens=UNBOUNDED_TOKENS,
@@ -92,7 +92,7 @@ class WaitingRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BackgroundBudget:
-    """At most so many background requests, none longer than `longest_tokens` but the first of an idle worker."""
+    """At most this many background requests, none above `longest_tokens` except the first of an idle worker."""
 
     num_requests: int
     longest_tokens: int

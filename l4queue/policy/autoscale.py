@@ -12,7 +12,7 @@ __all__ = ("FleetDemand", "demand_of")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FleetDemand:
-    """What waits and runs, and what fits: KV cache in tokens, slots in requests."""
+    """Waiting and running work, and the capacity for it: KV cache in tokens, slots in requests."""
 
     tokens: float
     requests: int

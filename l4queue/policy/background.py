@@ -29,7 +29,7 @@ __all__ = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BackgroundLimits:
-    """What interactive requests bear. `slowdown` is their time with background requests over that without, less 1.
+    """Burden of interactive requests. `slowdown` is their time with background requests over that without, less 1.
 
     `free_share` of slots and KV cache is kept for newcomers. `most_credit_ms` bounds the prefills that begin
     together. Running requests go back for the step's sake only beyond `tolerance` times the bound: they grow.
@@ -52,7 +52,7 @@ class RunningBackground:
     is_fixed: bool = False
 
     def step_ms(self, cost: StepCost) -> float:
-        """What it adds to each decode step from now to its end, on average."""
+        """Mean addition to each decode step from now to its end."""
         return cost.beta_ms + cost.gamma_ms * (self.length_tokens + self.expected_remaining_tokens / 2)
 
 
@@ -162,7 +162,7 @@ def _missing(load: WorkerLoad, *, cost: StepCost, limits: BackgroundLimits) -> t
 
 
 def _gain_ms(request: RunningBackground, cost: StepCost) -> float:
-    """What the steps of this worker are relieved of until its end, less the prefill that it costs once more."""
+    """Time that the steps of this worker save until its end, less the prefill that it costs once more."""
     rest_ms = request.expected_remaining_tokens * request.step_ms(cost)
     prefill_ms = cost.prefill_ms(request.length_tokens)
     return rest_ms + prefill_ms if request.awaits_prefill else rest_ms - prefill_ms

@@ -151,7 +151,7 @@ def _step_ms(load: WorkerLoad, cost: StepCost) -> float:
 
 
 def _with(load: WorkerLoad, num_requests: int, tokens: int) -> WorkerLoad:
-    """The load with so many requests and tokens more."""
+    """The load with these requests and tokens added."""
     return replace(
         load,
         num_running=max(0, load.num_running + num_requests),

@@ -29,7 +29,7 @@ EARLY_NEWS_FRACTION = 10
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageLoad:
-    """What a stage has to do. `drain_ms` is the engine time of all of it over the workers; None: no worker."""
+    """Work of a stage. `drain_ms` is the engine time of all of it over the workers; None: no worker."""
 
     stage: int
     num_workers: int
@@ -67,7 +67,7 @@ def decode_step_ms(num_running: float, context_tokens: float, *, cost: StepCost)
 
 
 def batch_ms(load: WorkerLoad, *, cost: StepCost) -> float:
-    """What an engine has before it, ms: a decode step without its fixed part, and the pending prefill."""
+    """Work before an engine, ms: a decode step without its fixed part, and the pending prefill."""
     busy = load.num_in_engine
     return cost.beta_ms * busy + cost.gamma_ms * load.context_tokens + cost.pi_ms * load.pending_prefill_tokens
 
@@ -91,7 +91,7 @@ def stage_load(
     expected_output_tokens: float,
     cost: StepCost,
 ) -> StageLoad:
-    """Load of a stage from its queue and its workers; those that take no work have no part.
+    """Load of a stage from its queue and from the workers that take work.
 
     Of a running request half of the expected output is taken to be left.
     """

@@ -48,7 +48,7 @@ class OutputLengths:
         return self._total / len(self._sorted) if self._sorted else FIRST_GUESS_TOKENS
 
     def expected_remaining(self, generated: int, *, limit: int | None = None) -> float:
-        """Mean of what those that got further than `generated` went on to generate, at most `limit`, tokens.
+        """Mean tokens that requests generated beyond `generated`, at most `limit`.
 
         Zero when none got further: nothing is known to be won by moving such a request. Before the first
         output is known: the guess.

@@ -15,7 +15,7 @@ PUSHING = frozenset({Routing.ROUND_ROBIN, Routing.LEAST_LOADED, Routing.TWO_POOL
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outstanding:
-    """What a worker has to do as its router knows it: requests pushed to it and not finished, and their tokens."""
+    """Work of a worker as its router knows it: requests pushed to it and not finished, and their tokens."""
 
     worker_id: str
     num_requests: int = 0

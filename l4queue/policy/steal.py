@@ -52,7 +52,7 @@ class StealLimits:
     #: running requests in motion at once, to or from one worker
     max_moves: int = 3
     cool_down_ms: int = 2000
-    #: an overloaded worker has a finish at least so many times that of the asking one
+    #: an overloaded worker's finish is at least this multiple of the asking worker's
     overload_ratio: float = 1.5
 
 

@@ -79,7 +79,7 @@ class MoveKind(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Move:
-    """What the ledger is told of a move: kind, predicted benefit and cost, and the ticket of its KV cache."""
+    """A move as the ledger has it: kind, predicted benefit and cost, and the ticket of its KV cache."""
 
     kind: MoveKind
     benefit_ms: float

@@ -67,7 +67,7 @@ def connect_async(address: Address, *, pool: type[aredis.ConnectionPool], timeou
 
 
 def _options(address: Address) -> dict[str, Any]:
-    """What connections are told, by redis-py's names; those that the URL names win over ours."""
+    """Options of connections by redis-py's names; the URL's win over ours."""
     for name in _FILES:
         if name in address.options and not Path(address.options[name]).exists():
             raise ConfigError(f"L4_REDIS_URL: {name}: there is no {address.options[name]}")
@@ -109,7 +109,7 @@ class _Whereabouts:
             self._turn = self.address.places.index(place) + 1
 
     def nobody_knows(self) -> rx.ConnectionError:
-        """What is raised when no sentinel answers with a primary; the library's own text tells all its options."""
+        """The error when no sentinel answers with a primary; the library's own text tells all its options."""
         return rx.ConnectionError(f"no sentinel knows the primary of {self.address.service!r}")
 
     def sentinel_options(self) -> dict[str, Any]:
@@ -121,7 +121,7 @@ class _Whereabouts:
 
 
 def _mislead(connection: Any, error: rx.ResponseError) -> str | None:
-    """What an error says of where to go: the reason to break the connection; None: it is about something else."""
+    """The reason to break a connection that an error gives; None: the error is about something else."""
     whereabouts: _Whereabouts = connection.locator.whereabouts
     if isinstance(error, rx.MovedError):
         whereabouts.is_at((error.host or connection.host, error.port))

@@ -39,8 +39,8 @@ __all__ = ("AsyncExecutor", "Executor")
 
 T = TypeVar("T")
 _READ = "XREAD"
-_MAX_BLOCK_S = 30.0
-_SOCKET_TIMEOUT_S = 5.0
+_MAX_BLOCK_S = 30.0  # of one blocking read; under the idle limits of usual proxies
+_SOCKET_TIMEOUT_S = 5.0  # for one reply; a script takes milliseconds
 _MAX_WAITERS = 4096  # each blocking read holds a connection; Redis accepts 10,000 by default
 
 
@@ -71,7 +71,7 @@ class _Exchange(ABC):
 
     @abstractmethod
     def _open(self, address: Address, *, most: int) -> None:
-        """Make clients for commands, at most so many at once, and for blocking reads."""
+        """Make clients for commands, with at most this many connections, and for blocking reads."""
 
     @abstractmethod
     async def _one(self, words: Sequence[Arg]) -> Any:

@@ -36,9 +36,9 @@ T = TypeVar("T")
 log = logging.getLogger("l4queue.foreign")
 
 UNREADABLE = (ValueError, KeyError, TypeError, IndexError, OverflowError, AttributeError, RecursionError)
-"""What reading raises where a value is not what it should be."""
-_MAX_KNOWN = 10_000
-_MAX_WHY_CHARS = 300
+"""Errors of reading a value that is not what it should be."""
+_MAX_KNOWN = 10_000  # findings remembered; then each may be logged once more
+_MAX_WHY_CHARS = 300  # of a reason in the log
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +112,7 @@ def each(
     entries: Iterable[tuple[bytes, Mapping[bytes, bytes]]],
     parse: Callable[[bytes, Mapping[bytes, bytes]], T],
 ) -> list[T]:
-    """What can be read of the entries of a stream, or of the fields of a hash; the rest is reported."""
+    """The readable entries of a stream, or fields of a hash; the rest is reported."""
     found = []
     for name, values in entries:
         try:

@@ -9,7 +9,7 @@ from l4queue.protocol.records import OutputEntry
 
 __all__ = ("cut", "entries_of")
 
-_MAX_PIECES = 16
+_MAX_PIECES = 16  # of 64 bytes: `pack.lua` cuts texts of up to 1,024
 
 
 def entries_of(entry_id: bytes, values: Mapping[bytes, bytes]) -> list[OutputEntry]:

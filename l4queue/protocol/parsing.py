@@ -47,7 +47,7 @@ _KINDS = (b"p", b"m", b"t")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InboxBody:
-    """What a dispatcher reads of a submitted request."""
+    """A submitted request as a dispatcher reads it."""
 
     state: str
     kind: str
@@ -162,7 +162,7 @@ def dead_letter(entry_id: bytes, values: Mapping[bytes, bytes]) -> DeadLetter:
 
 
 def body(row: list[Any]) -> InboxBody | None:
-    """What there is of a record. One that cannot be read is for its reader to refuse, with its bytes."""
+    """The fields of a record that are there. An unreadable one is for its reader to refuse, with its bytes."""
     if row[0] is None:
         return None
     state, kind, prompt, body, submitted_ms, _, open_end = row
@@ -201,7 +201,7 @@ def load_from_json(told: Mapping[str, Any]) -> WorkerLoad:
 
 
 def worker(incarnation: str, expires_ms: int, key: str, row: list[Any]) -> WorkerView | None:
-    """What a worker of any release published: `more` has the facts that came after release 1."""
+    """Load that a worker of any release published: `more` has the facts that came after release 1."""
     if row[0] is None:
         return None
     told = object_of(row[1], what="load")

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 
-from l4queue.compat import object_of
+from l4queue.compat import MAX_NUMBER, object_of
 from l4queue.policy.queue_order import BACKGROUND
 from l4queue.protocol import parsing as views
 from l4queue.protocol.calls import Call
@@ -53,7 +53,7 @@ class Reads:
         return Call(None, (), args, or_else(args[1], parse, default))
 
     def _entries(self, args: tuple[Any, ...], parse: Callable[[bytes, Any], T]) -> Call[list[T]]:
-        """What can be read of a stream."""
+        """The readable entries of a stream."""
         return Call(None, (), args, lambda r: each(args[1], parse_entries(r), parse))
 
     def _number(self, *args: Any) -> Call[int | None]:
@@ -97,8 +97,8 @@ class Reads:
         args = ("XREVRANGE", self.keys.plans, "+", "-", "COUNT", count)
         return self._entries(args, views.published)
 
-    def _figures(self, key: str) -> Call[dict[str, str]]:
-        return Call(None, (), ("HGETALL", key), partial(views.figures, key))
+    def _figures(self, key: str, *, least: float = -MAX_NUMBER) -> Call[dict[str, str]]:
+        return Call(None, (), ("HGETALL", key), partial(views.figures, key, least=least))
 
     def counts(self) -> Call[dict[str, str]]:
         """Totals since the beginning: live, live_tokens, submitted, done, failed, ..."""
@@ -110,10 +110,10 @@ class Reads:
 
     def histogram(self) -> Call[dict[str, str]]:
         """Cumulative counters by length bucket: a: arrivals, p: prompt tokens, d: decode steps, c: context."""
-        return Call(None, (), ("HGETALL", self.keys.hist), partial(views.figures, self.keys.hist, least=0.0))
+        return self._figures(self.keys.hist, least=0.0)
 
     def planner_memory(self) -> Call[str | None]:
-        """What the planner wrote down in its last round (JSON)."""
+        """The planner's memory of its last round (JSON)."""
         return self._text("GET", self.keys.memory)
 
     def decisions(self, *, count: int) -> Call[list[tuple[int, str]]]:
@@ -126,7 +126,7 @@ class Reads:
         return self._number("HGET", self.keys.request(request_id), "prompt_tokens")
 
     def ledger(self, request_id: str) -> Call[list[str]]:
-        """What befell a request out of the ordinary, in order: JSON lines, each with `at_ms` and `what`."""
+        """The ledger of a request, in order: JSON lines, each with `at_ms` and `what`."""
         args = ("HMGET", self.keys.request(request_id), *cut("ledger"))
         return Call(None, (), args, lambda r: views.ledger_lines(args[1], b"".join(filter(None, r))))
 

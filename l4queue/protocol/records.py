@@ -50,7 +50,7 @@ def unpack_ids(data: bytes) -> list[int]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenLogprobs:
-    """The logarithm of the probability of one generated token, and of those that were the most probable.
+    """The logarithm of the probability of one generated token, and of the most probable ones.
 
     `top` has as many (token id, logprob) as were asked for, most probable first; the token itself may be one.
     """
@@ -75,7 +75,7 @@ def pack_logprobs(rows: Sequence[TokenLogprobs]) -> bytes:
 
 
 def unpack_logprobs(data: bytes, num_tokens: int) -> tuple[TokenLogprobs, ...]:
-    """The inverse of `pack_logprobs` for so many tokens. ValueError when the length is not one of theirs."""
+    """The inverse of `pack_logprobs` for this number of tokens. ValueError when the length does not fit it."""
     if not num_tokens or len(data) % (8 * num_tokens):
         raise ValueError(f"{len(data)} bytes are not the logprobs of {num_tokens} tokens")
     half, width = len(data) // 2, len(data) // (8 * num_tokens)
@@ -190,7 +190,7 @@ class OutputEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewsEntry:
-    """One entry of a client's news: so many tokens of a request exist, or it has ended.
+    """One entry of a client's news: the number of tokens of a request that exist, or its end.
 
     `entry` is what was written to the output stream; None where it was too large to be told here.
     """

@@ -24,7 +24,7 @@ __all__ = (
 
 
 class Verdict(StrEnum):
-    """What a script says to a writer."""
+    """Answer of a script to a writer."""
 
     OK = "OK"
     DUP = "DUP"  # already done by this very call: fine

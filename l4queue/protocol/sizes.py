@@ -5,7 +5,7 @@ from __future__ import annotations
 __all__ = ("waiting_bytes",)
 
 _SMALL_BYTES = 64  # a hash with a longer value needs more memory for each of its fields
-_SMALL_RECORD_BYTES, _RECORD_BYTES = 700, 1700
+_SMALL_RECORD_BYTES, _RECORD_BYTES = 700, 1700  # estimates of the fields beside body and prompt
 
 
 def waiting_bytes(body: str, prompt: bytes) -> int:

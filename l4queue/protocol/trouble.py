@@ -20,8 +20,8 @@ log = logging.getLogger("l4queue.redis")
 
 FAILURES = (rx.RedisError, OSError, EOFError, ValueError, IndexError)
 """Classes of errors of an exchange with Redis; the last three where what arrives is no Redis protocol."""
-_BRIEF_S = 1.0
-_FORGOTTEN_S = 15.0
+_BRIEF_S = 1.0  # a shorter interruption is not logged
+_FORGOTTEN_S = 15.0  # a command that failed and was not tried again keeps no outage open
 
 
 class Trouble(StrEnum):
@@ -43,7 +43,7 @@ class Trouble(StrEnum):
     OTHER = "other"
 
     def tell(self, text: str) -> str:
-        """What is wrong and what to do, to be put behind the address; `text` is that of the error."""
+        """Trouble and remedy in words, to follow the address; `text` is the error's."""
         return _TEXTS[self].format(text=text)
 
     @property

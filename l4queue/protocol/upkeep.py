@@ -19,15 +19,15 @@ from l4queue.protocol.retention import PACK_AGE_MS, Retention
 __all__ = ("Upkeep", "UpkeepReport")
 
 log = logging.getLogger("l4queue.upkeep")
-_LIMIT = 200
-_FORGOTTEN_MS = 60_000
-_UNSEEN_MS = 3_600_000
+_LIMIT = 200  # requests of one call: some milliseconds of the server
+_FORGOTTEN_MS = 60_000  # a submitted request without an inbox entry for a minute is entered again
+_UNSEEN_MS = 3_600_000  # dispatchers that were idle for an hour leave the inbox's group
 _PACK_REQUESTS, _PACK_ENTRIES, _TURNS = 100, 1000, 50  # a turn takes the server some milliseconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpkeepReport:
-    """What one round of upkeep did."""
+    """Result of one round of upkeep."""
 
     num_requeued: int = 0
     num_dead: int = 0

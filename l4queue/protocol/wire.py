@@ -29,8 +29,8 @@ __all__ = (
     "names_of",
 )
 
-_CONFIRM_MS = 1000
-_WAIT_PAUSE_S = 0.1
+_CONFIRM_MS = 1000  # for replicas to confirm a write, before the caller tries again
+_WAIT_PAUSE_S = 0.1  # between two tries of a client
 _SERVICE_PAUSE_S = 0.5  # of many processes that wait for an outage to end
 _NO_TRANSITION = frozenset(
     {"follow", "mark_read", "unfollow"}
@@ -71,7 +71,7 @@ def confirmed(replies: list[Any], replicas: int) -> list[Any]:
 def first_missing(replies: Sequence[Any]) -> int | None:
     """Index of the first reply that says NOSCRIPT: the server has restarted or flushed its scripts.
 
-    All calls from there on are sent again, also those that found their script meanwhile: order matters.
+    All calls from there on are sent again, even if they found their script meanwhile: order matters.
     """
     return next((i for i, reply in enumerate(replies) if isinstance(reply, rx.NoScriptError)), None)
 
@@ -97,7 +97,7 @@ def first_error(replies: list[Any]) -> list[Any]:
 
 
 def names_of(calls: Sequence[Call[Any]]) -> set[str]:
-    """What these calls run: scripts or commands."""
+    """Names of the scripts or commands that these calls run."""
     return {call.script or str(call.args[0]) for call in calls}
 
 

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from l4queue.cost.step import StepCost
 from l4queue.errors import ConfigError
 from l4queue.sim.cluster import Cluster
-from l4queue.sim.metrics import SimResult
 from l4queue.sim.policies.central import Central
+from l4queue.sim.results import SimResult
 from l4queue.sim.traces.trace import Trace
 
 __all__ = ("Bound", "capacity_rps", "find_instances", "meets", "parse_slo", "request_work_ms")

@@ -14,8 +14,8 @@ from l4queue.planning.histogram import Buckets, Demand
 from l4queue.planning.steady_state import LONG_BOUND, P99_BOUND
 from l4queue.sim.engine.instance import Instance
 from l4queue.sim.engine.request import SimRequest
-from l4queue.sim.metrics import SimResult
 from l4queue.sim.policies.l4 import L4, L4Options
+from l4queue.sim.results import SimResult
 from l4queue.sim.runner import RunConfig, run_policy
 from l4queue.sim.traces.trace import Trace
 
@@ -24,7 +24,7 @@ __all__ = ("MAX_ARRIVALS", "Changed", "RecordedArrival", "make_scorer")
 MIN_ARRIVALS = 100
 """Fewer tell more about chance than about a plan."""
 MIN_LATENCIES = 4.0
-"""A replay shorter than so many mean latencies ends before its queues are what they would become."""
+"""Mean latencies. A shorter replay ends before its queues are what they would become."""
 MAX_ARRIVALS = 1500
 """Most arrivals in a replay. Chosen: more tell plans apart more surely, and take the planner longer."""
 _DRAWN = 400
@@ -190,7 +190,7 @@ class _Watched(L4):
 def _record(
     recent: Sequence[RecordedArrival], *, changed: Changed | None, max_requests: int
 ) -> Sequence[RecordedArrival] | None:
-    """What to replay, in order of arrival; None where too little is known."""
+    """Requests to replay, in order of arrival; None where too little is known."""
     if len(recent) < MIN_ARRIVALS:
         return None
     complete = _complete(recent)
@@ -213,7 +213,7 @@ def _is_long_enough(record: Sequence[RecordedArrival]) -> bool:
 
 
 def _complete(recent: Sequence[RecordedArrival]) -> list[RecordedArrival]:
-    """By arrival, without those that came within the slowest latency: of these only the quick ones have finished.
+    """By arrival, without requests younger than the slowest latency: of these only the quick ones have finished.
 
     While a system fills up, latencies grow; with a lesser cut the long requests were missing, and with them the
     reason for classes.

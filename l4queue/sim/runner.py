@@ -11,8 +11,8 @@ from l4queue.cost.move import MovePrice
 from l4queue.cost.step import StepCost
 from l4queue.errors import ConfigError
 from l4queue.sim.cluster import Cluster
-from l4queue.sim.metrics import Measured, SimResult, measure, summarize
 from l4queue.sim.policy import Policy
+from l4queue.sim.results import Measured, SimResult, measure, summarize
 from l4queue.sim.traces.trace import Trace
 from l4queue.sim.wake import WAKE_JITTER_MS
 

@@ -16,7 +16,7 @@ WAKE_JITTER_MS = 1.0
 
 
 def backlog_ms(instance: Instance) -> float:
-    """What the engine has before it now, as `policy.loads.batch_ms` of a worker's load."""
+    """Work before the engine now, as `policy.loads.batch_ms` of a worker's load."""
     cost = instance.cost
     return (
         cost.beta_ms * instance.num_decodes
@@ -38,7 +38,7 @@ class WakeRace:
         self._jitter_ms = jitter_ms
 
     def first(self, engines: Sequence[Instance], *, has_room: Callable[[Instance], bool]) -> Instance | None:
-        """One of those that have room, None where none has; of equals the one that stands first.
+        """One instance with room, None where none has any; of equals the first.
 
         Few are asked whether they have room: from the lightest on until one has, and then in the order in which
         they would be there.

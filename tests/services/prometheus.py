@@ -161,7 +161,7 @@ def draw_dashboard(prometheus: Prometheus, folder: Path) -> None:
             "so much is there",
             timeout_s=180,
         )
-    script = MONITORING.parent / "docs" / "dashboard_picture.py"
+    script = MONITORING.parent / "tools" / "dashboard_picture.py"
     url = f"http://127.0.0.1:{prometheus.port}"
     options = ("--prometheus", url, "--minutes", "3", "--window", "10s", "--out", str(file))
     command = [sys.executable, str(script), *options]

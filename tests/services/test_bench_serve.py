@@ -12,7 +12,7 @@ import pytest
 
 from l4queue.cli.bench.traffic import bench_trace, small_mix
 from l4queue.errors import ConfigError
-from l4queue.sim.metrics import SimResult
+from l4queue.sim.results import SimResult
 
 pytestmark = [pytest.mark.services, pytest.mark.timeout(600)]
 POLICIES = ("round-robin", "two-pool", "l4")
@@ -81,7 +81,7 @@ def test_a_run_of_many_workers_in_few_processes_can_be_held_against_the_simulato
     assert not said["setting"]["rehearsed"]
     for entry in said["results"]:
         assert entry["num_requests"] == 60
-        assert {"bench", "redis", "fleet-0", "fleet-1"} <= set(entry["rounds"][0]["cpu_cores"])
+        assert {"bench", "redis", "workers-0", "workers-1"} <= set(entry["rounds"][0]["cpu_cores"])
         assert entry["rounds"][0]["plans"][0] == {"at_s": 0.0, "boundaries": [], "workers": [3]}
 
     (tmp_path / "run.json").write_text(done.stdout)

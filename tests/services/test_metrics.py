@@ -71,7 +71,9 @@ class Deployment:
         self.processes.start("exporter", "-m", "dispatcher.exporter", metrics_port=port("exporter"))
         for name in ("dispatcher", "dispatcher-2"):
             self.processes.start(name, "-m", "dispatcher", metrics_port=port(name))
-        self.processes.start("fleet", "-m", "workers.fleet", *FLEET, worker_id="fleet", metrics_port=port("fleet"))
+        self.processes.start(
+            "fleet", "-m", "workers.worker_group", *FLEET, worker_id="fleet", metrics_port=port("fleet")
+        )
         self.start_worker()
         until(lambda: len(self.client.overview().workers) == len(WORKERS), "all workers serve", timeout_s=180)
         for name in ROLES[:3]:

@@ -32,8 +32,8 @@ def services() -> dict[str, Any]:
 
 
 def test_every_variable_and_setting_is_written_down() -> None:
-    """Otherwise: python docker/env_example.py."""
-    command = [sys.executable, str(ROOT / "docker" / "env_example.py"), "--check"]
+    """Otherwise: python tools/generate_env_example.py."""
+    command = [sys.executable, str(ROOT / "tools" / "generate_env_example.py"), "--check"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 

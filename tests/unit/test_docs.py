@@ -19,7 +19,7 @@ from l4queue.config import Settings
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("bench/results/*.md")])
 SOURCES = {".py", ".yml", ".sh", ""}
-CODE = ("l4queue", "dispatcher", "workers", "tests", "bench", "docs", "docker", "Makefile", "docker-compose.yml")
+CODE = ("l4queue", "dispatcher", "workers", "tests", "bench", "tools", "docker", "Makefile", "docker-compose.yml")
 
 PLACEHOLDER = re.compile(r"@[A-Z]{2,}@|\bTBD\b|\bTODO\b|\bFIXME\b|\bFILL ?IN\b")
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)

@@ -80,7 +80,7 @@ class Cut:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineInfo:
-    """What an engine is, fixed once it has started.
+    """Facts of an engine, fixed once it has started.
 
     `kv_bytes_per_token` is the size of the KV cache that a hand-over moves; 0 when it cannot be moved.
     """
@@ -103,10 +103,10 @@ class EngineInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStats:
-    """What an engine is doing now. `num_steps` only grows: the proof of progress that renews the lease.
+    """State of an engine now. `num_steps` only grows: the proof of progress that renews the lease.
 
-    So do the other counters: requests that the engine put back for want of KV blocks, those that loaded their KV,
-    those that had a ticket and were prefilled all the same, and bytes read.
+    So do the other counters: requests that the engine put back for want of KV blocks, that loaded their KV,
+    or that had a ticket and were prefilled all the same, and bytes read.
     """
 
     num_running: int

@@ -15,7 +15,7 @@ from workers.engine.base import EngineDied
 __all__ = ("LoopWork", "lease_of")
 
 T = TypeVar("T")
-_NOTABLE_S = 0.1
+_NOTABLE_S = 0.1  # of CPU time; shorter work explains no late loop
 
 
 def lease_of(engine_id: str) -> tuple[str, int]:
@@ -55,7 +55,7 @@ class LoopWork:
         return [engine_id for engine_id, (busy_s, _) in self._busy.items() if busy_s >= least_s]
 
     def forget(self, before_s: float) -> None:
-        """What ended before this time (`time.monotonic`) does not count any more."""
+        """Forget work that ended before this time (`time.monotonic`)."""
         self._busy = {engine_id: busy for engine_id, busy in self._busy.items() if busy[1] >= before_s}
 
     def ended(self, engine_id: str, busy_s: float, error: BaseException | None) -> None:

@@ -26,12 +26,12 @@ from workers.telemetry.snapshot import WorkerSnapshot
 __all__ = ("EngineHost", "EngineThread", "ExitGuard", "RequestHeart", "WorkerLike")
 
 log = logging.getLogger("l4queue.host")
-_COLD_S = 1.0
-_FAILURE_EXIT_S = 10.0
+_COLD_S = 1.0  # for the loop to end on a cold shutdown
+_FAILURE_EXIT_S = 10.0  # for Celery to stop after the engine has failed
 
 
 class WorkerLike(Protocol):
-    """What the host needs of a worker; `workers.loop.worker.Worker` is the one that serves."""
+    """Interface of a worker as its host uses it; `workers.loop.worker.Worker` is the real one."""
 
     async def run(self) -> None: ...
 

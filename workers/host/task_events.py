@@ -27,11 +27,11 @@ SAMPLE_ABOVE_PER_S = 500.0
 OUTCOMES_FACTOR = 4
 """So many times that, successes are left out too. Failures, revocations and retries never are."""
 _COUNTED = ("task-received", "task-succeeded", "task-failed", "task-revoked", "task-retried")
-_TOTALS_S = 1.0
+_TOTALS_S = 1.0  # between two events with changed totals
 _REPEAT_S = 5.0  # for a Flower that has just begun
-_FLUSH_S = 0.1
-_BATCH = 200
-_RETRY_S = 1.0
+_FLUSH_S = 0.1  # in which events gather for one message
+_BATCH = 200  # events of one message
+_RETRY_S = 1.0  # between two tries to reach the broker
 
 Event = dict[str, Any]
 

@@ -12,7 +12,7 @@ import torch
 
 __all__ = ("BlockRows", "HostRows", "TensorRows", "block_rows")
 
-_MAX_THREADS = 8
+_MAX_THREADS = 8  # that copy; more do not raise the bandwidth of one GPU's bus
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 Rows = npt.NDArray[np.uint8]

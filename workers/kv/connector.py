@@ -34,7 +34,7 @@ _IDLE_WAIT_S = 0.005  # a new request waits no longer than this for the thread t
 
 @dataclass
 class _Jobs(KVConnectorMetadata):  # type: ignore[misc] # vLLM is untyped here
-    """What the worker is to do beside this step."""
+    """Jobs of the worker beside this step."""
 
     jobs: list[SaveJob | LoadJob] = field(default_factory=list)
     is_idle: bool = False
@@ -55,7 +55,7 @@ class _Stats(KVConnectorStats):  # type: ignore[misc]
 
 
 class HandoverConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
-    """Keeps the KV of requests that are cut, loads it for those that come with a ticket.
+    """Keeps the KV of requests that are cut, loads it for requests that come with a ticket.
 
     Models with several groups of KV blocks (sliding windows, state spaces) run as without it: nothing is moved.
     """

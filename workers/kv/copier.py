@@ -80,7 +80,7 @@ class KVCopier:
         self._jobs.put((job, self._rows.begin()))
 
     def results(self, *, wait_s: float) -> Results:
-        """What is over; waits so long for something to be, if there is anything to wait for."""
+        """Transfers that are over; waits up to this time for one, if any is under way."""
         with self._changed:
             if self._num_pending and not (self._results.saved or self._results.loaded):
                 self._changed.wait(wait_s)

@@ -12,8 +12,8 @@ __all__ = ("DirectoryLock", "enter")
 
 _FILE = "tenants"
 _LEFT_OVER = (".kv", ".part", ".cut")
-_WAIT_S = 2.0
-_RETRY_S = 0.01
+_WAIT_S = 2.0  # while another process clears the directory
+_RETRY_S = 0.01  # between two tries
 
 
 class DirectoryLock:

@@ -16,10 +16,10 @@ from workers.kv.store import SegmentStore, new_ticket
 __all__ = ("KVFrontend", "model_fingerprint")
 
 log = logging.getLogger("l4queue.kv")
-_CUT_TIMEOUT_S = 5.0
-_LOOK_S = 0.003
-_SWEEP_EVERY_S = 10.0
-_SAMPLE_BYTES = 1 << 16
+_CUT_TIMEOUT_S = 5.0  # for the copy of a cut request; a second prefill is cheaper then
+_LOOK_S = 0.003  # between two looks for the copy's file: well under one step
+_SWEEP_EVERY_S = 10.0  # between two searches for old files
+_SAMPLE_BYTES = 1 << 16  # read at each of eight places of a file of weights
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf")
 
 
@@ -71,7 +71,7 @@ class KVFrontend:
         }
 
     def admit(self, request_id: str, ticket: str) -> dict[str, str]:
-        """What the connector is to know of a request: its own ticket, and the one that it comes with."""
+        """Facts of a request for the connector: its own ticket, and the ticket that it comes with."""
         own = self._tickets[request_id] = new_ticket()
         return {"l4_own": own} | ({"l4_from": ticket} if ticket else {})
 
@@ -117,16 +117,16 @@ class KVFrontend:
             del self._waiting[ticket]
             self._store.take_mark(ticket)
 
-    def take(self, ledger: Mapping[str, Any]) -> None:
-        """What the connector reports with a step (`workers.kv.scheduler.Ledger`)."""
-        for tickets, is_kept in ((ledger["kept"], True), (ledger["dropped"], False)):
+    def take(self, transfers: Mapping[str, Any]) -> None:
+        """Take in the connector's report of a step (`workers.kv.scheduler.TransferLog`)."""
+        for tickets, is_kept in ((transfers["kept"], True), (transfers["dropped"], False)):
             for ticket in tickets:
                 future = self._waiting.get(ticket)
                 if future is not None and not future.done():
                     future.set_result(is_kept)
-        self.num_loads += ledger["num_loads"]
-        self.num_misses += sum(ledger["misses"].values())
-        self.loaded_bytes += ledger["loaded_bytes"]
+        self.num_loads += transfers["num_loads"]
+        self.num_misses += sum(transfers["misses"].values())
+        self.loaded_bytes += transfers["loaded_bytes"]
 
     def engine_died(self) -> None:
         """Nobody will copy any more."""

@@ -17,7 +17,7 @@ log = logging.getLogger("l4queue.kv")
 
 @dataclass(slots=True, kw_only=True)
 class TransferLog:
-    """What happened since it was last taken. `kept` and `dropped` are tickets of cut requests."""
+    """Transfers since it was last taken. `kept` and `dropped` are tickets of cut requests."""
 
     kept: list[str] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
@@ -41,7 +41,7 @@ class KVRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Match:
-    """What a ticket is good for."""
+    """The part of a segment that a request can use."""
 
     num_tokens: int
     layout: Layout
@@ -61,7 +61,7 @@ class KVScheduler:
         self._settled: set[str] = set()
         self._saving: dict[str, str] = {}
         self._jobs: list[SaveJob | LoadJob] = []
-        self._ledger = TransferLog()
+        self._transfers = TransferLog()
         self._said: set[MissCause] = set()
 
     def loadable_tokens(self, arrival: KVRequest) -> int:
@@ -84,11 +84,11 @@ class KVScheduler:
             return num_tokens
         self._settled.add(request_id)  # the engine has it all: as good as loaded
         self._store.remove(ticket)
-        self._ledger.num_loads += 1
+        self._transfers.num_loads += 1
         return 0
 
     def load(self, request_id: str, ticket: str, *, num_tokens: int, block_ids: Sequence[int]) -> None:
-        """The engine has room: fill its blocks with so many tokens beyond the cached ones."""
+        """The engine has room: fill its blocks with this number of tokens beyond the cached ones."""
         cached_tokens = self._cached[request_id]
         first_block = cached_tokens // self._block_tokens
         last_block = -(-(cached_tokens + num_tokens) // self._block_tokens)
@@ -116,7 +116,7 @@ class KVScheduler:
             return False
         num_blocks = -(-len(token_ids) // self._block_tokens)
         if not is_cut or is_loading or not token_ids or len(block_ids) < num_blocks:
-            self._ledger.dropped.append(ticket)
+            self._transfers.dropped.append(ticket)
             return False
         self._saving[request_id] = ticket
         self._jobs.append(
@@ -135,11 +135,11 @@ class KVScheduler:
         return jobs
 
     def over(self, *, saved: Iterable[str], loaded: Iterable[str], failed: Iterable[str]) -> None:
-        """What the carrier reports."""
+        """Take in the carrier's report."""
         for request_id in saved:
             ticket = self._saving.pop(request_id)
             is_kept = self._store.path(ticket).exists()
-            (self._ledger.kept if is_kept else self._ledger.dropped).append(ticket)
+            (self._transfers.kept if is_kept else self._transfers.dropped).append(ticket)
         failures = set(failed)
         for request_id in {*loaded, *failures}:
             num_bytes = self._loading.pop(request_id)
@@ -149,13 +149,13 @@ class KVScheduler:
                 self._missed(request_id, MissCause.DAMAGED, "could not be read to its end")
             else:
                 self._settled.add(request_id)
-                self._ledger.num_loads += 1
-                self._ledger.loaded_bytes += num_bytes
+                self._transfers.num_loads += 1
+                self._transfers.loaded_bytes += num_bytes
 
     def take_log(self) -> TransferLog:
-        """What happened since the last call."""
-        ledger, self._ledger = self._ledger, TransferLog()
-        return ledger
+        """Transfers since the last call."""
+        log, self._transfers = self._transfers, TransferLog()
+        return log
 
     def _look(self, ticket: str, token_ids: Sequence[int]) -> _Match:
         if not is_ticket(ticket):
@@ -171,7 +171,7 @@ class KVScheduler:
 
     def _missed(self, request_id: str, cause: MissCause, why: str) -> None:
         self._settled.add(request_id)
-        self._ledger.misses[cause] = self._ledger.misses.get(cause, 0) + 1
+        self._transfers.misses[cause] = self._transfers.misses.get(cause, 0) + 1
         if cause not in self._said:
             self._said.add(cause)
             log.warning("KV of %s is prefilled (%s, said once): %s", request_id, cause, why)

@@ -32,8 +32,8 @@ __all__ = ("Layout", "MissCause", "Segment", "SegmentError", "SegmentPiece", "Se
 
 _MAGIC = b"L4KV\x00\x00\x00\x02"
 _PREFIX = struct.Struct("<8sII")
-_HEADER_BYTES = 4096
-_PIECE_BYTES = 1 << 20
+_HEADER_BYTES = 4096  # one page of memory, to which the blocks are aligned
+_PIECE_BYTES = 1 << 20  # copied and checksummed at once: fits a core's cache
 _WORD = np.dtype("<u4")
 
 
@@ -56,7 +56,7 @@ class SegmentError(PortableError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """What a segment holds and how. Two engines can exchange segments of equal `fingerprint` and shape."""
+    """Content and layout of a segment. Two engines can exchange segments of equal `fingerprint` and shape."""
 
     fingerprint: str
     num_layers: int

@@ -1,7 +1,7 @@
 """The segment directory that the engines of one host share: bounded, self-cleaning, safe against crashes.
 
 `<ticket>.kv` is a finished segment, `<ticket>.part` one that is being written (its writer holds a lock on it, so
-that whoever sweeps knows a dead one's), `<ticket>.cut` says that the request with this ticket is to be kept.
+that a sweep recognises a dead writer's), `<ticket>.cut` says that the request with this ticket is to be kept.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ __all__ = ("PartFile", "SegmentStore", "default_directory", "is_ticket", "new_ti
 
 _TICKET = re.compile(r"[0-9a-f]{24}")
 _SHARED_MEMORY = Path("/dev/shm")
-_LOCK_WAIT_S = 0.2
-_LOCK_RETRY_S = 0.002
-_MARK_TTL_S = 60.0
+_LOCK_WAIT_S = 0.2  # for the lock; a request then moves without its KV
+_LOCK_RETRY_S = 0.002  # between two tries
+_MARK_TTL_S = 60.0  # of the mark of a cut request; it is used within seconds
 
 
 def new_ticket() -> str:

@@ -15,7 +15,7 @@ __all__ = ("KV_BYTES_PER_S", "KV_FIXED_MS", "EngineProfile")
 
 # measured on two CPU engines under load, writing and reading together: docs/kv-handover.md
 KV_BYTES_PER_S = 0.75e9
-KV_FIXED_MS = 50.0
+KV_FIXED_MS = 50.0  # of one transfer, whatever its size
 
 
 class EngineProfile:

@@ -64,7 +64,7 @@ class FleetView:
         return [w for w in found if w.worker_id != self._worker_id and stage in (None, self.stage_of(w))]
 
     async def asked_again(self, workers: Sequence[WorkerLoad]) -> list[WorkerLoad]:
-        """What these say of themselves now; without those that are gone."""
+        """Loads that these workers publish now, without workers that are gone."""
         views = await self._executor.run_many([self._reads.worker(w.incarnation, 0) for w in workers])
         return [view.load for view in views if view is not None]
 
@@ -78,7 +78,7 @@ class FleetView:
         return found_ms
 
     def ahead_ms(self, pending_tokens: int, stage: int, *, cost: StepCost) -> float:
-        """Prefill before what a worker of this stage runs that has so many tokens pending in its engine, ms."""
+        """Prefill before the running requests of a worker of this stage with these tokens pending, ms."""
         if self.overview is None:
             return cost.prefill_ms(pending_tokens)
         queue = self.overview.in_play(str(stage), quiet_ms=self._quiet_ms)

@@ -62,9 +62,9 @@ class Intake:
         background: BackgroundWork,
         solo: SoloTurn,
         rollback: Rollback,
-        evacuate_before_prefill: Callable[[], Awaitable[None]],
+        escape_before_prefill: Callable[[], Awaitable[None]],
     ) -> None:
-        """`evacuate_before_prefill` is awaited before a prompt begins whose prefill holds up what runs."""
+        """`escape_before_prefill` is awaited before a prompt begins whose prefill holds up what runs."""
         self._context = context
         self._sessions = sessions
         self._placement = placement
@@ -76,7 +76,7 @@ class Intake:
         self._background = background
         self._solo = solo
         self._rollback = rollback
-        self._evacuate_before_prefill = evacuate_before_prefill
+        self._escape_before_prefill = escape_before_prefill
         self._waits_for: frozenset[str] | None = None  # what ran when the queue was last found to wait
         self._private_due = True  # something may wait for this worker alone
 
@@ -243,7 +243,7 @@ class Intake:
                 ended.append(session)
                 continue
             if not grant.kv and has_prefill(session.length_tokens, self._profile.cost):
-                await self._evacuate_before_prefill()
+                await self._escape_before_prefill()
             if session.engine_id in self._sessions:  # it may have been cancelled meanwhile
                 await context.work.steps(session.engine_id, context.engine.add(session.engine_request()))
         await self._writer.flush(ended)

@@ -33,7 +33,7 @@ __all__ = ("Mover",)
 log = logging.getLogger("l4queue.worker")
 _MAKE_WAY_S = 0.1
 """Longest wait for moves under way before a prefill begins, s. Chosen: two writes at the default interval."""
-_ESCAPE_S = 0.1  # so often it is looked again while a prefill goes on
+_ESCAPE_S = 0.1  # between two looks while a prefill goes on
 
 
 class Mover:
@@ -135,7 +135,7 @@ class Mover:
             move = Move(kind=MoveKind.ESCAPE, benefit_ms=escape.benefit_ms, cost_ms=escape.cost_ms)
             self._begin(by_id[escape.request_id], escape.target_id, move)
 
-    async def evacuate_before_prefill(self) -> None:
+    async def escape_before_prefill(self) -> None:
         """Before a prefill begins: let what it would hold up leave. Once it runs, a cut waits for its steps."""
         self._tell()
         await self._escape()

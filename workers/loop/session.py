@@ -23,7 +23,7 @@ TextFactory = Callable[[SamplingParams], TextStream]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Write:
-    """What is to be written for a session: tokens from `offset` on, and the outcome when it has ended."""
+    """Output to be written for a session: tokens from `offset` on, and the outcome when it has ended."""
 
     session: Session
     offset: int
@@ -173,7 +173,7 @@ class Session:
             self._end(FinishReason.LENGTH)
 
     def engine_request(self) -> EngineRequest:
-        """What the engine is to compute: the rest of the output. In its class, what has run before goes first."""
+        """The engine's request: the rest of the output. In its class, a request that has run before goes first."""
         params, num_resumed = self.params, len(self.output_ids)
         if params.seed is not None and num_resumed:
             params = params.model_copy(update={"seed": resumed_seed(params.seed, num_resumed)})
@@ -212,7 +212,7 @@ class Session:
             self._end(output.finish_reason)
 
     def take_write(self) -> Write | None:
-        """What to write now, or None. It counts as committed from here on."""
+        """Output to write now, or None. It counts as committed from here on."""
         new = tuple(self.output_ids[self.committed :])
         if self._outcome is None and (not new or self.params.is_pinned):
             return None

@@ -55,7 +55,7 @@ class Sessions:
 
     @property
     def prefills(self) -> list[int]:
-        """Lengths of the requests here that have no token yet, without those that bring their KV cache, tokens."""
+        """Lengths, tokens, of the requests here without a token yet, except where they bring their KV cache."""
         return [s.length_tokens for s in self if s.awaits_first_token and not s.grant.kv]
 
     @property

@@ -100,7 +100,7 @@ class SoloTurn:
         return turn.is_ours
 
     async def _give_back(self) -> None:
-        """What has not ended or moved on in time goes on elsewhere, or here afterwards."""
+        """Requests that have not ended or moved on in time go on elsewhere, or here afterwards."""
         now_s = asyncio.get_running_loop().time()
         if self._began_s is None or now_s - self._began_s < _LIMITS.empty_s:
             return

@@ -26,7 +26,6 @@ from workers.loop.fleet_view import FleetView
 from workers.loop.growth import GrowthCounts
 from workers.loop.intake import Intake
 from workers.loop.lease import Lease
-from workers.loop.listener import Listener
 from workers.loop.mover import Mover
 from workers.loop.placement import Placement
 from workers.loop.report import WorkerReport, view_of
@@ -35,6 +34,7 @@ from workers.loop.session import Session, TextFactory
 from workers.loop.sessions import Sessions
 from workers.loop.solo import SoloTurn
 from workers.loop.task_set import TaskSet
+from workers.loop.wakeups import WakeupListener
 from workers.loop.writer import Writer
 from workers.telemetry.observer import Observer, RequestView
 from workers.telemetry.snapshot import WorkerSnapshot
@@ -44,7 +44,7 @@ __all__ = ("Worker",)
 log = logging.getLogger("l4queue.worker")
 _LAST_TRY_S = 1.0
 """A drain that Redis held up asks this long whether it serves again."""
-_IDLE_S = 1.0  # an idle worker looks for work at least so often, should a wake-up have been missed
+_IDLE_S = 1.0  # between two looks of an idle worker for work, since a wake-up may be missed
 
 
 class Worker:
@@ -143,7 +143,7 @@ class Worker:
             background=background,
             solo=solo,
             rollback=self._rollback,
-            evacuate_before_prefill=self._mover.evacuate_before_prefill,
+            escape_before_prefill=self._mover.escape_before_prefill,
         )
 
     async def run(self) -> None:
@@ -238,7 +238,7 @@ class Worker:
     async def _run_loops(self) -> BaseException | None:
         """Run until asked to stop or until a loop fails; the failure, if any."""
         context = self.context
-        listener = Listener(
+        listener = WakeupListener(
             executor=context.executor,
             keys=context.keys,
             worker_id=context.worker_id,

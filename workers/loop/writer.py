@@ -44,7 +44,7 @@ class Writer:
         self._in_order = asyncio.Lock()
 
     async def flush(self, sessions: Sequence[Session]) -> None:
-        """Write all that these sessions have pending, and settle those that have ended.
+        """Write all pending output of these sessions, and settle the ended ones.
 
         One at a time: two writes of one request on two connections could arrive in the wrong order.
         """

@@ -23,12 +23,12 @@ from l4queue.hardware import EngineBuild, GpuView, engine_build, list_gpus, view
 __all__ = ("DeviceLocks", "choose", "take_devices")
 
 log = logging.getLogger("l4queue.worker")
-_ASK_EVERY_S = 1.0
-_SAY_EVERY_S = 60.0
+_ASK_EVERY_S = 1.0  # between two tries for the lock of a device
+_SAY_EVERY_S = 60.0  # a log line while no device is free
 
 
 def choose(devices: Sequence[str], *, free: Collection[str], count: int) -> tuple[str, ...] | None:
-    """`count` free devices, or None while there are not so many.
+    """`count` free devices, or None while there are fewer.
 
     Devices are in the order of their bus. A group that starts at a multiple of `count` comes first: such
     groups share a switch or a socket on usual machines, and equal workers then leave no gaps.

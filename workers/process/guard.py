@@ -16,7 +16,7 @@ import psutil
 
 __all__ = ("end_process", "guard_descendants")
 
-_EXIT_FAILURE = 1
+_EXIT_FAILURE = 1  # exit code
 _GUARD = """
 import os, signal, sys
 group = int(sys.argv[1])

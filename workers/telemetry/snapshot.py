@@ -13,6 +13,7 @@ from workers.engine.base import EngineStats, StepRecord
 
 __all__ = ("StepMeter", "WorkerSnapshot")
 
+# bucket limits, s: from a small model's decode step to a prefill of a long prompt
 _STEP_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 
 

@@ -30,9 +30,9 @@ log = logging.getLogger("l4queue.tracing")
 _SERVICE = "l4queue-worker"
 CAPACITY = 10_000
 """Most ended requests whose spans are still to be made; beyond it the oldest are dropped and counted."""
-_BATCH = 64
-_RETRY_S = 1.0
-_CLOSE_S = 1.0
+_BATCH = 64  # requests whose spans are exported at once
+_RETRY_S = 1.0  # between two tries to reach Redis
+_CLOSE_S = 1.0  # for the last export; a collector that is away delays no exit further
 _MOVE_FACTS = ("benefit_ms", "cost_ms", "kv")
 
 
@@ -117,7 +117,7 @@ class _SpanBuilder:
         return self._pieces
 
     def _catch_up(self, now_ms: int, worker: str) -> None:
-        """What leaves no line: the first lease, and the first token where it was no resumption."""
+        """Steps that leave no line: the first lease, and the first token where it was no resumption."""
         started_ms, token_ms = self._record.started_ms, self._record.first_token_ms
         if not self._has_taken and started_ms is not None:
             self._take(started_ms, worker)
@@ -170,7 +170,7 @@ _RULES: Mapping[LedgerEvent, Callable[[_SpanBuilder, LedgerLine], None]] = {
 
 
 def open_traces(settings: Settings, observer: Observer) -> TraceSender | None:
-    """What watches beside `observer`; None when traces are off or cannot be sent, which is said once."""
+    """The traces beside `observer`; None when they are off or cannot be sent, which is logged once."""
     if not settings.traces:
         return None
     try:
@@ -235,7 +235,7 @@ class TraceSender:
         self._put(view)
 
     def request_moved(self, view: RequestView, *, why: str) -> None:
-        """Whoever ends it tells of this too."""
+        """Nothing to do: the end of the request tells of this too."""
         self._observer.request_moved(view, why=why)
 
     def _put(self, view: RequestView) -> None:

@@ -16,7 +16,7 @@ from l4queue.plan_json import split_of
 from l4queue.sim.plots import require_matplotlib, save_figure
 
 if TYPE_CHECKING:
-    from l4queue.sim.metrics import Measured
+    from l4queue.sim.results import Measured
 
 __all__ = ("LONG_TOKENS", "by_policy", "machine", "plot_rounds", "remarks", "report", "table")
 

@@ -20,7 +20,7 @@ from l4queue.protocol.calls import Calls, Verdict
 from l4queue.protocol.executor import AsyncExecutor
 from l4queue.protocol.keys import Keys
 from l4queue.protocol.ledger import MoveCounter
-from l4queue.sim.metrics import Measured, SimResult, summarize
+from l4queue.sim.results import Measured, SimResult, summarize
 from l4queue.sim.runner import RunConfig
 from l4queue.sim.tuning import tune_two_pool
 
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 __all__ = ("Round", "Rounds", "Sample", "pooled")
 
-_SAMPLE_S = 0.5
-_BATCH = 256
+_SAMPLE_S = 0.5  # between two samples of the workers
+_BATCH = 256  # records read at once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

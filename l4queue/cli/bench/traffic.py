@@ -14,7 +14,7 @@ __all__ = ("bench_trace", "small_mix")
 
 SHORT, LONG = (16, 256, 32), (3000, 6000, 64)
 """Shortest and longest prompt, output: tokens."""
-DEFAULT_RATE_RPS = 3.0
+DEFAULT_RATE_RPS = 3.0  # requests per second; two emulated or CPU engines serve that
 FLIP_SHARES = (0.03, 0.25, 0.03)
 """Shares of long prompts in the thirds of `flip`; the rate changes so that the prompt tokens per second stay."""
 

@@ -33,13 +33,13 @@ __all__ = (
     "write_private",
 )
 
-MIN_VERSION = (6, 2, 0)
+MIN_VERSION = (6, 2, 0)  # of Redis; the oldest with the commands that the scripts use
 USUAL_PORT = PORT
 _START_S = 60.0
 """Reading a large AOF takes its time: about a second per gigabyte, more on a slow disk."""
-_STOP_S = 30.0
-_LOCK_WAIT_S = 5.0
-_POLL_S = 0.02
+_STOP_S = 30.0  # for the server to save its data before it is killed
+_LOCK_WAIT_S = 5.0  # see `_lock`
+_POLL_S = 0.02  # between two looks at a process or a lock
 _CONFIG, _PASSWORD = "password.conf", re.compile(r"requirepass ([A-Za-z0-9_-]{20,})\n")
 
 

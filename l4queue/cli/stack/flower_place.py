@@ -15,7 +15,7 @@ from l4queue.errors import ConfigError
 __all__ = ("FlowerPlace", "flower_answers", "flower_place")
 
 _EVERYWHERE = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
-_TRY_S = 5.0
+_TRY_S = 5.0  # for Flower to answer one HTTP request
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

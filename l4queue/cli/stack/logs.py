@@ -15,8 +15,8 @@ from typing import Any, BinaryIO, Protocol, TextIO
 
 __all__ = ("ConsoleLog", "FileLog", "LineSplitter", "Log")
 
-_COLOURS = (36, 33, 32, 35, 34, 96, 93, 92, 95, 94)
-_MAX_LINE_BYTES = 16_384
+_COLOURS = (36, 33, 32, 35, 34, 96, 93, 92, 95, 94)  # ANSI codes, one for each process in turn
+_MAX_LINE_BYTES = 16_384  # a longer line is cut, so that a process cannot fill memory
 
 
 class Log(Protocol):

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 __all__ = ("die_with_parent",)
 
-_PR_SET_PDEATHSIG = 1
+_PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 
 
 def die_with_parent(*, gentle: bool = False) -> Callable[[], None] | None:

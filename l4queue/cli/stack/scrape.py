@@ -14,7 +14,7 @@ from l4queue.errors import ConfigError
 
 __all__ = ("with_metrics", "write_targets")
 
-_SERVE = ("exporter", "dispatcher", "worker", "fleet")
+_SERVE = ("exporter", "dispatcher", "worker", "workers")
 
 
 def with_metrics(specs: Sequence[ChildSpec], settings: Settings) -> tuple[dict[str, str], list[ChildSpec]]:

@@ -28,8 +28,8 @@ from l4queue.tiny import cache_directory
 __all__ = ("DEFAULT_DATA_DIR", "Stack", "StackOptions")
 
 DEFAULT_DATA_DIR = URL_FILE.parent
-DEFAULT_WORKERS = 2
-_STOP_WORKERS, _STOP_SERVICES, _STOP_REDIS = 0, 1, 2
+DEFAULT_WORKERS = 2  # without a GPU; the least with which requests move
+_STOP_WORKERS, _STOP_SERVICES, _STOP_REDIS = 0, 1, 2  # ranks: workers stop first, Redis last
 _WORKER_MARGIN_S = 20.0
 """Beyond the drain deadline: the worker's own margins for its engine (10 s) and interpreter (5 s), and ours."""
 
@@ -301,7 +301,7 @@ class Stack:
             return [self._worker_spec(i, num_workers=num_workers, gpus=gpus) for i in range(num_workers)]
         names = [f"worker-{index}" for index in range(num_workers)]
         firsts = range(0, num_workers, size)
-        return [self._fleet_spec(f"fleet-{first // size}", names[first : first + size]) for first in firsts]
+        return [self._group_spec(f"workers-{first // size}", names[first : first + size]) for first in firsts]
 
     def _worker_spec(self, index: int, *, num_workers: int, gpus: list[Gpu]) -> ChildSpec:
         name = f"worker-{index}"
@@ -315,9 +315,9 @@ class Stack:
             env["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
         return self._serving_spec(name, "workers", env=env, worker_ids=[name])
 
-    def _fleet_spec(self, name: str, worker_ids: list[str]) -> ChildSpec:
+    def _group_spec(self, name: str, worker_ids: list[str]) -> ChildSpec:
         env = {**self._environment(), "L4_WORKER_ID": name}
-        return self._serving_spec(name, "workers.fleet", *worker_ids, env=env, worker_ids=worker_ids)
+        return self._serving_spec(name, "workers.worker_group", *worker_ids, env=env, worker_ids=worker_ids)
 
     def _serving_spec(
         self, name: str, module: str, *arguments: str, env: dict[str, str], worker_ids: list[str]

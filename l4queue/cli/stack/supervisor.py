@@ -16,8 +16,8 @@ from l4queue.errors import ServiceUnavailable
 
 __all__ = ("Child", "ChildSpec", "ChildState", "RestartPolicy", "Supervisor")
 
-_NUM_LAST_LINES = 20
-_READ_BYTES = 65_536
+_NUM_LAST_LINES = 20  # shown of a process that failed: a traceback's end
+_READ_BYTES = 65_536  # the size of a pipe on Linux
 
 
 class ChildState(StrEnum):
@@ -44,7 +44,7 @@ class RestartPolicy:
     max_failures: int = 3
 
     def pause_s(self, num_restarts: int) -> float:
-        """Pause before the restart after so many restarts in a row."""
+        """Pause before the next restart after this many in a row."""
         return min(self.most_s, self.first_s * 2.0 ** min(num_restarts, 30))
 
 
@@ -78,7 +78,6 @@ class Child:
         self.state = ChildState.IDLE
         self.pid: int | None = None
         self.exit_code: int | None = None
-        self.num_starts = 0
         self.last_lines: deque[str] = deque(maxlen=_NUM_LAST_LINES)
         self._log = log
         self._restart = restart
@@ -157,7 +156,6 @@ class Child:
             return
         finally:
             os.close(writing_end)
-        self.num_starts += 1
         self.pid, self.exit_code = process.pid, None
         self._spoken.clear()
         self._become(ChildState.STARTING)
@@ -249,10 +247,6 @@ class Supervisor:
         self.children[spec.name] = child
         child.start()
         return child
-
-    def waiting_for(self) -> list[str]:
-        """Names of children that are not ready."""
-        return [name for name, child in self.children.items() if child.state is not ChildState.READY]
 
     async def ready(
         self,

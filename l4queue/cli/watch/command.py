@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ("Watcher", "picture_json", "watch")
 
-_RESIZE_S = 0.2
+_RESIZE_S = 0.2  # a resized terminal is redrawn within this time
 
 
 class Watcher:

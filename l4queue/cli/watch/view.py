@@ -21,11 +21,11 @@ __all__ = ("WIDE_COLUMNS", "fit", "number", "time_text")
 
 WIDE_COLUMNS = 104
 """From this width on workers show what does not fit into 80 columns."""
-_ENGINE_COLUMNS = 136
-_AIRY_ROWS = 28
-_BAR, _SHORT_BAR = 12, 8
-_BUSY, _FULL = 0.7, 0.9
-_MAX_MOVES = 10
+_ENGINE_COLUMNS = 136  # terminal columns from which the engine's column fits
+_AIRY_ROWS = 28  # terminal rows from which blank lines separate the tables
+_BAR, _SHORT_BAR = 12, 8  # characters; both tables then fit 80 columns
+_BUSY, _FULL = 0.7, 0.9  # shares from which a bar is yellow and red
+_MAX_MOVES = 10  # rows
 _ALARM = "bold white on red"
 _KINDS = {
     LedgerEvent.HANDOVER: "hand-over",

@@ -18,9 +18,9 @@ __all__ = ("LATENCY_S", "Latency", "Picture", "Rates", "StageView", "Waiting", "
 
 LATENCY_S = 60.0
 """Latencies and counts of moves are of what ended, and of what moved, within so many seconds."""
-RATE_S = 10.0
-_MAX_FINISHED = 20_000
-_MAX_MOVES = 50
+RATE_S = 10.0  # rates are means over this time
+_MAX_FINISHED = 20_000  # requests kept for the percentiles
+_MAX_MOVES = 50  # more than any screen shows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -34,7 +34,7 @@ _ID = re.compile(rf"batch_req_(?P<name>.+?)(?:_(?P<digest>[0-9a-f]{{{DIGEST_CHAR
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """What a line of the output or error file answers.
+    """The line that an entry of the output or error file answers.
 
     `name` is that of a request or of a line. `digest` tells which line of the input it belongs to; files of
     earlier releases, and of other programs, have none. `line` is set for an error about a line.

@@ -20,8 +20,8 @@ from l4queue.strict_json import JsonError, parse_json, read_json
 
 __all__ = ("AnswerFile", "BatchIdentity", "IdentityFile", "InputFile", "RawLine", "new_beside")
 
-_READ_BYTES = 2**20
-_MAX_ANSWER_BYTES = 2**30
+_READ_BYTES = 2**20  # of one read or write
+_MAX_ANSWER_BYTES = 2**30  # of a line that is parsed; far beyond any answer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +99,7 @@ class AnswerFile:
             self._file.close()
             raise InvalidRequest(f"another process is writing {path}", field=field) from None
         try:
-            self.num_repaired_bytes = self._repair()
+            self._repair()
         except InvalidRequest:
             self._file.close()
             raise
@@ -109,13 +109,8 @@ class AnswerFile:
         """Whether it has no answer yet."""
         return os.fstat(self._file.fileno()).st_size == 0
 
-    def answers(self) -> Iterator[dict[str, Any]]:
-        """What the file has. InvalidRequest names a line that is not one of a batch."""
-        for _, answer in self.numbered():
-            yield answer
-
     def numbered(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """The same with the numbers of the lines, from 1."""
+        """Answers with their line numbers, from 1. InvalidRequest names a line that is not from a batch."""
         self._file.seek(0)
         for number, data in enumerate(self._file, 1):
             if not data.strip():
@@ -168,25 +163,24 @@ class AnswerFile:
         except OSError:
             return False
 
-    def _repair(self) -> int:
-        """Bytes cut off the end (positive), or -1 for an end of line that was added."""
+    def _repair(self) -> None:
+        """Add the end of line that a complete last line lacks, or cut off half a line."""
         size = self._file.seek(0, os.SEEK_END)
         end = _end_of_last_line(self._file, size)
         if end == size:
-            return 0
+            return
         self._file.seek(end)
         torn = self._file.read()
         if _answer(torn) is not None:
             self._file.write(b"\n")
             self._file.flush()
-            return -1
+            return
         self._file.seek(0)
         is_ours = end == 0 or _answer(self._file.readline()) is not None
         if not is_ours or not _may_be_torn(torn):
             raise self.unusable(self._num_lines(), "is not from a batch")
         self._file.truncate(end)
         self._file.seek(0, os.SEEK_END)
-        return size - end
 
     def _num_lines(self) -> int:
         self._file.seek(0)
@@ -195,7 +189,7 @@ class AnswerFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchIdentity:
-    """What an unfinished batch is: its name in idempotency keys, and up to which line it was enqueued."""
+    """Identity of an unfinished batch: its name in idempotency keys, and the last line that was enqueued."""
 
     batch_id: str
     num_submitted: int = 0

@@ -22,10 +22,10 @@ __all__ = ("Ended", "Flight", "Submission", "Ticket")
 
 BACKLOG_SHARE = 0.5
 """Share of the bounded backlog that batches may fill: the rest is for those who wait for an answer."""
-MIN_RESULT_TTL_S = 7 * 86_400.0
-_LOOK_EVERY_S = 5.0
-_LOOK_AFTER_S = 10.0
-_LOOK_AT = 500
+MIN_RESULT_TTL_S = 7 * 86_400.0  # a week in which an interrupted batch can be resumed
+_LOOK_EVERY_S = 5.0  # between two looks at the records of silent requests
+_LOOK_AFTER_S = 10.0  # of silence a record is looked at
+_LOOK_AT = 500  # records of one look
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

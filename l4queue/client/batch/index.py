@@ -20,7 +20,7 @@ _Words = NDArray[np.uint64]
 
 
 class LineState(IntEnum):
-    """What is to be done with a line."""
+    """State of a line: what is left to do with it."""
 
     OPEN = 0
     SUCCEEDED = 1  # in the output file

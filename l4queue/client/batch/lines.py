@@ -26,7 +26,7 @@ __all__ = (
 
 MAX_LINE_BYTES = 128 * 2**20
 """Longest line that is read, bytes: the longest prompt, each character of it escaped."""
-DIGEST_CHARS = 40
+DIGEST_CHARS = 40  # hexadecimal: 160 bits, no two lines of a batch collide
 CHAT_URL = "/v1/chat/completions"
 COMPLETIONS_URL = "/v1/completions"
 _SAMPLING = frozenset(SamplingParams.model_fields) | {"priority"}
@@ -68,7 +68,7 @@ class LineObject:
     fields: dict[str, Any]
 
     def digest(self, *, max_tokens: int | None) -> str:
-        """What an answer belongs to: the same for the same request, however its JSON is written.
+        """Identity of the request that an answer belongs to, however its JSON is written.
 
         `max_tokens` is that of the batch and counts where the line says none of its own.
         """

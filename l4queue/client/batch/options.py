@@ -16,12 +16,12 @@ __all__ = ("DEFAULT_MAX_IN_FLIGHT", "DEFAULT_PRIORITY", "BatchOptions", "batch_o
 DEFAULT_PRIORITY = 100
 """The last class: a request of priority 0 that arrives up to half of `L4_STARVATION_BOUND_S` (5 minutes) later is
 served first, and the engine, too, takes a batch last. After that it has waited for long enough."""
-DEFAULT_MAX_IN_FLIGHT = 4096
+DEFAULT_MAX_IN_FLIGHT = 4096  # requests; enough to fill a fleet, few to cancel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchOptions:
-    """What to run and how. `path_errors` None is the output's name with `.errors.jsonl` added.
+    """Options of a batch. `path_errors` None is the output's name with `.errors.jsonl` added.
 
     `max_tokens` (None: what still fits) and `priority` are for lines that do not say; `max_in_flight` bounds the
     window of requests in flight. InvalidRequest names an option that cannot be used.

@@ -25,7 +25,7 @@ class BatchProgress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchSummary:
-    """What became of a batch. Counts of lines are those of the files; tokens and time those of this run.
+    """The outcome of a batch. Counts of lines are those of the files; tokens and time those of this run.
 
     `num_earlier` lines were finished before this run, `num_found` were in flight from an earlier run and were
     collected without being computed again, `num_recomputed` had been accepted before, but their results were

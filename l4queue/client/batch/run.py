@@ -23,14 +23,14 @@ from l4queue.models import RequestState
 
 __all__ = ("run_batch",)
 
-_CHUNK = 256
-_CHUNK_BYTES = 8 * 2**20
-_CHUNKS_PER_ROUND = 4
-_BLOCK_S = 0.25
-_COMMIT_EVERY_S, _COMMIT_AT = 0.5, 2048
-_IDENTITY_EVERY_S = 5.0
-_PROGRESS_EVERY_S = 0.1
-_REDIS_PATIENCE_S = 300.0
+_CHUNK = 256  # requests sent or answers fetched at once
+_CHUNK_BYTES = 8 * 2**20  # of one chunk, where prompts are long
+_CHUNKS_PER_ROUND = 4  # sent before answers are looked at again
+_BLOCK_S = 0.25  # a stop is seen within this time
+_COMMIT_EVERY_S, _COMMIT_AT = 0.5, 2048  # s; answers: an fsync each time, so not for each answer
+_IDENTITY_EVERY_S = 5.0  # the count of submitted lines on disk is at most this old
+_PROGRESS_EVERY_S = 0.1  # fast enough for the eye
+_REDIS_PATIENCE_S = 300.0  # longer than a failover or a restart with a large AOF takes
 
 
 def run_batch(

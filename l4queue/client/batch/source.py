@@ -20,7 +20,7 @@ from l4queue.sampling import DEFAULT_MAX_TOKENS
 
 __all__ = ("LineSource", "check_files")
 
-_LOOK_EVERY_LINES = 1000
+_LOOK_EVERY_LINES = 1000  # between two looks at the stop flag: milliseconds
 _STRAY = "answers no line of this input: another input was computed to it, or the same with other options"
 _UNSAID = "does not say which line it answers: an earlier release wrote it, or another program"
 
@@ -100,7 +100,7 @@ def _stray(file: AnswerFile, place: int) -> InvalidRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Proofs:
-    """What an answer can show to belong to a line: its digest, or the id of its request in an unfinished batch."""
+    """Proof that an answer belongs to a line: its digest, or the id of its request in an unfinished batch."""
 
     max_tokens: int | None
     batch_id: str | None

@@ -6,9 +6,9 @@ from math import ceil
 
 __all__ = ("SubmissionWindow",)
 
-_START = 256
-_LEAST = 16
-_FIRST_GROWTH, _GROWTH, _SHRINK = 2.0, 1.1, 0.9
+_START = 256  # requests, the first chunk
+_LEAST = 16  # requests, so that waits can still be measured
+_FIRST_GROWTH, _GROWTH, _SHRINK = 2.0, 1.1, 0.9  # factors of a round; see BatchWindow
 
 
 class SubmissionWindow:

@@ -20,7 +20,7 @@ __all__ = ("BLOCK_TOKENS", "Batch")
 
 
 class Batch:
-    """What is in an engine. Everything the policies may read is plain: counts, sums, no output lengths."""
+    """Content of an engine. Policies may read counts and sums, no output lengths."""
 
     __slots__ = (
         "_alarms",

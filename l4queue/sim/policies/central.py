@@ -14,7 +14,7 @@ from l4queue.sim.wake import WakeRace
 __all__ = ("Central", "CentralSjf", "Clairvoyant", "Pool", "TwoPool")
 
 AGEING_TOKENS_PER_S = 2000.0
-"""A second of waiting counts as so many prompt tokens, as in the live system's default."""
+"""Prompt tokens that a second of waiting counts as; the live system's default."""
 
 
 class Pool:

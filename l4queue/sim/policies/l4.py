@@ -19,7 +19,7 @@ from l4queue.policy.steal import Steal, StealLimits, steal_waiting
 from l4queue.sim.engine.instance import Instance
 from l4queue.sim.engine.request import SimRequest
 from l4queue.sim.policies.central import Pool
-from l4queue.sim.policies.l4_evacuation import Escapes
+from l4queue.sim.policies.l4_escapes import Escapes
 from l4queue.sim.policies.l4_pool import StagePool
 from l4queue.sim.policies.l4_running_steals import PendingMove, RunningSteals
 from l4queue.sim.policies.l4_traffic import Traffic
@@ -47,7 +47,7 @@ INGREDIENTS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class L4Options:
-    """What of L4 is on, and how often it plans. `without` names ingredients that are switched off."""
+    """Switches of L4 and its planning periods. `without` names ingredients that are switched off."""
 
     objective: str = "balanced"
     without: frozenset[str] = frozenset()

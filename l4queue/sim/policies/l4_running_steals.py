@@ -79,7 +79,7 @@ class RunningSteals:
         now_ms: int,
         expected_remaining: Callable[[int], float],
     ) -> tuple[list[Bid], list[Ask], dict[str, SimRequest]]:
-        """What the sibling that each idle engine asks has to offer."""
+        """Offer of the sibling that each idle engine asks."""
         loads = {name: load_of(instance) for name, instance in by_id.items()}
         items: dict[str, list[RunningRequest]] = {}
         running: dict[str, SimRequest] = {}

@@ -49,7 +49,7 @@ class Traffic:
 
     @property
     def counts(self) -> Counts:
-        """What the demand is read from."""
+        """Source of the demand."""
         return self.learned.counts
 
     def learn(self, instances: Sequence[Instance], now_s: float, *, cost: StepCost) -> None:

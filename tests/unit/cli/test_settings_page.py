@@ -9,7 +9,7 @@ from pathlib import Path
 from l4queue.config import Settings
 
 ROOT = Path(__file__).parents[3]
-GENERATOR = ROOT / "docs" / "generate_settings.py"
+GENERATOR = ROOT / "tools" / "generate_settings.py"
 
 
 def test_the_page_is_what_the_settings_say() -> None:

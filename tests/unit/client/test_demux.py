@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from l4queue.client.core import Chunk
-from l4queue.client.demux import RECHECK_S, Demultiplexer, Watch
+from l4queue.client.demux import RECHECK_S, Demultiplexer, RequestWatch
 from l4queue.errors import InvalidRequest, OutputLost, ResultExpired, ServiceUnavailable, UnknownRequest
 from l4queue.models import TERMINAL, RequestState
 from l4queue.protocol.reads import StreamEntry
@@ -62,7 +62,7 @@ class Reader:
     """One wait, driven as the clients do it."""
 
     def __init__(self, demux: Demultiplexer, after: int | None) -> None:
-        self.watch = Watch("r", wake=lambda: None, after=after)
+        self.watch = RequestWatch("r", wake=lambda: None, after=after)
         self.demux = demux
         self.chunks: list[Chunk] = []
         self.is_all = False
@@ -135,8 +135,8 @@ def test_any_news_give_the_exact_output(sizes: list[int], data: st.DataObject, o
     now_s = 0.0
     for _ in range(3):  # every silent wait is looked at within the recheck
         now_s += RECHECK_S
-        for look in demux.due(now_s):
-            demux.answered(look, place(server), now_s=now_s)
+        for query in demux.due(now_s):
+            demux.answered(query, place(server), now_s=now_s)
         feed(demux, [], now_s=now_s, is_drained=True)
         for reader in readers:
             reader.step(server)
@@ -217,7 +217,7 @@ def test_after_beyond_the_end_is_the_caller_s_error_and_a_loss_is_not() -> None:
     with pytest.raises(OutputLost):
         reader.watch.read(record, [OutputEntry(upto=5, text="", state=DONE)])
     with pytest.raises(InvalidRequest, match="negative"):
-        Watch("r", wake=lambda: None, after=-1)
+        RequestWatch("r", wake=lambda: None, after=-1)
 
 
 @pytest.mark.parametrize("is_told", [True, False])
@@ -243,7 +243,7 @@ def test_chunks_that_no_longer_meet_are_an_error(is_told: bool) -> None:
 def test_an_unknown_request_ends_its_wait_alone() -> None:
     """And every wait has an exception of its own."""
     demux = demultiplexer()
-    gone, other = Reader(demux, 0), Watch("s", wake=lambda: None)
+    gone, other = Reader(demux, 0), RequestWatch("s", wake=lambda: None)
     demux.add(other, now_s=0.0)
     demux.opened([gone.watch, other], Followed(is_new=True, places=((None, 0), (RUNNING, 0))))
     with pytest.raises(UnknownRequest):
@@ -268,8 +268,8 @@ def test_what_only_a_recheck_found_is_looked_at_again_soon() -> None:
         written_s = now_s
         while not reader.watch.must_read:
             now_s += 0.125
-            for look in demux.due(now_s):
-                demux.answered(look, place(server), now_s=now_s)
+            for query in demux.due(now_s):
+                demux.answered(query, place(server), now_s=now_s)
             feed(demux, [], now_s=now_s, is_drained=True)
         reader.step(server)
         delays.append(now_s - written_s)
@@ -282,8 +282,8 @@ def test_news_on_their_way_are_awaited_before_the_output_stream_is_read() -> Non
     server, demux = Server((2, 2)), demultiplexer()
     reader = Reader(demux, 0)
     server.write()
-    (look,) = demux.due(2.0)
-    demux.answered(look, place(server), now_s=2.0)
+    (query,) = demux.due(2.0)
+    demux.answered(query, place(server), now_s=2.0)
     assert demux.block_s(2.0) == 0.0
     feed(demux, server.news, now_s=2.0, is_drained=True)
     assert 0.0 < demux.block_s(2.0) <= 1.0
@@ -319,7 +319,7 @@ def test_a_new_news_stream_is_read_from_its_beginning() -> None:
 def test_what_nobody_waits_for_any_more_is_unfollowed() -> None:
     """Its news say that it is still followed; an end needs nothing."""
     server, demux = Server((1, 1)), demultiplexer()
-    reader, other = Reader(demux, 0), Watch("s", wake=lambda: None)
+    reader, other = Reader(demux, 0), RequestWatch("s", wake=lambda: None)
     demux.add(other, now_s=0.0)
     server.write()
     feed(demux, server.news, now_s=0.0)

@@ -28,7 +28,7 @@ from workers.engine.emulated.tickets import covered_tokens, make_ticket
 
 __all__ = ("EmulatedEngine",)
 
-_DEFAULT_KV_TOKENS = 1_000_000
+_DEFAULT_KV_TOKENS = 1_000_000  # where the cost model names no capacity: room for any test
 _MAX_LATE_S = 0.05  # a loop that was held up for longer does not run to catch up
 
 

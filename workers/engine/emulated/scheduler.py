@@ -22,7 +22,7 @@ from workers.engine.base import EngineOutput, EngineRequest, FinishReason
 
 __all__ = ("BLOCK_TOKENS", "EmulatedBatch", "next_token")
 
-_VOCABULARY = 8000
+_VOCABULARY = 8000  # token ids; those of the tiny model end at 8,192
 _FIRST_TOKEN = 100  # below lie special tokens in most vocabularies; a batch never says "end" by itself
 _pack = Struct("<q").pack
 
@@ -125,7 +125,7 @@ class EmulatedBatch:
         return shape
 
     def finish(self) -> list[EngineOutput]:
-        """Apply the step: whoever has its whole prefix computed gets its next token."""
+        """Apply the step: a request whose whole prefix is computed gets its next token."""
         outputs = []
         for entry, chunk in self._chunks:
             if entry not in self._running:  # aborted meanwhile

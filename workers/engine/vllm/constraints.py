@@ -12,7 +12,7 @@ from workers.engine.vllm.translate import prompt, sampling_params
 
 __all__ = ("ConstraintExaminer",)
 
-_MAX_THREADS = 2
+_MAX_THREADS = 2  # one slow constraint does not hold up the next
 
 
 class ConstraintExaminer:

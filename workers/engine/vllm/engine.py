@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = ("VllmEngine",)
 
-_HEALTH_INTERVAL_S = 0.5
+_HEALTH_INTERVAL_S = 0.5  # between two looks whether the engine's process lives
 
 
 @dataclass(slots=True, kw_only=True)
@@ -92,9 +92,9 @@ class VllmEngine:
         self._gpu_memory_share = gpu_memory_share
         self._cpu_cores = cpu_cores
         self._cpu_kv_cache_gib = cpu_kv_cache_gib
-        self._desk: KVFrontend | None = None
+        self._kv_frontend: KVFrontend | None = None
         if kv_directory is not None and kv_handover_bytes > 0 and tensor_parallel == 1:
-            self._desk = KVFrontend(SegmentStore(kv_directory, limit_bytes=kv_handover_bytes))
+            self._kv_frontend = KVFrontend(SegmentStore(kv_directory, limit_bytes=kv_handover_bytes))
         self._keep_metrics = keep_metrics
         self._work = work or LoopWork()
         self._examiner = ConstraintExaminer(limit_s=constraint_limit_s)
@@ -104,7 +104,7 @@ class VllmEngine:
         self._ready = asyncio.Event()
         self._dead: str | None = None
         self._watch = StepWatch(max_chunk_tokens=0)
-        self._turns = PrefillGate(max_batched_tokens=0, max_chunk_tokens=0)
+        self._prefill_gate = PrefillGate(max_batched_tokens=0, max_chunk_tokens=0)
         self._beginning: set[asyncio.Task[None]] = set()
         self._health: asyncio.Task[None] | None = None
         self._kv_capacity_tokens = 0
@@ -139,9 +139,9 @@ class VllmEngine:
                 arguments["distributed_executor_backend"] = "uni"
         if self._max_batched_tokens is not None:
             arguments["max_num_batched_tokens"] = self._max_batched_tokens
-        if self._desk is not None:
-            self._desk.open()
-            arguments["kv_transfer_config"] = self._transfer_config(self._desk, vllm.__version__)
+        if self._kv_frontend is not None:
+            self._kv_frontend.open()
+            arguments["kv_transfer_config"] = self._transfer_config(self._kv_frontend, vllm.__version__)
         try:
             config = AsyncEngineArgs(**arguments).create_engine_config(UsageContext.ENGINE_CONTEXT)
             scheduling = config.scheduler_config
@@ -149,7 +149,7 @@ class VllmEngine:
             longest = min(max_chunk_tokens(budget), config.model_config.max_model_len)
             scheduling.long_prefill_token_threshold = longest
             self._watch = StepWatch(max_chunk_tokens=longest)
-            self._turns = PrefillGate(max_batched_tokens=budget, max_chunk_tokens=longest)
+            self._prefill_gate = PrefillGate(max_batched_tokens=budget, max_chunk_tokens=longest)
             self._llm = AsyncLLM.from_vllm_config(config, stat_loggers=[step_logger(self._stepped)])
         except (OSError, ValueError, RuntimeError) as error:
             raise ConfigError(f"vLLM cannot start with model {self._model!r}: {error}") from error
@@ -159,7 +159,7 @@ class VllmEngine:
         self._health = asyncio.create_task(self._watch_health())
         cache = config.cache_config
         self._kv_capacity_tokens = int(cache.num_gpu_blocks or 0) * int(cache.block_size or 0)
-        self._kv_bytes_per_token = kv_bytes_per_token(config) if self._desk is not None else 0
+        self._kv_bytes_per_token = kv_bytes_per_token(config) if self._kv_frontend is not None else 0
         return EngineInfo(
             name="vllm",
             model=self._model,
@@ -186,7 +186,7 @@ class VllmEngine:
         self._running[request_id] = running
         if request.params.structured_outputs is not None:
             self._start(self._examine_and_begin(request, running))
-        elif self._turns.arrived(request):
+        elif self._prefill_gate.arrived(request):
             await self._begin(request)
 
     async def _examine_and_begin(self, request: EngineRequest, running: _Running) -> None:
@@ -196,7 +196,7 @@ class VllmEngine:
         except Exception as error:  # it refuses with many types
             self._not_begun(request.request_id, running, error, field="structured_outputs")
             return
-        if self._running.get(request.request_id) is running and self._turns.arrived(request):
+        if self._running.get(request.request_id) is running and self._prefill_gate.arrived(request):
             await self._begin(request)
 
     async def _begin(self, request: EngineRequest) -> None:
@@ -207,8 +207,8 @@ class VllmEngine:
         try:
             asked = running.examined or prompt(request)
             params = running.examined.sampling_params if running.examined else sampling_params(request)
-            if self._desk is not None:
-                params.extra_args = {"kv_transfer_params": self._desk.admit(request_id, request.kv)}
+            if self._kv_frontend is not None:
+                params.extra_args = {"kv_transfer_params": self._kv_frontend.admit(request_id, request.kv)}
             self._watch.arrived(request_id, num_tokens=len(request.token_ids), priority=request.priority)
             adding = self._llm.add_request(request_id, asked, params, priority=request.priority)
             found = await self._work.steps(request_id, adding)
@@ -243,11 +243,15 @@ class VllmEngine:
             raise EngineDied(self._dead)
         if request_id not in self._running:
             return None
-        ticket = self._desk.begin_cut(request_id) if self._desk is not None and self._kv_bytes_per_token else ""
+        ticket = (
+            self._kv_frontend.begin_cut(request_id)
+            if self._kv_frontend is not None and self._kv_bytes_per_token
+            else ""
+        )
         await self.abort([request_id])
-        if self._desk is None or not ticket:
+        if self._kv_frontend is None or not ticket:
             return Cut()
-        return Cut(kv=await self._desk.finish_cut(ticket))
+        return Cut(kv=await self._kv_frontend.finish_cut(ticket))
 
     async def outputs(self) -> list[EngineOutput]:
         """All that came out since the last call, at least one."""
@@ -263,17 +267,17 @@ class VllmEngine:
 
     def stats(self) -> EngineStats:
         """Load as of the last step."""
-        watch, desk = self._watch, self._desk
+        watch, kv = self._watch, self._kv_frontend
         return EngineStats(
             num_running=watch.num_running,
-            num_waiting=watch.num_waiting + len(self._turns),
+            num_waiting=watch.num_waiting + len(self._prefill_gate),
             kv_used_tokens=round(watch.kv_share * self._kv_capacity_tokens),
             num_steps=watch.num_steps,
             last_step_ms=watch.last_step_ms,
             num_preemptions=watch.num_preemptions,
-            num_kv_loads=desk.num_loads if desk else 0,
-            num_kv_misses=desk.num_misses if desk else 0,
-            kv_loaded_bytes=desk.loaded_bytes if desk else 0,
+            num_kv_loads=kv.num_loads if kv else 0,
+            num_kv_misses=kv.num_misses if kv else 0,
+            kv_loaded_bytes=kv.loaded_bytes if kv else 0,
         )
 
     def step_records(self) -> list[StepRecord]:
@@ -290,8 +294,8 @@ class VllmEngine:
             # its output handler reports the end of the core as an error, also when the end is asked for
             logging.getLogger("vllm").setLevel(logging.CRITICAL)
             await asyncio.to_thread(llm.shutdown)
-        if self._desk is not None:
-            self._desk.close()
+        if self._kv_frontend is not None:
+            self._kv_frontend.close()
 
     def _collect(self) -> None:
         """Move what the last steps gave to the shared list."""
@@ -312,8 +316,8 @@ class VllmEngine:
             running.length_tokens += len(done.token_ids)
             self._watch.grew(request_id, length_tokens=running.length_tokens)
             self._through(request_id)
-            if self._desk is not None:
-                self._desk.started(request_id)
+            if self._kv_frontend is not None:
+                self._kv_frontend.started(request_id)
             output = engine_output(request_id, done, num_top=running.num_top)
             if output.finish_reason is None:
                 self._out.append(output)
@@ -324,21 +328,21 @@ class VllmEngine:
         """See the core's end also while no request runs that would be told."""
         while not self._llm.errored:
             await asyncio.sleep(_HEALTH_INTERVAL_S)
-            if self._desk is not None:
-                self._desk.sweep(asyncio.get_running_loop().time())
+            if self._kv_frontend is not None:
+                self._kv_frontend.sweep(asyncio.get_running_loop().time())
         self._died("")
 
     def _stepped(self, scheduler_stats: Any, iteration_stats: Any) -> None:
         """A step is over; its tokens are with their collectors."""
         self._watch.record(scheduler_stats, iteration_stats)
-        if self._desk is not None and scheduler_stats is not None and scheduler_stats.kv_connector_stats:
-            self._desk.take(scheduler_stats.kv_connector_stats)
+        if self._kv_frontend is not None and scheduler_stats is not None and scheduler_stats.kv_connector_stats:
+            self._kv_frontend.take(scheduler_stats.kv_connector_stats)
         self._ready.set()
 
     def _died(self, why: str) -> None:
         self._dead = self._dead or why or "the engine core died"
-        if self._desk is not None:
-            self._desk.engine_died()
+        if self._kv_frontend is not None:
+            self._kv_frontend.engine_died()
         self._ready.set()
 
     def _end(self, output: EngineOutput) -> None:
@@ -348,7 +352,7 @@ class VllmEngine:
 
     def _through(self, request_id: str) -> None:
         """Its prefill is over, if it had one: what waited for that may begin."""
-        for following in self._turns.over(request_id):
+        for following in self._prefill_gate.over(request_id):
             self._start(self._begin(following))
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
@@ -360,13 +364,15 @@ class VllmEngine:
         del self._running[request_id]
         self._through(request_id)
         self._watch.left(request_id)
-        if self._desk is not None:
-            self._desk.left(request_id)
+        if self._kv_frontend is not None:
+            self._kv_frontend.left(request_id)
 
-    def _transfer_config(self, desk: KVFrontend, version: str) -> Any:
+    def _transfer_config(self, kv_frontend: KVFrontend, version: str) -> Any:
         from vllm.config import KVTransferConfig
 
-        return KVTransferConfig(**desk.connector_config(model_fingerprint(self._model, self._dtype, version)))
+        return KVTransferConfig(
+            **kv_frontend.connector_config(model_fingerprint(self._model, self._dtype, version))
+        )
 
     def _eos_token_ids(self) -> set[int]:
         found: set[int] = set()

@@ -8,7 +8,7 @@ from workers.engine.base import EngineRequest
 
 __all__ = ("PrefillGate",)
 
-_FEW_STEPS = 2
+_FEW_STEPS = 2  # a prompt that short takes others' tokens only briefly
 
 
 class PrefillGate:
@@ -43,7 +43,7 @@ class PrefillGate:
         return True
 
     def over(self, request_id: str) -> list[EngineRequest]:
-        """A request has its first token or is gone: those that may begin now, in order."""
+        """A request has its first token or is gone. Returns the requests that may begin now, in order."""
         if request_id != self._current:
             if any(request.request_id == request_id for *_, request in self._waiting):
                 self._waiting = [entry for entry in self._waiting if entry[2].request_id != request_id]

@@ -28,7 +28,7 @@ class _Prefill:
 
 
 class StepWatch:
-    """What the last step reported, and records of the steps since they were last asked for.
+    """Report of the last step, and records of the steps since they were last asked for.
 
     `clock` gives seconds. vLLM's own time of a step leaves out the model where that runs in the engine core's
     process; a step that ends no token of a running request is timed here, from the step before or from the arrival

@@ -70,7 +70,7 @@ def failed(request_id: str, why: str, *, field: str) -> EngineOutput:
 
 
 def engine_output(request_id: str, done: Any, *, num_top: int | None) -> EngineOutput:
-    """One of vLLM's `CompletionOutput`s as ours, with so many logprobs beside each token's; None: without any."""
+    """vLLM's `CompletionOutput` as ours, with this number of logprobs beside each token's; None: without any."""
     has_any = num_top is not None and done.logprobs
     logprobs = token_logprobs(done.logprobs, done.token_ids, num_top=num_top or 0) if has_any else ()
     if done.finish_reason is None:

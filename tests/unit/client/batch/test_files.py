@@ -43,7 +43,7 @@ def test_answers_are_those_of_the_file_and_can_be_appended_to(tmp_path: Path) ->
     path = tmp_path / "out"
     path.write_bytes(LINES[0] + b"\n" + LINES[1])
     with closing(AnswerFile(path, field="out")) as file:
-        assert [answer["custom_id"] for answer in file.answers()] == ["ü0", "ü1"]
+        assert [answer["custom_id"] for _, answer in file.numbered()] == ["ü0", "ü1"]
         file.append(LINES[2])
     assert path.read_bytes() == LINES[0] + b"\n" + LINES[1] + LINES[2]
 
@@ -69,7 +69,7 @@ def test_a_file_that_is_not_from_a_batch_is_not_appended_to(line: bytes, tmp_pat
     path = tmp_path / "out"
     path.write_bytes(LINES[0] + line + b"\n" + LINES[1])
     with closing(AnswerFile(path, field="out")) as file, pytest.raises(InvalidRequest, match="line 2 of"):
-        list(file.answers())
+        list(file.numbered())
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_the_end_of_a_file_that_is_not_from_a_batch_is_not_cut(content: bytes, t
         pytest.raises(InvalidRequest, match="is not from a batch"),
         closing(AnswerFile(path, field="out")) as file,
     ):
-        list(file.answers())
+        list(file.numbered())
     assert path.read_bytes() == content
     path.write_bytes(b"")
     AnswerFile(path, field="out").close()  # no lock is left behind
@@ -184,9 +184,10 @@ def test_a_full_disk_is_told_and_what_was_written_counts(tmp_path: Path) -> None
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     file.close()
+    size_bytes = path.stat().st_size
     with closing(AnswerFile(path, field="out")) as again:
-        assert [answer["custom_id"] for answer in again.answers()] == ["ü0"]
-        assert again.num_repaired_bytes == 5
+        assert [answer["custom_id"] for _, answer in again.numbered()] == ["ü0"]
+    assert path.stat().st_size == size_bytes - 5
 
 
 def test_files_that_cannot_be_opened_name_their_option(tmp_path: Path) -> None:

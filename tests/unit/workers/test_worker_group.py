@@ -10,8 +10,8 @@ from pydantic import JsonValue
 from l4queue.config import Settings
 from l4queue.errors import ConfigError
 from workers.engine.base import EngineDied
-from workers.fleet import Fleet, main, make_fleet
 from workers.telemetry.observer import NullObserver, RequestView
+from workers.worker_group import WorkerGroup, main, make_worker_group
 
 
 class Plain:
@@ -60,17 +60,17 @@ class Plain:
 
 async def test_a_stop_drains_every_worker() -> None:
     workers = [Plain("a"), Plain("b"), Plain("c")]
-    fleet = Fleet(workers)
-    running = asyncio.create_task(fleet.run())
+    group = WorkerGroup(workers)
+    running = asyncio.create_task(group.run())
     await asyncio.gather(*(worker.started.wait() for worker in workers))
-    fleet.request_stop()
+    group.request_stop()
     await running
     assert all(worker.is_drained for worker in workers)
 
 
 async def test_one_that_fails_ends_all_after_the_others_have_drained() -> None:
     workers = [Plain("a"), Plain("b")]
-    running = asyncio.create_task(Fleet(workers).run())
+    running = asyncio.create_task(WorkerGroup(workers).run())
     await asyncio.gather(*(worker.started.wait() for worker in workers))
     workers[1].fail(EngineDied("gone"))
     with pytest.raises(EngineDied, match="gone"):
@@ -80,18 +80,18 @@ async def test_one_that_fails_ends_all_after_the_others_have_drained() -> None:
 
 async def test_figures_are_added_up_and_kept_apart() -> None:
     workers = [Plain("a"), Plain("b")]
-    fleet = Fleet(workers)
-    stats = fleet.stats()
+    group = WorkerGroup(workers)
+    stats = group.stats()
     assert (stats["running"], stats["finished"], stats["engine"]) == (4, 10, "emulated 1")
     assert stats["workers"] == {"a": workers[0].stats(), "b": workers[1].stats()}
-    assert [view.request_id for view in fleet.active()] == ["a-r", "b-r"]
-    fleet.request_cancel("r")
+    assert [view.request_id for view in group.active()] == ["a-r", "b-r"]
+    group.request_cancel("r")
     assert [worker.cancelled for worker in workers] == [["r"], []], "one worker cancels wherever it runs"
 
 
 def test_only_emulated_engines_share_a_process() -> None:
     with pytest.raises(ConfigError, match="one process holds one engine"):
-        make_fleet(Settings(engine="vllm"), NullObserver(), worker_ids=["a", "b"])
+        make_worker_group(Settings(engine="vllm"), NullObserver(), worker_ids=["a", "b"])
 
 
 @pytest.mark.parametrize("worker_ids", [[], ["a", "a"]])

@@ -11,7 +11,7 @@ from pydantic.fields import FieldInfo
 
 from l4queue.config import Settings
 
-PAGE = Path(__file__).with_name("settings.md")
+PAGE = Path(__file__).parents[1] / "docs" / "settings.md"
 HEAD = """# Settings
 
 Every setting is an environment variable with the prefix `L4_`; a file `.env` in the working directory does as

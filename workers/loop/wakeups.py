@@ -9,10 +9,10 @@ from l4queue.protocol.foreign import Finding, finding, text
 from l4queue.protocol.keys import SOLO_STAGE, Keys, private_queue
 from l4queue.protocol.reads import Reads
 
-__all__ = ("Listener",)
+__all__ = ("WakeupListener",)
 
 
-class Listener:
+class WakeupListener:
     """Reads wake-up, control and plan streams. Reading is harmless to repeat: nothing is handed over here.
 
     `on_wake` is told whether it was this worker's own queue, `on_other` hears of the queues of other stages.

@@ -1,4 +1,4 @@
-"""House limits on size: `python tests/sizes.py PACKAGE...` fails on a file or function that is too long.
+"""House limits on size: `python tools/check_sizes.py PACKAGE...` fails on a file or function that is too long.
 
 The length of a function is that of its code: a table of documented command-line options, or a docstring that
 derives a formula, does not make it hard to read.

@@ -1,4 +1,4 @@
-"""Several workers in one process: `python -m workers.fleet ID...`, for many emulated engines on few cores.
+"""Several workers in one process: `python -m workers.worker_group ID...`, for many emulated engines on few cores.
 
 Each is a whole worker: its own id, lease, incarnation, engine and connections; nothing is decided for two of
 them together. They share an event loop and one Celery node.
@@ -21,12 +21,12 @@ from workers.host.bootsteps import WorkerLike
 from workers.telemetry.observer import Observer, RequestView
 from workers.telemetry.snapshot import WorkerSnapshot
 
-__all__ = ("Fleet", "main", "make_fleet")
+__all__ = ("WorkerGroup", "main", "make_worker_group")
 
 _SUMMED = ("running", "max_running", "context_tokens", "finished", "stolen", "handed_over")
 
 
-class Fleet:
+class WorkerGroup:
     """Workers that begin and end together: the first that fails ends all, in good order."""
 
     def __init__(self, workers: Sequence[WorkerLike]) -> None:
@@ -65,11 +65,13 @@ class Fleet:
         return [view for worker in self._workers for view in worker.active()]
 
 
-def make_fleet(settings: Settings, observer: Observer, *, worker_ids: Sequence[str]) -> Fleet:
+def make_worker_group(settings: Settings, observer: Observer, *, worker_ids: Sequence[str]) -> WorkerGroup:
     """One emulated worker for each id; ConfigError for another engine, which needs a process of its own."""
     if settings.engine != "emulated":
         raise ConfigError(f"engine {settings.engine}: one process holds one engine, unless it is emulated")
-    return Fleet([make_worker(settings.model_copy(update={"worker_id": name}), observer) for name in worker_ids])
+    return WorkerGroup(
+        [make_worker(settings.model_copy(update={"worker_id": name}), observer) for name in worker_ids]
+    )
 
 
 def main(worker_ids: Sequence[str]) -> int:
@@ -79,8 +81,8 @@ def main(worker_ids: Sequence[str]) -> int:
 
 def _serve(worker_ids: Sequence[str]) -> int:
     if not worker_ids or len(set(worker_ids)) < len(worker_ids):
-        raise ConfigError("name the workers of this process, each once: python -m workers.fleet ID...")
-    return serve(load_settings(), make=lambda s, observer: make_fleet(s, observer, worker_ids=worker_ids))
+        raise ConfigError("name the workers of this process, each once: python -m workers.worker_group ID...")
+    return serve(load_settings(), make=lambda s, observer: make_worker_group(s, observer, worker_ids=worker_ids))
 
 
 def _number(value: JsonValue) -> float:

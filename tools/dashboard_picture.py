@@ -1,4 +1,4 @@
-"""The dashboard's panels with data, where no Grafana is at hand: `python docs/dashboard_picture.py --out FILE`.
+"""The dashboard's panels with data, where no Grafana is at hand: `python tools/dashboard_picture.py --out FILE`.
 
 Reads monitoring/grafana/dashboards/l4queue.json, asks a running Prometheus for what each panel asks, over the last
 `--minutes`, and draws the panels where Grafana would: same queries, legends, units and places, not its looks.

@@ -12,7 +12,7 @@ from l4queue.config import Settings
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / ".env.example"
 COMPOSE = ROOT / "docker-compose.yml"
-BEGIN, END = "  # BEGIN settings: written by docker/env_example.py\n", "  # END settings\n"
+BEGIN, END = "  # BEGIN settings: written by tools/generate_env_example.py\n", "  # END settings\n"
 
 FIXED = {
     "redis_url": "containers use the redis service; on the host it is redis://127.0.0.1:6379/0",
@@ -126,7 +126,7 @@ NEEDED = ("DASHBOARD_PASSWORD", "REDIS_PASSWORD")
 
 HEAD = """# Settings of docker-compose.yml: copy this file to .env and set DASHBOARD_PASSWORD and REDIS_PASSWORD.
 # A line without # in front is needed; every other one shows the default.
-# Written by docker/env_example.py.
+# Written by tools/generate_env_example.py.
 
 # --- Containers ---
 """
@@ -191,7 +191,7 @@ def main(arguments: list[str]) -> int:
         if "--check" not in arguments:
             path.write_text(text, encoding="utf-8")
         elif not path.exists() or path.read_text("utf-8") != text:
-            print(f"{path.name} is out of date; run: python docker/env_example.py", file=sys.stderr)
+            print(f"{path.name} is out of date; run: python tools/generate_env_example.py", file=sys.stderr)
             return 1
         else:
             print(f"{path.name} is up to date")

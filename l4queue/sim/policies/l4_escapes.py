@@ -47,7 +47,7 @@ class Escapes:
         return request in self._moved_s
 
     def moves(self, instance: Instance, now_s: float) -> list[tuple[SimRequest, Instance]]:
-        """What leaves this engine now, and where to."""
+        """Requests that leave this engine now, with their targets."""
         if not instance.num_decodes or len(self._instances) < 2:
             return []
         in_flight = len(instance.removals)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from l4queue.models import TERMINAL, TRANSITIONS, RequestState
 
-PAGE = Path(__file__).with_name("states.md")
+PAGE = Path(__file__).parents[1] / "docs" / "states.md"
 
 
 def page() -> str:
@@ -15,7 +15,7 @@ def page() -> str:
     lines = [
         "# States of a request",
         "",
-        "Made by `docs/generate_states.py` from `l4queue.models.TRANSITIONS`; each edge is one Lua script in",
+        "Made by `tools/generate_states.py` from `l4queue.models.TRANSITIONS`; each edge is one Lua script in",
         "`l4queue/protocol/lua`. Terminal states never change again.",
         "",
         "```mermaid",
@@ -35,7 +35,7 @@ def page() -> str:
 if __name__ == "__main__":
     if "--check" in sys.argv:
         if not PAGE.exists() or PAGE.read_text("utf-8") != page():
-            sys.exit("docs/states.md is out of date: run python docs/generate_states.py")
+            sys.exit("docs/states.md is out of date: run python tools/generate_states.py")
         print("docs/states.md is up to date")
     else:
         PAGE.write_text(page(), "utf-8")

@@ -1,4 +1,4 @@
-"""Figures of a finished run: the fixed keys of `l4queue simulate --json`. Defined in docs/metrics.md."""
+"""Results of a finished run: the fixed keys of `l4queue simulate --json`. Defined in docs/latencies.md."""
 
 from __future__ import annotations
 

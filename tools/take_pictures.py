@@ -1,4 +1,4 @@
-"""Pictures of a deployment under load: `python docs/take_pictures.py [--only stats-watch]`.
+"""Pictures of a deployment under load: `python tools/take_pictures.py [--only stats-watch]`.
 
 Starts what `l4queue up` starts, with four emulated GPUs and a plan of three stages, serves mixed lengths, and
 writes docs/img/stats-watch.svg (`l4queue stats --watch`, 80 columns), docs/img/flower-workers.png and
@@ -38,7 +38,7 @@ from l4queue.protocol.keys import Keys
 if TYPE_CHECKING:
     from selenium.webdriver import Chrome
 
-FOLDER = Path(__file__).with_name("img")
+FOLDER = Path(__file__).parents[1] / "docs" / "img"
 SETTINGS = {
     "L4_REPLAN_INTERVAL_S": "3",
     "L4_PLAN_MIN_LIFE_S": "3600",
