@@ -1,7 +1,7 @@
 """Length histograms: log-spaced buckets, counters that only grow, and the demand rates read from them.
 
-A request with prompt p and output o arrives in the bucket of p, where its prompt is prefilled, and makes one
-decode step at each length from p to p+o, so it contributes to every bucket between the two.
+A request with prompt p and output o arrives in the bucket of p, where its prompt is prefilled. It makes one decode
+step at each length from p to p+o, so it contributes to every bucket between the two.
 
 Four counters per bucket: arrivals, prompt tokens, decode steps, and the context of these steps. As fields of a
 Redis hash they are `a:<bucket>`, `p:<bucket>`, `d:<bucket>`, `c:<bucket>`.

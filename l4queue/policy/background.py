@@ -1,10 +1,10 @@
 """Background requests: how many a worker runs beside interactive ones, and which it gives back.
 
-What interactive requests bear is one number, the slowdown x. With n background requests of length L, a step
-costs b = n·(β + γ·L) more, and their prefills take p ms of each step. Steps of an engine whose work comes from
-arrivals last t = (α + b + p) / (1 - ρ), where ρ is what the interactive requests cost: they get slower by
-(b + p) / α, however many they are. So the bound is b + p ≤ x·α: x times the step of an *empty* engine, not of the
-present one. Prefills are paced by a credit that grows by x·α - b with each step.
+One number bounds the burden of interactive requests, the slowdown x. With n background requests of length L, a
+step costs b = n·(β + γ·L) more, and their prefills take p ms of each step. In an engine whose work comes from
+arrivals a step lasts t = (α + b + p) / (1 - ρ), where ρ is the load of the interactive requests. They get slower
+by (b + p) / α, whatever their number. So the bound is b + p ≤ x·α: x times the step of an *empty* engine, not of
+the present one. Prefills are paced by a credit that grows by x·α - b with each step.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The segment directory that the engines of one host share: bounded, self-cleaning, safe against crashes.
 
-`<ticket>.kv` is a finished segment, `<ticket>.part` one that is being written (its writer holds a lock on it, so
-that a sweep recognises a dead writer's), `<ticket>.cut` says that the request with this ticket is to be kept.
+`<ticket>.kv` is a finished segment, `<ticket>.part` one that is being written. Its writer holds a lock on it, so a
+sweep recognises the part of a dead writer. `<ticket>.cut` marks a request whose KV is to be kept.
 """
 
 from __future__ import annotations
