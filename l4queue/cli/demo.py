@@ -49,7 +49,7 @@ class Spread:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClassReport:
-    """What was measured for one length class; times in seconds by the server's clock."""
+    """Measurements of one length class; times in seconds by the server's clock."""
 
     name: str
     num_requests: int

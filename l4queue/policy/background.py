@@ -97,8 +97,8 @@ def background_budget(
 
     They come one at a time: while there is credit, the step stays within the bound, and slots and cache stay free.
     One may always run: a worker that has none takes one in any slot and of any length, so that they never stop,
-    however busy the worker is. One that is too long beside those that run waits to be the first, and the others
-    behind it wait, too. `load.num_running` are all that the worker has, those that wait in the engine included.
+    however busy the worker is. One that is too long beside the running ones waits to be the first, and the others
+    behind it wait, too. `load.num_running` are all that the worker has, also requests that wait in the engine.
     """
     longest, number, reason = room.longest_tokens, 1, "within the bound"
     capacity = load.kv_capacity_tokens or cost.kv_capacity_tokens

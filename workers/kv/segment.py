@@ -42,7 +42,7 @@ class MissCause(StrEnum):
 
     MISSING = "missing"  # no such segment: another host's, evicted, too old, used up, or never finished
     FOREIGN = "foreign"  # of another model, another data type or another layout
-    DAMAGED = "damaged"  # cut short, or a checksum says so
+    DAMAGED = "damaged"  # cut short, or with a wrong checksum
     MISMATCH = "mismatch"  # computed from other tokens
 
 

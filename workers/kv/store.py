@@ -127,7 +127,7 @@ class SegmentStore:
         os.close(os.open(self._mark(ticket), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
 
     def take_mark(self, ticket: str) -> bool:
-        """Whether the request was to be cut; says so once."""
+        """Whether the request was to be cut; True only once."""
         return _unlink(self._mark(ticket))
 
     def sweep(self) -> None:

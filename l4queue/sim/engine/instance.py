@@ -37,7 +37,7 @@ class Instance(Batch):
     def push(self, request: SimRequest) -> None:
         """Hand a request to the engine's own queue; it enters at the next boundary that has room.
 
-        One that has run before goes before those that have not.
+        One that has run before goes before new ones.
         """
         if not request.has_kv:
             self.pending_tokens += request.length
