@@ -62,7 +62,7 @@ async def serve(settings: Settings) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
     try:
-        with MetricsServer(settings, dispatcher.figures):
+        with MetricsServer(settings, dispatcher.counters):
             log.info("dispatcher %s ready: tokenizer %s, limit %d tokens", name, path, settings.max_model_len)
             routing = asyncio.create_task(dispatcher.run())
             upkeep = asyncio.create_task(

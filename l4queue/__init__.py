@@ -1,4 +1,8 @@
-"""l4queue: length-aware serving of large language models for people who work with queues."""
+"""l4queue: length-aware serving of large language models for people who work with queues.
+
+Packages from the top: `cli`, `client` and `sim`, `observe`, `protocol` and `planning`, `policy`, `cost`. Begin
+with docs/architecture.md.
+"""
 
 from __future__ import annotations
 

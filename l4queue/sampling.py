@@ -43,8 +43,8 @@ NOT_OFFERED: Mapping[str, str] = MappingProxyType(
 MAX_SCHEMA_CHARS = 65_536
 """Longest JSON schema accepted, characters of its JSON. The dispatcher bounds the time to compile it."""
 DEFAULT_MAX_TOKENS = 256
-"""What a stored body without `max_tokens` means: the earlier release leaves its default out. Also what admission
-counts as the output of a request without `max_tokens`."""
+"""Meaning of a stored body without `max_tokens`: the earlier release leaves its default out. Admission, too,
+counts it as the output of a request without `max_tokens`."""
 MAX_TOKENS = 1_000_000
 """Most tokens that one request may generate: no model holds more."""
 MAX_LOGPROBS = 2**20

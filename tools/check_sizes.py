@@ -1,7 +1,7 @@
 """House limits on size: `python tools/check_sizes.py PACKAGE...` fails on a file or function that is too long.
 
-The length of a function is that of its code: a table of documented command-line options, or a docstring that
-derives a formula, does not make it hard to read.
+The length of a function is that of its code. A table of documented command-line options does not make it hard to
+read, nor does a docstring that derives a formula.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The dashboard's panels with data, where no Grafana is at hand: `python tools/dashboard_picture.py --out FILE`.
 
-Reads monitoring/grafana/dashboards/l4queue.json, asks a running Prometheus for what each panel asks, over the last
-`--minutes`, and draws the panels where Grafana would: same queries, legends, units and places, not its looks.
+Reads monitoring/grafana/dashboards/l4queue.json and runs each panel's query on a running Prometheus, over the last
+`--minutes`. Draws the panels where Grafana would: same queries, legends, units and places, not its looks.
 """
 
 from __future__ import annotations

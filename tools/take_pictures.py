@@ -1,7 +1,7 @@
 """Pictures of a deployment under load: `python tools/take_pictures.py [--only stats-watch]`.
 
-Starts what `l4queue up` starts, with four emulated GPUs and a plan of three stages, serves mixed lengths, and
-writes docs/img/stats-watch.svg (`l4queue stats --watch`, 80 columns), docs/img/flower-workers.png and
+Starts the processes of `l4queue up` with four emulated GPUs and a plan of three stages, and serves mixed lengths.
+Writes docs/img/stats-watch.svg (`l4queue stats --watch`, 80 columns), docs/img/flower-workers.png and
 docs/img/flower-tasks.png (Chromium with chromedriver).
 """
 

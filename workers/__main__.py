@@ -60,9 +60,9 @@ def serve(
     engine = EngineThread(lambda: make(settings, traces or sender), guard=guard)
     drain_s = settings.drain_s + margin_s
 
-    def figures() -> dict[str, JsonValue]:
-        stats = engine.stats()
-        return {**stats, **sender.stats(), "total": {name: stats.get("finished", 0)}}
+    def stats() -> dict[str, JsonValue]:
+        own = engine.stats()
+        return {**own, **sender.stats(), "total": {name: own.get("finished", 0)}}
 
     signals_seen: list[str] = []
 
@@ -74,8 +74,8 @@ def serve(
     signals.worker_shutting_down.connect(shutting_down, weak=False)
     signals.setup_logging.connect(_keep_logging, weak=False)
     install_panel(engine, hostname=node, task_name=name)
-    controller = _controller(app, hostname=node, engine=engine, drain_s=drain_s, figures=figures)
-    with MetricsServer(settings, WorkerMetrics(engine.figures, sender.stats)):
+    controller = _controller(app, hostname=node, engine=engine, drain_s=drain_s, stats=stats)
+    with MetricsServer(settings, WorkerMetrics(engine.snapshots, sender.stats)):
         sender.start()
         if traces is not None:
             traces.start()

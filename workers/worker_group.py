@@ -51,14 +51,14 @@ class WorkerGroup:
         self._workers[0].request_cancel(request_id)
 
     def stats(self) -> dict[str, JsonValue]:
-        """Sums over the workers, and the figures of each by its id."""
+        """Sums over the workers, and the stats of each by its id."""
         each = [worker.stats() for worker in self._workers]
         sums: dict[str, JsonValue] = {name: sum(_number(one.get(name)) for one in each) for name in _SUMMED}
         return {**sums, "engine": each[0].get("engine"), "workers": {str(one.get("worker")): one for one in each}}
 
-    def figures(self) -> list[WorkerSnapshot]:
+    def snapshots(self) -> list[WorkerSnapshot]:
         """Of each worker."""
-        return [figures for worker in self._workers for figures in worker.figures()]
+        return [snapshot for worker in self._workers for snapshot in worker.snapshots()]
 
     def active(self) -> list[RequestView]:
         """The requests running in any of them."""

@@ -1,10 +1,10 @@
 """The process that checks constraints: `python -m dispatcher.constraints.process TOKENIZER`, for a dispatcher.
 
 It reads a question a line, `{"id", "limit_s", "given", "is_large"}`, and writes an answer a line, `{"id", "error",
-"is_late"}`; an empty error is a constraint that vLLM accepts. A large one leaves a child free for others.
+"is_late"}`. An empty error means that vLLM accepts the constraint. A large one leaves a child free for others.
 
-Each check runs in a child of its own, forked after vLLM is loaded, and is killed at its limit: compilation is
-native code that nothing else stops. The process ends when its input does.
+Each check runs in its own child, forked after vLLM is loaded, and is killed at its limit. Compilation is native
+code that nothing else stops. The process ends when its input does.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Flower's event intake: bounded and fair, with request counts taken from the workers' own totals.
 
-As it comes, Flower puts every event on its event loop at once: while many arrive, its pages wait behind them, and
-what it cannot digest piles up without bound. And it counts events, of which workers leave some out at high rates.
+Unguarded, Flower puts every event on its event loop at once. While many arrive, its pages wait behind them, and
+undigested events pile up without bound. It also counts events, of which workers leave some out at high rates.
 """
 
 from __future__ import annotations

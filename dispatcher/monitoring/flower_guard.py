@@ -1,7 +1,7 @@
 """Flower's guard against foreign web pages: accepted origins and hosts, and the login of its API.
 
-A browser on this machine reaches Flower on loopback for every page that it shows. Flower as it comes lets all of
-them read, revoke and shut down where its API needs no login, and trusts any name that leads to it.
+A browser on this machine reaches Flower on loopback for every page that it shows. Unguarded, Flower trusts any
+name that leads to it. Where its API needs no login, it lets every page read, revoke and shut down.
 """
 
 from __future__ import annotations

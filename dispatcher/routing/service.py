@@ -81,7 +81,7 @@ class Dispatcher:
         self._rounded_s = time.monotonic()
         self._router = Router(settings)
         self._looked_s = 0.0
-        self.figures = RouterCounters()
+        self.counters = RouterCounters()
 
     @property
     def plan(self) -> Plan:
@@ -150,7 +150,7 @@ class Dispatcher:
             return 1
 
     def _refuse_unreadable(self, entry: StreamEntry, error: str) -> Call[Verdict]:
-        self.figures.refused["unreadable"] += 1
+        self.counters.refused["unreadable"] += 1
         request_id = entry[1].get(b"i", b"?").decode(errors="replace") or "?"
         raw = repr(entry[1]).encode()
         return self._calls.refuse(request_id, entry_id=entry[0].decode(), error=error, raw=raw)
@@ -160,7 +160,7 @@ class Dispatcher:
         error = f"{_MAX_DELIVERIES} dispatchers ended while counting it"
         call = self._calls.refuse(request_id, entry_id=entry[0].decode(), error=error, field="prompt")
         await self._executor.run(call)
-        self.figures.refused["poison"] += 1
+        self.counters.refused["poison"] += 1
 
     async def handle(self, entries: Sequence[StreamEntry]) -> int:
         """Check, count and route these entries; refusals end in `failed` with the field at fault.
@@ -179,7 +179,7 @@ class Dispatcher:
             if body is None or body.state != RequestState.SUBMITTED:  # gone, cancelled, or routed by another
                 calls.append(self._calls.refuse(request_id, entry_id=entry_id, error="no longer waiting"))
             elif body.fault:
-                self.figures.refused["unreadable"] += 1
+                self.counters.refused["unreadable"] += 1
                 calls.append(
                     self._calls.refuse(request_id, entry_id=entry_id, error=body.fault, field="body", raw=body.raw)
                 )
@@ -192,10 +192,10 @@ class Dispatcher:
         prompts = [(arrival.body.kind, arrival.body.prompt) for arrival in arrivals]
         counted_s = time.monotonic()
         counted = await asyncio.to_thread(self._tokenizer.count, prompts) if prompts else []
-        self.figures.counting.add(time.monotonic() - counted_s)
+        self.counters.counting.add(time.monotonic() - counted_s)
         calls.extend(self._decide(arrival, answer) for arrival, answer in zip(arrivals, counted, strict=True))
         await self._executor.run_many(calls)
-        self.figures.rounds.add(time.monotonic() - begun_s)
+        self.counters.rounds.add(time.monotonic() - begun_s)
         return len(calls)
 
     def _examine(self, entry_id: str, body: InboxBody) -> RequestBody | Refusal | None:
@@ -226,7 +226,7 @@ class Dispatcher:
         return self._refuse(arrival.request_id, arrival.entry_id, answer)
 
     def _refuse(self, request_id: str, entry_id: str, answer: Refusal) -> Call[Verdict]:
-        self.figures.refused[answer.reason] += 1
+        self.counters.refused[answer.reason] += 1
         log.info("refused", extra={"request_id": request_id, "field": answer.field})
         return self._calls.refuse(
             request_id,
@@ -241,7 +241,7 @@ class Dispatcher:
         place = self._router.place(
             prompt_tokens, submitted_ms=arrival.body.submitted_ms, priority=arrival.wire.priority
         )
-        self.figures.count_routed(place.stage)
+        self.counters.count_routed(place.stage)
         return self._calls.route(
             arrival.request_id,
             entry_id=arrival.entry_id,

@@ -80,7 +80,7 @@ def _stopping() -> Iterator[threading.Event]:
 
 @contextmanager
 def _shown(*, quiet: bool) -> Iterator[Callable[[BatchProgress], None]]:
-    """What draws the progress on standard error: a bar on a terminal, else a line now and then."""
+    """Progress on standard error: a bar on a terminal, else a line now and then."""
     if quiet:
         yield lambda _: None
     elif sys.stderr.isatty():

@@ -18,7 +18,7 @@ from l4queue.cli.progress import progress_bars
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-    from l4queue.cli.workload import Prompt
+    from l4queue.cli.demo_prompts import Prompt
     from l4queue.client import AsyncClient, Result
     from l4queue.models import Plan
 
@@ -49,7 +49,7 @@ class Spread:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClassReport:
-    """What was measured for one length class; times in seconds by the server's clock."""
+    """Measurements of one length class; times in seconds by the server's clock."""
 
     name: str
     num_requests: int
@@ -62,7 +62,7 @@ class ClassReport:
 
 def summarise(results: Sequence[Result]) -> list[ClassReport]:
     """One report per length class that occurred, shortest first, and one for all."""
-    from l4queue.cli.workload import LENGTH_CLASSES, length_class
+    from l4queue.cli.demo_prompts import LENGTH_CLASSES, length_class
 
     groups = {c.name: [r for r in results if length_class(r.prompt_tokens) is c] for c in LENGTH_CLASSES}
     groups["all"] = list(results)
@@ -97,8 +97,8 @@ def demo(
     """Start everything, run mixed-length real text through it, print what was measured, stop."""
     import numpy as np
 
+    from l4queue.cli.demo_prompts import measured_chars_per_token, mixed_prompts
     from l4queue.cli.stack.stack import Stack, StackOptions
-    from l4queue.cli.workload import measured_chars_per_token, mixed_prompts
 
     options = StackOptions(
         workers=workers, engine=engine, model=model, flower_port=flower_port, data_dir=data_dir, quiet=as_json
@@ -156,7 +156,7 @@ async def _replay(
     """Send with Poisson gaps and gather results; failures are shown and left out."""
     import numpy as np
 
-    from l4queue.cli.workload import LENGTH_CLASSES, length_class
+    from l4queue.cli.demo_prompts import LENGTH_CLASSES, length_class
 
     rng = np.random.default_rng([seed, 1])
     planned = Counter(length_class(prompt.target_tokens).name for prompt in prompts)

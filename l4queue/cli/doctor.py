@@ -22,7 +22,7 @@ __all__ = ("Check", "CheckResult", "register", "run_checks")
 
 _MIN_DISK_BYTES = 2 << 30  # for Redis's log and a rewrite of it beside it
 _MIN_ENGINE_BYTES = 3 << 30
-"""What one CPU engine with the tiny model and 1 GiB of KV cache was seen to take, with a margin."""
+"""Memory of one CPU engine with the tiny model and 1 GiB of KV cache, as observed, with a margin."""
 _REDIS_TRY_S = 1.0  # a server on the same network answers in milliseconds
 _IMPORT_S = 120.0  # vLLM from a cold disk takes up to a minute
 _TOKENIZER = """
@@ -281,7 +281,7 @@ def _check_model(settings: Settings) -> Check:
 
 
 def _run_python(program: str, *arguments: str) -> str | None:
-    """What went wrong in another interpreter, in a line; None when nothing. Keeps torch out of this process."""
+    """The error of a program in another interpreter, in a line; None: it ran. Keeps torch out of this process."""
     try:
         done = subprocess.run(
             [sys.executable, "-c", program, *arguments],

@@ -44,7 +44,7 @@ def health(role: Annotated[Role, typer.Argument(help="Which process to ask after
 
 
 def sign_of_life(role: Role, settings: Settings) -> str:
-    """What shows that it works; ServiceUnavailable says why it does not."""
+    """Proof that it works, in words; ServiceUnavailable with the reason where it does not."""
     from l4queue.errors import ServiceUnavailable
     from l4queue.observe.health import clock_ahead_s, clock_note
     from l4queue.protocol.executor import Executor

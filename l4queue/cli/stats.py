@@ -78,7 +78,7 @@ def tables(overview: Overview) -> list[Any]:
 
 
 def _results(counts: dict[str, int]) -> Any:
-    """What has ended and is kept, and how many results went early because `L4_MAX_RESULT_BYTES` was reached."""
+    """Ended requests that are kept, and results that went early because `L4_MAX_RESULT_BYTES` was reached."""
     from rich.table import Table
 
     table = Table(title="results", title_justify="left")
@@ -89,7 +89,7 @@ def _results(counts: dict[str, int]) -> Any:
 
 
 def _moves(counts: dict[str, int]) -> Any:
-    """What moved between workers since the beginning, and how long a moved request made no token on average."""
+    """Moves between workers since the beginning, and the mean time in which a moved request made no token."""
     from rich.table import Table
 
     from l4queue.protocol.ledger import MoveCounter, ResumeCounter

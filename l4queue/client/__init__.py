@@ -1,4 +1,8 @@
-"""Clients: enqueue requests, read results, stream tokens."""
+"""Clients: enqueue requests, read results, stream tokens.
+
+Imports `protocol`, `observe` and everything below them; the commands use it. Begin with `core.py` (no I/O), then
+`sync.py` or `aio.py`; `demux.py` and `listener.py` wait for many requests at once.
+"""
 
 from l4queue.client.aio import AsyncClient, AsyncHandle
 from l4queue.client.batch import BatchProgress, BatchSummary

@@ -1,9 +1,8 @@
 """Online calibration: a worker's own step times replace the shipped coefficients.
 
-Decayed normal equations of a relative least squares: each step weighs 1/expected time². (By 1/measured time² slow
-steps would count less than quick ones, and the model would fall short of what steps take on average.) Where the
-steps say nothing about a coefficient, a weak pull keeps it at the prior, scaled to how fast the engine has shown
-itself to be.
+The equations are decayed normal equations of a relative least squares: each step weighs 1/expected time². By
+1/measured time² slow steps would count less than quick ones, and the model would fall short of the mean step time.
+Where the steps say nothing about a coefficient, a weak pull keeps it at the prior, scaled to the engine's speed.
 """
 
 from __future__ import annotations

@@ -123,7 +123,7 @@ def cost_in_force(overview: Overview, settings: Settings) -> StepCost:
 
 
 def price_in_force(overview: Overview) -> MovePrice:
-    """Price of moving a running request: a second prefill unless all workers can move KV caches."""
+    """Price of moving a running request: a second prefill if any worker cannot move KV caches."""
     slowest = sorted(overview.prices, key=lambda price: price.bandwidth_bytes_per_s or 0.0)
     return slowest[0] if slowest else MovePrice()
 

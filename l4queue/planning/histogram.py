@@ -1,7 +1,7 @@
 """Length histograms: log-spaced buckets, counters that only grow, and the demand rates read from them.
 
-A request with prompt p and output o arrives in the bucket of p, where its prompt is prefilled, and makes one
-decode step at each length from p to p+o, so it contributes to every bucket between the two.
+A request with prompt p and output o arrives in the bucket of p, where its prompt is prefilled. It makes one decode
+step at each length from p to p+o, so it contributes to every bucket between the two.
 
 Four counters per bucket: arrivals, prompt tokens, decode steps, and the context of these steps. As fields of a
 Redis hash they are `a:<bucket>`, `p:<bucket>`, `d:<bucket>`, `c:<bucket>`.
@@ -309,7 +309,7 @@ def with_backlog(demand: Demand, queued: Iterable[tuple[int, int]], *, buckets: 
 
     `queued` holds pairs of bucket and number of waiting requests. Served tokens alone would show a saturated
     class no more than its own capacity, and it would starve. Decode steps in a bucket come from requests that
-    arrived there and from those that grew into it; each part is raised by the factor of where it came from.
+    arrived there and from requests that grew into it; each part is raised by the factor of where it came from.
     Requests of a bucket that saw no arrivals are taken to be of its middle length and of average output.
     """
     window_s = demand.window_s if demand.window_s > 0.0 else 1.0

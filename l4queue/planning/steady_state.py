@@ -8,8 +8,8 @@ prefill. One worker offers 1000 ms. In units of workers the load is
 *Decoding.* By Little's law with the n = D·t requests that decode at a rate D per worker, t = α + (β + γL)·n +
 prefill gives t = α/(1-ρ).
 
-*Prefill* goes before decodes, in chunks that fill a step: a prompt takes α + w, and what is being prefilled when
-it comes. With one queue for m workers that wait is that of M/G/m (Sakasegawa, 1977):
+*Prefill* goes before decodes, in chunks that fill a step: a prompt takes α + w, and the rest of the prefill
+under way when it comes. With one queue for m workers that wait is that of M/G/m (Sakasegawa, 1977):
 
     W = Λ₂/(2Λ₁) · (P/m)^(√(2(m+1))-1) / (m-P)         Λ₁ = Σλw, Λ₂ = Σλw², P = Λ₁/1000
 

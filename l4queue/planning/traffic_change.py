@@ -1,15 +1,16 @@
 """Change detection: learned traffic, whether it has changed, and whether a new plan is due.
 
-Arrivals of the latest round, n₁ in T₁ seconds, are held against what is remembered, n₀ in T₀: the shorter ones
-that bring half of the work, and the longer ones that bring the other half. If both came at one rate
-λ = (n₁+n₀)/(T₁+T₀), twice the log of the likelihood ratio
+Arrivals of the latest round, n₁ in T₁ seconds, are compared with the remembered ones, n₀ in T₀. Two comparisons
+are made: of the shorter requests that bring half of the work, and of the longer ones that bring the other half.
+If both came at one rate λ = (n₁+n₀)/(T₁+T₀), twice the log of the likelihood ratio
 
     G = 2·Σ n₁·ln(n₁/λT₁) + n₀·ln(n₀/λT₀)
 
 is a χ² of two degrees, for Poisson arrivals. Real ones come in bursts: G per degree over the rounds before tells
-how many times more they vary (at least once), and the ratio of the two is held against Fisher's F. A change must
-also matter: the share of the work that is not common to both, Σ w·|λ₁-λ₀| / Σ w·(λ₁+λ₀) over octaves, with w the
-engine time of a request, has to exceed a bound; and a handful of requests proves nothing.
+how many times more they vary (at least once). The ratio of the two is compared with Fisher's F.
+
+A change must also matter. The share of the work that is not common to both has to exceed a bound: Σ w·|λ₁-λ₀| /
+Σ w·(λ₁+λ₀) over octaves, with w the engine time of a request. And a handful of requests proves nothing.
 """
 
 from __future__ import annotations

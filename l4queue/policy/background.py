@@ -1,10 +1,10 @@
 """Background requests: how many a worker runs beside interactive ones, and which it gives back.
 
-What interactive requests bear is one number, the slowdown x. With n background requests of length L, a step
-costs b = n·(β + γ·L) more, and their prefills take p ms of each step. Steps of an engine whose work comes from
-arrivals last t = (α + b + p) / (1 - ρ), where ρ is what the interactive requests cost: they get slower by
-(b + p) / α, however many they are. So the bound is b + p ≤ x·α: x times the step of an *empty* engine, not of the
-present one. Prefills are paced by a credit that grows by x·α - b with each step.
+One number bounds the burden of interactive requests, the slowdown x. With n background requests of length L, a
+step costs b = n·(β + γ·L) more, and their prefills take p ms of each step. In an engine whose work comes from
+arrivals a step lasts t = (α + b + p) / (1 - ρ), where ρ is the load of the interactive requests. They get slower
+by (b + p) / α, whatever their number. So the bound is b + p ≤ x·α: x times the step of an *empty* engine, not of
+the present one. Prefills are paced by a credit that grows by x·α - b with each step.
 """
 
 from __future__ import annotations
@@ -97,8 +97,8 @@ def background_budget(
 
     They come one at a time: while there is credit, the step stays within the bound, and slots and cache stay free.
     One may always run: a worker that has none takes one in any slot and of any length, so that they never stop,
-    however busy the worker is. One that is too long beside those that run waits to be the first, and the others
-    behind it wait, too. `load.num_running` are all that the worker has, those that wait in the engine included.
+    however busy the worker is. One that is too long beside the running ones waits to be the first, and the others
+    behind it wait, too. `load.num_running` are all that the worker has, also requests that wait in the engine.
     """
     longest, number, reason = room.longest_tokens, 1, "within the bound"
     capacity = load.kv_capacity_tokens or cost.kv_capacity_tokens

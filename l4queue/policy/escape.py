@@ -1,7 +1,7 @@
 """Escapes: running requests that move away before a long prefill stalls them, and their targets.
 
 A long prompt holds up everything that decodes beside it for as long as its prefill takes. Where a sibling has less
-prefill before it, a running request is finished there sooner, for the price of a move: prefill and decode part,
+prefill before it, a running request is finished there sooner, for the price of a move. So prefill and decode part,
 request by request, and only where that pays.
 """
 

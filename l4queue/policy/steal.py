@@ -1,7 +1,7 @@
 """Stealing from an overloaded sibling: waiting requests by the thief, running ones by ask and bid.
 
-No decision can be undone by the next: a steal happens only if the thief's finish afterwards is earlier than the
-victim's was before, which strictly lowers the later of the two; a running request never goes straight back.
+No decision can be undone by the next. A steal happens only if the thief's finish afterwards is earlier than the
+victim's was before, which strictly lowers the later of the two. A running request never goes straight back.
 """
 
 from __future__ import annotations

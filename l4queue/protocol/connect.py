@@ -1,7 +1,7 @@
 """Connections from a URL: to one server, Sentinel's primary, a cluster's slot owner.
 
-All keys share one slot, so a cluster is to us one server that may move, as it is behind Sentinel: every connection
-asks where that server is before it connects, and breaks when it learns that it talks to the wrong one.
+All keys share one slot, so a cluster is one server that may move, as behind Sentinel. Every connection asks where
+that server is before it connects, and breaks when it learns that it talks to another one.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from l4queue.sim.policies.central import Central
 from l4queue.sim.results import SimResult
 from l4queue.sim.traces.trace import Trace
 
-__all__ = ("Bound", "capacity_rps", "find_instances", "meets", "parse_slo", "request_work_ms")
+__all__ = ("Bound", "capacity_rps", "find_instances", "meets", "parse_slo", "trace_work_ms")
 
 PROBE_INSTANCES = 4
 """Engines of the run that measures a capacity. Chosen: the result is scaled to any number, and four even out
@@ -25,7 +25,7 @@ PROBE_REQUESTS = 6000
 """Most requests of that run. Chosen: enough to fill the engines; more take longer."""
 
 
-def request_work_ms(trace: Trace, cost: StepCost) -> NDArray[np.float64]:
+def trace_work_ms(trace: Trace, cost: StepCost) -> NDArray[np.float64]:
     """Engine time that each request adds to a saturated engine, ms: prefill, and its share of decode steps."""
     prompt = trace.input_tokens.astype(np.float64)
     output = trace.output_tokens.astype(np.float64)
@@ -46,7 +46,7 @@ def capacity_rps(trace: Trace, cost: StepCost, *, num_instances: int) -> float:
     rows = np.linspace(0, len(trace) - 1, count).astype(np.int64)
     rows = np.random.default_rng(0).permutation(rows)
     probe = trace.select(rows)
-    work_ms = request_work_ms(probe, cost)
+    work_ms = trace_work_ms(probe, cost)
     offered = Trace(
         name=trace.name,
         arrival_s=np.zeros(count),
@@ -77,7 +77,7 @@ def capacity_rps(trace: Trace, cost: StepCost, *, num_instances: int) -> float:
         done_ms += _overlap(request.first_token_s, request.finish_s, first_s, last_s) * (request_ms - prefill_ms)
         done_ms += prefill_ms if first_s < request.first_token_s <= last_s else 0.0
     work_per_s = done_ms / (last_s - first_s) * num_instances / PROBE_INSTANCES
-    return work_per_s / float(request_work_ms(trace, cost).mean())
+    return work_per_s / float(trace_work_ms(trace, cost).mean())
 
 
 def _overlap(start_s: float, end_s: float, from_s: float, to_s: float) -> float:

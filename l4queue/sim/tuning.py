@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from l4queue.sim.capacity import request_work_ms
+from l4queue.sim.capacity import trace_work_ms
 from l4queue.sim.policies.central import TwoPool
 from l4queue.sim.runner import RunConfig, run_policy
 from l4queue.sim.traces.trace import Trace
@@ -20,7 +20,7 @@ def tune_two_pool(trace: Trace, setting: RunConfig, *, max_requests: int = 2500)
     """The split with least mean latency among thresholds at prompt quantiles and three pool sizes around
     the share of work below the threshold. Looks at the trace beforehand: its advantage over online policies."""
     sample = trace.select(slice(0, max_requests))
-    work = request_work_ms(sample, setting.cost)
+    work = trace_work_ms(sample, setting.cost)
     best: tuple[float, int, int] | None = None
     for threshold in sorted({int(np.quantile(sample.input_tokens, q)) + 1 for q in QUANTILES}):
         is_short = sample.input_tokens < threshold

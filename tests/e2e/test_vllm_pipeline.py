@@ -15,7 +15,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from l4queue import RequestState, Result
-from l4queue.cli.workload import measured_chars_per_token, mixed_prompts
+from l4queue.cli.demo_prompts import measured_chars_per_token, mixed_prompts
 from l4queue.client import Chunk
 from l4queue.errors import InvalidRequest, RequestFailed, RequestTooLong
 from l4queue.models import StagePlan

@@ -46,7 +46,7 @@ class OddWorker:
     def stats(self) -> dict[str, JsonValue]:
         return {"engine": "odd"}
 
-    def figures(self) -> list[WorkerSnapshot]:
+    def snapshots(self) -> list[WorkerSnapshot]:
         return []
 
     def active(self) -> list[RequestView]:

@@ -82,7 +82,8 @@ def test_a_run_of_many_workers_in_few_processes_can_be_held_against_the_simulato
     for entry in said["results"]:
         assert entry["num_requests"] == 60
         assert {"bench", "redis", "workers-0", "workers-1"} <= set(entry["rounds"][0]["cpu_cores"])
-        assert entry["rounds"][0]["plans"][0] == {"at_s": 0.0, "boundaries": [], "workers": [3]}
+        first = entry["rounds"][0]["plans"][0]
+        assert (first["boundaries"], first["workers"]) == ([], [3])
 
     (tmp_path / "run.json").write_text(done.stdout)
     script = Path(__file__).parents[2] / "bench" / "live_validation.py"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,8 +11,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-FILES = [path for name in ("l4queue", "dispatcher", "workers") for path in sorted((ROOT / name).rglob("*.py"))]
+PACKAGES = ("l4queue", "dispatcher", "workers")
+FILES = [path for name in PACKAGES for path in sorted((ROOT / name).rglob("*.py"))]
 LITERALS = (ast.expr_context, ast.operator, ast.unaryop, ast.Constant, ast.Name, ast.UnaryOp, ast.BinOp, ast.Tuple)
+
+
+def is_package(path: Path) -> bool:
+    """Whether a folder is imported as a package."""
+    return (path / "__init__.py").is_file()
 
 
 def is_number(node: ast.AST) -> bool:
@@ -81,3 +88,25 @@ def test_no_class_name_stands_for_two() -> None:
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 homes[node.name].append(str(path.relative_to(ROOT)))
     assert {name: paths for name, paths in homes.items() if len(paths) > 1} == {}
+
+
+def test_the_map_names_every_package() -> None:
+    """Otherwise: add a row to docs/architecture.md, section "Packages"."""
+    page = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+    packages = {
+        str(path.relative_to(ROOT)) for root in PACKAGES for path in (ROOT / root).iterdir() if is_package(path)
+    }
+    assert {name for name in packages if f"| `{name}` |" not in page} == set()
+
+
+def test_every_module_that_a_docstring_names_exists() -> None:
+    """In the package of its module, or in any other by its path."""
+    known = {"/" + str(path.relative_to(ROOT)) for path in (*FILES, *(ROOT / "tests").rglob("*.py"))}
+    missing = {}
+    for path in FILES:
+        text = ast.get_docstring(ast.parse(path.read_text("utf-8"))) or ""
+        named = set(re.findall(r"`((?:\w+/)*\w+\.py)`", text))
+        lost = {name for name in named if not any(file.endswith("/" + name) for file in known)}
+        if lost:
+            missing[str(path.relative_to(ROOT))] = lost
+    assert missing == {}

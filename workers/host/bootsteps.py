@@ -41,7 +41,7 @@ class WorkerLike(Protocol):
 
     def stats(self) -> dict[str, JsonValue]: ...
 
-    def figures(self) -> list[WorkerSnapshot]: ...
+    def snapshots(self) -> list[WorkerSnapshot]: ...
 
     def active(self) -> list[RequestView]: ...
 
@@ -110,12 +110,12 @@ class EngineThread:
             self._worker.request_cancel(request_id)
 
     def stats(self) -> dict[str, JsonValue]:
-        """The worker's figures; before it is built only that it loads."""
+        """The worker's stats; before it is built only that it loads."""
         return {"engine": "loading"} if self._worker is None else self._worker.stats()
 
-    def figures(self) -> list[WorkerSnapshot]:
-        """The figures of the workers here, for metrics; none before they serve."""
-        return [] if self._worker is None else self._worker.figures()
+    def snapshots(self) -> list[WorkerSnapshot]:
+        """Snapshots of the workers here, for metrics; none before they serve."""
+        return [] if self._worker is None else self._worker.snapshots()
 
     def active(self) -> list[RequestView]:
         """The requests running here."""
@@ -146,12 +146,12 @@ class EngineHost(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has n
         *,
         engine: EngineThread,
         drain_s: float,
-        figures: Callable[[], dict[str, JsonValue]],
+        stats: Callable[[], dict[str, JsonValue]],
         **_: Any,
     ) -> None:
         self.engine = engine
         self.drain_s = drain_s
-        self.figures = figures
+        self.stats = stats
         super().__init__(parent)
 
     def start(self, parent: Any) -> None:
@@ -175,8 +175,8 @@ class EngineHost(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has n
         self.engine.join(_COLD_S)
 
     def info(self, parent: Any) -> dict[str, JsonValue]:
-        """What `celery inspect stats` and Flower's worker page say beside Celery's own figures."""
-        return self.figures()
+        """Stats for `celery inspect stats` and Flower's worker page, beside Celery's own."""
+        return self.stats()
 
 
 class _Heart(heartbeat.Heart):  # type: ignore[misc]  # celery has no types

@@ -1,8 +1,8 @@
 """vLLM's side of KV hand-over: `KVConnectorBase_V1`, loaded by its module path, vLLM unpatched.
 
-vLLM makes one connector in its scheduler and one in its worker process. The first plans (`workers.kv.scheduler`),
-the second copies (`workers.kv.copier`); jobs travel with the metadata of a step, results with its output, and
-what came of it reaches the front end with the statistics of the step.
+vLLM makes one connector in its scheduler and one in its worker process. The first plans
+(`workers.kv.scheduler`), the second copies (`workers.kv.copier`). Jobs travel with the metadata of a step,
+results with its output. The front end hears of the outcome with the statistics of the step.
 """
 
 from __future__ import annotations

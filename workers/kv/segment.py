@@ -6,8 +6,8 @@
     sums       low half of the 64-bit XXH3 of every piece, layer by layer: ten times as fast as CRC-32
     payload    layer by layer, the blocks of the request in order, as the engine lays them out
 
-Plain reads and writes, no mapping: a file that is cut short under a mapping, or a full file system, kills the
-process that touches it (SIGBUS), and one piece at a time stays in the processor's cache as well.
+Access is by plain reads and writes, not by a mapping: a file cut short under a mapping, or a full file system,
+kills the process that touches it (SIGBUS). One piece at a time also stays in the processor's cache.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class MissCause(StrEnum):
 
     MISSING = "missing"  # no such segment: another host's, evicted, too old, used up, or never finished
     FOREIGN = "foreign"  # of another model, another data type or another layout
-    DAMAGED = "damaged"  # cut short, or a checksum says so
+    DAMAGED = "damaged"  # cut short, or with a wrong checksum
     MISMATCH = "mismatch"  # computed from other tokens
 
 

@@ -1,7 +1,7 @@
 """The segment directory that the engines of one host share: bounded, self-cleaning, safe against crashes.
 
-`<ticket>.kv` is a finished segment, `<ticket>.part` one that is being written (its writer holds a lock on it, so
-that a sweep recognises a dead writer's), `<ticket>.cut` says that the request with this ticket is to be kept.
+`<ticket>.kv` is a finished segment, `<ticket>.part` one that is being written. Its writer holds a lock on it, so a
+sweep recognises the part of a dead writer. `<ticket>.cut` marks a request whose KV is to be kept.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ class SegmentStore:
         os.close(os.open(self._mark(ticket), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
 
     def take_mark(self, ticket: str) -> bool:
-        """Whether the request was to be cut; says so once."""
+        """Whether the request was to be cut; True only once."""
         return _unlink(self._mark(ticket))
 
     def sweep(self) -> None:

@@ -173,7 +173,7 @@ class Worker:
         """A snapshot for dashboards."""
         return self._report.stats()
 
-    def figures(self) -> list[WorkerSnapshot]:
+    def snapshots(self) -> list[WorkerSnapshot]:
         """The same for metrics."""
         return self._report.snapshots()
 

@@ -1,9 +1,9 @@
 """Exclusive GPUs, or cores for the CPU engine, among the workers of one machine.
 
 Compose and plain shells give every replica all GPUs. Here a replica chooses for itself, under locks on files
-named after the GPU's UUID or the core. The kernel frees such a lock with the last process that holds it: a
-worker that is killed gives its GPU back at once, one that is paused or cut off from Redis keeps it, as it keeps
-the GPU's memory. An expiry by heartbeats could not tell these apart.
+named after the GPU's UUID or the core. The kernel frees such a lock with the last process that holds it. A worker
+that is killed gives its GPU back at once. One that is paused or cut off from Redis keeps it, as it keeps the GPU's
+memory. An expiry by heartbeats could not tell these apart.
 """
 
 from __future__ import annotations

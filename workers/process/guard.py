@@ -1,7 +1,7 @@
 """The guard of an engine's processes: they die with their worker, however it dies.
 
-vLLM's engine core is a child process that outlives a worker killed with SIGKILL: it would go on computing and
-keep the GPU's memory from the worker's successor.
+vLLM's engine core is a child process that outlives a worker killed with SIGKILL. Unguarded, it would go on
+computing and keep the GPU's memory from the worker's successor.
 """
 
 from __future__ import annotations

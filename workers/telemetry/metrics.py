@@ -23,15 +23,15 @@ class WorkerMetrics:
     """A source of metrics of all workers of this process, each under its id."""
 
     def __init__(
-        self, figures: Callable[[], list[WorkerSnapshot]], events: Callable[[], Mapping[str, JsonValue]]
+        self, snapshots: Callable[[], list[WorkerSnapshot]], events: Callable[[], Mapping[str, JsonValue]]
     ) -> None:
-        self._figures = figures
+        self._snapshots = snapshots
         self._events = events
 
     def collect(self) -> Iterator[Metric]:
         """Everything; before the engines have started only that they have not."""
         families = Families()
-        found = {one.load.worker_id: one for one in self._figures()}
+        found = {one.load.worker_id: one for one in self._snapshots()}
         families.gauge("worker_engines", "Engines of this process that have started", {(): len(found)})
         _state(_Rows(families, found, "worker_"))
         _engine(_Rows(families, found, "engine_"))

@@ -1,7 +1,8 @@
 """End of a trace: the worker that sees a request end reports its whole life as spans.
 
-The spans are made from the request's record and ledger, after the fact and on a thread of their own: one clock
-(Redis's), whole even where a worker was killed, and nothing to do for the worker while it generates.
+The spans are made from the request's record and ledger, after the fact and on another thread. So they have one
+clock (Redis's) and are whole even where a worker was killed. A worker has nothing to do for them while it
+generates.
 """
 
 from __future__ import annotations

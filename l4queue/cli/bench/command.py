@@ -44,7 +44,7 @@ _TOLD_SETTINGS = (
     "plan_min_life_s",
     "max_stages",
 )
-"""What the JSON says of the deployment's settings: all that a simulation of the same run needs."""
+"""Settings of the deployment in the JSON: all that a simulation of the same run needs."""
 
 
 def serve(
@@ -167,7 +167,7 @@ def _show(results: list[dict[str, Any]], about: dict[str, Any], files: list[Path
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Study:
-    """What is to be run on the deployment, whatever that is: a trace for each round and one for the rehearsal."""
+    """Runs to make on any deployment: a trace for each round and one for the rehearsal."""
 
     traces: list[Trace]
     policies: list[str]

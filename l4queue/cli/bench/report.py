@@ -177,7 +177,7 @@ def table(results: Sequence[Mapping[str, Any]]) -> Any:
 
 
 def remarks(results: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What is to be known beside the table: l4 against each other policy, and whether the machine was steady."""
+    """Remarks beside the table: l4 against each other policy, and whether the machine was steady."""
     found = []
     for entry in results:
         if entry["policy"] == "l4" or "median_ratio_of_l4" not in entry:

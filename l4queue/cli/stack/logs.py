@@ -118,7 +118,7 @@ class ConsoleLog:
 
 
 def _json_line(name: str, line: str) -> str:
-    """What a process logged as JSON with its name; of other lines, such as those of Redis, an object is made."""
+    """A process's log line as JSON with its name; other lines, such as Redis's, become an object."""
     told: Any = None
     if line.startswith("{"):
         with contextlib.suppress(ValueError):

@@ -36,7 +36,7 @@ _WORKER_MARGIN_S = 20.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StackOptions:
-    """What to run; None leaves it to the settings or to what this machine has.
+    """Options of a deployment; None leaves one to the settings or to this machine's hardware.
 
     `workers_per_process` above 1 is for emulated engines only: fewer processes on few cores.
     """

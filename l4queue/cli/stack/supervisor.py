@@ -50,8 +50,9 @@ class RestartPolicy:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChildSpec:
-    """What to run. Ready means: it has printed `ready_text`, and `is_ready` (polled) is true; with neither,
-    it has lived for `settle_s`.
+    """A child process to run. It is ready when it has printed `ready_text` and `is_ready` (polled) is true.
+
+    With neither of them it is ready when it has lived for `settle_s`.
 
     Children stop in ascending `stop_order`, those of one order together: SIGTERM, then SIGKILL after
     `stop_s`. Children with `essential` False may fail without failing the supervisor.

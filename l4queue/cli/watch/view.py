@@ -42,7 +42,7 @@ _BAD_ENDS = ("failed", "expired", "dead")
 
 
 def fit(picture: Picture, console: Console, *, title: str, trouble: str = "") -> RenderableType:
-    """The whole view for this console. With `trouble` it says so at its top, and that the rest is old.
+    """The whole view for this console. `trouble` stands at its top, with a note that the rest is old.
 
     Where the height is short, blank lines, workers and moves give way; how many workers are left out is told.
     """

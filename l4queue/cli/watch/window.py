@@ -17,7 +17,7 @@ from l4queue.protocol.reads import FinishedRequest
 __all__ = ("LATENCY_S", "Latency", "Picture", "Rates", "StageView", "Waiting", "WatchWindow")
 
 LATENCY_S = 60.0
-"""Latencies and counts of moves are of what ended, and of what moved, within so many seconds."""
+"""Period, s, of the latencies of ended requests and of the counts of moves."""
 RATE_S = 10.0  # rates are means over this time
 _MAX_FINISHED = 20_000  # requests kept for the percentiles
 _MAX_MOVES = 50  # more than any screen shows
@@ -25,7 +25,7 @@ _MAX_MOVES = 50  # more than any screen shows
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Waiting:
-    """What waits in a queue; `oldest_ms` is None when nothing does."""
+    """Waiting requests of a queue; `oldest_ms` is None when there are none."""
 
     num_requests: int = 0
     tokens: int = 0

@@ -99,7 +99,7 @@ class Flight:
         return request_id in self._pending
 
     def submit(self, submissions: Sequence[Submission]) -> tuple[list[Submission], QueueFull | None, list[Ticket]]:
-        """Send in one round trip: those for which there was no room, why, and those that were known already.
+        """Send in one round trip. Returns the lines without room, the reason, and the lines known already.
 
         The same key with other options counts as known: that line was accepted by an earlier run.
         """

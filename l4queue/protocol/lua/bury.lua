@@ -1,4 +1,4 @@
--- Puts what a reader could not read among the dead letters: once a day, whoever finds it.
+-- Puts a value that a reader could not read among the dead letters: once a day, by any process.
 -- KEYS  1 dead (stream)  2 counts  3 buried:<digest> (string)
 -- ARGV  1 name of the key that it is under  2 why  3 its first bytes
 -- Returns 1 | 0 (it is there already)

@@ -1,7 +1,7 @@
 -- Moves waiting requests of one queue to the stages that their lengths belong to now. queued -> queued
 -- For a stage that the plan no longer has, a range that has changed, the own queue of a worker that is gone.
 -- KEYS  1 q:<from> (zset)
--- ARGV  1 from  2 so many at the head are left out  3 most requests looked at
+-- ARGV  1 from  2 number left out at the head  3 most requests looked at
 --       4.. upper ends of the stages but the last (tokens, ascending)
 -- Returns {moved, looked at}
 local queue = KEYS[1]

@@ -142,7 +142,7 @@ end
 redis.call('DEL', P .. 'pack:')  -- needs no memory: a full server refuses a script whose first write does
 local last, now = string.match(redis.call('GET', packed) or '', '^%d+%-%d+$'), now_ms()
 local ended_ms = tokens_of  -- entries of `finished` have the time before the dash
-if redis.call('XLEN', finished) >= 10000 then  -- so many end in so short a time that `finished` would lose them
+if redis.call('XLEN', finished) >= 10000 then  -- requests end so fast that `finished` would lose them
   grace_ms = math.min(grace_ms, (now - ended_ms(redis.call('XRANGE', finished, '-', '+', 'COUNT', 1)[1][1])) / 2)
 end
 local num_packed, more = 0, 0

@@ -1,5 +1,5 @@
 -- Returns the requests of workers whose lease ran out. running -> queued | dead
--- What is blamed on a request is noted for an hour: a worker that comes back has it taken back (pardon).
+-- Blame is noted for an hour: a worker that comes back has it taken back (pardon).
 -- Anybody may call it at any time. After a gap between two calls in which nobody could renew (Redis was away),
 -- every lease lasts one lease longer. A worker that does not renew then gets this three times at most:
 -- reapers that are merely slow must not keep the dead alive.

@@ -14,7 +14,7 @@ local function mended(what)
   return what
 end
 
--- Moves times, deadline and place in the order back by so many ms.
+-- Moves times, deadline and place in the order back by `ahead` ms.
 local function move_back(ahead)
   redis.call('HDEL', record, '-')  -- needs no memory: a full server refuses a script whose first write does
   for _, name in ipairs({'submitted_ms', 'queued_ms', 'started_ms', 'first_token_ms', 'moved_ms', 'deadline_ms'}) do

@@ -1,5 +1,5 @@
 -- Puts a counted request into its stage queue and takes it off the inbox. submitted -> queued
--- Safe to repeat and safe for two dispatchers: whoever comes second only clears the inbox entry.
+-- Safe to repeat and safe for two dispatchers: the second one only clears the inbox entry.
 -- KEYS  1 in (stream)  2 req:<id>  3 hist
 -- ARGV  1 id  2 inbox entry id  3 stage  4 score (lower is served first)  5 prompt_tokens  6 max_tokens
 --       7 packed token ids  8 plan version  9 length bucket  10 why this stage (JSON, '' = nothing to say)

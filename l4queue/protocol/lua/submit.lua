@@ -49,7 +49,7 @@ local entry = redis.call('XADD', inbox, '*', 'i', id)
 redis.call('HSET', record, 'state', 'submitted', 'entry', entry, 'digest', digest, 'body', body, 'kind', kind,
   'prompt', prompt, 'charge_tokens', charge_tokens, 'charge_bytes', 0, 'ttl_ms', ttl_ms,
   'client', client, 'submitted_ms', int(now), 'epoch', 0, 'offset', 0, 'crashes', 0, 'solo_crashes', 0,
-  'bounds', 1)  -- whoever waits for it knows packed outputs
+  'bounds', 1)  -- its client knows packed outputs
 if canonical ~= '' then redis.call('HSET', record, 'canonical', canonical) end
 if is_keyed then redis.call('HSET', record, 'key_ttl_ms', key_ttl_ms) end
 if has_open_end then redis.call('HSET', record, 'open_end', 1) end

@@ -1,8 +1,8 @@
 """State of one engine's batch: its decodes, its KV, and its growth in closed form.
 
-While the batch is fixed, every decode step costs γ·n more than the one before (each of the n contexts grew by
-a token), so k steps take k·a + γ·n·k(k-1)/2 with a the first step's time, and the number of steps that
-end by a given time is the root of that quadratic.
+While the batch is fixed, every decode step costs γ·n more than the one before: each of the n contexts grew by a
+token. So k steps take k·a + γ·n·k(k-1)/2, with a the first step's time. The number of steps that end by a given
+time is the root of that quadratic.
 """
 
 from __future__ import annotations

@@ -1,15 +1,16 @@
 """One engine with continuous batching as in vLLM V1, advanced in closed form between events.
 
 A *segment* is what the engine does until something changes: either one step with prefill chunks in it, or a
-run of pure decode steps. While the batch is fixed, every decode step costs γ·n more than the one before
-(each of the n contexts grew by a token), so k steps take k·a + γ·n·k(k-1)/2 with a the first step's time, and
-the number of steps that end by a given time is the root of that quadratic. A segment ends at a finish, at
-an alarm (a watched request reached a length), before the KV cache overflows, or at an interrupt.
+run of pure decode steps, whose closed form is in `batch.py`. A segment ends at a finish, at an alarm (a watched
+request reached a length), before the KV cache overflows, or at an interrupt.
 
-Rules taken from vLLM's scheduler: decodes first, then partial prefills, then waiting requests in FCFS order,
-those that have run before first, while token budget, `max_num_seqs` and KV blocks allow; with others there, no
-prompt takes all of a step (`StepCost.max_chunk_tokens`); a prompt is admitted only if all of it fits; when a
-decode finds no block, the request admitted last is preempted, loses its cache and waits at the front.
+Rules taken from vLLM's scheduler:
+
+- Decodes first, then partial prefills, then waiting requests in FCFS order, while token budget, `max_num_seqs` and
+  KV blocks allow. A request that has run before goes before new ones.
+- With others there, no prompt takes all of a step (`StepCost.max_chunk_tokens`).
+- A prompt is admitted only if all of it fits.
+- When a decode finds no block, the request admitted last is preempted, loses its cache and waits at the front.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Instance(Batch):
     def push(self, request: SimRequest) -> None:
         """Hand a request to the engine's own queue; it enters at the next boundary that has room.
 
-        One that has run before goes before those that have not.
+        One that has run before goes before new ones.
         """
         if not request.has_kv:
             self.pending_tokens += request.length

@@ -1,7 +1,7 @@
 """Seeded synthetic workloads: Poisson arrivals, lengths drawn from published quantiles.
 
 Each length is drawn by inverse transform from a piecewise log-linear quantile function through the points
-below; prompt and output are independent, which real traffic is not quite. Sources: `chat` and `code`,
+below. Prompt and output are independent; in real traffic they are not quite. Sources: `chat` and `code`,
 Azure LLM inference traces 2023 (Patel et al., ISCA 2024); `long-context`, Mooncake conversation trace (Qin et
 al., FAST 2025); `reasoning`, ServeGen DeepSeek-R1 (Xiang et al., arXiv 2505.09999); `sharegpt`, log-normals
 with the means of the vLLM paper (Kwon et al., SOSP 2023, figure 11: 161 in, 338 out). `mixed` is 90 % chat and

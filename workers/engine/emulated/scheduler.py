@@ -1,8 +1,8 @@
 """Continuous batching as in vLLM V1, step by step and without time: the emulated engine's scheduler.
 
-The rules are those of `l4queue.sim.engine.instance`, which advances the same batch in closed form; a test holds
-the two against each other. Each step: decodes first, one token each; then begun prefills, then waiting requests
-in order of priority and arrival, in chunks, while the token budget lasts. With others there, no prompt gets all
+The rules are those of `l4queue.sim.engine.instance`, which advances the same batch in closed form; a test compares
+the two. In each step decodes go first, one token each, then begun prefills, then waiting requests in order of
+priority and arrival. Prefills go in chunks while the token budget lasts. With others there, no prompt gets all
 of it. A prompt is admitted only if the KV cache has blocks for all of it, and never in a step that had to
 preempt. When a decode finds no block, the request that comes last in that order loses its cache and waits to be
 computed again.

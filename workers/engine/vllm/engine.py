@@ -346,7 +346,7 @@ class VllmEngine:
         self._ready.set()
 
     def _end(self, output: EngineOutput) -> None:
-        self._forget(output.request_id)  # whoever reads this may use the id again
+        self._forget(output.request_id)  # its reader may use the id again
         self._out.append(output)
         self._ready.set()
 

@@ -12,12 +12,12 @@ _FEW_STEPS = 2  # a prompt that short takes others' tokens only briefly
 
 
 class PrefillGate:
-    """Who waits until the prefill of a long prompt is over, by priority and arrival.
+    """Prompts that wait until the prefill of a long one is over, by priority and arrival.
 
-    vLLM gives the tokens of a step to what runs in the order in which that began. A prompt of many steps leaves a
-    share of each to others, but a second prompt takes all of that, and whoever generates behind the two gets no
-    token until one is through; while long prompts keep coming, for as long as they come. So beside a prompt that
-    needs more than a step there is none but those that are through with what it leaves in two.
+    vLLM gives the tokens of a step to running requests in the order in which they began. A prompt of many steps
+    leaves a share of each step to others. A second long prompt takes all of that share, and requests that
+    generate behind the two get no token until one is through, for as long as long prompts come. So beside a
+    prompt of more than one step only prompts are admitted that fit into the share it leaves in two steps.
     """
 
     def __init__(self, *, max_batched_tokens: int, max_chunk_tokens: int) -> None:

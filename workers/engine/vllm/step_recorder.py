@@ -1,7 +1,8 @@
 """Step records from vLLM's per-step statistics and the requests in its batch.
 
-vLLM says how many tokens a step computed, not for whom. The watch knows the requests, so it follows them through
-the scheduler's order (prefills as they began, then priority and arrival) and works out contexts from there.
+vLLM reports how many tokens a step computed, not for which requests. The watch knows the requests, so it follows
+them through the scheduler's order: prefills as they began, then priority and arrival. From there it works out
+contexts.
 """
 
 from __future__ import annotations
