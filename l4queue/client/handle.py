@@ -143,7 +143,7 @@ def _again(kind: type[HandleBase], request_id: str, url: str, namespace: str) ->
 def _told(status: RequestStatus | None, output_tokens: int) -> str:
     """State and lengths in a line, as far as they are known."""
     if status is None:
-        return f"{output_tokens} output tokens so far" if output_tokens else "not looked at yet"
+        return f"{output_tokens} output tokens so far" if output_tokens else "accepted"
     parts = [status.state.value]
     if status.prompt_tokens is not None:
         parts.append(f"{status.prompt_tokens} prompt tokens")

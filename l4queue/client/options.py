@@ -105,13 +105,20 @@ class RequestFields(EnqueueOptions, total=False):
 def with_options(method: F) -> F:
     """`enqueue` with each option in the signature that `help` and notebooks show."""
     shown = signature(method)
-    names = {**RequestFields.__annotations__, **EnqueueOptions.__annotations__}
+    prompts = RequestFields.__annotations__.keys() - EnqueueOptions.__annotations__.keys()
+    names = sorted(RequestFields.__annotations__, key=lambda name: name not in prompts)  # stable
     first = [parameter for parameter in shown.parameters.values() if parameter.kind is not Parameter.VAR_KEYWORD]
     taken = {parameter.name for parameter in first}
     options = [
-        Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=getattr(kind, "__forward_arg__", kind))
-        for name, kind in names.items()
+        Parameter(
+            name, Parameter.KEYWORD_ONLY, default=None, annotation=_text_of(RequestFields.__annotations__[name])
+        )
+        for name in names
         if name not in taken
     ]
     method.__signature__ = shown.replace(parameters=[*first, *options])  # type: ignore[attr-defined]
     return method
+
+
+def _text_of(annotation: object) -> str:
+    return str(getattr(annotation, "__forward_arg__", annotation))

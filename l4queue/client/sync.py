@@ -123,7 +123,7 @@ class Client:
         with another request; ServiceUnavailable after `timeout_s` without Redis.
 
         >>> handle = client.enqueue("Once upon a time", max_tokens=64, stop="\\n\\n")
-        >>> print((handle.result()).text)
+        >>> print(handle.result().text)
         """
         spec = build_spec(prompt, params, **options)
         return self._submit([self._core.prepare(spec)], block=False)[0]
@@ -297,7 +297,7 @@ class Handle(HandleBase):
     def status(self) -> RequestStatus:
         """Where the request is now: state, stage, worker, tokens, times in s; UnknownRequest without a record.
 
-        >>> (handle.status()).state
+        >>> handle.status().state
         """
         return self._noted(self._record())
 

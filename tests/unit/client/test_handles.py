@@ -92,7 +92,7 @@ def test_a_place_is_reached_by_own_settings(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_handle_tells_what_it_has_seen(client: Client) -> None:
     """Without a look at the server, which is away here."""
     handle = Handle(client, RECORD.request_id)
-    assert repr(handle) == "<Handle r<1>: not looked at yet>"
+    assert repr(handle) == "<Handle r<1>: accepted>"
     handle._noted(RECORD)
     assert repr(handle) == "<Handle r<1>: running, 37 prompt tokens, 12 of at most 64 output tokens>"
     shown = handle._repr_html_()
