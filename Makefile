@@ -122,7 +122,7 @@ SERVICES := --extra dispatcher --extra worker --extra embedded --extra otel --ex
 lock: $(BIN)/uv ## resolve pyproject.toml again and write requirements/*.txt
 	$(LOCK) pyproject.toml requirements/torch-cpu.in $(SERVICES) --extra cpu \
 	  --excludes requirements/without-cuda.in -o requirements/cpu.txt >/dev/null
-	$(LOCK) pyproject.toml -c requirements/cpu.txt -o requirements/base.txt >/dev/null
+	$(LOCK) pyproject.toml --extra sim -c requirements/cpu.txt -o requirements/base.txt >/dev/null
 	$(LOCK) pyproject.toml --extra dispatcher --extra worker --extra otel -c requirements/cpu.txt \
 	  -o requirements/services.txt >/dev/null
 	$(LOCK) pyproject.toml --extra dev -c requirements/cpu.txt -o requirements/dev.txt >/dev/null

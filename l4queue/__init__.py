@@ -9,27 +9,131 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from l4queue.client import AsyncClient, AsyncHandle, Chunk, Client, Handle, Result
+    from l4queue.client import (
+        AsyncClient,
+        AsyncHandle,
+        BatchProgress,
+        BatchSummary,
+        Chunk,
+        Client,
+        EnqueueOptions,
+        Handle,
+        RequestFields,
+        RequestStatus,
+        Result,
+        SamplingOptions,
+        TokenLogprobs,
+    )
     from l4queue.config import Settings
-    from l4queue.models import RequestSpec, RequestState, SamplingParams
+    from l4queue.errors import (
+        ConfigError,
+        IdempotencyConflict,
+        InvalidRequest,
+        L4QueueError,
+        OutputLost,
+        QueueFull,
+        RequestCancelled,
+        RequestDead,
+        RequestExpired,
+        RequestFailed,
+        RequestNotDone,
+        RequestTooLong,
+        ResultExpired,
+        ResultTimeout,
+        ServiceUnavailable,
+        TraceError,
+        UnknownRequest,
+        UnreadableValue,
+    )
+    from l4queue.models import ChatMessage, RequestSpec, RequestState
+    from l4queue.sampling import SamplingParams, StructuredOutputs
 
 __all__ = (
     "AsyncClient",
     "AsyncHandle",
+    "BatchProgress",
+    "BatchSummary",
+    "ChatMessage",
     "Chunk",
     "Client",
+    "ConfigError",
+    "EnqueueOptions",
     "Handle",
+    "IdempotencyConflict",
+    "InvalidRequest",
+    "L4QueueError",
+    "OutputLost",
+    "QueueFull",
+    "RequestCancelled",
+    "RequestDead",
+    "RequestExpired",
+    "RequestFailed",
+    "RequestFields",
+    "RequestNotDone",
     "RequestSpec",
     "RequestState",
+    "RequestStatus",
+    "RequestTooLong",
     "Result",
+    "ResultExpired",
+    "ResultTimeout",
+    "SamplingOptions",
     "SamplingParams",
+    "ServiceUnavailable",
     "Settings",
+    "StructuredOutputs",
+    "TokenLogprobs",
+    "TraceError",
+    "UnknownRequest",
+    "UnreadableValue",
 )
 
 _HOMES = {
-    "l4queue.client": ("AsyncClient", "AsyncHandle", "Chunk", "Client", "Handle", "Result"),
+    "l4queue.client": (
+        "AsyncClient",
+        "AsyncHandle",
+        "BatchProgress",
+        "BatchSummary",
+        "Chunk",
+        "Client",
+        "EnqueueOptions",
+        "Handle",
+        "RequestFields",
+        "RequestStatus",
+        "Result",
+        "SamplingOptions",
+        "TokenLogprobs",
+    ),
     "l4queue.config": ("Settings",),
-    "l4queue.models": ("RequestSpec", "RequestState", "SamplingParams"),
+    "l4queue.errors": (
+        "ConfigError",
+        "IdempotencyConflict",
+        "InvalidRequest",
+        "L4QueueError",
+        "OutputLost",
+        "QueueFull",
+        "RequestCancelled",
+        "RequestDead",
+        "RequestExpired",
+        "RequestFailed",
+        "RequestNotDone",
+        "RequestTooLong",
+        "ResultExpired",
+        "ResultTimeout",
+        "ServiceUnavailable",
+        "TraceError",
+        "UnknownRequest",
+        "UnreadableValue",
+    ),
+    "l4queue.models": (
+        "ChatMessage",
+        "RequestSpec",
+        "RequestState",
+    ),
+    "l4queue.sampling": (
+        "SamplingParams",
+        "StructuredOutputs",
+    ),
 }
 
 
@@ -41,3 +145,8 @@ def __getattr__(name: str) -> Any:
         if name in names:
             return getattr(import_module(module), name)
     raise AttributeError(f"module 'l4queue' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """Public names too that are not loaded yet, for completion in a shell or a notebook."""
+    return sorted({*globals(), *__all__})

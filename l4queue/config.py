@@ -250,11 +250,16 @@ def _url_of_up() -> SecretUrl | None:
     """What `URL_FILE` says, if it is a file of this user."""
     try:
         with URL_FILE.open(encoding="utf-8") as file:
-            is_ours = os.fstat(file.fileno()).st_uid in (os.geteuid(), 0)
+            is_ours = os.fstat(file.fileno()).st_uid in (_user_id(), 0)
             text = file.read(4096).strip() if is_ours else ""
     except (OSError, UnicodeDecodeError):
         return None
     return SecretUrl(text) if text else None
+
+
+def _user_id() -> int:
+    """The user of this process; on Windows, where all files are of user 0, that one."""
+    return os.geteuid() if hasattr(os, "geteuid") else 0
 
 
 def default_of(name: str) -> float:

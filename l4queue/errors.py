@@ -65,7 +65,7 @@ class L4QueueError(PortableError):
     Whatever ends `enqueue` or `enqueue_many` says what became of the requests, also errors of other kinds and
     cancellation (the cause of a TimeoutError). `accepted` has the handles of the accepted ones, in order;
     `in_doubt` those of requests that were sent and not answered, whose `status()` tells; `refused` the positions
-    of the refused ones. The others were not sent. Pickled, a handle becomes its request id.
+    of the refused ones. The others were not sent.
     """
 
     accepted: tuple[Any, ...] = ()

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, JsonValue, field_validator, model_validator
+from pydantic import ConfigDict, Field, JsonValue, field_validator, model_validator
 
 from l4queue.compat import MAX_NUMBER
+from l4queue.plain_values import plain_values
 from l4queue.sampling import LIST_AS_TUPLE, SamplingParams, Strict
 from l4queue.strict_json import MAX_NESTING, check_json, check_text
 
@@ -111,12 +112,16 @@ TRANSITIONS: tuple[Transition, ...] = (
 class ChatMessage(Strict):
     """One chat message; the model's own template renders the list."""
 
+    model_config = ConfigDict(defer_build=True)
+
     role: Literal["system", "user", "assistant", "tool", "developer"]
     content: str = Field(max_length=MAX_PROMPT_BYTES)
 
 
 class RequestBody(Strict):
     """The part of a request that travels as JSON beside its prompt."""
+
+    model_config = ConfigDict(defer_build=True)  # with the client that is made, not with the import
 
     params: SamplingParams = SamplingParams()
     priority: int = Field(default=0, ge=-100, le=100, description="lower is served first, as in vLLM")
@@ -137,6 +142,7 @@ class RequestBody(Strict):
         return cls.model_validate_json(body, extra="ignore")
 
 
+_NUMBERS = ("priority", "deadline_s")
 _TOKEN_ID = Field(json_schema_extra={"minimum": 0, "maximum": 2**31 - 1})
 
 
@@ -152,6 +158,13 @@ class RequestSpec(RequestBody):
     )
     deadline_s: float | None = Field(default=None, gt=0.0, le=30 * 86_400.0)
     idempotency_key: str | None = Field(default=None, min_length=1, max_length=512)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _values_are_plain(cls, values: object) -> object:
+        if not isinstance(values, dict):
+            return values
+        return {**values, **plain_values({name: values[name] for name in _NUMBERS if name in values})}
 
     @field_validator("prompt")
     @classmethod

@@ -22,6 +22,7 @@ __all__ = (
     "parse_url",
     "redacted",
     "with_password",
+    "without_password",
     "without_secrets",
 )
 
@@ -36,6 +37,7 @@ _ENCODE = (
     "L4_REDIS_PASSWORD as it is"
 )
 _PASSWORD = re.compile(r"(password=)[^&]*")
+_PASSWORD_OPTION = re.compile(r"\w*password=")
 _OF_VALUES = re.compile(r"(?<![^&])(?:\w*password|username)=[^&]*")
 _FALSE, _TRUE = ("0", "f", "false", "n", "no"), ("1", "t", "true", "y", "yes")
 _REQUIREMENTS = {"none": ssl.CERT_NONE, "optional": ssl.CERT_OPTIONAL, "required": ssl.CERT_REQUIRED}
@@ -306,6 +308,18 @@ def with_password(url: str, password: str) -> SecretUrl:
     username, _, hosts = authority.rpartition("@")
     username = username.removesuffix(":")
     return SecretUrl(f"{scheme}://{username}:{quote(password, safe='')}@{hosts}{mark}{tail}")
+
+
+def without_password(url: str) -> str:
+    """The URL without its passwords, as it may be written down; `with_password` puts one in."""
+    text = url.reveal() if isinstance(url, SecretUrl) else url
+    scheme, colon, rest = text.partition("://")
+    authority, mark, tail = _split_before(rest, "/?")
+    credentials, at, hosts = authority.rpartition("@")
+    username = credentials.partition(":")[0]
+    path, _, query = (mark + tail).partition("?")
+    kept = "&".join(part for part in query.split("&") if part and not _PASSWORD_OPTION.match(part))
+    return f"{scheme}{colon}{username}{at if username else ''}{hosts}{path}{'?' if kept else ''}{kept}"
 
 
 def without_secrets(facts: Mapping[str, Any]) -> dict[str, Any]:

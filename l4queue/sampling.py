@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, field_validator, model_validator
 
+from l4queue.plain_values import plain_value, plain_values
 from l4queue.strict_json import MAX_NESTING, JsonError, check_json, check_text, read_json, values_of
 
 __all__ = (
@@ -49,8 +50,8 @@ MAX_TOKENS = 1_000_000
 """Most tokens that one request may generate: no model holds more."""
 MAX_LOGPROBS = 2**20
 """Most logprobs of one request, (logprobs + 1) · max_tokens: 8 MiB in Redis."""
-LIST_AS_TUPLE = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
-"""For fields that JSON, or a user, gives as a list: strict checking would refuse it."""
+LIST_AS_TUPLE = BeforeValidator(plain_value)
+"""For fields that JSON, or a user, gives as a list or an array: strict checking would refuse it."""
 
 
 def _bounded(least_chars: int, most_chars: int) -> Any:
@@ -63,7 +64,7 @@ def _texts(value: object) -> object:
 
 
 def _ids(value: object) -> object:
-    return () if value is None else tuple(value) if isinstance(value, list) else value
+    return () if value is None else plain_value(value)
 
 
 class Strict(BaseModel):
@@ -161,7 +162,7 @@ class SamplingParams(Strict):
         for name in values if isinstance(values, dict) else ():
             if name in NOT_OFFERED:
                 raise ValueError(f"{name}: {NOT_OFFERED[name]}")
-        return values
+        return plain_values(values)
 
     @field_validator("top_k")
     @classmethod

@@ -36,7 +36,6 @@ def build_app() -> typer.Typer:
         name="l4queue",
         help="Length-aware serving of large language models as a Redis and Celery worker pipeline.",
         no_args_is_help=True,
-        add_completion=False,
         pretty_exceptions_enable=False,
         rich_markup_mode=None,
     )

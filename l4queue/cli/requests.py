@@ -14,8 +14,7 @@ from l4queue.cli.batch import refuse_mixture, run_file
 from l4queue.json_lines import json_line
 
 if TYPE_CHECKING:
-    from l4queue.client import Handle, Result
-    from l4queue.protocol.records import RequestRecord
+    from l4queue.client import Handle, RequestStatus, Result
 
 __all__ = ("register",)
 
@@ -169,7 +168,6 @@ def _print_result(found: Result, as_json: bool) -> None:
     print(json_line(asdict(found)) if as_json else found.text)
 
 
-def _record(record: RequestRecord) -> dict[str, Any]:
-    shown = {name: value for name, value in asdict(record).items() if name != "body"}
-    shown["state"] = record.state.value
-    return {**shown, "ttft_ms": record.ttft_ms, "tpot_ms": record.tpot_ms, "e2e_ms": record.e2e_ms}
+def _record(status: RequestStatus) -> dict[str, Any]:
+    shown = {name: value for name, value in asdict(status).items() if name != "request"}
+    return {**shown, "state": status.state.value}

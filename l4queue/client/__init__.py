@@ -7,6 +7,8 @@ Imports `protocol`, `observe` and everything below them; the commands use it. Be
 from l4queue.client.aio import AsyncClient, AsyncHandle
 from l4queue.client.batch import BatchProgress, BatchSummary
 from l4queue.client.core import Chunk, Result
+from l4queue.client.options import EnqueueOptions, RequestFields, SamplingOptions
+from l4queue.client.status import RequestStatus
 from l4queue.client.sync import Client, Handle
 from l4queue.protocol.records import TokenLogprobs
 
@@ -17,7 +19,11 @@ __all__ = (
     "BatchSummary",
     "Chunk",
     "Client",
+    "EnqueueOptions",
     "Handle",
+    "RequestFields",
+    "RequestStatus",
     "Result",
+    "SamplingOptions",
     "TokenLogprobs",
 )

@@ -9,27 +9,31 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import suppress
 from os import PathLike
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any, Unpack, overload
 
-from l4queue.client.arguments import build_spec, checked_count, checked_id
-from l4queue.client.batch import BatchProgress, BatchSummary, batch_options
+from l4queue.client.arguments import build_spec, checked_count, checked_id, checked_patience
+from l4queue.client.batch import BatchProgress, BatchSummary, load_run_batch
 from l4queue.client.bulk import Bulk
 from l4queue.client.core import Chunk, ClientCore, Prepared, Result, check_outcome, known
 from l4queue.client.demux import RequestWatch
-from l4queue.client.handle import HandleBase
+from l4queue.client.handle import HandleBase, Place, client_at, forget, remember
 from l4queue.client.listener import AsyncListener
+from l4queue.client.options import EnqueueOptions, Messages, Params, RequestFields, TokenIds, with_options
 from l4queue.client.read_marks import ReadMarks
+from l4queue.client.status import RequestStatus
 from l4queue.client.waiting import Ends, deadline_after, time_left_s, wait_async
-from l4queue.config import Settings, load_settings
 from l4queue.errors import L4QueueError
 from l4queue.models import TERMINAL, Plan, RequestSpec, RequestState
 from l4queue.observe.explain import Event, tell
-from l4queue.observe.overview import Overview, read_overview_async
-from l4queue.protocol.executor import AsyncExecutor
 from l4queue.protocol.plans import readable_plans
 from l4queue.protocol.reads import DeadLetter
 from l4queue.protocol.records import RequestRecord
 from l4queue.protocol.retention import Retention
+
+if TYPE_CHECKING:
+    from l4queue.client.batch.options import BatchRunOptions
+    from l4queue.config import Settings
+    from l4queue.observe.overview import Overview
 
 __all__ = ("AsyncClient", "AsyncHandle")
 
@@ -37,32 +41,105 @@ __all__ = ("AsyncClient", "AsyncHandle")
 class AsyncClient:
     """Enqueues requests and reads their results on one event loop; close it, or use `async with`.
 
-    `url` overrides `L4_REDIS_URL`; other settings come from the environment or from `settings`.
+    `url` overrides `L4_REDIS_URL`; other settings come from the environment or from `settings`. Nothing connects
+    before the first call; `ping` tries. `timeout_s` is how long each call tries to reach Redis before it raises
+    ServiceUnavailable, by default 10 s; 0 is one try. A server that hangs is waited for once more at the end, for
+    as long, but 5 s at most.
     """
 
-    def __init__(self, url: str | None = None, *, settings: Settings | None = None) -> None:
+    def __init__(
+        self, url: str | None = None, *, timeout_s: float = 10.0, settings: Settings | None = None
+    ) -> None:
+        from l4queue.config import load_settings  # with redis-py as long to import as the rest of a client
+        from l4queue.protocol.executor import AsyncExecutor
+
+        patience_s = checked_patience(timeout_s)
         self.settings = settings or load_settings()
         self._core = ClientCore(self.settings)
-        self._executor = AsyncExecutor(url or self.settings.redis_url)
+        self._executor = AsyncExecutor(
+            url or self.settings.redis_url, retry_s=patience_s, socket_timeout_s=patience_s
+        )
         self._listener = AsyncListener(self._executor, self._core)
         self._marks = ReadMarks(Retention(self._core.keys), now_s=time.monotonic())
+        self._place = Place.of(self._executor.url, self.settings.namespace)
+        remember(self)
 
-    async def enqueue(self, prompt: str | None = None, **options: Any) -> AsyncHandle:
-        """Accept one request and return its handle.
+    def __repr__(self) -> str:
+        return f"AsyncClient({self._place.url!r}, namespace={self._place.namespace!r})"
 
-        Give one of `prompt`, `messages` (chat), `token_ids`; then sampling parameters (`max_tokens`,
-        `temperature`, `top_p`, `stop`, ...), `priority` (lower first), `deadline_s`, `idempotency_key`,
-        `metadata`. InvalidRequest names a bad one; QueueFull says when to try again.
+    async def ping(self) -> float:
+        """The time of a round trip to Redis, s; ServiceUnavailable where it does not answer within `timeout_s`.
+
+        >>> await AsyncClient(timeout_s=1).ping()
         """
-        return (await self._submit([self._core.prepare(build_spec(prompt, **options))], block=False))[0]
+        began_s = time.monotonic()
+        await self._executor.run(self._core.ping())
+        return time.monotonic() - began_s
+
+    @overload
+    async def enqueue(
+        self, prompt: str, params: Params | None = None, **options: Unpack[EnqueueOptions]
+    ) -> AsyncHandle: ...
+
+    @overload
+    async def enqueue(
+        self, *, messages: Messages, params: Params | None = None, **options: Unpack[EnqueueOptions]
+    ) -> AsyncHandle: ...
+
+    @overload
+    async def enqueue(
+        self, *, token_ids: TokenIds, params: Params | None = None, **options: Unpack[EnqueueOptions]
+    ) -> AsyncHandle: ...
+
+    @overload
+    async def enqueue(self, request: RequestSpec, /) -> AsyncHandle: ...
+
+    @with_options
+    async def enqueue(
+        self, prompt: str | RequestSpec | None = None, params: Params | None = None, **options: Any
+    ) -> AsyncHandle:
+        """Accept one request and return its handle, before it is computed.
+
+        Give one prompt: a text, `messages` (a chat, rendered by the model's template), or `token_ids`; or a whole
+        RequestSpec. Then options, by name. `params` holds sampling parameters in one value; options beside it
+        count more. numpy's numbers and arrays, lists and tuples are welcome.
+
+        | option | values | default |
+        |---|---|---|
+        | `max_tokens` | 1 to 1,000,000 tokens | all that still fits the model |
+        | `min_tokens` | tokens, up to `max_tokens` | 0 |
+        | `temperature` | 0 (greedy) to 2 | 1 |
+        | `top_p`, `min_p` | (0, 1], [0, 1] | 1, 0 |
+        | `top_k` | tokens; 0 or -1: every one | 0 |
+        | `seed` | 64 bits, signed | none |
+        | `stop`, `stop_token_ids` | a text or up to 16; up to 64 ids | none |
+        | `ignore_eos` | True, False | False |
+        | `presence_penalty`, `frequency_penalty` | -2 to 2 | 0 |
+        | `repetition_penalty` | above 0 | 1 |
+        | `logprobs` | 0 to 20 others beside each token | none |
+        | `structured_outputs` | one of `json`, `regex`, `choice` | none |
+        | `priority` | -100 to 100, lower is first | 0 |
+        | `deadline_s` | s from now, up to 30 days | never |
+        | `idempotency_key` | 1 to 512 characters | none |
+        | `metadata` | comes back with the result | none |
+        | `traceparent` | W3C trace context | the current span's |
+
+        InvalidRequest names a bad one; QueueFull says when to try again; IdempotencyConflict: the key is known
+        with another request; ServiceUnavailable after `timeout_s` without Redis.
+
+        >>> handle = await client.enqueue("Once upon a time", max_tokens=64, stop="\\n\\n")
+        >>> print((await handle.result()).text)
+        """
+        spec = build_spec(prompt, params, **options)
+        return (await self._submit([self._core.prepare(spec)], block=False))[0]
 
     async def enqueue_many(
         self,
-        requests: Iterable[str | dict[str, Any] | RequestSpec],
+        requests: Iterable[str | RequestFields | RequestSpec],
         *,
         progress: Callable[[int], None] | None = None,
         block: bool = True,
-        **common: Any,
+        **common: Unpack[RequestFields],
     ) -> list[AsyncHandle]:
         """Accept many requests in few round trips; handles come back in order.
 
@@ -71,12 +148,16 @@ class AsyncClient:
         far. When the backlog is full: wait for room (`block`) or raise QueueFull. Whatever is raised has the
         handles of the accepted ones: see `L4QueueError`. A conflicting idempotency key ends the work with its
         batch of 256.
+
+        >>> handles = await client.enqueue_many(["one", {"prompt": "two", "seed": 2}], max_tokens=64)
         """
         return await self._submit(self._core.prepare_many(requests, common), block=block, progress=progress)
 
-    async def get(self, request_id: str) -> AsyncHandle:
-        """The handle of an earlier request; UnknownRequest when there is no record of it."""
-        handle = AsyncHandle(self, checked_id(request_id))
+    async def get(self, request_id: str | AsyncHandle) -> AsyncHandle:
+        """The handle of an earlier request, by its id or another handle of it; UnknownRequest without a record."""
+        handle = AsyncHandle(
+            self, checked_id(request_id.id if isinstance(request_id, AsyncHandle) else request_id)
+        )
         await handle.status()
         return handle
 
@@ -109,14 +190,15 @@ class AsyncClient:
         *,
         path_errors: str | PathLike[str] | None = None,
         progress: Callable[[BatchProgress], None] | None = None,
-        **options: Any,
+        **options: Unpack[BatchRunOptions],
     ) -> BatchSummary:
         """The same as `Client.run_batch`, in a thread of its own; `progress` is called there.
 
         Cancelling this task stops the batch cleanly: what has ended is written, the same call continues.
         """
-        from l4queue.client.batch.run import run_batch  # brings numpy, which nobody else here needs
+        from l4queue.client.batch.options import batch_options
 
+        run_batch = load_run_batch()
         stop = threading.Event()
         chosen = batch_options(path_in, path_out, path_errors, **options)
         running = asyncio.create_task(
@@ -133,6 +215,8 @@ class AsyncClient:
 
     async def overview(self) -> Overview:
         """Plan, workers, queues and totals, now."""
+        from l4queue.observe.overview import read_overview_async
+
         return await read_overview_async(self._executor, self.settings.namespace)
 
     async def plan_history(self, *, count: int = 20) -> list[Plan]:
@@ -153,11 +237,16 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Close all connections; safe to call twice."""
+        forget(self)
         if (report := self._marks.rest()) is not None:
             with suppress(L4QueueError):
                 await self._executor.offer(report)
         await self._listener.close()
         await self._executor.close()
+
+    def _is_usable(self) -> bool:
+        """Whether a handle that was pickled may use it here."""
+        return self._executor.is_of_this_loop()
 
     async def __aenter__(self) -> AsyncClient:
         return self
@@ -187,11 +276,41 @@ class AsyncClient:
         return bulk.handles
 
 
-class AsyncHandle(HandleBase["AsyncClient"]):
-    """One accepted request. Any number of handles, in any process, may read the same request."""
+class AsyncHandle(HandleBase):
+    """One accepted request. Any number of handles, in any process, may read the same request.
 
-    async def status(self) -> RequestRecord:
-        """Where the request is now: state, stage, worker, tokens, times."""
+    Handles of one request are equal. Pickled, a handle is the id and the place of its queue, without passwords;
+    where it is read, it connects when it is first used. `repr` tells the last that this handle has seen.
+    """
+
+    def __init__(self, client: AsyncClient, request_id: str, *, has_mail: bool = False) -> None:
+        super().__init__(request_id, client._place, has_mail=has_mail)
+        self._own: AsyncClient | None = client
+        self._was_pickled = False
+
+    @property
+    def _client(self) -> AsyncClient:
+        if self._own is None or (self._was_pickled and not self._own._is_usable()):
+            self._own = client_at(
+                self._place, AsyncClient, lambda url, settings: AsyncClient(url, settings=settings)
+            )
+        return self._own
+
+    @classmethod
+    def _at(cls, request_id: str, place: Place) -> AsyncHandle:
+        handle = cls.__new__(cls)
+        HandleBase.__init__(handle, request_id, place)
+        handle._own, handle._was_pickled = None, True
+        return handle
+
+    async def status(self) -> RequestStatus:
+        """Where the request is now: state, stage, worker, tokens, times in s; UnknownRequest without a record.
+
+        >>> (await handle.status()).state
+        """
+        return self._noted(await self._record())
+
+    async def _record(self) -> RequestRecord:
         return known(self.id, await self._client._executor.run(self._client._core.reads.record(self.id)))
 
     def stream(self, *, after: int = 0, timeout: float | None = None) -> AsyncIterator[Chunk]:
@@ -214,6 +333,7 @@ class AsyncHandle(HandleBase["AsyncClient"]):
                 pass
             found, entries = await self._client._listener.output(self.id)
             record = known(self.id, found)
+            self._noted(record)
             if record.state in TERMINAL:  # mail may tell of an end that a server has forgotten
                 result = self._client._core.result(record, entries)
                 await self._client._has_read(self.id)
@@ -221,7 +341,7 @@ class AsyncHandle(HandleBase["AsyncClient"]):
 
     async def explain(self) -> tuple[Event, ...]:
         """The events of this request with their reasons, in order: routing, steals, hand-overs, crashes."""
-        record = await self.status()
+        record = await self._record()
         reads = self._client._core.reads
         found = await self._client._executor.run_many([reads.routed_because(self.id), reads.ledger(self.id)])
         why, ledger = found
@@ -245,6 +365,7 @@ class AsyncHandle(HandleBase["AsyncClient"]):
                 event.clear()
                 chunks, must_read, is_all = watch.take()
                 for chunk in chunks:
+                    self._seen_tokens = chunk.offset
                     yield chunk
                 if is_all:
                     break
@@ -256,4 +377,4 @@ class AsyncHandle(HandleBase["AsyncClient"]):
         finally:
             listener.end([watch])
         if after is not None and watch.state is not RequestState.DONE:
-            check_outcome(await self.status())
+            check_outcome(await self._record())

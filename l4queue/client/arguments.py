@@ -2,30 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from pydantic import ValidationError
 
 from l4queue.errors import InvalidRequest, UnknownRequest
 from l4queue.models import RequestSpec, SamplingParams
+from l4queue.plain_values import plain_value
 from l4queue.sampling import NOT_OFFERED
 from l4queue.strict_json import JsonError, check_text
 
-__all__ = ("build_spec", "checked_count", "checked_id", "checked_text", "printable", "spec_of")
+__all__ = (
+    "build_spec",
+    "checked_count",
+    "checked_id",
+    "checked_patience",
+    "checked_text",
+    "printable",
+    "spec_of",
+    "unknown_parameter",
+)
 
 _SPEC_FIELDS = frozenset(RequestSpec.model_fields) - {"params"}
+_KNOWN = (*RequestSpec.model_fields, *SamplingParams.model_fields)
+_ELSEWHERE = {
+    "deadline": "is called deadline_s and is a number of seconds",
+    "max_completion_tokens": "is called max_tokens",
+    "model": "is not chosen by a request: a deployment serves one, L4_MODEL",
+    "prompt_token_ids": "is called token_ids",
+    "sampling_params": "is called params",
+    "stream": "is a method of the handle: enqueue(...).stream()",
+    "timeout": "is an argument of result() and stream(); deadline_s ends the request itself",
+}
+"""Arguments of other interfaces, with their place here."""
 _MAX_ID_CHARS, _MAX_NAME_CHARS = 512, 200  # of an id; of a name shown in an error
 _MAX_COUNT = 1_000_000  # entries that a caller may ask for; more would not fit one reply
+_MAX_PATIENCE_S = 86_400.0
 
 
-def build_spec(prompt: str | None = None, **options: Any) -> RequestSpec:
-    """One validated request from keyword arguments; InvalidRequest names the first bad one.
+def build_spec(
+    prompt: str | RequestSpec | None = None,
+    params: SamplingParams | Mapping[str, Any] | None = None,
+    **options: Any,
+) -> RequestSpec:
+    """One validated request from the arguments of `enqueue`; InvalidRequest names the first bad one.
 
-    Sampling parameters (`SamplingParams`) and request fields (`RequestSpec`) share one flat namespace.
+    Sampling parameters (`SamplingParams`) and request fields (`RequestSpec`) share one flat namespace. Those in
+    `params` count less than those beside it. A RequestSpec stands alone.
     """
-    fields: dict[str, Any] = {"prompt": prompt} if prompt is not None else {}
-    sampling: dict[str, Any] = {}
+    if isinstance(prompt, RequestSpec):
+        for name in (*(["params"] if params is not None else []), *options):
+            raise InvalidRequest("belongs into the RequestSpec that is enqueued", field=printable(name))
+        return _checked_again(prompt)
+    fields: dict[str, Any] = {} if prompt is None else {"prompt": _one_text(prompt)}
+    sampling = _sampling_of(params)
     for name, value in options.items():
         if name in _SPEC_FIELDS:
             if value is not None:
@@ -34,32 +65,86 @@ def build_spec(prompt: str | None = None, **options: Any) -> RequestSpec:
             if value is not None:
                 sampling[name] = value
         else:
-            raise InvalidRequest(NOT_OFFERED.get(name, "unknown parameter"), field=printable(name))
+            raise unknown_parameter(name)
+    if "messages" in fields:
+        fields["messages"] = _plain_messages(fields["messages"])
     try:
-        params = SamplingParams.model_validate(sampling)
-        return RequestSpec.model_validate({**fields, "params": params})
+        return RequestSpec.model_validate({**fields, "params": SamplingParams.model_validate(sampling)})
     except ValidationError as error:
         raise _refusal(error) from None
+
+
+def unknown_parameter(name: str, *, known: Collection[str] = _KNOWN) -> InvalidRequest:
+    """The error for a name that is no parameter: what to use in its place, or the nearest known name."""
+    told = NOT_OFFERED.get(name) or _ELSEWHERE.get(name) if known is _KNOWN else None
+    if told is None:
+        from difflib import get_close_matches  # for an error alone
+
+        near = get_close_matches(name[:_MAX_NAME_CHARS].lower(), known, n=1)
+        told = f"unknown parameter; did you mean {near[0]}?" if near else "unknown parameter"
+    return InvalidRequest(told, field=printable(name))
+
+
+def _one_text(prompt: object) -> object:
+    if isinstance(prompt, str):
+        return prompt
+    told = "must be one text; enqueue_many takes several, messages= a chat, token_ids= ids of the vocabulary"
+    raise InvalidRequest(told, field="prompt")
+
+
+def _sampling_of(params: object) -> dict[str, Any]:
+    """What was set in a value of sampling parameters."""
+    if params is None:
+        return {}
+    if isinstance(params, SamplingParams):  # `model_construct` and `model_copy` change it unchecked
+        return {name: value for name, value in vars(params).items() if name in params.model_fields_set}
+    if not isinstance(params, Mapping):
+        raise InvalidRequest("must be SamplingParams, or a dictionary of them", field="params")
+    for name in params:
+        if name not in SamplingParams.model_fields:
+            raise unknown_parameter(str(name))
+    return {name: value for name, value in params.items() if value is not None}
+
+
+def _plain_messages(messages: Any) -> Any:
+    """Messages with the text of their parts, without names: a model's template has no place for one."""
+    given = plain_value(messages)
+    if not isinstance(given, tuple):
+        return messages
+    return tuple(_plain_message(message) if isinstance(message, Mapping) else message for message in given)
+
+
+def _plain_message(message: Mapping[str, Any]) -> dict[str, Any]:
+    plain = {name: value for name, value in message.items() if name != "name"}
+    content = plain.get("content")
+    if isinstance(content, list | tuple):
+        parts = [part if isinstance(part, Mapping) else {} for part in content]
+        if all(part.get("type") == "text" and isinstance(part.get("text"), str) for part in parts):
+            plain["content"] = "\n".join(part["text"] for part in parts)
+    return plain
 
 
 def _refusal(error: ValidationError) -> InvalidRequest:
     """The first of the errors, by the names of the caller."""
     first = error.errors(include_url=False, include_input=False)[0]
     location = ".".join(str(part) for part in first["loc"]) or "request"
-    return InvalidRequest(first["msg"].removeprefix("Value error, "), field=printable(location))
+    told = "must be a list" if first["type"] == "tuple_type" else first["msg"].removeprefix("Value error, ")
+    return InvalidRequest(told, field=printable(location))
 
 
-def spec_of(request: str | dict[str, Any] | RequestSpec, common: Mapping[str, Any]) -> RequestSpec:
-    """The request that an element of `enqueue_many` stands for.
+def _checked_again(spec: RequestSpec) -> RequestSpec:
+    """The same, checked: `model_construct`, `model_copy` and its own dictionaries change it unchecked."""
+    given = {name: value for name, value in vars(spec).items() if name in RequestSpec.model_fields}
+    try:
+        return RequestSpec.model_validate(given)
+    except ValidationError as error:
+        raise _refusal(error) from None
 
-    A RequestSpec is checked again: `model_construct`, `model_copy` and its own dictionaries change it unchecked.
-    """
+
+def spec_of(request: object, common: Mapping[str, Any]) -> RequestSpec:
+    """The request that an element of `enqueue_many` stands for."""
     if isinstance(request, RequestSpec):
-        given = {name: value for name, value in vars(request).items() if name in RequestSpec.model_fields}
-        try:
-            return RequestSpec.model_validate(given)
-        except ValidationError as error:
-            raise _refusal(error) from None
+        return _checked_again(request)
     if isinstance(request, str):
         return build_spec(**{**common, "prompt": request})
     if not isinstance(request, dict) or not all(isinstance(name, str) for name in request):
@@ -85,6 +170,14 @@ def checked_count(count: object) -> int:
     if type(count) is not int or not 0 <= count <= _MAX_COUNT:
         raise InvalidRequest(f"must be a whole number in [0, {_MAX_COUNT}]", field="count")
     return count
+
+
+def checked_patience(timeout_s: object) -> float:
+    """How long a client waits for Redis, s; InvalidRequest for what is no such number."""
+    value = plain_value(timeout_s)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= _MAX_PATIENCE_S:
+        raise InvalidRequest(f"must be a number of seconds in [0, {_MAX_PATIENCE_S:.0f}]", field="timeout_s")
+    return float(value)
 
 
 def checked_id(request_id: object) -> str:

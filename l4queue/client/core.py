@@ -14,7 +14,6 @@ from pydantic import JsonValue
 
 from l4queue.client.arguments import checked_text, spec_of
 from l4queue.client.tracing import EnqueueTraces
-from l4queue.config import Settings
 from l4queue.errors import (
     IdempotencyConflict,
     InvalidRequest,
@@ -42,6 +41,7 @@ if TYPE_CHECKING:
     from opentelemetry.trace import Span
 
     from l4queue.client.demux import StatusQuery
+    from l4queue.config import Settings
 
 __all__ = (
     "Chunk",
@@ -116,6 +116,7 @@ class ClientCore:
     """Builds calls and reads replies for one client. Does no I/O."""
 
     def __init__(self, settings: Settings) -> None:
+        RequestSpec.model_rebuild()  # once in a process, before threads enqueue
         self.settings = settings
         self.keys = Keys(settings.namespace)
         self.calls = Calls(self.keys)
@@ -200,6 +201,11 @@ class ClientCore:
         """
         text = checked_text(reason, field="reason", most_chars=_MAX_REASON_CHARS)
         return self.calls.cancel(request_id, reason=text, nonce=uuid.uuid4().hex)
+
+    @staticmethod
+    def ping() -> Call[None]:
+        """The call that asks for nothing but an answer."""
+        return Call(None, (), ("PING",), lambda _: None)
 
     def output(
         self, request_id: str, *, after: int = 0

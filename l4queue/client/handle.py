@@ -1,31 +1,114 @@
-"""The identity of a handle, shared by the blocking and the asyncio one."""
+"""Parts of a handle that need no I/O: identity, pickling, and how it looks. Handles of both clients share them."""
 
 from __future__ import annotations
 
-from typing import Any, Generic, Self, TypeVar
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
+from weakref import WeakSet
 
 from l4queue.client.core import unknown
+from l4queue.client.status import RequestStatus
 from l4queue.protocol.calls import Verdict
+from l4queue.protocol.records import RequestRecord
+from l4queue.redis_url import SecretUrl, with_password, without_password
 
-__all__ = ("HandleBase",)
+if TYPE_CHECKING:
+    from l4queue.config import Settings
 
-C = TypeVar("C")
+__all__ = ("HandleBase", "Place", "client_at", "forget", "remember")
 
 
-class HandleBase(Generic[C]):
-    """The id of one accepted request and the client that reads it."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where a request is: the Redis, by its URL without passwords, and the namespace."""
 
-    def __init__(self, client: C, request_id: str, *, has_mail: bool = False) -> None:
-        self._client = client
-        self._has_mail = has_mail  # whether this very client is told of the end
+    url: str
+    namespace: str
+
+    @classmethod
+    def of(cls, url: str, namespace: str) -> Place:
+        """The place behind a URL that may hold passwords."""
+        return cls(url=without_password(url), namespace=namespace)
+
+    def settings(self) -> tuple[SecretUrl, Settings]:
+        """How to get there from this process: passwords are those of its own settings."""
+        from l4queue.config import load_settings
+
+        own = load_settings()
+        if Place.of(own.redis_url, own.namespace) == self:
+            return own.redis_url, own
+        url = with_password(self.url, own.redis_password.get_secret_value())
+        return url, own.model_copy(update={"namespace": self.namespace})
+
+
+class _Client(Protocol):
+    _place: Place
+
+    def _is_usable(self) -> bool: ...
+
+
+C = TypeVar("C", bound=_Client)
+_living: WeakSet[Any] = WeakSet()
+_lock = threading.Lock()
+
+
+def remember(client: _Client) -> None:
+    """Let handles that were pickled find this client, if they come back to this process."""
+    with _lock:
+        _living.add(client)
+
+
+def forget(client: _Client) -> None:
+    """The client was closed."""
+    with _lock:
+        _living.discard(client)
+
+
+def client_at(place: Place, kind: type[C], make: Callable[[SecretUrl, Settings], C]) -> C:
+    """A client of this process for the place, else a new one."""
+    with _lock:
+        found = [client for client in _living if type(client) is kind and client._place == place]
+    for client in found:
+        if client._is_usable():
+            usable: C = client
+            return usable
+    return make(*place.settings())
+
+
+class HandleBase:
+    """One accepted request. Handles of one request are equal, in any process.
+
+    Pickled, a handle is its id and the place of its queue, without passwords. Where it is read it connects when it
+    is first used: through a client of that process for the same place, else by that process's own settings.
+    """
+
+    def __init__(self, request_id: str, place: Place, *, has_mail: bool = False) -> None:
         self.id = request_id
+        self._place = place
+        self._has_mail = has_mail  # whether this very client is told of the end
+        self._seen: RequestStatus | None = None
+        self._seen_tokens = 0
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, HandleBase):
+            return NotImplemented
+        return type(self) is type(other) and self.id == other.id and self._place == other._place
+
+    def __hash__(self) -> int:
+        return hash(self.id)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.id!r})"
+        return f"<{type(self).__name__} {self.id}: {_told(self._seen, self._seen_tokens)}>"
 
-    def __reduce__(self) -> tuple[type[str], tuple[str]]:
-        """Pickled, a handle becomes its id, of which `get` makes a handle in another process."""
-        return str, (self.id,)
+    def _repr_html_(self) -> str:
+        """For notebooks: the last that is known."""
+        return _table(self.id, self._seen, self._seen_tokens)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _again, (type(self), self.id, self._place.url, self._place.namespace)
 
     def __copy__(self) -> Self:
         """In this process it is the same."""
@@ -35,8 +118,63 @@ class HandleBase(Generic[C]):
         """The same."""
         return self
 
+    @classmethod
+    def _at(cls, request_id: str, place: Place) -> HandleBase:
+        """A handle that looks for its client when it is first used."""
+        raise NotImplementedError
+
     def _was_cancelled(self, verdict: Verdict) -> bool:
         """Whether a cancel ended the request; UnknownRequest where there is no record of it."""
         if verdict is Verdict.UNKNOWN:
             raise unknown(self.id)
         return verdict is Verdict.OK
+
+    def _noted(self, record: RequestRecord) -> RequestStatus:
+        """The status of a record, which is from now on the last that is known."""
+        self._seen = RequestStatus.of(record)
+        self._seen_tokens = self._seen.output_tokens
+        return self._seen
+
+
+def _again(kind: type[HandleBase], request_id: str, url: str, namespace: str) -> HandleBase:
+    return kind._at(request_id, Place(url=url, namespace=namespace))
+
+
+def _told(status: RequestStatus | None, output_tokens: int) -> str:
+    """State and lengths in a line, as far as they are known."""
+    if status is None:
+        return f"{output_tokens} output tokens so far" if output_tokens else "accepted"
+    parts = [status.state.value]
+    if status.prompt_tokens is not None:
+        parts.append(f"{status.prompt_tokens} prompt tokens")
+    shown = max(output_tokens, status.output_tokens)
+    if shown or status.is_finished:
+        most = "" if status.is_finished or status.max_tokens is None else f" of at most {status.max_tokens}"
+        parts.append(f"{shown}{most} output tokens")
+    return ", ".join(parts)
+
+
+def _table(request_id: str, status: RequestStatus | None, output_tokens: int) -> str:
+    """The same as a table in HTML, with worker and times."""
+    from html import escape  # a table of two thousand entities, for notebooks alone
+
+    rows: list[tuple[str, object]] = [("request", request_id)]
+    if status is None:
+        rows.append(("state", _told(None, output_tokens)))
+    else:
+        rows += [
+            ("state", status.state.value),
+            ("prompt tokens", status.prompt_tokens),
+            ("output tokens", max(output_tokens, status.output_tokens)),
+            ("most output tokens", status.max_tokens),
+            ("stage", status.stage),
+            ("worker", status.worker),
+            ("accepted", time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(status.submitted_at_s))),
+            ("time to first token", None if status.ttft_s is None else f"{status.ttft_s:.3f} s"),
+            ("end to end", None if status.e2e_s is None else f"{status.e2e_s:.3f} s"),
+            ("error", status.error),
+        ]
+    cells = "".join(
+        f"<tr><th>{name}</th><td>{escape(str(value))}</td></tr>" for name, value in rows if value is not None
+    )
+    return f"<table>{cells}</table>"

@@ -12,14 +12,16 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from copy import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from l4queue.client.core import Chunk, ClientCore
 from l4queue.client.demux import Demultiplexer, RequestWatch
 from l4queue.errors import L4QueueError, ServiceUnavailable
 from l4queue.protocol.calls import Call
-from l4queue.protocol.executor import AsyncExecutor, Executor
 from l4queue.protocol.records import OutputEntry, RequestRecord
+
+if TYPE_CHECKING:
+    from l4queue.protocol.executor import AsyncExecutor, Executor
 
 __all__ = ("AsyncListener", "Listener")
 

@@ -8,27 +8,31 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from os import PathLike
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any, Unpack, overload
 
-from l4queue.client.arguments import build_spec, checked_count, checked_id
-from l4queue.client.batch import BatchProgress, BatchSummary, batch_options
+from l4queue.client.arguments import build_spec, checked_count, checked_id, checked_patience
+from l4queue.client.batch import BatchProgress, BatchSummary, load_run_batch
 from l4queue.client.bulk import Bulk
 from l4queue.client.core import Chunk, ClientCore, Prepared, Result, check_outcome, known
 from l4queue.client.demux import RequestWatch
-from l4queue.client.handle import HandleBase
+from l4queue.client.handle import HandleBase, Place, client_at, forget, remember
 from l4queue.client.listener import Listener
+from l4queue.client.options import EnqueueOptions, Messages, Params, RequestFields, TokenIds, with_options
 from l4queue.client.read_marks import ReadMarks
+from l4queue.client.status import RequestStatus
 from l4queue.client.waiting import Ends, deadline_after, time_left_s
-from l4queue.config import Settings, load_settings
 from l4queue.errors import L4QueueError
 from l4queue.models import TERMINAL, Plan, RequestSpec, RequestState
 from l4queue.observe.explain import Event, tell
-from l4queue.observe.overview import Overview, read_overview
-from l4queue.protocol.executor import Executor
 from l4queue.protocol.plans import readable_plans
 from l4queue.protocol.reads import DeadLetter
 from l4queue.protocol.records import RequestRecord
 from l4queue.protocol.retention import Retention
+
+if TYPE_CHECKING:
+    from l4queue.client.batch.options import BatchRunOptions
+    from l4queue.config import Settings
+    from l4queue.observe.overview import Overview
 
 __all__ = ("Client", "Handle")
 
@@ -36,32 +40,101 @@ __all__ = ("Client", "Handle")
 class Client:
     """Enqueues requests and reads their results. Thread-safe; close it, or use it as a context manager.
 
-    `url` overrides `L4_REDIS_URL`; other settings come from the environment or from `settings`.
+    `url` overrides `L4_REDIS_URL`; other settings come from the environment or from `settings`. Nothing connects
+    before the first call; `ping` tries. `timeout_s` is how long each call tries to reach Redis before it raises
+    ServiceUnavailable, by default 10 s; 0 is one try. A server that hangs is waited for once more at the end, for
+    as long, but 5 s at most.
     """
 
-    def __init__(self, url: str | None = None, *, settings: Settings | None = None) -> None:
+    def __init__(
+        self, url: str | None = None, *, timeout_s: float = 10.0, settings: Settings | None = None
+    ) -> None:
+        from l4queue.config import load_settings  # with redis-py as long to import as the rest of a client
+        from l4queue.protocol.executor import Executor
+
+        patience_s = checked_patience(timeout_s)
         self.settings = settings or load_settings()
         self._core = ClientCore(self.settings)
-        self._executor = Executor(url or self.settings.redis_url)
+        self._executor = Executor(url or self.settings.redis_url, retry_s=patience_s, socket_timeout_s=patience_s)
         self._listener = Listener(self._executor, self._core)
         self._marks = ReadMarks(Retention(self._core.keys), now_s=time.monotonic())
+        self._place = Place.of(self._executor.url, self.settings.namespace)
+        remember(self)
 
-    def enqueue(self, prompt: str | None = None, **options: Any) -> Handle:
-        """Accept one request and return its handle.
+    def __repr__(self) -> str:
+        return f"Client({self._place.url!r}, namespace={self._place.namespace!r})"
 
-        Give one of `prompt`, `messages` (chat), `token_ids`; then sampling parameters (`max_tokens`,
-        `temperature`, `top_p`, `stop`, ...), `priority` (lower first), `deadline_s`, `idempotency_key`,
-        `metadata`. InvalidRequest names a bad one; QueueFull says when to try again.
+    def ping(self) -> float:
+        """The time of a round trip to Redis, s; ServiceUnavailable where it does not answer within `timeout_s`.
+
+        >>> Client(timeout_s=1).ping()
         """
-        return self._submit([self._core.prepare(build_spec(prompt, **options))], block=False)[0]
+        began_s = time.monotonic()
+        self._executor.run(self._core.ping())
+        return time.monotonic() - began_s
+
+    @overload
+    def enqueue(self, prompt: str, params: Params | None = None, **options: Unpack[EnqueueOptions]) -> Handle: ...
+
+    @overload
+    def enqueue(
+        self, *, messages: Messages, params: Params | None = None, **options: Unpack[EnqueueOptions]
+    ) -> Handle: ...
+
+    @overload
+    def enqueue(
+        self, *, token_ids: TokenIds, params: Params | None = None, **options: Unpack[EnqueueOptions]
+    ) -> Handle: ...
+
+    @overload
+    def enqueue(self, request: RequestSpec, /) -> Handle: ...
+
+    @with_options
+    def enqueue(
+        self, prompt: str | RequestSpec | None = None, params: Params | None = None, **options: Any
+    ) -> Handle:
+        """Accept one request and return its handle, before it is computed.
+
+        Give one prompt: a text, `messages` (a chat, rendered by the model's template), or `token_ids`; or a whole
+        RequestSpec. Then options, by name. `params` holds sampling parameters in one value; options beside it
+        count more. numpy's numbers and arrays, lists and tuples are welcome.
+
+        | option | values | default |
+        |---|---|---|
+        | `max_tokens` | 1 to 1,000,000 tokens | all that still fits the model |
+        | `min_tokens` | tokens, up to `max_tokens` | 0 |
+        | `temperature` | 0 (greedy) to 2 | 1 |
+        | `top_p`, `min_p` | (0, 1], [0, 1] | 1, 0 |
+        | `top_k` | tokens; 0 or -1: every one | 0 |
+        | `seed` | 64 bits, signed | none |
+        | `stop`, `stop_token_ids` | a text or up to 16; up to 64 ids | none |
+        | `ignore_eos` | True, False | False |
+        | `presence_penalty`, `frequency_penalty` | -2 to 2 | 0 |
+        | `repetition_penalty` | above 0 | 1 |
+        | `logprobs` | 0 to 20 others beside each token | none |
+        | `structured_outputs` | one of `json`, `regex`, `choice` | none |
+        | `priority` | -100 to 100, lower is first | 0 |
+        | `deadline_s` | s from now, up to 30 days | never |
+        | `idempotency_key` | 1 to 512 characters | none |
+        | `metadata` | comes back with the result | none |
+        | `traceparent` | W3C trace context | the current span's |
+
+        InvalidRequest names a bad one; QueueFull says when to try again; IdempotencyConflict: the key is known
+        with another request; ServiceUnavailable after `timeout_s` without Redis.
+
+        >>> handle = client.enqueue("Once upon a time", max_tokens=64, stop="\\n\\n")
+        >>> print(handle.result().text)
+        """
+        spec = build_spec(prompt, params, **options)
+        return self._submit([self._core.prepare(spec)], block=False)[0]
 
     def enqueue_many(
         self,
-        requests: Iterable[str | dict[str, Any] | RequestSpec],
+        requests: Iterable[str | RequestFields | RequestSpec],
         *,
         progress: Callable[[int], None] | None = None,
         block: bool = True,
-        **common: Any,
+        **common: Unpack[RequestFields],
     ) -> list[Handle]:
         """Accept many requests in few round trips; handles come back in order.
 
@@ -70,12 +143,14 @@ class Client:
         far. When the backlog is full: wait for room (`block`) or raise QueueFull. Whatever is raised has the
         handles of the accepted ones: see `L4QueueError`. A conflicting idempotency key ends the work with its
         batch of 256.
+
+        >>> handles = client.enqueue_many(["one", {"prompt": "two", "seed": 2}], max_tokens=64)
         """
         return self._submit(self._core.prepare_many(requests, common), block=block, progress=progress)
 
-    def get(self, request_id: str) -> Handle:
-        """The handle of an earlier request; UnknownRequest when there is no record of it."""
-        handle = Handle(self, checked_id(request_id))
+    def get(self, request_id: str | Handle) -> Handle:
+        """The handle of an earlier request, by its id or another handle of it; UnknownRequest without a record."""
+        handle = Handle(self, checked_id(request_id.id if isinstance(request_id, Handle) else request_id))
         handle.status()
         return handle
 
@@ -106,7 +181,7 @@ class Client:
         path_errors: str | PathLike[str] | None = None,
         progress: Callable[[BatchProgress], None] | None = None,
         stop: threading.Event | None = None,
-        **options: Any,
+        **options: Unpack[BatchRunOptions],
     ) -> BatchSummary:
         """Run a file of requests in OpenAI's batch format, or go on with it; returns when it is finished.
 
@@ -114,8 +189,9 @@ class Client:
         those of `BatchOptions`: `priority`, `max_tokens`, `max_in_flight`, `cancel_on_exit`, `keep_results`.
         InvalidRequest for files and options that cannot be used.
         """
-        from l4queue.client.batch.run import run_batch  # brings numpy, which nobody else here needs
+        from l4queue.client.batch.options import batch_options
 
+        run_batch = load_run_batch()
         return run_batch(
             self.settings,
             batch_options(path_in, path_out, path_errors, **options),
@@ -126,6 +202,8 @@ class Client:
 
     def overview(self) -> Overview:
         """Plan, workers, queues and totals, now."""
+        from l4queue.observe.overview import read_overview
+
         return read_overview(self._executor, self.settings.namespace)
 
     def plan_history(self, *, count: int = 20) -> list[Plan]:
@@ -146,11 +224,16 @@ class Client:
 
     def close(self) -> None:
         """Close all connections, which ends what still waits; safe to call twice."""
+        forget(self)
         if (report := self._marks.rest()) is not None:
             with suppress(L4QueueError):
                 self._executor.offer(report)
         self._listener.close()
         self._executor.close()
+
+    def _is_usable(self) -> bool:
+        """Whether a handle that was pickled may use it here."""
+        return True
 
     def __enter__(self) -> Client:
         return self
@@ -180,11 +263,45 @@ class Client:
         return bulk.handles
 
 
-class Handle(HandleBase["Client"]):
-    """One accepted request. Any number of handles, in any process, may read the same request."""
+class Handle(HandleBase):
+    """One accepted request. Any number of handles, in any process, may read the same request.
 
-    def status(self) -> RequestRecord:
-        """Where the request is now: state, stage, worker, tokens, times."""
+    Handles of one request are equal. Pickled, a handle is the id and the place of its queue, without passwords;
+    where it is read, it connects when it is first used. `repr` tells the last that this handle has seen.
+    """
+
+    def __init__(self, client: Client, request_id: str, *, has_mail: bool = False) -> None:
+        super().__init__(request_id, client._place, has_mail=has_mail)
+        self._own: Client | None = client
+
+    @property
+    def _client(self) -> Client:
+        if self._own is None:
+            self._own = client_at(self._place, Client, lambda url, settings: Client(url, settings=settings))
+        return self._own
+
+    @classmethod
+    def _at(cls, request_id: str, place: Place) -> Handle:
+        handle = cls.__new__(cls)
+        HandleBase.__init__(handle, request_id, place)
+        handle._own = None
+        return handle
+
+    def _repr_html_(self) -> str:
+        """For notebooks: state, lengths and times as of now, or the last known where one try finds none."""
+        record = self._client._executor.offer(self._client._core.reads.record(self.id))
+        if record is not None:
+            self._noted(record)
+        return super()._repr_html_()
+
+    def status(self) -> RequestStatus:
+        """Where the request is now: state, stage, worker, tokens, times in s; UnknownRequest without a record.
+
+        >>> handle.status().state
+        """
+        return self._noted(self._record())
+
+    def _record(self) -> RequestRecord:
         return known(self.id, self._client._executor.run(self._client._core.reads.record(self.id)))
 
     def stream(self, *, after: int = 0, timeout: float | None = None) -> Iterator[Chunk]:
@@ -207,6 +324,7 @@ class Handle(HandleBase["Client"]):
                 pass
             found, entries = self._client._listener.output(self.id)
             record = known(self.id, found)
+            self._noted(record)
             if record.state in TERMINAL:  # mail may tell of an end that a server has forgotten
                 result = self._client._core.result(record, entries)
                 self._client._has_read(self.id)
@@ -214,7 +332,7 @@ class Handle(HandleBase["Client"]):
 
     def explain(self) -> tuple[Event, ...]:
         """The events of this request with their reasons, in order: routing, steals, hand-overs, crashes."""
-        record = self.status()
+        record = self._record()
         reads = self._client._core.reads
         found = self._client._executor.run_many([reads.routed_because(self.id), reads.ledger(self.id)])
         why, ledger = found
@@ -237,7 +355,9 @@ class Handle(HandleBase["Client"]):
             while True:
                 event.clear()
                 chunks, must_read, is_all = listener.take(watch)
-                yield from chunks
+                for chunk in chunks:
+                    self._seen_tokens = chunk.offset
+                    yield chunk
                 if is_all:
                     break
                 if must_read:
@@ -248,4 +368,4 @@ class Handle(HandleBase["Client"]):
         finally:
             listener.end([watch])
         if after is not None and watch.state is not RequestState.DONE:
-            check_outcome(self.status())
+            check_outcome(self._record())

@@ -14,7 +14,6 @@ from functools import cache
 from importlib.metadata import version
 from typing import TYPE_CHECKING, cast
 
-from l4queue.config import Settings
 from l4queue.models import RequestSpec
 
 if TYPE_CHECKING:
@@ -22,6 +21,8 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace import ReadableSpan
     from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
     from opentelemetry.trace import Span, Tracer
+
+    from l4queue.config import Settings
 
 __all__ = ("EnqueueTraces", "Exporting", "context_of", "explain_failure")
 

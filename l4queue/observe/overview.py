@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from l4queue.config import Settings
 from l4queue.cost.coefficients import load_coefficients
@@ -12,10 +12,12 @@ from l4queue.cost.step import StepCost
 from l4queue.models import Plan, WorkerLoad
 from l4queue.policy.loads import StageLoad, stage_load
 from l4queue.protocol.calls import Call
-from l4queue.protocol.executor import AsyncExecutor, Executor
 from l4queue.protocol.keys import SOLO_STAGE, Keys
 from l4queue.protocol.plans import is_of_a_newer_release, read_plan, readable_plans
 from l4queue.protocol.reads import Reads, WorkerView
+
+if TYPE_CHECKING:
+    from l4queue.protocol.executor import AsyncExecutor, Executor
 
 __all__ = (
     "Overview",

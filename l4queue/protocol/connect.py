@@ -29,20 +29,27 @@ __all__ = ("Address", "Place", "connect", "connect_async", "parse_url")
 _FILES = ("ssl_ca_certs", "ssl_ca_path", "ssl_certfile", "ssl_keyfile")
 _SENTINEL: Any = redis.sentinel.Sentinel  # without types
 _ASYNC_SENTINEL: Any = asentinel.Sentinel
+CONNECT_TIMEOUT_S = 5.0
 _FRESH_S = 0.05  # connections that break together ask once where the primary is
 _CONNECT: dict[str, Any] = {
     # Library defaults retry writes silently and change the reply shapes; both are decided here instead.
     "decode_responses": False,
     "protocol": 2,
-    "socket_connect_timeout": 5.0,
     "socket_keepalive": True,
     "retry_on_timeout": False,
 }
 
 
-def connect(address: Address, *, pool: type[redis.ConnectionPool], timeout_s: float, most: int) -> Any:
+def connect(
+    address: Address,
+    *,
+    pool: type[redis.ConnectionPool],
+    timeout_s: float,
+    most: int,
+    connect_timeout_s: float = CONNECT_TIMEOUT_S,
+) -> Any:
     """A blocking client without retries of its own; `most` connections."""
-    more = {"socket_timeout": timeout_s, "max_connections": most, **_options(address)}
+    more = {"socket_timeout": timeout_s, "max_connections": most, **_options(address, connect_timeout_s)}
     if address.way:
         more["connection_class"] = _TlsConnection if address.is_tls else _Connection
         more["locator"] = _Locator(address)
@@ -53,9 +60,16 @@ def connect(address: Address, *, pool: type[redis.ConnectionPool], timeout_s: fl
     return redis.Redis(connection_pool=pool(retry=Retry(NoBackoff(), 0), **more))
 
 
-def connect_async(address: Address, *, pool: type[aredis.ConnectionPool], timeout_s: float, most: int) -> Any:
+def connect_async(
+    address: Address,
+    *,
+    pool: type[aredis.ConnectionPool],
+    timeout_s: float,
+    most: int,
+    connect_timeout_s: float = CONNECT_TIMEOUT_S,
+) -> Any:
     """The same for asyncio; belongs to the event loop that first uses it."""
-    more = {"socket_timeout": timeout_s, "max_connections": most, **_options(address)}
+    more = {"socket_timeout": timeout_s, "max_connections": most, **_options(address, connect_timeout_s)}
     if address.way:
         more["connection_class"] = _AsyncTlsConnection if address.is_tls else _AsyncConnection
         more["locator"] = _AsyncLocator(address)
@@ -66,13 +80,14 @@ def connect_async(address: Address, *, pool: type[aredis.ConnectionPool], timeou
     return aredis.Redis(connection_pool=pool(retry=AsyncRetry(NoBackoff(), 0), **more))
 
 
-def _options(address: Address) -> dict[str, Any]:
+def _options(address: Address, connect_timeout_s: float) -> dict[str, Any]:
     """Options of connections by redis-py's names; the URL's win over ours."""
     for name in _FILES:
         if name in address.options and not Path(address.options[name]).exists():
             raise ConfigError(f"L4_REDIS_URL: {name}: there is no {address.options[name]}")
     login = {"username": address.username, "password": address.password}
-    more = {**_CONNECT, "db": address.database, **login, **address.options}
+    ours = {**_CONNECT, "socket_connect_timeout": connect_timeout_s, "db": address.database}
+    more = {**ours, **login, **address.options}
     if address.path:
         del more["socket_keepalive"]  # of TCP
         more["path"] = address.path

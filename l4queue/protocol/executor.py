@@ -49,7 +49,8 @@ class _Exchange(ABC):
 
     `retry_s` bounds how long a call is tried again while Redis is away or refuses it; then ServiceUnavailable.
     None means for ever, until `close`: services outlive an outage of Redis. `says_outages` logs each outage once;
-    by default where it is waited for without end.
+    by default where it is waited for without end. `socket_timeout_s` bounds a connect, and the wait for one
+    reply: 5 s at most, and by default.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class _Exchange(ABC):
         retry_s: float | None = 10.0,
         max_connections: int = 64,
         says_outages: bool | None = None,
+        socket_timeout_s: float = 0.0,
     ) -> None:
         self.url = url
         self.retry_s = retry_s
@@ -67,10 +69,12 @@ class _Exchange(ABC):
         self.waits = Waits(url, retry_s, self._outage)
         address = parse_url(url)
         self._replicas = address.replicas
-        self._open(address, most=max_connections)
+        self._open(
+            address, most=max_connections, socket_s=min(socket_timeout_s or _SOCKET_TIMEOUT_S, _SOCKET_TIMEOUT_S)
+        )
 
     @abstractmethod
-    def _open(self, address: Address, *, most: int) -> None:
+    def _open(self, address: Address, *, most: int, socket_s: float) -> None:
         """Make clients for commands, with at most this many connections, and for blocking reads."""
 
     @abstractmethod
@@ -174,11 +178,13 @@ class _Exchange(ABC):
 class Executor(_Exchange):
     """Blocking executor. Thread-safe: each thread borrows its own connection."""
 
-    def _open(self, address: Address, *, most: int) -> None:
+    def _open(self, address: Address, *, most: int, socket_s: float) -> None:
         pool, waiters = redis.BlockingConnectionPool, redis.ConnectionPool
         self._closed = threading.Event()
-        self._client = connect(address, pool=pool, timeout_s=_SOCKET_TIMEOUT_S, most=most)
-        self._waiter = connect(address, pool=waiters, timeout_s=_MAX_BLOCK_S + 5.0, most=_MAX_WAITERS)
+        self._client = connect(address, pool=pool, timeout_s=socket_s, most=most, connect_timeout_s=socket_s)
+        self._waiter = connect(
+            address, pool=waiters, timeout_s=_MAX_BLOCK_S + 5.0, most=_MAX_WAITERS, connect_timeout_s=socket_s
+        )
 
     def run(self, call: Call[T]) -> T:
         """Execute one call."""
@@ -225,11 +231,13 @@ class Executor(_Exchange):
 class AsyncExecutor(_Exchange):
     """The same for asyncio; belongs to the event loop that first uses it, until it is closed."""
 
-    def _open(self, address: Address, *, most: int) -> None:
+    def _open(self, address: Address, *, most: int, socket_s: float) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
         pool, waiters = aredis.BlockingConnectionPool, aredis.ConnectionPool
-        self.client = connect_async(address, pool=pool, timeout_s=_SOCKET_TIMEOUT_S, most=most)
-        self._waiter = connect_async(address, pool=waiters, timeout_s=_MAX_BLOCK_S + 5.0, most=_MAX_WAITERS)
+        self.client = connect_async(address, pool=pool, timeout_s=socket_s, most=most, connect_timeout_s=socket_s)
+        self._waiter = connect_async(
+            address, pool=waiters, timeout_s=_MAX_BLOCK_S + 5.0, most=_MAX_WAITERS, connect_timeout_s=socket_s
+        )
 
     async def run(self, call: Call[T]) -> T:
         """Execute one call."""
@@ -242,6 +250,10 @@ class AsyncExecutor(_Exchange):
         self._loop = self._loop or loop
         if self._loop is not loop:
             raise RuntimeError("this client belongs to another event loop: make one for each, or close it before")
+
+    def is_of_this_loop(self) -> bool:
+        """Whether `check_loop` would pass."""
+        return self._loop is None or self._loop is asyncio.get_running_loop()
 
     async def run_many(self, calls: Sequence[Call[Any]]) -> list[Any]:
         """See `Executor.run_many`."""

@@ -72,11 +72,11 @@ class Traffic:
         states = Counter(str(record.state) for record in records)
         say(f"outcomes of {len(handles)} accepted requests: {dict(states)}; {self._outages} sends met an outage")
         check(states == {"done": len(handles)}, "every accepted request ended done")
-        short = [r.request_id for r in records if r.offset != self._wanted[r.request_id]]
+        short = [r.request_id for r in records if r.output_tokens != self._wanted[r.request_id]]
         check(not short, f"each has all the tokens that it asked for {short[:3]}")
         check(len({handle.id for handle in ended}) == len(handles), "each ended once")
-        moved = sum(record.epoch > 1 for record in records)
-        waits = sorted((r.finished_ms - r.submitted_ms) / 1000 for r in records if r.finished_ms)
+        moved = sum(record.was_resumed for record in records)
+        waits = sorted(r.e2e_s for r in records if r.e2e_s is not None)
         say(
             f"{moved} of them changed their worker; latency p50 {waits[len(waits) // 2]:.2f} s, "
             f"p99 {waits[int(len(waits) * 0.99)]:.2f} s; {self._streamed} read token by token meanwhile"

@@ -167,7 +167,7 @@ def test_killing_one_of_two_workers_loses_and_changes_nothing(deployment: Deploy
 
         def all_running() -> bool:
             states = Counter(handle.status().state for handle in handles)
-            return states[RequestState.RUNNING] == 64 and all(handle.status().offset for handle in handles)
+            return states[RequestState.RUNNING] == 64 and all(handle.status().output_tokens for handle in handles)
 
         until(all_running, "64 running requests with some output each", timeout_s=120)
         victims = {handle.id for handle in handles if handle.status().worker == "worker-0"}

@@ -71,7 +71,7 @@ class Place:
 
     async def _runs(self, request_id: str) -> bool:
         record = await (await self.client.get(request_id)).status()
-        return record.state is RequestState.RUNNING and record.offset > 0
+        return record.state is RequestState.RUNNING and record.output_tokens > 0
 
     async def look(self) -> None:
         """Everything that reads or mends the deployment runs once, and none of it fails."""

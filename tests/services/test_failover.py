@@ -199,4 +199,4 @@ async def test_passwords_and_certificates_reach_all(redis_executable: str, tmp_p
 
 async def _has_tokens(pipeline: Pipeline, *request_ids: str) -> bool:
     records = [await (await pipeline.client.get(request_id)).status() for request_id in request_ids]
-    return all(record.offset > 0 for record in records)
+    return all(record.output_tokens > 0 for record in records)

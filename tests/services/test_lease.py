@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from l4queue.client.aio import AsyncHandle
+from l4queue import AsyncHandle, RequestStatus
 from l4queue.models import RequestState
 from l4queue.protocol.keys import SOLO_STAGE, Keys
 from l4queue.protocol.reads import Reads
-from l4queue.protocol.records import RequestRecord
 from tests.protocol.consistency import check
 from tests.protocol.scene import Scene
 from tests.services.pipeline import Pipeline, open_pipeline, until
@@ -104,7 +103,7 @@ def stage(pipeline: Pipeline, processes: Processes) -> Stage:
     return Stage(pipeline, processes)
 
 
-async def _results(handles: Sequence[AsyncHandle]) -> list[RequestRecord]:
+async def _results(handles: Sequence[AsyncHandle]) -> list[RequestStatus]:
     for handle in handles:
         await handle.result(timeout=60)
     return [await handle.status() for handle in handles]
@@ -120,7 +119,7 @@ async def test_a_loop_that_stands_still_for_three_leases_loses_nothing(stage: St
     records = await _results([*crowd, slow])
 
     assert "admits P" in stage.processes.log("w0")
-    assert [(r.state, r.epoch, r.crashes) for r in records] == [(RequestState.DONE, 1, 0)] * 7
+    assert [(r.state, r.num_leases, r.crashes) for r in records] == [(RequestState.DONE, 1, 0)] * 7
     assert await stage.lost() == 0
 
 

@@ -66,7 +66,7 @@ async def test_beside_a_prompt_of_many_steps_nothing_is_taken(pipeline: Pipeline
     async def all_begun() -> bool:
         nonlocal most
         most = max(most, len(worker.sessions.prefills))
-        return all([(await handle.status()).first_token_ms is not None for handle in handles])
+        return all([(await handle.status()).first_token_at_s is not None for handle in handles])
 
     await until(all_begun)
     assert most == 1
@@ -168,7 +168,7 @@ async def test_a_crashed_worker_s_requests_go_on_where_they_were(pipeline: Pipel
 
     assert await reading == undisturbed
     record = await handle.status()
-    assert (record.state, record.epoch, record.worker) == (RequestState.DONE, 2, "w1")
+    assert (record.state, record.num_leases, record.worker) == (RequestState.DONE, 2, "w1")
 
 
 async def test_a_stopping_worker_gives_back_without_blame(pipeline: Pipeline) -> None:
@@ -223,7 +223,7 @@ async def _collect(handle) -> tuple[int, ...]:  # type: ignore[no-untyped-def]
 
 
 async def _has_output(handle) -> bool:  # type: ignore[no-untyped-def]
-    return bool((await handle.status()).offset)
+    return bool((await handle.status()).output_tokens)
 
 
 async def _in_stage(handle, stage: str) -> bool:  # type: ignore[no-untyped-def]

@@ -25,7 +25,7 @@ async def test_a_lease_that_was_undone_and_had_again_is_given_back(redis_url: st
         handle = await pipeline.client.enqueue(PROMPT, max_tokens=2, ignore_eos=True)
         await pipeline.running("w")
         record = await handle.status()
-        assert (record.epoch, record.offset) == (1, 0)
+        assert (record.num_leases, record.output_tokens) == (1, 0)
         with redis.Redis.from_url(redis_url) as raw, raw.pipeline() as undo:  # as it was before the take
             key = keys.request(handle.id)
             score = float(raw.hget(key, "score") or 0)
@@ -40,9 +40,9 @@ async def test_a_lease_that_was_undone_and_had_again_is_given_back(redis_url: st
             undo.execute()
 
         async def is_third() -> bool:
-            return (await handle.status()).epoch == 2
+            return (await handle.status()).num_leases == 2
 
         await until(is_third)
         assert (await handle.result(timeout=120)).token_ids == expected(PROMPT, 2)
         record = await handle.status()
-    assert (record.state, record.crashes, record.epoch) == (RequestState.DONE, 0, 2)
+    assert (record.state, record.crashes, record.num_leases) == (RequestState.DONE, 0, 2)

@@ -25,10 +25,9 @@ from l4queue.sim.runner import RunConfig
 from l4queue.sim.tuning import tune_two_pool
 
 if TYPE_CHECKING:
-    from l4queue.client import AsyncClient, AsyncHandle
+    from l4queue.client import AsyncClient, AsyncHandle, RequestStatus
     from l4queue.config import Settings
     from l4queue.observe.overview import Overview
-    from l4queue.protocol.records import RequestRecord
     from l4queue.sim.traces.trace import Trace
 
 __all__ = ("Round", "Rounds", "Sample", "pooled")
@@ -228,9 +227,9 @@ class Rounds:
         return replace(one, stages=pools)
 
 
-async def _records(handles: Sequence[AsyncHandle]) -> list[RequestRecord]:
+async def _records(handles: Sequence[AsyncHandle]) -> list[RequestStatus]:
     """Few at a time: each look waits for a connection of its own."""
-    found: list[RequestRecord] = []
+    found: list[RequestStatus] = []
     for first in range(0, len(handles), _BATCH):
         found += await asyncio.gather(*(handle.status() for handle in handles[first : first + _BATCH]))
     return found
@@ -254,19 +253,20 @@ def pooled(rounds: Sequence[Round]) -> tuple[SimResult, Measured]:
     return SimResult(**{**fields, "throughput_rps": len(together.e2e_s) / seconds}), together
 
 
-def _measured(records: Sequence[RequestRecord], *, began_ms: int) -> Measured:
+def _measured(records: Sequence[RequestStatus], *, began_ms: int) -> Measured:
     """By the server's clock since the run began: from acceptance to the first token and to the stored outcome."""
-    accepted = np.array([r.submitted_ms - began_ms for r in records], dtype=float) / 1000
-    finish = np.array([(r.finished_ms or 0) - began_ms for r in records], dtype=float) / 1000
-    first = np.array([(r.first_token_ms or 0) - began_ms for r in records], dtype=float) / 1000
+    began_s = began_ms / 1000
+    accepted = np.array([r.submitted_at_s - began_s for r in records], dtype=float)
+    finish = np.array([(r.finished_at_s or 0) - began_s for r in records], dtype=float)
+    first = np.array([(r.first_token_at_s or 0) - began_s for r in records], dtype=float)
     return Measured(
         arrival_s=accepted,
         finish_s=finish,
         e2e_s=finish - accepted,
         ttft_s=first - accepted,
-        tpot_s=np.array([np.nan if r.tpot_ms is None else r.tpot_ms / 1000 for r in records]),
+        tpot_s=np.array([np.nan if r.tpot_s is None else r.tpot_s for r in records]),
         prompt_tokens=np.array([r.prompt_tokens or 0 for r in records], dtype=float),
-        output_tokens=np.array([r.offset for r in records], dtype=float),
+        output_tokens=np.array([r.output_tokens for r in records], dtype=float),
     )
 
 

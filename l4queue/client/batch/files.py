@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import stat
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from l4queue.client.batch.lines import MAX_LINE_BYTES
+from l4queue.client.batch.locks import lock
 from l4queue.errors import InvalidRequest
 from l4queue.strict_json import JsonError, parse_json, read_json
 
@@ -68,7 +68,11 @@ class InputFile:
 
     def again(self, number: int, offset: int, size: int) -> RawLine:
         """One line of `size` bytes again; does not disturb `lines`."""
-        return RawLine(number=number, offset=offset, data=os.pread(self._file.fileno(), size, offset))
+        place = self._file.tell()
+        self._file.seek(offset)
+        data = self._file.read(size)
+        self._file.seek(place)
+        return RawLine(number=number, offset=offset, data=data)
 
     def close(self) -> None:
         """Close it."""
@@ -94,7 +98,7 @@ class AnswerFile:
             self._file.close()
             raise InvalidRequest(f"{path} is not a file", field=field)
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(self._file)
         except OSError:
             self._file.close()
             raise InvalidRequest(f"another process is writing {path}", field=field) from None
@@ -158,6 +162,8 @@ class AnswerFile:
             raise InvalidRequest(f"{told}; make room and run the command again", field=self._field) from None
 
     def _is_at_its_place(self) -> bool:
+        if os.name == "nt":  # an open file can neither be removed nor replaced there
+            return True
         try:
             return os.path.samestat(self.path.stat(), os.fstat(self._file.fileno()))
         except OSError:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from l4queue.client.arguments import build_spec, checked_text, printable
+from l4queue.client.arguments import build_spec, checked_text, printable, unknown_parameter
 from l4queue.errors import InvalidRequest
 from l4queue.models import RequestSpec, SamplingParams
 from l4queue.strict_json import JsonError, canonical_json, parse_json
@@ -175,5 +175,5 @@ def _options(body: Mapping[str, Any]) -> dict[str, Any]:
         elif name in _SAMPLING:
             options[name] = value
         else:
-            raise InvalidRequest("unknown parameter", field=printable(name))
+            raise unknown_parameter(name)
     return options

@@ -6,17 +6,28 @@ from dataclasses import dataclass, fields
 from itertools import combinations
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
+from l4queue.client.arguments import unknown_parameter
 from l4queue.client.batch.files import new_beside
 from l4queue.errors import InvalidRequest
 
-__all__ = ("DEFAULT_MAX_IN_FLIGHT", "DEFAULT_PRIORITY", "BatchOptions", "batch_options")
+__all__ = ("DEFAULT_MAX_IN_FLIGHT", "DEFAULT_PRIORITY", "BatchOptions", "BatchRunOptions", "batch_options")
 
 DEFAULT_PRIORITY = 100
 """The last class: a request of priority 0 that arrives up to half of `L4_STARVATION_BOUND_S` (5 minutes) later is
 served first, and the engine, too, takes a batch last. After that it has waited for long enough."""
 DEFAULT_MAX_IN_FLIGHT = 4096  # requests; enough to fill a fleet, few to cancel
+
+
+class BatchRunOptions(TypedDict, total=False):
+    """Options of `run_batch`, typed for editors: see `BatchOptions`."""
+
+    priority: int
+    max_tokens: int | None
+    max_in_flight: int
+    cancel_on_exit: bool
+    keep_results: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,10 +86,10 @@ def batch_options(
     **options: Any,
 ) -> BatchOptions:
     """Options from what a caller wrote; InvalidRequest names an unknown one."""
-    known = {field.name for field in fields(BatchOptions)}
+    known = [field.name for field in fields(BatchOptions) if not field.name.startswith("path_")]
     for name in options:
-        if name not in known or name.startswith("path_"):
-            raise InvalidRequest("unknown parameter", field=name)
+        if name not in known:
+            raise unknown_parameter(name, known=known)
     try:
         errors = None if path_errors is None else Path(path_errors)
         paths: dict[str, Any] = {"path_in": Path(path_in), "path_out": Path(path_out), "path_errors": errors}
