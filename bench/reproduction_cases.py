@@ -106,17 +106,16 @@ class Spec:
 @cache
 def code_version(policy: str) -> str:
     """Hash of the coefficients, of this file and of all modules that a run of this policy imports."""
-    names = ["runner", "capacity", "workload", "trace", "blind", "central", "tuning"]
-    names += ["l4", "shadow"] if policy == "l4" else []
+    names = ["registry"] if policy == "l4" else ["policies.central", "policies.length_blind", "tuning"]
     package = Path(l4queue.__file__).parent
-    todo, seen = [f"l4queue.sim.{name}" for name in names], set()
+    todo, seen = [f"l4queue.sim.{name}" for name in (*names, "traces.workload")], set()
     while todo:
         path = package.joinpath(*todo.pop().split(".")[1:]).with_suffix(".py")
         if path.is_file() and path not in seen:
             seen.add(path)
-            nodes = ast.walk(ast.parse(path.read_text("utf-8")))
-            found = [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module]
-            todo += [name for name in found if name.startswith("l4queue.")]
+            for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+                if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("l4queue."):
+                    todo += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
     told = hashlib.sha256()
     for path in sorted((*seen, package / "coefficients" / f"{MODEL}.{GPU}.json", Path(__file__))):
         told.update(path.name.encode() + path.read_bytes())

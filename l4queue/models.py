@@ -295,9 +295,9 @@ class WorkerLoad:
     worker_id: str
     incarnation: str = ""
     stage: int = 0
-    num_running: int = 0
+    num_running: int = 0  # all that it has taken, with those that wait in its engine
     num_waiting_in_engine: int = 0
-    context_tokens: int = 0
+    context_tokens: int = 0  # of all of them
     pending_prefill_tokens: int = 0  # of prompts that have no token yet
     kv_used_tokens: int = 0
     kv_capacity_tokens: int = 0
@@ -315,11 +315,6 @@ class WorkerLoad:
     def is_open(self) -> bool:
         """Whether it takes work: what goes to one that does not waits there for nothing."""
         return not (self.is_draining or self.is_emptying)
-
-    @property
-    def num_in_engine(self) -> int:
-        """Requests in the engine, running or waiting there."""
-        return self.num_running + self.num_waiting_in_engine
 
     @property
     def kv_share(self) -> float:

@@ -220,7 +220,7 @@ async def _learn(executor: AsyncExecutor, settings: Settings, overview: Overview
         before = memory.learned(buckets)
         before = replace(before, begun_s=min(before.begun_s, now_s))  # the clock may have gone back
         gained = difference(Counts.from_fields(buckets, raw), then, elapsed_s=elapsed_s)
-    num_unfinished = sum(load.num_in_engine for load in overview.workers)
+    num_unfinished = sum(load.num_running for load in overview.workers)
     num_unfinished += sum(queue.num_requests for queue in overview.queues.values())
     work = work_ms(merge(before.counts, gained), buckets=buckets, cost=cost)
     return _Known(

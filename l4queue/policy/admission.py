@@ -1,10 +1,16 @@
-"""Admission: the requests a worker may take now, with KV space left for growth and prefill kept short."""
+"""Admission: the requests a worker may take now, with KV space left for growth and prefill kept short.
+
+The live intake and the simulator ask the same functions: `admission_budget` turns what is known of a worker and
+of the queue it pulls from into a budget, `AdmissionBudget.refusal` holds one request against that, and
+`AdmissionBudget.after` charges one that is taken. The script `take` applies the same budget inside Redis.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple, TypeVar
 
 from l4queue.cost.step import StepCost
 from l4queue.models import UNBOUNDED_TOKENS, WorkerLoad
@@ -13,15 +19,20 @@ from l4queue.policy.loads import decode_step_ms
 __all__ = (
     "AdmissionBudget",
     "AdmissionLimits",
+    "AdmissionState",
     "Admitted",
     "BackgroundBudget",
     "WaitingRequest",
     "admission_budget",
     "admit",
+    "half_share",
     "max_prefill_ms",
     "pull_delay_ms",
+    "still_awaited",
     "unbounded_budget",
 )
+
+K = TypeVar("K", bound=Hashable)
 
 _MIN_RESERVE, _MAX_RESERVE = 0.05, 0.25
 """Least and most share of the KV cache that is kept for the growth of running requests."""
@@ -41,15 +52,64 @@ class AdmissionLimits:
 
     `growth_tokens` is a quantile of what a request of this stage still grows; the sum over the batch is
     reserved, but at least 5 % and at most 25 % of the cache, since not all grow at once.
-    `prefill_tokens` bounds the prompts that wait for their prefill inside the engine, where nobody can steal,
-    cancel cheaply or overtake; None: one step's token budget.
-    `remaining_tokens` is what a running request still generates on average: where it is set, a prompt whose
-    prefill would hold up what runs for longer than that needs to end waits for it (`max_prefill_ms`).
+    `prefill_steps` bounds the prompts that wait for their prefill inside the engine, where nobody can steal,
+    cancel cheaply or overtake. With two steps it never runs dry, and little is out of reach.
+    `long_prefill_steps` is the same beside a prompt of more than one step: nothing waits behind that one, as
+    others can take it, and there is time.
     """
 
     growth_tokens: float = 256.0
-    prefill_tokens: int | None = None
+    prefill_steps: int = 2
+    long_prefill_steps: int = 1
+
+
+_LIMITS = AdmissionLimits()
+
+
+class AdmissionState(NamedTuple):
+    """What is known of a worker, and of the queue that it pulls from, when it looks for work.
+
+    The first seven are those of `WorkerLoad`. `longest_prefill_tokens` is the longest prompt here that has no
+    token yet; one that brings its KV cache does not count. `num_waiting` is the worker's share of the requests in
+    the queue. `remaining_tokens` is what a running request still generates on average: where it is set, a prompt
+    whose prefill would hold up what runs for longer than that needs to end waits for it (`max_prefill_ms`).
+
+    A tuple, since the simulator makes one for each look of each engine.
+    """
+
+    num_running: int
+    context_tokens: int
+    pending_prefill_tokens: int
+    kv_used_tokens: int
+    kv_capacity_tokens: int
+    max_running: int
+    is_draining: bool = False
+    longest_prefill_tokens: int = 0
+    num_waiting: float = 0.0
     remaining_tokens: float | None = None
+
+    @classmethod
+    def of(
+        cls,
+        load: WorkerLoad,
+        *,
+        longest_prefill_tokens: int = 0,
+        num_waiting: float = 0.0,
+        remaining_tokens: float | None = None,
+    ) -> AdmissionState:
+        """By the load of a worker."""
+        return cls(
+            num_running=load.num_running,
+            context_tokens=load.context_tokens,
+            pending_prefill_tokens=load.pending_prefill_tokens,
+            kv_used_tokens=load.kv_used_tokens,
+            kv_capacity_tokens=load.kv_capacity_tokens,
+            max_running=load.max_running,
+            is_draining=load.is_draining,
+            longest_prefill_tokens=longest_prefill_tokens,
+            num_waiting=num_waiting,
+            remaining_tokens=remaining_tokens,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +127,36 @@ class AdmissionBudget:
     is_idle: bool
     reason: str
     longest_tokens: int = UNBOUNDED_TOKENS
+
+    def refusal(self, length_tokens: int) -> str | None:
+        """Why the next request in order is not taken; None: it is. Its length is prompt plus output so far."""
+        if self.num_requests <= 0:
+            return self.reason
+        if self.is_idle:
+            return None
+        if length_tokens > self.longest_tokens:
+            return "what runs ends first"
+        return "cache" if length_tokens + self.growth_tokens > self.kv_tokens else None
+
+    def after(self, length_tokens: int) -> AdmissionBudget:
+        """What is left once that request is taken."""
+        num_requests, prefill_tokens = self.num_requests - 1, self.prefill_tokens - length_tokens
+        reason = self.reason if num_requests else "slots"
+        if num_requests and prefill_tokens <= 0:
+            num_requests, reason = 0, "prefill budget"
+        return AdmissionBudget(
+            num_requests=num_requests,
+            kv_tokens=self.kv_tokens - length_tokens - self.growth_tokens,
+            prefill_tokens=prefill_tokens,
+            growth_tokens=self.growth_tokens,
+            is_idle=False,
+            reason=reason,
+            longest_tokens=self.longest_tokens,
+        )
+
+    def without_newcomers(self, awaited: frozenset[K]) -> AdmissionBudget:
+        """The same, without the bound on the prompt where nothing is `still_awaited`."""
+        return self if awaited else replace(self, longest_tokens=UNBOUNDED_TOKENS)
 
 
 def unbounded_budget(num_requests: int, *, reason: str, is_idle: bool = True) -> AdmissionBudget:
@@ -129,14 +219,14 @@ def max_prefill_ms(
     return ends_ms * max(_PATIENCE, num_waiting / n)
 
 
-def pull_delay_ms(batch_ms: float, *, lightest_ms: float) -> float:
+def pull_delay_ms(backlog_ms: float, *, lightest_ms: float) -> float:
     """How long to let others go first when something arrives in a shared queue: by how much more is before us.
 
     All workers with room are woken at once. The one that gets through its batch soonest should take the request,
     and with these pauses it does as far as wake-ups are punctual, though the others' loads (`lightest_ms` is the
     least of them) are known as of a while ago only: an error there shifts all pauses alike.
     """
-    return min(max(0.0, batch_ms - lightest_ms), _GIVE_WAY_MOST_MS)
+    return min(max(0.0, backlog_ms - lightest_ms), _GIVE_WAY_MOST_MS)
 
 
 def _longest_tokens(prefill_ms: float, cost: StepCost) -> int:
@@ -152,22 +242,21 @@ def _longest_tokens(prefill_ms: float, cost: StepCost) -> int:
 
 
 def admission_budget(
-    load: WorkerLoad, *, cost: StepCost, limits: AdmissionLimits | None = None, num_waiting: float = 0.0
+    state: AdmissionState, *, cost: StepCost, limits: AdmissionLimits | None = None
 ) -> AdmissionBudget:
-    """Room of a worker by its load. A worker with nothing to do has room for one request whatever its size.
+    """Budget of the next take. A worker with nothing to do has room for one request whatever its size.
 
-    The capacity is the worker's own when it says one, else the cost model's; zero in both means no bound.
-    `num_waiting` is the worker's share of the requests in the queue it pulls from.
+    A take has one step of prefill at most, so that a long prompt is seen before more is put behind it. The
+    capacity is the worker's own when it says one, else the cost model's; zero in both means no bound.
     """
-    limits = limits or AdmissionLimits()
-    busy = load.num_in_engine
-    growth = max(1, round(limits.growth_tokens))
-    max_running = load.max_running or cost.max_num_seqs
-    capacity = load.kv_capacity_tokens or cost.kv_capacity_tokens
-    prefill = (limits.prefill_tokens or cost.max_batched_tokens) - load.pending_prefill_tokens
-    slots = max_running - busy
-    free = _free_tokens(load, capacity, busy=busy, limits=limits)
-    if load.is_draining:
+    limits = limits or _LIMITS
+    busy, step_tokens = state.num_running, cost.max_batched_tokens
+    is_long = state.longest_prefill_tokens > step_tokens
+    steps = limits.long_prefill_steps if is_long else limits.prefill_steps
+    prefill = steps * step_tokens - state.pending_prefill_tokens
+    slots = (state.max_running or cost.max_num_seqs) - busy
+    free = _free_tokens(state, cost, limits)
+    if state.is_draining:
         slots, reason = 0, "draining"
     elif slots <= 0:
         slots, reason = 0, "all slots taken"
@@ -182,68 +271,77 @@ def admission_budget(
     return AdmissionBudget(
         num_requests=slots,
         kv_tokens=max(0, free),
-        prefill_tokens=max(0, prefill),
-        growth_tokens=growth,
+        prefill_tokens=min(max(0, prefill), step_tokens),
+        growth_tokens=max(1, round(limits.growth_tokens)),
         is_idle=busy == 0 and slots > 0,
         reason=reason,
-        longest_tokens=_bound_by_running(load, busy=busy, num_waiting=num_waiting, cost=cost, limits=limits),
+        longest_tokens=_bound_by_running(state, cost) if slots else UNBOUNDED_TOKENS,
     )
 
 
-def admit(
-    room: AdmissionBudget, waiting: Sequence[WaitingRequest], *, background: BackgroundBudget | None = None
-) -> Admitted:
-    """Take in this order while there is room: the rule of the script `take`, and the oracle of its tests.
+def still_awaited(awaited: frozenset[K] | None, running: Iterable[K]) -> frozenset[K]:
+    """The requests that a prompt at the head of the queue waits for: those that ran when the queue began to wait.
 
-    No product code calls it. It never skips: the next in order must not starve behind small ones. Only a
-    background request that may not be taken is passed over, and so are those behind it. `background` None: as
-    all others.
+    `awaited` is the last answer, None where the queue was empty, or something was taken from it, since. Requests
+    that were handed over meanwhile are not waited for: they would keep the prompt out for ever.
+    """
+    return frozenset(running) if awaited is None else awaited.intersection(running)
+
+
+def half_share(num_waiting: int, *, num_sharers: int) -> int:
+    """The most requests of a queue that one of several workers takes at a time: half of its share.
+
+    So the first to wake leaves work to the others.
+    """
+    return -(-num_waiting // (2 * num_sharers)) if num_sharers > 1 else num_waiting
+
+
+def admit(
+    budget: AdmissionBudget, waiting: Sequence[WaitingRequest], *, background: BackgroundBudget | None = None
+) -> Admitted:
+    """Take in this order while the budget lasts, as the script `take` does.
+
+    It never skips: the next in order must not starve behind small ones. Only a background request that may not
+    be taken is passed over, and so are those behind it. `background` None: as all others.
     """
     taken: list[str] = []
-    tokens = prefill = 0
-    number = room.num_requests if background is None else background.num_requests
+    left, tokens, reason = budget, 0, "queue empty"
+    number = budget.num_requests if background is None else background.num_requests
     longest = UNBOUNDED_TOKENS if background is None else background.longest_tokens
-    reason = room.reason if room.num_requests == 0 else "queue empty"
     for request in waiting:
-        if len(taken) >= room.num_requests:
-            reason = room.reason if room.num_requests == 0 else "slots"
-            break
         if request.is_background and number <= 0:
             continue
-        needs, is_first = request.length_tokens + room.growth_tokens, room.is_idle and not taken
-        stop = None
-        if taken and prefill >= room.prefill_tokens:
-            stop = "prefill budget"
-        elif request.length_tokens > room.longest_tokens and not is_first:
-            stop = "what runs ends first"
-        elif tokens + needs > room.kv_tokens and not is_first:
-            stop = "cache"
-        if request.is_background and (stop or (request.length_tokens > longest and not is_first)):
+        stop = left.refusal(request.length_tokens)
+        is_too_long = request.length_tokens > longest and not left.is_idle
+        if request.is_background and (stop or is_too_long):
             number = 0
-            continue
-        if stop:
+        elif stop:
             reason = stop
             break
-        taken.append(request.request_id)
-        tokens += needs
-        prefill += request.length_tokens
-        number -= request.is_background
+        else:
+            taken.append(request.request_id)
+            tokens += request.length_tokens + budget.growth_tokens
+            left = left.after(request.length_tokens)
+            number -= request.is_background
     return Admitted(request_ids=tuple(taken), tokens=tokens, reason=reason)
 
 
-def _bound_by_running(
-    load: WorkerLoad, *, busy: int, num_waiting: float, cost: StepCost, limits: AdmissionLimits
-) -> int:
-    if limits.remaining_tokens is None:
+def _bound_by_running(state: AdmissionState, cost: StepCost) -> int:
+    if state.remaining_tokens is None:
         return UNBOUNDED_TOKENS
     bearable_ms = max_prefill_ms(
-        busy, load.context_tokens, remaining_tokens=limits.remaining_tokens, num_waiting=num_waiting, cost=cost
+        state.num_running,
+        state.context_tokens,
+        remaining_tokens=state.remaining_tokens,
+        num_waiting=state.num_waiting,
+        cost=cost,
     )
     return _longest_tokens(bearable_ms, cost)
 
 
-def _free_tokens(load: WorkerLoad, capacity: int, *, busy: int, limits: AdmissionLimits) -> int:
+def _free_tokens(state: AdmissionState, cost: StepCost, limits: AdmissionLimits) -> int:
+    capacity = state.kv_capacity_tokens or cost.kv_capacity_tokens
     if not capacity:
         return UNBOUNDED_TOKENS
-    reserve = min(max(busy * limits.growth_tokens, _MIN_RESERVE * capacity), _MAX_RESERVE * capacity)
-    return int(capacity - load.kv_used_tokens - reserve)
+    reserve = min(max(state.num_running * limits.growth_tokens, _MIN_RESERVE * capacity), _MAX_RESERVE * capacity)
+    return int(capacity - state.kv_used_tokens - reserve)

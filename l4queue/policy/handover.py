@@ -10,7 +10,7 @@ from l4queue.cost.step import StepCost
 from l4queue.models import Plan, WorkerLoad
 from l4queue.policy.loads import decode_step_ms
 
-__all__ = ("Handover", "decide_handover", "least_loaded", "look_again_at", "next_stage")
+__all__ = ("Handover", "decide_handover", "first_watch", "least_loaded", "look_again_at", "next_stage")
 
 _EQUAL = 0.05  # loads within 5 % of the least count as equal: they are half a second old anyway
 _LOOK_AGAIN = 1.5
@@ -65,7 +65,7 @@ def decide_handover(
     capacity = there.kv_capacity_tokens or cost.kv_capacity_tokens
     if capacity and there.kv_used_tokens + length_tokens > capacity:
         return Handover(is_move=False, benefit_ms=0.0, cost_ms=0.0, reason="no room in the cache there")
-    running_there = there.num_in_engine
+    running_there = there.num_running
     if running_there >= (there.max_running or cost.max_num_seqs):
         return Handover(is_move=False, benefit_ms=0.0, cost_ms=0.0, reason="no slot there")
     delta = cost.beta_ms + cost.gamma_ms * (length_tokens + expected_remaining_tokens / 2)
@@ -99,13 +99,23 @@ def least_loaded(
 
 
 def _busy_ms(load: WorkerLoad, cost: StepCost) -> float:
-    step_ms = decode_step_ms(load.num_in_engine, load.context_tokens, cost=cost)
+    step_ms = decode_step_ms(load.num_running, load.context_tokens, cost=cost)
     return step_ms + cost.pi_ms * load.pending_prefill_tokens
 
 
 def look_again_at(length_tokens: int) -> int:
     """The length at which a request that was not worth moving is thought about again: half as long again."""
     return int(length_tokens * _LOOK_AGAIN) + 1
+
+
+def first_watch(length_tokens: int, *, high_tokens: int | None, has_moved: bool) -> int | None:
+    """The length at which a request that a worker begins to run is first weighed: the end of the range.
+
+    One that was moved here beyond the range is weighed when it has grown much further. None: never.
+    """
+    if high_tokens is not None and has_moved and length_tokens >= high_tokens:
+        return look_again_at(length_tokens)
+    return high_tokens
 
 
 def next_stage(stage: int, length_tokens: int, plan: Plan) -> int:

@@ -12,7 +12,7 @@ __all__ = (
     "EARLY_NEWS_FRACTION",
     "NEWS_INTERVAL_S",
     "StageLoad",
-    "batch_ms",
+    "backlog_ms",
     "decode_step_ms",
     "prefill_ahead_ms",
     "request_work_ms",
@@ -66,10 +66,9 @@ def decode_step_ms(num_running: float, context_tokens: float, *, cost: StepCost)
     return cost.alpha_ms + cost.beta_ms * num_running + cost.gamma_ms * context_tokens
 
 
-def batch_ms(load: WorkerLoad, *, cost: StepCost) -> float:
+def backlog_ms(num_running: int, context_tokens: int, *, pending_prefill_tokens: int, cost: StepCost) -> float:
     """Work before an engine, ms: a decode step without its fixed part, and the pending prefill."""
-    busy = load.num_in_engine
-    return cost.beta_ms * busy + cost.gamma_ms * load.context_tokens + cost.pi_ms * load.pending_prefill_tokens
+    return cost.beta_ms * num_running + cost.gamma_ms * context_tokens + cost.pi_ms * pending_prefill_tokens
 
 
 def prefill_ahead_ms(
@@ -96,7 +95,7 @@ def stage_load(
     Of a running request half of the expected output is taken to be left.
     """
     able = [w for w in workers if w.is_open]
-    num_running = sum(w.num_in_engine for w in able)
+    num_running = sum(w.num_running for w in able)
     context = sum(w.context_tokens for w in able)
     mean = queued_tokens / queued_requests if queued_requests else 0.0
     waiting_ms = queued_requests * request_work_ms(mean, expected_output_tokens=expected_output_tokens, cost=cost)

@@ -59,5 +59,5 @@ def turn_of(
 
 
 def _order(load: WorkerLoad) -> tuple[bool, int, int, str]:
-    busy = load.num_in_engine
+    busy = load.num_running
     return (not load.is_emptying, busy, load.context_tokens, load.worker_id)

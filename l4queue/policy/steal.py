@@ -94,7 +94,7 @@ def steal_waiting(
         return _no_steal("stealing is off" if max_requests >= 1 else "no room")
     if own.queued_requests > 0:
         return _no_steal("own queue first")
-    busy = thief.num_in_engine
+    busy = thief.num_running
     thief_ms = running_work_ms(
         busy, thief.context_tokens, expected_remaining_tokens=expected_output_tokens / 2, cost=cost
     ) + cost.prefill_ms(thief.pending_prefill_tokens)
@@ -203,7 +203,7 @@ def ask(
     """
     limits = limits or StealLimits()
     cooling = last_move_ms is not None and now_ms - last_move_ms < limits.cool_down_ms
-    slots = (load.max_running or cost.max_num_seqs) - load.num_in_engine
+    slots = (load.max_running or cost.max_num_seqs) - load.num_running
     slots = min(slots, limits.max_moves - moves_in_flight)
     capacity = load.kv_capacity_tokens or cost.kv_capacity_tokens
     room = capacity - load.kv_used_tokens if capacity else UNBOUNDED_TOKENS
@@ -214,7 +214,7 @@ def ask(
         worker_id=load.worker_id,
         room_tokens=room,
         num_slots=slots,
-        num_running=load.num_in_engine,
+        num_running=load.num_running,
         context_tokens=load.context_tokens,
     )
 
@@ -235,11 +235,12 @@ def choose_victim(
         siblings = [s for s in siblings if s.stage <= asker.stage]
     mean = asker.context_tokens / asker.num_running if asker.num_running else 0.0
     own_ms = decode_step_ms(asker.num_running + 1, asker.context_tokens + mean, cost=cost)
-    able = [s for s in siblings if s.worker_id != asker.worker_id and s.num_running >= 2 and not s.is_draining]
-    steps = {s.worker_id: decode_step_ms(s.num_running, s.context_tokens, cost=cost) for s in (asker, *siblings)}
-    slow = [s for s in able if steps[s.worker_id] >= limits.overload_ratio * own_ms]
+    able = [s for s in siblings if s.num_running >= 2 and s.worker_id != asker.worker_id and not s.is_draining]
+    slow_ms = limits.overload_ratio * own_ms
+    slow = [s for s in able if decode_step_ms(s.num_running, s.context_tokens, cost=cost) >= slow_ms]
     if not slow:
         return None
+    steps = {s.worker_id: decode_step_ms(s.num_running, s.context_tokens, cost=cost) for s in (asker, *siblings)}
     own = (steps[asker.worker_id], asker.worker_id)
     rank = sum((steps[s.worker_id], s.worker_id) < own for s in siblings if s.is_open)
     slow.sort(key=lambda s: (-steps[s.worker_id], s.worker_id))

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from l4queue.cost.step import StepCost
 from l4queue.errors import ConfigError
+from l4queue.policy.loads import request_work_ms
 from l4queue.sim.cluster import Cluster
 from l4queue.sim.policies.central import Central
 from l4queue.sim.results import SimResult
@@ -26,12 +27,16 @@ PROBE_REQUESTS = 6000
 
 
 def trace_work_ms(trace: Trace, cost: StepCost) -> NDArray[np.float64]:
-    """Engine time that each request adds to a saturated engine, ms: prefill, and its share of decode steps."""
-    prompt = trace.input_tokens.astype(np.float64)
-    output = trace.output_tokens.astype(np.float64)
-    prefill = cost.pi_ms * prompt + cost.psi_ms * prompt * prompt / 2.0
-    decode = (output - 1) * (cost.beta_ms + cost.gamma_ms * (prompt + output / 2.0))
-    return prefill + decode
+    """Engine time that each request adds to a saturated engine, ms: the prefill gives its first token."""
+    return np.array(
+        [
+            request_work_ms(prompt_tokens, expected_output_tokens=output_tokens - 1, cost=cost)
+            for prompt_tokens, output_tokens in zip(
+                trace.input_tokens.tolist(), trace.output_tokens.tolist(), strict=True
+            )
+        ],
+        dtype=np.float64,
+    )
 
 
 def capacity_rps(trace: Trace, cost: StepCost, *, num_instances: int) -> float:

@@ -7,21 +7,22 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from l4queue.policy.admission import pull_delay_ms
+from l4queue.policy.loads import backlog_ms
 from l4queue.sim.engine.instance import Instance
 
-__all__ = ("WAKE_JITTER_MS", "WakeRace", "backlog_ms")
+__all__ = ("WAKE_JITTER_MS", "WakeRace", "backlog_of")
 
 WAKE_JITTER_MS = 1.0
 """An assumption for workers that have a core each (docs/simulator.md)."""
 
 
-def backlog_ms(instance: Instance) -> float:
-    """Work before the engine now, as `policy.loads.batch_ms` of a worker's load."""
-    cost = instance.cost
-    return (
-        cost.beta_ms * instance.num_decodes
-        + cost.gamma_ms * instance.context_tokens
-        + cost.pi_ms * instance.pending_tokens
+def backlog_of(instance: Instance) -> float:
+    """Work before the engine now, ms."""
+    return backlog_ms(
+        instance.num_requests,
+        instance.held_tokens,
+        pending_prefill_tokens=instance.pending_tokens,
+        cost=instance.cost,
     )
 
 
@@ -43,15 +44,15 @@ class WakeRace:
         Few are asked whether they have room: from the lightest on until one has, and then in the order in which
         they would be there.
         """
-        before = [backlog_ms(engine) for engine in engines]
+        before = [backlog_of(engine) for engine in engines]
         by_backlog = sorted(range(len(engines)), key=before.__getitem__)
         lightest = next((k for k in by_backlog if has_room(engines[k])), None)
         if lightest is None or not self._jitter_ms:
             return None if lightest is None else engines[lightest]
         late = self._rng.exponential(self._jitter_ms, len(engines)).tolist()
         woken = [
-            pull_delay_ms(batch_ms, lightest_ms=before[lightest]) + late_ms
-            for batch_ms, late_ms in zip(before, late, strict=True)
+            pull_delay_ms(own_ms, lightest_ms=before[lightest]) + late_ms
+            for own_ms, late_ms in zip(before, late, strict=True)
         ]
         by_wake = sorted(range(len(engines)), key=woken.__getitem__)
         return next(engines[k] for k in by_wake if k == lightest or has_room(engines[k]))

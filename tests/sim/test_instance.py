@@ -135,7 +135,9 @@ def check_conservation(cluster: Cluster) -> None:
         assert instance.context_tokens == sum(decoding)
         blocks = [-(-n // BLOCK_TOKENS) for n in [*decoding, *(r.length for r in prefilling)]]
         assert instance.blocks_used == sum(blocks)
-        assert instance.pending_tokens == sum(r.left_tokens for r in prefilling) + sum(r.length for r in waiting)
+        pending = [r.length for r in [*prefilling, *waiting]]
+        assert instance.pending_tokens == sum(pending)
+        assert instance.longest_prefill_tokens == max(pending, default=0)
 
 
 TICK_S = 0.000731377  # an odd unit: arrivals never fall on a step boundary by rounding alone

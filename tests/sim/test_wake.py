@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from l4queue.cost.step import StepCost
 from l4queue.sim.engine.instance import Instance
 from l4queue.sim.engine.request import SimRequest
-from l4queue.sim.wake import WakeRace, backlog_ms
+from l4queue.sim.wake import WakeRace, backlog_of
 
 COST = StepCost(alpha_ms=7.0, beta_ms=0.02, gamma_ms=0.0, pi_ms=0.01, psi_ms=0.0)
 
@@ -35,7 +35,7 @@ def _shares(engines: list[Instance], *, jitter_ms: float, draws: int = 4000) -> 
 
 def test_without_delay_the_lightest_is_always_the_first() -> None:
     engines = _engines(3000, 1000, 2000)
-    assert min(engines, key=backlog_ms).index == 1
+    assert min(engines, key=backlog_of).index == 1
     assert _shares(engines, jitter_ms=0.0) == [0.0, 1.0, 0.0]
     assert _shares(_engines(1000, 1000), jitter_ms=0.0) == [1.0, 0.0]
 
@@ -66,4 +66,4 @@ def test_only_one_with_room_is_the_first(given_engines: list[tuple[int, bool]], 
 
     assert (first in able) if able else (first is None)
     if able and not jitter_ms:
-        assert first is min(able, key=backlog_ms)
+        assert first is min(able, key=backlog_of)

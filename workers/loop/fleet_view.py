@@ -11,7 +11,7 @@ from l4queue.config import Settings
 from l4queue.cost.step import StepCost
 from l4queue.models import Plan, WorkerLoad
 from l4queue.observe.overview import Overview, read_overview_async, stage_loads
-from l4queue.policy.loads import NEWS_INTERVAL_S, StageLoad, batch_ms, prefill_ahead_ms
+from l4queue.policy.loads import NEWS_INTERVAL_S, StageLoad, backlog_ms, prefill_ahead_ms
 from l4queue.policy.newcomer import stage_for_newcomer
 from l4queue.policy.output_lengths import OutputLengths
 from l4queue.protocol.executor import AsyncExecutor
@@ -72,8 +72,17 @@ class FleetView:
         """The least that another worker of this stage had before it; infinite where there is none."""
         known, of_stage, found_ms = self._lightest
         if known is not self.overview or of_stage != stage:
-            loads = (batch_ms(load, cost=cost) for load in self.others(stage=stage) if load.is_open)
-            found_ms = min(loads, default=math.inf)
+            backlogs_ms = (
+                backlog_ms(
+                    load.num_running,
+                    load.context_tokens,
+                    pending_prefill_tokens=load.pending_prefill_tokens,
+                    cost=cost,
+                )
+                for load in self.others(stage=stage)
+                if load.is_open
+            )
+            found_ms = min(backlogs_ms, default=math.inf)
             self._lightest = (self.overview, stage, found_ms)
         return found_ms
 

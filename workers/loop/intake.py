@@ -8,17 +8,18 @@ import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 
-from l4queue.models import UNBOUNDED_TOKENS, RequestState
+from l4queue.models import RequestState
 from l4queue.policy.admission import (
     AdmissionBudget,
-    AdmissionLimits,
+    AdmissionState,
     admission_budget,
     pull_delay_ms,
+    still_awaited,
     unbounded_budget,
 )
 from l4queue.policy.escape import has_prefill
-from l4queue.policy.handover import look_again_at
-from l4queue.policy.loads import batch_ms
+from l4queue.policy.handover import first_watch
+from l4queue.policy.loads import backlog_ms
 from l4queue.policy.steal import Steal, steal_waiting
 from l4queue.protocol.calls import Taker, Verdict
 from l4queue.protocol.foreign import finding
@@ -40,8 +41,6 @@ from workers.loop.writer import Writer
 __all__ = ("Intake",)
 
 log = logging.getLogger("l4queue.worker")
-_PREFILL_STEPS = 2  # prompts of two steps wait in the engine: it never runs dry, and little is out of reach
-_LONG_PREFILL_STEPS = 1  # beside a prompt of many steps nothing waits: others can take it, and there is time
 _SOLO_ROOM = unbounded_budget(1, reason="runs alone")
 
 
@@ -77,7 +76,7 @@ class Intake:
         self._solo = solo
         self._rollback = rollback
         self._escape_before_prefill = escape_before_prefill
-        self._waits_for: frozenset[str] | None = None  # what ran when the queue was last found to wait
+        self._awaited: frozenset[str] | None = None  # what ran when the queue began to wait, and still runs
         self._private_due = True  # something may wait for this worker alone
 
     def expect_private(self) -> None:
@@ -107,40 +106,38 @@ class Intake:
         room = self._without_newcomers(room)
         hold = self._background.hold(room)
         if taken := await self._take(str(self._placement.stage), room, hold=hold):
-            self._waits_for = None
+            self._awaited = None
             return taken
         return await self._steal(room, hold)
 
     def _without_newcomers(self, room: AdmissionBudget) -> AdmissionBudget:
-        """A prompt that waits for what runs to end waits for what ran when it began to, not for hand-overs."""
         if not self._fleet_view.num_queued(self._placement.stage):
-            self._waits_for = None
+            self._awaited = None
             return room
-        here = self._sessions.ids()
-        self._waits_for = here if self._waits_for is None else self._waits_for & here
-        return room if self._waits_for else replace(room, longest_tokens=UNBOUNDED_TOKENS)
+        self._awaited = still_awaited(self._awaited, self._sessions.ids())
+        return room.without_newcomers(self._awaited)
 
     def room(self) -> AdmissionBudget:
-        """What may be taken now: by the policy, and a step of prefill at a time: a long prompt is seen first."""
-        info, fleet_view = self._profile.info, self._fleet_view
-        is_ours = self._placement.is_l4
-        has_long = max(self._sessions.prefills, default=0) > info.max_batched_tokens
-        limits = AdmissionLimits(
-            prefill_tokens=(_LONG_PREFILL_STEPS if has_long else _PREFILL_STEPS) * info.max_batched_tokens,
-            remaining_tokens=fleet_view.outputs.mean_tokens if is_ours else None,
+        """What may be taken now, by the policy."""
+        fleet_view, placement = self._fleet_view, self._placement
+        state = AdmissionState.of(
+            self._report.load(),
+            longest_prefill_tokens=max(self._sessions.prefills, default=0),
+            num_waiting=fleet_view.num_queued(placement.stage) / placement.num_sharers,
+            remaining_tokens=fleet_view.outputs.mean_tokens if placement.is_l4 else None,
         )
-        waiting = fleet_view.num_queued(self._placement.stage) / self._placement.num_sharers
-        load = self._report.load()
-        room = admission_budget(load, cost=self._profile.cost, limits=limits, num_waiting=waiting)
-        return replace(room, prefill_tokens=min(room.prefill_tokens, info.max_batched_tokens))
+        return admission_budget(state, cost=self._profile.cost)
 
     def pull_delay_s(self) -> float:
         """How long to let other workers of the stage go first; what waits for this one alone waits no longer."""
         if self._private_due or self._placement.num_sharers < 2:
             return 0.0
-        cost = self._profile.cost
+        cost, load = self._profile.cost, self._report.load()
+        own_ms = backlog_ms(
+            load.num_running, load.context_tokens, pending_prefill_tokens=load.pending_prefill_tokens, cost=cost
+        )
         lightest_ms = self._fleet_view.lightest_ms(self._placement.stage, cost=cost)
-        return pull_delay_ms(batch_ms(self._report.load(), cost=cost), lightest_ms=lightest_ms) / 1000
+        return pull_delay_ms(own_ms, lightest_ms=lightest_ms) / 1000
 
     async def _take_solo(self) -> int:
         """One request that is to run alone, where nothing runs here."""
@@ -237,7 +234,12 @@ class Intake:
             session = await self._open(grant, earlier.get(grant.request_id, []))
             if session is None or await self._rollback.is_second(session):
                 continue
-            self._sessions.add(session, watch_tokens=_first_watch(session, self._placement.high_tokens))
+            watch_tokens = first_watch(
+                session.length_tokens,
+                high_tokens=self._placement.high_tokens,
+                has_moved=bool(session.came_from),
+            )
+            self._sessions.add(session, watch_tokens=watch_tokens)
             context.observer.request_started(view_of(session))
             if session.has_ended:
                 ended.append(session)
@@ -268,10 +270,3 @@ class Intake:
             await context.executor.bury([unreadable])
             return None
         return session
-
-
-def _first_watch(session: Session, high_tokens: int | None) -> int | None:
-    """Length at which moving it is thought about: the end of the range; much later if it was moved beyond that."""
-    if high_tokens is not None and session.came_from and session.length_tokens >= high_tokens:
-        return look_again_at(session.length_tokens)
-    return high_tokens

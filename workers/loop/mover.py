@@ -12,7 +12,14 @@ from typing import NoReturn
 
 from l4queue.compat import FORMAT, object_of, value_of
 from l4queue.models import WorkerLoad
-from l4queue.policy.escape import MIN_PREFILL_MS, NUM_REFUGES, REST_MS, EscapeTarget, escapes, may_escape
+from l4queue.policy.escape import (
+    MIN_PREFILL_MS,
+    REST_MS,
+    EscapeTarget,
+    escapes,
+    may_escape,
+    sample_siblings,
+)
 from l4queue.policy.handover import decide_handover, least_loaded, look_again_at, next_stage
 from l4queue.policy.steal import Ask, RunningRequest, ask, bid, choose_victim, match
 from l4queue.protocol.calls import Move, MoveKind
@@ -114,7 +121,7 @@ class Mover:
         if not others:
             return
         self._escaped_s = asyncio.get_running_loop().time()
-        siblings = await fleet_view.asked_again(random.sample(others, min(NUM_REFUGES, len(others))))
+        siblings = await fleet_view.asked_again(sample_siblings(others, draw=_draw))
         here = self._report.load()
         rested_s = asyncio.get_running_loop().time() - REST_MS / 1000
         by_id = {
@@ -256,6 +263,10 @@ class Mover:
             expected_remaining_tokens=self._fleet_view.expected_remaining(session),
             came_from=session.came_from or None,
         )
+
+
+def _draw(num_all: int, num_drawn: int) -> list[int]:
+    return random.sample(range(num_all), num_drawn)
 
 
 def _now_ms() -> int:

@@ -11,6 +11,7 @@ import math
 from collections import deque
 from collections.abc import Iterator
 from heapq import heappop, heappush
+from itertools import chain
 
 from l4queue.cost.step import BLOCK_TOKENS, StepCost
 from l4queue.models import UNBOUNDED_TOKENS
@@ -73,7 +74,8 @@ class Batch:
         self.blocks_used = 0
         self.num_decodes = 0
         self.context_tokens = 0
-        #: tokens still to prefill, admitted and waiting in the engine
+        #: lengths of the requests that are prefilled here and have no token yet, admitted or waiting: a worker
+        #: learns how far its engine is in a prompt when the prompt is through
         self.pending_tokens = 0
         #: True where the next `start_segment` is already due at this instant
         self.is_at_boundary = False
@@ -115,23 +117,34 @@ class Batch:
 
     @property
     def held_tokens(self) -> int:
-        """Tokens in the cache plus tokens still to prefill: the load measure of `least-tokens`."""
+        """Lengths of all requests in the engine, but for those whose KV cache has just arrived."""
         return self.context_tokens + self.pending_tokens
 
     @property
+    def longest_prefill_tokens(self) -> int:
+        """The longest of those that have no token yet and are prefilled here; 0 for none."""
+        if not self.pending_tokens:
+            return 0
+        return max(r.length for r in chain(self._prefills, self._waiting) if not r.has_kv)
+
+    @property
     def kv_used_tokens(self) -> int:
-        """KV tokens taken, in whole blocks, with the prompts that wait in the engine."""
-        return self.blocks_used * BLOCK_TOKENS + sum(r.length for r in self._waiting)
+        """KV tokens taken, in whole blocks."""
+        return self.blocks_used * BLOCK_TOKENS
 
     @property
     def kv_free_tokens(self) -> int:
         """KV tokens free once what waits in the engine is in."""
-        return self.blocks_total * BLOCK_TOKENS - self.kv_used_tokens
+        return self.blocks_total * BLOCK_TOKENS - self.kv_used_tokens - sum(r.length for r in self._waiting)
 
     @property
     def step_ms(self) -> float:
         """Time of a decode step with the present batch, ms."""
         return self._decode_step_ms()
+
+    def requests(self) -> Iterator[SimRequest]:
+        """All requests in the engine, in no particular order."""
+        return chain(self._decodes, self._waiting)
 
     def running(self) -> Iterator[SimRequest]:
         """Requests in the batch in admission order."""
@@ -246,7 +259,6 @@ class Batch:
                 self._prefills.remove(request)
                 del self._decodes[request]
                 self.blocks_used -= _blocks(request.length)
-                self.pending_tokens += request.length - request.left_tokens
                 request.left_tokens = 0
             else:
                 self._drop_decode(request)
@@ -301,11 +313,11 @@ class Batch:
     def _apply_prefills(self, end_s: float) -> None:
         is_done = False
         for request, chunk in self._segment_prefills:
-            self.pending_tokens -= chunk
             request.left_tokens -= chunk
             if request.left_tokens:
                 continue
             is_done = True
+            self.pending_tokens -= request.length
             self.blocks_used -= _blocks(request.length)
             request.generated += 1
             if request.first_token_s is None:

@@ -2,94 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from heapq import heappop, heappush
-
 from l4queue.sim.engine.instance import Instance
 from l4queue.sim.engine.request import SimRequest
+from l4queue.sim.policies.pool import Pool
+from l4queue.sim.policies.views import AGEING_TOKENS_PER_S
 from l4queue.sim.policy import Fleet, Policy
-from l4queue.sim.wake import WakeRace
 
-__all__ = ("Central", "CentralSjf", "Clairvoyant", "Pool", "TwoPool")
-
-AGEING_TOKENS_PER_S = 2000.0
-"""Prompt tokens that a second of waiting counts as; the live system's default."""
-
-
-class Pool:
-    """A queue in serving order and the engines that pull from it.
-
-    An engine has room while less than one step's budget of prefill is pending in it, a batch slot is
-    free and the KV cache holds the prompt with a reserve for the growth of what runs. Of several engines with
-    room `race` says which takes the request.
-    """
-
-    __slots__ = ("_heap", "_race", "_reserve_share", "_score", "_sequence", "instances")
-
-    def __init__(
-        self,
-        instances: Sequence[Instance],
-        *,
-        score: Callable[[SimRequest], float],
-        race: WakeRace,
-        reserve_share: float = 0.1,
-    ) -> None:
-        self.instances = list(instances)
-        self._score = score
-        self._race = race
-        self._heap: list[tuple[float, int, SimRequest]] = []
-        self._sequence = 0
-        self._reserve_share = reserve_share
-
-    def __len__(self) -> int:
-        return len(self._heap)
-
-    @property
-    def head(self) -> SimRequest:
-        """The request that is next in order; only while there is one."""
-        return self._heap[0][2]
-
-    @property
-    def queued_tokens(self) -> int:
-        """Length of all waiting requests."""
-        return sum(entry[2].length for entry in self._heap)
-
-    def queued(self) -> Iterator[SimRequest]:
-        """Waiting requests in no particular order."""
-        return (entry[2] for entry in self._heap)
-
-    def take(self) -> SimRequest:
-        """Take the head out."""
-        return heappop(self._heap)[2]
-
-    def put(self, request: SimRequest) -> None:
-        """Queue a request by its score, ties in order of arrival."""
-        self._sequence += 1
-        heappush(self._heap, (self._score(request), self._sequence, request))
-
-    def has_room(self, instance: Instance, request: SimRequest) -> bool:
-        """Whether the engine may pull the request now."""
-        cost = instance.cost
-        if instance.pending_tokens >= cost.max_batched_tokens or instance.num_requests >= cost.max_num_seqs:
-            return False
-        free = instance.kv_free_tokens - request.length
-        return free >= self._reserve_share * cost.kv_capacity_tokens or instance.num_requests == 0
-
-    def place(self, push: Callable[[SimRequest, Instance], None]) -> None:
-        """Hand out the head of the queue while some engine has room for it."""
-        while self._heap:
-            request = self._heap[0][2]
-            first = self._race.first(self.instances, has_room=partial(self.has_room, request=request))
-            if first is None:
-                return
-            heappop(self._heap)
-            push(request, first)
-
-    def pull(self, instance: Instance, push: Callable[[SimRequest, Instance], None]) -> None:
-        """Let one engine take from the head while it has room."""
-        while self._heap and self.has_room(instance, self._heap[0][2]):
-            push(heappop(self._heap)[2], instance)
+__all__ = ("Central", "CentralSjf", "Clairvoyant", "TwoPool")
 
 
 class Central(Policy):

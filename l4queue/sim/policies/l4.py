@@ -12,20 +12,20 @@ from l4queue.planning.partition import PartitionProblem
 from l4queue.planning.planner import Decision, PlannerSettings, Snapshot, expected_demand, plan
 from l4queue.planning.refine import refine
 from l4queue.planning.steady_state import Objective, PartitionSettings
-from l4queue.policy.handover import decide_handover, least_loaded, look_again_at, next_stage
+from l4queue.policy.admission import AdmissionBudget
+from l4queue.policy.handover import decide_handover, first_watch, least_loaded, look_again_at, next_stage
 from l4queue.policy.loads import EARLY_NEWS_FRACTION, NEWS_INTERVAL_S, StageLoad, prefill_ahead_ms, stage_load
 from l4queue.policy.route import route
 from l4queue.policy.steal import Steal, StealLimits, steal_waiting
 from l4queue.sim.engine.instance import Instance
 from l4queue.sim.engine.request import SimRequest
-from l4queue.sim.policies.central import Pool
 from l4queue.sim.policies.l4_escapes import Escapes
-from l4queue.sim.policies.l4_pool import StagePool
 from l4queue.sim.policies.l4_running_steals import PendingMove, RunningSteals
 from l4queue.sim.policies.l4_traffic import Traffic
+from l4queue.sim.policies.pool import Pool
 from l4queue.sim.policies.views import load_of, score_of, worker_id
 from l4queue.sim.policy import Fleet, Policy
-from l4queue.sim.wake import backlog_ms
+from l4queue.sim.wake import backlog_of
 
 __all__ = ("INGREDIENTS", "L4", "L4Options")
 
@@ -136,7 +136,7 @@ class L4(Policy):
         request.stage = stage
         pool = self._pools[stage]
         if not self._has["late-binding"]:
-            self.cluster.push(request, min(pool.instances, key=backlog_ms))
+            self.cluster.push(request, min(pool.instances, key=backlog_of))
             return
         pool.put(request)
         if len(pool) == 1:
@@ -157,7 +157,7 @@ class L4(Policy):
     def on_started(self, instance: Instance, requests: Sequence[SimRequest], now_s: float) -> None:
         """Watch for the end of the stage's range."""
         for request in requests:
-            self._watch(instance, request)
+            self._watch(instance, request, has_moved=False)
 
     def on_finished(self, instance: Instance, requests: Sequence[SimRequest], now_s: float) -> None:
         """Learn from lengths that are known now."""
@@ -209,16 +209,17 @@ class L4(Policy):
         request.watch_tokens = None
         send = self.cluster.steal if tag.is_steal else self.cluster.send
         send(request, tag.target)
-        self._watch(tag.target, request)
+        self._watch(tag.target, request, has_moved=True)
 
-    def _watch(self, instance: Instance, request: SimRequest) -> None:
-        """Look at it when it outgrows the range; one that was moved beyond it, when it has grown much further."""
-        high = self.plan.stages[instance.stage].high_tokens
-        if self._has["hand-over"] and high is not None:
-            length = instance.length_of(request)
-            has_fled = request in self._running.stolen or self._escapes.has_escaped(request)
-            was_beyond = length >= high and has_fled
-            instance.watch(request, length_tokens=look_again_at(length) if was_beyond else high)
+    def _watch(self, instance: Instance, request: SimRequest, *, has_moved: bool) -> None:
+        """Weigh a hand-over of it when it has grown that far. A new plan weighs all anew, as live."""
+        if not self._has["hand-over"]:
+            return
+        high_tokens = self.plan.stages[instance.stage].high_tokens
+        length = instance.length_of(request)
+        watch_tokens = first_watch(length, high_tokens=high_tokens, has_moved=has_moved)
+        if watch_tokens is not None:
+            instance.watch(request, length_tokens=watch_tokens)
 
     # ---------------------------------------------------------------- stealing
 
@@ -228,26 +229,31 @@ class L4(Policy):
                 self._steal(instance)
 
     def _steal(self, thief: Instance) -> None:
-        if not any(len(pool) for pool in self._pools):
-            return
-        if self._what_to_steal(thief, self._recent_loads()).stage is None:
-            return
-        decision = self._what_to_steal(thief, self._stage_loads())
-        if decision.stage is None:
-            return
-        victim = self._pools[decision.stage]
-        for _ in range(decision.num_requests):
-            if not len(victim) or not victim.has_room(thief, victim.head):
+        """Take from sibling stages while that pays; half a share at a time, as from the own queue."""
+        while any(len(pool) for pool in self._pools):
+            own = self._pools[thief.stage]
+            budget = own.budget(thief)
+            if self._what_to_steal(thief, budget, self._recent_loads()).stage is None:
                 return
-            self.cluster.push_stolen(victim.take(), thief)
+            decision = self._what_to_steal(thief, budget, self._stage_loads())
+            if decision.stage is None:
+                return
+            if not self._pools[decision.stage].take(
+                thief,
+                self.cluster.push_stolen,
+                budget=budget,
+                num_sharers=len(own.instances),
+                most=decision.num_requests,
+            ):
+                return
 
-    def _what_to_steal(self, thief: Instance, loads: Sequence[StageLoad]) -> Steal:
+    def _what_to_steal(self, thief: Instance, budget: AdmissionBudget, loads: Sequence[StageLoad]) -> Steal:
         return steal_waiting(
             load_of(thief),
             own=replace(loads[thief.stage], queued_requests=0, queued_tokens=0),
             siblings=loads,
             head_tokens={i: pool.head.length for i, pool in enumerate(self._pools) if len(pool)},
-            max_requests=thief.cost.max_num_seqs - thief.num_requests,
+            max_requests=budget.num_requests,
             expected_output_tokens=self.traffic.outputs.mean_tokens,
             cost=self.cluster.cost,
             limits=self.options.steal,
@@ -375,12 +381,12 @@ class L4(Policy):
             self._pools[request.stage].put(request)
         for instance in self.cluster.instances:
             for request, _ in list(instance.decoding_lengths()):
-                self._watch(instance, request)
+                self._watch(instance, request, has_moved=False)
 
     def _make_pool(self, members: Sequence[Instance]) -> Pool:
-        if self._has["finish-first"]:
-            return StagePool(members, score=score_of, race=self.cluster.race, outputs=self.traffic.outputs)
-        return Pool(members, score=score_of, race=self.cluster.race)
+        outputs = self.traffic.outputs
+        remaining_tokens = (lambda: outputs.mean_tokens) if self._has["finish-first"] else None
+        return Pool(members, score=score_of, race=self.cluster.race, remaining_tokens=remaining_tokens)
 
 
 def _with_ids(plan: Plan, instances: Sequence[Instance]) -> Plan:

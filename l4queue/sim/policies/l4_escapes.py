@@ -8,7 +8,7 @@ import numpy as np
 
 from l4queue.cost.move import MovePrice
 from l4queue.cost.step import StepCost
-from l4queue.policy.escape import NUM_REFUGES, REST_MS, EscapeTarget, escapes, may_escape
+from l4queue.policy.escape import REST_MS, EscapeTarget, escapes, may_escape, sample_siblings
 from l4queue.policy.steal import RunningRequest, StealLimits
 from l4queue.sim.engine.instance import Instance
 from l4queue.sim.engine.request import SimRequest
@@ -41,10 +41,6 @@ class Escapes:
         """These are done."""
         for request in requests:
             self._moved_s.pop(request, None)
-
-    def has_escaped(self, request: SimRequest) -> bool:
-        """Whether it runs where it fled to, or has."""
-        return request in self._moved_s
 
     def moves(self, instance: Instance, now_s: float) -> list[tuple[SimRequest, Instance]]:
         """Requests that leave this engine now, with their targets."""
@@ -88,12 +84,14 @@ class Escapes:
 
     def _refuges(self, instance: Instance, ahead_ms: float) -> list[tuple[EscapeTarget, Instance]]:
         """Some of the others, those with less prefill before them."""
-        others: Sequence[Instance] = self._instances
-        if len(others) > NUM_REFUGES + 1:
-            others = [others[i] for i in self._rng.choice(len(others), NUM_REFUGES, replace=False).tolist()]
+        others = sample_siblings([other for other in self._instances if other is not instance], draw=self._draw)
         known = ((other, self._ahead_ms(other.pending_tokens, other.stage)) for other in others)
         return [
             (EscapeTarget(load=load_of(other), ahead_ms=there_ms), other)
             for other, there_ms in known
-            if there_ms < ahead_ms and other is not instance
+            if there_ms < ahead_ms
         ]
+
+    def _draw(self, num_all: int, num_drawn: int) -> list[int]:
+        drawn: list[int] = self._rng.choice(num_all, num_drawn, replace=False).tolist()
+        return drawn

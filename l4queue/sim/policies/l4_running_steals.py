@@ -35,11 +35,6 @@ class RunningSteals:
         # from, to, and what marks the stay in the batch that it is to leave: it has moved when that has changed
         self._in_flight: dict[SimRequest, tuple[str, str, int]] = {}
 
-    @property
-    def stolen(self) -> Mapping[SimRequest, str]:
-        """Requests that were moved by a steal and still run, with the engine they were taken from."""
-        return self._came_from
-
     def forget(self, requests: Sequence[SimRequest]) -> None:
         """These are done."""
         for request in requests:

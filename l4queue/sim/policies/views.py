@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from l4queue.config import default_of
 from l4queue.models import WorkerLoad
 from l4queue.policy import queue_order
 from l4queue.policy.steal import RunningRequest
 from l4queue.sim.engine.instance import Instance
 from l4queue.sim.engine.request import SimRequest
-from l4queue.sim.policies.central import AGEING_TOKENS_PER_S
 
-__all__ = ("load_of", "running_request", "score_of", "worker_id")
+__all__ = ("AGEING_TOKENS_PER_S", "load_of", "running_request", "score_of", "worker_id")
+
+AGEING_TOKENS_PER_S: float = default_of("ageing_tokens_per_s")
+"""A second of waiting counts as so many prompt tokens, as in the live system."""
 
 
 def worker_id(instance: Instance) -> str:
@@ -24,9 +27,9 @@ def load_of(instance: Instance) -> WorkerLoad:
     return WorkerLoad(
         worker_id=worker_id(instance),
         stage=instance.stage,
-        num_running=instance.num_running,
+        num_running=instance.num_requests,
         num_waiting_in_engine=instance.num_waiting,
-        context_tokens=instance.context_tokens,
+        context_tokens=instance.held_tokens,
         pending_prefill_tokens=instance.pending_tokens,
         kv_used_tokens=instance.kv_used_tokens,
         kv_capacity_tokens=instance.cost.kv_capacity_tokens,

@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 
 from l4queue.cost.step import StepCost
 from l4queue.models import WorkerLoad
-from l4queue.policy.admission import AdmissionBudget, BackgroundBudget, WaitingRequest, admission_budget, admit
+from l4queue.policy.admission import (
+    AdmissionBudget,
+    AdmissionState,
+    BackgroundBudget,
+    WaitingRequest,
+    admission_budget,
+    admit,
+)
 from l4queue.policy.background import BackgroundLimits, Credit, RunningBackground, background_budget, give_back
 from l4queue.policy.loads import decode_step_ms
 
@@ -47,7 +54,12 @@ def _running(number: int, *, length: int = 800, left: float = 100.0, **more: boo
 def _room(load: WorkerLoad, running: list[RunningBackground], *, credit_ms: float = 0.0) -> BackgroundBudget:
     credit = Credit(ms=credit_ms)
     return background_budget(
-        load, admission_budget(load, cost=COST), running, credit=credit, cost=COST, limits=LIMITS
+        load,
+        admission_budget(AdmissionState.of(load), cost=COST),
+        running,
+        credit=credit,
+        cost=COST,
+        limits=LIMITS,
     )
 
 
@@ -62,7 +74,7 @@ def test_taking_keeps_step_slots_and_cache_within_the_bounds(others, number, len
     """All but for the first one, which a worker takes wherever there is any room."""
     running = _running(number, length=length, left=left)
     load = _load(number + others, number * length + others * 300)
-    room = admission_budget(load, cost=COST)
+    room = admission_budget(AdmissionState.of(load), cost=COST)
 
     found = _room(load, running)
 
@@ -116,7 +128,7 @@ def test_in_the_long_run_steps_and_prefills_together_stay_within_the_bound() -> 
         context = others * 500 + sum(r.length_tokens for r in running)
         load = _load(others + len(running), context)
         credit = credit.grown(now_ms=now_ms, load=load, running=running, cost=COST, limits=LIMITS)
-        room = admission_budget(load, cost=COST)
+        room = admission_budget(AdmissionState.of(load), cost=COST)
         found = background_budget(load, room, running, credit=credit, cost=COST, limits=LIMITS)
         prefill_ms = 0.0
         if found.num_requests:

@@ -41,8 +41,7 @@ def test_exactly_one_runs_empty_first(fleet: list[WorkerLoad], waited_s: float) 
         if any(w.is_emptying for w in able):
             assert chosen.is_emptying
         else:
-            least = min(w.num_running + w.num_waiting_in_engine for w in able)
-            assert chosen.num_running + chosen.num_waiting_in_engine == least
+            assert chosen.num_running == min(w.num_running for w in able)
 
 
 @given(fleet=FLEET, waited_s=st.floats(0.0, 4.9))
