@@ -51,6 +51,10 @@ def smollm2_directory(cache: str | Path) -> Path | None:
 def require_smollm2() -> Path:
     """The packaged weights; ConfigError where something is missing to unpack them."""
     missing, weights = _missing(), _weights()
+    if "torch" in missing:
+        raise ConfigError(
+            "model smollm2 is unpacked where an engine is installed: start a worker on this cache first"
+        )
     if missing or weights is None:
         needs = f"model smollm2 needs {', '.join(missing)}: {INSTALL}"
         raise ConfigError(f"{needs}; without network use --model tiny, whose text is noise")

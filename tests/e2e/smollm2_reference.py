@@ -7,7 +7,7 @@ import sys
 
 
 def main() -> None:
-    """Arguments: cache directory, longest answer. Prints the model's path and (prompt ids, ids, text) of each chat."""
+    """Arguments: cache directory, longest answer. Prints the path and (prompt ids, ids, text) of each chat."""
     cache, max_tokens = sys.argv[1], int(sys.argv[2])
     chats = json.load(sys.stdin)
 
