@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ("ClassReport", "examples", "register", "summarise")
 
-NUM_EXAMPLES = 3
+NUM_EXAMPLES = 3  # of each length class; chosen: all fit on a page
 _MIN_OUTPUT_TOKENS, _MAX_OUTPUT_TOKENS = 32, 160
 """Bounds of max_tokens. Chosen: answers end before them more often than not."""
 _PROMPT_CHARS, _ANSWER_CHARS = 100, 240
@@ -78,7 +78,7 @@ class Load:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
+class ShownAnswer:
     """A prompt and the text that came back."""
 
     length_class: str
@@ -87,15 +87,15 @@ class Answer:
     is_cut: bool
 
 
-def examples(answered: Sequence[tuple[Prompt, Result]], *, per_class: int = NUM_EXAMPLES) -> list[Answer]:
+def examples(answered: Sequence[tuple[Prompt, Result]], *, per_class: int = NUM_EXAMPLES) -> list[ShownAnswer]:
     """The first of each length class with different prompts, shortest class first."""
     from l4queue.cli.demo_prompts import LENGTH_CLASSES, length_class
 
-    found: dict[str, dict[str, Answer]] = {c.name: {} for c in LENGTH_CLASSES}
+    found: dict[str, dict[str, ShownAnswer]] = {c.name: {} for c in LENGTH_CLASSES}
     for prompt, result in answered:
         name = length_class(result.prompt_tokens).name
         if len(found[name]) < per_class and (result.text or "").strip():
-            answer = Answer(
+            answer = ShownAnswer(
                 length_class=name, prompt=prompt.text, text=result.text, is_cut=result.finish_reason == "length"
             )
             found[name].setdefault(prompt.text, answer)
@@ -280,7 +280,7 @@ def _print(reports: Sequence[ClassReport], plan: Plan, *, wall_s: float, flower_
         console.print(f"Flower was at {flower_url}")
 
 
-def _print_answers(answers: Sequence[Answer]) -> None:
+def _print_answers(answers: Sequence[ShownAnswer]) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
