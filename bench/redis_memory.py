@@ -30,6 +30,7 @@ from l4queue import AsyncClient, Settings
 from l4queue.cli.stack.embedded import EmbeddedRedis
 from l4queue.client import AsyncHandle
 from l4queue.cost.coefficients import read_coefficients
+from l4queue.model_cache import cache_directory
 from l4queue.models import RequestState
 from l4queue.policy.admission import unbounded_budget
 from l4queue.protocol.calls import Call, Calls, Taker
@@ -37,7 +38,7 @@ from l4queue.protocol.executor import AsyncExecutor, Executor
 from l4queue.protocol.keys import Keys
 from l4queue.protocol.records import Outcome
 from l4queue.protocol.retention import Retention
-from l4queue.tiny import build_tiny_tokenizer, cache_directory
+from l4queue.tiny import build_tiny_tokenizer
 from workers.engine.emulated.engine import EmulatedEngine
 from workers.loop.text import text_factory
 from workers.loop.worker import Worker

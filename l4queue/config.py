@@ -56,7 +56,11 @@ class Settings(BaseSettings):
         "strict", description="strict: AOF appendfsync always; fast: everysec, may lose acknowledged writes"
     )
 
-    model: str = Field("tiny", description="model path or name; tiny builds a small random-weight Llama")
+    model: str = Field(
+        "tiny",
+        description="model path or name; smollm2 answers in English, tiny has random weights; where none is set, "
+        "`up` and `demo` take smollm2 if it is installed",
+    )
     tokenizer: str = Field("", description="tokenizer path; empty: the model's own")
     max_model_len: int = Field(16_384, ge=16, description="longest prompt + output, tokens")
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from l4queue.model_cache import cache_directory
+from l4queue.smollm2 import SMOLLM2, convert_smollm2
 from l4queue.strict_json import read_json
+from l4queue.tiny import TINY, build_tiny_tokenizer
 
-__all__ = ("load_tokenizer",)
+__all__ = ("load_tokenizer", "tokenizer_place")
 
 _GENERIC = ("TokenizersBackend", "PreTrainedTokenizerFast")
 
@@ -17,8 +20,9 @@ def load_tokenizer(path: str | Path) -> Any:
 
     That one imports PyTorch where it is installed: seconds and 270 MB in every process. A directory with nothing
     but a generic tokenizer leaves it no choice of a class, and is loaded by that class at once. Raises OSError or
-    ValueError where there is no tokenizer, ImportError without transformers.
+    ValueError where there is no tokenizer, ImportError without transformers, and as `tokenizer_place`.
     """
+    path = tokenizer_place(path)
     is_generic = _is_generic(Path(path))
     try:
         if is_generic:
@@ -32,6 +36,18 @@ def load_tokenizer(path: str | Path) -> Any:
         raise
     except Exception as error:  # a broken file is met by foreign code, which raises all kinds
         raise ValueError(f"its files cannot be read: {error}") from error
+
+
+def tokenizer_place(name: str | Path) -> str | Path:
+    """Where a tokenizer lies: `tiny` and `smollm2` are made in the user's cache if need be, others lie there.
+
+    ConfigError where `smollm2` cannot be had.
+    """
+    if name == TINY:
+        return build_tiny_tokenizer(cache_directory())
+    if name == SMOLLM2:
+        return convert_smollm2(cache_directory())
+    return name
 
 
 def _is_generic(folder: Path) -> bool:

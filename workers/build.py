@@ -8,7 +8,9 @@ from pathlib import Path
 from l4queue.config import Settings
 from l4queue.cost.coefficients import CoefficientFile, read_coefficients
 from l4queue.errors import ConfigError
-from l4queue.tiny import cache_directory
+from l4queue.model_cache import cache_directory
+from l4queue.smollm2 import SMOLLM2, convert_smollm2
+from l4queue.tiny import TINY
 from workers.engine.base import Engine
 from workers.engine.emulated.engine import EmulatedEngine
 from workers.engine.loop_work import LoopWork
@@ -27,10 +29,12 @@ _CONSTRAINT_PATIENCE = 4.0  # a worker's machine is busier than that of the disp
 
 
 def model_path(settings: Settings) -> str:
-    """Where the model is; `tiny` is built in the user's cache when it is not there yet."""
-    if settings.model != "tiny":
-        return settings.model
-    return str(build_tiny_model(cache_directory()))
+    """Where the model is; `tiny` and `smollm2` are made in the user's cache when they are not there yet."""
+    if settings.model == TINY:
+        return str(build_tiny_model(cache_directory()))
+    if settings.model == SMOLLM2:
+        return str(convert_smollm2(cache_directory()))
+    return settings.model
 
 
 def make_worker(settings: Settings, observer: Observer) -> Worker:

@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from l4queue.tiny import VOCABULARY, build_in_place, make_tiny_tokenizer
+from l4queue.model_cache import build_in_place
+from l4queue.tiny import VOCABULARY, make_tiny_tokenizer
 
 __all__ = ("build_tiny_model",)
 
@@ -19,8 +20,8 @@ _VERSION = "tiny-llama-1"
 def build_tiny_model(directory: str | Path) -> Path:
     """Build the model below `directory` unless it is there already; returns its path.
 
-    The same bytes on every machine of one kind: weights and tokenizer come from fixed seeds. Two builders at
-    once are harmless.
+    The same bytes on every machine of one kind: weights and tokenizer come from fixed seeds. Two processes at
+    once build once.
     """
 
     def build(aside: Path) -> None:

@@ -10,7 +10,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from l4queue.tiny import build_in_place, make_tiny_tokenizer
+from l4queue.model_cache import build_in_place
+from l4queue.tiny import make_tiny_tokenizer
 
 __all__ = ("SHAPES", "build_random_model", "kv_bytes_per_token")
 

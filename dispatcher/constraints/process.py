@@ -23,6 +23,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import IO, Any
 
+from l4queue.pretrained import tokenizer_place
+
 __all__ = ("Check", "Checks", "load_check", "serve")
 
 Check = Callable[[dict[str, Any]], str]
@@ -241,12 +243,7 @@ def main() -> int:
     """Entry point. Whatever libraries print goes to standard error."""
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    path = sys.argv[1]
-    if path == "tiny":
-        from l4queue.tiny import build_tiny_tokenizer, cache_directory
-
-        path = str(build_tiny_tokenizer(cache_directory()))
-    serve(load_check(path), 0, answers)
+    serve(load_check(str(tokenizer_place(sys.argv[1]))), 0, answers)
     return 0
 
 

@@ -10,7 +10,6 @@ from typing import Any
 from l4queue.errors import ConfigError
 from l4queue.pretrained import load_tokenizer
 from l4queue.protocol.records import unpack_ids
-from l4queue.tiny import build_tiny_tokenizer, cache_directory
 
 __all__ = ("Counted", "PromptTokenizer", "Refusal")
 
@@ -38,14 +37,13 @@ class Counted:
 class PromptTokenizer:
     """Counts prompts. Thread-safe for reading; loads in seconds, so make one per process.
 
-    `path` is a directory or name that transformers knows; `tiny` builds that model's tokenizer if need be.
+    `path` is as for `load_tokenizer`.
     `max_model_len` bounds the work: a prompt that cannot fit by its bytes alone is refused uncounted.
     """
 
     def __init__(self, path: str, *, max_model_len: int) -> None:
         try:
-            source = build_tiny_tokenizer(cache_directory()) if path == "tiny" else path
-            self._tokenizer: Any = load_tokenizer(source)
+            self._tokenizer: Any = load_tokenizer(path)
         except ImportError as error:
             raise ConfigError("transformers is missing: install l4queue[dispatcher]") from error
         except (OSError, ValueError) as error:

@@ -19,10 +19,17 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
     from l4queue.cli.demo_prompts import Prompt
+    from l4queue.cli.stack.stack import Stack
     from l4queue.client import AsyncClient, Result
     from l4queue.models import Plan
 
-__all__ = ("ClassReport", "register", "summarise")
+__all__ = ("ClassReport", "examples", "register", "summarise")
+
+NUM_EXAMPLES = 3  # of each length class; chosen: all fit on a page
+_MIN_OUTPUT_TOKENS, _MAX_OUTPUT_TOKENS = 32, 160
+"""Bounds of max_tokens. Chosen: answers end before them more often than not."""
+_PROMPT_CHARS, _ANSWER_CHARS = 100, 240
+"""Of a prompt and an answer, so much is shown."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +67,41 @@ class ClassReport:
     e2e_s: Spread
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """What is sent, and how; chats need a model with a chat template."""
+
+    prompts: Sequence[Prompt]
+    rate: float
+    seed: int
+    is_chat: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShownAnswer:
+    """A prompt and the text that came back."""
+
+    length_class: str
+    prompt: str
+    text: str
+    is_cut: bool
+
+
+def examples(answered: Sequence[tuple[Prompt, Result]], *, per_class: int = NUM_EXAMPLES) -> list[ShownAnswer]:
+    """The first of each length class with different prompts, shortest class first."""
+    from l4queue.cli.demo_prompts import LENGTH_CLASSES, length_class
+
+    found: dict[str, dict[str, ShownAnswer]] = {c.name: {} for c in LENGTH_CLASSES}
+    for prompt, result in answered:
+        name = length_class(result.prompt_tokens).name
+        if len(found[name]) < per_class and (result.text or "").strip():
+            answer = ShownAnswer(
+                length_class=name, prompt=prompt.text, text=result.text, is_cut=result.finish_reason == "length"
+            )
+            found[name].setdefault(prompt.text, answer)
+    return [answer for answers in found.values() for answer in answers.values()]
+
+
 def summarise(results: Sequence[Result]) -> list[ClassReport]:
     """One report per length class that occurred, shortest first, and one for all."""
     from l4queue.cli.demo_prompts import LENGTH_CLASSES, length_class
@@ -86,7 +128,13 @@ def demo(
     requests: Annotated[int, typer.Option(min=1, help="How many requests.")] = 100,
     workers: Annotated[int, typer.Option(min=1, help="How many workers.")] = 2,
     engine: Annotated[str, typer.Option(help="vllm or emulated.")] = "vllm",
-    model: Annotated[str, typer.Option(help="Model path; tiny builds a small random-weight Llama.")] = "tiny",
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Path, name, smollm2 or tiny (random weights); default L4_MODEL, else smollm2 if installed.",
+            show_default=False,
+        ),
+    ] = None,
     rate: Annotated[float, typer.Option(min=0.0, help="Requests per second; 0 sends all at once.")] = 4.0,
     max_prompt_tokens: Annotated[int, typer.Option(min=64, help="Longest prompt, tokens.")] = 8000,
     seed: Annotated[int, typer.Option(help="Seed of the workload.")] = 0,
@@ -99,6 +147,7 @@ def demo(
 
     from l4queue.cli.demo_prompts import measured_chars_per_token, mixed_prompts
     from l4queue.cli.stack.stack import Stack, StackOptions
+    from l4queue.pretrained import load_tokenizer
 
     options = StackOptions(
         workers=workers, engine=engine, model=model, flower_port=flower_port, data_dir=data_dir, quiet=as_json
@@ -108,17 +157,18 @@ def demo(
         async with Stack(options) as stack:
             if stack.flower_url and not as_json:
                 print(f"Flower: {stack.flower_url}/workers and {stack.flower_url}/tasks", flush=True)
-            ratio = await asyncio.to_thread(
-                measured_chars_per_token, stack.settings.tokenizer or stack.settings.model
-            )
+            tokenizer = await asyncio.to_thread(load_tokenizer, stack.settings.tokenizer or stack.settings.model)
             prompts = mixed_prompts(
                 requests,
                 rng=np.random.default_rng(seed),
                 max_prompt_tokens=min(max_prompt_tokens, stack.settings.max_model_len - 512),
-                chars_per_token=ratio,
+                min_output=_MIN_OUTPUT_TOKENS,
+                max_output=_MAX_OUTPUT_TOKENS,
+                chars_per_token=await asyncio.to_thread(measured_chars_per_token, tokenizer),
             )
             await stack.ready()
-            return await _drive(stack, prompts, rate=rate, seed=seed, quiet=as_json)
+            load = Load(prompts=prompts, rate=rate, seed=seed, is_chat=bool(tokenizer.chat_template))
+            return await _drive(stack, load, quiet=as_json)
 
     outcome = asyncio.run(run())
     if as_json:
@@ -127,57 +177,63 @@ def demo(
         raise typer.Exit(1)
 
 
-async def _drive(stack: Any, prompts: Sequence[Prompt], *, rate: float, seed: int, quiet: bool) -> dict[str, Any]:
+async def _drive(stack: Stack, load: Load, *, quiet: bool) -> dict[str, Any]:
     from l4queue.client import AsyncClient
 
     async with AsyncClient(stack.redis_url, settings=stack.settings) as client:
         started_s = time.monotonic()
         with progress_bars(quiet, width=6) as progress:
-            results = await _replay(client, prompts, rate=rate, seed=seed, progress=progress)
+            answered = await _replay(client, load, progress=progress)
         wall_s = time.monotonic() - started_s
         overview = await client.overview()
-    reports = summarise(results)
+    reports, shown = summarise([result for _, result in answered]), examples(answered)
     if not quiet:
+        _print_answers(shown)
         _print(reports, overview.plan, wall_s=wall_s, flower_url=stack.flower_url)
     return {
-        "num_requests": len(prompts),
-        "num_done": len(results),
+        "num_requests": len(load.prompts),
+        "num_done": len(answered),
         "wall_s": wall_s,
         "classes": [asdict(report) for report in reports],
+        "examples": [asdict(answer) for answer in shown],
         "plan": asdict(overview.plan),
         "flower_url": stack.flower_url,
-        "seed": seed,
+        "seed": load.seed,
     }
 
 
-async def _replay(
-    client: AsyncClient, prompts: Sequence[Prompt], *, rate: float, seed: int, progress: Progress
-) -> list[Result]:
+async def _replay(client: AsyncClient, load: Load, *, progress: Progress) -> list[tuple[Prompt, Result]]:
     """Send with Poisson gaps and gather results; failures are shown and left out."""
     import numpy as np
 
     from l4queue.cli.demo_prompts import LENGTH_CLASSES, length_class
 
-    rng = np.random.default_rng([seed, 1])
-    planned = Counter(length_class(prompt.target_tokens).name for prompt in prompts)
+    rng = np.random.default_rng([load.seed, 1])
+    planned = Counter(length_class(prompt.target_tokens).name for prompt in load.prompts)
     bars = {c.name: progress.add_task(c.name, total=planned[c.name]) for c in LENGTH_CLASSES if planned[c.name]}
     watcher = asyncio.create_task(_show_plans(client, progress))
     tasks = []
-    for prompt in prompts:
-        follow = _follow(client, prompt, progress, bars[length_class(prompt.target_tokens).name])
-        tasks.append(asyncio.create_task(follow))
-        if rate > 0:
-            await asyncio.sleep(float(rng.exponential(1.0 / rate)))
+    for prompt in load.prompts:
+        bar = bars[length_class(prompt.target_tokens).name]
+        tasks.append(asyncio.create_task(_follow(client, prompt, progress, bar, is_chat=load.is_chat)))
+        if load.rate > 0:
+            await asyncio.sleep(float(rng.exponential(1.0 / load.rate)))
     results = await asyncio.gather(*tasks)
     watcher.cancel()
-    return [result for result in results if result is not None]
+    pairs = zip(load.prompts, results, strict=True)
+    return [(prompt, result) for prompt, result in pairs if result is not None]
 
 
-async def _follow(client: AsyncClient, prompt: Prompt, progress: Progress, bar: TaskID) -> Result | None:
+async def _follow(
+    client: AsyncClient, prompt: Prompt, progress: Progress, bar: TaskID, *, is_chat: bool
+) -> Result | None:
     from l4queue.errors import L4QueueError
 
+    given: dict[str, Any] = (
+        {"messages": [{"role": "user", "content": prompt.text}]} if is_chat else {"prompt": prompt.text}
+    )
     try:
-        handle = await client.enqueue(prompt.text, max_tokens=prompt.max_tokens, temperature=0.0, ignore_eos=True)
+        handle = await client.enqueue(**given, max_tokens=prompt.max_tokens, temperature=0.0)
         return await handle.result()
     except L4QueueError as error:
         progress.console.print(f"[red]failed:[/] {error}")
@@ -224,6 +280,28 @@ def _print(reports: Sequence[ClassReport], plan: Plan, *, wall_s: float, flower_
         console.print(f"Flower was at {flower_url}")
 
 
+def _print_answers(answers: Sequence[ShownAnswer]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table.grid(padding=(0, 1))
+    table.add_column(justify="right", style="dim")
+    table.add_column()
+    for answer in answers:
+        text = _shortened(answer.text, _ANSWER_CHARS, is_cut=answer.is_cut)
+        table.add_row(answer.length_class, Text(_shortened(answer.prompt, _PROMPT_CHARS), style="bold"))
+        table.add_row("", Text(text))
+    console = Console()
+    console.print(table)
+    console.print()
+
+
+def _shortened(text: str, limit_chars: int, *, is_cut: bool = False) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= limit_chars and not is_cut else f"{line[:limit_chars].rstrip()} …"
+
+
 def _ranges(plan: Plan) -> str:
     return ", ".join(
         f"[{s.low_tokens}, {'∞' if s.high_tokens is None else s.high_tokens}) × {s.num_workers}"
@@ -232,7 +310,8 @@ def _ranges(plan: Plan) -> str:
 
 
 def _spread(spread: Spread, *, scale: float, digits: int) -> str:
-    return "/".join(f"{value * scale:.{digits}f}" for value in (spread.mean, spread.p50, spread.p99))
+    values = [value * scale for value in (spread.mean, spread.p50, spread.p99)]
+    return "/".join(f"{value:.{digits if value < 10 else min(digits, int(value < 100))}f}" for value in values)
 
 
 def register(app: typer.Typer) -> None:

@@ -254,8 +254,15 @@ def _check_gpus(settings: Settings, build: EngineBuild | None, view: GpuView) ->
 
 
 def _check_model(settings: Settings) -> Check:
+    from l4queue.smollm2 import INSTALL, SMOLLM2, is_smollm2_installed
+
     if settings.model == "tiny":
         return Check(name="model", verdict=CheckResult.OK, detail="tiny, built on first use; its text is noise")
+    if settings.model == SMOLLM2:
+        if is_smollm2_installed():
+            return Check(name="model", verdict=CheckResult.OK, detail="smollm2, unpacked on first use")
+        detail = "the package of smollm2 is not installed"
+        return Check(name="model", verdict=CheckResult.FAIL, detail=detail, advice=INSTALL)
     path = Path(settings.model)
     if path.exists() and not (path / "config.json").is_file():
         return Check(

@@ -28,7 +28,8 @@ def up(
     model: Annotated[
         str | None,
         typer.Option(
-            help="Path, name or `tiny` (random weights); default L4_MODEL, else tiny.", show_default=False
+            help="Path, name, smollm2 or tiny (random weights); default L4_MODEL, else smollm2 if installed.",
+            show_default=False,
         ),
     ] = None,
     redis_url: Annotated[

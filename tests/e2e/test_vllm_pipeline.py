@@ -19,6 +19,7 @@ from l4queue.cli.demo_prompts import measured_chars_per_token, mixed_prompts
 from l4queue.client import Chunk
 from l4queue.errors import InvalidRequest, RequestFailed, RequestTooLong
 from l4queue.models import StagePlan
+from l4queue.pretrained import load_tokenizer
 from tests.e2e.conftest import MAX_MODEL_LEN, Deployment
 from tests.services.processes import until
 
@@ -29,7 +30,7 @@ NUM_REQUESTS = 200
 @pytest.fixture(scope="module")
 def served(deployment: Deployment) -> list[tuple[str, int, Result]]:
     """200 requests of real text, 20 to 8,000 prompt tokens: (prompt, max_tokens, result)."""
-    ratio = measured_chars_per_token(str(deployment.model))
+    ratio = measured_chars_per_token(load_tokenizer(deployment.model))
     prompts = mixed_prompts(
         NUM_REQUESTS, rng=np.random.default_rng(7), min_tokens=28, max_prompt_tokens=7600, chars_per_token=ratio
     )

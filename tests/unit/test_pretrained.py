@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from l4queue.model_cache import cache_directory
 from l4queue.pretrained import load_tokenizer
-from l4queue.tiny import build_tiny_tokenizer, cache_directory
+from l4queue.tiny import build_tiny_tokenizer
 
 _TEXTS = ["", "Grüße, 你好 🙂", " two  spaces", "<s>tag</s>", "x" * 1000]
 _LOAD = """

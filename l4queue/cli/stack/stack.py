@@ -15,6 +15,7 @@ from typing import Any
 from l4queue.cli.stack.embedded import EmbeddedRedis, free_port, is_port_free, write_private
 from l4queue.cli.stack.flower_place import FlowerPlace, flower_answers, flower_place
 from l4queue.cli.stack.logs import FileLog, Log
+from l4queue.cli.stack.own_models import chosen_model, own_model_path
 from l4queue.cli.stack.scrape import with_metrics, write_targets
 from l4queue.cli.stack.supervisor import ChildSpec, RestartPolicy, Supervisor
 from l4queue.config import URL_FILE, Settings, load_settings
@@ -23,7 +24,8 @@ from l4queue.hardware import Gpu, cores_of_worker, engine_build, missing_library
 from l4queue.observe.overview import read_overview_async
 from l4queue.protocol.executor import AsyncExecutor
 from l4queue.redis_url import SecretUrl, parse_url
-from l4queue.tiny import cache_directory
+from l4queue.smollm2 import CONTEXT_TOKENS, SMOLLM2
+from l4queue.tiny import TINY
 
 __all__ = ("DEFAULT_DATA_DIR", "Stack", "StackOptions")
 
@@ -218,32 +220,14 @@ class Stack:
         write_private(self.data_dir / URL_FILE.name, f"{redis.url.reveal()}\n")
 
     async def _model_path(self) -> str:
-        model = self.settings.model
-        if model != "tiny":
-            if model.startswith(("/", ".", "~")) and not (Path(model).expanduser() / "config.json").is_file():
-                raise ConfigError(f"model {model}: there is no {Path(model).expanduser() / 'config.json'}")
-            return str(Path(model).expanduser()) if model.startswith("~") else model
-        cache = cache_directory()
-        self.note("model tiny: a small Llama with random weights; its text is noise")
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "workers.tiny",
-            str(cache),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-        )
-        try:
-            output, complaint = await process.communicate()
-        except BaseException:
-            process.kill()
-            await process.wait()
-            raise
-        if process.returncode != 0:
-            last = complaint.decode(errors="replace").strip().rpartition("\n")[2]
-            raise ConfigError(f"the tiny model cannot be built in {cache}: {last}")
-        return output.decode().strip().rpartition("\n")[2]
+        model = chosen_model(self.settings)
+        if model == SMOLLM2 and "max_model_len" not in self.settings.model_fields_set:
+            self.settings = self.settings.model_copy(update={"max_model_len": CONTEXT_TOKENS})
+        if model in (TINY, SMOLLM2):
+            return await own_model_path(model, note=self.note, quiet=self.options.quiet)
+        if model.startswith(("/", ".", "~")) and not (Path(model).expanduser() / "config.json").is_file():
+            raise ConfigError(f"model {model}: there is no {Path(model).expanduser() / 'config.json'}")
+        return str(Path(model).expanduser()) if model.startswith("~") else model
 
     def _choose_flower_port(self) -> None:
         if not self.options.flower:
@@ -261,7 +245,9 @@ class Stack:
         self.flower = place
 
     def _environment(self) -> dict[str, str]:
-        names = ("namespace", "durability", "engine", "model", "flower_port", "log_format")
+        names = ["namespace", "durability", "engine", "model", "flower_port", "log_format"]
+        if "max_model_len" in self.settings.model_fields_set:
+            names.append("max_model_len")
         ours = {f"L4_{name.upper()}": str(getattr(self.settings, name)) for name in names}
         return {**ours, "L4_REDIS_URL": self.redis_url, "PYTHONUNBUFFERED": "1"}
 
