@@ -47,7 +47,7 @@ class Files:
 
 async def run(pipeline: Pipeline, files: Files, **options: Any) -> BatchSummary:
     """As the user of the asyncio client does."""
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(300):
         return await pipeline.client.run_batch(files.lines, files.out, **options)
 
 
@@ -73,7 +73,7 @@ async def stopped_when(
             asyncio.to_thread(client.run_batch, files.lines, files.out, progress=look, stop=stop, **options)
         )
         try:
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(300):
                 await reached.wait()
             yield work
         finally:

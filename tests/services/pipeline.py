@@ -106,7 +106,7 @@ async def true(value: bool) -> bool:
     return value
 
 
-async def until(condition: Callable[[], Awaitable[bool]], *, timeout_s: float = 120) -> None:
+async def until(condition: Callable[[], Awaitable[bool]], *, timeout_s: float = 300) -> None:
     """Poll until true."""
     async with asyncio.timeout(timeout_s):
         while not await condition():  # noqa: ASYNC110 - the state is in Redis, nobody signals it

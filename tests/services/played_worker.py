@@ -44,7 +44,7 @@ async def follows(scene: Scene, *handles: AsyncHandle | Handle, number: int = 1)
         lists = [scene.raw.hget(scene.keys.request(h.id), "followers") or b"" for h in handles]
         return all(len(one.split()) >= number for one in lists)
 
-    await until(are_followed, timeout_s=40)
+    await until(are_followed, timeout_s=300)
 
 
 def finished(scene: Scene, handle: AsyncHandle | Handle) -> None:

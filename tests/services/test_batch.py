@@ -167,7 +167,7 @@ async def test_results_that_went_early_are_computed_again(pipeline: Pipeline, fi
     assert (await first).num_in_flight == 20
     keeping = Retention(Keys(pipeline.settings.namespace))
     pipeline.start("w0")
-    await until(lambda: _have_ended(pipeline, 20), timeout_s=30)
+    await until(lambda: _have_ended(pipeline, 20), timeout_s=300)
     await pipeline.executor.run(keeping.pack(min_age_ms=0, max_requests=100, max_entries=10**6))
     assert (await pipeline.executor.run(keeping.evict(max_bytes=1, limit=20))).num_dropped == 20
 

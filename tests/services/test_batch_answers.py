@@ -16,7 +16,7 @@ from l4queue.errors import InvalidRequest
 from tests.services.batches import Files, has_submitted, run, stopped_when, submitted, write_lines
 from tests.services.pipeline import Pipeline, until
 
-pytestmark = [pytest.mark.services, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.services]
 
 
 def write_requests(path: Path, prompts: dict[str, Any]) -> None:

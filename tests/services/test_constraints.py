@@ -21,7 +21,7 @@ from l4queue.protocol.inbox import Inbox
 from l4queue.protocol.keys import Keys
 from tests.services.pipeline import ByteTokenizer, until
 
-pytestmark = [pytest.mark.services, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.services]
 COMMAND = (sys.executable, str(Path(__file__).parents[1] / "unit" / "dispatcher" / "checking_process.py"))
 EXPLOSIVE = {
     "type": "object",

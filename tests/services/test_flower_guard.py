@@ -26,7 +26,7 @@ from tests.services.processes import Processes, until
 from tests.services.redis_sets import make_certificate
 from tests.services.test_flower import open_browser
 
-pytestmark = [pytest.mark.services, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.services]
 
 L4QUEUE = Path(sys.executable).with_name("l4queue")
 PATHS = ("/", "/workers", "/tasks", "/api/workers", "/api/tasks", "/metrics", "/healthcheck", "/no/such/page")

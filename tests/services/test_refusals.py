@@ -19,7 +19,7 @@ from tests.protocol.scene import Scene
 from tests.protocol.server import DURABLE, RedisServer
 from tests.services.processes import Processes, until
 
-pytestmark = [pytest.mark.services, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.services]
 
 CELERY = ("-m", "celery", "--quiet", "-A", "dispatcher.app")
 NAMES = ("w1", "w2", "d1", "planner", "beat", "exporter")

@@ -180,7 +180,7 @@ async def test_as_json_it_prints_a_line_for_each_look_also_of_an_outage(
         assert process.stdout is not None
 
         async def line(wanted: Any) -> dict[str, Any]:
-            async with asyncio.timeout(120):
+            async with asyncio.timeout(300):
                 while True:
                     told: dict[str, Any] = json.loads(await process.stdout.readline())  # type: ignore[union-attr]
                     if wanted(told):

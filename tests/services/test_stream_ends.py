@@ -63,9 +63,9 @@ async def test_after_beyond_the_end_is_an_error(scene: Scene, client: AsyncClien
     handle = await client.enqueue("x", max_tokens=9)
     finished(scene, handle)
     with pytest.raises(InvalidRequest, match="beyond the end, the output has 5 tokens"):
-        await tokens_of(handle, after=6, timeout=50)
+        await tokens_of(handle, after=6, timeout=300)
     with pytest.raises(InvalidRequest, match="beyond the end"):
-        list(blocking.get(handle.id).stream(after=6, timeout=50))
+        list(blocking.get(handle.id).stream(after=6, timeout=300))
 
 
 @pytest.mark.parametrize("left", [[], ["3-0"], ["5-0", "5-1"], ["5-1"]])
@@ -80,13 +80,13 @@ async def test_output_that_is_gone_is_an_error_that_says_so(
     other = blocking.get(handle.id)
     kind, says = (OutputLost, "5 tokens") if left else (ResultExpired, "has expired")
     with pytest.raises(kind, match=says):
-        await handle.result(timeout=50)
+        await handle.result(timeout=300)
     with pytest.raises(kind, match=says):
         await tokens_of(handle)
     with pytest.raises(kind):
-        other.result(timeout=50)
+        other.result(timeout=300)
     with pytest.raises(kind):
-        list(other.stream(timeout=50))
+        list(other.stream(timeout=300))
 
 
 async def test_output_that_vanishes_under_a_stream_is_an_error(scene: Scene, client: AsyncClient) -> None:
@@ -105,7 +105,7 @@ async def test_an_end_without_its_marker_ends_the_wait(scene: Scene, client: Asy
     finished(scene, handle)
     scene.raw.xdel(scene.keys.output(handle.id), "5-1")
     assert await tokens_of(handle) == scene.tokens(1, 0, 5)
-    assert (await handle.result(timeout=50)).output_tokens == 5
+    assert (await handle.result(timeout=300)).output_tokens == 5
 
 
 async def test_what_has_ended_is_there_whatever_the_timeout(
@@ -135,8 +135,8 @@ async def test_a_record_that_goes_ends_every_wait(scene: Scene, client: AsyncCli
     """It expired, or a batch deleted it."""
     handle = await client.enqueue("x", max_tokens=9)
     other = blocking.get(handle.id)
-    waits = [asyncio.create_task(tokens_of(handle)), asyncio.create_task(handle.result(timeout=50))]
-    waits.append(asyncio.create_task(asyncio.to_thread(other.result, timeout=50)))
+    waits = [asyncio.create_task(tokens_of(handle)), asyncio.create_task(handle.result(timeout=300))]
+    waits.append(asyncio.create_task(asyncio.to_thread(other.result, timeout=300)))
     await follows(scene, handle, number=2)
     scene.raw.delete(scene.keys.request(handle.id))
     for wait in waits:
@@ -169,7 +169,7 @@ async def test_handles_come_once_whosever_they_are(scene: Scene, client: AsyncCl
     own = await client.enqueue("x", max_tokens=9)
     same = await client.get(own.id)
     foreign = await client.get(blocking.enqueue("y", max_tokens=9).id)
-    waiting = asyncio.create_task(_all(client.as_completed([own, own, same, foreign], timeout=50)))
+    waiting = asyncio.create_task(_all(client.as_completed([own, own, same, foreign], timeout=300)))
     await follows(scene, foreign)
     for handle in (foreign, own):
         scene.cancel(handle.id)
@@ -188,8 +188,8 @@ async def test_an_end_that_a_server_has_forgotten_is_none(
         scene.raw.xadd(mail, {"i": one.id, "s": "done"})
         scene.raw.xadd(mail, {"i": one.id, "s": "a state of a later release"})
         scene.raw.xadd(mail, {"nothing": "known"})
-    waits = [asyncio.create_task(handle.result(timeout=50))]
-    waits.append(asyncio.create_task(asyncio.to_thread(other.result, timeout=50)))
+    waits = [asyncio.create_task(handle.result(timeout=300))]
+    waits.append(asyncio.create_task(asyncio.to_thread(other.result, timeout=300)))
     await asyncio.to_thread(lambda: [until_read(scene, of) for of in (client, blocking)])
     for one in (handle, other):
         scene.emit(one.id)
@@ -208,8 +208,8 @@ def until_read(scene: Scene, client: Any) -> None:
 async def test_an_end_whose_mail_is_lost_is_found(scene: Scene, client: AsyncClient, number: int) -> None:
     """Results and completions alike, by the next look."""
     handles = await client.enqueue_many(["x"] * number, max_tokens=9)
-    waits = [asyncio.create_task(handle.result(timeout=50)) for handle in handles]
-    waits.append(asyncio.create_task(_all(client.as_completed(handles, timeout=50))))
+    waits = [asyncio.create_task(handle.result(timeout=300)) for handle in handles]
+    waits.append(asyncio.create_task(_all(client.as_completed(handles, timeout=300))))
     await until(lambda: true(len(client._listener._demux._watches) == number))
     pipe = scene.raw.pipeline()  # ended and its mail lost in one step
     for handle in handles:

@@ -47,7 +47,7 @@ class Up:
         self.wait_for(lambda: (self.place / "ready.json").exists())
         self.facts = json.loads((self.place / "ready.json").read_text())
 
-    def wait_for(self, condition: Any, *, seconds: float = 120.0) -> None:
+    def wait_for(self, condition: Any, *, seconds: float = 300.0) -> None:
         deadline = time.monotonic() + seconds
         while not condition():
             assert self.process.poll() is None, self.output

@@ -25,7 +25,7 @@ from tests.services.processes import Processes, until
 from tests.services.redis_sets import has_tls, make_certificate
 from workers.app import make_app
 
-pytestmark = [pytest.mark.services, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.services]
 
 SPECIAL = "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~ äß€%41"
 ENCODED = quote(SPECIAL, safe="")

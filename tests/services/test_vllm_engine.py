@@ -417,7 +417,7 @@ async def expect_death(served: Served) -> None:
             assert all(output.finish_reason is None for output in await served.engine.outputs())
 
     with pytest.raises(EngineDied):
-        await asyncio.wait_for(until_death(), 120)
+        await asyncio.wait_for(until_death(), 300)
     with pytest.raises(EngineDied):
         await served.engine.outputs()
     with pytest.raises(EngineDied):

@@ -146,5 +146,5 @@ def test_an_empty_password_is_refused_by_the_container_as_well(services: dict[st
     """Where another tool than Compose fills the variables in."""
     command = [filled(part, {"REDIS_PASSWORD": "x"}) for part in services["redis"]["command"]]
     environment = {"PATH": "/bin:/usr/bin", "REDISCLI_AUTH": ""}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert (done.returncode, done.stderr) == (1, "REDIS_PASSWORD is empty: choose one in .env\n")

@@ -15,7 +15,7 @@ from l4queue.models import SamplingParams
 from workers.engine.base import EngineRequest
 from workers.engine.vllm.translate import sampling_params
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.vllm]
 
 INF, NAN = math.inf, math.nan
 GRID: dict[str, list[Any]] = {
