@@ -26,7 +26,7 @@ from l4queue.model_config import with_model_facts
 from l4queue.observe.overview import read_overview_async
 from l4queue.protocol.executor import AsyncExecutor
 from l4queue.redis_url import SecretUrl, parse_url
-from l4queue.smollm2 import CONTEXT_TOKENS, SMOLLM2
+from l4queue.smollm2 import SMOLLM2
 from l4queue.tiny import TINY
 
 __all__ = ("DEFAULT_DATA_DIR", "Stack", "StackOptions")
@@ -225,8 +225,6 @@ class Stack:
 
     async def _model_path(self) -> str:
         model = chosen_model(self.settings)
-        if model == SMOLLM2 and "max_model_len" not in self.settings.model_fields_set:
-            self.settings = self.settings.model_copy(update={"max_model_len": CONTEXT_TOKENS})
         if model in (TINY, SMOLLM2):
             return await own_model_path(model, note=self.note, quiet=self.options.quiet)
         if model.startswith(("/", ".", "~")) and not (Path(model).expanduser() / "config.json").is_file():
