@@ -127,9 +127,9 @@ async def test_a_dispatcher_looks_at_the_engines(settings: Settings, executor: A
             assert (dispatcher._checker._process is not None) is (engine == "vllm")
         await dispatcher.look_at_engines()
         async with AsyncClient(settings=settings) as client, routing(dispatcher):
-            good = await client.enqueue(token_ids=[5] * (longest - 8), max_tokens=8)
+            good = await client.enqueue("x" * (longest - 8), max_tokens=8)
             await reaches(client, good.id, RequestState.QUEUED)
-            bad = await client.enqueue(token_ids=[5] * (longest - 8), max_tokens=9)
+            bad = await client.enqueue("x" * (longest - 8), max_tokens=9)
             with pytest.raises(RequestTooLong, match=f"exceed the model's {longest} tokens"):
                 await bad.result(timeout=120)
 

@@ -472,10 +472,14 @@ async def test_a_core_that_is_told_to_end_ends_no_request(served: Served) -> Non
 
 
 async def test_a_core_that_is_killed_ends_no_request(tmp_path: Path) -> None:
-    """SIGKILL in the middle of generation, on an engine of its own."""
-    engine = VllmEngine(str(build_tiny_model(tmp_path)), max_model_len=256, max_running=2, dtype="float32")
+    """SIGKILL in the middle of generation, on an engine of its own, whose KV cache is shorter than its model."""
+    model = build_tiny_model(tmp_path)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 300_000}))
+    engine = VllmEngine(str(model), max_running=2, dtype="float32")
     served = Served(engine=engine, info=await engine.start(), expected=[])
     try:
+        assert 200_000 < served.info.max_model_len <= served.info.kv_capacity_tokens < 300_000
         await served.add("a", prompt(2, 30), 200)
         await engine.outputs()
         signal_core(signal.SIGKILL)
