@@ -247,9 +247,7 @@ class Stack:
         self.flower = place
 
     def _environment(self) -> dict[str, str]:
-        names = ["namespace", "durability", "engine", "model", "flower_port", "log_format"]
-        if "max_model_len" in self.settings.model_fields_set:
-            names.append("max_model_len")
+        names = ("namespace", "durability", "engine", "model", "flower_port", "log_format")
         ours = {f"L4_{name.upper()}": str(getattr(self.settings, name)) for name in names}
         return {**ours, "L4_REDIS_URL": self.redis_url, "PYTHONUNBUFFERED": "1"}
 
