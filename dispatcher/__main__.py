@@ -14,16 +14,19 @@ from dispatcher.routing.service import Dispatcher
 from dispatcher.routing.tokenizer import PromptTokenizer
 from l4queue.config import Settings, load_settings
 from l4queue.errors import L4QueueError, ServiceUnavailable
+from l4queue.failure import fail
 from l4queue.logs import start_logging, take_log_format
 from l4queue.metrics import MetricsServer
+from l4queue.model_config import with_model_facts
 from l4queue.observe.health import dispatcher_alive
 from l4queue.protocol.executor import AsyncExecutor
 from l4queue.protocol.upkeep import Upkeep
 
 log = logging.getLogger("l4queue.dispatcher")
 _SLOW_ROUND_S = 5.0
-"""Period of repair and of the measured drain, s. A dispatcher whose routing has stood still for so long does
-not call itself alive. Chosen: a repair looks at many records, and only broken ones wait for it."""
+"""Period of repair, of the measured drain and of a look at the longest request, s. A dispatcher whose routing
+has stood still for so long does not call itself alive. Chosen: a repair looks at many records, and only broken
+ones wait for it."""
 
 
 async def keep_up(
@@ -40,6 +43,7 @@ async def keep_up(
                 await executor.offer(dispatcher_alive(dispatcher.keys, socket.gethostname()))
             if loop.time() >= next_slow:
                 next_slow = loop.time() + _SLOW_ROUND_S
+                await dispatcher.look_at_engines()
                 await upkeep.measure_drain()
                 await upkeep.repair_once()
         except ServiceUnavailable as error:
@@ -52,6 +56,7 @@ async def keep_up(
 
 async def serve(settings: Settings) -> None:
     """Run one dispatcher until a signal."""
+    settings = await asyncio.to_thread(with_model_facts, settings)
     path = settings.tokenizer or settings.model
     tokenizer = await asyncio.to_thread(PromptTokenizer, path, max_model_len=settings.max_model_len)
     executor = AsyncExecutor(settings.redis_url, retry_s=None)
@@ -97,8 +102,7 @@ def main(arguments: Sequence[str] = ()) -> int:
         start_logging(settings.log_format)
         asyncio.run(serve(settings))
     except L4QueueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return fail(error)
     return 0
 
 

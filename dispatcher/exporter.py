@@ -16,8 +16,10 @@ from dispatcher.monitoring.families import describe
 from dispatcher.monitoring.latency import Latencies
 from l4queue.config import Settings, load_settings
 from l4queue.errors import ConfigError, L4QueueError
+from l4queue.failure import fail
 from l4queue.logs import start_logging, take_log_format
 from l4queue.metrics import Families, MetricsServer
+from l4queue.model_config import with_model_facts
 from l4queue.observe.telemetry import read_telemetry
 from l4queue.policy.autoscale import FleetDemand
 from l4queue.protocol.executor import Executor
@@ -78,6 +80,10 @@ def serve(settings: Settings) -> None:
     stopping = Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
+    try:
+        settings = with_model_facts(settings)
+    except ConfigError as error:  # dispatchers and workers end of it
+        log.warning("lengths are told up to %d tokens: %s", settings.max_model_len, error)
     executor = Executor(settings.redis_url, retry_s=_RETRY_S, says_outages=True)
     exporter = Exporter(settings, executor)
     try:
@@ -98,8 +104,7 @@ def main(arguments: Sequence[str] = ()) -> int:
         start_logging(settings.log_format)
         serve(settings)
     except L4QueueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return fail(error)
     return 0
 
 

@@ -16,6 +16,7 @@ from dispatcher.app import make_app
 from dispatcher.monitoring import flower_events, flower_guard
 from l4queue.config import Settings, load_settings
 from l4queue.errors import ConfigError, L4QueueError
+from l4queue.failure import fail
 from l4queue.logs import start_logging, take_log_format
 
 __all__ = ("SocketBroker", "check_variables", "flower_options", "main")
@@ -93,5 +94,4 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except L4QueueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(fail(error))

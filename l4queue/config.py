@@ -62,7 +62,9 @@ class Settings(BaseSettings):
         "`up` and `demo` take smollm2 if it is installed",
     )
     tokenizer: str = Field("", description="tokenizer path; empty: the model's own")
-    max_model_len: int = Field(16_384, ge=16, description="longest prompt + output, tokens")
+    max_model_len: int = Field(
+        16_384, ge=16, description="longest prompt + output, tokens; not set: what model and KV cache hold"
+    )
 
     max_backlog_tokens: int = Field(50_000_000, ge=1, description="accepted and unfinished tokens")
     max_backlog_bytes: int = Field(
@@ -117,7 +119,13 @@ class Settings(BaseSettings):
     kv_handover_bytes: int = Field(
         1 << 30, ge=0, description="most shared memory for the KV of handed-over requests, bytes; 0: prefill again"
     )
-    dtype: str = Field("auto", description="weights of the vLLM engine: auto, float32, bfloat16, ...")
+    dtype: str = Field(
+        "auto",
+        description="weights of the vLLM engine: float32, bfloat16, ...; auto: the model's, if the CPU is fast",
+    )
+    vllm_args: str = Field(
+        "", description="more options for the engine, as `vllm serve` has them (docs/engines.md)"
+    )
     max_running: int = Field(64, ge=1, description="most requests at once in one engine")
     max_batched_tokens: int = Field(
         0, ge=0, description="most tokens in one step of the vLLM engine; 0: vLLM's own default (2,048)"

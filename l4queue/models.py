@@ -309,6 +309,7 @@ class WorkerLoad:
     num_finished: int = 0
     num_preemptions: int = 0  # requests that the engine put back for want of KV blocks
     is_emptying: bool = False  # takes nothing: runs empty for a request that is to run alone, or runs one
+    max_model_len: int = 0  # longest prompt + output that its engine holds, tokens; 0: it does not tell
     can_empty: bool = False  # tells `is_emptying`; workers of an older release do not
 
     @property

@@ -7,11 +7,12 @@ from typing import Any
 
 from l4queue.model_cache import build_in_place
 
-__all__ = ("TINY", "VOCABULARY", "build_tiny_tokenizer", "make_tiny_tokenizer")
+__all__ = ("CONTEXT_TOKENS", "TINY", "VOCABULARY", "build_tiny_tokenizer", "make_tiny_tokenizer")
 
 TINY = "tiny"
 
 VOCABULARY = 8192  # tokens; enough for the help texts it is trained on, and quick to train
+CONTEXT_TOKENS = 16_384  # longest prompt + output of the tiny model
 _CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -51,5 +52,5 @@ def make_tiny_tokenizer() -> Any:
         eos_token="</s>",
         pad_token="<pad>",
         chat_template=_CHAT_TEMPLATE,
-        model_max_length=16_384,
+        model_max_length=CONTEXT_TOKENS,
     )

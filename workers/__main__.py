@@ -14,7 +14,8 @@ from celery.worker import state as celery_state
 from pydantic import JsonValue
 
 from l4queue.config import Settings, load_settings
-from l4queue.errors import L4QueueError
+from l4queue.errors import ConfigError, L4QueueError
+from l4queue.failure import EXIT_FAILED, fail
 from l4queue.logs import start_logging, take_log_format
 from l4queue.metrics import MetricsServer
 from workers.app import QUEUE, make_app, node_name, task_name
@@ -33,7 +34,6 @@ __all__ = ("launch", "main", "serve")
 log = logging.getLogger("l4queue.worker")
 _MARGIN_S = 10.0  # for the engine to end after the drain
 _EXIT_S = 5.0  # for the interpreter to end, once everything is stopped
-_FAILED = 1  # exit code
 
 
 def serve(
@@ -91,10 +91,12 @@ def serve(
             guard.arm(_EXIT_S)
     if not is_drained:
         guard.end_now()
+    if isinstance(engine.failure, ConfigError):
+        return fail(engine.failure)
     log.info("worker %s ended", node)
     # Celery calls an end by SIGINT a failure; a drained worker that was asked to end has not failed.
     is_well = engine.failure is None and (signals_seen or not controller.exitcode)
-    return 0 if is_well else _FAILED
+    return 0 if is_well else EXIT_FAILED
 
 
 def _controller(app: Celery, **steps_given: Any) -> Any:
@@ -121,8 +123,7 @@ def launch(start: Callable[[], int]) -> int:
         start_logging(load_settings().log_format)
         return start()
     except L4QueueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return _FAILED
+        return fail(error)
 
 
 def main(arguments: Sequence[str] = ()) -> int:

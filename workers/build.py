@@ -9,6 +9,7 @@ from l4queue.config import Settings
 from l4queue.cost.coefficients import CoefficientFile, read_coefficients
 from l4queue.errors import ConfigError
 from l4queue.model_cache import cache_directory
+from l4queue.model_config import with_model_facts
 from l4queue.smollm2 import SMOLLM2, convert_smollm2
 from l4queue.tiny import TINY
 from workers.engine.base import Engine
@@ -39,6 +40,7 @@ def model_path(settings: Settings) -> str:
 
 def make_worker(settings: Settings, observer: Observer) -> Worker:
     """The worker of this process; ConfigError says what is missing."""
+    settings = with_model_facts(settings)
     coefficients = read_coefficients(settings.emulated_gpu, settings.emulated_model)
     work = LoopWork()
     engine, text = _engine(settings, coefficients, work)
@@ -83,12 +85,13 @@ def _engine(settings: Settings, coefficients: CoefficientFile, work: LoopWork) -
     path = model_path(settings)
     engine = VllmEngine(
         path,
-        max_model_len=settings.max_model_len,
+        max_model_len=settings.max_model_len if "max_model_len" in settings.model_fields_set else None,
         max_running=settings.max_running,
         dtype=settings.dtype,
         max_batched_tokens=settings.max_batched_tokens or None,
         tensor_parallel=settings.tensor_parallel,
         gpu_memory_share=settings.gpu_memory_share,
+        vllm_args=settings.vllm_args,
         cpu_cores=settings.cpu_cores,
         cpu_kv_cache_gib=settings.cpu_kv_cache_gib,
         kv_directory=kv_directory(settings),

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from l4queue.model_cache import build_in_place
-from l4queue.tiny import VOCABULARY, make_tiny_tokenizer
+from l4queue.tiny import CONTEXT_TOKENS, VOCABULARY, make_tiny_tokenizer
 
 __all__ = ("build_tiny_model",)
 
@@ -44,7 +44,7 @@ def _build_weights(tokenizer: Any) -> Any:
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=16_384,
+        max_position_embeddings=CONTEXT_TOKENS,
         initializer_range=0.08,
         tie_word_embeddings=False,
         bos_token_id=tokenizer.bos_token_id,

@@ -54,8 +54,8 @@ class ConstraintChecker:
     """Checks each constraint once; the latest verdicts, good and bad, are remembered.
 
     vLLM's own functions run in children of a process apart, each killed after `limit_s`. That process starts with
-    the first constraint and takes seconds to load vLLM and the model's tokenizer. Where vLLM is not installed, the
-    size of the constraint is bounded instead.
+    `prepare`, or with the first constraint, and takes seconds to load vLLM and the model's tokenizer. Where vLLM
+    is not installed, the size of the constraint is bounded instead.
     """
 
     def __init__(self, *, tokenizer: str, limit_s: float, command: Sequence[str] | None = None) -> None:
@@ -81,6 +81,11 @@ class ConstraintChecker:
             return None
         self._verdicts.move_to_end(digest)
         return verdict
+
+    async def prepare(self) -> None:
+        """Let the process load, so that no request waits for that; again once it has ended."""
+        if self._command:
+            await self._running()
 
     async def check(self, given: StructuredOutputs) -> ConstraintVerdict:
         """The verdict. Questions about the same constraint share one check."""

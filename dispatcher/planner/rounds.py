@@ -13,7 +13,13 @@ from l4queue.cost.move import MovePrice
 from l4queue.cost.step import StepCost
 from l4queue.errors import UnreadableValue
 from l4queue.models import Plan, RequestState, Routing
-from l4queue.observe.overview import Overview, cost_in_force, price_in_force, read_overview_async
+from l4queue.observe.overview import (
+    Overview,
+    cost_in_force,
+    longest_request_tokens,
+    price_in_force,
+    read_overview_async,
+)
 from l4queue.plan_json import plan_to_json, split_of
 from l4queue.planning.histogram import Buckets, Counts, difference, merge
 from l4queue.planning.partition import PartitionProblem
@@ -210,7 +216,8 @@ async def _learn(executor: AsyncExecutor, settings: Settings, overview: Overview
     fields, remembered = await executor.run_many([reads.histogram(), reads.planner_memory()])
     raw = {name: int(float(value)) for name, value in fields.items()}
     memory = _Memory.parse(remembered, key=reads.keys.memory)
-    buckets, cost = Buckets.log_spaced(settings.max_model_len), cost_in_force(overview, settings)
+    buckets = Buckets.log_spaced(longest_request_tokens(overview, settings))
+    cost = cost_in_force(overview, settings)
     now_s = overview.now_ms / 1000
     if memory is None:
         before, gained = Learned.nothing(buckets, now_s=now_s), Counts.zero(buckets)

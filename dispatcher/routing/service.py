@@ -18,7 +18,7 @@ from dispatcher.routing.tokenizer import Counted, PromptTokenizer, Refusal
 from l4queue.config import Settings
 from l4queue.errors import L4QueueError
 from l4queue.models import Plan, RequestBody, RequestState
-from l4queue.observe.overview import read_overview_async
+from l4queue.observe.overview import longest_request_tokens, read_overview_async
 from l4queue.planning.histogram import Buckets
 from l4queue.protocol.calls import Call, Calls, Verdict
 from l4queue.protocol.executor import AsyncExecutor
@@ -77,6 +77,7 @@ class Dispatcher:
             claim_idle_s=settings.dispatcher_claim_idle_s,
         )
         self._buckets = Buckets.log_spaced(settings.max_model_len)
+        self._told_tokens = 0  # what the workers hold; 0: not known
         self._stopping = asyncio.Event()
         self._rounded_s = time.monotonic()
         self._router = Router(settings)
@@ -111,6 +112,19 @@ class Dispatcher:
         """One round: read, count, route."""
         entries = await self._inbox.read(count=self.settings.dispatcher_batch, block_s=block_s)
         return await self._handle_all(entries) if entries else 0
+
+    async def look_at_engines(self) -> None:
+        """Refuse from now on what their KV caches cannot hold, where L4_MAX_MODEL_LEN does not say it.
+
+        Where there is a vLLM, constraints may come: the process that checks them loads.
+        """
+        overview = await read_overview_async(self._executor, self.settings.namespace)
+        if any(load.engine == "vllm" for load in overview.workers):
+            await self._checker.prepare()
+        told_tokens = longest_request_tokens(overview, self.settings)
+        if told_tokens != (self._told_tokens or self._tokenizer.max_model_len):
+            log.info("limit %d tokens: what the workers hold", told_tokens)
+        self._told_tokens = told_tokens
 
     async def adopt_once(self) -> int:
         """Clear what dispatchers left behind that died or hang.
@@ -217,7 +231,7 @@ class Dispatcher:
                 arrival.wire,
                 arrival.body,
                 len(answer.token_ids),
-                limit_tokens=self._tokenizer.max_model_len,
+                limit_tokens=self._told_tokens or self._tokenizer.max_model_len,
                 vocabulary_size=self._tokenizer.vocabulary_size,
             )
             if not isinstance(fitted, Refusal):

@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
-from dataclasses import asdict, dataclass
-from enum import StrEnum
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from l4queue.cli.check import Check, CheckResult
+
 if TYPE_CHECKING:
     from l4queue.config import Settings
-    from l4queue.hardware import EngineBuild, GpuView
+    from l4queue.hardware import EngineBuild
 
 __all__ = ("Check", "CheckResult", "register", "run_checks")
 
@@ -24,31 +24,6 @@ _MIN_DISK_BYTES = 2 << 30  # for Redis's log and a rewrite of it beside it
 _MIN_ENGINE_BYTES = 3 << 30
 """Memory of one CPU engine with the tiny model and 1 GiB of KV cache, as observed, with a margin."""
 _REDIS_TRY_S = 1.0  # a server on the same network answers in milliseconds
-_IMPORT_S = 120.0  # vLLM from a cold disk takes up to a minute
-_TOKENIZER = """
-import sys
-from l4queue.pretrained import load_tokenizer
-tokenizer = load_tokenizer(sys.argv[1])
-print(len(tokenizer), tokenizer.is_fast)
-"""
-
-
-class CheckResult(StrEnum):
-    """How bad it is."""
-
-    OK = "ok"
-    WARN = "warn"
-    FAIL = "fail"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Check:
-    """One line of the report; `advice` says what to do when it is not ok."""
-
-    name: str
-    verdict: CheckResult
-    detail: str
-    advice: str | None = None
 
 
 def doctor(
@@ -69,6 +44,7 @@ def doctor(
 
 def run_checks(data_dir: Path) -> list[Check]:
     """All checks for the settings of the environment, in the order of dependence."""
+    from l4queue.cli.engine_checks import engine_checks
     from l4queue.config import load_settings
     from l4queue.hardware import engine_build, view_gpus
 
@@ -80,9 +56,7 @@ def run_checks(data_dir: Path) -> list[Check]:
         _check_redis_server(),
         *_check_redis(settings),
         *_check_broker(settings),
-        _check_engine(settings, build),
-        _check_gpus(settings, build, view),
-        _check_model(settings),
+        *engine_checks(settings, build, view),
         _check_port("Flower's port", settings.flower_port, "set L4_FLOWER_PORT; `up` takes another by itself"),
         _check_disk(data_dir),
         _check_memory(settings, build),
@@ -197,111 +171,6 @@ def _check_broker(settings: Settings) -> list[Check]:
     finally:
         executor.close()
     return [Check(name="broker", verdict=CheckResult.OK, detail=f"{own}")]
-
-
-def _check_engine(settings: Settings, build: EngineBuild | None) -> Check:
-    from l4queue.hardware import missing_library
-
-    if settings.engine != "vllm":
-        return Check(name="engine", verdict=CheckResult.OK, detail=f"emulated ({settings.emulated_gpu})")
-    if build is None:
-        return Check(
-            name="engine",
-            verdict=CheckResult.FAIL,
-            detail="vLLM is not installed",
-            advice="make install, or pip install 'l4queue[gpu]', or set L4_ENGINE=emulated",
-        )
-    missing = missing_library(build)
-    if missing is not None:
-        what, _, advice = missing.partition("; ")
-        return Check(name="engine", verdict=CheckResult.FAIL, detail=what, advice=advice)
-    failure = _run_python("import vllm; vllm.AsyncEngineArgs")
-    if failure is not None:
-        return Check(
-            name="engine",
-            verdict=CheckResult.FAIL,
-            detail=f"vLLM {build.version} ({build.kind}) cannot be imported: {failure}",
-            advice="install the pinned lists again: make clean, remove .venv, make install",
-        )
-    return Check(name="engine", verdict=CheckResult.OK, detail=f"vLLM {build.version} ({build.kind} build)")
-
-
-def _check_gpus(settings: Settings, build: EngineBuild | None, view: GpuView) -> Check:
-    gpus = view.gpus
-    names = ", ".join(f"{g.cuda_name}: {g.name}, {g.memory_text}" for g in gpus)
-    if settings.engine == "vllm" and build is not None and build.kind == "gpu" and not gpus:
-        return Check(
-            name="GPUs",
-            verdict=CheckResult.FAIL,
-            detail=view.why,
-            advice="install the driver, check CUDA_VISIBLE_DEVICES, or install the CPU build: make ENGINE=cpu",
-        )
-    if settings.engine == "vllm" and build is not None and build.kind == "cpu" and gpus:
-        return Check(
-            name="GPUs",
-            verdict=CheckResult.WARN,
-            detail=f"{names}; not used by the CPU build of vLLM",
-            advice="remove .venv, then make install ENGINE=gpu",
-        )
-    if gpus and view.notes:
-        return Check(
-            name="GPUs",
-            verdict=CheckResult.WARN,
-            detail=f"{names}; {view.why}",
-            advice="check CUDA_VISIBLE_DEVICES and the driver",
-        )
-    return Check(name="GPUs", verdict=CheckResult.OK, detail=names or "none, and none is needed")
-
-
-def _check_model(settings: Settings) -> Check:
-    from l4queue.smollm2 import INSTALL, SMOLLM2, is_smollm2_installed
-
-    if settings.model == "tiny":
-        return Check(name="model", verdict=CheckResult.OK, detail="tiny, built on first use; its text is noise")
-    if settings.model == SMOLLM2:
-        if is_smollm2_installed():
-            return Check(name="model", verdict=CheckResult.OK, detail="smollm2, unpacked on first use")
-        detail = "the package of smollm2 is not installed"
-        return Check(name="model", verdict=CheckResult.FAIL, detail=detail, advice=INSTALL)
-    path = Path(settings.model)
-    if path.exists() and not (path / "config.json").is_file():
-        return Check(
-            name="model",
-            verdict=CheckResult.FAIL,
-            detail=f"{path} has no config.json",
-            advice="set L4_MODEL to the directory of a Hugging Face model",
-        )
-    if not path.exists() and (path.is_absolute() or os.environ.get("HF_HUB_OFFLINE") == "1"):
-        return Check(
-            name="model", verdict=CheckResult.FAIL, detail=f"{path} does not exist", advice="correct L4_MODEL"
-        )
-    tokenizer = settings.tokenizer or settings.model
-    failure = _run_python(_TOKENIZER, tokenizer)
-    if failure is not None:
-        return Check(
-            name="model",
-            verdict=CheckResult.FAIL,
-            detail=f"the tokenizer of {tokenizer} cannot be loaded: {failure}",
-            advice="complete the model directory, or set L4_TOKENIZER",
-        )
-    return Check(name="model", verdict=CheckResult.OK, detail=f"{settings.model}; its tokenizer loads")
-
-
-def _run_python(program: str, *arguments: str) -> str | None:
-    """The error of a program in another interpreter, in a line; None: it ran. Keeps torch out of this process."""
-    try:
-        done = subprocess.run(
-            [sys.executable, "-c", program, *arguments],
-            capture_output=True,
-            text=True,
-            timeout=_IMPORT_S,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return f"no answer within {_IMPORT_S:.0f} s"
-    if done.returncode == 0:
-        return None
-    return done.stderr.strip().rpartition("\n")[2] or f"exit code {done.returncode}"
 
 
 def _check_port(name: str, port: int, advice: str) -> Check:

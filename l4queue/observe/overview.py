@@ -23,6 +23,7 @@ __all__ = (
     "Overview",
     "QueueView",
     "cost_in_force",
+    "longest_request_tokens",
     "price_in_force",
     "read_overview",
     "read_overview_async",
@@ -122,6 +123,14 @@ def cost_in_force(overview: Overview, settings: Settings) -> StepCost:
     if known:
         return known[len(known) // 2]
     return load_coefficients(settings.emulated_gpu, settings.emulated_model)
+
+
+def longest_request_tokens(overview: Overview, settings: Settings) -> int:
+    """Prompt and output of one request: the setting, else what every worker says that it holds, tokens."""
+    told = [load.max_model_len for load in overview.workers if load.max_model_len]
+    if "max_model_len" in settings.model_fields_set or not told:
+        return settings.max_model_len
+    return min(told)
 
 
 def price_in_force(overview: Overview) -> MovePrice:

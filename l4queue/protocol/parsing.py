@@ -185,7 +185,8 @@ def body(row: list[Any]) -> InboxBody | None:
     )
 
 
-_NEW_FIELDS = ("is_emptying", "can_empty")  # readers of the first release fail at unknown names in `load`
+# readers of the first release fail at unknown names in `load`
+_NEW_FIELDS = ("is_emptying", "can_empty", "max_model_len")
 
 
 def load_to_json(load: WorkerLoad) -> dict[str, dict[str, Any]]:

@@ -173,6 +173,8 @@ def commands(machine: Machine, readme: Readme) -> None:
     status = json.loads(machine.type(f"l4queue status {request_id} --json"))
     check(status["state"] == "done", "status says done")
     check("done: 12 tokens" in machine.type(f"l4queue explain {request_id}"), "explain tells its life")
+    asked = json.loads(machine.type("l4queue enqueue 'The return' --max-tokens 3 --logprobs 2 --wait --json"))
+    check([len(row["top"]) for row in asked["logprobs"]] == [2] * asked["output_tokens"], "logprobs are served")
     waiting = machine.type("l4queue enqueue x --max-tokens 4000").strip()
     check(json.loads(machine.type(f"l4queue cancel {waiting} --json"))["state"] == "cancelled", "cancel ends one")
     machine.write("in.jsonl", "".join(json.dumps(line) + "\n" for line in BATCH))

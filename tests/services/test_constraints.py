@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -15,10 +16,13 @@ import pytest_asyncio
 from dispatcher.constraints.checker import ConstraintChecker
 from dispatcher.routing.service import Dispatcher
 from l4queue import AsyncClient, RequestState, Settings
-from l4queue.errors import RequestFailed
+from l4queue.errors import RequestFailed, RequestTooLong
+from l4queue.models import WorkerLoad
+from l4queue.protocol.calls import Calls, Verdict
 from l4queue.protocol.executor import AsyncExecutor
 from l4queue.protocol.inbox import Inbox
 from l4queue.protocol.keys import Keys
+from l4queue.protocol.parsing import load_to_json
 from tests.services.pipeline import ByteTokenizer, until
 
 pytestmark = [pytest.mark.services]
@@ -91,6 +95,43 @@ async def test_others_are_routed_while_a_constraint_is_checked(
             assert await state(client, slow.id) is RequestState.SUBMITTED
             (tmp_path / "go").touch()
             await reaches(client, slow.id, RequestState.QUEUED)
+
+
+async def tell(executor: AsyncExecutor, keys: Keys, load: WorkerLoad) -> None:
+    """Publish a worker's load as its lease does."""
+    call = Calls(keys).renew(
+        f"{load.worker_id}:1",
+        worker_id=load.worker_id,
+        lease_ms=600_000,
+        load=json.dumps({"v": 1, **load_to_json(load), "cost": None, "price": {}}),
+        sequence=1,
+        register=True,
+        histogram={},
+    )
+    assert await executor.run(call) is Verdict.OK
+
+
+async def test_a_dispatcher_looks_at_the_engines(settings: Settings, executor: AsyncExecutor) -> None:
+    """The least of them bounds a request, unless the limit is set. Of vLLM, its checks are loaded beforehand."""
+    for limits, is_set, longest in (((), False, 1024), ((5000, 300), False, 300), ((), True, 1024)):
+        chosen = settings.model_copy(update={"max_model_len": 1024})
+        if not is_set:  # as it is read from a model's configuration
+            chosen.model_fields_set.discard("max_model_len")
+        dispatcher = make_dispatcher(chosen, executor, "d")
+        dispatcher._tokenizer.max_model_len = 1024
+        for number, tokens in enumerate(limits):
+            engine = "vllm" if number else "other"
+            load = WorkerLoad(worker_id=f"w{number}", engine=engine, max_model_len=tokens)
+            await tell(executor, dispatcher.keys, load)
+            await dispatcher.look_at_engines()
+            assert (dispatcher._checker._process is not None) is (engine == "vllm")
+        await dispatcher.look_at_engines()
+        async with AsyncClient(settings=settings) as client, routing(dispatcher):
+            good = await client.enqueue("x" * (longest - 8), max_tokens=8)
+            await reaches(client, good.id, RequestState.QUEUED)
+            bad = await client.enqueue("x" * (longest - 8), max_tokens=9)
+            with pytest.raises(RequestTooLong, match=f"exceed the model's {longest} tokens"):
+                await bad.result(timeout=120)
 
 
 @pytest.mark.parametrize(("text", "words"), [("bad", "is bad"), ("endless", "takes longer than 0.5 s")])

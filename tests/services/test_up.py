@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -247,3 +248,31 @@ def test_what_cannot_start_is_one_error(tmp_path: Path) -> None:
             assert done.returncode == 1
             assert done.stderr.startswith(message)
             assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("engine", "variable", "says", "has_begun"),
+    [
+        ("vllm", "L4_MAX_MODEL_LEN=513", r"model \S+ holds 512 tokens, and L4_MAX_MODEL_LEN is 513: .*", False),
+        ("emulated", "L4_EMULATED_GPU=none", r"worker-0: no coefficients for model .* on GPU 'none'; .*", True),
+    ],
+)
+def test_a_configuration_error_is_told_and_not_retried(
+    engine: str, variable: str, says: str, has_begun: bool, tmp_path: Path
+) -> None:
+    """Before anything starts where that can be seen; else by the process that meets it, at its first start."""
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text('{"max_position_embeddings": 512}')
+    name, _, value = variable.partition("=")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("L4_")} | {name: value}
+    arguments = ["--engine", engine, "--model", str(model) if engine == "vllm" else "tiny", "--no-flower"]
+    done = subprocess.run(
+        [L4QUEUE, "up", "--workers", "1", "--data-dir", str(tmp_path / "data"), *arguments],
+        env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+
+    assert done.returncode == 1
+    assert re.fullmatch(rf"error: {says}\n", done.stderr)
+    assert ("worker-0 ended with exit code 78 and is not started again" in done.stdout) is has_begun
+    assert (tmp_path / "data").exists() is has_begun

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 import shutil
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ MAX_BATCHED_TOKENS = 512
 MAX_RUNNING = 16
 EOS_PROMPT = list(range(300, 340))
 EOS_AT = 10
+COMPILER = re.compile(r"(^|-)(cc|c\+\+|g\+\+|gcc|clang|clang\+\+)(-[0-9.]+)?$")
 
 
 def prompt(seed: int, num_tokens: int) -> list[int]:
@@ -38,8 +40,24 @@ def prompt(seed: int, num_tokens: int) -> list[int]:
     return [int(token) for token in np.random.default_rng(seed).integers(10, 8000, num_tokens)]
 
 
+@pytest.fixture(scope="module")
+def without_compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A PATH with every program but compilers, as in a container image, and nothing compiled earlier."""
+    programs = tmp_path_factory.mktemp("bin")
+    for folder in reversed(os.environ["PATH"].split(os.pathsep)):
+        for path in Path(folder).glob("*"):
+            if path.is_file() and not COMPILER.search(path.name):
+                (programs / path.name).unlink(missing_ok=True)
+                (programs / path.name).symlink_to(path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", str(programs))
+        patch.delenv("CXX", raising=False)
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
+        yield
+
+
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def served(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Served]:
+async def served(tmp_path_factory: pytest.TempPathFactory, without_compiler: None) -> AsyncIterator[Served]:
     """An engine whose model also ends at the token that greedy decoding gives EOS_AT tokens after EOS_PROMPT."""
     folder = tmp_path_factory.mktemp("model")
     model = folder / "with-eos"
@@ -54,6 +72,7 @@ async def served(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Serv
         max_running=MAX_RUNNING,
         dtype="float32",
         max_batched_tokens=MAX_BATCHED_TOKENS,
+        vllm_args="--seed 7 --chat-template-content-format string",
     )
     info = await engine.start()
     yield Served(engine=engine, info=info, expected=expected)
@@ -70,6 +89,9 @@ async def test_the_engine_says_what_it_is(served: Served) -> None:
         MAX_BATCHED_TOKENS,
     )
     assert info.kv_capacity_tokens > 10 * MAX_MODEL_LEN
+    assert served.engine._llm.model_config.seed == 7
+    assert served.engine.stats().num_running == 0
+    assert served.engine.step_records() == [], "of the rehearsals"
     assert info.eos_token_ids == {1, served.expected[EOS_AT]}
 
 
@@ -401,6 +423,21 @@ async def test_logprobs_are_the_model_s_and_go_on_after_a_cut(served: Served) ->
     assert served.logprobs["one"] == []
 
 
+async def test_without_a_compiler_logprobs_are_served_beside_others(served: Served) -> None:
+    """torch would compile at the first such request, and the engine end with its neighbours."""
+    assert shutil.which("c++") is shutil.which("g++") is None
+    await served.add("free", EOS_PROMPT, 2 * EOS_AT)
+    for num in range(4):
+        params = GREEDY.model_copy(update={"logprobs": num})
+        await served.add(f"asked-{num}", EOS_PROMPT, 2 * EOS_AT, params=params)
+    ended = await served.collect(["free", *(f"asked-{num}" for num in range(4))])
+
+    assert {name: tokens for name, (tokens, _) in ended.items()} == dict.fromkeys(ended, served.expected)
+    assert [len(row.top) for num in range(4) for row in served.logprobs[f"asked-{num}"]] == [
+        num for num in range(4) for _ in served.expected
+    ]
+
+
 def signal_core(number: signal.Signals) -> None:
     """Send a signal to vLLM's engine core, a child of this process."""
     cores = [child for child in psutil.Process().children(recursive=True) if "EngineCore" in child.name()]
@@ -435,10 +472,14 @@ async def test_a_core_that_is_told_to_end_ends_no_request(served: Served) -> Non
 
 
 async def test_a_core_that_is_killed_ends_no_request(tmp_path: Path) -> None:
-    """SIGKILL in the middle of generation, on an engine of its own."""
-    engine = VllmEngine(str(build_tiny_model(tmp_path)), max_model_len=256, max_running=2, dtype="float32")
+    """SIGKILL in the middle of generation, on an engine of its own, whose KV cache is shorter than its model."""
+    model = build_tiny_model(tmp_path)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 300_000}))
+    engine = VllmEngine(str(model), max_running=2, dtype="float32")
     served = Served(engine=engine, info=await engine.start(), expected=[])
     try:
+        assert 200_000 < served.info.max_model_len <= served.info.kv_capacity_tokens < 300_000
         await served.add("a", prompt(2, 30), 200)
         await engine.outputs()
         signal_core(signal.SIGKILL)

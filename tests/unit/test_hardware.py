@@ -13,6 +13,8 @@ from l4queue.hardware import (
     EngineBuild,
     available_memory_bytes,
     cores_of_worker,
+    cpu_dtype,
+    cpu_flags,
     missing_library,
     whole_cores,
 )
@@ -47,6 +49,43 @@ def test_two_threads_of_a_core_are_one_core(tmp_path: Path) -> None:
     assert whole_cores({0, 1, 4, 5, 2, 3, 9}, topology=tmp_path) == {0: 0, 1: 1, 2: 2, 9: 9}
     assert whole_cores([5, 4, 3], topology=tmp_path) == {2: 3, 0: 4, 1: 5}
     assert set(whole_cores(os.sched_getaffinity(0)).values()) <= os.sched_getaffinity(0)
+
+
+HASWELL = frozenset(["fpu", "sse4_2", "fma", "avx", "avx2", "f16c", "bmi2"])
+SKYLAKE = HASWELL | {"avx512f", "avx512bw", "avx512vl", "avx512_vnni"}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "flags", "chosen"),
+    [
+        ("auto", HASWELL, "float32"),
+        ("auto", SKYLAKE, "float32"),
+        ("auto", SKYLAKE | {"avx512_bf16"}, "auto"),
+        ("auto", SKYLAKE | {"amx_bf16"}, "auto"),
+        ("auto", frozenset({"asimd", "asimdhp"}), "float32"),
+        ("auto", frozenset({"asimd", "bf16"}), "auto"),
+        ("auto", frozenset(), "auto"),
+        ("bfloat16", HASWELL, "bfloat16"),
+    ],
+)
+def test_bfloat16_is_for_cpus_that_have_instructions_for_it(
+    dtype: str, flags: frozenset[str], chosen: str
+) -> None:
+    """Unless it is asked for, or the kernel does not tell."""
+    assert cpu_dtype(dtype, flags=flags) == chosen
+
+
+def test_the_kernel_s_names_of_extensions_are_read(tmp_path: Path) -> None:
+    """Of x86 and ARM, and of this machine; the flags of virtual machines are others."""
+    x86 = "processor\t: 0\nflags\t\t: fpu avx2 avx512_bf16\nvmx flags\t: vnmi\n\nprocessor\t: 1\nflags\t\t: fpu\n"
+    for text, flags in (
+        (x86, {"fpu", "avx2", "avx512_bf16"}),
+        ("Features\t: fp asimd bf16\n", {"fp", "asimd", "bf16"}),
+    ):
+        (tmp_path / "cpuinfo").write_text(text)
+        assert cpu_flags(tmp_path / "cpuinfo") == flags
+    assert cpu_flags(tmp_path / "none") == frozenset()
+    assert cpu_flags()
 
 
 def test_a_missing_library_of_the_cpu_build_is_named_with_its_package(monkeypatch: pytest.MonkeyPatch) -> None:

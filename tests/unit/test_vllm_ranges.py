@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,8 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from l4queue.errors import ConfigError
 from l4queue.models import SamplingParams
+from tests.unit.test_model_config import CONFIGS, write
 from workers.engine.base import EngineRequest
+from workers.engine.vllm.serve_options import engine_options
 from workers.engine.vllm.translate import sampling_params
 
 pytestmark = [pytest.mark.vllm]
@@ -174,3 +180,62 @@ def test_values_mean_what_they_mean_in_vllm(given_: dict[str, Any], name: str, e
     found = list(params.stop) if name == "stop" else getattr(translated(params), name)
     assert found == expected
     assert wanted in (expected, -1)  # vLLM has two spellings for every token
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_model_is_as_long_as_vllm_says(name: str, tmp_path: Path) -> None:
+    """Dispatchers read the length without vLLM."""
+    from vllm.config.model import _get_and_verify_max_len
+    from vllm.transformers_utils.config import get_config, get_hf_text_config
+    from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
+
+    config, held = CONFIGS[name]
+    full = get_config(str(write(tmp_path / "m", config)), trust_remote_code=False)
+    text = get_hf_text_config(full)
+    stated = ModelArchConfigConvertorBase(full, text).derive_max_model_len_and_key()
+    length = _get_and_verify_max_len(
+        hf_config=text,
+        model_arch_config=SimpleNamespace(derived_max_model_len_and_key=stated),
+        tokenizer_config=None,
+        max_model_len=None,
+        disable_sliding_window=False,
+        sliding_window=None,
+    )
+    assert length == held
+
+
+@pytest.mark.parametrize(
+    ("line", "arguments"),
+    [
+        ("", {}),
+        ("--revision v2 --trust-remote-code", {"revision": "v2", "trust_remote_code": True}),
+        ("--kv_cache_dtype=fp8 --quantization fp8", {"kv_cache_dtype": "fp8", "quantization": "fp8"}),
+        ("--no-enable-prefix-caching -pp 2", {"enable_prefix_caching": False, "pipeline_parallel_size": 2}),
+        (
+            "--speculative-config.method ngram --speculative-config.num_speculative_tokens 3",
+            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3}},
+        ),
+        ("--tool-call-parser hermes --port 1 --enable-lora", {"enable_lora": True}),
+    ],
+)
+def test_options_of_vllm_serve_reach_the_engine(line: str, arguments: dict[str, Any]) -> None:
+    """Those of the HTTP server are not the engine's; what is not named keeps its default."""
+    assert engine_options(line) == arguments
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("--no-such-thing 3", "unrecognized arguments: --no-such-thing"),
+        ("--seed x", "argument --seed: invalid int value"),
+        ("--dtype float16", "--dtype is L4_DTYPE here"),
+        ("--max-model-len auto", "--max-model-len is L4_MAX_MODEL_LEN here"),
+        ("other/model", "the model is L4_MODEL here"),
+        ("--scheduling_policy fcfs", "--scheduling-policy is l4queue's own"),
+        ("--revision 'v2", "No closing quotation"),
+    ],
+)
+def test_wrong_options_and_those_that_l4queue_owns_are_named(line: str, says: str) -> None:
+    """In one error, without the page of vLLM's usage."""
+    with pytest.raises(ConfigError, match=f"^L4_VLLM_ARGS: {re.escape(says)}"):
+        engine_options(line)

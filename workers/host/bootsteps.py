@@ -19,6 +19,8 @@ from celery.worker import heartbeat
 from celery.worker import state as celery_state
 from pydantic import JsonValue
 
+from l4queue.errors import ConfigError
+from l4queue.failure import EXIT_CONFIG, EXIT_FAILED
 from workers.process.guard import end_process
 from workers.telemetry.observer import RequestView
 from workers.telemetry.snapshot import WorkerSnapshot
@@ -54,11 +56,13 @@ class ExitGuard:
 
     def __init__(self) -> None:
         self._deadline_s = float("inf")
+        self._exit_code = EXIT_FAILED
         self._pipe = os.pipe()
         threading.Thread(target=self._watch, name="l4-exit-guard", daemon=True).start()
 
-    def arm(self, after_s: float) -> None:
+    def arm(self, after_s: float, *, exit_code: int = EXIT_FAILED) -> None:
         """The process is to be gone in `after_s` seconds; the earliest deadline counts."""
+        self._exit_code = self._exit_code if exit_code == EXIT_FAILED else exit_code
         self._deadline_s = min(self._deadline_s, time.monotonic() + after_s)
         os.write(self._pipe[1], b"x")
 
@@ -70,10 +74,9 @@ class ExitGuard:
         log.critical("still here after the deadline of its end")
         self.end_now()
 
-    @staticmethod
-    def end_now() -> NoReturn:
+    def end_now(self) -> NoReturn:
         """End this process and its children at once."""
-        end_process()
+        end_process(self._exit_code)
 
 
 class EngineThread:
@@ -128,11 +131,17 @@ class EngineThread:
                 asyncio.run(self._worker.run())
             if not self._is_stopping:
                 raise RuntimeError("the engine's loop ended by itself")
+        except ConfigError as error:  # told in full when the process ends
+            log.critical("the engine cannot be set up: %s", error)
+            self._end(error, exit_code=EXIT_CONFIG)
         except BaseException as error:  # whatever it was, this process has no engine any more and must end
-            self.failure = error
             log.critical("the engine ended: %s: %s", type(error).__name__, error, exc_info=error)
-            self._guard.arm(_FAILURE_EXIT_S)
-            celery_state.should_stop = EX_FAILURE
+            self._end(error, exit_code=EXIT_FAILED)
+
+    def _end(self, error: BaseException, *, exit_code: int) -> None:
+        self.failure = error
+        self._guard.arm(_FAILURE_EXIT_S, exit_code=exit_code)
+        celery_state.should_stop = EX_FAILURE
 
 
 class EngineHost(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no types

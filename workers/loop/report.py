@@ -58,6 +58,7 @@ class WorkerReport:
             num_preemptions=stats.num_preemptions,
             is_emptying=self._placement.is_emptying,
             can_empty=True,
+            max_model_len=info.max_model_len if info else 0,
         )
 
     def snapshots(self) -> list[WorkerSnapshot]:

@@ -14,9 +14,10 @@ from typing import IO, NoReturn
 
 import psutil
 
+from l4queue.failure import EXIT_FAILED
+
 __all__ = ("end_process", "guard_descendants")
 
-_EXIT_FAILURE = 1  # exit code
 _GUARD = """
 import os, signal, sys
 group = int(sys.argv[1])
@@ -51,11 +52,11 @@ def guard_descendants() -> None:
     atexit.register(_say_farewell, guard.stdin)
 
 
-def end_process() -> NoReturn:
+def end_process(exit_code: int = EXIT_FAILED) -> NoReturn:
     """End this process and its children at once: an engine's children would otherwise keep the GPU."""
     for child in psutil.Process().children(recursive=True):
         child.kill()
-    os._exit(_EXIT_FAILURE)
+    os._exit(exit_code)
 
 
 def _say_farewell(pipe: IO[bytes]) -> None:

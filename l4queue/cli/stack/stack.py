@@ -20,11 +20,13 @@ from l4queue.cli.stack.scrape import with_metrics, write_targets
 from l4queue.cli.stack.supervisor import ChildSpec, RestartPolicy, Supervisor
 from l4queue.config import URL_FILE, Settings, load_settings
 from l4queue.errors import ConfigError, L4QueueError
+from l4queue.failure import EXIT_CONFIG
 from l4queue.hardware import Gpu, cores_of_worker, engine_build, missing_library, view_gpus
+from l4queue.model_config import with_model_facts
 from l4queue.observe.overview import read_overview_async
 from l4queue.protocol.executor import AsyncExecutor
 from l4queue.redis_url import SecretUrl, parse_url
-from l4queue.smollm2 import CONTEXT_TOKENS, SMOLLM2
+from l4queue.smollm2 import SMOLLM2
 from l4queue.tiny import TINY
 
 __all__ = ("DEFAULT_DATA_DIR", "Stack", "StackOptions")
@@ -32,6 +34,7 @@ __all__ = ("DEFAULT_DATA_DIR", "Stack", "StackOptions")
 DEFAULT_DATA_DIR = URL_FILE.parent
 DEFAULT_WORKERS = 2  # without a GPU; the least with which requests move
 _STOP_WORKERS, _STOP_SERVICES, _STOP_REDIS = 0, 1, 2  # ranks: workers stop first, Redis last
+_FINAL = frozenset({EXIT_CONFIG})
 _WORKER_MARGIN_S = 20.0
 """Beyond the drain deadline: the worker's own margins for its engine (10 s) and interpreter (5 s), and ours."""
 
@@ -127,12 +130,13 @@ class Stack:
     async def _start(self) -> None:
         gpus = self._check_hardware()
         num_workers = self.options.workers or len(gpus) // self.settings.tensor_parallel or DEFAULT_WORKERS
+        model = await self._model_path()
+        self.settings = self.settings.model_copy(update={"model": model})
+        self.settings = await asyncio.to_thread(with_model_facts, self.settings)
         await self._start_redis()
         parse_url(self.redis_url)
         assert self.settings.broker_url  # both are right, or this is the end
-        model = await self._model_path()
         self._choose_flower_port()
-        self.settings = self.settings.model_copy(update={"model": model})
         self._executor = AsyncExecutor(self.redis_url, retry_s=0.0)
         specs = [*self._service_specs(), *self._serving_specs(num_workers, gpus)]
         self.metrics_urls, specs = with_metrics(specs, self.settings)
@@ -221,8 +225,6 @@ class Stack:
 
     async def _model_path(self) -> str:
         model = chosen_model(self.settings)
-        if model == SMOLLM2 and "max_model_len" not in self.settings.model_fields_set:
-            self.settings = self.settings.model_copy(update={"max_model_len": CONTEXT_TOKENS})
         if model in (TINY, SMOLLM2):
             return await own_model_path(model, note=self.note, quiet=self.options.quiet)
         if model.startswith(("/", ".", "~")) and not (Path(model).expanduser() / "config.json").is_file():
@@ -245,9 +247,7 @@ class Stack:
         self.flower = place
 
     def _environment(self) -> dict[str, str]:
-        names = ["namespace", "durability", "engine", "model", "flower_port", "log_format"]
-        if "max_model_len" in self.settings.model_fields_set:
-            names.append("max_model_len")
+        names = ("namespace", "durability", "engine", "model", "flower_port", "log_format")
         ours = {f"L4_{name.upper()}": str(getattr(self.settings, name)) for name in names}
         return {**ours, "L4_REDIS_URL": self.redis_url, "PYTHONUNBUFFERED": "1"}
 
@@ -261,6 +261,7 @@ class Stack:
                 argv=(sys.executable, "-m", *arguments),
                 env=env,
                 stop_order=_STOP_SERVICES,
+                final_codes=_FINAL,
                 **more,
             )
 
@@ -318,6 +319,7 @@ class Stack:
             env=env,
             ready_text=" ready: ",
             is_ready=self._workers_serve(*worker_ids),
+            final_codes=_FINAL,
             stop_order=_STOP_WORKERS,
             stop_s=self.settings.drain_s + _WORKER_MARGIN_S,
         )

@@ -12,7 +12,8 @@ from enum import StrEnum
 
 from l4queue.cli.stack.logs import LineSplitter, Log
 from l4queue.cli.stack.process import die_with_parent
-from l4queue.errors import ServiceUnavailable
+from l4queue.errors import ConfigError, ServiceUnavailable
+from l4queue.failure import ERROR_PREFIX
 
 __all__ = ("Child", "ChildSpec", "ChildState", "RestartPolicy", "Supervisor")
 
@@ -55,7 +56,8 @@ class ChildSpec:
     With neither of them it is ready when it has lived for `settle_s`.
 
     Children stop in ascending `stop_order`, those of one order together: SIGTERM, then SIGKILL after
-    `stop_s`. Children with `essential` False may fail without failing the supervisor.
+    `stop_s`. Children with `essential` False may fail without failing the supervisor. One that ends with an
+    exit code of `final_codes` has failed at once: the next start would end the same way.
     """
 
     name: str
@@ -67,6 +69,7 @@ class ChildSpec:
     stop_order: int = 0
     stop_s: float = 10.0
     essential: bool = True
+    final_codes: frozenset[int] = frozenset()
     dies_gently: bool = False
     pass_fds: tuple[int, ...] = ()
 
@@ -87,6 +90,20 @@ class Child:
         self._stopping = asyncio.Event()
         self._spoken = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+
+    @property
+    def is_final(self) -> bool:
+        """Whether its last end forbids another start."""
+        return self.exit_code in self.spec.final_codes
+
+    @property
+    def last_words(self) -> str:
+        """Its error, where its last lines have one, else those lines."""
+        lines = list(self.last_lines)
+        for index in reversed(range(len(lines))):
+            if lines[index].startswith(ERROR_PREFIX):
+                return "\n".join(lines[index:]).removeprefix(ERROR_PREFIX)
+        return "\n".join(f"    {line}" for line in lines)
 
     def start(self) -> None:
         """Begin to keep it running."""
@@ -133,6 +150,10 @@ class Child:
                 return
             if loop.time() - started_s >= self._restart.healthy_s:
                 num_restarts = 0
+            if self.is_final:
+                self._say(f"{self._ending()} and is not started again")
+                self._become(ChildState.FAILED)
+                return
             num_failures += 1
             if not self._was_ready and num_failures >= self._restart.max_failures:
                 self._say(f"ended {num_failures} times before it was ready; giving up")
@@ -256,7 +277,8 @@ class Supervisor:
         on_wait: Callable[[float, list[str]], None] | None = None,
         extra_s: float = 10.0,
     ) -> list[str]:
-        """Wait until these children (default all) are ready; ServiceUnavailable when an essential one fails.
+        """Wait until these children (default all) are ready; ServiceUnavailable when an essential one fails,
+        ConfigError when it ended with a final code.
 
         Children that are not essential are waited for while an essential one is missing, and then for
         `extra_s` more; not once they have failed. `on_wait` is called with the seconds so far and the names
@@ -284,7 +306,7 @@ class Supervisor:
             await _until(self._changed, max(0.0, next_s - loop.time()))
 
     async def failed(self) -> None:
-        """Wait until an essential child has failed for good, then raise ServiceUnavailable."""
+        """Wait until an essential child has failed for good, then raise as `ready` does."""
         while True:
             self._changed.clear()
             self._raise_failed(list(self.children.values()))
@@ -293,6 +315,8 @@ class Supervisor:
     def _raise_failed(self, children: list[Child]) -> None:
         for child in children:
             if child.state is ChildState.FAILED and child.spec.essential:
+                if child.is_final:
+                    raise ConfigError(f"{child.spec.name}: {child.last_words}")
                 last = "\n".join(f"    {line}" for line in child.last_lines)
                 raise ServiceUnavailable(
                     f"{child.spec.name} does not start (exit code {child.exit_code}). Its last lines:\n{last}"

@@ -6,13 +6,17 @@ import json
 import socket
 import sys
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
 from l4queue import cli
+from l4queue.cli import engine_checks
 from l4queue.cli.doctor import Check, CheckResult, run_checks
 from l4queue.cli.server import ServerFacts
 from l4queue.cli.stack.embedded import EmbeddedRedis, free_port
+from l4queue.config import Settings
+from l4queue.hardware import EngineBuild
 
 
 @pytest.fixture(autouse=True)
@@ -152,3 +156,52 @@ def test_pythons_beyond_the_pinned_lists_are_a_warning(
     monkeypatch.setattr(sys, "version_info", version)
 
     assert found("Python", tmp_path).verdict is verdict
+
+
+@pytest.mark.parametrize(
+    ("max_model_len", "verdict", "says"),
+    [
+        (None, CheckResult.OK, "the model holds 512 tokens of one request; the limit is 512"),
+        (100, CheckResult.OK, "the limit is 100"),
+        (513, CheckResult.FAIL, "holds 512 tokens, and L4_MAX_MODEL_LEN is 513"),
+    ],
+)
+def test_a_limit_beyond_the_model_fails(
+    max_model_len: int | None, verdict: CheckResult, says: str, tmp_path: Path
+) -> None:
+    """As the workers would."""
+    (tmp_path / "config.json").write_text('{"max_position_embeddings": 512}')
+    given = {} if max_model_len is None else {"max_model_len": max_model_len}
+    (check,) = engine_checks._check_length(Settings(engine="vllm", model=str(tmp_path), **given))
+
+    assert (check.verdict, says in check.detail) == (verdict, True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "has_compiler", "disabled", "verdict"),
+    [
+        ("cpu", False, None, CheckResult.OK),
+        ("cpu", False, "0", CheckResult.FAIL),
+        ("cpu", True, "0", CheckResult.WARN),
+        ("gpu", False, None, CheckResult.FAIL),
+        ("gpu", True, None, CheckResult.OK),
+    ],
+)
+def test_a_compiler_is_missed_where_something_is_compiled(
+    kind: Literal["cpu", "gpu"],
+    has_compiler: bool,
+    disabled: str | None,
+    verdict: CheckResult,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Triton compiles on GPUs; on CPUs nothing is compiled unless the user wants it."""
+    if has_compiler:
+        (tmp_path / "g++").touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("TORCH_COMPILE_DISABLE", raising=False)
+    if disabled is not None:
+        monkeypatch.setenv("TORCH_COMPILE_DISABLE", disabled)
+    (check,) = engine_checks._check_compiler(Settings(engine="vllm"), EngineBuild(kind=kind, version="0"))
+
+    assert check.verdict is verdict

@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from l4queue.cost.step import max_chunk_tokens
 from l4queue.errors import ConfigError
 from workers.engine.base import (
     Cut,
@@ -20,9 +19,11 @@ from workers.engine.base import (
     StepRecord,
 )
 from workers.engine.loop_work import LoopWork
+from workers.engine.vllm.configure import VllmOptions, check_length, complaint, engine_config
 from workers.engine.vllm.constraints import ConstraintExaminer
-from workers.engine.vllm.environment import bind_threads, prepare_environment
+from workers.engine.vllm.environment import prepare_environment
 from workers.engine.vllm.prefill_gate import PrefillGate
+from workers.engine.vllm.rehearsal import rehearsals
 from workers.engine.vllm.stat_loggers import drop_metrics, step_logger
 from workers.engine.vllm.step_recorder import StepWatch
 from workers.engine.vllm.translate import engine_output, failed, prompt, sampling_params
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = ("VllmEngine",)
 
+log = logging.getLogger("l4queue.worker")
 _HEALTH_INTERVAL_S = 0.5  # between two looks whether the engine's process lives
 
 
@@ -69,12 +71,13 @@ class VllmEngine:
         self,
         model: str,
         *,
-        max_model_len: int,
         max_running: int,
+        max_model_len: int | None = None,
         dtype: str = "auto",
         max_batched_tokens: int | None = None,
         tensor_parallel: int = 1,
         gpu_memory_share: float = 0.9,
+        vllm_args: str = "",
         cpu_cores: str = "",
         cpu_kv_cache_gib: int = 1,
         kv_directory: Path | None = None,
@@ -83,13 +86,16 @@ class VllmEngine:
         work: LoopWork | None = None,
         constraint_limit_s: float = 20.0,
     ) -> None:
-        self._model = model
-        self._max_model_len = max_model_len
-        self._max_running = max_running
-        self._dtype = dtype
-        self._max_batched_tokens = max_batched_tokens
-        self._tensor_parallel = tensor_parallel
-        self._gpu_memory_share = gpu_memory_share
+        self._options = VllmOptions(
+            model=model,
+            max_model_len=max_model_len,
+            max_running=max_running,
+            dtype=dtype,
+            max_batched_tokens=max_batched_tokens,
+            tensor_parallel=tensor_parallel,
+            gpu_memory_share=gpu_memory_share,
+            vllm_args=vllm_args,
+        )
         self._cpu_cores = cpu_cores
         self._cpu_kv_cache_gib = cpu_kv_cache_gib
         self._kv_frontend: KVFrontend | None = None
@@ -112,47 +118,27 @@ class VllmEngine:
 
     async def start(self) -> EngineInfo:
         """Load the model; tens of seconds."""
-        prepare_environment(kv_cache_gib=self._cpu_kv_cache_gib, cores=self._cpu_cores, model=self._model)
+        options = self._options
+        prepare_environment(kv_cache_gib=self._cpu_kv_cache_gib, cores=self._cpu_cores, model=options.model)
         try:
             import vllm
-            from vllm.engine.arg_utils import AsyncEngineArgs
-            from vllm.platforms import current_platform
-            from vllm.usage.usage_lib import UsageContext
             from vllm.v1.engine.async_llm import AsyncLLM
         except ImportError as error:
             raise ConfigError("vLLM is missing: install l4queue[gpu] or l4queue[cpu]") from error
-        arguments: dict[str, Any] = {
-            "model": self._model,
-            "max_model_len": self._max_model_len,
-            "max_num_seqs": self._max_running,
-            "dtype": self._dtype,
-            "scheduling_policy": "priority",
-            "enable_prefix_caching": True,
-            "enable_logging_iteration_details": True,
-            "enforce_eager": current_platform.is_cpu(),
-            "tensor_parallel_size": self._tensor_parallel,
-            "gpu_memory_utilization": self._gpu_memory_share,
-        }
-        if current_platform.is_cpu():
-            arguments["worker_cls"] = "workers.engine.vllm.cpu.SeededCpuWorker"
-            if self._tensor_parallel == 1 and bind_threads():
-                arguments["distributed_executor_backend"] = "uni"
-        if self._max_batched_tokens is not None:
-            arguments["max_num_batched_tokens"] = self._max_batched_tokens
+        transfer = None
         if self._kv_frontend is not None:
             self._kv_frontend.open()
-            arguments["kv_transfer_config"] = self._transfer_config(self._kv_frontend, vllm.__version__)
+            transfer = self._transfer_config(self._kv_frontend, vllm.__version__)
+        config = engine_config(options, kv_transfer=transfer)
+        scheduling = config.scheduler_config
+        budget, longest = scheduling.max_num_batched_tokens, scheduling.long_prefill_token_threshold
+        self._watch = StepWatch(max_chunk_tokens=longest)
+        self._prefill_gate = PrefillGate(max_batched_tokens=budget, max_chunk_tokens=longest)
+        wanted = int(config.model_config.max_model_len)
         try:
-            config = AsyncEngineArgs(**arguments).create_engine_config(UsageContext.ENGINE_CONTEXT)
-            scheduling = config.scheduler_config
-            budget = scheduling.max_num_batched_tokens
-            longest = min(max_chunk_tokens(budget), config.model_config.max_model_len)
-            scheduling.long_prefill_token_threshold = longest
-            self._watch = StepWatch(max_chunk_tokens=longest)
-            self._prefill_gate = PrefillGate(max_batched_tokens=budget, max_chunk_tokens=longest)
             self._llm = AsyncLLM.from_vllm_config(config, stat_loggers=[step_logger(self._stepped)])
         except (OSError, ValueError, RuntimeError) as error:
-            raise ConfigError(f"vLLM cannot start with model {self._model!r}: {error}") from error
+            raise EngineDied(f"vLLM does not start with model {options.model!r}: {complaint(error)}") from error
         if not self._keep_metrics:
             drop_metrics(self._llm.logger_manager)
         self._llm.output_handler.add_done_callback(lambda _: self._ready.set())
@@ -160,17 +146,30 @@ class VllmEngine:
         cache = config.cache_config
         self._kv_capacity_tokens = int(cache.num_gpu_blocks or 0) * int(cache.block_size or 0)
         self._kv_bytes_per_token = kv_bytes_per_token(config) if self._kv_frontend is not None else 0
+        check_length(options, wanted_tokens=wanted, held_tokens=int(config.model_config.max_model_len))
+        await self._rehearse()
         return EngineInfo(
             name="vllm",
-            model=self._model,
+            model=options.model,
             version=vllm.__version__,
             max_model_len=int(config.model_config.max_model_len),
             kv_capacity_tokens=self._kv_capacity_tokens,
-            max_running=int(config.scheduler_config.max_num_seqs),
-            max_batched_tokens=int(config.scheduler_config.max_num_batched_tokens),
+            max_running=int(scheduling.max_num_seqs),
+            max_batched_tokens=int(budget),
             eos_token_ids=frozenset(self._eos_token_ids()),
             kv_bytes_per_token=self._kv_bytes_per_token,
         )
+
+    async def _rehearse(self) -> None:
+        """Run requests of every kind, and forget them. Raises EngineDied where one of them ends the engine."""
+        for group in rehearsals():
+            for request in group:
+                await self.add(request)
+            while self._running:
+                for output in await self.outputs():
+                    if output.error is not None:
+                        log.warning("%s failed, and so will others: %s", output.request_id, output.error)
+        self._watch.take_records()
 
     async def add(self, request: EngineRequest) -> None:
         """Start a request, a long prompt when it is its turn.
@@ -370,9 +369,8 @@ class VllmEngine:
     def _transfer_config(self, kv_frontend: KVFrontend, version: str) -> Any:
         from vllm.config import KVTransferConfig
 
-        return KVTransferConfig(
-            **kv_frontend.connector_config(model_fingerprint(self._model, self._dtype, version))
-        )
+        facts = model_fingerprint(self._options.model, self._options.dtype, version, self._options.vllm_args)
+        return KVTransferConfig(**kv_frontend.connector_config(facts))
 
     def _eos_token_ids(self) -> set[int]:
         found: set[int] = set()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from l4queue.hardware import engine_build
 from l4queue.logs import logs_json
 
 __all__ = ("bind_threads", "prepare_environment")
@@ -17,6 +18,11 @@ def prepare_environment(*, kv_cache_gib: int, cores: str, model: str) -> None:
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    build = engine_build()
+    if build is not None and build.kind == "cpu":
+        # Else the first request with logprobs waits for g++, and its neighbours with it: 17 s on two cores.
+        # Without a compiler it ends the engine. The model itself runs eagerly.
+        os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
     if logs_json():  # the engine core's process too, which has a logging of its own
         os.environ.setdefault("VLLM_LOGGING_CONFIG_PATH", str(Path(__file__).with_name("logging.json")))
     if cores:

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from l4queue.cli.stack.supervisor import ChildSpec, ChildState, RestartPolicy, Supervisor
-from l4queue.errors import ServiceUnavailable
+from l4queue.errors import ConfigError, ServiceUnavailable
 
 ENDLESS = "import signal; print('up', flush=True); signal.pause()"
 STUBBORN = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True)\n"
@@ -69,6 +69,24 @@ def test_pauses_double_up_to_a_limit(num_restarts: int) -> None:
     policy = RestartPolicy(first_s=0.5, most_s=30.0)
 
     assert policy.pause_s(num_restarts) == min(30, 2**num_restarts / 2 if num_restarts < 9 else 30)
+
+
+async def test_a_final_exit_code_is_not_retried_and_tells_why() -> None:
+    """The error of a child that cannot be set up is ours, in full; other codes are tried again."""
+    wrong = "import sys; print('error: the model holds 8192 tokens', file=sys.stderr); sys.exit(78)"
+    async with supervised() as (supervisor, log):
+        child = supervisor.add(python("one", wrong, final_codes=frozenset({78})))
+        with pytest.raises(ConfigError, match=r"^one: the model holds 8192 tokens$"):
+            await supervisor.ready()
+        assert (child.num_starts, child.state) == (1, ChildState.FAILED)
+        with pytest.raises(ConfigError):
+            await supervisor.failed()
+        assert log.of("l4queue") == ["one ended with exit code 78 and is not started again"]
+
+        other = supervisor.add(python("two", wrong.replace("78", "1"), final_codes=frozenset({78})))
+        with pytest.raises(ServiceUnavailable):
+            await supervisor.ready(["two"])
+        assert other.num_starts == QUICK.max_failures
 
 
 async def test_a_child_is_ready_when_it_has_said_so_and_its_lines_are_logged() -> None:
