@@ -73,6 +73,16 @@ class Pool:
 
     def budget(self, instance: Instance) -> AdmissionBudget:
         """What the engine may take now: from here, or where nothing waits here, from a sibling stage."""
+        return self._without_newcomers(self._budget(instance), instance)
+
+    def has_room(self, instance: Instance) -> bool:
+        """Whether the engine may take the head now."""
+        budget, length_tokens = self._budget(instance), self.head.length
+        if budget.refusal(length_tokens) is None:
+            return True  # who is awaited makes no difference
+        return self._without_newcomers(budget, instance).refusal(length_tokens) is None
+
+    def _budget(self, instance: Instance) -> AdmissionBudget:
         state = AdmissionState(
             num_running=instance.num_requests,
             context_tokens=instance.held_tokens,
@@ -84,16 +94,14 @@ class Pool:
             num_waiting=len(self._heap) / max(1, len(self.instances)),
             remaining_tokens=None if self._remaining_tokens is None else self._remaining_tokens(),
         )
-        budget = admission_budget(state, cost=instance.cost)
+        return admission_budget(state, cost=instance.cost)
+
+    def _without_newcomers(self, budget: AdmissionBudget, instance: Instance) -> AdmissionBudget:
         if self._remaining_tokens is None or not self._heap or not budget.num_requests:
             return budget
         awaited = still_awaited(self._awaited.get(instance), instance.requests())
         self._awaited[instance] = awaited
         return budget.without_newcomers(awaited)
-
-    def has_room(self, instance: Instance) -> bool:
-        """Whether the engine may take the head now."""
-        return self.budget(instance).refusal(self.head.length) is None
 
     def place(self, push: Push) -> None:
         """Hand out the head of the queue while some engine has room for it."""
