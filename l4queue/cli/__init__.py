@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Annotated
+from typing import Annotated, TextIO
 
 import typer
 
@@ -68,6 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     from l4queue.errors import L4QueueError
 
+    warnings.showwarning = _show_warning
     try:
         build_app()(args=None if arguments is None else list(arguments), prog_name="l4queue")
     except SystemExit as end:
@@ -75,10 +78,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except L4QueueError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_ERROR
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
     except BrokenPipeError:
         # The reader of a pipe has gone; without this the interpreter would complain while flushing at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_ERROR
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"error: the disk is full: {error.filename or 'a file'} cannot be written", file=sys.stderr)
+        return EXIT_ERROR
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
     return 0
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """One line for people, who have no use for the place in the code."""
+    print(f"warning: {message}", file=file or sys.stderr)

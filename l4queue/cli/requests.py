@@ -93,10 +93,21 @@ def result(request_id: Id, timeout: Timeout = None, stream: bool = False, as_jso
             _print_result(handle.result(timeout=timeout), as_json)
 
 
-def status(request_id: Id, as_json: Json = False) -> None:
-    """Where a request is: state, stage, worker, tokens, times."""
+def status(
+    request_id: Annotated[
+        str | None, typer.Argument(help="Request id, as printed by enqueue.", metavar="[ID]", show_default=False)
+    ] = None,
+    data_dir: Annotated[
+        Path, typer.Option(help="Without ID: the directory that the `l4queue up` in question was given.")
+    ] = Path(".l4queue"),
+    as_json: Json = False,
+) -> None:
+    """Where a request is: state, stage, worker, tokens, times. Without ID: the URLs of the `l4queue up` here."""
     from l4queue.client import Client
 
+    if request_id is None:
+        _print_deployments(data_dir, as_json=as_json)
+        return
     with Client() as client:
         record = client.get(request_id).status()
     if as_json:
@@ -155,6 +166,24 @@ def _prompt_text(prompt: str | None, file: Path | None) -> str:
         raise InvalidRequest(f"not valid UTF-8 at byte {error.start}", field="prompt") from None
     except OSError as error:
         raise InvalidRequest(f"cannot read {file}: {error.strerror}", field="file") from None
+
+
+def _print_deployments(data_dir: Path, *, as_json: bool) -> None:
+    """What `up` said when it was ready."""
+    from l4queue.cli.stack.ready import ready_lines, running
+    from l4queue.errors import ServiceUnavailable
+    from l4queue.redis_url import redacted
+
+    found = running(data_dir.absolute())
+    if not found:
+        raise ServiceUnavailable(
+            f"no `l4queue up` is ready with the data directory {data_dir}; name another with --data-dir"
+        )
+    if as_json:
+        print(json.dumps([{**facts, "redis_url": redacted(facts["redis_url"])} for facts in found]))
+        return
+    for facts in found:
+        print("\n".join(ready_lines(facts)))
 
 
 def _print_stream(handle: Handle, timeout: float | None) -> None:

@@ -177,12 +177,15 @@ class _Study:
 
 
 async def _run(study: _Study, options: StackOptions) -> tuple[list[Round], dict[str, Any]]:
+    from l4queue.cli.stack.ending import ending_well
     from l4queue.cli.stack.stack import Stack
 
-    async with Stack(options) as stack:
+    stack = Stack(options)
+    async with ending_well(note=stack.note_end, kill=stack.kill) as ending, stack:
         await stack.ready()
         with progress_bars(options.quiet, width=8) as progress:
             return await _all_rounds(stack, study, progress)
+    raise typer.Exit(ending.exit_code)
 
 
 async def _all_rounds(stack: Stack, study: _Study, progress: Progress) -> tuple[list[Round], dict[str, Any]]:
