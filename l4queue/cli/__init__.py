@@ -8,10 +8,11 @@ import sys
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Annotated, TextIO
+from typing import Annotated, Any, TextIO
 
 import typer
 
+UsageError: Any = typer.BadParameter.__mro__[1]  # typer has it in a private module, as its base
 __all__ = ("COMMAND_MODULES", "build_app", "main")
 
 COMMAND_MODULES = (
@@ -27,9 +28,6 @@ COMMAND_MODULES = (
     "health",
 )
 """Modules of this package with a `register(app)`; what they need beyond typer is imported inside commands."""
-
-EXIT_ERROR = 1  # exit code
-EXIT_INTERRUPTED = 130  # exit code; 128 + SIGINT, as shells report it
 
 
 def build_app() -> typer.Typer:
@@ -64,32 +62,43 @@ def _common(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code: 0, 1 on an error, 2 on wrong usage, 130 on Ctrl-C.
+    """Run one command; returns its exit code, of `l4queue.cli.outcome`.
 
-    Errors of l4queue are one line on standard error; anything else is a defect and keeps its traceback.
+    Errors of l4queue are one line on standard error, or with `--json` one object on standard output; anything else
+    is a defect and keeps its traceback.
     """
+    from l4queue.cli.outcome import ExitCode, exit_code, show_error
     from l4queue.errors import L4QueueError
 
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    as_json = "--json" in given
     warnings.showwarning = _show_warning
     try:
-        build_app()(args=None if arguments is None else list(arguments), prog_name="l4queue")
+        code = build_app()(args=given, prog_name="l4queue", standalone_mode=False)
+        return code if isinstance(code, int) else ExitCode.DONE
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(bool(end.code))
     except L4QueueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_ERROR
+        show_error(error, as_json=as_json, known=given)
+        return exit_code(error)
+    except (KeyboardInterrupt, typer.Abort):
+        return ExitCode.INTERRUPTED
     except BrokenPipeError:
         # The reader of a pipe has gone; without this the interpreter would complain while flushing at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_ERROR
+        return ExitCode.ERROR
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        print(f"error: the disk is full: {error.filename or 'a file'} cannot be written", file=sys.stderr)
-        return EXIT_ERROR
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
-    return 0
+        full = f"the disk is full: {error.filename or 'a file'} cannot be written"
+        show_error(error, as_json=as_json, kind="DiskFull", message=full)
+        return ExitCode.ERROR
+    except UsageError as error:
+        if as_json:
+            show_error(error, as_json=True, kind="UsageError", message=error.format_message())
+        else:
+            error.show()
+        return ExitCode.USAGE
 
 
 def _show_warning(

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from l4queue.cli.outcome import about
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -26,7 +28,7 @@ def explain(
     """
     from l4queue.client import Client
 
-    with Client() as client:
+    with Client() as client, about(request_id):
         events = client.get(request_id).explain()
     if as_json:
         print(json.dumps([asdict(event) for event in events]))

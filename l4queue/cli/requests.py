@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from l4queue.cli.batch import refuse_mixture, run_file
+from l4queue.cli.outcome import about
 from l4queue.json_lines import json_line
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ("register",)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
-Timeout = Annotated[float | None, typer.Option(help="Seconds to wait at most.")]
+Timeout = Annotated[float | None, typer.Option(help="Longest wait, s; the request goes on.")]
 Id = Annotated[str, typer.Argument(help="Request id, as printed by enqueue.", metavar="ID")]
 
 
@@ -29,24 +30,32 @@ def enqueue(
     *,
     max_tokens: Annotated[int | None, typer.Option(help="Most tokens to generate; else what still fits.")] = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
-    top_p: Annotated[float, typer.Option()] = 1.0,
+    top_p: Annotated[float, typer.Option(help="Share of the likeliest tokens to draw from; 1 is all.")] = 1.0,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends the output; may be repeated.")] = None,
-    seed: Annotated[int | None, typer.Option()] = None,
+    seed: Annotated[int | None, typer.Option(help="Makes drawing repeatable.")] = None,
     logprobs: Annotated[int | None, typer.Option(help="With --json: each token and N others.")] = None,
-    priority: Annotated[int | None, typer.Option(help="Lower is served first; 0, for a batch 100.")] = None,
+    priority: Annotated[
+        int | None, typer.Option(help="Lower is served first; default 0, for a batch 100.")
+    ] = None,
     deadline_s: Annotated[float | None, typer.Option(help="Seconds until the request expires.")] = None,
     idempotency_key: Annotated[str | None, typer.Option(help="Same key, same request: never twice.")] = None,
-    chat: Annotated[bool, typer.Option(help="Send the prompt as a user's chat message.")] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="Send the prompt as a user's chat message.")] = False,
     file: Annotated[Path | None, typer.Option(help="Read the prompt from a file.")] = None,
-    wait: Annotated[bool, typer.Option(help="Wait for the result and print it.")] = False,
-    stream: Annotated[bool, typer.Option(help="Print text as it is generated.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait for the result and print it.")] = False,
+    stream: Annotated[bool, typer.Option("--stream", help="Print text as it is generated.")] = False,
     timeout: Timeout = None,
     jsonl: Annotated[Path | None, typer.Option(help="Run a file of requests in OpenAI's batch format.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Batch: answers; the same command goes on with it.")] = None,
-    errors: Annotated[Path | None, typer.Option(help="Batch: failed lines; OUT.errors.jsonl.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Batch: answers; the same command again goes on where it stopped.")
+    ] = None,
+    errors: Annotated[Path | None, typer.Option(help="Batch: failed lines; default OUT.errors.jsonl.")] = None,
     max_in_flight: Annotated[int, typer.Option(min=1, help="Batch: most requests in flight.")] = 4096,
-    cancel_on_exit: Annotated[bool, typer.Option(help="Batch: Ctrl-C cancels what is in flight.")] = False,
-    keep_results: Annotated[bool, typer.Option(help="Batch: leave collected results in Redis.")] = False,
+    cancel_on_exit: Annotated[
+        bool, typer.Option("--cancel-on-exit", help="Batch: Ctrl-C cancels what is in flight.")
+    ] = False,
+    keep_results: Annotated[
+        bool, typer.Option("--keep-results", help="Batch: leave collected results in Redis.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Accept one request; prints its id, or its result with --wait or --stream. With --jsonl: a whole batch."""
@@ -73,19 +82,25 @@ def enqueue(
             deadline_s=deadline_s,
             idempotency_key=idempotency_key,
         )
-        if stream and not as_json:
-            _print_stream(handle, timeout)
-        elif wait or stream:
-            _print_result(handle.result(timeout=timeout), as_json)
-        else:
-            print(json.dumps({"id": handle.id}) if as_json else handle.id)
+        with about(handle.id):
+            if stream and not as_json:
+                _print_stream(handle, timeout)
+            elif wait or stream:
+                _print_result(handle.result(timeout=timeout), as_json)
+            else:
+                print(json.dumps({"request_id": handle.id}) if as_json else handle.id)
 
 
-def result(request_id: Id, timeout: Timeout = None, stream: bool = False, as_json: Json = False) -> None:
+def result(
+    request_id: Id,
+    timeout: Timeout = None,
+    stream: Annotated[bool, typer.Option("--stream", help="Print text as it is generated.")] = False,
+    as_json: Json = False,
+) -> None:
     """Wait for a request and print its text. An outcome other than done is an error."""
     from l4queue.client import Client
 
-    with Client() as client:
+    with Client() as client, about(request_id):
         handle = client.get(request_id)
         if stream and not as_json:
             _print_stream(handle, timeout)
@@ -108,7 +123,7 @@ def status(
     if request_id is None:
         _print_deployments(data_dir, as_json=as_json)
         return
-    with Client() as client:
+    with Client() as client, about(request_id):
         record = client.get(request_id).status()
     if as_json:
         print(json.dumps(_record(record)))
@@ -119,14 +134,17 @@ def status(
 
 
 def cancel(request_id: Id, as_json: Json = False) -> None:
-    """End a request, waiting or running."""
+    """End a request, waiting or running. One that had ended already stays as it is, which is no error."""
     from l4queue.client import Client
 
-    with Client() as client:
+    with Client() as client, about(request_id):
         handle = client.get(request_id)
-        ended = handle.cancel(reason="cancelled from the command line")
+        is_ended = handle.cancel(reason="cancelled from the command line")
         state = handle.status().state.value
-    print(json.dumps({"id": request_id, "cancelled": ended, "state": state}) if as_json else state)
+    if as_json:
+        print(json.dumps({"request_id": request_id, "cancelled": is_ended, "state": state}))
+    else:
+        print(state if is_ended else f"had already ended: {state}")
 
 
 def dead(

@@ -49,7 +49,7 @@ _TOLD_SETTINGS = (
 
 def serve(
     trace: Annotated[
-        Path | None, typer.Argument(help="CSV or CSV.gz with arrival_s,input_tokens,output_tokens")
+        Path | None, typer.Argument(help="CSV or CSV.gz with arrival_s,input_tokens,output_tokens.")
     ] = None,
     *,
     engine: Annotated[str, typer.Option(help="vllm or emulated.")] = "vllm",

@@ -140,13 +140,13 @@ class Stack:
     async def _start(self) -> None:
         gpus = self._check_hardware()
         num_workers = self.options.workers or len(gpus) // self.settings.tensor_parallel or DEFAULT_WORKERS
+        self._choose_flower_port()
         await self._start_redis()
         parse_url(self.redis_url)
         assert self.settings.broker_url  # both are right, or this is the end
         if self._redis is None:
             await self._meet_others()
         model = await self._model_path()
-        self._choose_flower_port()
         self.settings = self.settings.model_copy(update={"model": model})
         self._executor = AsyncExecutor(self.redis_url, retry_s=0.0)
         specs = [*self._service_specs(), *self._serving_specs(num_workers, gpus)]
