@@ -36,6 +36,8 @@ def build_app() -> typer.Typer:
         name="l4queue",
         help="Length-aware serving of large language models as a Redis and Celery worker pipeline.",
         no_args_is_help=True,
+        epilog="First steps: `l4queue up` in one terminal, `l4queue enqueue 'Hello' --wait` in another. "
+        "Exit codes and JSON: docs/cli.md.",
         pretty_exceptions_enable=False,
         rich_markup_mode=None,
     )

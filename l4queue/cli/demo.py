@@ -142,7 +142,10 @@ def demo(
     data_dir: Annotated[Path | None, typer.Option(help="Where Redis keeps its data.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
 ) -> None:
-    """Start everything, run mixed-length real text through it, print what was measured, stop."""
+    """Serve a mixed workload and print its measurements.
+
+    Everything is started before and stopped after. Prompts are real text of mixed lengths.
+    """
     import numpy as np
 
     from l4queue.cli.demo_prompts import measured_chars_per_token, mixed_prompts

@@ -38,11 +38,11 @@ def health(
     role: Annotated[Role, typer.Argument(help="Which process to ask after.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
 ) -> None:
-    """Exit code 0 if the process of this host does its work, 1 if not; for health checks of containers.
+    """Tell whether a process of this host works.
 
-    A worker is judged by its lease, which it keeps only while its engine makes progress; a dispatcher by its
-    last round of routing; planner and beat by the age of the last round of planning; Flower and the exporter by
-    their answer.
+    Exit code 0 if it does, 1 if not: for health checks of containers. A worker is judged by its lease, which
+    it keeps only while its engine makes progress; a dispatcher by its last round of routing; planner and beat
+    by the age of the last round of planning; Flower and the exporter by their answer.
     """
     from l4queue.config import load_settings
     from l4queue.errors import ServiceUnavailable

@@ -39,7 +39,10 @@ def solve(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the synthetic workload.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Choose ranges and worker counts for a trace by the dynamic program. Needs no GPU and no Redis."""
+    """Choose ranges and workers for a trace.
+
+    By the dynamic program of the planner. Needs no GPU and no Redis.
+    """
     from l4queue.cli.simulate import load_traffic
     from l4queue.cost.coefficients import load_coefficients
     from l4queue.planning.histogram import Buckets, Demand

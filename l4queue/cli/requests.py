@@ -58,7 +58,10 @@ def enqueue(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Accept one request; prints its id, or its result with --wait or --stream. With --jsonl: a whole batch."""
+    """Send one request, or a batch with --jsonl.
+
+    Prints the id of the request, or with --wait or --stream its result.
+    """
     from l4queue.client import Client
 
     if jsonl is not None or out is not None:
@@ -97,7 +100,10 @@ def result(
     stream: Annotated[bool, typer.Option("--stream", help="Print text as it is generated.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Wait for a request and print its text. An outcome other than done is an error."""
+    """Wait for a request and print its text.
+
+    An outcome other than done is an error, with an exit code of its own.
+    """
     from l4queue.client import Client
 
     with Client() as client, about(request_id):
@@ -110,14 +116,17 @@ def result(
 
 def status(
     request_id: Annotated[
-        str | None, typer.Argument(help="Request id, as printed by enqueue.", metavar="[ID]", show_default=False)
+        str | None, typer.Argument(help="Request id, as printed by enqueue.", metavar="ID", show_default=False)
     ] = None,
     data_dir: Annotated[
         Path, typer.Option(help="Without ID: the directory that the `l4queue up` in question was given.")
     ] = Path(".l4queue"),
     as_json: Json = False,
 ) -> None:
-    """Where a request is: state, stage, worker, tokens, times. Without ID: the URLs of the `l4queue up` here."""
+    """Show where a request or the deployment is.
+
+    With ID: state, stage, worker, tokens, times. Without: the URLs of the `l4queue up` of this directory.
+    """
     from l4queue.client import Client
 
     if request_id is None:
@@ -134,7 +143,10 @@ def status(
 
 
 def cancel(request_id: Id, as_json: Json = False) -> None:
-    """End a request, waiting or running. One that had ended already stays as it is, which is no error."""
+    """End a request, waiting or running.
+
+    One that had ended already stays as it is, which is no error.
+    """
     from l4queue.client import Client
 
     with Client() as client, about(request_id):
@@ -151,7 +163,10 @@ def dead(
     count: Annotated[int, typer.Option(help="Most entries to show.")] = 20,
     as_json: Json = False,
 ) -> None:
-    """Dead letters, newest first: requests that kill their worker, and entries that cannot be read."""
+    """List dead letters, newest first.
+
+    They are requests that kill their worker, and entries that cannot be read.
+    """
     from l4queue.client import Client
 
     with Client() as client:

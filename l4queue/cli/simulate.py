@@ -128,7 +128,10 @@ def simulate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Write PNG plots into this directory.")] = None,
 ) -> None:
-    """Replay traffic under several scheduling policies and compare them. Needs no GPU and no Redis."""
+    """Compare scheduling policies on a trace.
+
+    Replays it, or a synthetic workload, under each of them. Needs no GPU and no Redis.
+    """
     from l4queue.errors import ConfigError
     from l4queue.sim.capacity import parse_slo
     from l4queue.sim.registry import parse_policies
@@ -301,13 +304,13 @@ def _curves(study: Study, names: tuple[str, ...], progress: Progress) -> dict[st
 
 ROWS: tuple[tuple[str, str], ...] = (
     ("mean_e2e_s", "mean e2e"),
-    ("p50_e2e_s", "p50"),
-    ("p95_e2e_s", "p95"),
-    ("p99_e2e_s", "p99"),
+    ("p50_e2e_s", "p50 e2e"),
+    ("p95_e2e_s", "p95 e2e"),
+    ("p99_e2e_s", "p99 e2e"),
     ("p50_ttft_s", "p50 TTFT"),
-    ("p99_ttft_s", "p99"),
+    ("p99_ttft_s", "p99 TTFT"),
     ("mean_tpot_s", "mean TPOT"),
-    ("p99_tpot_s", "p99"),
+    ("p99_tpot_s", "p99 TPOT"),
 )
 
 
@@ -335,7 +338,7 @@ def _print_table(title: str, columns: dict[str, list[str]], *, first: str | None
     for name in columns:
         table.add_column(name, justify="right")
     names = [label for _, label in ROWS]
-    names += ["mean, short 95 %", "mean, long 5 %", "requests/s", "hand-overs", "steals", "preemptions"]
+    names += ["mean e2e, short 95 %", "mean e2e, long 5 %", "requests/s", "hand-overs", "steals", "preemptions"]
     if first is not None:
         names.insert(0, first)
     for label, *cells in zip(names, *columns.values(), strict=True):

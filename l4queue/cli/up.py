@@ -37,7 +37,7 @@ def up(
     redis_url: Annotated[
         str | None,
         typer.Option(
-            help="Use this Redis; default L4_REDIS_URL, which other users cannot read, else start one here.",
+            help="Use this Redis; default L4_REDIS_URL, in which others do not see a password, else start one.",
             show_default=False,
         ),
     ] = None,
@@ -88,11 +88,12 @@ def up(
         typer.Option("--verbose", "-v", help="Show every line of all processes; else decisions and trouble."),
     ] = False,
 ) -> None:
-    """Run Redis, dispatchers, planner, workers and Flower in the foreground.
+    """Run a whole deployment until Ctrl-C.
 
-    Ctrl-C or SIGTERM drains the workers and stops everything in order (exit code 0); a second one does not wait
-    for the drain. A process that dies is started again, after a pause that grows. All lines of all processes go to
-    files under the data directory; `l4queue status` repeats what is said when all is ready.
+    It is Redis, dispatchers, planner, workers and Flower, in the foreground. Ctrl-C or SIGTERM drains the
+    workers and stops everything in order (exit code 0); a second one does not wait for the drain. A process
+    that dies is started again, after a pause that grows. All lines of all processes go to files under the data
+    directory; `l4queue status` repeats what is said when all is ready.
     """
     import asyncio
 
