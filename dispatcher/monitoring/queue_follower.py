@@ -26,6 +26,7 @@ _LOOK_S = 1.0
 _MOST_WAITING = 300
 """Waiting requests of one queue that are shown, from its head. Chosen: each costs a read, a page shows fewer."""
 _MOST_ENDED = 5_000  # of one look: beyond it only the latest
+_MOST_OPEN = 50_000
 Event = dict[str, Any]
 
 
@@ -42,6 +43,7 @@ class QueueFollower:
         self._emit = emit
         self._name = task_name(settings)
         self._told: set[str] = set()
+        self._open: set[str] = set()  # told to wait, and not told to have ended
         self._last_id: str | None = None
         self._ended: list[FinishedRequest] = []
         self._thread = threading.Thread(target=self._run, name="queue-follower", daemon=True)
@@ -79,11 +81,18 @@ class QueueFollower:
         for record in self._records(new):
             if record.state in (RequestState.SUBMITTED, RequestState.QUEUED):
                 self._told.add(record.request_id)
+                self._open.add(record.request_id)
                 self._emit({"type": WAITING, **self._about(record), "received": record.submitted_ms / 1000})
 
     def _tell_ended(self, ended: Iterable[FinishedRequest]) -> None:
-        """Facts of a `done` one stand in the stream of outcomes, those of others in its record."""
-        ended = list(ended)
+        """Facts of a `done` one stand in the stream of outcomes, those of others in its record.
+
+        Workers tell the ends of all `done` ones that they have shown, so that only those shown here are left.
+        """
+        ended = [one for one in ended if one.state != RequestState.DONE or one.request_id in self._open]
+        self._open.difference_update(one.request_id for one in ended)
+        if len(self._open) > _MOST_OPEN:  # the ends of some have been missed
+            self._open.clear()
         others = {
             record.request_id: record
             for record in self._records(e.request_id for e in ended if e.state != RequestState.DONE)

@@ -18,6 +18,9 @@ def task_name(settings: Settings) -> str:
 def task_arguments(
     *, prompt_tokens: int, max_tokens: int, stage: str, waited_s: float | None, more: str = ""
 ) -> str:
-    """Lengths, stage and, once it has been taken, how long the request had waited: from acceptance on."""
+    """Lengths, how long it waited once it has been taken (from acceptance on), stage.
+
+    The list of tasks cuts a long text off: the stage comes last.
+    """
     waited = "" if waited_s is None else f", waited {waited_s:.1f} s"
-    return f"{prompt_tokens} → ≤{max_tokens} tokens, stage {stage}{more}{waited}"
+    return f"{prompt_tokens} → ≤{max_tokens} tokens{waited}, stage {stage}{more}"

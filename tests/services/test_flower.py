@@ -196,7 +196,8 @@ def test_every_request_is_one_task_in_success(monitored: Monitored) -> None:
     assert task["name"] == "l4queue.generate/llama-3.1-8b"
     assert f"'prompt_tokens': {len(CANARY) + 1 + 5 * 5}" in task["kwargs"]
     assert "'range': '0–∞'" in task["kwargs"]
-    assert task["args"].startswith(f"{len(CANARY) + 1 + 5 * 5} → ≤8 tokens, stage 0 (0–∞), waited ")
+    assert task["args"].startswith(f"{len(CANARY) + 1 + 5 * 5} → ≤8 tokens, waited ")
+    assert task["args"].endswith(" s, stage 0 (0–∞)")
     assert task["result"].startswith("8 tokens, ")
     assert task["runtime"] > 0
     assert task["received"] <= task["started"] <= task["succeeded"]

@@ -14,9 +14,13 @@ import pytest
 from l4queue import cli, errors
 from l4queue.cli.json_keys import KEYS
 from l4queue.cli.outcome import MEANINGS, ExitCode, exit_code
+from l4queue.cli.requests import _record
 from l4queue.client import Client, Result
+from l4queue.models import RequestState
 from l4queue.observe.explain import Event
+from l4queue.observe.overview import Overview
 from l4queue.protocol.reads import DeadLetter
+from l4queue.protocol.records import RequestRecord
 
 ROOT = Path(__file__).parents[3]
 
@@ -97,9 +101,12 @@ def test_wrong_usage_is_json_too(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_documented_keys_are_those_of_the_code() -> None:
-    """`result`, `dead` and `explain` print their values as they are."""
-    for command, kind in (("result", Result), ("dead", DeadLetter), ("explain", Event)):
+    """These commands print their values as they are."""
+    kinds = {"result": Result, "dead": DeadLetter, "explain": Event, "stats": Overview}
+    for command, kind in kinds.items():
         assert list(KEYS[command]) == [field.name for field in fields(kind)]
+    record = RequestRecord(request_id="a", state=RequestState.DONE)
+    assert list(KEYS["status"]) == list(_record(record))
 
 
 def test_the_page_of_commands_is_what_they_say() -> None:

@@ -140,7 +140,7 @@ def test_a_request_is_received_started_and_succeeded(
     assert receiver.types("a") == ["task-received", "task-started", "task-succeeded"]
     assert task.state == "SUCCESS"
     assert task.name == "generate/model"
-    assert re.fullmatch(r"812 → ≤256 tokens, stage 1 \(512–4096\), waited [67]\d\.\d s", task.args)
+    assert re.fullmatch(r"812 → ≤256 tokens, waited [67]\d\.\d s, stage 1 \(512–4096\)", task.args)
     assert task.kwargs.startswith(
         "{'stage': 1, 'range': '512–4096', 'prompt_tokens': 812, 'max_tokens': 256, 'waited_s': "
     )
