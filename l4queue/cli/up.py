@@ -140,8 +140,8 @@ async def _serve(options: StackOptions, place: Path, tell: Callable[[dict[str, A
     from l4queue.cli.stack.decisions import DecisionLog
     from l4queue.cli.stack.ending import ending_well
     from l4queue.cli.stack.logs import ConsoleLog, FileLog
+    from l4queue.cli.stack.overrides import settings_with
     from l4queue.cli.stack.stack import Stack
-    from l4queue.config import load_settings
 
     loop, serving = asyncio.get_running_loop(), asyncio.current_task()
     assert serving is not None
@@ -152,8 +152,7 @@ async def _serve(options: StackOptions, place: Path, tell: Callable[[dict[str, A
         is_read = False
         loop.call_soon_threadsafe(serving.cancel)
 
-    log_format = load_settings(**options.overrides()).log_format
-    console = ConsoleLog(on_broken=on_broken, as_json=log_format == "json")
+    console = ConsoleLog(on_broken=on_broken, as_json=settings_with(options.overrides()).log_format == "json")
     log = DecisionLog(console, FileLog(place / "logs"), verbose=options.verbose)
     stack = Stack(options, log=log, state_dir=place)
     try:

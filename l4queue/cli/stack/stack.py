@@ -17,9 +17,10 @@ from l4queue.cli.stack.flower_place import FlowerPlace, flower_place, is_well
 from l4queue.cli.stack.logs import FileLog, Log
 from l4queue.cli.stack.names import free_names, names_in_use
 from l4queue.cli.stack.own_models import chosen_model, own_model_path
+from l4queue.cli.stack.overrides import settings_with
 from l4queue.cli.stack.scrape import with_metrics, write_targets
 from l4queue.cli.stack.supervisor import ChildSpec, RestartPolicy, Supervisor
-from l4queue.config import URL_FILE, Settings, load_settings
+from l4queue.config import URL_FILE
 from l4queue.errors import ConfigError, L4QueueError
 from l4queue.hardware import Gpu, cores_of_worker, engine_build, missing_library, view_gpus
 from l4queue.observe.overview import read_overview_async
@@ -88,7 +89,7 @@ class Stack:
         state_dir: Path | None = None,
     ) -> None:
         self.options = options
-        self.settings: Settings = load_settings(**options.overrides())
+        self.settings = settings_with(options.overrides())
         self.data_dir = (options.data_dir or DEFAULT_DATA_DIR).absolute()
         self.state_dir = state_dir or self.data_dir
         self.log = log or FileLog(self.data_dir / "logs", notes=None if options.quiet else sys.stderr)
