@@ -214,7 +214,7 @@ def test_waiting_and_refused_requests_are_shown_though_no_worker_has_them(monito
             until(lambda handle=handle: monitored.state(handle.id) == "RECEIVED", "it is shown waiting")
         task = monitored.http.get(f"/api/task/info/{waiting.id}").json()
         assert (task["worker"], task["name"]) == (None, monitored.name)
-        assert task["received"] == waiting.status().submitted_ms / 1000
+        assert task["received"] == waiting.status().submitted_at_s
         assert cancelled.cancel()
         until(lambda: monitored.state(cancelled.id) == "REVOKED", "its cancellation is shown")
         until(lambda: monitored.state(refused.id) == "FAILURE", "the refusal is shown")

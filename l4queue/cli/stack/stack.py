@@ -16,8 +16,8 @@ from l4queue.cli.stack.embedded import EmbeddedRedis, free_port, is_port_free, w
 from l4queue.cli.stack.flower_place import FlowerPlace, flower_place, is_well
 from l4queue.cli.stack.logs import FileLog, Log
 from l4queue.cli.stack.names import free_names, names_in_use
-from l4queue.cli.stack.own_models import chosen_model, own_model_path
 from l4queue.cli.stack.overrides import settings_with
+from l4queue.cli.stack.own_models import chosen_model, own_model_path
 from l4queue.cli.stack.scrape import with_metrics, write_targets
 from l4queue.cli.stack.supervisor import ChildSpec, RestartPolicy, Supervisor
 from l4queue.config import URL_FILE

@@ -15,7 +15,7 @@ from l4queue import cli, errors
 from l4queue.cli.json_keys import KEYS
 from l4queue.cli.outcome import MEANINGS, ExitCode, exit_code
 from l4queue.cli.requests import _record
-from l4queue.client import Client, Result
+from l4queue.client import Client, RequestStatus, Result
 from l4queue.models import RequestState
 from l4queue.observe.explain import Event
 from l4queue.observe.overview import Overview
@@ -105,8 +105,8 @@ def test_the_documented_keys_are_those_of_the_code() -> None:
     kinds = {"result": Result, "dead": DeadLetter, "explain": Event, "stats": Overview}
     for command, kind in kinds.items():
         assert list(KEYS[command]) == [field.name for field in fields(kind)]
-    record = RequestRecord(request_id="a", state=RequestState.DONE)
-    assert list(KEYS["status"]) == list(_record(record))
+    status = RequestStatus.of(RequestRecord(request_id="a", state=RequestState.DONE))
+    assert list(KEYS["status"]) == list(_record(status))
 
 
 def test_the_page_of_commands_is_what_they_say() -> None:
