@@ -58,6 +58,7 @@ lint: $(DEV) ## style, types, import contracts, sizes, generated docs
 	$(BIN)/python tools/check_sizes.py l4queue dispatcher workers
 	$(BIN)/python tools/generate_settings.py --check
 	$(BIN)/python tools/generate_states.py --check
+	$(BIN)/python tools/generate_cli.py --check
 	$(BIN)/python tools/generate_dashboard.py --check
 	$(BIN)/python tools/generate_env_example.py --check
 
@@ -69,6 +70,7 @@ docs: $(RUNTIME) ## write the generated pages of docs/
 	$(BIN)/python tools/generate_settings.py
 	$(BIN)/python tools/generate_env_example.py
 	$(BIN)/python tools/generate_states.py
+	$(BIN)/python tools/generate_cli.py
 	$(BIN)/python tools/generate_dashboard.py
 
 # What the tests use beside Python: Redis, a browser, Prometheus. On Debian as root it is installed.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from datetime import UTC, datetime, timedelta
@@ -11,7 +12,7 @@ from typing import Any
 from celery import Celery
 from celery.app.amqp import AMQP
 from celery.schedules import schedule
-from celery.signals import setup_logging, worker_init
+from celery.signals import setup_logging, worker_init, worker_ready
 from kombu import Connection
 
 from dispatcher.planner.tasks import REFINE, REPLAN, add_tasks
@@ -21,6 +22,7 @@ from l4queue.redis_url import without_secrets
 
 __all__ = ("make_app", "steady_now")
 
+log = logging.getLogger("l4queue.planner")
 _NICENESS = 19
 """The lowest priority of POSIX systems."""
 _BEGUN_AT, _BEGUN_S = datetime.now(UTC), time.monotonic()
@@ -83,10 +85,16 @@ def _stand_back(**_: Any) -> None:
     os.nice(_NICENESS)
 
 
+@worker_ready.connect  # type: ignore[untyped-decorator] # Celery has no types
+def _say_ready(sender: Any, **_: Any) -> None:
+    log.info("planner ready: %s", sender.hostname)
+
+
 @setup_logging.connect  # type: ignore[untyped-decorator] # Celery has no types
 def _log_as_the_others(loglevel: int | str | None = None, **_: Any) -> None:
-    """Celery's own formats would leave out the fields of a line."""
+    """Celery's own formats would leave out the fields of a line. Plans are told at any level of Celery's."""
     start_logging(load_settings().log_format, level=loglevel or "WARNING")
+    log.setLevel(logging.INFO)
 
 
 @cache

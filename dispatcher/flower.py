@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] = ()) -> None:
     check_variables(os.environ)
     start_logging(settings.log_format)
     options = flower_options(settings, os.environ)
-    flower_events.install()
+    flower_events.install(settings)
     flower_guard.install(settings)
     flower.utils.broker.RedisSocket = SocketBroker
     given = [f"--{name}={value}" for name, value in options.items()]

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import os
 import socket
+import warnings
+from collections.abc import Iterable
 from dataclasses import replace
+from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +20,7 @@ from l4queue.errors import ConfigError
 from l4queue.redis_url import SecretUrl, celery_url, parse_url, with_password
 from l4queue.strict_json import check_text
 
-__all__ = ("URL_FILE", "Settings", "celery_settings", "default_of", "load_settings")
+__all__ = ("URL_FILE", "Settings", "celery_settings", "default_of", "load_settings", "misspelt")
 
 URL_FILE = Path(".l4queue/url")
 """Where `l4queue up` leaves the URL of the Redis that it has started, for clients in the same directory."""
@@ -26,6 +30,8 @@ _OTHER_BROKERS = ("amqp", "amqps", "pyamqp", "redis+socket")  # as kombu has the
 MAX_SETTING = MAX_NUMBER
 """Largest number of a setting, in milliseconds or bytes or tokens: what Redis and Lua count exactly."""
 MAX_SETTING_CHARS = 4096  # longer than any path or URL; an error then still shows the start
+_OF_KUBERNETES = ("L4_SERVICE_", "L4_PORT")  # set by it in every pod where a service is called l4
+_NEAR = 0.8  # L4_MODLE, L4_REDISURL and L4_MAX_MODEL_LENGTH are that near to a setting, L4_TEST_SEED is not
 
 
 class Settings(BaseSettings):
@@ -250,12 +256,34 @@ def load_settings(**overrides: Any) -> Settings:
         raise ConfigError(f"{name}: {first['msg'].removeprefix('Value error, ')}") from None
     except (OSError, ValueError, SettingsError) as error:
         raise ConfigError(f".env cannot be read: {error}") from None
+    _warn_of_misspelt()
     found = None if {"redis_url", "redis_password"} & settings.model_fields_set else _url_of_up()
     if found is None:
         return settings
     settings = settings.model_copy(update={"redis_url": found})
     settings.model_fields_set.discard("redis_url")  # nobody has set it
     return settings
+
+
+def misspelt(names: Iterable[str]) -> dict[str, str]:
+    """Those of these names that are nearly the variable of a setting, each with that variable."""
+    known = {f"L4_{name.upper()}" for name in Settings.model_fields}
+    ours = {name: name.upper() for name in names if name.upper().startswith("L4_")}
+    ours = {name: upper for name, upper in ours.items() if not upper.startswith(_OF_KUBERNETES)}
+    near = {name: get_close_matches(ours[name], known, n=1, cutoff=_NEAR) for name in sorted(ours)}
+    return {name: found[0] for name, found in near.items() if found and ours[name] not in known}
+
+
+@cache
+def _warn_of_misspelt() -> None:
+    """Once in each process: pydantic ignores a variable that it does not know."""
+    names = set(os.environ)
+    if Path(".env").is_file():
+        from dotenv import dotenv_values  # takes its time, and pydantic has read the file with it
+
+        names |= dotenv_values(".env").keys()
+    for name, meant in misspelt(names).items():
+        warnings.warn(f"{name} is no setting of l4queue; did you mean {meant}?", stacklevel=4)
 
 
 def _url_of_up() -> SecretUrl | None:

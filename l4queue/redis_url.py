@@ -115,8 +115,11 @@ def parse_url(url: str, *, name: str = "L4_REDIS_URL") -> Address:
     whole, colon, rest = text.partition("://")
     scheme, _, way = whole.lower().partition("+")
     if not colon or scheme not in _SCHEMES or way not in _WAYS or (way and scheme == "unix"):
-        shown = (whole if colon else "") or "it"
-        raise ConfigError(f"{name}: {shown} is no scheme of a Redis URL; known are {_KNOWN}")
+        if not colon:  # what stands there may be a password
+            raise ConfigError(
+                f"{name}: it begins with no scheme; write redis:// before it, as in redis://host:6379/0"
+            )
+        raise ConfigError(f"{name}: {whole or 'nothing'} is no scheme of a Redis URL; known are {_KNOWN}")
     rest, _, query = rest.partition("?")
     authority, slash, path = rest.partition("/")
     _refuse_raw_characters(name, text, path, query, is_socket=scheme == "unix")

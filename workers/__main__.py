@@ -18,7 +18,8 @@ from l4queue.errors import ConfigError, L4QueueError
 from l4queue.failure import EXIT_FAILED, fail
 from l4queue.logs import start_logging, take_log_format
 from l4queue.metrics import MetricsServer
-from workers.app import QUEUE, make_app, node_name, task_name
+from l4queue.observe.task_view import task_name
+from workers.app import QUEUE, make_app, node_name
 from workers.build import make_worker
 from workers.host.bootsteps import EngineHost, EngineThread, ExitGuard, RequestHeart, WorkerLike
 from workers.host.remote_control import install_panel

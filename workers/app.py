@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 from functools import cache
-from pathlib import PurePath
 from typing import Any
 
 from celery import Celery
@@ -14,7 +13,7 @@ from kombu import Connection
 from l4queue.config import Settings, celery_settings, load_settings
 from l4queue.redis_url import without_secrets
 
-__all__ = ("QUEUE", "make_app", "node_name", "task_name")
+__all__ = ("QUEUE", "make_app", "node_name")
 
 QUEUE = "l4-workers"
 """What GPU workers consume, because Celery wants a queue. Nothing is put there; the planner's is another."""
@@ -47,12 +46,6 @@ def make_app(settings: Settings) -> Celery:
 def node_name(worker_id: str) -> str:
     """The Celery node of a worker: `<worker_id>@<host>`, or the id itself where it names its host."""
     return worker_id if "@" in worker_id else f"{worker_id}@{socket.gethostname()}"
-
-
-def task_name(settings: Settings) -> str:
-    """The name under which Flower shows requests: `l4queue.generate/<model>`."""
-    model = settings.emulated_model if settings.engine == "emulated" else settings.model
-    return f"l4queue.generate/{PurePath(model).name or model}"
 
 
 @cache

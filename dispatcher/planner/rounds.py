@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 
@@ -40,6 +41,7 @@ from l4queue.sim.replay import MAX_ARRIVALS, Changed, RecordedArrival, make_scor
 
 __all__ = ("refine_once", "replan_once")
 
+log = logging.getLogger("l4queue.planner")
 _BACKLOG_SAMPLE = 1000
 """Waiting requests of a queue whose lengths are read. Chosen: the rest is scaled from these; each costs a read."""
 _RETRY_S = 10.0
@@ -207,6 +209,7 @@ async def _publish(executor: AsyncExecutor, settings: Settings, new: Plan, *, re
     if await executor.run(call) is Verdict.STALE:
         return "another planner was first"
     await Upkeep(settings=settings, executor=executor).reroute(new)
+    log.info("plan %d: %s", new.version, new.reason)
     return f"plan {new.version}: {new.reason}"
 
 

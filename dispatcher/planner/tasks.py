@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 from celery import Celery
 
@@ -43,13 +44,15 @@ class Pace:
 def add_tasks(app: Celery, settings: Settings) -> None:
     """Register `l4queue.replan` and `l4queue.refine` with this app only: its settings are no other's."""
     pace = Pace()
+    # No events: two rounds every few seconds would push the requests off Flower's page of tasks.
+    options: dict[str, Any] = {"shared": False, "ignore_result": True, "acks_late": True, "send_events": False}
 
-    @app.task(name=REPLAN, shared=False, ignore_result=True, acks_late=True)  # type: ignore[untyped-decorator]  # no types
+    @app.task(name=REPLAN, **options)  # type: ignore[untyped-decorator]  # no types
     def replan() -> str:
         """One round of planning; what it returns is the planner's reason."""
         return run(REPLAN, replan_once, settings.replan_interval_s)
 
-    @app.task(name=REFINE, shared=False, ignore_result=True, acks_late=True)  # type: ignore[untyped-decorator]  # no types
+    @app.task(name=REFINE, **options)  # type: ignore[untyped-decorator]  # no types
     def refine() -> str:
         """One look at the boundaries; what it returns is the reason."""
         return run(REFINE, refine_once, settings.refine_interval_s)

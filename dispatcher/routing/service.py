@@ -30,6 +30,7 @@ from l4queue.protocol.reads import InboxBody, Reads, StreamEntry
 __all__ = ("Dispatcher",)
 
 log = logging.getLogger("l4queue.dispatcher")
+placements = logging.getLogger("l4queue.placement")
 _LOOK_S = 0.25
 """Age at which the loads of the workers are read again, s. Chosen: half of the interval in which workers
 publish."""
@@ -276,7 +277,7 @@ class Dispatcher:
         if plan is not None and plan.version != self.plan.version:
             self._router.follow(plan)
             self._looked_s = 0.0
-            log.info("plan", extra={"plan_version": version, "num_stages": len(self.plan.stages)})
+            placements.info("plan", extra={"plan_version": version, "num_stages": len(self.plan.stages)})
         is_old = time.monotonic() - self._looked_s >= _LOOK_S
         if self._router.wants_fresh_loads or (self._router.wants_loads and is_old):
             await self._look()

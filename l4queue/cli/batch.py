@@ -15,16 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from l4queue.cli.outcome import ExitCode
+
 if TYPE_CHECKING:
     from types import FrameType
 
     from l4queue.client import BatchProgress, BatchSummary
 
-__all__ = ("EXIT_STOPPED", "EXIT_WITH_ERRORS", "refuse_mixture", "run_file")
+__all__ = ("refuse_mixture", "run_file")
 
-EXIT_WITH_ERRORS = 3
-"""The batch is finished and some of its lines are in the error file."""
-EXIT_STOPPED = 130  # exit code; 128 + SIGINT
 _FOR_ONE_REQUEST = (
     "prompt", "temperature", "top_p", "stop", "seed", "deadline_s", "idempotency_key", "chat", "file", "wait",
     "stream", "timeout",
@@ -53,8 +52,8 @@ def run_file(jsonl: Path | None, out: Path | None, errors: Path | None, *, as_js
     else:
         _print(summary, was_cancelled=bool(options.get("cancel_on_exit")))
     if not summary.is_complete:
-        return EXIT_STOPPED
-    return EXIT_WITH_ERRORS if summary.num_failed else 0
+        return ExitCode.INTERRUPTED
+    return ExitCode.WITH_ERRORS if summary.num_failed else ExitCode.DONE
 
 
 @contextmanager

@@ -142,10 +142,14 @@ def demo(
     data_dir: Annotated[Path | None, typer.Option(help="Where Redis keeps its data.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
 ) -> None:
-    """Start everything, run mixed-length real text through it, print what was measured, stop."""
+    """Serve a mixed workload and print its measurements.
+
+    Everything is started before and stopped after. Prompts are real text of mixed lengths.
+    """
     import numpy as np
 
     from l4queue.cli.demo_prompts import measured_chars_per_token, mixed_prompts
+    from l4queue.cli.stack.ending import ending_well
     from l4queue.cli.stack.stack import Stack, StackOptions
     from l4queue.pretrained import load_tokenizer
 
@@ -154,7 +158,8 @@ def demo(
     )
 
     async def run() -> dict[str, Any]:
-        async with Stack(options) as stack:
+        stack = Stack(options)
+        async with ending_well(note=stack.note_end, kill=stack.kill) as ending, stack:
             if stack.flower_url and not as_json:
                 print(f"Flower: {stack.flower_url}/workers and {stack.flower_url}/tasks", flush=True)
             tokenizer = await asyncio.to_thread(load_tokenizer, stack.settings.tokenizer or stack.settings.model)
@@ -169,6 +174,7 @@ def demo(
             await stack.ready()
             load = Load(prompts=prompts, rate=rate, seed=seed, is_chat=bool(tokenizer.chat_template))
             return await _drive(stack, load, quiet=as_json)
+        raise typer.Exit(ending.exit_code)
 
     outcome = asyncio.run(run())
     if as_json:

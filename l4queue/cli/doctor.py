@@ -31,7 +31,10 @@ def doctor(
     data_dir: Annotated[Path, typer.Option(help="Data directory that `up` would use.")] = Path(".l4queue"),
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
 ) -> None:
-    """Check Python, Redis, engine, GPUs, model, ports, disk and memory; exit code 1 when something fails."""
+    """Check this machine for what is missing.
+
+    Python, Redis, engine, GPUs, model, ports, disk and memory; exit code 1 when something fails.
+    """
     checks = run_checks(data_dir)
     is_ok = all(check.verdict is not CheckResult.FAIL for check in checks)
     if as_json:

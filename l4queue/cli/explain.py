@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from l4queue.cli.outcome import about
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -20,13 +22,14 @@ def explain(
     request_id: Annotated[str, typer.Argument(help="Request id, as printed by enqueue.", metavar="ID")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
 ) -> None:
-    """Tell the events of a request: how it was counted and routed, who took it, steals, hand-overs, its end.
+    """Tell the events of a request, in order.
 
-    Times are seconds since it was accepted.
+    How it was counted and routed, which workers took it, steals, hand-overs, its end. Times are seconds since
+    it was accepted.
     """
     from l4queue.client import Client
 
-    with Client() as client:
+    with Client() as client, about(request_id):
         events = client.get(request_id).explain()
     if as_json:
         print(json.dumps([asdict(event) for event in events]))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from l4queue.cli.outcome import ExitCode, show_error
 
 if TYPE_CHECKING:
     from l4queue.config import Settings
@@ -31,16 +34,25 @@ class Role(StrEnum):
     EXPORTER = "exporter"
 
 
-def health(role: Annotated[Role, typer.Argument(help="Which process to ask after.")]) -> None:
-    """Exit code 0 if the process of this host does its work, 1 if not; for health checks of containers.
+def health(
+    role: Annotated[Role, typer.Argument(help="Which process to ask after.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
+) -> None:
+    """Tell whether a process of this host works.
 
-    A worker is judged by its lease, which it keeps only while its engine makes progress; a dispatcher by its
-    last round of routing; planner and beat by the age of the last round of planning; Flower and the exporter by
-    their answer.
+    Exit code 0 if it does, 1 if not: for health checks of containers. A worker is judged by its lease, which
+    it keeps only while its engine makes progress; a dispatcher by its last round of routing; planner and beat
+    by the age of the last round of planning; Flower and the exporter by their answer.
     """
     from l4queue.config import load_settings
+    from l4queue.errors import ServiceUnavailable
 
-    print(sign_of_life(role, load_settings()))
+    try:
+        told = sign_of_life(role, load_settings())
+    except ServiceUnavailable as error:
+        show_error(error, as_json=as_json)
+        raise typer.Exit(ExitCode.ERROR) from None  # the only code beside 0 that Docker knows
+    print(json.dumps({"role": role, "sign_of_life": told}) if as_json else told)
 
 
 def sign_of_life(role: Role, settings: Settings) -> str:

@@ -23,7 +23,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 def solve(
     trace: Annotated[
         Path | None,
-        typer.Argument(help="CSV or CSV.gz with arrival_s,input_tokens,output_tokens", show_default=False),
+        typer.Argument(help="CSV or CSV.gz with arrival_s,input_tokens,output_tokens.", show_default=False),
     ] = None,
     *,
     workload: Annotated[str | None, typer.Option(help="A synthetic workload instead of a trace.")] = None,
@@ -39,7 +39,10 @@ def solve(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the synthetic workload.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Choose ranges and worker counts for a trace by the dynamic program. Needs no GPU and no Redis."""
+    """Choose ranges and workers for a trace.
+
+    By the dynamic program of the planner. Needs no GPU and no Redis.
+    """
     from l4queue.cli.simulate import load_traffic
     from l4queue.cost.coefficients import load_coefficients
     from l4queue.planning.histogram import Buckets, Demand
@@ -71,7 +74,7 @@ def solve(
         return
     _print_stages(f"{traffic.name}: {instances} instances, solved in {solve_ms:.1f} ms", found.stages)
     if found.objective_one_stage > 0 and found.objective < float("inf"):
-        print(f"predicted {1 - found.objective / found.objective_one_stage:.1%} below one stage ({objective})")
+        print(_gain(1 - found.objective / found.objective_one_stage, objective))
 
 
 def show(
@@ -113,6 +116,13 @@ def _stage(stage: StagePlan | StagePrediction) -> dict[str, Any]:
     }
 
 
+def _gain(share: float, objective: str) -> str:
+    """What the plan is predicted to gain; objectives are costs, so less is better."""
+    if share <= 0.0:
+        return f"no plan is predicted to be better than one stage for all (objective: {objective})"
+    return f"predicted to be {share:.1%} better than one stage for all (objective: {objective})"
+
+
 def _finite(value: float) -> float | None:
     return value if value < float("inf") else None
 
@@ -121,8 +131,9 @@ def _print_stages(title: str, stages: Sequence[StagePlan | StagePrediction]) -> 
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left")
-    for name in ("stage", "from", "to", "workers"):
+    print(title)  # above the table, whose width would break it
+    table = Table()
+    for name in ("stage", "from, tokens", "below, tokens", "workers"):
         table.add_column(name, justify="right")
     for index, stage in enumerate(stages):
         high = "∞" if stage.high_tokens is None else str(stage.high_tokens)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from l4queue.cli.batch import refuse_mixture, run_file
+from l4queue.cli.outcome import about
 from l4queue.json_lines import json_line
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ("register",)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
-Timeout = Annotated[float | None, typer.Option(help="Seconds to wait at most.")]
+Timeout = Annotated[float | None, typer.Option(help="Longest wait, s; the request goes on.")]
 Id = Annotated[str, typer.Argument(help="Request id, as printed by enqueue.", metavar="ID")]
 
 
@@ -29,27 +30,38 @@ def enqueue(
     *,
     max_tokens: Annotated[int | None, typer.Option(help="Most tokens to generate; else what still fits.")] = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
-    top_p: Annotated[float, typer.Option()] = 1.0,
+    top_p: Annotated[float, typer.Option(help="Share of the likeliest tokens to draw from; 1 is all.")] = 1.0,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends the output; may be repeated.")] = None,
-    seed: Annotated[int | None, typer.Option()] = None,
+    seed: Annotated[int | None, typer.Option(help="Makes drawing repeatable.")] = None,
     logprobs: Annotated[int | None, typer.Option(help="With --json: each token and N others.")] = None,
-    priority: Annotated[int | None, typer.Option(help="Lower is served first; 0, for a batch 100.")] = None,
+    priority: Annotated[
+        int | None, typer.Option(help="Lower is served first; default 0, for a batch 100.")
+    ] = None,
     deadline_s: Annotated[float | None, typer.Option(help="Seconds until the request expires.")] = None,
     idempotency_key: Annotated[str | None, typer.Option(help="Same key, same request: never twice.")] = None,
-    chat: Annotated[bool, typer.Option(help="Send the prompt as a user's chat message.")] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="Send the prompt as a user's chat message.")] = False,
     file: Annotated[Path | None, typer.Option(help="Read the prompt from a file.")] = None,
-    wait: Annotated[bool, typer.Option(help="Wait for the result and print it.")] = False,
-    stream: Annotated[bool, typer.Option(help="Print text as it is generated.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait for the result and print it.")] = False,
+    stream: Annotated[bool, typer.Option("--stream", help="Print text as it is generated.")] = False,
     timeout: Timeout = None,
     jsonl: Annotated[Path | None, typer.Option(help="Run a file of requests in OpenAI's batch format.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Batch: answers; the same command goes on with it.")] = None,
-    errors: Annotated[Path | None, typer.Option(help="Batch: failed lines; OUT.errors.jsonl.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Batch: answers; the same command again goes on where it stopped.")
+    ] = None,
+    errors: Annotated[Path | None, typer.Option(help="Batch: failed lines; default OUT.errors.jsonl.")] = None,
     max_in_flight: Annotated[int, typer.Option(min=1, help="Batch: most requests in flight.")] = 4096,
-    cancel_on_exit: Annotated[bool, typer.Option(help="Batch: Ctrl-C cancels what is in flight.")] = False,
-    keep_results: Annotated[bool, typer.Option(help="Batch: leave collected results in Redis.")] = False,
+    cancel_on_exit: Annotated[
+        bool, typer.Option("--cancel-on-exit", help="Batch: Ctrl-C cancels what is in flight.")
+    ] = False,
+    keep_results: Annotated[
+        bool, typer.Option("--keep-results", help="Batch: leave collected results in Redis.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Accept one request; prints its id, or its result with --wait or --stream. With --jsonl: a whole batch."""
+    """Send one request, or a batch with --jsonl.
+
+    Prints the id of the request, or with --wait or --stream its result.
+    """
     from l4queue.client import Client
 
     if jsonl is not None or out is not None:
@@ -73,19 +85,28 @@ def enqueue(
             deadline_s=deadline_s,
             idempotency_key=idempotency_key,
         )
-        if stream and not as_json:
-            _print_stream(handle, timeout)
-        elif wait or stream:
-            _print_result(handle.result(timeout=timeout), as_json)
-        else:
-            print(json.dumps({"id": handle.id}) if as_json else handle.id)
+        with about(handle.id):
+            if stream and not as_json:
+                _print_stream(handle, timeout)
+            elif wait or stream:
+                _print_result(handle.result(timeout=timeout), as_json)
+            else:
+                print(json.dumps({"request_id": handle.id}) if as_json else handle.id)
 
 
-def result(request_id: Id, timeout: Timeout = None, stream: bool = False, as_json: Json = False) -> None:
-    """Wait for a request and print its text. An outcome other than done is an error."""
+def result(
+    request_id: Id,
+    timeout: Timeout = None,
+    stream: Annotated[bool, typer.Option("--stream", help="Print text as it is generated.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Wait for a request and print its text.
+
+    An outcome other than done is an error, with an exit code of its own.
+    """
     from l4queue.client import Client
 
-    with Client() as client:
+    with Client() as client, about(request_id):
         handle = client.get(request_id)
         if stream and not as_json:
             _print_stream(handle, timeout)
@@ -93,11 +114,25 @@ def result(request_id: Id, timeout: Timeout = None, stream: bool = False, as_jso
             _print_result(handle.result(timeout=timeout), as_json)
 
 
-def status(request_id: Id, as_json: Json = False) -> None:
-    """Where a request is: state, stage, worker, tokens, times."""
+def status(
+    request_id: Annotated[
+        str | None, typer.Argument(help="Request id, as printed by enqueue.", metavar="ID", show_default=False)
+    ] = None,
+    data_dir: Annotated[
+        Path, typer.Option(help="Without ID: the directory that the `l4queue up` in question was given.")
+    ] = Path(".l4queue"),
+    as_json: Json = False,
+) -> None:
+    """Show where a request or the deployment is.
+
+    With ID: state, stage, worker, tokens, times. Without: the URLs of the `l4queue up` of this directory.
+    """
     from l4queue.client import Client
 
-    with Client() as client:
+    if request_id is None:
+        _print_deployments(data_dir, as_json=as_json)
+        return
+    with Client() as client, about(request_id):
         record = client.get(request_id).status()
     if as_json:
         print(json.dumps(_record(record)))
@@ -108,21 +143,30 @@ def status(request_id: Id, as_json: Json = False) -> None:
 
 
 def cancel(request_id: Id, as_json: Json = False) -> None:
-    """End a request, waiting or running."""
+    """End a request, waiting or running.
+
+    One that had ended already stays as it is, which is no error.
+    """
     from l4queue.client import Client
 
-    with Client() as client:
+    with Client() as client, about(request_id):
         handle = client.get(request_id)
-        ended = handle.cancel(reason="cancelled from the command line")
+        is_ended = handle.cancel(reason="cancelled from the command line")
         state = handle.status().state.value
-    print(json.dumps({"id": request_id, "cancelled": ended, "state": state}) if as_json else state)
+    if as_json:
+        print(json.dumps({"request_id": request_id, "cancelled": is_ended, "state": state}))
+    else:
+        print(state if is_ended else f"had already ended: {state}")
 
 
 def dead(
     count: Annotated[int, typer.Option(help="Most entries to show.")] = 20,
     as_json: Json = False,
 ) -> None:
-    """Dead letters, newest first: requests that kill their worker, and entries that cannot be read."""
+    """List dead letters, newest first.
+
+    They are requests that kill their worker, and entries that cannot be read.
+    """
     from l4queue.client import Client
 
     with Client() as client:
@@ -155,6 +199,24 @@ def _prompt_text(prompt: str | None, file: Path | None) -> str:
         raise InvalidRequest(f"not valid UTF-8 at byte {error.start}", field="prompt") from None
     except OSError as error:
         raise InvalidRequest(f"cannot read {file}: {error.strerror}", field="file") from None
+
+
+def _print_deployments(data_dir: Path, *, as_json: bool) -> None:
+    """What `up` said when it was ready."""
+    from l4queue.cli.stack.ready import ready_lines, running
+    from l4queue.errors import ServiceUnavailable
+    from l4queue.redis_url import redacted
+
+    found = running(data_dir.absolute())
+    if not found:
+        raise ServiceUnavailable(
+            f"no `l4queue up` is ready with the data directory {data_dir}; name another with --data-dir"
+        )
+    if as_json:
+        print(json.dumps([{**facts, "redis_url": redacted(facts["redis_url"])} for facts in found]))
+        return
+    for facts in found:
+        print("\n".join(ready_lines(facts)))
 
 
 def _print_stream(handle: Handle, timeout: float | None) -> None:

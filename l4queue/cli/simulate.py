@@ -28,23 +28,23 @@ PROGRESS_EVERY = 512  # finished requests between two updates of the bar
 
 TraceArgument = Annotated[
     Path | None,
-    typer.Argument(help="CSV or CSV.gz with arrival_s,input_tokens,output_tokens", show_default=False),
+    typer.Argument(help="CSV or CSV.gz with arrival_s,input_tokens,output_tokens.", show_default=False),
 ]
 WorkloadOption = Annotated[
     str | None,
-    typer.Option(help="synthetic instead of a trace: chat, code, long-context, reasoning, mixed, sharegpt"),
+    typer.Option(help="Synthetic instead of a trace: chat, code, long-context, reasoning, mixed, sharegpt."),
 ]
-RequestsOption = Annotated[int, typer.Option(min=1, help="requests of the synthetic workload")]
-InstancesOption = Annotated[int, typer.Option(min=1, max=4096, help="engine instances")]
-GpuOption = Annotated[str, typer.Option(help="GPU of the coefficient file")]
-ModelOption = Annotated[str, typer.Option(help="model of the coefficient file")]
-SeedOption = Annotated[int, typer.Option(min=0, help="seed of every random draw")]
+RequestsOption = Annotated[int, typer.Option(min=1, help="Requests of the synthetic workload.")]
+InstancesOption = Annotated[int, typer.Option(min=1, max=4096, help="Engine instances.")]
+GpuOption = Annotated[str, typer.Option(help="GPU of the coefficient file.")]
+ModelOption = Annotated[str, typer.Option(help="Model of the coefficient file.")]
+SeedOption = Annotated[int, typer.Option(min=0, help="Seed of every random draw.")]
 LoadOption = Annotated[
     float | None,
-    typer.Option(min=0.01, max=2.0, help="scale arrivals to this share of the capacity of a length-blind fleet"),
+    typer.Option(min=0.01, max=2.0, help="Scale arrivals to this share of the capacity of a length-blind fleet."),
 ]
-RateScaleOption = Annotated[float | None, typer.Option(min=1e-6, help="arrivals this many times as fast")]
-ObjectiveOption = Annotated[str, typer.Option(help="objective of l4: balanced, mean, normalized, goodput")]
+RateScaleOption = Annotated[float | None, typer.Option(min=1e-6, help="Arrivals this many times as fast.")]
+ObjectiveOption = Annotated[str, typer.Option(help="Objective of l4: balanced, mean, normalized, goodput.")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,15 +75,17 @@ class Study:
 
 
 def load_traffic(path: Path | None, workload: str | None, *, num_requests: int, seed: int) -> Trace:
-    """The trace of the file, or the synthetic workload; exactly one must be named."""
+    """The trace of the file, or the synthetic workload; ConfigError unless exactly one is named."""
     import numpy as np
 
     from l4queue.errors import ConfigError
     from l4queue.sim.traces.trace import read_trace
-    from l4queue.sim.traces.workload import make_workload
+    from l4queue.sim.traces.workload import WORKLOADS, make_workload
 
-    if (path is None) == (workload is None):
-        raise ConfigError("give either a trace file or --workload, not both")
+    if path is None and workload is None:
+        raise ConfigError(f"name a trace file, or a synthetic workload: --workload {'|'.join(WORKLOADS)}")
+    if path is not None and workload is not None:
+        raise ConfigError(f"a trace file ({path}) and --workload {workload} exclude each other; leave one out")
     if path is not None:
         return read_trace(path)
     assert workload is not None
@@ -100,36 +102,43 @@ def simulate(
     model: ModelOption = "llama-3.1-8b",
     load: LoadOption = None,
     rate_scale: RateScaleOption = None,
-    policy: Annotated[str, typer.Option(help="comma-separated policies, or all")] = DEFAULT_POLICIES,
+    policy: Annotated[str, typer.Option(help="Comma-separated policies, or all.")] = DEFAULT_POLICIES,
     objective: ObjectiveOption = "balanced",
     without: Annotated[
         list[str] | None,
-        typer.Option(help="switch an L4 ingredient off (repeatable): see docs/simulator.md"),
+        typer.Option(help="Switch an L4 ingredient off (repeatable): see docs/simulator.md."),
     ] = None,
     handover_gb_per_s: Annotated[
-        float, typer.Option(min=0, help="hand-over by KV transfer at this bandwidth; 0: by prefilling again")
+        float, typer.Option(min=0, help="Hand-over by KV transfer at this bandwidth; 0: by prefilling again.")
     ] = 0.0,
     wake_jitter_ms: Annotated[
-        float, typer.Option(min=0, help="how late workers wake, on average; 0: the lightest is always the first")
+        float, typer.Option(min=0, help="How late workers wake, on average; 0: the lightest is always the first.")
     ] = 1.0,
     warmup_share: Annotated[
-        float, typer.Option(min=0, max=0.9, help="first share of arrivals, not counted")
+        float, typer.Option(min=0, max=0.9, help="First share of arrivals, not counted.")
     ] = 0.0,
     find_instances: Annotated[
-        bool, typer.Option("--find-instances", help="fewest instances that keep --slo")
+        bool, typer.Option("--find-instances", help="Fewest instances that keep --slo.")
     ] = False,
-    slo: Annotated[str | None, typer.Option(help='such as "p99_ttft_s<5,p99_tpot_s<0.1"')] = None,
+    slo: Annotated[
+        str | None,
+        typer.Option(help='With --find-instances: what is to be kept, such as "p99_ttft_s<5,p99_tpot_s<0.1".'),
+    ] = None,
     seed: SeedOption = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
-    plot: Annotated[Path | None, typer.Option(help="write PNG plots into this directory")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Write PNG plots into this directory.")] = None,
 ) -> None:
-    """Replay traffic under several scheduling policies and compare them. Needs no GPU and no Redis."""
+    """Compare scheduling policies on a trace.
+
+    Replays it, or a synthetic workload, under each of them. Needs no GPU and no Redis.
+    """
     from l4queue.errors import ConfigError
     from l4queue.sim.capacity import parse_slo
     from l4queue.sim.registry import parse_policies
 
     if find_instances != (slo is not None):
-        raise ConfigError("--find-instances and --slo go together")
+        missing, given = ("--slo", "--find-instances") if find_instances else ("--find-instances", "--slo")
+        raise ConfigError(f"{given} needs {missing}, such as: --find-instances --slo 'p99_ttft_s<5'")
     bounds = parse_slo(slo) if slo is not None else ()
     names = parse_policies(policy)
     if plot is not None:
@@ -191,7 +200,7 @@ def _make_study(
     from l4queue.sim.runner import RunConfig, check_fits
 
     if load is not None and rate_scale is not None:
-        raise ConfigError("give either --load or --rate-scale, not both")
+        raise ConfigError("--load and --rate-scale exclude each other: both say how fast requests arrive")
     options = L4Options.checked(objective=objective, without=without)
     coefficients = read_coefficients(gpu, model)
     cost = coefficients.cost
@@ -295,13 +304,13 @@ def _curves(study: Study, names: tuple[str, ...], progress: Progress) -> dict[st
 
 ROWS: tuple[tuple[str, str], ...] = (
     ("mean_e2e_s", "mean e2e"),
-    ("p50_e2e_s", "p50"),
-    ("p95_e2e_s", "p95"),
-    ("p99_e2e_s", "p99"),
+    ("p50_e2e_s", "p50 e2e"),
+    ("p95_e2e_s", "p95 e2e"),
+    ("p99_e2e_s", "p99 e2e"),
     ("p50_ttft_s", "p50 TTFT"),
-    ("p99_ttft_s", "p99"),
+    ("p99_ttft_s", "p99 TTFT"),
     ("mean_tpot_s", "mean TPOT"),
-    ("p99_tpot_s", "p99"),
+    ("p99_tpot_s", "p99 TPOT"),
 )
 
 
@@ -329,7 +338,7 @@ def _print_table(title: str, columns: dict[str, list[str]], *, first: str | None
     for name in columns:
         table.add_column(name, justify="right")
     names = [label for _, label in ROWS]
-    names += ["mean, short 95 %", "mean, long 5 %", "requests/s", "hand-overs", "steals", "preemptions"]
+    names += ["mean e2e, short 95 %", "mean e2e, long 5 %", "requests/s", "hand-overs", "steals", "preemptions"]
     if first is not None:
         names.insert(0, first)
     for label, *cells in zip(names, *columns.values(), strict=True):
@@ -337,11 +346,12 @@ def _print_table(title: str, columns: dict[str, list[str]], *, first: str | None
     Console().print(table)
 
 
-def _title(study: Study) -> str:
+def _traffic(study: Study) -> str:
     title = f"{study.trace.name}: {len(study.trace)} requests at {study.trace.rate_rps:.2f}/s"
     if study.capacity_rps:
-        title += f", {study.trace.rate_rps / study.capacity_rps:.0%} of capacity"
-    return f"{title}, {study.setting.num_instances} instances (simulated)"
+        share = study.trace.rate_rps / study.capacity_rps
+        title += f", {share:.0%} of the capacity of {study.setting.num_instances} instances"
+    return title
 
 
 def _print_runs(study: Study, runs: list[Run], *, as_json: bool) -> None:
@@ -349,7 +359,8 @@ def _print_runs(study: Study, runs: list[Run], *, as_json: bool) -> None:
         results = [run.result.to_dict() for run in runs]
         typer.echo(json.dumps({"results": results, "setting": study.describe()}, indent=2))
         return
-    _print_table(_title(study), {run.result.policy: _cells(run.result) for run in runs})
+    title = f"{_traffic(study)}, on {study.setting.num_instances} instances (simulated)"
+    _print_table(title, {run.result.policy: _cells(run.result) for run in runs})
 
 
 def _print_found(study: Study, found: dict[str, tuple[int, SimResult] | None], *, as_json: bool) -> None:
@@ -362,4 +373,8 @@ def _print_found(study: Study, found: dict[str, tuple[int, SimResult] | None], *
         return
     empty = ["-"] * (len(ROWS) + 6)
     columns = {n: [str(v[0]), *_cells(v[1])] if v else ["none", *empty] for n, v in found.items()}
-    _print_table("fewest instances that keep the service level: " + _title(study), columns, first="instances")
+    _print_table(
+        f"fewest instances that keep the service level (simulated), for {_traffic(study)}",
+        columns,
+        first="instances",
+    )

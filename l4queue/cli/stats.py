@@ -21,7 +21,10 @@ def stats(
         float, typer.Option("--interval", "-i", min=0.1, metavar="S", help="Between two looks of --watch, s.")
     ] = 2.0,
 ) -> None:
-    """Stages, workers, queues and totals, now; with --watch a live view, or one line of JSON for each look."""
+    """Show stages, workers, queues and totals.
+
+    Once, or with --watch as a live view; with --json --watch one line of JSON for each look.
+    """
     if watch:
         from l4queue.cli.watch import command as watching
 

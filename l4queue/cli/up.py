@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-import shlex
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -35,7 +37,7 @@ def up(
     redis_url: Annotated[
         str | None,
         typer.Option(
-            help="Use this Redis; default L4_REDIS_URL, which other users cannot read, else start one here.",
+            help="Use this Redis; default L4_REDIS_URL, in which others do not see a password, else start one.",
             show_default=False,
         ),
     ] = None,
@@ -49,9 +51,9 @@ def up(
         str | None,
         typer.Option(help="strict (fsync before every reply) or fast; default strict.", show_default=False),
     ] = None,
-    data_dir: Annotated[Path, typer.Option(help="Where the Redis started here keeps its data.")] = Path(
-        ".l4queue"
-    ),
+    data_dir: Annotated[
+        Path, typer.Option(help="Directory of logs, and of the data of the Redis started here.")
+    ] = Path(".l4queue"),
     flower_port: Annotated[
         int | None,
         typer.Option(
@@ -77,18 +79,25 @@ def up(
     ready_file: Annotated[
         Path | None,
         typer.Option(
-            help="Write URLs and process ids there once all is ready; only you can read it.",
+            help="JSON of URLs and process ids, there while all is ready; only you can read it.",
             show_default=False,
         ),
     ] = None,
+    verbose: Annotated[
+        bool,
+        typer.Option("--verbose", "-v", help="Show every line of all processes; else decisions and trouble."),
+    ] = False,
 ) -> None:
-    """Run Redis, dispatchers, planner, workers and Flower in the foreground.
+    """Run a whole deployment until Ctrl-C.
 
-    Ctrl-C or SIGTERM drains the workers and stops everything in order (exit code 0); a second one does not wait
-    for the drain. A process that dies is started again, after a pause that grows.
+    It is Redis, dispatchers, planner, workers and Flower, in the foreground. Ctrl-C or SIGTERM drains the
+    workers and stops everything in order (exit code 0); a second one does not wait for the drain. A process
+    that dies is started again, after a pause that grows. All lines of all processes go to files under the data
+    directory; `l4queue status` repeats what is said when all is ready.
     """
     import asyncio
 
+    from l4queue.cli.stack.ready import state_place
     from l4queue.cli.stack.stack import StackOptions
 
     options = StackOptions(
@@ -104,85 +113,85 @@ def up(
         flower=flower,
         metrics_port=metrics_port,
         log_format=log_format,
+        verbose=verbose,
     )
-    asyncio.run(_serve(options, ready_file=ready_file))
+    with state_place(data_dir.absolute()) as place, _kept(ready_file) as tell:
+        asyncio.run(_serve(options, place, tell))
 
 
-async def _serve(options: StackOptions, *, ready_file: Path | None) -> None:
-    import asyncio
-    import signal
-
-    from l4queue.cli.stack.logs import ConsoleLog
-    from l4queue.cli.stack.stack import Stack
-    from l4queue.config import load_settings
-
-    loop = asyncio.get_running_loop()
-    serving = asyncio.current_task()
-    assert serving is not None
-    num_signals = 0
-
-    def on_broken() -> None:
-        loop.call_soon_threadsafe(serving.cancel)
-
-    def on_signal() -> None:
-        nonlocal num_signals
-        num_signals += 1
-        if num_signals == 1:
-            stack.note("stopping: workers drain first; once more to stop at once")
-            serving.cancel()
-        else:
-            stack.kill()
-
-    log_format = load_settings(**options.overrides()).log_format
-    stack = Stack(options, log=ConsoleLog(on_broken=on_broken, as_json=log_format == "json"))
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        loop.add_signal_handler(number, on_signal)
-    try:
-        async with stack:
-            await stack.ready()
-            _announce(stack, ready_file)
-            await stack.supervisor.failed()
-    except asyncio.CancelledError:
-        serving.uncancel()  # it was a signal, or the reader of our output has gone: an orderly end
-
-
-def _announce(stack: Stack, ready_file: Path | None) -> None:
+@contextmanager
+def _kept(ready_file: Path | None) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """A function that writes the ready file; the file is there from then on until the end, and not before."""
     from l4queue.cli.stack.embedded import write_private
 
+    if ready_file is None:
+        yield lambda _: None
+        return
+    ready_file.unlink(missing_ok=True)
+    try:
+        yield lambda facts: write_private(ready_file, json.dumps(facts) + "\n")
+    finally:
+        ready_file.unlink(missing_ok=True)
+
+
+async def _serve(options: StackOptions, place: Path, tell: Callable[[dict[str, Any]], None]) -> None:
+    import asyncio
+
+    from l4queue.cli.stack.decisions import DecisionLog
+    from l4queue.cli.stack.ending import ending_well
+    from l4queue.cli.stack.logs import ConsoleLog, FileLog
+    from l4queue.cli.stack.overrides import settings_with
+    from l4queue.cli.stack.stack import Stack
+
+    loop, serving = asyncio.get_running_loop(), asyncio.current_task()
+    assert serving is not None
+    is_read = True
+
+    def on_broken() -> None:
+        nonlocal is_read
+        is_read = False
+        loop.call_soon_threadsafe(serving.cancel)
+
+    console = ConsoleLog(on_broken=on_broken, as_json=settings_with(options.overrides()).log_format == "json")
+    log = DecisionLog(console, FileLog(place / "logs"), verbose=options.verbose)
+    stack = Stack(options, log=log, state_dir=place)
+    try:
+        async with ending_well(note=stack.note_end, kill=stack.kill), stack:
+            await stack.ready()
+            _announce(stack, place, tell)
+            await stack.supervisor.failed()
+    except asyncio.CancelledError:
+        if is_read:
+            raise
+        serving.uncancel()  # the reader of our output has gone: an orderly end
+
+
+def _announce(stack: Stack, place: Path, tell: Callable[[dict[str, Any]], None]) -> None:
+    from l4queue.cli.stack.ready import client_export, ready_lines, write_facts
+
     facts = {
-        "redis_url": stack.redis_url,
+        "redis_url": stack.redis_url.reveal(),
         "flower_url": stack.flower_url,
         "metrics_urls": stack.metrics_urls,
         "model": stack.settings.model,
+        "pid": os.getpid(),
         "pids": {name: child.pid for name, child in stack.supervisor.children.items()},
+        "data_dir": str(stack.data_dir),
+        "logs": str(place / "logs"),
+        "targets_file": str(stack.targets_file),
+        "export": client_export(stack.redis_url, stack.url_file),
     }
-    if ready_file is not None:
-        write_private(ready_file, json.dumps(facts) + "\n")
-    late = " (does not answer yet)" if "flower" in stack.not_ready else ""
-    flower = f", Flower at {stack.flower.text}{late}" if stack.flower is not None else ""
-    stack.note(f"ready: Redis at {stack.redis_url}{flower}")
+    try:
+        write_facts(place, facts)
+        tell(facts)
+    except OSError as error:
+        stack.note(f"these facts cannot be kept in a file: {error.strerror}")
+    for line in ready_lines(facts):
+        stack.note(line)
     for name in stack.not_ready:
         lines = stack.supervisor.children[name].last_lines
         why = f": {lines[-1]}" if lines else ""
         stack.note(f"{name} is not ready, and all else serves{why}")
-    if stack.metrics_urls:
-        stack.note(f"metrics at {stack.metrics_urls['exporter']}, of all processes: {stack.targets_file}")
-    _tell_clients(stack)
-
-
-def _tell_clients(stack: Stack) -> None:
-    """How other terminals find this Redis. No password is printed: terminals are recorded and shared."""
-    from l4queue.config import URL_FILE
-    from l4queue.redis_url import parse_url
-
-    file = stack.url_file
-    if file is not None:
-        who = "clients in other directories" if file == URL_FILE.absolute() else "clients"
-        stack.note(f"for {who}: export L4_REDIS_URL=$(cat {shlex.quote(str(file))})")
-    elif parse_url(stack.redis_url).password is not None:
-        stack.note("for clients: L4_REDIS_URL as it is set here")
-    elif stack.redis_url != "redis://127.0.0.1:6379/0":
-        stack.note(f"for clients: export L4_REDIS_URL={shlex.quote(stack.redis_url.reveal())}")
 
 
 def register(app: typer.Typer) -> None:

@@ -190,6 +190,11 @@ class Reads:
         args = ("XRANGE", self.keys.inbox, "-", "+", "COUNT", 1)
         return Call(None, (), args, lambda r: [text(v.get(b"i", b"")) for _, v in parse_entries(r)])
 
+    def inbox_ids(self, *, limit: int) -> Call[list[str]]:
+        """The oldest requests that are not yet routed."""
+        args = ("XRANGE", self.keys.inbox, "-", "+", "COUNT", limit)
+        return Call(None, (), args, lambda r: [text(v.get(b"i", b"")) for _, v in parse_entries(r)])
+
     def inbox_length(self) -> Call[int]:
         """Requests accepted and not yet routed."""
         return Call(None, (), ("XLEN", self.keys.inbox), int)

@@ -59,7 +59,10 @@ _TEXTS = {
     Trouble.BUSY: "cannot be reached (busy: {text}); end the script or function that holds it: SCRIPT KILL",
     Trouble.MEMORY: "is at its memory limit; raise maxmemory or let the queue drain",
     Trouble.DISK: "cannot write its AOF or snapshot (disk full?): {text}; make room, see its log",
-    Trouble.LOGIN: "refuses the credentials in L4_REDIS_URL ({text}); correct them there or in Redis",
+    Trouble.LOGIN: (
+        "refuses the credentials in L4_REDIS_URL, or misses them ({text}); where it belongs to an `l4queue up`, "
+        "`l4queue status` in that directory prints the line to export"
+    ),
     Trouble.RIGHTS: "denies this user a command or key ({text}); grant ~* &* +@all, see ACL LOG",
     Trouble.CLIENTS: "accepts no more connections ({text}); raise maxclients or end other clients",
     Trouble.REPLICAS: "lacks the replicas of min-replicas-to-write ({text}); bring one back",

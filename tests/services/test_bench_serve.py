@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from l4queue.cli.bench.traffic import bench_trace, small_mix
@@ -143,3 +146,28 @@ def test_a_mix_is_the_same_for_the_same_seed() -> None:
     )
     assert (one.arrival_s == two.arrival_s).all()
     assert (one.input_tokens == two.input_tokens).all()
+
+
+def test_ctrl_c_ends_it_and_everything_it_started(tmp_path: Path, redis_executable: str) -> None:
+    """While it starts, and once more to end at once: nothing is left, and the exit code says so."""
+    assert redis_executable
+    l4queue = str(Path(sys.executable).with_name("l4queue"))
+    command = [l4queue, "bench", "serve", "--engine", "emulated", "--data-dir", str(tmp_path / "data")]
+    with subprocess.Popen(
+        command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as bench:
+        assert bench.stderr is not None
+        assert "starting" in bench.stderr.readline()
+        while not (tmp_path / "data" / "url").exists():  # its Redis runs
+            assert bench.poll() is None
+            time.sleep(0.05)
+        family = psutil.Process(bench.pid).children(recursive=True)
+
+        bench.send_signal(signal.SIGINT)
+        while "stopping: workers drain first" not in bench.stderr.readline():
+            assert bench.poll() is None
+        bench.send_signal(signal.SIGINT)
+
+        assert bench.wait(120) == 130
+        assert psutil.wait_procs(family, timeout=120)[1] == []
+        assert not (tmp_path / "data" / "url").exists()

@@ -17,11 +17,12 @@ import redis
 
 from l4queue.config import load_settings
 from l4queue.models import RequestState
+from l4queue.observe.task_view import task_name
 from l4queue.protocol.executor import Executor
 from tests.protocol.scene import Scene
 from tests.protocol.server import RedisServer
 from tests.services.processes import Processes, until
-from workers.app import make_app, node_name, task_name
+from workers.app import make_app, node_name
 
 if TYPE_CHECKING:
     from celery import Celery

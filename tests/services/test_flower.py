@@ -18,9 +18,10 @@ from l4queue import Client
 from l4queue.cli.stack.embedded import free_port
 from l4queue.config import load_settings
 from l4queue.models import RequestState
+from l4queue.observe.task_view import task_name
 from tests.protocol.server import RedisServer
 from tests.services.processes import Processes, until
-from workers.app import node_name, task_name
+from workers.app import node_name
 
 if TYPE_CHECKING:
     from selenium.webdriver import Chrome
@@ -195,10 +196,40 @@ def test_every_request_is_one_task_in_success(monitored: Monitored) -> None:
     assert task["name"] == "l4queue.generate/llama-3.1-8b"
     assert f"'prompt_tokens': {len(CANARY) + 1 + 5 * 5}" in task["kwargs"]
     assert "'range': '0–∞'" in task["kwargs"]
-    assert task["args"] == f"{len(CANARY) + 1 + 5 * 5} → ≤8 tokens, stage 0 (0–∞)"
+    assert task["args"].startswith(f"{len(CANARY) + 1 + 5 * 5} → ≤8 tokens, waited ")
+    assert task["args"].endswith(" s, stage 0 (0–∞)")
     assert task["result"].startswith("8 tokens, ")
     assert task["runtime"] > 0
     assert task["received"] <= task["started"] <= task["succeeded"]
+
+
+def test_waiting_and_refused_requests_are_shown_though_no_worker_has_them(monitored: Monitored) -> None:
+    """Received when it was accepted; then revoked, done, or refused with the reason; on no worker's row."""
+    for name in WORKERS:
+        monitored.processes.send(name, signal.SIGSTOP)
+    try:
+        waiting, cancelled = monitored.client.enqueue_many(["word"] * 2, max_tokens=1)
+        refused = monitored.client.enqueue("word " * 20_000, max_tokens=1)
+        for handle in (waiting, cancelled):
+            until(lambda handle=handle: monitored.state(handle.id) == "RECEIVED", "it is shown waiting")
+        task = monitored.http.get(f"/api/task/info/{waiting.id}").json()
+        assert (task["worker"], task["name"]) == (None, monitored.name)
+        assert task["received"] == waiting.status().submitted_at_s
+        assert cancelled.cancel()
+        until(lambda: monitored.state(cancelled.id) == "REVOKED", "its cancellation is shown")
+        until(lambda: monitored.state(refused.id) == "FAILURE", "the refusal is shown")
+    finally:
+        for name in WORKERS:
+            monitored.processes.send(name, signal.SIGCONT)
+    until(lambda: monitored.state(waiting.id) == "SUCCESS", "it is served in the end", timeout_s=120)
+
+    task = monitored.http.get(f"/api/task/info/{waiting.id}").json()
+    assert task["started"] - task["received"] > 1.0
+    assert ", waited " in task["args"]
+    assert "'waited_s': " in task["kwargs"]
+    assert str(refused.status().error) in monitored.http.get(f"/api/task/info/{refused.id}").json()["exception"]
+    rows = monitored.http.get("/workers", params={"json": "1"}).json()["data"]
+    assert {row["hostname"] for row in rows} <= {node_name(name) for name in WORKERS}
 
 
 def test_no_prompt_text_reaches_flower(monitored: Monitored) -> None:

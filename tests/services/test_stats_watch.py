@@ -198,7 +198,7 @@ async def test_as_json_it_prints_a_line_for_each_look_also_of_an_outage(
 
         durable_server.kill()
         gone = await line(lambda told: told.get("away_s", 0) > 0.3)
-        assert "cannot be reached" in gone["error"]
+        assert "cannot be reached" in gone["error"]["message"]
         durable_server.start()
         assert (await line(lambda told: "error" not in told))["counts"]["done"] >= found["counts"]["done"]
 

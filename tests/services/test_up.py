@@ -103,6 +103,12 @@ def test_it_serves_survives_and_ends(tmp_path: Path) -> None:
             up.wait_for(lambda name=name: f"{name} was ended by SIGKILL; starts again in" in up.output)
             up.wait_for(lambda: _workers(url) == ["worker-0", "worker-1"])
             assert generated(url) == 5
+        assert "worker-0 said last, more in" in up.output
+        told = l4queue("status", "--data-dir", str(tmp_path / "data"))
+        assert told in "".join(line.split("| ", 1)[1] + "\n" for line in up.output.splitlines() if "| " in line)
+        assert up.facts["export"] in told
+        assert "Task l4queue.refine" not in up.output
+        assert "l4queue.worker worker worker-0 ready" in (tmp_path / "data" / "logs" / "worker-0.log").read_text()
 
         family = up.family()
         up.process.send_signal(signal.SIGINT)
@@ -112,6 +118,33 @@ def test_it_serves_survives_and_ends(tmp_path: Path) -> None:
         prefixes = {line.split("|")[0].strip() for line in up.output.splitlines()}
         assert prefixes <= NAMES | {"l4queue"}
         assert f"ready: Redis at {redacted(url)}, Flower at {up.facts['flower_url']}" in up.output
+        assert not (tmp_path / "ready.json").exists()
+
+
+def test_a_second_one_on_the_same_redis_gets_other_names(tmp_path: Path) -> None:
+    """Workers, planner, logs and facts; an old ready file is gone before it is ready, and both are told of."""
+    second = tmp_path / "second"
+    second.mkdir()
+    (second / "ready.json").write_text("{}")
+    with running(tmp_path, "--workers", "1", "--no-flower") as one:
+        one.wait_ready()
+        more = {"L4_REDIS_URL": one.facts["redis_url"]}
+        where = ("--data-dir", str(tmp_path / "data"))
+        with running(second, "--workers", "1", "--no-flower", *where, more=more) as two:
+            two.wait_for(lambda: "which L4_REDIS_URL names" in two.output)
+            assert not (second / "ready.json").exists()
+            two.wait_ready()
+            assert _workers(one.facts["redis_url"]) == ["worker-0", "worker-1"]
+            assert "planner-1@" in two.output
+            assert two.facts["logs"] == str(tmp_path / "data" / "up-2" / "logs")
+            assert l4queue("status", *where).count("ready: Redis at") == 2
+
+
+def l4queue(*arguments: str) -> str:
+    """What a command prints."""
+    done = subprocess.run([L4QUEUE, *arguments], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_its_password_is_shown_to_nobody_and_clients_of_the_directory_have_it(tmp_path: Path) -> None:
@@ -233,12 +266,16 @@ def test_it_ends_when_nobody_reads_its_output(tmp_path: Path) -> None:
 
 
 def test_what_cannot_start_is_one_error(tmp_path: Path) -> None:
-    """A data directory in use, and a model that is not there."""
+    """A data directory in use, a model that is not there, and a port for a Redis that the environment names."""
     with running(tmp_path, "--workers", "1", "--no-flower") as up:
         up.wait_for(lambda: "starting redis-server" in up.output)
         for arguments, message in (
             (("--data-dir", str(tmp_path / "data")), "error: data directory"),
             (("--data-dir", str(tmp_path / "other"), "--model", "/nonexistent"), "error: model /nonexistent"),
+            (
+                ("--data-dir", str(tmp_path / "other"), "--redis-url", "redis://h", "--redis-port", "7000"),
+                "error: --redis-port 7000 starts a Redis here, and --redis-url names the one at redis://h",
+            ),
         ):
             done = subprocess.run(
                 [L4QUEUE, "up", "--engine", "emulated", *arguments],

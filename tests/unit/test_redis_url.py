@@ -91,8 +91,9 @@ def test_a_password_of_its_own_setting_needs_no_encoding(password: str, url: str
 @pytest.mark.parametrize(
     ("url", "says"),
     [
-        ("", "it is no scheme"),
-        ("host:6379", "it is no scheme"),
+        ("", "it begins with no scheme; write redis:// before it"),
+        ("host:6379", "it begins with no scheme; write redis:// before it"),
+        ("://host", "nothing is no scheme"),
         ("http://host", "http is no scheme"),
         ("unix+sentinel:///path", r"unix\+sentinel is no scheme"),
         ("unix://run/redis.sock", "three slashes"),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import pytest
 
-from l4queue.config import load_settings
+from l4queue.config import _warn_of_misspelt, load_settings, misspelt
 from l4queue.errors import ConfigError
 
 
@@ -47,3 +48,24 @@ def test_a_file_of_settings_that_is_no_text_is_told(
     (tmp_path / ".env").write_bytes(content)
     with pytest.raises(ConfigError, match="env cannot be read"):
         load_settings()
+
+
+def test_a_misspelt_variable_is_named_with_the_one_that_was_meant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once, in the environment and in `.env`. Variables of tests and of Kubernetes are none of our business."""
+    names = ["L4_MODLE", "l4_redisurl", "L4_TEST_SEED", "L4_SERVICE_HOST", "L4_MODEL", "l4_model", "MODLE"]
+    assert misspelt(names) == {"L4_MODLE": "L4_MODEL", "l4_redisurl": "L4_REDIS_URL"}
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".env").write_text("L4_NAMESPCE=x\n")
+    monkeypatch.setenv("L4_MODLE", "tiny")
+    _warn_of_misspelt.cache_clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        load_settings()
+        load_settings()
+    assert [str(warning.message) for warning in caught] == [
+        "L4_MODLE is no setting of l4queue; did you mean L4_MODEL?",
+        "L4_NAMESPCE is no setting of l4queue; did you mean L4_NAMESPACE?",
+    ]

@@ -15,6 +15,7 @@ from celery.events.dispatcher import EventDispatcher
 from pydantic import JsonValue
 
 from l4queue.compat import TOTALS
+from l4queue.observe.task_view import task_arguments
 from workers.telemetry.observer import LEASE_ENDED, PREVIEW_CHARS, RequestView
 
 __all__ = ("Budget", "EventSender")
@@ -107,8 +108,9 @@ class EventSender:
             self._num_left_out += 2
             return
         self._shown.add(view.request_id)
-        now_s, about = time.time(), self._about(view)
-        self._put("task-received", view, at_s=now_s, **about)
+        now_s = time.time()
+        about = self._about(view, started_s=now_s)
+        self._put("task-received", view, at_s=now_s, received=_accepted_s(view, now_s), **about)
         self._put("task-started", view, at_s=now_s)
 
     def request_succeeded(self, view: RequestView, *, output_tokens: int, runtime_s: float, text: str) -> None:
@@ -138,7 +140,8 @@ class EventSender:
         """task-revoked."""
         self._count("task-revoked")
         self._forget(view)
-        self._put("task-revoked", view, terminated=True, signum=None, expired=False, **self._about(view))
+        about = self._about(view, started_s=None)
+        self._put("task-revoked", view, terminated=True, signum=None, expired=False, **about)
 
     def request_moved(self, view: RequestView, *, why: str) -> None:
         """task-retried, sent at once: the next worker's events must not be overtaken by it.
@@ -187,7 +190,11 @@ class EventSender:
         self._shown.discard(view.request_id)
         return is_shown
 
-    def _about(self, view: RequestView) -> Event:
+    def _about(self, view: RequestView, *, started_s: float | None) -> Event:
+        """The facts of a request; also how long it waited, where this is its first worker."""
+        waited_s = None
+        if started_s is not None and view.epoch <= 1:
+            waited_s = started_s - _accepted_s(view, started_s)
         told: dict[str, object] = {
             "stage": view.stage,
             "range": view.range_text,
@@ -196,17 +203,26 @@ class EventSender:
         }
         if view.num_resumed:
             told["resumed_tokens"] = view.num_resumed
+        if waited_s is not None:
+            told["waited_s"] = round(waited_s, 3)
         return {
             "name": self._task_name,
-            "args": f"{view.prompt_tokens} → ≤{view.max_tokens} tokens, stage {view.stage} ({view.range_text})",
+            "args": task_arguments(
+                prompt_tokens=view.prompt_tokens,
+                max_tokens=view.max_tokens,
+                stage=str(view.stage),
+                waited_s=waited_s,
+                more=f" ({view.range_text})",
+            ),
             "kwargs": repr(told),
             "retries": max(0, view.epoch - 1),
         }
 
     def _put_outcome(self, type_: str, view: RequestView, *, runtime_s: float, **fields: Any) -> None:
         now_s = time.time()
-        began = {"received": now_s - runtime_s, "started": now_s - runtime_s}
-        self._put(type_, view, at_s=now_s, **began, **self._about(view), **fields)
+        started_s = now_s - runtime_s
+        began = {"received": _accepted_s(view, started_s), "started": started_s}
+        self._put(type_, view, at_s=now_s, **began, **self._about(view, started_s=started_s), **fields)
 
     def _put(self, type_: str, view: RequestView, *, at_s: float | None = None, **fields: Any) -> None:
         if len(self._waiting) == self._waiting.maxlen:
@@ -281,6 +297,11 @@ class EventSender:
             dispatcher.send(fields.pop("type"), **fields)
         dispatcher.flush(errors=False)
         self._num_sent += len(events)
+
+
+def _accepted_s(view: RequestView, started_s: float) -> float:
+    """When a request was accepted, for Flower's "received"; not after its start, as two clocks may have it."""
+    return min(started_s, view.submitted_ms / 1000)
 
 
 def _close(dispatcher: EventDispatcher | None) -> None:

@@ -37,7 +37,7 @@ from workers.loop.writer import Writer
 
 __all__ = ("Mover",)
 
-log = logging.getLogger("l4queue.worker")
+log = logging.getLogger("l4queue.moves")
 _MAKE_WAY_S = 0.1
 """Longest wait for moves under way before a prefill begins, s. Chosen: two writes at the default interval."""
 _ESCAPE_S = 0.1  # between two looks while a prefill goes on

@@ -115,5 +115,6 @@ def view_of(session: Session) -> RequestView:
         max_tokens=session.max_tokens,
         num_resumed=grant.offset,
         epoch=grant.epoch,
+        submitted_ms=grant.submitted_ms,
         is_traced=session.is_traced,
     )

@@ -42,6 +42,7 @@ from workers.telemetry.snapshot import WorkerSnapshot
 __all__ = ("Worker",)
 
 log = logging.getLogger("l4queue.worker")
+placements = logging.getLogger("l4queue.placement")
 _LAST_TRY_S = 1.0
 """A drain that Redis held up asks this long whether it serves again."""
 _IDLE_S = 1.0  # between two looks of an idle worker for work, since a wake-up may be missed
@@ -370,7 +371,7 @@ class Worker:
         if not self.placement.follow(plan):
             return
         self._mover.watch_anew()
-        log.info("plan %d: %s serves stage %d", plan.version, self.context.worker_id, self.placement.stage)
+        placements.info("plan %d: %s serves stage %d", plan.version, self.context.worker_id, self.placement.stage)
         self.sessions.wake()
 
     def _on_lost(self) -> None:

@@ -158,6 +158,7 @@ class Writer:
                 max_tokens=record.max_tokens or 0,
                 num_resumed=record.offset,
                 epoch=record.epoch,
+                submitted_ms=record.submitted_ms,
                 is_traced="traceparent" in record.body,
             )
             context.observer.request_cancelled(view)

@@ -24,6 +24,7 @@ class RequestView:
     max_tokens: int
     num_resumed: int
     epoch: int
+    submitted_ms: int  # by the server's clock
     is_traced: bool = False  # it carries a traceparent
 
 

@@ -49,7 +49,7 @@ _TOLD_SETTINGS = (
 
 def serve(
     trace: Annotated[
-        Path | None, typer.Argument(help="CSV or CSV.gz with arrival_s,input_tokens,output_tokens")
+        Path | None, typer.Argument(help="CSV or CSV.gz with arrival_s,input_tokens,output_tokens.")
     ] = None,
     *,
     engine: Annotated[str, typer.Option(help="vllm or emulated.")] = "vllm",
@@ -87,13 +87,14 @@ def serve(
     plot: Annotated[Path | None, typer.Option(help="Write PNG plots into this directory.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
 ) -> None:
-    """Run policies one after the other in interleaved rounds on one deployment and compare them.
+    """Compare routings on the same engines.
 
-    round-robin, least-loaded and two-pool push each request to a worker's own queue when it arrives, as a router
-    does (two-pool is tuned on these arrivals by simulation); central and central-sjf are one queue from which
-    workers take; l4 is all of l4queue, and runs once uncounted before the rounds, as its planner learns from what
-    it has seen (--no-rehearse: it begins with nothing). Arrivals are open loop; times are those of the server.
-    Each round draws other arrivals (seed, seed + 1, ...), the same for every policy; a trace has only its own.
+    Policies run one after the other, in interleaved rounds on one deployment. round-robin, least-loaded and
+    two-pool push each request to a worker's own queue when it arrives, as a router does (two-pool is tuned on
+    these arrivals by simulation); central and central-sjf are one queue from which workers take; l4 is all of
+    l4queue, and runs once uncounted before the rounds, as its planner learns from what it has seen (--no-
+    rehearse: it begins with nothing). Arrivals are open loop; times are those of the server. Each round draws
+    other arrivals (seed, seed + 1, ...), the same for every policy; a trace has only its own.
     """
     from l4queue.cli.bench.report import machine, plot_rounds, report
     from l4queue.cli.bench.traffic import bench_trace
@@ -177,12 +178,15 @@ class _Study:
 
 
 async def _run(study: _Study, options: StackOptions) -> tuple[list[Round], dict[str, Any]]:
+    from l4queue.cli.stack.ending import ending_well
     from l4queue.cli.stack.stack import Stack
 
-    async with Stack(options) as stack:
+    stack = Stack(options)
+    async with ending_well(note=stack.note_end, kill=stack.kill) as ending, stack:
         await stack.ready()
         with progress_bars(options.quiet, width=8) as progress:
             return await _all_rounds(stack, study, progress)
+    raise typer.Exit(ending.exit_code)
 
 
 async def _all_rounds(stack: Stack, study: _Study, progress: Progress) -> tuple[list[Round], dict[str, Any]]:

@@ -215,7 +215,7 @@ class EmbeddedRedis:
             self.port = wanted
         elif self._wanted_port:
             self.release()
-            raise ConfigError(f"port {wanted} of 127.0.0.1 is in use; choose another for Redis")
+            raise ConfigError(f"port {wanted} of 127.0.0.1 is in use; choose another with --redis-port")
         else:
             self.port = free_port()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import os
 import socket
@@ -12,10 +13,11 @@ from dataclasses import dataclass
 from l4queue.config import Settings
 from l4queue.errors import ConfigError
 
-__all__ = ("FlowerPlace", "flower_answers", "flower_place")
+__all__ = ("FlowerPlace", "flower_answers", "flower_place", "is_well")
 
 _EVERYWHERE = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
 _TRY_S = 5.0  # for Flower to answer one HTTP request
+_SOON_S = 2.0  # the same while it starts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +68,15 @@ def flower_answers(place: FlowerPlace, *, timeout_s: float = _TRY_S) -> None:
             raise http.client.HTTPException(f"HTTP Error {reply.status}: {reply.reason}")
     finally:
         connection.close()
+
+
+async def is_well(place: FlowerPlace) -> bool:
+    """Whether it answers soon, as a supervisor asks."""
+    try:
+        await asyncio.to_thread(flower_answers, place, timeout_s=_SOON_S)
+    except (OSError, http.client.HTTPException):
+        return False
+    return True
 
 
 def _connection(place: FlowerPlace, timeout_s: float) -> http.client.HTTPConnection:

@@ -13,10 +13,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, TextIO
 
+from l4queue.cli.stack.disk import is_full
+
 __all__ = ("ConsoleLog", "FileLog", "LineSplitter", "Log")
 
 _COLOURS = (36, 33, 32, 35, 34, 96, 93, 92, 95, 94)  # ANSI codes, one for each process in turn
 _MAX_LINE_BYTES = 16_384  # a longer line is cut, so that a process cannot fill memory
+_MAX_FILE_BYTES = 16_000_000
+"""Of a log file. Chosen: weeks of decisions, and little beside the data of Redis."""
 
 
 class Log(Protocol):
@@ -24,6 +28,9 @@ class Log(Protocol):
 
     def write(self, name: str, line: str) -> None:
         """One line, without its end."""
+
+    def path(self, name: str) -> Path | None:
+        """The file with the lines of this process, if there is one."""
 
     def close(self) -> None:
         """Write what is left; safe to call twice."""
@@ -83,6 +90,10 @@ class ConsoleLog:
         except queue.Full:
             self._num_dropped += 1
 
+    def path(self, name: str) -> Path | None:
+        """None: a terminal keeps nothing."""
+        return None
+
     def close(self) -> None:
         """Write what is queued, waiting at most two seconds for a reader that does not read."""
         if self._thread.is_alive():
@@ -129,11 +140,17 @@ def _json_line(name: str, line: str) -> str:
 
 
 class FileLog:
-    """One file for each process in a directory, begun anew; our own notes also go to `notes`."""
+    """One file for each process in a directory, begun anew; our own notes also go to `notes`.
 
-    def __init__(self, directory: Path, *, notes: TextIO | None = None) -> None:
+    A file that has grown to `max_bytes` becomes NAME.log.1 in place of the one before it. A full disk loses lines,
+    which is told once; it ends nothing.
+    """
+
+    def __init__(self, directory: Path, *, notes: TextIO | None = None, max_bytes: int = _MAX_FILE_BYTES) -> None:
         self.directory = directory
         self._notes = notes
+        self._max_bytes = max_bytes
+        self._has_told = False
         directory.mkdir(parents=True, exist_ok=True)
         self._files: dict[str, BinaryIO] = {}
 
@@ -141,12 +158,31 @@ class FileLog:
         """Append one line."""
         if name == "l4queue" and self._notes is not None:
             print(line, file=self._notes, flush=True)
-        if name not in self._files:
-            self._files[name] = (self.directory / f"{name}.log").open("wb", buffering=0)
-        self._files[name].write(line.encode() + b"\n")
+        try:
+            self._append(name, line)
+        except OSError as error:
+            if not is_full(error):
+                raise
+            if not self._has_told:
+                self._has_told = True
+                print(f"the disk of {self.directory} is full: log lines are lost", file=sys.stderr, flush=True)
+
+    def path(self, name: str) -> Path | None:
+        """The file of this process."""
+        return self.directory / f"{name}.log"
 
     def close(self) -> None:
         """Close the files."""
         for file in self._files.values():
             file.close()
         self._files.clear()
+
+    def _append(self, name: str, line: str) -> None:
+        path = self.directory / f"{name}.log"
+        if name not in self._files:
+            self._files[name] = path.open("wb", buffering=0)
+        elif self._files[name].tell() >= self._max_bytes:
+            self._files[name].close()
+            path.replace(path.with_suffix(".log.1"))
+            self._files[name] = path.open("wb", buffering=0)
+        self._files[name].write(line.encode() + b"\n")

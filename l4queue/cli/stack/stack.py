@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import http.client
 import os
 import sys
 from collections.abc import Awaitable, Callable
@@ -12,13 +11,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from l4queue.cli.stack.disk import full_disk
 from l4queue.cli.stack.embedded import EmbeddedRedis, free_port, is_port_free, write_private
-from l4queue.cli.stack.flower_place import FlowerPlace, flower_answers, flower_place
+from l4queue.cli.stack.flower_place import FlowerPlace, flower_place, is_well
 from l4queue.cli.stack.logs import FileLog, Log
+from l4queue.cli.stack.names import free_names, names_in_use
+from l4queue.cli.stack.overrides import settings_with
 from l4queue.cli.stack.own_models import chosen_model, own_model_path
 from l4queue.cli.stack.scrape import with_metrics, write_targets
 from l4queue.cli.stack.supervisor import ChildSpec, RestartPolicy, Supervisor
-from l4queue.config import URL_FILE, Settings, load_settings
+from l4queue.config import URL_FILE
 from l4queue.errors import ConfigError, L4QueueError
 from l4queue.failure import EXIT_CONFIG
 from l4queue.hardware import Gpu, cores_of_worker, engine_build, missing_library, view_gpus
@@ -35,6 +37,9 @@ DEFAULT_DATA_DIR = URL_FILE.parent
 DEFAULT_WORKERS = 2  # without a GPU; the least with which requests move
 _STOP_WORKERS, _STOP_SERVICES, _STOP_REDIS = 0, 1, 2  # ranks: workers stop first, Redis last
 _FINAL = frozenset({EXIT_CONFIG})
+_IGNORED = "ignore:L4_"
+_REDIS_WAIT_S = 10.0
+"""How long a Redis that runs elsewhere may be away at the start, s. Chosen: a restart of it takes less."""
 _WORKER_MARGIN_S = 20.0
 """Beyond the drain deadline: the worker's own margins for its engine (10 s) and interpreter (5 s), and ours."""
 
@@ -43,7 +48,8 @@ _WORKER_MARGIN_S = 20.0
 class StackOptions:
     """Options of a deployment; None leaves one to the settings or to this machine's hardware.
 
-    `workers_per_process` above 1 is for emulated engines only: fewer processes on few cores.
+    `workers_per_process` above 1 is for emulated engines only: fewer processes on few cores. `quiet` keeps notes
+    off standard error; `verbose` logs the planner's rounds too, whatever they decide.
     """
 
     workers: int | None = None
@@ -60,6 +66,7 @@ class StackOptions:
     metrics_port: int | None = None
     log_format: str | None = None
     quiet: bool = False
+    verbose: bool = False
 
     def overrides(self) -> dict[str, Any]:
         """The options that are settings."""
@@ -77,11 +84,17 @@ class Stack:
     """
 
     def __init__(
-        self, options: StackOptions, *, log: Log | None = None, restart: RestartPolicy | None = None
+        self,
+        options: StackOptions,
+        *,
+        log: Log | None = None,
+        restart: RestartPolicy | None = None,
+        state_dir: Path | None = None,
     ) -> None:
         self.options = options
-        self.settings: Settings = load_settings(**options.overrides())
+        self.settings = settings_with(options.overrides())
         self.data_dir = (options.data_dir or DEFAULT_DATA_DIR).absolute()
+        self.state_dir = state_dir or self.data_dir
         self.log = log or FileLog(self.data_dir / "logs", notes=None if options.quiet else sys.stderr)
         self.supervisor = Supervisor(log=self.log, restart=restart)
         self.flower: FlowerPlace | None = None
@@ -89,6 +102,7 @@ class Stack:
         self.metrics_urls: dict[str, str] = {}
         self._redis: EmbeddedRedis | None = None
         self._executor: AsyncExecutor | None = None
+        self._taken: frozenset[str] = frozenset()
 
     @property
     def redis_url(self) -> SecretUrl:
@@ -108,7 +122,7 @@ class Stack:
     @property
     def targets_file(self) -> Path:
         """Where Prometheus finds the processes (`file_sd_configs`), with metrics only."""
-        return self.data_dir / "prometheus-targets.json"
+        return self.state_dir / "prometheus-targets.json"
 
     def note(self, text: str) -> None:
         """Say something of our own in the log."""
@@ -130,13 +144,15 @@ class Stack:
     async def _start(self) -> None:
         gpus = self._check_hardware()
         num_workers = self.options.workers or len(gpus) // self.settings.tensor_parallel or DEFAULT_WORKERS
-        model = await self._model_path()
-        self.settings = self.settings.model_copy(update={"model": model})
-        self.settings = await asyncio.to_thread(with_model_facts, self.settings)
+        self._choose_flower_port()
         await self._start_redis()
         parse_url(self.redis_url)
         assert self.settings.broker_url  # both are right, or this is the end
-        self._choose_flower_port()
+        if self._redis is None:
+            await self._meet_others()
+        model = await self._model_path()
+        self.settings = self.settings.model_copy(update={"model": model})
+        self.settings = await asyncio.to_thread(with_model_facts, self.settings)
         self._executor = AsyncExecutor(self.redis_url, retry_s=0.0)
         specs = [*self._service_specs(), *self._serving_specs(num_workers, gpus)]
         self.metrics_urls, specs = with_metrics(specs, self.settings)
@@ -169,11 +185,15 @@ class Stack:
             self._redis = None
         self.log.close()
 
+    def note_end(self) -> None:
+        """Say that a signal has come."""
+        self.note("stopping: workers drain first; once more to stop at once")
+
     def kill(self) -> None:
         """Do not wait for anything any more: SIGKILL to all but Redis, which ends quickly by itself."""
         for name, child in self.supervisor.children.items():
             if name != "redis":
-                child.kill()
+                child.end()
 
     def _check_hardware(self) -> list[Gpu]:
         if self.settings.engine != "vllm":
@@ -199,9 +219,29 @@ class Stack:
             )
         return gpus
 
+    def _check_foreign(self) -> None:
+        """Say whose choice the Redis is; ConfigError where an option asks for one that is started here."""
+        source = "L4_REDIS_URL" if self.options.redis_url is None else "--redis-url"
+        if self.options.redis_port is not None:
+            raise ConfigError(
+                f"--redis-port {self.options.redis_port} starts a Redis here, and {source} names the one at "
+                f"{self.redis_url}: unset {source}, or leave --redis-port out"
+            )
+        self.note(f"using the Redis at {self.redis_url}, which {source} names")
+
+    async def _meet_others(self) -> None:
+        """Leave names to the workers that others run on this Redis; ServiceUnavailable where there is no Redis."""
+        executor = AsyncExecutor(self.redis_url, retry_s=_REDIS_WAIT_S)
+        try:
+            self._taken = await names_in_use(executor, self.settings.namespace)
+        finally:
+            await executor.close()
+        if self._taken:
+            self.note(f"this Redis has workers of others: {', '.join(sorted(self._taken))}")
+
     async def _start_redis(self) -> None:
         if "redis_url" in self.settings.model_fields_set:
-            self.note(f"using the Redis at {self.redis_url}")
+            self._check_foreign()
             return
         self._redis = redis = EmbeddedRedis(
             self.data_dir / "redis", durability=self.settings.durability, port=self.options.redis_port
@@ -218,6 +258,7 @@ class Stack:
                 stop_s=30.0,
                 dies_gently=True,
                 pass_fds=(redis.lock_fd,),
+                explain=lambda lines: full_disk(redis.data_dir, lines),
             )
         )
         await self.supervisor.ready(["redis"])
@@ -249,11 +290,12 @@ class Stack:
     def _environment(self) -> dict[str, str]:
         names = ("namespace", "durability", "engine", "model", "flower_port", "log_format")
         ours = {f"L4_{name.upper()}": str(getattr(self.settings, name)) for name in names}
-        return {**ours, "L4_REDIS_URL": self.redis_url, "PYTHONUNBUFFERED": "1"}
+        ours |= {"L4_REDIS_URL": self.redis_url, "PYTHONUNBUFFERED": "1"}
+        return {**ours, "PYTHONWARNINGS": _IGNORED}  # we have warned of misspelt settings
 
     def _service_specs(self) -> list[ChildSpec]:
         # Celery warns root about pickle, which is off here.
-        env = {**self._environment(), "PYTHONWARNINGS": "ignore:You're running the worker"}
+        env = {**self._environment(), "PYTHONWARNINGS": f"ignore:You're running the worker,{_IGNORED}"}
 
         def service(name: str, *arguments: str, **more: Any) -> ChildSpec:
             return ChildSpec(
@@ -266,39 +308,41 @@ class Stack:
             )
 
         celery = ("celery", "--quiet", "-A", "dispatcher.app")
-        planner = ("worker", "-P", "solo", "-Q", "l4-control", "-n", "planner@%h")
+        node = f"planner-{len(self._taken)}" if self._taken else "planner"  # node names are one for each broker
+        planner = ("worker", "-P", "solo", "-Q", "l4-control", "-n", f"{node}@%h")
         specs = [
             service(f"dispatcher-{i}", "dispatcher", ready_text=" ready: ")
             for i in range(self.options.dispatchers)
         ]
         if self.settings.metrics_port:
             specs.append(service("exporter", "dispatcher.exporter", ready_text=" ready: ", essential=False))
-        specs.append(service("planner", *celery, *planner, "--loglevel", "INFO", ready_text=" ready."))
+        rounds = "INFO" if self.options.verbose else "WARNING"
+        specs.append(service("planner", *celery, *planner, "--loglevel", rounds, ready_text=" ready: "))
         specs.append(service("beat", *celery, "beat", "--loglevel", "WARNING", "--pidfile="))
         if self.flower is not None:
             place = self.flower
-            flower = service("flower", "dispatcher.flower", is_ready=lambda: _is_well(place), essential=False)
+            flower = service("flower", "dispatcher.flower", is_ready=lambda: is_well(place), essential=False)
             own = {"FLOWER_PORT": str(place.port), "FLOWER_UNIX_SOCKET": place.socket}  # they win over ours
             specs.append(replace(flower, env={**flower.env, **own}))
         return specs
 
     def _serving_specs(self, num_workers: int, gpus: list[Gpu]) -> list[ChildSpec]:
         size = self.options.workers_per_process
+        names = free_names(num_workers, self._taken)
         if size == 1:
-            return [self._worker_spec(i, num_workers=num_workers, gpus=gpus) for i in range(num_workers)]
-        names = [f"worker-{index}" for index in range(num_workers)]
+            return [self._worker_spec(i, names=names, gpus=gpus) for i in range(num_workers)]
         firsts = range(0, num_workers, size)
         return [self._group_spec(f"workers-{first // size}", names[first : first + size]) for first in firsts]
 
-    def _worker_spec(self, index: int, *, num_workers: int, gpus: list[Gpu]) -> ChildSpec:
-        name = f"worker-{index}"
+    def _worker_spec(self, index: int, *, names: list[str], gpus: list[Gpu]) -> ChildSpec:
+        name = names[index]
         env = {**self._environment(), "L4_WORKER_ID": name}
         if gpus:
             group = self.settings.tensor_parallel
             ours = gpus[index * group : (index + 1) * group]
             env |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ",".join(g.cuda_name for g in ours)}
         elif "VLLM_CPU_OMP_THREADS_BIND" not in os.environ:
-            cores = cores_of_worker(index, num_workers=num_workers, cores=sorted(os.sched_getaffinity(0)))
+            cores = cores_of_worker(index, num_workers=len(names), cores=sorted(os.sched_getaffinity(0)))
             env["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
         return self._serving_spec(name, "workers", env=env, worker_ids=[name])
 
@@ -335,11 +379,3 @@ class Stack:
             return {load.worker_id for load in overview.workers}.issuperset(worker_ids)
 
         return have_leases
-
-
-async def _is_well(place: FlowerPlace) -> bool:
-    try:
-        await asyncio.to_thread(flower_answers, place, timeout_s=2.0)
-    except (OSError, http.client.HTTPException):
-        return False
-    return True

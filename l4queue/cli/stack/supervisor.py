@@ -19,6 +19,10 @@ __all__ = ("Child", "ChildSpec", "ChildState", "RestartPolicy", "Supervisor")
 
 _NUM_LAST_LINES = 20  # shown of a process that failed: a traceback's end
 _READ_BYTES = 65_536  # the size of a pipe on Linux
+_NUM_SHOWN_LINES = 5
+"""Lines that are repeated when a child ends by itself; all of them when it is given up."""
+_GONE_S = 10.0  # after a SIGKILL
+_FIRST_CALL_S, _LATER_CALLS_S = 5.0, 60.0
 
 
 class ChildState(StrEnum):
@@ -53,7 +57,8 @@ class RestartPolicy:
 class ChildSpec:
     """A child process to run. It is ready when it has printed `ready_text` and `is_ready` (polled) is true.
 
-    With neither of them it is ready when it has lived for `settle_s`.
+    With neither of them it is ready when it has lived for `settle_s`. `explain` finds the reason of an
+    end in the last lines, where it can.
 
     Children stop in ascending `stop_order`, those of one order together: SIGTERM, then SIGKILL after
     `stop_s`. Children with `essential` False may fail without failing the supervisor. One that ends with an
@@ -72,6 +77,7 @@ class ChildSpec:
     final_codes: frozenset[int] = frozenset()
     dies_gently: bool = False
     pass_fds: tuple[int, ...] = ()
+    explain: Callable[[Iterable[str]], str | None] | None = None
 
 
 class Child:
@@ -121,13 +127,20 @@ class Child:
         if not done:
             self._say(f"did not stop within {self.spec.stop_s:g} s and is killed")
             self.kill()
-            await asyncio.wait({self._task})
+            done, _ = await asyncio.wait({self._task}, timeout=_GONE_S)
+        if not done:  # its end has got lost: nothing is to wait for it for ever
+            self._task.cancel()
         self._task = None
         self._become(ChildState.IDLE)
 
     def kill(self) -> None:
         """SIGKILL to it and everything it started."""
         self._signal(signal.SIGKILL)
+
+    def end(self) -> None:
+        """SIGKILL, and it is not started again."""
+        self._stopping.set()
+        self.kill()
 
     def _signal(self, number: signal.Signals) -> None:
         if self.pid is None:
@@ -162,6 +175,9 @@ class Child:
             pause_s = self._restart.pause_s(num_restarts)
             num_restarts += 1
             self._say(f"{self._ending()}; starts again in {pause_s:g} s")
+            if (why := self.why()) is not None:
+                self._log.write("l4queue", why)
+            self._show_last_lines()
             self._become(ChildState.WAITING)
             await _until(self._stopping, pause_s)
 
@@ -178,6 +194,7 @@ class Child:
             return
         finally:
             os.close(writing_end)
+        self.last_lines.clear()
         self.pid, self.exit_code = process.pid, None
         self._spoken.clear()
         self._become(ChildState.STARTING)
@@ -242,6 +259,17 @@ class Child:
     def _say(self, text: str) -> None:
         self._log.write("l4queue", f"{self.spec.name} {text}")
 
+    def why(self) -> str | None:
+        """The reason of its last end, where it is known."""
+        return None if self.spec.explain is None else self.spec.explain(self.last_lines)
+
+    def _show_last_lines(self) -> None:
+        path = self._log.path(self.spec.name)
+        if self.last_lines:
+            self._say(f"said last{'' if path is None else f', more in {path}'}:")
+        for line in list(self.last_lines)[-_NUM_SHOWN_LINES:]:
+            self._log.write("l4queue", f"    {line}")
+
     def _ending(self) -> str:
         if self.exit_code is not None and self.exit_code < 0:
             return f"was ended by {signal.Signals(-self.exit_code).name}"
@@ -282,11 +310,12 @@ class Supervisor:
 
         Children that are not essential are waited for while an essential one is missing, and then for
         `extra_s` more; not once they have failed. `on_wait` is called with the seconds so far and the names
-        still missing, every five seconds. Returns the names that are not ready.
+        still missing, after 5, 10, 20, 40 s and then every minute. Returns the names that are not ready.
         """
         loop = asyncio.get_running_loop()
         started_s = loop.time()
-        next_call_s = started_s + 5.0
+        pause_s = _FIRST_CALL_S
+        next_call_s = started_s + pause_s
         enough_s: float | None = None
         while True:
             self._changed.clear()
@@ -300,7 +329,8 @@ class Supervisor:
             if not missing or (enough_s is not None and loop.time() >= enough_s):
                 return [c.spec.name for c in chosen if c.state is not ChildState.READY]
             if on_wait and loop.time() >= next_call_s:
-                next_call_s += 5.0
+                next_call_s += pause_s
+                pause_s = min(2.0 * pause_s, _LATER_CALLS_S)
                 on_wait(loop.time() - started_s, [child.spec.name for child in missing])
             next_s = next_call_s if enough_s is None else min(next_call_s, enough_s)
             await _until(self._changed, max(0.0, next_s - loop.time()))
@@ -318,8 +348,10 @@ class Supervisor:
                 if child.is_final:
                     raise ConfigError(f"{child.spec.name}: {child.last_words}")
                 last = "\n".join(f"    {line}" for line in child.last_lines)
+                why = child.why()
                 raise ServiceUnavailable(
-                    f"{child.spec.name} does not start (exit code {child.exit_code}). Its last lines:\n{last}"
+                    f"{child.spec.name} does not start (exit code {child.exit_code})"
+                    f"{'' if why is None else f': {why}'}. Its last lines:\n{last}"
                 )
 
     async def stop(self) -> None:
@@ -330,7 +362,7 @@ class Supervisor:
     def kill(self) -> None:
         """End everything at once; `stop` then returns quickly."""
         for child in self.children.values():
-            child.kill()
+            child.end()
 
 
 async def _until(event: asyncio.Event, timeout_s: float) -> None:

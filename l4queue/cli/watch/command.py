@@ -89,7 +89,8 @@ def _print_lines(watcher: Watcher, interval_s: float, ending: Event) -> None:
     while not ending.is_set():
         watcher.look()
         if watcher.trouble or watcher.picture is None:
-            line: dict[str, Any] = {"error": watcher.trouble, "away_s": round(watcher.away_s, 3)}
+            told = {"type": "ServiceUnavailable", "message": watcher.trouble, "request_id": None, "field": None}
+            line: dict[str, Any] = {"error": told, "away_s": round(watcher.away_s, 3)}
         else:
             line = picture_json(watcher.picture)
         print(json.dumps(line), flush=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from l4queue.cli.stack import stack as stack_module
+from l4queue.cli.stack.overrides import settings_with
 from l4queue.cli.stack.stack import Stack, StackOptions
 from l4queue.errors import ConfigError
 from l4queue.hardware import EngineBuild
@@ -50,6 +51,16 @@ def test_too_few_devices_are_told_with_the_reason(gpu_build: pytest.MonkeyPatch,
     gpu_build.setenv("L4_TENSOR_PARALLEL", "2")
     with pytest.raises(ConfigError, match="1 workers need 2 GPUs, and 0 can be used here"):
         devices_of_workers(tmp_path)
+
+
+def test_a_wrong_option_is_named_and_not_the_setting_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A variable that is wrong is named as one."""
+    with pytest.raises(ConfigError, match=r"^--engine: Input should be 'vllm' or 'emulated'"):
+        settings_with({"engine": "nope"})
+    monkeypatch.setenv("L4_ENGINE", "nope")
+    with pytest.raises(ConfigError, match=r"^L4_ENGINE: "):
+        settings_with({"durability": "fast"})
+    assert settings_with({"engine": "emulated"}).engine == "emulated"
 
 
 @pytest.mark.parametrize(

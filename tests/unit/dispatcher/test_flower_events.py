@@ -11,6 +11,8 @@ from celery import Celery
 from tornado.ioloop import IOLoop
 
 from dispatcher.monitoring.flower_events import LEFT_OUT, MAX_WAITING, TOTALS, FairEvents, install
+from dispatcher.monitoring.queue_follower import ENDED, WAITING
+from l4queue.config import load_settings
 from workers.host import task_events as senders
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
@@ -25,7 +27,7 @@ def loop() -> Iterator[IOLoop]:
 
 @pytest.fixture
 def events(loop: IOLoop, namespace: str) -> FairEvents:
-    install()
+    install(load_settings())
     return FairEvents(Celery(namespace, set_as_current=False), loop, max_tasks_in_memory=20_000)
 
 
@@ -127,3 +129,31 @@ def test_other_work_of_the_loop_comes_in_between(loop: IOLoop, events: FairEvent
     digest(loop)
 
     assert seen[0] < len(events.state.tasks) == MAX_WAITING
+
+
+def test_what_the_queue_tells_counts_where_no_worker_has_told_it(loop: IOLoop, events: FairEvents) -> None:
+    """A waiting request is received; a late look changes nothing of one that runs or has ended."""
+    about = {"name": "generate/model", "args": "3 → ≤4 tokens, stage 0", "received": 100.0}
+    revoked = {**about, "type": ENDED, "as": "task-revoked", "expired": False}
+    done = {**about, "type": ENDED, "as": "task-succeeded", "result": "4 tokens, 1.0 s"}
+    for uuid in ("waits", "gone", "sampled"):
+        events.on_event({"type": WAITING, "uuid": uuid, **about})
+    events.on_event({**revoked, "uuid": "gone"})
+    events.on_event({**done, "uuid": "sampled"})
+    events.on_event({**done, "uuid": "never shown"})
+    events.on_event(event("task-started", "runs"))
+    events.on_event({"type": WAITING, "uuid": "runs", **about})
+    events.on_event(event("task-succeeded", "told", result="by its worker"))
+    events.on_event({**done, "uuid": "told"})
+    digest(loop)
+
+    tasks = events.state.tasks
+    states = {uuid: task.state for uuid, task in tasks.items()}
+    assert states == {
+        "waits": "RECEIVED", "gone": "REVOKED", "sampled": "SUCCESS", "runs": "STARTED", "told": "SUCCESS"
+    }  # fmt: skip
+    assert tasks["waits"].received == 100.0
+    assert tasks["waits"].worker is None
+    assert tasks["runs"].worker.hostname == "w1@here"
+    assert tasks["told"].result == "by its worker"
+    assert set(events.state.workers) == set(events.state.counter) == {"w1@here"}

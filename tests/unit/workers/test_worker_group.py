@@ -54,6 +54,7 @@ class Plain:
             max_tokens=1,
             num_resumed=0,
             epoch=1,
+            submitted_ms=0,
         )
         return [one]
 

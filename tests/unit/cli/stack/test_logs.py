@@ -100,3 +100,27 @@ def test_files_are_one_for_each_process_and_our_notes_are_shown_too(tmp_path: Pa
 
     assert (tmp_path / "logs" / "worker-0.log").read_text() == "loading\n"
     assert notes.getvalue() == "waiting\n"
+
+
+def test_a_file_is_turned_over_and_one_of_the_past_is_kept(tmp_path: Path) -> None:
+    """A deployment that runs for months must not fill the disk with its log."""
+    log = FileLog(tmp_path, max_bytes=10)
+
+    for number in range(7):
+        log.write("worker-0", f"line {number}")
+    log.close()
+
+    assert (tmp_path / "worker-0.log").read_text() == "line 6\n"
+    assert (tmp_path / "worker-0.log.1").read_text() == "line 4\nline 5\n"
+
+
+def test_a_full_disk_loses_log_lines_and_is_told_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Children go on: what fails is the log, not they."""
+    (tmp_path / "worker-0.log").symlink_to("/dev/full")
+    log = FileLog(tmp_path)
+
+    log.write("worker-0", "one")
+    log.write("worker-0", "two")
+    log.close()
+
+    assert capsys.readouterr().err == f"the disk of {tmp_path} is full: log lines are lost\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +15,8 @@ from celery.events.state import State
 
 from workers.host.task_events import TOTALS, Budget, EventSender
 from workers.telemetry.observer import LEASE_ENDED, RequestView
+
+WAITED_S = 70.0
 
 
 class Clock:
@@ -117,6 +120,7 @@ def view(request_id: str = "a", **over: Any) -> RequestView:
         "max_tokens": 256,
         "num_resumed": 0,
         "epoch": 1,
+        "submitted_ms": round((time.time() - WAITED_S) * 1000),
     }
     return RequestView(request_id=request_id, **(given | over))
 
@@ -136,8 +140,11 @@ def test_a_request_is_received_started_and_succeeded(
     assert receiver.types("a") == ["task-received", "task-started", "task-succeeded"]
     assert task.state == "SUCCESS"
     assert task.name == "generate/model"
-    assert task.args == "812 → ≤256 tokens, stage 1 (512–4096)"
-    assert task.kwargs == "{'stage': 1, 'range': '512–4096', 'prompt_tokens': 812, 'max_tokens': 256}"
+    assert re.fullmatch(r"812 → ≤256 tokens, waited [67]\d\.\d s, stage 1 \(512–4096\)", task.args)
+    assert task.kwargs.startswith(
+        "{'stage': 1, 'range': '512–4096', 'prompt_tokens': 812, 'max_tokens': 256, 'waited_s': "
+    )
+    assert task.started - task.received >= WAITED_S - 3.21 - 0.001
     assert task.result == "211 tokens, 3.2 s"
     assert task.runtime == 3.21
     assert task.worker.hostname == "w1@here"

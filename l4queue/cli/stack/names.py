@@ -1,0 +1,41 @@
+"""Names of workers: those that nobody on the same Redis has."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection
+from itertools import count, islice
+
+from l4queue.observe.overview import read_overview_async
+from l4queue.protocol.executor import AsyncExecutor
+from l4queue.protocol.keys import Keys
+from l4queue.protocol.reads import Reads
+
+__all__ = ("free_names", "names_in_use")
+
+_LOOK_S = 0.2
+
+
+def free_names(number: int, taken: Collection[str]) -> list[str]:
+    """worker-0, worker-1, ... without the names that are taken."""
+    return list(islice((name for name in map("worker-{}".format, count()) if name not in taken), number))
+
+
+async def names_in_use(executor: AsyncExecutor, namespace: str) -> frozenset[str]:
+    """Names of workers that live: those that renew their lease.
+
+    The lease of a worker that was killed holds for a while. It is waited for, so that its name is free again.
+    """
+    reads = Reads(Keys(namespace))
+    [leases] = await executor.run_many([reads.incarnations()])
+    first = dict(leases)
+    undecided, alive = set(first), set[str]()
+    while undecided:
+        leases, now_ms = await executor.run_many([reads.incarnations(), reads.server_time_ms()])
+        expires_ms = dict(leases)
+        alive |= {name for name in undecided if expires_ms.get(name, 0) > first[name]}
+        undecided = {name for name in undecided - alive if expires_ms.get(name, 0) > now_ms}
+        if undecided:
+            await asyncio.sleep(_LOOK_S)
+    overview = await read_overview_async(executor, namespace)
+    return frozenset(load.worker_id for load in overview.workers if load.incarnation in alive)
