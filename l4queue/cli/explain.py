@@ -17,7 +17,9 @@ __all__ = ("register",)
 
 
 def explain(
-    request_id: Annotated[str, typer.Argument(help="Request id, as printed by enqueue.", metavar="ID")],
+    request_id: Annotated[
+        str, typer.Argument(help="Request id, as printed by enqueue or in an HTTP answer.", metavar="ID")
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
 ) -> None:
     """Tell the events of a request: how it was counted and routed, who took it, steals, hand-overs, its end.
@@ -27,7 +29,7 @@ def explain(
     from l4queue.client import Client
 
     with Client() as client:
-        events = client.get(request_id).explain()
+        events = client.get(request_id.removeprefix("chatcmpl-").removeprefix("cmpl-")).explain()
     if as_json:
         print(json.dumps([asdict(event) for event in events]))
         return

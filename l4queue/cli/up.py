@@ -59,6 +59,13 @@ def up(
         ),
     ] = None,
     flower: Annotated[bool, typer.Option(help="Run Flower.")] = True,
+    http_port: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=65535, help="Port of the HTTP gateway; default 8000, or any if taken.", show_default=False
+        ),
+    ] = None,
+    http: Annotated[bool, typer.Option(help="Run the HTTP gateway, OpenAI's API (with the vLLM engine).")] = True,
     metrics_port: Annotated[
         int | None,
         typer.Option(
@@ -82,7 +89,7 @@ def up(
         ),
     ] = None,
 ) -> None:
-    """Run Redis, dispatchers, planner, workers and Flower in the foreground.
+    """Run Redis, dispatchers, planner, workers, Flower and the HTTP gateway in the foreground.
 
     Ctrl-C or SIGTERM drains the workers and stops everything in order (exit code 0); a second one does not wait
     for the drain. A process that dies is started again, after a pause that grows.
@@ -102,6 +109,8 @@ def up(
         data_dir=data_dir,
         flower_port=flower_port,
         flower=flower,
+        http_port=http_port,
+        http=http,
         metrics_port=metrics_port,
         log_format=log_format,
     )
@@ -152,6 +161,7 @@ def _announce(stack: Stack, ready_file: Path | None) -> None:
     facts = {
         "redis_url": stack.redis_url,
         "flower_url": stack.flower_url,
+        "openai_url": stack.openai_url,
         "metrics_urls": stack.metrics_urls,
         "model": stack.settings.model,
         "pids": {name: child.pid for name, child in stack.supervisor.children.items()},
@@ -161,6 +171,9 @@ def _announce(stack: Stack, ready_file: Path | None) -> None:
     late = " (does not answer yet)" if "flower" in stack.not_ready else ""
     flower = f", Flower at {stack.flower.text}{late}" if stack.flower is not None else ""
     stack.note(f"ready: Redis at {stack.redis_url}{flower}")
+    if stack.gateway is not None:
+        late = " (does not answer yet)" if "gateway" in stack.not_ready else ""
+        stack.note(f"OpenAI's API at {stack.gateway.url}{late}; try: {stack.gateway.curl}")
     for name in stack.not_ready:
         lines = stack.supervisor.children[name].last_lines
         why = f": {lines[-1]}" if lines else ""

@@ -14,6 +14,7 @@ from typing import Any
 
 from l4queue.cli.stack.embedded import EmbeddedRedis, free_port, is_port_free, write_private
 from l4queue.cli.stack.flower_place import FlowerPlace, flower_answers, flower_place
+from l4queue.cli.stack.http_place import HttpPlace
 from l4queue.cli.stack.logs import FileLog, Log
 from l4queue.cli.stack.own_models import chosen_model, own_model_path
 from l4queue.cli.stack.scrape import with_metrics, write_targets
@@ -54,21 +55,26 @@ class StackOptions:
     data_dir: Path | None = None
     flower_port: int | None = None
     flower: bool = True
+    http_port: int | None = None
+    http: bool = False
     metrics_port: int | None = None
     log_format: str | None = None
     quiet: bool = False
 
     def overrides(self) -> dict[str, Any]:
         """The options that are settings."""
-        names = ("engine", "model", "redis_url", "durability", "flower_port", "metrics_port", "log_format")
+        names = (
+            *("engine", "model", "redis_url", "durability", "flower_port", "http_port", "metrics_port"),
+            "log_format",
+        )
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
 class Stack:
-    """Redis (unless a URL is given), dispatchers, planner, beat, workers and Flower as supervised children.
+    """Redis (unless a URL is given), services, workers, Flower and gateway as supervised children.
 
     `async with` starts everything and stops it in order: workers drain, then the services, Redis last.
-    `settings`, `redis_url` and `flower_url` hold once started. Child output goes to `log`, by default to
+    `settings` and the URLs hold once started. Child output goes to `log`, by default to
     files under the data directory. Belongs to one event loop, best on the main thread: children end with
     the thread that started them.
     """
@@ -82,6 +88,7 @@ class Stack:
         self.log = log or FileLog(self.data_dir / "logs", notes=None if options.quiet else sys.stderr)
         self.supervisor = Supervisor(log=self.log, restart=restart)
         self.flower: FlowerPlace | None = None
+        self.gateway: HttpPlace | None = None
         self.not_ready: list[str] = []
         self.metrics_urls: dict[str, str] = {}
         self._redis: EmbeddedRedis | None = None
@@ -96,6 +103,11 @@ class Stack:
     def flower_url(self) -> str | None:
         """Of Flower, for a browser on this machine; None without Flower."""
         return None if self.flower is None or self.flower.socket else self.flower.url
+
+    @property
+    def openai_url(self) -> str | None:
+        """Base URL for clients of OpenAI's API on this machine; None without a gateway."""
+        return None if self.gateway is None else self.gateway.url
 
     @property
     def url_file(self) -> Path | None:
@@ -132,6 +144,7 @@ class Stack:
         assert self.settings.broker_url  # both are right, or this is the end
         model = await self._model_path()
         self._choose_flower_port()
+        self._choose_http_port()
         self.settings = self.settings.model_copy(update={"model": model})
         self._executor = AsyncExecutor(self.redis_url, retry_s=0.0)
         specs = [*self._service_specs(), *self._serving_specs(num_workers, gpus)]
@@ -144,7 +157,7 @@ class Stack:
     async def ready(self) -> None:
         """Wait until every worker serves and every service runs; ServiceUnavailable if one cannot start.
 
-        Flower and the exporter hold nothing up: where they are late or fail, `not_ready` names them.
+        Flower, the gateway and the exporter hold nothing up: where they are late or fail, `not_ready` names them.
         """
 
         def still_waiting(waited_s: float, missing: list[str]) -> None:
@@ -244,8 +257,22 @@ class Stack:
         self.settings = self.settings.model_copy(update={"flower_port": place.port})
         self.flower = place
 
+    def _choose_http_port(self) -> None:
+        """The gateway reads what vLLM knows of the model, so an emulated fleet has none."""
+        settings = self.settings
+        if not self.options.http or settings.engine != "vllm":
+            return
+        port = settings.http_port
+        if not is_port_free(port):
+            if self.options.http_port is not None:
+                raise ConfigError(f"port {port} is in use; choose another with --http-port, or use --no-http")
+            port = free_port()
+        needs_key = bool(settings.http_key.get_secret_value() or settings.http_keys_file)
+        place = HttpPlace(host=settings.http_host, port=port, model=settings.model, needs_key=needs_key)
+        self.settings, self.gateway = settings.model_copy(update={"http_port": port}), place
+
     def _environment(self) -> dict[str, str]:
-        names = ["namespace", "durability", "engine", "model", "flower_port", "log_format"]
+        names = ["namespace", "durability", "engine", "model", "flower_port", "http_port", "log_format"]
         if "max_model_len" in self.settings.model_fields_set:
             names.append("max_model_len")
         ours = {f"L4_{name.upper()}": str(getattr(self.settings, name)) for name in names}
@@ -279,6 +306,14 @@ class Stack:
             flower = service("flower", "dispatcher.flower", is_ready=lambda: _is_well(place), essential=False)
             own = {"FLOWER_PORT": str(place.port), "FLOWER_UNIX_SOCKET": place.socket}  # they win over ours
             specs.append(replace(flower, env={**flower.env, **own}))
+        if self.gateway is not None:
+            arguments = (
+                "gateway",
+                "--served-model-name",
+                *dict.fromkeys((self.gateway.model, self.settings.model)),
+            )
+            answers = self.gateway.answers
+            specs.append(service("gateway", *arguments, ready_text=" ready: ", is_ready=answers, essential=False))
         return specs
 
     def _serving_specs(self, num_workers: int, gpus: list[Gpu]) -> list[ChildSpec]:
