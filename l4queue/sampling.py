@@ -7,7 +7,16 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from l4queue.plain_values import plain_value, plain_values
 from l4queue.strict_json import MAX_NESTING, JsonError, check_json, check_text, read_json, values_of
@@ -26,9 +35,6 @@ NOT_OFFERED: Mapping[str, str] = MappingProxyType(
         "n": "a request has one output: enqueue it n times, with a seed each if it has one",
         "best_of": "a request has one output: enqueue several with logprobs and keep the best",
         "use_beam_search": "beam search is not offered",
-        "logit_bias": "is not offered; stop_token_ids, min_tokens and structured_outputs are",
-        "allowed_token_ids": "is not offered; structured_outputs with choice or regex is",
-        "bad_words": "is not offered; structured_outputs with regex is",
         "prompt_logprobs": "is not offered; logprobs of the generated tokens are",
         "echo": "is not offered: the client has the prompt",
         "guided_json": "is called structured_outputs={'json': ...}",
@@ -50,6 +56,8 @@ MAX_TOKENS = 1_000_000
 """Most tokens that one request may generate: no model holds more."""
 MAX_LOGPROBS = 2**20
 """Most logprobs of one request, (logprobs + 1) · max_tokens: 8 MiB in Redis."""
+MAX_LISTED_IDS = 65_536
+"""Most token ids in one `logit_bias` or `allowed_token_ids`: half a vocabulary, half a megabyte of JSON."""
 LIST_AS_TUPLE = BeforeValidator(plain_value)
 """For fields that JSON, or a user, gives as a list or an array: strict checking would refuse it."""
 
@@ -65,6 +73,20 @@ def _texts(value: object) -> object:
 
 def _ids(value: object) -> object:
     return () if value is None else plain_value(value)
+
+
+def _biases(value: object) -> object:
+    """By ascending id: JSON gives ids as texts, OpenAI's interface too, and equal requests are to look alike."""
+    if not value:
+        return None
+    if not isinstance(value, dict):
+        return value
+    found: dict[object, object] = {}
+    for token, bias in value.items():
+        is_text = isinstance(token, str) and token.isascii() and token.isdigit() and len(token) <= 10
+        is_whole = isinstance(bias, int) and not isinstance(bias, bool)
+        found[int(token) if is_text else token] = float(bias) if is_whole else bias
+    return dict(sorted(found.items())) if all(isinstance(token, int) for token in found) else found
 
 
 class Strict(BaseModel):
@@ -155,6 +177,17 @@ class SamplingParams(Strict):
     repetition_penalty: float = Field(default=1.0, gt=0.0)
     logprobs: int | None = Field(default=None, ge=0, le=20, description="of each token and of the N most probable")
     structured_outputs: StructuredOutputs | None = Field(default=None, description="what the output must match")
+    logit_bias: Annotated[
+        dict[Annotated[int, Field(ge=0, lt=2**31)], Annotated[float, Field(ge=-100.0, le=100.0)]] | None,
+        BeforeValidator(_biases),
+    ] = Field(default=None, max_length=MAX_LISTED_IDS, description="added to the logits of these token ids")
+    allowed_token_ids: Annotated[
+        tuple[Annotated[int, Field(ge=0, lt=2**31)], ...] | None, BeforeValidator(lambda ids: _ids(ids) or None)
+    ] = Field(default=None, max_length=MAX_LISTED_IDS, description="the only token ids that may be generated")
+    bad_words: Annotated[tuple[Annotated[str, _bounded(1, 256)], ...], BeforeValidator(_texts)] = Field(
+        default=(), max_length=256, description="texts whose last token is never generated after their others"
+    )
+    skip_special_tokens: bool = Field(default=True, description="whether special tokens give no text")
 
     @model_validator(mode="before")
     @classmethod
@@ -174,11 +207,12 @@ class SamplingParams(Strict):
     def _no_seed_is_none(cls, value: int | None) -> int | None:
         return None if value == -1 else value
 
-    @field_validator("stop")
+    @field_validator("stop", "bad_words")
     @classmethod
-    def _stop_strings_are_short(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+    def _texts_are_short(cls, value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
         if any(not text or len(text) > 256 for text in value):
-            raise ValueError("each stop string must have 1 to 256 characters")
+            name = "stop string" if info.field_name == "stop" else "bad word"
+            raise ValueError(f"each {name} must have 1 to 256 characters")
         for text in value:
             check_text(text)
         return value
@@ -214,15 +248,16 @@ class SamplingParams(Strict):
     def is_pinned(self) -> bool:
         """Whether a resume by recompute would change what may be generated.
 
-        Output penalties count generated tokens only, and a grammar begins with the first one; after a resume
-        these are part of the prompt. Such a request is never handed over, streams nothing before its end and
-        restarts from zero after a crash.
+        Output penalties count generated tokens only, bad words are looked for in these, and a grammar begins with
+        the first one; after a resume these are part of the prompt. Such a request is never handed over, streams
+        nothing before its end and restarts from zero after a crash.
         """
         return (
             self.presence_penalty != 0.0
             or self.frequency_penalty != 0.0
             or self.repetition_penalty != 1.0
             or self.structured_outputs is not None
+            or bool(self.bad_words)
         )
 
 

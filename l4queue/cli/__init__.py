@@ -18,6 +18,7 @@ __all__ = ("COMMAND_MODULES", "build_app", "main")
 COMMAND_MODULES = (
     "up",
     "demo",
+    "serve",
     "requests",
     "explain",
     "stats",

@@ -154,7 +154,13 @@ def demo(
     from l4queue.pretrained import load_tokenizer
 
     options = StackOptions(
-        workers=workers, engine=engine, model=model, flower_port=flower_port, data_dir=data_dir, quiet=as_json
+        workers=workers,
+        engine=engine,
+        model=model,
+        flower_port=flower_port,
+        http=True,
+        data_dir=data_dir,
+        quiet=as_json,
     )
 
     async def run() -> dict[str, Any]:
@@ -172,6 +178,9 @@ def demo(
                 chars_per_token=await asyncio.to_thread(measured_chars_per_token, tokenizer),
             )
             await stack.ready()
+            if stack.gateway is not None and not as_json:
+                late = " (does not answer yet)" if "gateway" in stack.not_ready else ""
+                print(f"OpenAI's API, while this runs{late}: {stack.gateway.curl}", flush=True)
             load = Load(prompts=prompts, rate=rate, seed=seed, is_chat=bool(tokenizer.chat_template))
             return await _drive(stack, load, quiet=as_json)
         raise typer.Exit(ending.exit_code)
@@ -204,6 +213,7 @@ async def _drive(stack: Stack, load: Load, *, quiet: bool) -> dict[str, Any]:
         "examples": [asdict(answer) for answer in shown],
         "plan": asdict(overview.plan),
         "flower_url": stack.flower_url,
+        "openai_url": stack.openai_url,
         "seed": load.seed,
     }
 

@@ -19,7 +19,9 @@ __all__ = ("register",)
 
 
 def explain(
-    request_id: Annotated[str, typer.Argument(help="Request id, as printed by enqueue.", metavar="ID")],
+    request_id: Annotated[
+        str, typer.Argument(help="Request id, as printed by enqueue or in an HTTP answer.", metavar="ID")
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
 ) -> None:
     """Tell the events of a request, in order.
@@ -30,7 +32,7 @@ def explain(
     from l4queue.client import Client
 
     with Client() as client, about(request_id):
-        events = client.get(request_id).explain()
+        events = client.get(request_id.removeprefix("chatcmpl-").removeprefix("cmpl-")).explain()
     if as_json:
         print(json.dumps([asdict(event) for event in events]))
         return

@@ -32,6 +32,7 @@ class Role(StrEnum):
     BEAT = "beat"
     FLOWER = "flower"
     EXPORTER = "exporter"
+    GATEWAY = "gateway"
 
 
 def health(
@@ -42,7 +43,7 @@ def health(
 
     Exit code 0 if it does, 1 if not: for health checks of containers. A worker is judged by its lease, which
     it keeps only while its engine makes progress; a dispatcher by its last round of routing; planner and beat
-    by the age of the last round of planning; Flower and the exporter by their answer.
+    by the age of the last round of planning; Flower, the exporter and the gateway by their answer.
     """
     from l4queue.config import load_settings
     from l4queue.errors import ServiceUnavailable
@@ -65,6 +66,8 @@ def sign_of_life(role: Role, settings: Settings) -> str:
         return _flower(settings)
     if role is Role.EXPORTER:
         return _answers("the exporter", f"http://127.0.0.1:{settings.metrics_port}/metrics")
+    if role is Role.GATEWAY:
+        return _gateway(settings)
     executor = Executor(settings.redis_url, retry_s=_REDIS_TRY_S)
     try:
         note = clock_note(clock_ahead_s(executor))
@@ -133,6 +136,19 @@ def _flower(settings: Settings) -> str:
     except (OSError, HTTPException) as error:
         raise ServiceUnavailable(f"Flower does not answer at {where}: {error}; see its log") from error
     return f"Flower answers at {where}"
+
+
+def _gateway(settings: Settings) -> str:
+    """It works also where no worker serves: that is told to its clients."""
+    import asyncio
+
+    from l4queue.cli.stack.http_place import HttpPlace
+    from l4queue.errors import ServiceUnavailable
+
+    place = HttpPlace(host=settings.http_host, port=settings.http_port, model=settings.model)
+    if not asyncio.run(place.answers()):
+        raise ServiceUnavailable(f"the gateway does not answer at {place.url}; see its log")
+    return f"the gateway answers at {place.url}"
 
 
 def _answers(name: str, url: str) -> str:

@@ -61,6 +61,13 @@ def up(
         ),
     ] = None,
     flower: Annotated[bool, typer.Option(help="Run Flower.")] = True,
+    http_port: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=65535, help="Port of the HTTP gateway; default 8000, or any if taken.", show_default=False
+        ),
+    ] = None,
+    http: Annotated[bool, typer.Option(help="Run the HTTP gateway, OpenAI's API (with the vLLM engine).")] = True,
     metrics_port: Annotated[
         int | None,
         typer.Option(
@@ -90,10 +97,10 @@ def up(
 ) -> None:
     """Run a whole deployment until Ctrl-C.
 
-    It is Redis, dispatchers, planner, workers and Flower, in the foreground. Ctrl-C or SIGTERM drains the
-    workers and stops everything in order (exit code 0); a second one does not wait for the drain. A process
-    that dies is started again, after a pause that grows. All lines of all processes go to files under the data
-    directory; `l4queue status` repeats what is said when all is ready.
+    It is Redis, dispatchers, planner, workers, Flower and the HTTP gateway, in the foreground. Ctrl-C or SIGTERM
+    drains the workers and stops everything in order (exit code 0); a second one does not wait for the drain. A
+    process that dies is started again, after a pause that grows. All lines of all processes go to files under
+    the data directory; `l4queue status` repeats what is said when all is ready.
     """
     import asyncio
 
@@ -111,6 +118,8 @@ def up(
         data_dir=data_dir,
         flower_port=flower_port,
         flower=flower,
+        http_port=http_port,
+        http=http,
         metrics_port=metrics_port,
         log_format=log_format,
         verbose=verbose,
@@ -172,6 +181,8 @@ def _announce(stack: Stack, place: Path, tell: Callable[[dict[str, Any]], None])
     facts = {
         "redis_url": stack.redis_url.reveal(),
         "flower_url": stack.flower_url,
+        "openai_url": stack.openai_url,
+        "curl": stack.gateway.curl if stack.gateway is not None else None,
         "metrics_urls": stack.metrics_urls,
         "model": stack.settings.model,
         "pid": os.getpid(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import suppress
 from os import PathLike
 from types import TracebackType
@@ -152,6 +152,15 @@ class AsyncClient:
         >>> handles = await client.enqueue_many(["one", {"prompt": "two", "seed": 2}], max_tokens=64)
         """
         return await self._submit(self._core.prepare_many(requests, common), block=block, progress=progress)
+
+    async def enqueue_as(self, requests: Mapping[str, RequestSpec]) -> list[AsyncHandle]:
+        """Accept requests under ids of the caller's own, in one round trip; handles come back in order.
+
+        While a request has a record, the same one under its id is found and not computed again; another one is an
+        IdempotencyConflict. An idempotency key decides before the id. QueueFull when the backlog is full.
+        """
+        prepared = [self._core.prepare(spec, request_id=checked_id(name)) for name, spec in requests.items()]
+        return await self._submit(prepared, block=False)
 
     async def get(self, request_id: str | AsyncHandle) -> AsyncHandle:
         """The handle of an earlier request, by its id or another handle of it; UnknownRequest without a record."""

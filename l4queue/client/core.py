@@ -124,8 +124,10 @@ class ClientCore:
         self.client_id = uuid.uuid4().hex
         self._traces = EnqueueTraces(settings)
 
-    def prepare(self, spec: RequestSpec) -> Prepared:
+    def prepare(self, spec: RequestSpec, *, request_id: str | None = None) -> Prepared:
         """Id, digest and submit call of a request. While an idempotency key is known, it gives the same id.
+
+        A `request_id` of the caller's own does as long as the request has a record.
 
         The digest is that of the earlier release, which did not write a `max_tokens` of 256: a request that is
         enqueued again after an upgrade is the same.
@@ -137,10 +139,13 @@ class ClientCore:
             raise InvalidRequest(f"is not what was checked: {error}", field="request") from None
         digest = canonical = ""
         key_ttl_ms: int | None = None
-        request_id = uuid.uuid4().hex
+        has_own_id = request_id is not None
+        request_id = request_id or uuid.uuid4().hex
         if spec.idempotency_key is not None:
             key_ttl_ms = int(self.settings.idempotency_ttl_s * 1000)
-            request_id, digested = request_id_of(spec.idempotency_key), _digested(spec, body)
+            request_id = request_id_of(spec.idempotency_key)
+        if spec.idempotency_key is not None or has_own_id:
+            digested = _digested(spec, body)
             digest = _digest(kind, digested, prompt)
             if spec.metadata or spec.params.structured_outputs is not None:  # their keys have no order
                 canonical = _digest(kind, canonical_json(json.loads(digested)), prompt)

@@ -21,7 +21,7 @@ from l4queue.protocol.executor import Executor
 from tests.services.processes import until
 
 ROOT = Path(__file__).resolve().parents[2]
-OURS = ("dispatcher", "planner", "beat", "flower", "worker", "exporter")
+OURS = ("dispatcher", "planner", "beat", "flower", "worker", "gateway", "exporter")
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,10 @@ def test_our_containers_have_no_capabilities_and_wait_for_redis(services: dict[s
         assert services[name]["depends_on"]["redis"]["condition"] == "service_healthy", name
     for name, service in services.items():
         for port in service.get("ports", ()):
-            assert port.startswith(("127.0.0.1:", "${FLOWER_BIND:-127.0.0.1}:")), (name, port)
+            assert port.startswith(("127.0.0.1:", "${FLOWER_BIND:-127.0.0.1}:", "${HTTP_BIND:-127.0.0.1}:")), (
+                name,
+                port,
+            )
 
 
 def test_workers_share_their_locks_and_nothing_names_a_replica(services: dict[str, Any]) -> None:

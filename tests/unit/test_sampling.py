@@ -27,7 +27,6 @@ def nested(levels: int) -> dict[str, Any]:
     [
         ("n", "enqueue it n times"),
         ("best_of", "logprobs"),
-        ("logit_bias", "not offered"),
         ("echo", "the client has"),
     ],
 )

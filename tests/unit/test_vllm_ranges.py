@@ -52,6 +52,10 @@ GRID: dict[str, list[Any]] = {
     "max_tokens": [None, 1, 16, 10**6, 10**6 + 1, 0, -1],
     "logprobs": [None, 0, 1, 20, 21, -1, -2],
     "ignore_eos": [False, True],
+    "logit_bias": [None, {}, {5: 1.5}, {0: 100, 8191: -100}, {5: 101.0}, {-1: 1.0}, {5: NAN}],
+    "allowed_token_ids": [None, [5], [0, 8191], [-1]],
+    "bad_words": [None, [], ["a"], ["a b", "c"], [""], ["x" * 257]],
+    "skip_special_tokens": [False, True],
 }
 """Values at and around every bound."""
 
@@ -68,6 +72,9 @@ OWN_BOUNDS: dict[str, Callable[[Any], bool]] = {
     "max_tokens": lambda value: value is not None and value > 10**6,
     "logprobs": lambda value: value == -1 or value > 20,
     "min_tokens": lambda value: value > 10**6,
+    "logit_bias": lambda value: any(token < 0 or not -100 <= bias <= 100 for token, bias in value.items()),
+    "allowed_token_ids": lambda value: _any(value, lambda token: token < 0),
+    "bad_words": lambda value: _any(value, lambda text: len(text) > 256),
 }
 """What vLLM's parameters accept and we do not: docs/requests.md names each of them."""
 

@@ -36,24 +36,25 @@ class TokenDecoder(Protocol):
 
 
 class StreamDecoder:
-    """A `TokenDecoder` over a fast tokenizer of the `tokenizers` library; special tokens give no text.
+    """A `TokenDecoder` over a fast tokenizer of the `tokenizers` library; special tokens give no text if skipped.
 
     Bytes that end the output without ever becoming a character give no text either.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, *, skip_special_tokens: bool = True) -> None:
         from tokenizers.decoders import DecodeStream
 
         self._tokenizer = tokenizer
+        self._skips = skip_special_tokens
         self._new_stream = DecodeStream
-        self._stream = DecodeStream(skip_special_tokens=True)
+        self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
 
     def prime(self, prompt_ids: Sequence[int]) -> None:
         """Set the context of the first id. The end of the prompt is enough, and costs the same for any."""
         tail = list(prompt_ids[-_CONTEXT_TOKENS:])
-        if not self._tokenizer.decode(tail, skip_special_tokens=True).endswith(_UNFINISHED):
+        if not self._tokenizer.decode(tail, skip_special_tokens=self._skips).endswith(_UNFINISHED):
             # behind half a character the library would give the context out as new text
-            self._stream = self._new_stream(tail, skip_special_tokens=True)
+            self._stream = self._new_stream(tail, skip_special_tokens=self._skips)
 
     def step(self, token_id: int) -> str:
         """Text that this token completes."""
@@ -63,7 +64,7 @@ class StreamDecoder:
             if not str(error).startswith("Invalid prefix"):
                 raise
             # bytes that never became a character: go on behind them, as vLLM does
-            self._stream = self._new_stream(skip_special_tokens=True)
+            self._stream = self._new_stream(skip_special_tokens=self._skips)
             return self._stream.step(self._tokenizer, token_id) or ""
 
 
@@ -74,7 +75,7 @@ def text_factory(path: str) -> Callable[[SamplingParams], TextStream]:
     except (OSError, ValueError, AttributeError) as error:
         raise ConfigError(f"no fast tokenizer at {path!r}: set L4_MODEL or L4_TOKENIZER ({error})") from error
     return lambda params: TextStream(
-        StreamDecoder(backend),
+        StreamDecoder(backend, skip_special_tokens=params.skip_special_tokens),
         stop=params.stop,
         min_tokens=params.min_tokens,
         silent_ids=frozenset(params.stop_token_ids),

@@ -75,9 +75,7 @@ def ready_lines(facts: dict[str, Any]) -> list[str]:
     if facts.get("export"):
         told.append(("clients", facts["export"]))
     if facts.get("openai_url"):
-        body = json.dumps({"model": facts["model"], "messages": [{"role": "user", "content": "Hello"}]})
-        header = "-H 'Content-Type: application/json'"
-        told.append(("HTTP", f"curl {facts['openai_url']}/chat/completions {header} -d {shlex.quote(body)}"))
+        told += [("OpenAI API", facts["openai_url"]), ("try", facts["curl"])]
     if facts.get("metrics_urls"):
         told.append(("metrics", f"{facts['metrics_urls']['exporter']}, of all processes: {facts['targets_file']}"))
     told.append(("logs", f"{facts['logs']}/*.log"))

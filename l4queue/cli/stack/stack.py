@@ -14,6 +14,7 @@ from typing import Any
 from l4queue.cli.stack.disk import full_disk
 from l4queue.cli.stack.embedded import EmbeddedRedis, free_port, is_port_free, write_private
 from l4queue.cli.stack.flower_place import FlowerPlace, flower_place, is_well
+from l4queue.cli.stack.http_place import HttpPlace, choose_http_place
 from l4queue.cli.stack.logs import FileLog, Log
 from l4queue.cli.stack.names import free_names, names_in_use
 from l4queue.cli.stack.overrides import settings_with
@@ -63,6 +64,8 @@ class StackOptions:
     data_dir: Path | None = None
     flower_port: int | None = None
     flower: bool = True
+    http_port: int | None = None
+    http: bool = False
     metrics_port: int | None = None
     log_format: str | None = None
     quiet: bool = False
@@ -70,15 +73,18 @@ class StackOptions:
 
     def overrides(self) -> dict[str, Any]:
         """The options that are settings."""
-        names = ("engine", "model", "redis_url", "durability", "flower_port", "metrics_port", "log_format")
+        names = (
+            *("engine", "model", "redis_url", "durability", "flower_port", "http_port", "metrics_port"),
+            "log_format",
+        )
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
 class Stack:
-    """Redis (unless a URL is given), dispatchers, planner, beat, workers and Flower as supervised children.
+    """Redis (unless a URL is given), services, workers, Flower and gateway as supervised children.
 
     `async with` starts everything and stops it in order: workers drain, then the services, Redis last.
-    `settings`, `redis_url` and `flower_url` hold once started. Child output goes to `log`, by default to
+    `settings` and the URLs hold once started. Child output goes to `log`, by default to
     files under the data directory. Belongs to one event loop, best on the main thread: children end with
     the thread that started them.
     """
@@ -98,6 +104,7 @@ class Stack:
         self.log = log or FileLog(self.data_dir / "logs", notes=None if options.quiet else sys.stderr)
         self.supervisor = Supervisor(log=self.log, restart=restart)
         self.flower: FlowerPlace | None = None
+        self.gateway: HttpPlace | None = None
         self.not_ready: list[str] = []
         self.metrics_urls: dict[str, str] = {}
         self._redis: EmbeddedRedis | None = None
@@ -113,6 +120,11 @@ class Stack:
     def flower_url(self) -> str | None:
         """Of Flower, for a browser on this machine; None without Flower."""
         return None if self.flower is None or self.flower.socket else self.flower.url
+
+    @property
+    def openai_url(self) -> str | None:
+        """Base URL for clients of OpenAI's API on this machine; None without a gateway."""
+        return None if self.gateway is None else self.gateway.url
 
     @property
     def url_file(self) -> Path | None:
@@ -145,14 +157,18 @@ class Stack:
         gpus = self._check_hardware()
         num_workers = self.options.workers or len(gpus) // self.settings.tensor_parallel or DEFAULT_WORKERS
         self._choose_flower_port()
+        if self.options.http and self.settings.engine == "vllm":  # it reads what vLLM knows of the model
+            self.gateway = choose_http_place(self.settings, port=self.options.http_port)
+            self.settings = self.settings.model_copy(update={"http_port": self.gateway.port})
         await self._start_redis()
         parse_url(self.redis_url)
         assert self.settings.broker_url  # both are right, or this is the end
         if self._redis is None:
             await self._meet_others()
         model = await self._model_path()
-        self.settings = self.settings.model_copy(update={"model": model})
-        self.settings = await asyncio.to_thread(with_model_facts, self.settings)
+        self.settings = await asyncio.to_thread(
+            with_model_facts, self.settings.model_copy(update={"model": model})
+        )
         self._executor = AsyncExecutor(self.redis_url, retry_s=0.0)
         specs = [*self._service_specs(), *self._serving_specs(num_workers, gpus)]
         self.metrics_urls, specs = with_metrics(specs, self.settings)
@@ -164,7 +180,7 @@ class Stack:
     async def ready(self) -> None:
         """Wait until every worker serves and every service runs; ServiceUnavailable if one cannot start.
 
-        Flower and the exporter hold nothing up: where they are late or fail, `not_ready` names them.
+        Flower, the gateway and the exporter hold nothing up: where they are late or fail, `not_ready` names them.
         """
 
         def still_waiting(waited_s: float, missing: list[str]) -> None:
@@ -288,7 +304,7 @@ class Stack:
         self.flower = place
 
     def _environment(self) -> dict[str, str]:
-        names = ("namespace", "durability", "engine", "model", "flower_port", "log_format")
+        names = ("namespace", "durability", "engine", "model", "flower_port", "http_port", "log_format")
         ours = {f"L4_{name.upper()}": str(getattr(self.settings, name)) for name in names}
         ours |= {"L4_REDIS_URL": self.redis_url, "PYTHONUNBUFFERED": "1"}
         return {**ours, "PYTHONWARNINGS": _IGNORED}  # we have warned of misspelt settings
@@ -324,6 +340,11 @@ class Stack:
             flower = service("flower", "dispatcher.flower", is_ready=lambda: is_well(place), essential=False)
             own = {"FLOWER_PORT": str(place.port), "FLOWER_UNIX_SOCKET": place.socket}  # they win over ours
             specs.append(replace(flower, env={**flower.env, **own}))
+        if self.gateway is not None:
+            names = dict.fromkeys((self.gateway.model, self.settings.model))
+            arguments = ("gateway", "--served-model-name", *names)
+            answers = self.gateway.answers
+            specs.append(service("gateway", *arguments, ready_text=" ready: ", is_ready=answers, essential=False))
         return specs
 
     def _serving_specs(self, num_workers: int, gpus: list[Gpu]) -> list[ChildSpec]:

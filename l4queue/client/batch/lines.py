@@ -40,7 +40,6 @@ _NOT_OFFERED: Mapping[str, tuple[Any, ...]] = {  # what cannot be done, with the
     "suffix": ("",),
     "logprobs": (False,),
     "top_logprobs": (0,),
-    "logit_bias": ({},),
     "tools": ([],),
     "tool_choice": ("none",),
     "functions": ([],),

@@ -31,9 +31,7 @@ __all__ = ("INGREDIENTS", "L4", "L4Options")
 
 _NEWS_S = NEWS_INTERVAL_S / EARLY_NEWS_FRACTION  # age of a worker's news when something comes to another stage
 INGREDIENTS = (
-    "hand-over",
-    "stealing",
-    "running-steals",
+    *("hand-over", "stealing", "running-steals"),
     "refinement",
     "late-binding",
     "skew",

@@ -41,6 +41,9 @@ def sampling_params(request: EngineRequest) -> Any:
         logprobs=params.logprobs,
         flat_logprobs=params.logprobs is not None,
         structured_outputs=_structured_outputs(params.structured_outputs),
+        logit_bias=params.logit_bias,
+        allowed_token_ids=None if params.allowed_token_ids is None else list(params.allowed_token_ids),
+        bad_words=list(params.bad_words),
         detokenize=False,  # the worker makes the text, so that it survives a change of worker
         output_kind=RequestOutputKind.DELTA,
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,13 @@ def facts(data_dir: Path, **more: Any) -> dict[str, Any]:
 
 def test_the_block_has_the_urls_and_the_lines_for_clients_and_no_password(tmp_path: Path) -> None:
     """The line for HTTP only where there is an endpoint."""
-    text = "\n".join(ready_lines(facts(tmp_path, openai_url="http://127.0.0.1:8000/v1")))
+    text = "\n".join(ready_lines(facts(tmp_path, openai_url="http://127.0.0.1:8000/v1", curl="curl it")))
 
     assert text.startswith("ready: Redis at redis://***@127.0.0.1:7000/0, Flower at http://127.0.0.1:5555\n")
     assert "secret" not in text
     assert "export L4_REDIS_URL=$(cat /d/url)" in text
-    curl = next(line.split(maxsplit=1)[1] for line in text.splitlines() if "curl" in line)
-    assert shlex.split(curl)[1] == "http://127.0.0.1:8000/v1/chat/completions"
+    assert "  OpenAI API  http://127.0.0.1:8000/v1\n" in text
+    assert "  try         curl it\n" in text
     assert f"l4queue status --data-dir {tmp_path}" in text
     assert "curl" not in "\n".join(ready_lines(facts(tmp_path)))
 

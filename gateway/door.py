@@ -1,0 +1,238 @@
+"""The ASGI middleware in front of vLLM's server: keys, unknown fields, the fleet, ids of events, right statuses.
+
+An answer begins when its first bytes are there, and not before: only then is it known whether the queue took the
+request, so a refusal has its own status also where the client asked for a stream.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any
+
+from gateway.exchange import CURRENT, Exchange, begin
+from gateway.fleet import Fleet
+from gateway.keys import ApiKeys
+from gateway.metrics import DoorMetrics
+from gateway.refusals import Refusal, refusal_of
+from l4queue.client import AsyncClient
+from l4queue.client.arguments import printable
+from l4queue.errors import InvalidRequest, L4QueueError
+
+__all__ = ("CHAT", "COMPLETIONS", "RESPONSES", "Door", "DoorParts")
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
+_OPEN = frozenset({"/health", "/metrics"})
+_SERVED = frozenset(
+    {CHAT, COMPLETIONS, RESPONSES, "/v1/models", "/tokenize", "/detokenize", "/version", "/openapi.json", *_OPEN}
+)
+_NO_EFFECT = frozenset(
+    {
+        "store",
+        "metadata",
+        "service_tier",
+        "safety_identifier",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "user",
+    }
+)
+"""Fields of OpenAI's API that vLLM does not know, and that change nothing in the output."""
+_BEAMS = "use_beam_search"
+MAX_BODY_BYTES = 64 * 2**20
+_SSE = b"text/event-stream"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoorParts:
+    """The parts of a door, which it finds as `door` in the state of its application.
+
+    `fields` has the known fields of each path that generates.
+    """
+
+    keys: ApiKeys
+    fleet: Fleet
+    client: AsyncClient
+    fields: Mapping[str, frozenset[str]]
+    metrics: DoorMetrics
+
+
+class Door:
+    """Lets requests in to vLLM's application, which makes it from its name among `--middleware`."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection of ASGI."""
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        parts: DoorParts = scope["app"].state.door
+        path = str(scope.get("path", ""))
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope.get("headers", ())}
+        caller = "" if path in _OPEN else parts.keys.caller(headers.get("authorization", ""))
+        refusal = None
+        if scope["type"] != "http" or not _is_served(path):
+            refusal = Refusal(status=HTTPStatus.NOT_FOUND, message=f"{path} is not served")
+        elif caller is None:
+            refusal = Refusal(
+                status=HTTPStatus.UNAUTHORIZED, message="send a known key: Authorization: Bearer KEY"
+            )
+        if refusal is not None:
+            await (_refuse(send, refusal) if scope["type"] == "http" else send({"type": "websocket.close"}))
+        elif scope["method"] == "POST" and path in parts.fields:
+            told = _Told(headers=headers, path=path, caller=caller or "")
+            await self._generate(parts, told, scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+    async def _generate(self, parts: DoorParts, told: _Told, scope: Scope, receive: Receive, send: Send) -> None:
+        with parts.metrics.exchange(path=told.path, caller=told.caller) as measured:
+            send = measured.watched(send)
+            try:
+                data = await _read(receive)
+                body = _object_of(data)
+                _check_fields(body, parts.fields[told.path])
+                exchange = begin(told.headers, body, caller=told.caller)
+                await parts.fleet.check()
+                await _check_resumed(exchange, told.path, parts.client)
+            except L4QueueError as error:
+                await _refuse(send, refusal_of(error))
+                return
+            headed = [*scope["headers"]]
+            if "x-request-id" not in told.headers:
+                headed.append((b"x-request-id", exchange.base.encode()))
+            token = CURRENT.set(exchange)
+            try:
+                answer = _Answer(send, exchange)
+                await self._app({**scope, "headers": headed}, _again(data, receive), answer.send)
+            finally:
+                CURRENT.reset(token)
+                measured.generated(sum(tokens for tokens, _ in exchange.places.values()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Told:
+    """What a request says beside its body."""
+
+    headers: dict[str, str]
+    path: str
+    caller: str
+
+
+def _check_fields(body: Mapping[str, Any], known: frozenset[str]) -> None:
+    for name, value in body.items():
+        if name not in known and name not in _NO_EFFECT:
+            raise InvalidRequest("unknown field", field=printable(name))
+        if name == _BEAMS and value:
+            raise InvalidRequest("is not offered by this server", field=name)
+
+
+async def _check_resumed(exchange: Exchange, path: str, client: AsyncClient) -> None:
+    """A stream goes on only where its request is still known: another one would say something else."""
+    if exchange.after is None:
+        return
+    if path == RESPONSES:
+        raise InvalidRequest("is not offered for responses", field="Last-Event-ID")
+    await client.get(exchange.base)
+
+
+class _Answer:
+    """The answer to one request on its way out."""
+
+    def __init__(self, send: Send, exchange: Exchange) -> None:
+        self._send = send
+        self._exchange = exchange
+        self._start: Message | None = None
+        self._is_refused = False
+        self._is_stream = False
+
+    async def send(self, message: Message) -> None:
+        """Hold back the beginning until the first bytes, then number the events."""
+        if self._is_refused:
+            return
+        if message["type"] == "http.response.start":
+            self._start = message
+            return
+        if self._start is not None:
+            start, self._start = self._start, None
+            if self._exchange.refusal is not None:
+                self._is_refused = True
+                await _refuse(self._send, self._exchange.refusal, headers=self._headers())
+                return
+            self._is_stream = any(name == b"content-type" and _SSE in value for name, value in start["headers"])
+            await self._send({**start, "headers": [*start["headers"], *self._headers()]})
+        body = message.get("body", b"")
+        if self._is_stream and body and not body.startswith(b":"):
+            message = {**message, "body": self._numbered(body)}
+        await self._send(message)
+
+    def _numbered(self, body: bytes) -> bytes:
+        """The event with its id; nothing of what the client has already."""
+        event_id = self._exchange.next_event()
+        return b"" if event_id is None else f"id: {event_id}\n".encode() + body
+
+    def _headers(self) -> list[tuple[bytes, bytes]]:
+        ids = ",".join(self._exchange.request_ids[number] for number in sorted(self._exchange.request_ids))
+        return [(b"x-l4-request-id", ids.encode())] if ids else []
+
+
+def _is_served(path: str) -> bool:
+    return path in _SERVED or path.startswith("/v1/models/")
+
+
+def _object_of(data: bytes) -> dict[str, Any]:
+    """The body; an empty one for what vLLM's server is to refuse."""
+    try:
+        found = json.loads(data)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+async def _read(receive: Receive) -> bytes:
+    parts, size_bytes = [], 0
+    while True:
+        message = await receive()
+        if message["type"] != "http.request":
+            raise InvalidRequest("ended before its end", field="body")
+        parts.append(message.get("body", b""))
+        size_bytes += len(parts[-1])
+        if size_bytes > MAX_BODY_BYTES:
+            raise InvalidRequest(f"has more than {MAX_BODY_BYTES} bytes", field="body")
+        if not message.get("more_body", False):
+            return b"".join(parts)
+
+
+def _again(data: bytes, receive: Receive) -> Receive:
+    """The body that was read, then what else comes: the end of the connection."""
+    is_given = False
+
+    async def give() -> Message:
+        nonlocal is_given
+        if is_given:
+            return await receive()
+        is_given = True
+        return {"type": "http.request", "body": data, "more_body": False}
+
+    return give
+
+
+async def _refuse(send: Send, refusal: Refusal, *, headers: list[tuple[bytes, bytes]] | None = None) -> None:
+    body = json.dumps(refusal.body).encode()
+    told = [(name.lower().encode(), value.encode()) for name, value in refusal.headers.items()]
+    told += [
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(body)).encode()),
+        *(headers or ()),
+    ]
+    await send({"type": "http.response.start", "status": int(refusal.status), "headers": told})
+    await send({"type": "http.response.body", "body": body})

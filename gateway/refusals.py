@@ -1,0 +1,87 @@
+"""Errors of the queue as HTTP answers in OpenAI's form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from http import HTTPStatus
+from math import ceil
+from typing import Any
+
+from l4queue.errors import (
+    IdempotencyConflict,
+    InvalidRequest,
+    L4QueueError,
+    QueueFull,
+    RequestCancelled,
+    RequestExpired,
+    RequestFailed,
+    RequestTooLong,
+    ServiceUnavailable,
+    UnknownRequest,
+)
+
+__all__ = ("Refusal", "refusal_of")
+
+_RETRY_AFTER_S = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refusal:
+    """An answer that is an error: status, text, the field at fault, and when to try again."""
+
+    status: HTTPStatus
+    message: str
+    field: str | None = None
+    retry_after_s: int | None = None
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """The JSON of the answer, as vLLM's server words its own errors."""
+        told = {
+            "message": self.message,
+            "type": _TYPES[self.status],
+            "param": self.field,
+            "code": int(self.status),
+        }
+        return {"error": told}
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Headers of the answer."""
+        return {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
+
+
+def refusal_of(error: L4QueueError) -> Refusal:
+    """The answer that an error of the queue stands for."""
+    field = getattr(error, "field", None)
+    retry_after_s: int | None = None
+    match error:
+        case QueueFull():
+            status, retry_after_s = HTTPStatus.TOO_MANY_REQUESTS, max(1, ceil(error.retry_after_s))
+        case ServiceUnavailable():
+            status, retry_after_s = HTTPStatus.SERVICE_UNAVAILABLE, _RETRY_AFTER_S
+        case InvalidRequest() | RequestTooLong():
+            status = HTTPStatus.BAD_REQUEST
+        case RequestFailed():
+            status = HTTPStatus.BAD_REQUEST if field else HTTPStatus.INTERNAL_SERVER_ERROR
+        case RequestExpired():
+            status = HTTPStatus.GATEWAY_TIMEOUT
+        case IdempotencyConflict() | RequestCancelled():
+            status = HTTPStatus.CONFLICT
+        case UnknownRequest():
+            status = HTTPStatus.NOT_FOUND
+        case _:
+            status = HTTPStatus.INTERNAL_SERVER_ERROR
+    return Refusal(status=status, message=str(error), field=field, retry_after_s=retry_after_s)
+
+
+_TYPES = {
+    HTTPStatus.BAD_REQUEST: "BadRequestError",
+    HTTPStatus.UNAUTHORIZED: "AuthenticationError",
+    HTTPStatus.NOT_FOUND: "NotFoundError",
+    HTTPStatus.CONFLICT: "ConflictError",
+    HTTPStatus.TOO_MANY_REQUESTS: "RateLimitError",
+    HTTPStatus.INTERNAL_SERVER_ERROR: "InternalServerError",
+    HTTPStatus.SERVICE_UNAVAILABLE: "ServiceUnavailableError",
+    HTTPStatus.GATEWAY_TIMEOUT: "DeadlineExceededError",
+}

@@ -1,0 +1,181 @@
+"""The gateway's process: vLLM's configuration without an engine, its application, the socket, an orderly end."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+from argparse import Namespace
+from collections.abc import Sequence
+from typing import Any
+
+from gateway.door import CHAT, COMPLETIONS, RESPONSES, DoorParts
+from gateway.fleet import Fleet
+from gateway.keys import ApiKeys, read_keys
+from gateway.metrics import DoorMetrics
+from l4queue.client import AsyncClient
+from l4queue.config import Settings
+from l4queue.errors import ConfigError
+from l4queue.logs import start_logging
+from workers.build import model_path
+from workers.engine.vllm.environment import prepare_environment
+
+__all__ = ("check_door", "serve")
+
+log = logging.getLogger("l4queue.gateway")
+_OURS = (
+    "model",
+    "tokenizer",
+    "host",
+    "port",
+    "max-model-len",
+    "dtype",
+    "api-key",
+    "uds",
+    "middleware",
+    "enable-request-id-headers",
+)
+"""Options of `vllm serve` that are settings of ours, or have no place in a gateway."""
+
+
+def check_door(settings: Settings) -> ApiKeys:
+    """The keys; ConfigError where others than this machine could come in without one."""
+    keys = read_keys(key=settings.http_key.get_secret_value(), file=settings.http_keys_file)
+    if not keys.digests and not _is_loopback(settings.http_host):
+        raise ConfigError(
+            f"L4_HTTP_HOST: {settings.http_host} lets other machines in, and no key is set; "
+            "set L4_HTTP_KEY or L4_HTTP_KEYS_FILE, or listen on 127.0.0.1"
+        )
+    return keys
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+async def serve(settings: Settings, options: Sequence[str]) -> None:
+    """Serve until SIGTERM or SIGINT. `options` are those of `vllm serve` that are about the server."""
+    keys = check_door(settings)
+    for name in ("vllm", "uvicorn"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    model = model_path(settings)
+    prepare_environment(kv_cache_gib=1, cores="", model=model)
+    try:
+        from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+        from vllm.entrypoints.launchers.app import build_app
+        from vllm.entrypoints.launchers.launcher import serve_http, setup_server
+    except ImportError as error:
+        raise ConfigError("vLLM is missing: install l4queue[gateway,cpu] or l4queue[gateway,gpu]") from error
+    from gateway.engine import QueueEngine
+
+    args = _arguments(settings, model, options)
+    try:
+        address, listening = setup_server(args, reuse_port=False)
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {args.host}:{args.port}: {error.strerror or error}") from error
+    config = _vllm_config(args)
+    fleet = Fleet(settings)
+    async with AsyncClient(settings=settings) as client:
+        engine = QueueEngine(config, client, fleet)
+        app = build_app(args, await engine.get_supported_tasks(), engine.model_config)
+        await init_app_state(engine, app.state, args, await engine.get_supported_tasks())
+        app.state.door = _door(keys, fleet, client)
+        _log_again(settings.log_format)
+        who = f"{len(keys.digests)} keys" if keys.digests else "no key is set, so this machine only"
+        log.info("gateway ready: %s/v1 serves %s (%s)", address, settings.model, who)
+        ending = await serve_http(
+            app,
+            sock=listening,
+            host=args.host,
+            port=args.port,
+            log_level=args.uvicorn_log_level,
+            access_log=False,
+            log_config=None,
+            timeout_graceful_shutdown=_GRACE_S,
+        )
+        try:
+            await ending
+        finally:
+            listening.close()
+            await engine.settled()
+            await fleet.close()
+
+
+_GRACE_S = 1
+"""How long open streams are waited for at the end, s: their requests go on, and clients come back for them."""
+
+
+def _vllm_config(args: Namespace) -> Any:
+    """What vLLM's server must know, without a device, an engine or weights: as its own render server has it."""
+    from vllm import AsyncEngineArgs, envs
+    from vllm.config import VllmConfig
+
+    envs.VLLM_CPU_KVCACHE_SPACE = 0  # there is no cache to warn of
+    try:
+        arguments = AsyncEngineArgs.from_cli_args(args)
+        model = arguments.create_model_config()
+        model.quantization = None  # what a device can do is for the workers to check
+        return VllmConfig(
+            model_config=model,
+            logging_config=arguments.create_logging_config(),
+            structured_outputs_config=arguments.create_structured_outputs_config(),
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"vLLM cannot serve model {args.model!r}: {error}") from error
+
+
+def _log_again(log_format: str) -> None:
+    """Our logging, which libraries have replaced while they made the application.
+
+    A refusal that ends a stream is told to its client; vLLM's server would log it with a traceback.
+    """
+    from vllm.exceptions import GracefulHTTPError, VLLMClientError
+
+    def is_no_refusal(record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        return not isinstance(error, GracefulHTTPError | VLLMClientError)
+
+    start_logging(log_format)
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(is_no_refusal)
+    for name, logger in logging.root.manager.loggerDict.items():
+        if name.startswith("l4queue") and isinstance(logger, logging.Logger):
+            logger.disabled = False
+
+
+def _door(keys: ApiKeys, fleet: Fleet, client: AsyncClient) -> DoorParts:
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+    from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+
+    kinds = {CHAT: ChatCompletionRequest, COMPLETIONS: CompletionRequest, RESPONSES: ResponsesRequest}
+    fields = {path: _fields(kind) for path, kind in kinds.items()}
+    return DoorParts(keys=keys, fleet=fleet, client=client, fields=fields, metrics=DoorMetrics())
+
+
+def _fields(kind: Any) -> frozenset[str]:
+    return frozenset(kind.model_fields) | {f.alias for f in kind.model_fields.values() if f.alias}
+
+
+def _arguments(settings: Settings, model: str, options: Sequence[str]) -> Namespace:
+    """The arguments of vLLM's server: the settings, then options of its own. ConfigError names one of ours."""
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    for option in options:
+        name = option.partition("=")[0].removeprefix("--").replace("_", "-")
+        if option.startswith("--") and name in _OURS:
+            raise ConfigError(f"--{name} is a setting of l4queue: see `l4queue serve --help`")
+    given = ["--model", model, "--host", settings.http_host, "--port", str(settings.http_port)]
+    given += ["--max-model-len", str(settings.max_model_len), "--dtype", settings.dtype]
+    if not any(option.startswith("--served-model-name") for option in options):
+        given += ["--served-model-name", *dict.fromkeys((settings.model, model))]
+    given += ["--middleware", "gateway.door.Door"]
+    given += ["--allowed-origins", "[]"]  # pages of other sites are not to use a door without keys
+    given += ["--tokenizer", settings.tokenizer] if settings.tokenizer else []
+    parser = make_arg_parser(FlexibleArgumentParser(prog="l4queue serve --"))
+    args: Namespace = parser.parse_args([*given, *options])
+    validate_parsed_serve_args(args)
+    return args

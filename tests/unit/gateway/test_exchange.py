@@ -1,0 +1,118 @@
+"""What headers say of an exchange, and which events of a stream a client has already."""
+
+from __future__ import annotations
+
+import pytest
+
+from gateway.exchange import Exchange, begin
+from l4queue.client.core import request_id_of
+from l4queue.errors import InvalidRequest
+
+BASE = "0123456789abcdef0123456789abcdef"
+
+
+def test_headers_are_options() -> None:
+    """Each by its name; a key belongs to its caller, and what has one outlives its connection."""
+    exchange = begin(
+        {"idempotency-key": "order-7", "x-l4-priority": "-3", "x-l4-deadline-s": "2.5", "x-l4-background": "true"},
+        {"messages": []},
+        caller="ann",
+    )
+    assert (exchange.priority, exchange.deadline_s, exchange.is_detached) == (-3, 2.5, True)
+    assert exchange.base == request_id_of("ann:order-7")
+    assert [exchange.key_of(number) for number in (0, 1)] == ["ann:order-7", "ann:order-7#1"]
+    assert begin({"idempotency-key": "order-7"}, {}, caller="bob").base != exchange.base
+    assert begin({"idempotency-key": "k"}, {}, caller="").is_detached
+    assert begin({}, {"background": True}, caller="").is_detached
+    assert not begin({}, {}, caller="").is_detached
+
+
+@pytest.mark.parametrize(
+    ("body", "is_open"),
+    [
+        ({"messages": []}, True),
+        ({"messages": [], "max_tokens": None}, True),
+        ({"messages": [], "max_completion_tokens": 3}, False),
+        ({"input": "a", "max_output_tokens": 3}, False),
+        ({"prompt": "a"}, False),  # 16 there, as OpenAI has it
+    ],
+)
+def test_a_left_out_length_is_an_open_end(body: dict[str, object], is_open: bool) -> None:
+    """Of chats and responses."""
+    assert begin({}, body, caller="").has_open_end is is_open
+
+
+@pytest.mark.parametrize(
+    ("headers", "field"),
+    [
+        ({"x-l4-priority": "high"}, "X-L4-Priority"),
+        ({"x-l4-deadline-s": "soon"}, "X-L4-Deadline-S"),
+        ({"x-l4-background": "perhaps"}, "X-L4-Background"),
+        ({"idempotency-key": "x" * 257}, "Idempotency-Key"),
+        ({"last-event-id": "7"}, "Last-Event-ID"),
+        ({"last-event-id": "someone-else/0/7/1"}, "Last-Event-ID"),
+        ({"last-event-id": f"{BASE}/0/7/1", "idempotency-key": "k"}, "Last-Event-ID"),
+    ],
+)
+def test_a_bad_header_is_named(headers: dict[str, str], field: str) -> None:
+    """As its client wrote it."""
+    with pytest.raises(InvalidRequest) as refused:
+        begin(headers, {}, caller="")
+    assert refused.value.field == field
+
+
+def resumed(event_id: str, num_outputs: int) -> Exchange:
+    exchange = begin({"last-event-id": event_id}, {}, caller="")
+    exchange.next_outputs(num_outputs)
+    return exchange
+
+
+def test_an_event_is_known_by_the_tokens_behind_it() -> None:
+    """Its id tells each output's tokens and end, before and with it; read back, it is a position."""
+    exchange = begin({}, {}, caller="")
+    exchange.next_outputs(2)
+    exchange.advance({0: (3, False)})
+    assert exchange.next_event() == f"{exchange.base}/0,0/3,0/1"
+    assert exchange.next_event() == f"{exchange.base}/0,0/3,0/2"
+    exchange.advance({1: (2, True)})
+    event_id = exchange.next_event()
+    assert event_id == f"{exchange.base}/3,0/3,2!/1"
+    again = resumed(event_id, 2)
+    assert again.base == exchange.base
+    assert [again.cuts_of(number) for number in (0, 1)] == [((3, False), (3, False)), ((0, False), (2, True))]
+
+
+def told(exchange: Exchange, *steps: tuple[dict[int, tuple[int, bool]] | int, int]) -> list[str]:
+    """Places and numbers of the events that come out; each step is what was given, or taken, and its events."""
+    found = []
+    for given, num_events in steps:
+        if isinstance(given, int):
+            exchange.taken(given)
+        else:
+            exchange.advance(given)
+        found += [event_id.partition("/")[2] for _ in range(num_events) if (event_id := exchange.next_event())]
+    return found
+
+
+def test_a_client_that_comes_back_gets_each_event_once() -> None:
+    """Whichever event it had last, in the middle of what some tokens gave, at the end, or behind it."""
+
+    def whole(exchange: Exchange, cuts: tuple[tuple[int, bool], tuple[int, bool]]) -> list[str]:
+        (first, _), (second, ended) = cuts
+        replay = [({0: (first, False)}, 2 if first else 0), ({0: (second - first, ended)}, 3 if not first else 1)]
+        rest = [({0: (8 - second, not ended)}, 1)] if not ended else []
+        return told(exchange, *(r for r in replay if r[0] != {0: (0, False)}), *rest, (1, 2))
+
+    uncut = told(resumed_from_nothing(), ({0: (3, False)}, 3), ({0: (5, True)}, 1), (1, 2))
+    assert uncut == ["0/3/1", "0/3/2", "0/3/3", "3/8!/1", "8!/8!/1", "8!/8!/2"]
+    assert whole(resumed(f"{BASE}/0/3/1", 1), ((0, False), (3, False))) == uncut[1:]
+    assert whole(resumed(f"{BASE}/0/3/3", 1), ((0, False), (3, False))) == uncut[3:]
+    assert whole(resumed(f"{BASE}/3/8!/1", 1), ((3, False), (8, True))) == uncut[4:]
+    exchange = resumed(f"{BASE}/8!/8!/1", 1)
+    assert told(exchange, ({0: (8, True)}, 2), (1, 2)) == ["8!/8!/2"]
+
+
+def resumed_from_nothing() -> Exchange:
+    exchange = begin({}, {}, caller="")
+    exchange.next_outputs(1)
+    return exchange
