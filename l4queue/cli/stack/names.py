@@ -14,6 +14,8 @@ from l4queue.protocol.reads import Reads
 __all__ = ("free_names", "names_in_use")
 
 _LOOK_S = 0.2
+_REDIS_WAIT_S = 10.0
+"""How long a Redis that runs elsewhere may be away at the start, s. Chosen: a restart of it takes less."""
 
 
 def free_names(number: int, taken: Collection[str]) -> list[str]:
@@ -21,11 +23,19 @@ def free_names(number: int, taken: Collection[str]) -> list[str]:
     return list(islice((name for name in map("worker-{}".format, count()) if name not in taken), number))
 
 
-async def names_in_use(executor: AsyncExecutor, namespace: str) -> frozenset[str]:
-    """Names of workers that live: those that renew their lease.
+async def names_in_use(url: str, namespace: str) -> frozenset[str]:
+    """Names of workers that live: those that renew their lease. ServiceUnavailable where there is no Redis.
 
     The lease of a worker that was killed holds for a while. It is waited for, so that its name is free again.
     """
+    executor = AsyncExecutor(url, retry_s=_REDIS_WAIT_S)
+    try:
+        return await _renewing(executor, namespace)
+    finally:
+        await executor.close()
+
+
+async def _renewing(executor: AsyncExecutor, namespace: str) -> frozenset[str]:
     reads = Reads(Keys(namespace))
     [leases] = await executor.run_many([reads.incarnations()])
     first = dict(leases)

@@ -39,8 +39,6 @@ DEFAULT_WORKERS = 2  # without a GPU; the least with which requests move
 _STOP_WORKERS, _STOP_SERVICES, _STOP_REDIS = 0, 1, 2  # ranks: workers stop first, Redis last
 _FINAL = frozenset({EXIT_CONFIG})
 _IGNORED = "ignore:L4_"
-_REDIS_WAIT_S = 10.0
-"""How long a Redis that runs elsewhere may be away at the start, s. Chosen: a restart of it takes less."""
 _WORKER_MARGIN_S = 20.0
 """Beyond the drain deadline: the worker's own margins for its engine (10 s) and interpreter (5 s), and ours."""
 
@@ -247,11 +245,7 @@ class Stack:
 
     async def _meet_others(self) -> None:
         """Leave names to the workers that others run on this Redis; ServiceUnavailable where there is no Redis."""
-        executor = AsyncExecutor(self.redis_url, retry_s=_REDIS_WAIT_S)
-        try:
-            self._taken = await names_in_use(executor, self.settings.namespace)
-        finally:
-            await executor.close()
+        self._taken = await names_in_use(self.redis_url, self.settings.namespace)
         if self._taken:
             self.note(f"this Redis has workers of others: {', '.join(sorted(self._taken))}")
 
