@@ -211,11 +211,8 @@ class L4(Policy):
 
     def _watch(self, instance: Instance, request: SimRequest, *, has_moved: bool) -> None:
         """Weigh a hand-over of it when it has grown that far. A new plan weighs all anew, as live."""
-        if not self._has["hand-over"]:
-            return
-        high_tokens = self.plan.stages[instance.stage].high_tokens
-        length = instance.length_of(request)
-        watch_tokens = first_watch(length, high_tokens=high_tokens, has_moved=has_moved)
+        high_tokens = self.plan.stages[instance.stage].high_tokens if self._has["hand-over"] else None
+        watch_tokens = first_watch(instance.length_of(request), high_tokens=high_tokens, has_moved=has_moved)
         if watch_tokens is not None:
             instance.watch(request, length_tokens=watch_tokens)
 
