@@ -15,13 +15,24 @@ from l4queue.model_cache import cache_directory
 from l4queue.smollm2 import INSTALL, SMOLLM2, is_smollm2_installed, require_smollm2, smollm2_directory
 from l4queue.tiny import TINY
 
-__all__ = ("chosen_model", "own_model_path")
+__all__ = ("chosen_model", "model_path", "own_model_path")
 
 
 def chosen_model(settings: Settings) -> str:
     """The model that is set; where none is, `smollm2` for real engines if it is installed, else `tiny`."""
     is_set = "model" in settings.model_fields_set
     return SMOLLM2 if not is_set and settings.engine == "vllm" and is_smollm2_installed() else settings.model
+
+
+async def model_path(settings: Settings, *, note: Callable[[str], None], quiet: bool) -> str:
+    """The directory or name of the model that is served; ConfigError where it cannot be had."""
+    model = chosen_model(settings)
+    if model in (TINY, SMOLLM2):
+        return await own_model_path(model, note=note, quiet=quiet)
+    folder = Path(model).expanduser()
+    if model.startswith(("/", ".", "~")) and not (folder / "config.json").is_file():
+        raise ConfigError(f"model {model}: there is no {folder / 'config.json'}")
+    return str(folder) if model.startswith("~") else model
 
 
 async def own_model_path(model: str, *, note: Callable[[str], None], quiet: bool) -> str:

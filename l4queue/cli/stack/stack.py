@@ -18,7 +18,7 @@ from l4queue.cli.stack.http_place import HttpPlace, choose_http_place
 from l4queue.cli.stack.logs import FileLog, Log
 from l4queue.cli.stack.names import free_names, names_in_use
 from l4queue.cli.stack.overrides import settings_with
-from l4queue.cli.stack.own_models import chosen_model, own_model_path
+from l4queue.cli.stack.own_models import model_path
 from l4queue.cli.stack.scrape import with_metrics, write_targets
 from l4queue.cli.stack.supervisor import ChildSpec, RestartPolicy, Supervisor
 from l4queue.config import URL_FILE
@@ -29,8 +29,6 @@ from l4queue.model_config import with_model_facts
 from l4queue.observe.overview import read_overview_async
 from l4queue.protocol.executor import AsyncExecutor
 from l4queue.redis_url import SecretUrl, parse_url
-from l4queue.smollm2 import SMOLLM2
-from l4queue.tiny import TINY
 
 __all__ = ("DEFAULT_DATA_DIR", "Stack", "StackOptions")
 
@@ -163,7 +161,7 @@ class Stack:
         assert self.settings.broker_url  # both are right, or this is the end
         if self._redis is None:
             await self._meet_others()
-        model = await self._model_path()
+        model = await model_path(self.settings, note=self.note, quiet=self.options.quiet)
         self.settings = await asyncio.to_thread(
             with_model_facts, self.settings.model_copy(update={"model": model})
         )
@@ -273,14 +271,6 @@ class Stack:
         )
         await self.supervisor.ready(["redis"])
         write_private(self.data_dir / URL_FILE.name, f"{redis.url.reveal()}\n")
-
-    async def _model_path(self) -> str:
-        model = chosen_model(self.settings)
-        if model in (TINY, SMOLLM2):
-            return await own_model_path(model, note=self.note, quiet=self.options.quiet)
-        if model.startswith(("/", ".", "~")) and not (Path(model).expanduser() / "config.json").is_file():
-            raise ConfigError(f"model {model}: there is no {Path(model).expanduser() / 'config.json'}")
-        return str(Path(model).expanduser()) if model.startswith("~") else model
 
     def _choose_flower_port(self) -> None:
         if not self.options.flower:
