@@ -156,6 +156,8 @@ class Stack:
     async def _start(self) -> None:
         gpus = self._check_hardware()
         num_workers = self.options.workers or len(gpus) // self.settings.tensor_parallel or DEFAULT_WORKERS
+        chosen = self.settings.model_copy(update={"model": chosen_model(self.settings)})
+        self.settings = await asyncio.to_thread(with_model_facts, chosen)
         self._choose_flower_port()
         if self.options.http and self.settings.engine == "vllm":  # it reads what vLLM knows of the model
             self.gateway = choose_http_place(self.settings, port=self.options.http_port)
@@ -165,10 +167,7 @@ class Stack:
         assert self.settings.broker_url  # both are right, or this is the end
         if self._redis is None:
             await self._meet_others()
-        model = await self._model_path()
-        self.settings = await asyncio.to_thread(
-            with_model_facts, self.settings.model_copy(update={"model": model})
-        )
+        self.settings = self.settings.model_copy(update={"model": await self._model_path()})
         self._executor = AsyncExecutor(self.redis_url, retry_s=0.0)
         specs = [*self._service_specs(), *self._serving_specs(num_workers, gpus)]
         self.metrics_urls, specs = with_metrics(specs, self.settings)
@@ -281,8 +280,7 @@ class Stack:
         write_private(self.data_dir / URL_FILE.name, f"{redis.url.reveal()}\n")
 
     async def _model_path(self) -> str:
-        model = chosen_model(self.settings)
-        if model in (TINY, SMOLLM2):
+        if (model := self.settings.model) in (TINY, SMOLLM2):
             return await own_model_path(model, note=self.note, quiet=self.options.quiet)
         if model.startswith(("/", ".", "~")) and not (Path(model).expanduser() / "config.json").is_file():
             raise ConfigError(f"model {model}: there is no {Path(model).expanduser() / 'config.json'}")
