@@ -312,4 +312,4 @@ def test_a_configuration_error_is_told_and_not_retried(
     assert done.returncode == 1
     assert re.fullmatch(rf"error: {says}\n", done.stderr)
     assert ("worker-0 ended with exit code 78 and is not started again" in done.stdout) is has_begun
-    assert (tmp_path / "data").exists() is has_begun
+    assert (tmp_path / "data" / "redis").exists() is has_begun

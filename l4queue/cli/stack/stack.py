@@ -152,6 +152,8 @@ class Stack:
     async def _start(self) -> None:
         gpus = self._check_hardware()
         num_workers = self.options.workers or len(gpus) // self.settings.tensor_parallel or DEFAULT_WORKERS
+        chosen = self.settings.model_copy(update={"model": chosen_model(self.settings)})
+        self.settings = await asyncio.to_thread(with_model_facts, chosen)
         self._choose_flower_port()
         if self.options.http and self.settings.engine == "vllm":  # it reads what vLLM knows of the model
             self.gateway = choose_http_place(self.settings, port=self.options.http_port)
@@ -162,9 +164,7 @@ class Stack:
         if self._redis is None:
             await self._meet_others()
         model = await model_path(self.settings, note=self.note, quiet=self.options.quiet)
-        self.settings = await asyncio.to_thread(
-            with_model_facts, self.settings.model_copy(update={"model": model})
-        )
+        self.settings = self.settings.model_copy(update={"model": model})
         self._executor = AsyncExecutor(self.redis_url, retry_s=0.0)
         specs = [*self._service_specs(), *self._serving_specs(num_workers, gpus)]
         self.metrics_urls, specs = with_metrics(specs, self.settings)
