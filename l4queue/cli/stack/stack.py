@@ -18,7 +18,7 @@ from l4queue.cli.stack.http_place import HttpPlace, choose_http_place
 from l4queue.cli.stack.logs import FileLog, Log
 from l4queue.cli.stack.names import free_names, names_in_use
 from l4queue.cli.stack.overrides import settings_with
-from l4queue.cli.stack.own_models import model_path
+from l4queue.cli.stack.own_models import chosen_model, model_path
 from l4queue.cli.stack.scrape import with_metrics, write_targets
 from l4queue.cli.stack.supervisor import ChildSpec, RestartPolicy, Supervisor
 from l4queue.config import URL_FILE
