@@ -28,7 +28,7 @@ from told import machine, tell
 
 from l4queue.cli.stack.stack import Stack, StackOptions
 from l4queue.client import AsyncClient
-from l4queue.tiny import cache_directory
+from l4queue.model_cache import cache_directory
 from tests.e2e.openai_bodies import BODIES, MODEL, whole_and_streamed
 from tests.e2e.test_gateway_vllm import MAX_MODEL_LEN, plain_vllm
 from workers.tiny import build_tiny_model

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import logging
+import shlex
 from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any
@@ -16,6 +18,7 @@ from l4queue.client import AsyncClient
 from l4queue.config import Settings
 from l4queue.errors import ConfigError
 from l4queue.logs import start_logging
+from l4queue.model_config import with_model_facts
 from workers.build import model_path
 from workers.engine.vllm.environment import prepare_environment
 
@@ -56,11 +59,15 @@ def _is_loopback(host: str) -> bool:
 
 
 async def serve(settings: Settings, options: Sequence[str]) -> None:
-    """Serve until SIGTERM or SIGINT. `options` are those of `vllm serve` that are about the server."""
+    """Serve until SIGTERM or SIGINT. `options` are those of `vllm serve` that are about the server.
+
+    Those of the engines, in L4_VLLM_ARGS, may be about the model and its tokenizer: they are heeded, too.
+    """
     keys = check_door(settings)
     for name in ("vllm", "uvicorn"):
         logging.getLogger(name).setLevel(logging.WARNING)
     model = model_path(settings)
+    settings = await asyncio.to_thread(with_model_facts, settings)
     prepare_environment(kv_cache_gib=1, cores="", model=model)
     try:
         from vllm.entrypoints.launchers.api_server.app_state import init_app_state
@@ -70,7 +77,7 @@ async def serve(settings: Settings, options: Sequence[str]) -> None:
         raise ConfigError("vLLM is missing: install l4queue[gateway,cpu] or l4queue[gateway,gpu]") from error
     from gateway.engine import QueueEngine
 
-    args = _arguments(settings, model, options)
+    args = _arguments(settings, model, [*shlex.split(settings.vllm_args), *options])
     try:
         address, listening = setup_server(args, reuse_port=False)
     except OSError as error:

@@ -23,7 +23,7 @@ from tests.protocol.server import DURABLE, RedisServer
 from tests.services.gateways import Gateways
 from tests.services.processes import Processes, until
 
-pytestmark = [pytest.mark.vllm, pytest.mark.services, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.vllm, pytest.mark.services, pytest.mark.timeout(1800)]
 MAX_MODEL_LEN = 512
 
 
@@ -41,7 +41,7 @@ def plain_vllm(model: Path, folder: Path, *options: str) -> Iterator[str]:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=folder)
     url = f"http://127.0.0.1:{port}"
     try:
-        until(lambda: process.poll() is not None or _answers(url), "vLLM's server answers", timeout_s=600)
+        until(lambda: process.poll() is not None or _answers(url), "vLLM's server answers", timeout_s=1200)
         assert process.poll() is None, (folder / "vllm.log").read_text()[-3000:]
         yield url
     finally:
@@ -87,7 +87,7 @@ def gateways(
         started.start("gateway-0", *TOOLS)
         started.answers("gateway-0")
         with started.queue() as client:
-            until(lambda: len(client.overview().workers) == 1, "a worker")
+            until(lambda: len(client.overview().workers) == 1, "a worker", timeout_s=900)
         yield started
     finally:
         processes.close()

@@ -45,7 +45,7 @@ class Gateways:
             except httpx.TransportError:
                 return False
 
-        until(is_there, f"{name} answers")
+        until(is_there, f"{name} answers", timeout_s=900)
 
     def url(self, name: str = "gateway-0") -> str:
         """Its address."""

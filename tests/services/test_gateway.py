@@ -21,7 +21,7 @@ from tests.services.gateways import MODEL, Event, Gateways, events, joined
 from tests.services.pipeline import until as until_async
 from tests.services.processes import Processes, until
 
-pytestmark = [pytest.mark.services, pytest.mark.vllm, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.services, pytest.mark.vllm, pytest.mark.timeout(1200)]
 KEY = "a-key-of-sixteen-chars"
 LONG = {"model": MODEL, "prompt": "The return statement", "max_tokens": 400, "stream": True, "ignore_eos": True}
 
@@ -29,7 +29,7 @@ LONG = {"model": MODEL, "prompt": "The return statement", "max_tokens": 400, "st
 @pytest.fixture(scope="module")
 def gateways(redis_executable: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateways]:
     """Redis, a dispatcher, two workers with the emulated engine, two gateways, one of them with a key."""
-    from l4queue.tiny import cache_directory
+    from l4queue.model_cache import cache_directory
     from workers.tiny import build_tiny_model
 
     folder, model = tmp_path_factory.mktemp("gateways"), build_tiny_model(cache_directory())
@@ -62,7 +62,7 @@ def gateways(redis_executable: str, tmp_path_factory: pytest.TempPathFactory) ->
 
 def await_workers(gateways: Gateways, number: int) -> None:
     with gateways.queue() as client:
-        until(lambda: len(client.overview().workers) == number, f"{number} workers")
+        until(lambda: len(client.overview().workers) == number, f"{number} workers", timeout_s=900)
 
 
 def post(gateways: Gateways, path: str, body: dict[str, Any], **headers: str) -> httpx.Response:
@@ -83,7 +83,7 @@ def test_the_queues_id_is_in_the_answer(gateways: Gateways) -> None:
         handle = client.get(request_id)
         record = handle.status()
         assert record.state is RequestState.DONE
-        assert (record.body_fields["priority"], record.body_fields["traceparent"]) == (7, trace)
+        assert (record.request["priority"], record.request["traceparent"]) == (7, trace)
         assert handle.explain()
 
 

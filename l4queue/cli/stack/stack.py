@@ -69,10 +69,8 @@ class StackOptions:
 
     def overrides(self) -> dict[str, Any]:
         """The options that are settings."""
-        names = (
-            *("engine", "model", "redis_url", "durability", "flower_port", "http_port", "metrics_port"),
-            "log_format",
-        )
+        ports, others = ("flower_port", "http_port", "metrics_port"), ("engine", "model", "redis_url", "durability")
+        names = (*ports, *others, "log_format")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
