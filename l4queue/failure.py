@@ -9,7 +9,7 @@ from l4queue.errors import ConfigError, L4QueueError
 __all__ = ("ERROR_PREFIX", "EXIT_CONFIG", "EXIT_FAILED", "fail")
 
 ERROR_PREFIX = "error: "
-EXIT_FAILED = 1
+EXIT_FAILED = 1  # any other failure: another try may help
 EXIT_CONFIG = 78
 """EX_CONFIG of sysexits.h: a setting, the model or the machine is wrong. A new start would end the same way."""
 

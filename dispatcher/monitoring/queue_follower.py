@@ -22,11 +22,11 @@ __all__ = ("ENDED", "WAITING", "QueueFollower")
 log = logging.getLogger("l4queue.flower")
 WAITING, ENDED = "l4-waiting", "l4-ended"
 """Types of the events that this makes; they exist in Flower's process only."""
-_LOOK_S = 1.0
+_LOOK_S = 1.0  # chosen: Flower's own page is refreshed less often
 _MOST_WAITING = 300
 """Waiting requests of one queue that are shown, from its head. Chosen: each costs a read, a page shows fewer."""
 _MOST_ENDED = 5_000  # of one look: beyond it only the latest
-_MOST_OPEN = 50_000
+_MOST_OPEN = 50_000  # waiting requests whose end is told; chosen: some MB
 Event = dict[str, Any]
 
 

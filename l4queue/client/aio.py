@@ -16,7 +16,7 @@ from l4queue.client.batch import BatchProgress, BatchSummary, load_run_batch
 from l4queue.client.bulk import Bulk
 from l4queue.client.core import Chunk, ClientCore, Prepared, Result, check_outcome, known
 from l4queue.client.demux import RequestWatch
-from l4queue.client.handle import HandleBase, Place, client_at, forget, remember
+from l4queue.client.handle import HandleBase, QueueAddress, client_at, forget, remember
 from l4queue.client.listener import AsyncListener
 from l4queue.client.options import EnqueueOptions, Messages, Params, RequestFields, TokenIds, with_options
 from l4queue.client.read_marks import ReadMarks
@@ -61,7 +61,7 @@ class AsyncClient:
         )
         self._listener = AsyncListener(self._executor, self._core)
         self._marks = ReadMarks(Retention(self._core.keys), now_s=time.monotonic())
-        self._place = Place.of(self._executor.url, self.settings.namespace)
+        self._place = QueueAddress.of(self._executor.url, self.settings.namespace)
         remember(self)
 
     def __repr__(self) -> str:
@@ -118,6 +118,9 @@ class AsyncClient:
         | `repetition_penalty` | above 0 | 1 |
         | `logprobs` | 0 to 20 others beside each token | none |
         | `structured_outputs` | one of `json`, `regex`, `choice` | none |
+        | `logit_bias` | -100 to 100 by token id | none |
+        | `allowed_token_ids`, `bad_words` | token ids; up to 256 texts | all, none |
+        | `skip_special_tokens` | True, False | True |
         | `priority` | -100 to 100, lower is first | 0 |
         | `deadline_s` | s from now, up to 30 days | never |
         | `idempotency_key` | 1 to 512 characters | none |
@@ -306,7 +309,7 @@ class AsyncHandle(HandleBase):
         return self._own
 
     @classmethod
-    def _at(cls, request_id: str, place: Place) -> AsyncHandle:
+    def _at(cls, request_id: str, place: QueueAddress) -> AsyncHandle:
         handle = cls.__new__(cls)
         HandleBase.__init__(handle, request_id, place)
         handle._own, handle._was_pickled = None, True

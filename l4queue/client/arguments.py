@@ -38,7 +38,7 @@ _ELSEWHERE = {
 """Arguments of other interfaces, with their place here."""
 _MAX_ID_CHARS, _MAX_NAME_CHARS = 512, 200  # of an id; of a name shown in an error
 _MAX_COUNT = 1_000_000  # entries that a caller may ask for; more would not fit one reply
-_MAX_PATIENCE_S = 86_400.0
+_MAX_PATIENCE_S = 86_400.0  # a day; chosen: longer is a mistake of units
 
 
 def build_spec(

@@ -18,18 +18,18 @@ from l4queue.redis_url import SecretUrl, with_password, without_password
 if TYPE_CHECKING:
     from l4queue.config import Settings
 
-__all__ = ("HandleBase", "Place", "client_at", "forget", "remember")
+__all__ = ("HandleBase", "QueueAddress", "client_at", "forget", "remember")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
+class QueueAddress:
     """Where a request is: the Redis, by its URL without passwords, and the namespace."""
 
     url: str
     namespace: str
 
     @classmethod
-    def of(cls, url: str, namespace: str) -> Place:
+    def of(cls, url: str, namespace: str) -> QueueAddress:
         """The place behind a URL that may hold passwords."""
         return cls(url=without_password(url), namespace=namespace)
 
@@ -38,14 +38,14 @@ class Place:
         from l4queue.config import load_settings
 
         own = load_settings()
-        if Place.of(own.redis_url, own.namespace) == self:
+        if QueueAddress.of(own.redis_url, own.namespace) == self:
             return own.redis_url, own
         url = with_password(self.url, own.redis_password.get_secret_value())
         return url, own.model_copy(update={"namespace": self.namespace})
 
 
 class _Client(Protocol):
-    _place: Place
+    _place: QueueAddress
 
     def _is_usable(self) -> bool: ...
 
@@ -67,7 +67,7 @@ def forget(client: _Client) -> None:
         _living.discard(client)
 
 
-def client_at(place: Place, kind: type[C], make: Callable[[SecretUrl, Settings], C]) -> C:
+def client_at(place: QueueAddress, kind: type[C], make: Callable[[SecretUrl, Settings], C]) -> C:
     """A client of this process for the place, else a new one."""
     with _lock:
         found = [client for client in _living if type(client) is kind and client._place == place]
@@ -85,7 +85,7 @@ class HandleBase:
     is first used: through a client of that process for the same place, else by that process's own settings.
     """
 
-    def __init__(self, request_id: str, place: Place, *, has_mail: bool = False) -> None:
+    def __init__(self, request_id: str, place: QueueAddress, *, has_mail: bool = False) -> None:
         self.id = request_id
         self._place = place
         self._has_mail = has_mail  # whether this very client is told of the end
@@ -119,7 +119,7 @@ class HandleBase:
         return self
 
     @classmethod
-    def _at(cls, request_id: str, place: Place) -> HandleBase:
+    def _at(cls, request_id: str, place: QueueAddress) -> HandleBase:
         """A handle that looks for its client when it is first used."""
         raise NotImplementedError
 
@@ -137,7 +137,7 @@ class HandleBase:
 
 
 def _again(kind: type[HandleBase], request_id: str, url: str, namespace: str) -> HandleBase:
-    return kind._at(request_id, Place(url=url, namespace=namespace))
+    return kind._at(request_id, QueueAddress(url=url, namespace=namespace))
 
 
 def _told(status: RequestStatus | None, output_tokens: int) -> str:

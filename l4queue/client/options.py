@@ -72,6 +72,14 @@ class SamplingOptions(TypedDict, total=False):
     """Number of most probable tokens to tell beside each generated one, 0 to 20. Default: no logprobs."""
     structured_outputs: StructuredOutputs | dict[str, Any] | None
     """One of `json` (a schema), `regex`, `choice` that the output matches. Default: none."""
+    logit_bias: Mapping[Any, Number] | None
+    """Added to the logits of these token ids, -100 to 100 each. Default: none."""
+    allowed_token_ids: TokenIds | None
+    """The only token ids that may be generated. Default: all."""
+    bad_words: str | Sequence[str] | Array | None
+    """Up to 256 texts that are never generated. Default: none."""
+    skip_special_tokens: bool | None
+    """Whether special tokens give no text. Default True."""
 
 
 class EnqueueOptions(SamplingOptions, total=False):

@@ -29,7 +29,7 @@ __all__ = ("Address", "Place", "connect", "connect_async", "parse_url")
 _FILES = ("ssl_ca_certs", "ssl_ca_path", "ssl_certfile", "ssl_keyfile")
 _SENTINEL: Any = redis.sentinel.Sentinel  # without types
 _ASYNC_SENTINEL: Any = asentinel.Sentinel
-CONNECT_TIMEOUT_S = 5.0
+CONNECT_TIMEOUT_S = 5.0  # chosen: a SYN is sent three times in it
 _FRESH_S = 0.05  # connections that break together ask once where the primary is
 _CONNECT: dict[str, Any] = {
     # Library defaults retry writes silently and change the reply shapes; both are decided here instead.

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from l4queue.cli.doctor import CheckResult, _check_gpus
+from l4queue.cli.doctor import CheckResult
+from l4queue.cli.engine_checks import _check_gpus
 from l4queue.config import Settings
 from l4queue.hardware import EngineBuild
 from l4queue.nvidia import GpuView, list_gpus, read_gpus, view_gpus, visible_gpus

@@ -9,7 +9,7 @@ from pathlib import Path
 
 __all__ = ("full_disk", "is_full")
 
-_LITTLE_BYTES = 64 << 10
+_LITTLE_BYTES = 64 << 10  # chosen: less than one write of a log or of Redis's file
 _WORDS = ("No space left on device", "Disk quota exceeded")
 
 

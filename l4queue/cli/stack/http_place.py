@@ -14,7 +14,7 @@ from l4queue.errors import ConfigError
 __all__ = ("HttpPlace", "choose_http_place")
 
 _EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1", "localhost": "127.0.0.1"}
-_TRY_S = 2.0
+_TRY_S = 2.0  # for the gateway to answer one request; chosen: it is on this machine
 _ALIVE = (200, 503)  # 503: it works, and no worker serves yet
 
 

@@ -13,7 +13,7 @@ from l4queue.protocol.reads import Reads
 
 __all__ = ("free_names", "names_in_use")
 
-_LOOK_S = 0.2
+_LOOK_S = 0.2  # between two looks at the leases; chosen: a lease lasts seconds
 _REDIS_WAIT_S = 10.0
 """How long a Redis that runs elsewhere may be away at the start, s. Chosen: a restart of it takes less."""
 

@@ -19,7 +19,7 @@ from l4queue.redis_url import SecretUrl, parse_url
 __all__ = ("client_export", "ready_lines", "running", "state_place", "write_facts")
 
 _FACTS, _LOCK = "up.json", "up.lock"
-_MOST = 100
+_MOST = 100  # deployments of one data directory; chosen: nobody runs more
 _LEFT = 11  # characters of the first column
 
 

@@ -22,7 +22,7 @@ _READ_BYTES = 65_536  # the size of a pipe on Linux
 _NUM_SHOWN_LINES = 5
 """Lines that are repeated when a child ends by itself; all of them when it is given up."""
 _GONE_S = 10.0  # after a SIGKILL
-_FIRST_CALL_S, _LATER_CALLS_S = 5.0, 60.0
+_FIRST_CALL_S, _LATER_CALLS_S = 5.0, 60.0  # pauses between notes of a wait; chosen: they double, not to flood
 
 
 class ChildState(StrEnum):

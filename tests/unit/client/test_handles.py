@@ -8,7 +8,7 @@ import warnings
 import pytest
 
 from l4queue import AsyncClient, AsyncHandle, Client, Handle, RequestState, RequestStatus, Settings
-from l4queue.client.handle import Place
+from l4queue.client.handle import QueueAddress
 from l4queue.config import load_settings
 from l4queue.protocol.records import RequestRecord
 from l4queue.redis_url import without_password
@@ -77,7 +77,7 @@ def test_a_pickled_handle_has_its_place_and_no_password(client: Client) -> None:
 
 def test_a_place_is_reached_by_own_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the password that this process has for it."""
-    place = Place.of("redis://bob:secret@h:1/0", "n")
+    place = QueueAddress.of("redis://bob:secret@h:1/0", "n")
     monkeypatch.setenv("L4_REDIS_URL", "redis://bob:other@h:1/0")
     monkeypatch.setenv("L4_NAMESPACE", "n")
     assert place.settings()[0] == load_settings().redis_url

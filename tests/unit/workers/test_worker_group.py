@@ -9,6 +9,7 @@ from pydantic import JsonValue
 
 from l4queue.config import Settings
 from l4queue.errors import ConfigError
+from l4queue.failure import EXIT_CONFIG
 from workers.engine.base import EngineDied
 from workers.telemetry.observer import NullObserver, RequestView
 from workers.worker_group import WorkerGroup, main, make_worker_group
@@ -100,5 +101,5 @@ def test_workers_without_a_name_of_their_own_are_refused(
     worker_ids: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("workers.__main__.guard_descendants", lambda: None)  # it would guard the tests' own group
-    assert main(worker_ids) == 1
+    assert main(worker_ids) == EXIT_CONFIG
     assert "each once" in capsys.readouterr().err
