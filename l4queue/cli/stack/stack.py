@@ -69,8 +69,8 @@ class StackOptions:
 
     def overrides(self) -> dict[str, Any]:
         """The options that are settings."""
-        ports, others = ("flower_port", "http_port", "metrics_port"), ("engine", "model", "redis_url", "durability")
-        names = (*ports, *others, "log_format")
+        ports = ("flower_port", "http_port", "metrics_port")
+        names = ("engine", "model", "redis_url", "durability", "log_format", *ports)
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
