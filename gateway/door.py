@@ -1,4 +1,4 @@
-"""The ASGI middleware in front of vLLM's server: keys, unknown fields, the fleet, ids of events, right statuses.
+"""The ASGI middleware in front of vLLM's server: keys, unknown fields, ids of events, right statuses.
 
 An answer begins when its first bytes are there, and not before: only then is it known whether the queue took the
 request, so a refusal has its own status also where the client asked for a stream.
@@ -13,10 +13,10 @@ from http import HTTPStatus
 from typing import Any
 
 from gateway.exchange import CURRENT, Exchange, begin
-from gateway.fleet import Fleet
 from gateway.keys import ApiKeys
 from gateway.metrics import DoorMetrics
-from gateway.refusals import Refusal, refusal_of
+from gateway.refusals import HttpRefusal, refusal_of
+from gateway.serving_check import ServingCheck
 from l4queue.client import AsyncClient
 from l4queue.client.arguments import printable
 from l4queue.errors import InvalidRequest, L4QueueError
@@ -46,7 +46,7 @@ _NO_EFFECT = frozenset(
 )
 """Fields of OpenAI's API that vLLM does not know, and that change nothing in the output."""
 _BEAMS = "use_beam_search"
-MAX_BODY_BYTES = 64 * 2**20
+MAX_BODY_BYTES = 64 * 2**20  # of a request; chosen: four times the longest prompt
 _SSE = b"text/event-stream"
 
 
@@ -58,7 +58,7 @@ class DoorParts:
     """
 
     keys: ApiKeys
-    fleet: Fleet
+    serving: ServingCheck
     client: AsyncClient
     fields: Mapping[str, frozenset[str]]
     metrics: DoorMetrics
@@ -81,9 +81,9 @@ class Door:
         caller = "" if path in _OPEN else parts.keys.caller(headers.get("authorization", ""))
         refusal = None
         if scope["type"] != "http" or not _is_served(path):
-            refusal = Refusal(status=HTTPStatus.NOT_FOUND, message=f"{path} is not served")
+            refusal = HttpRefusal(status=HTTPStatus.NOT_FOUND, message=f"{path} is not served")
         elif caller is None:
-            refusal = Refusal(
+            refusal = HttpRefusal(
                 status=HTTPStatus.UNAUTHORIZED, message="send a known key: Authorization: Bearer KEY"
             )
         if refusal is not None:
@@ -102,7 +102,7 @@ class Door:
                 body = _object_of(data)
                 _check_fields(body, parts.fields[told.path])
                 exchange = begin(told.headers, body, caller=told.caller)
-                await parts.fleet.check()
+                await parts.serving.check()
                 await _check_resumed(exchange, told.path, parts.client)
             except L4QueueError as error:
                 await _refuse(send, refusal_of(error))
@@ -226,7 +226,7 @@ def _again(data: bytes, receive: Receive) -> Receive:
     return give
 
 
-async def _refuse(send: Send, refusal: Refusal, *, headers: list[tuple[bytes, bytes]] | None = None) -> None:
+async def _refuse(send: Send, refusal: HttpRefusal, *, headers: list[tuple[bytes, bytes]] | None = None) -> None:
     body = json.dumps(refusal.body).encode()
     told = [(name.lower().encode(), value.encode()) for name, value in refusal.headers.items()]
     told += [

@@ -24,8 +24,8 @@ from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollec
 from vllm.v1.engine.parallel_sampling import ParentRequest
 
 from gateway.exchange import CURRENT, Exchange, begin
-from gateway.fleet import Fleet
-from gateway.refusals import Refusal, refusal_of
+from gateway.refusals import HttpRefusal, refusal_of
+from gateway.serving_check import ServingCheck
 from gateway.translate import core_output, options_of
 from l4queue.client import AsyncClient, AsyncHandle
 from l4queue.client.arguments import build_spec
@@ -62,14 +62,14 @@ class _Run:
 class QueueEngine(EngineClient):  # type: ignore[misc] # vLLM is untyped here
     """The queue as vLLM's server sees an engine. Belongs to one event loop."""
 
-    def __init__(self, config: Any, client: AsyncClient, fleet: Fleet) -> None:
+    def __init__(self, config: Any, client: AsyncClient, serving: ServingCheck) -> None:
         self.vllm_config = config
         self.model_config = config.model_config
         self.renderer = renderer_from_config(config)
         self.input_processor = InputProcessor(config, self.renderer)
         self._outputs = OutputProcessor(self.renderer.tokenizer, log_stats=False)
         self._client = client
-        self._fleet = fleet
+        self._serving = serving
         self._is_stopping = False
         self._errands: set[asyncio.Task[None]] = set()
 
@@ -95,7 +95,7 @@ class QueueEngine(EngineClient):  # type: ignore[misc] # vLLM is untyped here
     async def check_health(self) -> None:
         """EngineDeadError, which the server makes a 503, where no worker serves or Redis is away."""
         try:
-            await self._fleet.check()
+            await self._serving.check()
         except L4QueueError as error:
             raise EngineDeadError(str(error)) from error
 
@@ -143,7 +143,7 @@ class QueueEngine(EngineClient):  # type: ignore[misc] # vLLM is untyped here
             raise _told(exchange.refusal) from error
         except VLLMClientError as error:  # what vLLM's own checks refuse
             field = getattr(error, "parameter", None)
-            exchange.refusal = Refusal(status=HTTPStatus.BAD_REQUEST, message=str(error), field=field)
+            exchange.refusal = HttpRefusal(status=HTTPStatus.BAD_REQUEST, message=str(error), field=field)
             raise
         finally:
             if not is_over:
@@ -341,7 +341,7 @@ async def _pieces(
             ends = ends[1:] if ends else ends
 
 
-def _told(refusal: Refusal) -> Any:
+def _told(refusal: HttpRefusal) -> Any:
     """The refusal as an error that vLLM's server words rightly, also in the middle of a stream."""
     if refusal.status is HTTPStatus.BAD_REQUEST:
         return VLLMValidationError(refusal.message, parameter=refusal.field)

@@ -9,7 +9,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
-from gateway.refusals import Refusal
+from gateway.refusals import HttpRefusal
 from l4queue.client.core import request_id_of
 from l4queue.errors import InvalidRequest
 
@@ -83,7 +83,7 @@ class Exchange:
     before: tuple[Place, ...] = ()
     num_taken: int = 0
     num_events: int = 0
-    refusal: Refusal | None = None
+    refusal: HttpRefusal | None = None
 
     def next_outputs(self, count: int) -> range:
         """Numbers for so many further outputs of this exchange."""

@@ -15,7 +15,7 @@ __all__ = ("ApiKeys", "read_keys")
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
-_LEAST_CHARS = 16
+_LEAST_CHARS = 16  # of a key; chosen: 64 bits in hexadecimal
 _SETTING_NAME = "default"
 
 

@@ -20,13 +20,13 @@ from l4queue.errors import (
     UnknownRequest,
 )
 
-__all__ = ("Refusal", "refusal_of")
+__all__ = ("HttpRefusal", "refusal_of")
 
-_RETRY_AFTER_S = 1
+_RETRY_AFTER_S = 1  # chosen: a worker or a Redis is away for seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Refusal:
+class HttpRefusal:
     """An answer that is an error: status, text, the field at fault, and when to try again."""
 
     status: HTTPStatus
@@ -51,7 +51,7 @@ class Refusal:
         return {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
 
 
-def refusal_of(error: L4QueueError) -> Refusal:
+def refusal_of(error: L4QueueError) -> HttpRefusal:
     """The answer that an error of the queue stands for."""
     field = getattr(error, "field", None)
     retry_after_s: int | None = None
@@ -72,7 +72,7 @@ def refusal_of(error: L4QueueError) -> Refusal:
             status = HTTPStatus.NOT_FOUND
         case _:
             status = HTTPStatus.INTERNAL_SERVER_ERROR
-    return Refusal(status=status, message=str(error), field=field, retry_after_s=retry_after_s)
+    return HttpRefusal(status=status, message=str(error), field=field, retry_after_s=retry_after_s)
 
 
 _TYPES = {

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from gateway.door import CHAT, COMPLETIONS, RESPONSES, DoorParts
-from gateway.fleet import Fleet
 from gateway.keys import ApiKeys, read_keys
 from gateway.metrics import DoorMetrics
+from gateway.serving_check import ServingCheck
 from l4queue.client import AsyncClient
 from l4queue.config import Settings
 from l4queue.errors import ConfigError
@@ -83,12 +83,12 @@ async def serve(settings: Settings, options: Sequence[str]) -> None:
     except OSError as error:
         raise ConfigError(f"cannot listen on {args.host}:{args.port}: {error.strerror or error}") from error
     config = _vllm_config(args)
-    fleet = Fleet(settings)
+    serving = ServingCheck(settings)
     async with AsyncClient(settings=settings) as client:
-        engine = QueueEngine(config, client, fleet)
+        engine = QueueEngine(config, client, serving)
         app = build_app(args, await engine.get_supported_tasks(), engine.model_config)
         await init_app_state(engine, app.state, args, await engine.get_supported_tasks())
-        app.state.door = _door(keys, fleet, client)
+        app.state.door = _door(keys, serving, client)
         _log_again(settings.log_format)
         who = f"{len(keys.digests)} keys" if keys.digests else "no key is set, so this machine only"
         log.info("gateway ready: %s/v1 serves %s (%s)", address, settings.model, who)
@@ -107,7 +107,7 @@ async def serve(settings: Settings, options: Sequence[str]) -> None:
         finally:
             listening.close()
             await engine.settled()
-            await fleet.close()
+            await serving.close()
 
 
 _GRACE_S = 1
@@ -152,14 +152,14 @@ def _log_again(log_format: str) -> None:
             logger.disabled = False
 
 
-def _door(keys: ApiKeys, fleet: Fleet, client: AsyncClient) -> DoorParts:
+def _door(keys: ApiKeys, serving: ServingCheck, client: AsyncClient) -> DoorParts:
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest
     from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 
     kinds = {CHAT: ChatCompletionRequest, COMPLETIONS: CompletionRequest, RESPONSES: ResponsesRequest}
     fields = {path: _fields(kind) for path, kind in kinds.items()}
-    return DoorParts(keys=keys, fleet=fleet, client=client, fields=fields, metrics=DoorMetrics())
+    return DoorParts(keys=keys, serving=serving, client=client, fields=fields, metrics=DoorMetrics())
 
 
 def _fields(kind: Any) -> frozenset[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("l4queue", "dispatcher", "workers")
+PACKAGES = ("l4queue", "dispatcher", "workers", "gateway")
 FILES = [path for name in PACKAGES for path in sorted((ROOT / name).rglob("*.py"))]
 LITERALS = (ast.expr_context, ast.operator, ast.unaryop, ast.Constant, ast.Name, ast.UnaryOp, ast.BinOp, ast.Tuple)
 

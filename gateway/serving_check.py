@@ -13,13 +13,13 @@ from l4queue.protocol.executor import AsyncExecutor
 from l4queue.protocol.keys import Keys
 from l4queue.protocol.reads import Reads
 
-__all__ = ("Fleet",)
+__all__ = ("ServingCheck",)
 
 _FRESH_S = 1.0
 """How old the last look may be, s. Chosen: a request for a fleet that has gone waits in the queue all the same."""
 
 
-class Fleet:
+class ServingCheck:
     """The workers of the deployment. Belongs to one event loop."""
 
     def __init__(self, settings: Settings) -> None:
