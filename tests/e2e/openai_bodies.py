@@ -78,10 +78,7 @@ BODIES: Mapping[str, tuple[str, dict[str, Any]]] = {
         max_tokens=40,
     ),
     "tool history": _chatted(messages=_HISTORY),
-    "tool required": _chatted(tools=[_WEATHER], tool_choice="required", max_tokens=60),
-    "tool by name": _chatted(
-        tools=[_WEATHER], tool_choice={"type": "function", "function": {"name": "weather"}}, max_tokens=60
-    ),
+    "tools": _chatted(tools=[_WEATHER]),
     "response": (RESPONSES, {"input": "The return statement", "max_output_tokens": 8}),
 }
 """Requests by what they are about: (path, body). Greedy but for those with a seed."""
