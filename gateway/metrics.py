@@ -14,6 +14,14 @@ __all__ = ("DoorMetrics",)
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 _BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 """Of latencies. Chosen: from a cached token to a long answer."""
+
+
+class DoorMetrics:
+    """Counters of one gateway process; make it once. A caller is the name of its key."""
+
+    def __init__(self) -> None:
+        self._requests = Counter(
+            "l4queue_http_requests", "Answers that began, by status", ("path", "status", "caller")
         )
         self._tokens = Counter("l4queue_http_output_tokens", "Tokens generated for callers", ("caller",))
         self._open = Gauge("l4queue_http_open_requests", "Requests that are being answered")
