@@ -163,7 +163,7 @@ class Settings(BaseSettings):
         True, description="running requests leave before a long prefill, where KV caches move; false: they stay"
     )
     steal_from: Literal["any", "shorter", "none"] = Field(
-        "any", description="stages that an idle worker steals from; shorter: best mean, worst tail"
+        "any", description="stages that a worker with room steals from; shorter: best mean, worst tail"
     )
     plan_min_gain: float = Field(0.05, ge=0, description="least predicted gain for a new plan")
     plan_min_life_s: float = Field(20.0, ge=0, description="a plan lives at least so long, s")

@@ -37,7 +37,7 @@ From 30 to 100 nothing changes in simulation; with 10 the short prompts of any b
 REST_MS = 3000
 """A request that has moved stays for so long. From 300 to 3,000 the mean hardly changes in simulation; the moves
 become fewer."""
-_NUM_REFUGES = 8
+_NUM_TARGETS = 8
 """So many siblings are looked at, drawn anew each time: all that look for the best of all, by the same old news,
 would choose the same. Four give up 2 % of the mean on 16 engines in simulation, two 8 %."""
 _MIN_GAIN_MS = 20.0
@@ -47,7 +47,7 @@ _PREFILL_SHARE = 0.2
 """The share of its time that an engine prefills, as far as a move is weighed: what a request flees from it meets
 again where it goes, and the longer it has to run the surer. From 0.1 to 0.4 little changes in simulation; with 0,
 where all prompts are alike, many moves lose 2 % of the mean and 13 % of the p99."""
-_STEPS = 10.0  # the steps by which a refuge's batch counts beside its prefill when refuges are compared
+_STEPS = 10.0  # the steps by which a target's batch counts beside its prefill when targets are compared
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,13 +73,13 @@ def escapes(
     *,
     here: WorkerLoad,
     ahead_ms: float,
-    refuges: Sequence[EscapeTarget],
+    targets: Sequence[EscapeTarget],
     moves_in_flight: int,
     cost: StepCost,
     price: MovePrice,
     limits: StealLimits | None = None,
 ) -> tuple[Escape, ...]:
-    """The moves that pay most, each to the refuge with the least before it, from more prefill to less.
+    """The moves that pay most, each to the target with the least before it, from more prefill to less.
 
     `ahead_ms` is the prefill before what runs here. With less than `MIN_PREFILL_MS` in the engine nothing moves.
     A move must win more than the prefill that its request is going to meet there (`_PREFILL_SHARE`). At most
@@ -89,7 +89,7 @@ def escapes(
     left = (limits or StealLimits()).max_moves - moves_in_flight
     able = list(running)
     places = {
-        refuge.load.worker_id: refuge for refuge in refuges if refuge.ahead_ms < ahead_ms and refuge.load.is_open
+        target.load.worker_id: target for target in targets if target.ahead_ms < ahead_ms and target.load.is_open
     }
     if not may_escape(here.pending_prefill_tokens, cost=cost, price=price) or left < 1 or not places:
         return ()
@@ -141,9 +141,9 @@ def sample_siblings(others: Sequence[T], *, draw: Callable[[int, int], Iterable[
 
     `draw(n, k)` gives k different whole numbers below n.
     """
-    if len(others) <= _NUM_REFUGES:
+    if len(others) <= _NUM_TARGETS:
         return list(others)
-    return [others[index] for index in draw(len(others), _NUM_REFUGES)]
+    return [others[index] for index in draw(len(others), _NUM_TARGETS)]
 
 
 def may_escape(pending_tokens: int, *, cost: StepCost, price: MovePrice) -> bool:

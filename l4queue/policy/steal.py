@@ -38,7 +38,7 @@ class StealFrom(StrEnum):
 
     #: any: a short stage may take long requests, at a price
     ANY = "any"
-    #: stages of shorter requests only: best mean, worst tail
+    #: waiting requests of stages of shorter ones only, running ones of its own too: best mean, worst tail
     SHORTER = "shorter"
     NONE = "none"
 

@@ -205,6 +205,11 @@ def test_keys_and_metrics(gateways: Gateways) -> None:
     found = {(s.name, s.labels.get("status"), s.labels.get("caller")): s.value for s in samples}
     assert found["l4queue_http_requests_total", "200", "default"] == 1
     assert found["l4queue_http_output_tokens_total", None, "default"] == 3
+    names = {f.name + "_total" if f.type == "counter" else f.name for f in text_string_to_metric_families(text)}
+    manual = (Path(__file__).parents[2] / "docs" / "monitoring.md").read_text("utf-8")
+    assert {name for name in names if name.startswith("l4queue_")} == set(
+        re.findall(r"^\| `(l4queue_http_\w+)`", manual, re.M)
+    )
     assert httpx.post(f"{gateways.url()}/v1/load_lora_adapter", json={}, timeout=60).status_code == 404
 
 

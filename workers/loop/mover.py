@@ -133,7 +133,7 @@ class Mover:
             [self._running(session) for session in by_id.values()],
             here=here,
             ahead_ms=self._ahead_ms(here),
-            refuges=[EscapeTarget(load=load, ahead_ms=self._ahead_ms(load)) for load in siblings],
+            targets=[EscapeTarget(load=load, ahead_ms=self._ahead_ms(load)) for load in siblings],
             moves_in_flight=len(self._moves),
             cost=self._profile.cost,
             price=self._profile.move_price,

@@ -51,22 +51,22 @@ class Escapes:
         if not can_pay or in_flight >= self._limits.max_moves:
             return []
         ahead_ms = self._ahead_ms(instance.pending_tokens, instance.stage)
-        refuges = self._refuges(instance, ahead_ms)
-        if not refuges:
+        targets = self._targets(instance, ahead_ms)
+        if not targets:
             return []
         running, by_id = self._running(instance, now_s)
         found = escapes(
             running,
             here=load_of(instance),
             ahead_ms=ahead_ms,
-            refuges=[refuge for refuge, _ in refuges],
+            targets=[target for target, _ in targets],
             moves_in_flight=in_flight,
             cost=self._cost,
             price=self._price,
             limits=self._limits,
         )
-        targets = {refuge.load.worker_id: other for refuge, other in refuges}
-        moved = [(by_id[escape.request_id], targets[escape.target_id]) for escape in found]
+        instances = {target.load.worker_id: other for target, other in targets}
+        moved = [(by_id[escape.request_id], instances[escape.target_id]) for escape in found]
         self._moved_s.update((request, now_s) for request, _ in moved)
         return moved
 
@@ -82,7 +82,7 @@ class Escapes:
             running.append(item)
         return running, by_id
 
-    def _refuges(self, instance: Instance, ahead_ms: float) -> list[tuple[EscapeTarget, Instance]]:
+    def _targets(self, instance: Instance, ahead_ms: float) -> list[tuple[EscapeTarget, Instance]]:
         """Some of the others, those with less prefill before them."""
         others = sample_siblings([other for other in self._instances if other is not instance], draw=self._draw)
         known = ((other, self._ahead_ms(other.pending_tokens, other.stage)) for other in others)

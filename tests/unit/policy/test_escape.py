@@ -27,7 +27,7 @@ _items = st.builds(
     length_tokens=st.integers(1, 100_000),
     expected_remaining_tokens=st.floats(0.0, 4000.0),
 )
-_refuges = st.builds(
+_escape_targets = st.builds(
     EscapeTarget,
     load=st.builds(
         WorkerLoad,
@@ -42,7 +42,7 @@ _refuges = st.builds(
 
 def _escapes(
     running: list[RunningRequest],
-    refuges: list[EscapeTarget],
+    targets: list[EscapeTarget],
     *,
     here: WorkerLoad = HERE,
     ahead_ms: float = 400.0,
@@ -53,7 +53,7 @@ def _escapes(
         running,
         here=here,
         ahead_ms=ahead_ms,
-        refuges=refuges,
+        targets=targets,
         moves_in_flight=in_flight,
         cost=COST,
         price=price,
@@ -104,10 +104,10 @@ def test_a_sibling_that_drains_hides_no_other() -> None:
 
 def test_many_that_leave_are_spread_over_equal_siblings() -> None:
     """Each move counts in the load by which the next one is weighed."""
-    refuges = [replace(CALM, load=replace(CALM.load, worker_id=name)) for name in ("x", "y", "z")]
+    targets = [replace(CALM, load=replace(CALM.load, worker_id=name)) for name in ("x", "y", "z")]
     items = [replace(ITEM, request_id=name) for name in "abcde"]
 
-    found = _escapes(items, refuges)
+    found = _escapes(items, targets)
 
     assert [escape.target_id for escape in found] == ["x", "y", "z"]
     assert [escape.request_id for escape in found] == ["a", "b", "c"]
@@ -115,29 +115,29 @@ def test_many_that_leave_are_spread_over_equal_siblings() -> None:
 
 @given(
     st.lists(_items, max_size=8, unique_by=lambda item: item.request_id),
-    st.lists(_refuges, max_size=5, unique_by=lambda place: place.load.worker_id),
+    st.lists(_escape_targets, max_size=5, unique_by=lambda place: place.load.worker_id),
     st.floats(0.0, 3000.0),
     st.integers(0, 4),
     st.randoms(use_true_random=False),
 )
 def test_every_move_pays_and_none_is_invented(  # type: ignore[no-untyped-def]  # hypothesis' Random
-    items: list[RunningRequest], refuges: list[EscapeTarget], ahead_ms: float, in_flight: int, rng
+    items: list[RunningRequest], targets: list[EscapeTarget], ahead_ms: float, in_flight: int, rng
 ) -> None:
     """Each request once, from more prefill to less, for a gain; the order of what is given does not matter."""
-    found = _escapes(items, refuges, ahead_ms=ahead_ms, in_flight=in_flight)
+    found = _escapes(items, targets, ahead_ms=ahead_ms, in_flight=in_flight)
 
-    known, places = {i.request_id for i in items}, {r.load.worker_id: r for r in refuges}
+    known, places = {i.request_id for i in items}, {r.load.worker_id: r for r in targets}
     assert len({e.request_id for e in found}) == len(found) <= max(0, StealLimits().max_moves - in_flight)
     for escape in found:
         assert escape.request_id in known
         assert places[escape.target_id].ahead_ms < ahead_ms
         assert not places[escape.target_id].load.is_draining
         assert escape.benefit_ms > escape.cost_ms
-    shuffled = [rng.sample(items, len(items)), rng.sample(refuges, len(refuges))]
+    shuffled = [rng.sample(items, len(items)), rng.sample(targets, len(targets))]
     assert _escapes(*shuffled, ahead_ms=ahead_ms, in_flight=in_flight) == found
 
 
-@given(st.lists(_items, min_size=1, max_size=8, unique_by=lambda item: item.request_id), _refuges)
+@given(st.lists(_items, min_size=1, max_size=8, unique_by=lambda item: item.request_id), _escape_targets)
 def test_the_first_to_leave_gains_most(items: list[RunningRequest], refuge: EscapeTarget) -> None:
     """Against weighing every request by itself."""
     refuge = replace(refuge, load=replace(refuge.load, is_draining=False))
