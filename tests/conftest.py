@@ -32,14 +32,6 @@ def pytest_report_header() -> str:
     return f"seed: L4_TEST_SEED={SEED}, redis: {os.environ.get('L4_TEST_REDIS') or 'redis-server on PATH'}"
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests of a file in one process, for their fixtures, and all with vLLM, for memory and cores."""
-    for item in items:
-        file = item.path.relative_to(item.config.rootpath).as_posix()
-        item.add_marker(pytest.mark.xdist_group("vllm" if item.get_closest_marker("vllm") else file))
-
-
 @pytest.fixture
 def rng() -> np.random.Generator:
     """A generator seeded with the printed seed."""
