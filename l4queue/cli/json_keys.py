@@ -68,7 +68,7 @@ KEYS: dict[str, dict[str, str]] = {
     },
     "explain": {
         "at_ms": "when, server ms since 1970",
-        "what": "a word for programs: accepted, queued, taken, first token, ...",
+        "what": "a word for programs: accepted, routed, taken, first token, ...",
         "text": "a line for people",
         "facts": "lengths, workers, prices of this event",
     },

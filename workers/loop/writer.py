@@ -101,7 +101,8 @@ class Writer:
         for session in left:
             if self._sessions.drop(session):
                 context.observer.request_moved(view_of(session), why=why)
-        log.info("gave back %d requests: %s", len(left), why)
+        ids = ",".join(session.request_id for session in left)
+        log.info("gave back %d requests: %s", len(left), why, extra={"request_ids": ids})
 
     async def refuse(self, grant: Grant, outcome: Outcome) -> None:
         """Settle a request that cannot even start."""
