@@ -14,6 +14,7 @@ from l4queue.client.batch.flight import Submission, Ticket
 from l4queue.client.batch.index import LineIndex, LineState, word_of
 from l4queue.client.batch.lines import LineObject, digest_of_bytes, object_of, parse_line
 from l4queue.client.batch.options import BatchOptions
+from l4queue.client.batch.served import ServedModels
 from l4queue.client.core import ClientCore, request_id_of
 from l4queue.errors import InvalidRequest
 from l4queue.sampling import DEFAULT_MAX_TOKENS
@@ -158,6 +159,7 @@ class LineSource:
         options: BatchOptions,
         batch_id: str,
         core: ClientCore,
+        served: ServedModels,
         fail: Callable[[int, bytes], None],
     ) -> None:
         self._lines = lines
@@ -165,6 +167,7 @@ class LineSource:
         self._options = options
         self._batch_id = batch_id
         self._core = core
+        self._served = served
         self._fail = fail
         self._version = lines.opened_version
         self._open = self._open_lines()
@@ -213,6 +216,7 @@ class LineSource:
             parsed = parse_line(
                 line.data, max_tokens=options.max_tokens, priority=options.priority, idempotency_key=key
             )
+            self._served.check(parsed.model)
             prepared = self._core.prepare(parsed.spec)
         except InvalidRequest as error:
             self._report_refused(line, key, error)
