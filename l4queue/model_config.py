@@ -126,13 +126,16 @@ def with_model_facts(settings: Settings) -> Settings:
 
 
 def served_names(settings: Settings) -> tuple[str, ...]:
-    """Names by which requests may ask for the model, the one that answers carry first: `--served-model-name` of
-    L4_VLLM_ARGS where it has one, else the setting."""
-    if settings.engine != "vllm":
-        return (settings.model,)
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--served-model-name", "--served_model_name", nargs="+", default=[])
-    return tuple(_named(parser, settings.vllm_args).served_model_name) or (settings.model,)
+    """Names by which requests may ask for the model, the one in answers first. ConfigError for unreadable ones."""
+    try:
+        names = shlex.split(settings.served_model_name)
+    except ValueError as error:
+        raise ConfigError(f"L4_SERVED_MODEL_NAME: {error}") from error
+    if not names and settings.engine == "vllm":
+        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        parser.add_argument("--served-model-name", "--served_model_name", nargs="+", default=[])
+        names = _named(parser, settings.vllm_args).served_model_name
+    return tuple(dict.fromkeys(names)) or (settings.model,)
 
 
 def _is_name(model: str) -> bool:

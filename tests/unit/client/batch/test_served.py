@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from l4queue import Settings
@@ -53,3 +55,9 @@ def test_workers_publish_the_name_that_the_gateway_serves() -> None:
     assert served_names(Settings(model="m", vllm_args=named, engine="emulated")) == ("m",)
     with pytest.raises(ConfigError, match="L4_VLLM_ARGS"):
         served_names(Settings(model="m", vllm_args="--served-model-name 'a"))
+    engines: tuple[Any, ...] = ("vllm", "emulated")
+    for engine in engines:
+        set_ = Settings(model="m", vllm_args=named, engine=engine, served_model_name="c '/my models/d' c")
+        assert served_names(set_) == ("c", "/my models/d")
+    with pytest.raises(ConfigError, match="L4_SERVED_MODEL_NAME"):
+        served_names(Settings(served_model_name="'a"))
