@@ -116,7 +116,7 @@ async def test_usual_bodies_get_answers_that_the_openai_package_reads(pipeline: 
 
 
 async def test_formats_and_logprobs_reach_the_worker(pipeline: Pipeline, files: Files) -> None:
-    """As constraint and number in the stored request. The emulated engine has no model for either."""
+    """As constraint and number in the stored request; an emulated engine has neither. Errors name the fields."""
     schema = {"type": "object", "properties": {"a": {"type": "string"}}}
     wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
     bodies = {
@@ -132,6 +132,15 @@ async def test_formats_and_logprobs_reach_the_worker(pipeline: Pipeline, files: 
     constraints = [p.structured_outputs.json_schema for p in stored if p.structured_outputs is not None]
     assert sorted(map(json.dumps, constraints)) == sorted([json.dumps(schema), '{"type": "object"}'])
     assert sorted(p.logprobs for p in stored if p.logprobs is not None) == [2, 3]
+
+    pipeline.start("w0")
+    bodies["long"] = {**CHAT, "max_tokens": None, "max_completion_tokens": 4000}
+    bodies["bad"] = {**CHAT, "response_format": {"type": "json_schema", "json_schema": {"schema": {"a": "\0"}}}}
+    write(files.lines, bodies)
+    assert (await run(pipeline, files)).num_failed == 6
+    params = {f["custom_id"]: f["response"]["body"]["error"]["param"] for f in files.failures()}
+    written = dict.fromkeys(("schema", "object", "bad"), "response_format")
+    assert params == {**written, "chat": "logprobs", "text": "logprobs", "long": "max_completion_tokens"}
 
 
 async def _bodies(executor: AsyncExecutor, keys: Keys) -> list[Any]:

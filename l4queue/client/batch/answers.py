@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,23 +87,32 @@ def success_line(
     return _line(_name(record.request_id, digest), custom_id, response=_response(200, record.request_id, body))
 
 
-def outcome_line(record: RequestRecord, *, custom_id: str, digest: str = "") -> bytes:
-    """The error line of a request that ended in another way than done."""
+def outcome_line(
+    record: RequestRecord, *, custom_id: str, digest: str = "", names: Mapping[str, str] | None = None
+) -> bytes:
+    """The error line of a request that ended in another way than done. `names` has fields as the line has them."""
     name = _name(record.request_id, digest)
     message = record.error or f"the request ended as {record.state.value}"
     if record.state is not RequestState.FAILED:
         error = {"code": f"request_{record.state.value}", "message": message}
         return _line(name, custom_id, error=error)
     status = 400 if record.field else 500
-    body = _error_body(status, message, record.field)
+    body = _error_body(status, message, _written(record.field, names))
     return _line(name, custom_id, response=_response(status, record.request_id, body))
 
 
-def refused_line(error: InvalidRequest, *, request_id: str, custom_id: str, digest: str = "") -> bytes:
+def refused_line(
+    error: InvalidRequest,
+    *,
+    request_id: str,
+    custom_id: str,
+    digest: str = "",
+    names: Mapping[str, str] | None = None,
+) -> bytes:
     """The error line of a request that was never sent: its body cannot be right."""
     message = str(error).removeprefix(f"{error.field}: ")
     status, code = (404, "model_not_found") if isinstance(error, ModelNotServed) else (400, None)
-    response = _response(status, request_id, _error_body(status, message, error.field, code=code))
+    response = _response(status, request_id, _error_body(status, message, _written(error.field, names), code=code))
     return _line(_name(request_id, digest), custom_id, response=response)
 
 
@@ -177,6 +186,11 @@ def _response(status: int, request_id: str, body: dict[str, Any]) -> dict[str, A
 def _error_body(status: int, message: str, field: str | None, *, code: str | None = None) -> dict[str, Any]:
     kind = "invalid_request_error" if status < 500 else "server_error"
     return {"error": {"message": message, "type": kind, "param": field or None, "code": code}}
+
+
+def _written(field: str | None, names: Mapping[str, str] | None) -> str | None:
+    """A field by the name that it has in the line."""
+    return (names or {}).get((field or "").partition(".")[0], field)
 
 
 def _chat_logprobs(rows: Sequence[TokenLogprobs]) -> dict[str, Any]:

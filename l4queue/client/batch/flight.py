@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 
@@ -40,6 +40,7 @@ class Ticket:
     url: str
     model: str
     digest: str
+    names: Mapping[str, str]  # of fields in the line, where ours differ
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,6 +22,7 @@ __all__ = (
     "digest_of_bytes",
     "object_of",
     "parse_line",
+    "written_names",
 )
 
 MAX_LINE_BYTES = 128 * 2**20
@@ -48,18 +49,20 @@ _NOT_OFFERED: Mapping[str, tuple[Any, ...]] = {  # what cannot be done, with the
 }
 _OF_TOOLS = frozenset({"tools", "tool_choice", "functions", "function_call", "tool_calls", "tool_call_id"})
 _TOOLS = "is not offered in batches, which parse no tool calls; `l4queue serve` does"
+_WRITTEN = (("structured_outputs", "response_format"), ("max_tokens", "max_completion_tokens"))
 _ANY_OBJECT = {"json": {"type": "object"}}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchLine:
-    """One readable line: its request, and what its answer has to repeat."""
+    """One readable line: its request, and what its answer has to repeat. `names` are those of `written_names`."""
 
     custom_id: str
     url: str
     model: str
     spec: RequestSpec
     digest: str
+    names: dict[str, str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,7 +124,15 @@ def parse_line(raw: bytes, *, max_tokens: int | None, priority: int, idempotency
     spec = build_spec(**_prompt(body, url), **options, idempotency_key=idempotency_key)
     model = checked_text("" if body.get("model") is None else body["model"], field="model", most_chars=512)
     digest = found.digest(max_tokens=max_tokens)
-    return BatchLine(custom_id=found.custom_id, url=url, model=model, spec=spec, digest=digest)
+    names = written_names(body)
+    return BatchLine(custom_id=found.custom_id, url=url, model=model, spec=spec, digest=digest, names=names)
+
+
+def written_names(body: object) -> dict[str, str]:
+    """Our names of fields, with the names under which a body has them, where these differ."""
+    if not isinstance(body, dict):
+        return {}
+    return {ours: name for ours, name in _WRITTEN if body.get(name) is not None and body.get(ours) is None}
 
 
 def _prompt(body: Mapping[str, Any], url: str) -> dict[str, Any]:

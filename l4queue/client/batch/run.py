@@ -267,7 +267,8 @@ class _Run:
             self._index.mark(ticket.number, LineState.SUCCEEDED)
             self._tally.done(record)
         else:
-            self._fail(ticket.number, outcome_line(record, custom_id=ticket.custom_id, digest=ticket.digest))
+            told = outcome_line(record, custom_id=ticket.custom_id, digest=ticket.digest, names=ticket.names)
+            self._fail(ticket.number, told)
         self._uncommitted.append(ticket.request_id)
         if record.started_ms is not None and not ended.is_found:
             waited_s = max(0, record.started_ms - record.submitted_ms) / 1000

@@ -12,7 +12,7 @@ from l4queue.client.batch.answers import Answer, duplicate_line, invalid_line, r
 from l4queue.client.batch.files import AnswerFile, InputFile, RawLine
 from l4queue.client.batch.flight import Submission, Ticket
 from l4queue.client.batch.index import LineIndex, LineState, word_of
-from l4queue.client.batch.lines import LineObject, digest_of_bytes, object_of, parse_line
+from l4queue.client.batch.lines import LineObject, digest_of_bytes, object_of, parse_line, written_names
 from l4queue.client.batch.options import BatchOptions
 from l4queue.client.batch.served import ServedModels
 from l4queue.client.core import ClientCore, request_id_of
@@ -236,6 +236,7 @@ class LineSource:
             url=parsed.url,
             model=parsed.model or self._core.settings.model,
             digest=parsed.digest,
+            names=parsed.names,
         )
         return Submission(ticket=ticket, prepared=prepared, is_again=is_again)
 
@@ -255,5 +256,11 @@ class LineSource:
     def _report_refused(self, line: RawLine, key: str, error: InvalidRequest) -> None:
         found = object_of(line.data)
         digest = found.digest(max_tokens=self._options.max_tokens)
-        answer = refused_line(error, request_id=_refused_id(key), custom_id=found.custom_id, digest=digest)
+        answer = refused_line(
+            error,
+            request_id=_refused_id(key),
+            custom_id=found.custom_id,
+            digest=digest,
+            names=written_names(found.fields.get("body")),
+        )
         self._fail(line.number, answer)
