@@ -63,10 +63,9 @@ def success_line(
     """
     text = "".join(entry.text for entry in outputs)
     prompt_tokens, output_tokens = record.prompt_tokens or 0, record.offset
-    rows = None
-    if "logprobs" in (record.body_fields.get("params") or {}):
-        rows = [row for entry in outputs for row in entry.logprobs or ()]
-    told = None if rows is None else _chat_logprobs(rows) if url == CHAT_URL else _completion_logprobs(rows)
+    told, rows = None, [row for entry in outputs for row in entry.logprobs or ()]
+    if rows:
+        told = _chat_logprobs(rows) if url == CHAT_URL else _completion_logprobs(rows)
     choice: dict[str, Any] = {"index": 0, "logprobs": told, "finish_reason": record.finish_reason}
     if url == CHAT_URL:
         choice["message"] = {"role": "assistant", "content": text, "refusal": None}

@@ -78,7 +78,7 @@ ROWS = (
 @pytest.mark.parametrize("url", [CHAT_URL, COMPLETIONS_URL])
 def test_logprobs_are_read_by_the_types_of_the_openai_package(url: str) -> None:
     """One entry a token, over all entries of the output; tokens are ids, as the client has no tokenizer."""
-    done = record(RequestState.DONE, finish_reason="stop", body='{"params": {"logprobs": 2}}')
+    done = record(RequestState.DONE, finish_reason="stop")
     outputs = (
         OutputEntry(upto=2, token_ids=(5, 6), text="a", logprobs=ROWS[:2]),
         OutputEntry(upto=3, token_ids=(7,), text="b", logprobs=ROWS[2:]),
