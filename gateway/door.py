@@ -18,7 +18,7 @@ from gateway.metrics import DoorMetrics
 from gateway.refusals import HttpRefusal, refusal_of
 from gateway.serving_check import ServingCheck
 from l4queue.client import AsyncClient
-from l4queue.client.arguments import printable
+from l4queue.client.arguments import WITHOUT_EFFECT, printable
 from l4queue.errors import InvalidRequest, L4QueueError
 
 __all__ = ("CHAT", "COMPLETIONS", "RESPONSES", "Door", "DoorParts")
@@ -33,18 +33,6 @@ _OPEN = frozenset({"/health", "/metrics"})
 _SERVED = frozenset(
     {CHAT, COMPLETIONS, RESPONSES, "/v1/models", "/tokenize", "/detokenize", "/version", "/openapi.json", *_OPEN}
 )
-_NO_EFFECT = frozenset(
-    {
-        "store",
-        "metadata",
-        "service_tier",
-        "safety_identifier",
-        "prompt_cache_key",
-        "prompt_cache_retention",
-        "user",
-    }
-)
-"""Fields of OpenAI's API that vLLM does not know, and that change nothing in the output."""
 _BEAMS = "use_beam_search"
 MAX_BODY_BYTES = 64 * 2**20  # of a request; chosen: four times the longest prompt
 _SSE = b"text/event-stream"
@@ -130,7 +118,7 @@ class _Told:
 
 def _check_fields(body: Mapping[str, Any], known: frozenset[str]) -> None:
     for name, value in body.items():
-        if name not in known and name not in _NO_EFFECT:
+        if name not in known and name not in WITHOUT_EFFECT:
             raise InvalidRequest("unknown field", field=printable(name))
         if name == _BEAMS and value:
             raise InvalidRequest("is not offered by this server", field=name)

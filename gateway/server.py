@@ -18,7 +18,7 @@ from l4queue.client import AsyncClient
 from l4queue.config import Settings
 from l4queue.errors import ConfigError
 from l4queue.logs import start_logging
-from l4queue.model_config import with_model_facts
+from l4queue.model_config import served_names, with_model_facts
 from workers.build import model_path
 from workers.engine.vllm.environment import prepare_environment
 
@@ -178,7 +178,8 @@ def _arguments(settings: Settings, model: str, options: Sequence[str]) -> Namesp
     given = ["--model", model, "--host", settings.http_host, "--port", str(settings.http_port)]
     given += ["--max-model-len", str(settings.max_model_len), "--dtype", settings.dtype]
     if not any(option.startswith("--served-model-name") for option in options):
-        given += ["--served-model-name", *dict.fromkeys((settings.model, model))]
+        names = served_names(settings) if settings.served_model_name else (settings.model, model)
+        given += ["--served-model-name", *dict.fromkeys(names)]
     given += ["--middleware", "gateway.door.Door"]
     given += ["--allowed-origins", "[]"]  # pages of other sites are not to use a door without keys
     given += ["--tokenizer", settings.tokenizer] if settings.tokenizer else []

@@ -68,6 +68,11 @@ class Settings(BaseSettings):
         "`up` and `demo` take smollm2 if it is installed",
     )
     tokenizer: str = Field("", description="tokenizer path; empty: the model's own")
+    served_model_name: str = Field(
+        "",
+        description="names by which requests may ask for the model, by spaces, the one in answers first; "
+        "empty: --served-model-name of L4_VLLM_ARGS, else the model",
+    )
     max_model_len: int = Field(
         16_384, ge=16, description="longest prompt + output, tokens; not set: what model and KV cache hold"
     )

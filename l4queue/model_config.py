@@ -21,7 +21,7 @@ from l4queue.smollm2 import SMOLLM2
 from l4queue.tiny import CONTEXT_TOKENS as TINY_TOKENS
 from l4queue.tiny import TINY
 
-__all__ = ("ContextLength", "context_length", "model_context", "with_model_facts")
+__all__ = ("ContextLength", "context_length", "model_context", "served_names", "with_model_facts")
 
 _CONFIG = "config.json"
 _OWN_MODELS = {TINY: TINY_TOKENS, SMOLLM2: SMOLLM2_TOKENS}
@@ -125,6 +125,19 @@ def with_model_facts(settings: Settings) -> Settings:
     return settings
 
 
+def served_names(settings: Settings) -> tuple[str, ...]:
+    """Names by which requests may ask for the model, the one in answers first. ConfigError for unreadable ones."""
+    try:
+        names = shlex.split(settings.served_model_name)
+    except ValueError as error:
+        raise ConfigError(f"L4_SERVED_MODEL_NAME: {error}") from error
+    if not names and settings.engine == "vllm":
+        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        parser.add_argument("--served-model-name", "--served_model_name", nargs="+", default=[])
+        names = _named(parser, settings.vllm_args).served_model_name
+    return tuple(dict.fromkeys(names)) or (settings.model,)
+
+
 def _is_name(model: str) -> bool:
     """Whether it is to be found at Hugging Face."""
     is_place = model.startswith(("/", ".", "~")) or "://" in model or Path(model).exists()
@@ -136,11 +149,16 @@ def _revisions(vllm_args: str) -> tuple[str | None, str | None]:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--revision")
     parser.add_argument("--tokenizer-revision", "--tokenizer_revision")
+    named = _named(parser, vllm_args)
+    return named.revision, named.tokenizer_revision or named.revision
+
+
+def _named(parser: argparse.ArgumentParser, vllm_args: str) -> argparse.Namespace:
+    """The options of a line that this parser knows."""
     try:
-        named, _ = parser.parse_known_args(shlex.split(vllm_args))
+        return parser.parse_known_args(shlex.split(vllm_args))[0]
     except (ValueError, SystemExit) as error:
         raise ConfigError(f"L4_VLLM_ARGS: {error}") from error
-    return named.revision, named.tokenizer_revision or named.revision
 
 
 def _fetched(model: str, revision: str | None) -> Path | None:

@@ -63,7 +63,8 @@ def _command(path: str, command: Any) -> list[str]:
     rows = [row for row in (_row(parameter, context) for parameter in command.get_params(context)) if row]
     if rows:
         lines += ["| | |", "|---|---|", *rows, ""]
-    return lines + _keys(path, "Keys of its JSON")
+    lines += _keys(path, "Keys of its JSON")
+    return lines + _keys(f"{path} --jsonl", "Keys of the JSON of a batch")
 
 
 def _row(parameter: Any, context: Any) -> str:

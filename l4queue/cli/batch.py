@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 __all__ = ("refuse_mixture", "run_file")
 
 _FOR_ONE_REQUEST = (
-    "prompt", "temperature", "top_p", "stop", "seed", "deadline_s", "idempotency_key", "chat", "file", "wait",
-    "stream", "timeout",
+    "prompt", "temperature", "top_p", "stop", "seed", "logprobs", "deadline_s", "idempotency_key", "chat", "file",
+    "wait", "stream", "timeout",
 )  # fmt: skip
 _LOG_EVERY_S = 10.0  # where no terminal shows a bar
 
@@ -92,18 +92,16 @@ def _shown(*, quiet: bool) -> Iterator[Callable[[BatchProgress], None]]:
 @contextmanager
 def _bar() -> Iterator[Callable[[BatchProgress], None]]:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=None),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
         TextColumn("{task.fields[more]}", markup=False),
     )
-    with Progress(*columns, console=Console(stderr=True), speed_estimate_period=30.0) as bars:
-        checking = bars.add_task("checking", total=None, rate="", more="")
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+        checking = bars.add_task("checking", total=None, more="")
         running: Any = None
 
         def show(progress: BatchProgress) -> None:
@@ -113,12 +111,9 @@ def _bar() -> Iterator[Callable[[BatchProgress], None]]:
                 return
             if running is None:
                 bars.remove_task(checking)
-                running = bars.add_task("batch", completed=progress.num_finished, total=0, rate="", more="")
-            task = bars.tasks[-1]
-            rate = f"{task.speed:,.0f}/s" if task.speed else ""
-            bars.update(
-                running, completed=progress.num_finished, total=progress.num_lines, rate=rate, more=_more(progress)
-            )
+                running = bars.add_task("batch", completed=progress.num_finished, total=0, more="")
+            more = (_pace(progress) + _more(progress)).strip()
+            bars.update(running, completed=progress.num_finished, total=progress.num_lines, more=more)
 
         yield show
 
@@ -127,7 +122,6 @@ class _Lines:
     """Progress for a log file: a line every ten seconds."""
 
     def __init__(self) -> None:
-        self._begun: tuple[float, int] | None = None
         self._said_s = 0.0
 
     def show(self, progress: BatchProgress) -> None:
@@ -135,15 +129,27 @@ class _Lines:
         now_s = time.monotonic()
         if progress.phase == "checking" or now_s - self._said_s < _LOG_EVERY_S:
             return
-        self._begun = self._begun or (now_s, progress.num_finished)
         self._said_s = now_s
-        passed_s, done = now_s - self._begun[0], progress.num_finished - self._begun[1]
-        pace = ""
-        if passed_s > 0 and done:
-            left_s = (progress.num_lines - progress.num_finished) * passed_s / done
-            pace = f", {done / passed_s:,.0f}/s, {left_s:,.0f} s left"
         counted = f"{progress.num_finished:,} of {progress.num_lines:,} lines"
-        print(f"{counted}{pace}{_more(progress)}", file=sys.stderr, flush=True)
+        print(f"{counted}{_pace(progress)}{_more(progress)}", file=sys.stderr, flush=True)
+
+
+def _pace(progress: BatchProgress) -> str:
+    """Requests a second and time left; nothing while nothing moves."""
+    if progress.left_s is None:
+        return ""
+    rate = progress.lines_per_s
+    return f" {rate:,.{0 if rate >= 10 else 2}f} requests/s, {_span(progress.left_s)} left"
+
+
+def _span(duration_s: float) -> str:
+    """A duration by its two largest units."""
+    seconds = round(duration_s)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60} s"
+    return f"{seconds // 3600:,} h {seconds % 3600 // 60} min"
 
 
 def _more(progress: BatchProgress) -> str:
@@ -159,6 +165,12 @@ def _print(summary: BatchSummary, *, was_cancelled: bool) -> None:
         f"this run: {summary.lines_per_s:,.1f} lines/s, {summary.prompt_tokens:,} tokens in, "
         f"{summary.output_tokens:,} out, {summary.wall_s:,.1f} s"
     )
+    if summary.e2e_p50_s is not None and summary.e2e_p99_s is not None:
+        first = "none"
+        if summary.ttft_p50_s is not None and summary.ttft_p99_s is not None:
+            first = f"{summary.ttft_p50_s:,.2f} s / {summary.ttft_p99_s:,.2f} s"
+        whole = f"{summary.e2e_p50_s:,.2f} s / {summary.e2e_p99_s:,.2f} s"
+        say(f"latency from acceptance on, p50 / p99: first token {first}, whole {whole}")
     if summary.num_earlier:
         say(f"{summary.num_earlier:,} answered before")
     if summary.num_found:

@@ -16,6 +16,26 @@ _TIMES = {
 
 KEYS: dict[str, dict[str, str]] = {
     "enqueue": {"request_id": _REQUEST["request_id"]},
+    "enqueue --jsonl": {
+        "num_lines": "lines of the input that are not empty",
+        "num_succeeded": "lines with an answer in the output",
+        "num_failed": "lines in the error file",
+        "num_earlier": "lines that an earlier run had finished",
+        "num_found": "requests in flight from an earlier run, collected and not computed again",
+        "num_recomputed": "requests enqueued again, because nothing was known of them any more",
+        "num_in_flight": "requests that go on running after a stop",
+        "prompt_tokens": "of the answers that this run collected; so are the next ones",
+        "output_tokens": "tokens generated",
+        "ttft_p50_s": "median of seconds from acceptance to the first token, or null",
+        "ttft_p99_s": "99th percentile of the same",
+        "e2e_p50_s": "median of seconds from acceptance to the stored outcome, or null",
+        "e2e_p99_s": "99th percentile of the same",
+        "wall_s": "seconds that this run took",
+        "lines_per_s": "lines finished by this run, by its seconds",
+        "is_complete": "whether every line is finished",
+        "path_out": "the output file",
+        "path_errors": "the error file",
+    },
     "result": {
         "request_id": _REQUEST["request_id"],
         "text": "the output",

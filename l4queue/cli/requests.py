@@ -56,6 +56,9 @@ def enqueue(
     keep_results: Annotated[
         bool, typer.Option("--keep-results", help="Batch: leave collected results in Redis.")
     ] = False,
+    any_model: Annotated[
+        bool, typer.Option("--any-model", help="Batch: lines may name a model that is not served.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Send one request, or a batch with --jsonl.
@@ -68,7 +71,7 @@ def enqueue(
         refuse_mixture(context)
         more: dict[str, Any] = {} if priority is None else {"priority": priority}
         more |= {"max_tokens": max_tokens, "max_in_flight": max_in_flight}
-        more |= {"cancel_on_exit": cancel_on_exit, "keep_results": keep_results}
+        more |= {"cancel_on_exit": cancel_on_exit, "keep_results": keep_results, "any_model": any_model}
         raise typer.Exit(run_file(jsonl, out, errors, as_json=as_json, **more))
     text = _prompt_text(prompt, file)
     kind: dict[str, Any] = {"messages": [{"role": "user", "content": text}]} if chat else {"prompt": text}

@@ -14,6 +14,7 @@ from l4queue.sampling import NOT_OFFERED
 from l4queue.strict_json import JsonError, check_text
 
 __all__ = (
+    "WITHOUT_EFFECT",
     "build_spec",
     "checked_count",
     "checked_id",
@@ -36,6 +37,18 @@ _ELSEWHERE = {
     "timeout": "is an argument of result() and stream(); deadline_s ends the request itself",
 }
 """Arguments of other interfaces, with their place here."""
+WITHOUT_EFFECT = frozenset(
+    {
+        "store",
+        "metadata",
+        "service_tier",
+        "safety_identifier",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "user",
+    }
+)
+"""Fields of OpenAI's bodies that change nothing in the output: HTTP and batches ignore them."""
 _MAX_ID_CHARS, _MAX_NAME_CHARS = 512, 200  # of an id; of a name shown in an error
 _MAX_COUNT = 1_000_000  # entries that a caller may ask for; more would not fit one reply
 _MAX_PATIENCE_S = 86_400.0  # a day; chosen: longer is a mistake of units
@@ -127,7 +140,7 @@ def _plain_message(message: Mapping[str, Any]) -> dict[str, Any]:
 def _refusal(error: ValidationError) -> InvalidRequest:
     """The first of the errors, by the names of the caller."""
     first = error.errors(include_url=False, include_input=False)[0]
-    location = ".".join(str(part) for part in first["loc"]) or "request"
+    location = ".".join(str(part) for part in first["loc"] if part != "[key]") or "request"
     told = "must be a list" if first["type"] == "tuple_type" else first["msg"].removeprefix("Value error, ")
     return InvalidRequest(told, field=printable(location))
 

@@ -189,7 +189,8 @@ class Client:
         """Run a file of requests in OpenAI's batch format, or go on with it; returns when it is finished.
 
         Answers go to `path_out`, errors to `path_errors`; set `stop` from elsewhere to end early. `options` are
-        those of `BatchOptions`: `priority`, `max_tokens`, `max_in_flight`, `cancel_on_exit`, `keep_results`.
+        those of `BatchOptions`: `priority`, `max_tokens`, `max_in_flight`, `cancel_on_exit`, `keep_results`,
+        `any_model`.
         InvalidRequest for files and options that cannot be used.
         """
         from l4queue.client.batch.options import batch_options

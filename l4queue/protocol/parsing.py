@@ -186,7 +186,7 @@ def body(row: list[Any]) -> InboxBody | None:
 
 
 # readers of the first release fail at unknown names in `load`
-_NEW_FIELDS = ("is_emptying", "can_empty", "max_model_len")
+_NEW_FIELDS = ("is_emptying", "can_empty", "max_model_len", "models")
 
 
 def load_to_json(load: WorkerLoad) -> dict[str, dict[str, Any]]:

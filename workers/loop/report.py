@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from pydantic import JsonValue
 
+from l4queue.model_config import served_names
 from l4queue.models import WorkerLoad
 from workers.loop.context import WorkerContext
 from workers.loop.engine_profile import EngineProfile
@@ -35,6 +36,7 @@ class WorkerReport:
         self._placement = placement
         self._profile = profile
         self._incarnation = incarnation
+        self._models = served_names(context.settings)
 
     def load(self) -> WorkerLoad:
         """The load of this worker now, as it publishes it."""
@@ -59,6 +61,7 @@ class WorkerReport:
             is_emptying=self._placement.is_emptying,
             can_empty=True,
             max_model_len=info.max_model_len if info else 0,
+            models=self._models,
         )
 
     def snapshots(self) -> list[WorkerSnapshot]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from l4queue.cli.stack.embedded import free_port, is_port_free
 from l4queue.config import Settings
 from l4queue.errors import ConfigError
+from l4queue.model_config import served_names
 
 __all__ = ("HttpPlace", "choose_http_place")
 
@@ -66,4 +67,4 @@ def choose_http_place(settings: Settings, *, port: int | None) -> HttpPlace:
             raise ConfigError(f"port {port} is in use; choose another with --http-port, or use --no-http")
         chosen = free_port()
     needs_key = bool(settings.http_key.get_secret_value() or settings.http_keys_file)
-    return HttpPlace(host=settings.http_host, port=chosen, model=settings.model, needs_key=needs_key)
+    return HttpPlace(host=settings.http_host, port=chosen, model=served_names(settings)[0], needs_key=needs_key)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shlex
 import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
@@ -25,7 +26,7 @@ from l4queue.config import URL_FILE
 from l4queue.errors import ConfigError, L4QueueError
 from l4queue.failure import EXIT_CONFIG
 from l4queue.hardware import Gpu, cores_of_worker, engine_build, missing_library, view_gpus
-from l4queue.model_config import with_model_facts
+from l4queue.model_config import served_names, with_model_facts
 from l4queue.observe.overview import read_overview_async
 from l4queue.protocol.executor import AsyncExecutor
 from l4queue.redis_url import SecretUrl, parse_url
@@ -162,7 +163,8 @@ class Stack:
         if self._redis is None:
             await self._meet_others()
         model = await model_path(self.settings, note=self.note, quiet=self.options.quiet)
-        self.settings = self.settings.model_copy(update={"model": model})
+        names = shlex.join(dict.fromkeys((*served_names(self.settings), model)))
+        self.settings = self.settings.model_copy(update={"model": model, "served_model_name": names})
         self._executor = AsyncExecutor(self.redis_url, retry_s=0.0)
         specs = [*self._service_specs(), *self._serving_specs(num_workers, gpus)]
         self.metrics_urls, specs = with_metrics(specs, self.settings)
@@ -286,7 +288,16 @@ class Stack:
         self.flower = place
 
     def _environment(self) -> dict[str, str]:
-        names = ("namespace", "durability", "engine", "model", "flower_port", "http_port", "log_format")
+        names = (
+            "namespace",
+            "durability",
+            "engine",
+            "model",
+            "served_model_name",
+            "flower_port",
+            "http_port",
+            "log_format",
+        )
         ours = {f"L4_{name.upper()}": str(getattr(self.settings, name)) for name in names}
         ours |= {"L4_REDIS_URL": self.redis_url, "PYTHONUNBUFFERED": "1"}
         return {**ours, "PYTHONWARNINGS": _IGNORED}  # we have warned of misspelt settings
@@ -323,10 +334,8 @@ class Stack:
             own = {"FLOWER_PORT": str(place.port), "FLOWER_UNIX_SOCKET": place.socket}  # they win over ours
             specs.append(replace(flower, env={**flower.env, **own}))
         if self.gateway is not None:
-            names = dict.fromkeys((self.gateway.model, self.settings.model))
-            arguments = ("gateway", "--served-model-name", *names)
             answers = self.gateway.answers
-            specs.append(service("gateway", *arguments, ready_text=" ready: ", is_ready=answers, essential=False))
+            specs.append(service("gateway", "gateway", ready_text=" ready: ", is_ready=answers, essential=False))
         return specs
 
     def _serving_specs(self, num_workers: int, gpus: list[Gpu]) -> list[ChildSpec]:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from l4queue.client.batch.lines import CHAT_URL, DIGEST_CHARS
+from l4queue.client.batch.served import ModelNotServed
 from l4queue.errors import InvalidRequest
 from l4queue.json_lines import json_line
 from l4queue.models import RequestState
-from l4queue.protocol.records import OutputEntry, RequestRecord
+from l4queue.protocol.records import OutputEntry, RequestRecord, TokenLogprobs
 from l4queue.strict_json import is_unicode
 
 __all__ = (
@@ -56,12 +57,18 @@ def success_line(
     model: str,
     digest: str = "",
 ) -> bytes:
-    """The output line of a request that is done. `digest` is that of the line of the input that it answers."""
+    """The output line of a request that is done. `model` answered it.
+
+    `digest` is that of the line of the input.
+    """
     text = "".join(entry.text for entry in outputs)
     prompt_tokens, output_tokens = record.prompt_tokens or 0, record.offset
-    choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": record.finish_reason}
+    told, rows = None, [row for entry in outputs for row in entry.logprobs or ()]
+    if rows:
+        told = _chat_logprobs(rows) if url == CHAT_URL else _completion_logprobs(rows)
+    choice: dict[str, Any] = {"index": 0, "logprobs": told, "finish_reason": record.finish_reason}
     if url == CHAT_URL:
-        choice["message"] = {"role": "assistant", "content": text}
+        choice["message"] = {"role": "assistant", "content": text, "refusal": None}
     else:
         choice["text"] = text
     body = {
@@ -79,22 +86,32 @@ def success_line(
     return _line(_name(record.request_id, digest), custom_id, response=_response(200, record.request_id, body))
 
 
-def outcome_line(record: RequestRecord, *, custom_id: str, digest: str = "") -> bytes:
-    """The error line of a request that ended in another way than done."""
+def outcome_line(
+    record: RequestRecord, *, custom_id: str, digest: str = "", names: Mapping[str, str] | None = None
+) -> bytes:
+    """The error line of a request that ended in another way than done. `names` has fields as the line has them."""
     name = _name(record.request_id, digest)
     message = record.error or f"the request ended as {record.state.value}"
     if record.state is not RequestState.FAILED:
         error = {"code": f"request_{record.state.value}", "message": message}
         return _line(name, custom_id, error=error)
     status = 400 if record.field else 500
-    body = _error_body(status, message, record.field)
+    body = _error_body(status, message, _written(record.field, names))
     return _line(name, custom_id, response=_response(status, record.request_id, body))
 
 
-def refused_line(error: InvalidRequest, *, request_id: str, custom_id: str, digest: str = "") -> bytes:
+def refused_line(
+    error: InvalidRequest,
+    *,
+    request_id: str,
+    custom_id: str,
+    digest: str = "",
+    names: Mapping[str, str] | None = None,
+) -> bytes:
     """The error line of a request that was never sent: its body cannot be right."""
     message = str(error).removeprefix(f"{error.field}: ")
-    response = _response(400, request_id, _error_body(400, message, error.field))
+    status, code = (404, "model_not_found") if isinstance(error, ModelNotServed) else (400, None)
+    response = _response(status, request_id, _error_body(status, message, _written(error.field, names), code=code))
     return _line(_name(request_id, digest), custom_id, response=response)
 
 
@@ -165,6 +182,36 @@ def _response(status: int, request_id: str, body: dict[str, Any]) -> dict[str, A
     return {"status_code": status, "request_id": request_id, "body": body}
 
 
-def _error_body(status: int, message: str, field: str | None) -> dict[str, Any]:
-    kind = "invalid_request_error" if status == 400 else "server_error"
-    return {"error": {"message": message, "type": kind, "param": field or None, "code": None}}
+def _error_body(status: int, message: str, field: str | None, *, code: str | None = None) -> dict[str, Any]:
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return {"error": {"message": message, "type": kind, "param": field or None, "code": code}}
+
+
+def _written(field: str | None, names: Mapping[str, str] | None) -> str | None:
+    """A field by the name that it has in the line."""
+    return (names or {}).get((field or "").partition(".")[0], field)
+
+
+def _chat_logprobs(rows: Sequence[TokenLogprobs]) -> dict[str, Any]:
+    def one(token_id: int, logprob: float) -> dict[str, Any]:
+        return {"token": _token(token_id), "logprob": logprob, "bytes": None}
+
+    content = [
+        {**one(row.token_id, row.logprob), "top_logprobs": [one(*each) for each in row.top]} for row in rows
+    ]
+    return {"content": content, "refusal": None}
+
+
+def _completion_logprobs(rows: Sequence[TokenLogprobs]) -> dict[str, Any]:
+    tops = [{_token(i): value for i, value in ((row.token_id, row.logprob), *row.top)} for row in rows]
+    return {
+        "tokens": [_token(row.token_id) for row in rows],
+        "token_logprobs": [row.logprob for row in rows],
+        "top_logprobs": tops,
+        "text_offset": None,
+    }
+
+
+def _token(token_id: int) -> str:
+    """A token as vLLM tells it with `return_tokens_as_token_ids`: a client has no tokenizer."""
+    return f"token_id:{token_id}"

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 
 from l4queue.client.core import ClientCore, Prepared
 from l4queue.config import Settings
 from l4queue.errors import QueueFull
-from l4queue.models import TERMINAL, RequestState
+from l4queue.models import TERMINAL, RequestState, WorkerLoad
 from l4queue.protocol.calls import Verdict
 from l4queue.protocol.executor import Executor
 from l4queue.protocol.foreign import text
@@ -40,6 +40,7 @@ class Ticket:
     url: str
     model: str
     digest: str
+    names: Mapping[str, str]  # of fields in the line, where ours differ
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,6 +127,14 @@ class Flight:
             if reply.state is not None and RequestState(reply.state) in TERMINAL:
                 self._ended[ticket.request_id] = None
         return refused, full, known
+
+    def workers(self) -> list[WorkerLoad]:
+        """What workers with a valid lease publish."""
+        reads = self.core.reads
+        now_ms = self._executor.run(reads.server_time_ms())
+        alive = [(name, end_ms) for name, end_ms in self._executor.run(reads.incarnations()) if end_ms > now_ms]
+        views = self._executor.run_many([reads.worker(name, end_ms) for name, end_ms in alive])
+        return [view.load for view in views if view is not None]
 
     def wait(self, *, block_s: float) -> None:
         """Learn who has ended: by mail as soon as there is some, and by a look at those not heard of for long."""

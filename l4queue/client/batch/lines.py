@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from l4queue.client.arguments import build_spec, checked_text, printable, unknown_parameter
+from l4queue.client.arguments import WITHOUT_EFFECT, build_spec, checked_text, printable, unknown_parameter
 from l4queue.errors import InvalidRequest
 from l4queue.models import RequestSpec, SamplingParams
 from l4queue.strict_json import JsonError, canonical_json, parse_json
@@ -22,6 +22,7 @@ __all__ = (
     "digest_of_bytes",
     "object_of",
     "parse_line",
+    "written_names",
 )
 
 MAX_LINE_BYTES = 128 * 2**20
@@ -30,7 +31,7 @@ DIGEST_CHARS = 40  # hexadecimal: 160 bits, no two lines of a batch collide
 CHAT_URL = "/v1/chat/completions"
 COMPLETIONS_URL = "/v1/completions"
 _SAMPLING = frozenset(SamplingParams.model_fields) | {"priority"}
-_NO_EFFECT = frozenset({"model", "user", "metadata", "store", "service_tier", "safety_identifier"})
+_READ_ELSEWHERE = frozenset({"model", "messages", "prompt", "response_format", "logprobs", "top_logprobs"})
 _NOT_OFFERED: Mapping[str, tuple[Any, ...]] = {  # what cannot be done, with the values that ask for nothing
     "n": (1,),
     "best_of": (1,),
@@ -38,25 +39,30 @@ _NOT_OFFERED: Mapping[str, tuple[Any, ...]] = {  # what cannot be done, with the
     "stream_options": (),
     "echo": (False,),
     "suffix": ("",),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
+    "return_tokens_as_token_ids": (True,),
+    "use_beam_search": (False,),
     "tools": ([],),
     "tool_choice": ("none",),
     "functions": ([],),
+    "function_call": ("none",),
     "parallel_tool_calls": (True, False),
-    "response_format": ({"type": "text"},),
 }
+_OF_TOOLS = frozenset({"tools", "tool_choice", "functions", "function_call", "tool_calls", "tool_call_id"})
+_TOOLS = "is not offered in batches, which parse no tool calls; `l4queue serve` does"
+_WRITTEN = (("structured_outputs", "response_format"), ("max_tokens", "max_completion_tokens"))
+_ANY_OBJECT = {"json": {"type": "object"}}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchLine:
-    """One readable line: its request, and what its answer has to repeat."""
+    """One readable line: its request, and what its answer has to repeat. `names` are those of `written_names`."""
 
     custom_id: str
     url: str
     model: str
     spec: RequestSpec
     digest: str
+    names: dict[str, str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,10 +120,19 @@ def parse_line(raw: bytes, *, max_tokens: int | None, priority: int, idempotency
     if url not in (CHAT_URL, COMPLETIONS_URL):
         raise InvalidRequest(f"must be {CHAT_URL} or {COMPLETIONS_URL}", field="url")
     options = {"max_tokens": max_tokens, "priority": priority, **_options(body)}
+    options |= _response_format(body) | _logprobs(body, url)
     spec = build_spec(**_prompt(body, url), **options, idempotency_key=idempotency_key)
     model = checked_text("" if body.get("model") is None else body["model"], field="model", most_chars=512)
     digest = found.digest(max_tokens=max_tokens)
-    return BatchLine(custom_id=found.custom_id, url=url, model=model, spec=spec, digest=digest)
+    names = written_names(body)
+    return BatchLine(custom_id=found.custom_id, url=url, model=model, spec=spec, digest=digest, names=names)
+
+
+def written_names(body: object) -> dict[str, str]:
+    """Our names of fields, with the names under which a body has them, where these differ."""
+    if not isinstance(body, dict):
+        return {}
+    return {ours: name for ours, name in _WRITTEN if body.get(name) is not None and body.get(ours) is None}
 
 
 def _prompt(body: Mapping[str, Any], url: str) -> dict[str, Any]:
@@ -146,8 +161,10 @@ def _message(message: Any, index: int) -> dict[str, Any]:
     field = f"messages.{index}"
     if not isinstance(message, dict):
         raise InvalidRequest("must be an object", field=field)
-    if odd := [name for name, v in message.items() if name not in ("role", "content", "name") and v is not None]:
-        raise InvalidRequest("is not offered", field=printable(f"{field}.{odd[0]}"))
+    for name, value in message.items():
+        if name not in ("role", "content", "name") and value not in (None, []):
+            told = _TOOLS if name in _OF_TOOLS else "is not offered"
+            raise InvalidRequest(told, field=printable(f"{field}.{name}"))
     content = message.get("content")
     if isinstance(content, list):
         if not all(
@@ -162,13 +179,15 @@ def _options(body: Mapping[str, Any]) -> dict[str, Any]:
     """Sampling parameters of a body by our names, without what is null."""
     options: dict[str, Any] = {}
     for name, value in body.items():
-        if value is None or name in _NO_EFFECT or name in ("messages", "prompt"):
+        if value is None or name in WITHOUT_EFFECT or name in _READ_ELSEWHERE:
             continue
         if name in _NOT_OFFERED:
             if not any(type(value) is type(idle) and value == idle for idle in _NOT_OFFERED[name]):
-                raise InvalidRequest("is not offered", field=name)
+                raise InvalidRequest(_TOOLS if name in _OF_TOOLS else "is not offered", field=name)
         elif name == "max_completion_tokens":
             options["max_tokens"] = value
+        elif name == "max_tokens" and body.get("max_completion_tokens") is not None:
+            continue  # its older name
         elif name == "stop":
             options["stop"] = [value] if isinstance(value, str) else value
         elif name in _SAMPLING:
@@ -176,3 +195,42 @@ def _options(body: Mapping[str, Any]) -> dict[str, Any]:
         else:
             raise unknown_parameter(name)
     return options
+
+
+def _response_format(body: Mapping[str, Any]) -> dict[str, Any]:
+    """The constraint that OpenAI's `response_format` stands for; nothing for plain text."""
+    given, field = body.get("response_format"), "response_format"
+    if given is None:
+        return {}
+    kind = given.get("type") if isinstance(given, dict) else None
+    if kind == "text":
+        return {}
+    if body.get("structured_outputs") is not None:
+        raise InvalidRequest("says what structured_outputs says; leave one out", field=field)
+    if kind == "json_object":
+        return {"structured_outputs": _ANY_OBJECT}
+    if kind != "json_schema":
+        raise InvalidRequest("must have a type: text, json_object or json_schema", field=field)
+    named = given.get("json_schema")
+    schema = named.get("schema") if isinstance(named, dict) else None
+    if not isinstance(schema, dict):
+        raise InvalidRequest("must be an object: a schema", field=f"{field}.json_schema.schema")
+    return {"structured_outputs": {"json": schema}}
+
+
+def _logprobs(body: Mapping[str, Any], url: str) -> dict[str, Any]:
+    """Our `logprobs` for those of a body: a number for completions; a truth and `top_logprobs` for chats."""
+    wanted, top = body.get("logprobs"), body.get("top_logprobs")
+    if url == COMPLETIONS_URL:
+        if top is not None:
+            raise InvalidRequest(f"does not belong to {url}", field="top_logprobs")
+        return {} if wanted is None or wanted is False else {"logprobs": wanted}
+    if not isinstance(wanted, bool | None):
+        raise InvalidRequest("must be true or false; top_logprobs is the number", field="logprobs")
+    if wanted:
+        if top is not None and (type(top) is not int or not 0 <= top <= 20):
+            raise InvalidRequest("must be a whole number in [0, 20]", field="top_logprobs")
+        return {"logprobs": top or 0}
+    if top:
+        raise InvalidRequest("needs logprobs: true", field="top_logprobs")
+    return {}

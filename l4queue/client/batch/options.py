@@ -28,6 +28,7 @@ class BatchRunOptions(TypedDict, total=False):
     max_in_flight: int
     cancel_on_exit: bool
     keep_results: bool
+    any_model: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +36,8 @@ class BatchOptions:
     """Options of a batch. `path_errors` None is the output's name with `.errors.jsonl` added.
 
     `max_tokens` (None: what still fits) and `priority` are for lines that do not say; `max_in_flight` bounds the
-    window of requests in flight. InvalidRequest names an option that cannot be used.
+    window of requests in flight. `any_model` lets lines name a model that is not served. InvalidRequest names an
+    option that cannot be used.
     """
 
     path_in: Path
@@ -46,6 +48,7 @@ class BatchOptions:
     max_in_flight: int = DEFAULT_MAX_IN_FLIGHT
     cancel_on_exit: bool = False
     keep_results: bool = False
+    any_model: bool = False
 
     def __post_init__(self) -> None:
         _check_whole("max_in_flight", self.max_in_flight, least=1, most=1_000_000)
@@ -54,6 +57,7 @@ class BatchOptions:
             _check_whole("max_tokens", self.max_tokens, least=1, most=1_000_000)
         _check_truth("cancel_on_exit", self.cancel_on_exit)
         _check_truth("keep_results", self.keep_results)
+        _check_truth("any_model", self.any_model)
         if not self.path_out.name:
             raise InvalidRequest(f"{str(self.path_out)!r} is not the name of a file", field="out")
         files = (self.path_in, self.path_out, self.errors, self.identity, new_beside(self.identity))

@@ -12,7 +12,8 @@ class BatchProgress:
     """Where a batch is. `num_finished` includes failed lines and those of earlier runs.
 
     While the files are `checking`, `num_finished` counts lines read and `num_lines` is not known (0).
-    `notice` says why it does not go on: a full backlog, Redis out of reach.
+    `lines_per_s` is the rate of the last half minute, `left_s` the time that the rest takes at it: None while
+    nothing moves. `notice` says why it does not go on: a full backlog, Redis out of reach.
     """
 
     phase: str
@@ -20,6 +21,8 @@ class BatchProgress:
     num_finished: int
     num_failed: int = 0
     num_in_flight: int = 0
+    lines_per_s: float = 0.0
+    left_s: float | None = None
     notice: str = ""
 
 
@@ -31,6 +34,9 @@ class BatchSummary:
     collected without being computed again, `num_recomputed` had been accepted before, but their results were
     no longer known (TTL passed, or Redis lost them), so they were enqueued again. Not `is_complete`: stopped
     before every line was finished; the same call continues.
+
+    Latencies are those of the requests that this run collected as done, from acceptance on, waiting included:
+    `e2e_...` to the stored outcome, `ttft_...` to the first token. They are None where there is none.
     """
 
     num_lines: int
@@ -42,6 +48,10 @@ class BatchSummary:
     num_in_flight: int
     prompt_tokens: int
     output_tokens: int
+    ttft_p50_s: float | None
+    ttft_p99_s: float | None
+    e2e_p50_s: float | None
+    e2e_p99_s: float | None
     wall_s: float
     lines_per_s: float
     is_complete: bool

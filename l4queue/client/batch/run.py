@@ -14,8 +14,11 @@ from l4queue.client.batch.files import AnswerFile, BatchIdentity, IdentityFile, 
 from l4queue.client.batch.flight import Ended, Flight, Submission, Ticket
 from l4queue.client.batch.index import LineIndex, LineState
 from l4queue.client.batch.options import BatchOptions
+from l4queue.client.batch.pace import Pace
 from l4queue.client.batch.progress import BatchProgress, BatchSummary
+from l4queue.client.batch.served import ServedModels
 from l4queue.client.batch.source import LineSource, check_files
+from l4queue.client.batch.tally import Tally
 from l4queue.client.batch.window import SubmissionWindow
 from l4queue.config import Settings
 from l4queue.errors import ServiceUnavailable
@@ -70,43 +73,10 @@ def run_batch(
         )
         if index is None:
             index = LineIndex()
-            stopped = _Tally()
+            stopped = Tally()
             return stopped.summary(index, options, is_complete=False, num_in_flight=0, wall_s=_since(started_s))
         run = _Run(settings, options, url=url, show=show, stop=stop, index=index, out=out, errors=errors)
         return run.run(lines, started_s=started_s)
-
-
-@dataclass(slots=True, kw_only=True)
-class _Tally:
-    """Counts of one run."""
-
-    num_earlier: int = 0
-    num_found: int = 0
-    num_recomputed: int = 0
-    prompt_tokens: int = 0
-    output_tokens: int = 0
-
-    def summary(
-        self, index: LineIndex, options: BatchOptions, *, is_complete: bool, num_in_flight: int, wall_s: float
-    ) -> BatchSummary:
-        """At the end of the run."""
-        num_succeeded, num_failed = index.count(LineState.SUCCEEDED), index.count(LineState.FAILED)
-        return BatchSummary(
-            num_lines=len(index) - index.count(LineState.EMPTY),
-            num_succeeded=num_succeeded,
-            num_failed=num_failed,
-            num_earlier=self.num_earlier,
-            num_found=self.num_found,
-            num_recomputed=self.num_recomputed,
-            num_in_flight=num_in_flight,
-            prompt_tokens=self.prompt_tokens,
-            output_tokens=self.output_tokens,
-            wall_s=wall_s,
-            lines_per_s=(num_succeeded + num_failed - self.num_earlier) / wall_s,
-            is_complete=is_complete,
-            path_out=str(options.path_out),
-            path_errors=str(options.errors),
-        )
 
 
 @dataclass(slots=True)
@@ -148,7 +118,9 @@ class _Run:
         self._window = SubmissionWindow(most=options.max_in_flight)
         self._held: deque[Submission] = deque()
         self._uncommitted: list[str] = []
-        self._tally = _Tally(num_earlier=self._num_finished())
+        self._tally = Tally(num_earlier=self._num_finished())
+        self._served = ServedModels(any_model=options.any_model)
+        self._pace = Pace()
         self._notice = ""
         self._not_before_s = self._committed_s = self._identity_s = 0.0
         self._identity_file = IdentityFile(options.identity)
@@ -165,6 +137,7 @@ class _Run:
             options=self._options,
             batch_id=self._identity.batch_id,
             core=self._flight.core,
+            served=self._served,
             fail=self._fail,
         )
         with closing(self._flight):
@@ -221,6 +194,8 @@ class _Run:
         """Send while the window has room, but a few chunks at most before results are looked at again."""
         if time.monotonic() < self._not_before_s:
             return
+        if self._served.is_due():
+            self._served.seen(self._flight.workers())
         for _ in range(_CHUNKS_PER_ROUND):
             room = min(_CHUNK, self._window.size - len(self._flight))
             self._hold(room)
@@ -263,6 +238,8 @@ class _Run:
 
     def _collect(self) -> None:
         while ended := self._flight.fetch(limit=_CHUNK):
+            if self._served.is_due(one.record.worker for one in ended if one.record):
+                self._served.seen(self._flight.workers())
             for one in ended:
                 self._land(one)
         self._out.flush()
@@ -283,15 +260,15 @@ class _Run:
                 ended.outputs,
                 custom_id=ticket.custom_id,
                 url=ticket.url,
-                model=ticket.model,
+                model=self._served.answered(record.worker, asked=ticket.model),
                 digest=ticket.digest,
             )
             self._out.append(line)
             self._index.mark(ticket.number, LineState.SUCCEEDED)
-            self._tally.prompt_tokens += record.prompt_tokens or 0
-            self._tally.output_tokens += record.offset
+            self._tally.done(record)
         else:
-            self._fail(ticket.number, outcome_line(record, custom_id=ticket.custom_id, digest=ticket.digest))
+            told = outcome_line(record, custom_id=ticket.custom_id, digest=ticket.digest, names=ticket.names)
+            self._fail(ticket.number, told)
         self._uncommitted.append(ticket.request_id)
         if record.started_ms is not None and not ended.is_found:
             waited_s = max(0, record.started_ms - record.submitted_ms) / 1000
@@ -331,12 +308,16 @@ class _Run:
         if not now and not self._show.is_due():
             return
         num_failed = self._index.count(LineState.FAILED)
+        num_finished = self._num_finished()
+        self._pace.saw(time.monotonic(), num_finished)
         progress = BatchProgress(
             phase="running",
             num_lines=self._num_lines,
-            num_finished=self._index.count(LineState.SUCCEEDED) + num_failed,
+            num_finished=num_finished,
             num_failed=num_failed,
             num_in_flight=len(self._flight),
+            lines_per_s=self._pace.lines_per_s,
+            left_s=self._pace.left_s(self._num_lines - num_finished),
             notice=self._notice,
         )
         self._show.tell(progress, now=True)

@@ -12,8 +12,9 @@ from l4queue.client.batch.answers import Answer, duplicate_line, invalid_line, r
 from l4queue.client.batch.files import AnswerFile, InputFile, RawLine
 from l4queue.client.batch.flight import Submission, Ticket
 from l4queue.client.batch.index import LineIndex, LineState, word_of
-from l4queue.client.batch.lines import LineObject, digest_of_bytes, object_of, parse_line
+from l4queue.client.batch.lines import LineObject, digest_of_bytes, object_of, parse_line, written_names
 from l4queue.client.batch.options import BatchOptions
+from l4queue.client.batch.served import ServedModels
 from l4queue.client.core import ClientCore, request_id_of
 from l4queue.errors import InvalidRequest
 from l4queue.sampling import DEFAULT_MAX_TOKENS
@@ -158,6 +159,7 @@ class LineSource:
         options: BatchOptions,
         batch_id: str,
         core: ClientCore,
+        served: ServedModels,
         fail: Callable[[int, bytes], None],
     ) -> None:
         self._lines = lines
@@ -165,6 +167,7 @@ class LineSource:
         self._options = options
         self._batch_id = batch_id
         self._core = core
+        self._served = served
         self._fail = fail
         self._version = lines.opened_version
         self._open = self._open_lines()
@@ -213,6 +216,7 @@ class LineSource:
             parsed = parse_line(
                 line.data, max_tokens=options.max_tokens, priority=options.priority, idempotency_key=key
             )
+            self._served.check(parsed.model)
             prepared = self._core.prepare(parsed.spec)
         except InvalidRequest as error:
             self._report_refused(line, key, error)
@@ -232,6 +236,7 @@ class LineSource:
             url=parsed.url,
             model=parsed.model or self._core.settings.model,
             digest=parsed.digest,
+            names=parsed.names,
         )
         return Submission(ticket=ticket, prepared=prepared, is_again=is_again)
 
@@ -251,5 +256,11 @@ class LineSource:
     def _report_refused(self, line: RawLine, key: str, error: InvalidRequest) -> None:
         found = object_of(line.data)
         digest = found.digest(max_tokens=self._options.max_tokens)
-        answer = refused_line(error, request_id=_refused_id(key), custom_id=found.custom_id, digest=digest)
+        answer = refused_line(
+            error,
+            request_id=_refused_id(key),
+            custom_id=found.custom_id,
+            digest=digest,
+            names=written_names(found.fields.get("body")),
+        )
         self._fail(line.number, answer)

@@ -15,7 +15,7 @@ from l4queue import cli, errors
 from l4queue.cli.json_keys import KEYS
 from l4queue.cli.outcome import MEANINGS, ExitCode, exit_code
 from l4queue.cli.requests import _record
-from l4queue.client import Client, RequestStatus, Result
+from l4queue.client import BatchSummary, Client, RequestStatus, Result
 from l4queue.models import RequestState
 from l4queue.observe.explain import Event
 from l4queue.observe.overview import Overview
@@ -102,7 +102,13 @@ def test_wrong_usage_is_json_too(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_documented_keys_are_those_of_the_code() -> None:
     """These commands print their values as they are."""
-    kinds = {"result": Result, "dead": DeadLetter, "explain": Event, "stats": Overview}
+    kinds = {
+        "enqueue --jsonl": BatchSummary,
+        "result": Result,
+        "dead": DeadLetter,
+        "explain": Event,
+        "stats": Overview,
+    }
     for command, kind in kinds.items():
         assert list(KEYS[command]) == [field.name for field in fields(kind)]
     status = RequestStatus.of(RequestRecord(request_id="a", state=RequestState.DONE))

@@ -6,6 +6,8 @@ import json
 from typing import Any
 
 import pytest
+from openai.types import Completion
+from openai.types.chat import ChatCompletion
 
 from l4queue.client.batch.answers import (
     duplicate_line,
@@ -17,9 +19,10 @@ from l4queue.client.batch.answers import (
     success_line,
 )
 from l4queue.client.batch.lines import CHAT_URL, COMPLETIONS_URL
+from l4queue.client.batch.served import ModelNotServed
 from l4queue.errors import InvalidRequest
 from l4queue.models import RequestState
-from l4queue.protocol.records import OutputEntry, RequestRecord
+from l4queue.protocol.records import OutputEntry, RequestRecord, TokenLogprobs
 
 OUTPUTS = (
     OutputEntry(upto=2, token_ids=(5, 6), text="Grü\n"),
@@ -52,7 +55,7 @@ def test_a_success_has_the_body_of_its_api(url: str, kind: str, prefix: str, whe
 
     text = "Grü\nße\u2028!"
     choice = {"index": 0, "logprobs": None, "finish_reason": "stop"}
-    choice[where] = {"role": "assistant", "content": text} if where == "message" else text
+    choice[where] = {"role": "assistant", "content": text, "refusal": None} if where == "message" else text
     body = {
         "id": prefix + "k1",
         "object": kind,
@@ -63,6 +66,51 @@ def test_a_success_has_the_body_of_its_api(url: str, kind: str, prefix: str, whe
     }
     response = {"status_code": 200, "request_id": "k1", "body": body}
     assert found == {"id": "batch_req_k1", "custom_id": "a", "response": response, "error": None}
+
+
+ROWS = (
+    TokenLogprobs(token_id=5, logprob=-0.5, top=((5, -0.5), (9, -1.5))),
+    TokenLogprobs(token_id=6, logprob=-2.0, top=((8, -0.25), (9, -1.75))),
+    TokenLogprobs(token_id=7, logprob=-0.125, top=((7, -0.125), (1, -3.0))),
+)
+
+
+@pytest.mark.parametrize("url", [CHAT_URL, COMPLETIONS_URL])
+def test_logprobs_are_read_by_the_types_of_the_openai_package(url: str) -> None:
+    """One entry a token, over all entries of the output; tokens are ids, as the client has no tokenizer."""
+    done = record(RequestState.DONE, finish_reason="stop")
+    outputs = (
+        OutputEntry(upto=2, token_ids=(5, 6), text="a", logprobs=ROWS[:2]),
+        OutputEntry(upto=3, token_ids=(7,), text="b", logprobs=ROWS[2:]),
+        OutputEntry(upto=3, state=RequestState.DONE),
+    )
+    body = read(success_line(done, outputs, custom_id="a", url=url, model="m"))["response"]["body"]
+    if url == CHAT_URL:
+        chat = ChatCompletion.model_validate(body, strict=True).choices[0]
+        assert chat.message.refusal is None
+        assert chat.logprobs is not None
+        content = chat.logprobs.content or []
+        assert [(one.token, one.logprob) for one in content] == [
+            ("token_id:5", -0.5), ("token_id:6", -2.0), ("token_id:7", -0.125),
+        ]  # fmt: skip
+        assert [one.token for one in content[1].top_logprobs] == ["token_id:8", "token_id:9"]
+        return
+    told = Completion.model_validate(body, strict=True).choices[0].logprobs
+    assert told is not None
+    assert (told.tokens, told.token_logprobs) == (["token_id:5", "token_id:6", "token_id:7"], [-0.5, -2.0, -0.125])
+    assert told.top_logprobs is not None
+    assert told.top_logprobs[1] == {"token_id:6": -2.0, "token_id:8": -0.25, "token_id:9": -1.75}
+
+
+def test_a_model_that_is_not_served_is_not_found() -> None:
+    """With OpenAI's status and code."""
+    error = ModelNotServed("gpt is not served", field="model")
+    body = read(refused_line(error, request_id="r", custom_id="a"))["response"]
+    assert (body["status_code"], body["body"]["error"]) == (
+        404,
+        {"message": "gpt is not served", "type": "invalid_request_error", "param": "model",
+         "code": "model_not_found"},
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(

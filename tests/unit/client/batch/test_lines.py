@@ -10,8 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from l4queue.client.arguments import WITHOUT_EFFECT
 from l4queue.client.batch.lines import CHAT_URL, COMPLETIONS_URL, BatchLine, object_of, parse_line
 from l4queue.errors import InvalidRequest
+from l4queue.models import SamplingParams
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
 
@@ -57,6 +59,79 @@ def test_the_parameters_of_both_apis_are_passed_on() -> None:
     params = line.spec.params
     assert (params.max_tokens, params.temperature, params.top_p, params.stop) == (9, 0.0, 1.0, ("\n",))
     assert (params.seed, params.frequency_penalty, params.top_k, line.spec.priority) == (3, 1.0, 4, -5)
+
+
+def test_what_http_ignores_is_ignored_here_too() -> None:
+    """One grammar: the fields are those of the gateway."""
+    assert {"store", "metadata", "service_tier", "user", "prompt_cache_key"} <= WITHOUT_EFFECT
+    line = parse(body(**{name: {"a": [1]} for name in WITHOUT_EFFECT}, max_completion_tokens=5, max_tokens=9))
+    assert line.spec.params == SamplingParams(max_tokens=5)
+
+
+SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+
+
+@pytest.mark.parametrize(
+    ("given", "constraint"),
+    [
+        ({"type": "text"}, None),
+        (None, None),
+        ({"type": "json_object"}, {"json": {"type": "object"}}),
+        (
+            {"type": "json_schema", "json_schema": {"name": "c", "strict": True, "schema": SCHEMA}},
+            {"json": SCHEMA},
+        ),
+    ],
+)
+def test_a_response_format_is_a_constraint(given: Any, constraint: Any) -> None:
+    """JSON of any kind is an object; a name and `strict` change nothing."""
+    params = parse(body(response_format=given)).spec.params
+    assert params == SamplingParams(max_tokens=7, structured_outputs=constraint)
+
+
+@pytest.mark.parametrize(
+    ("line", "logprobs"),
+    [
+        (body(logprobs=True), 0),
+        (body(logprobs=True, top_logprobs=5), 5),
+        (body(logprobs=False, top_logprobs=0), None),
+        ({"custom_id": "a", "body": {"prompt": "x", "logprobs": 3}}, 3),
+        ({"custom_id": "a", "body": {"prompt": "x", "logprobs": 0}}, 0),
+        ({"custom_id": "a", "body": {"prompt": "x", "logprobs": None}}, None),
+    ],
+)
+def test_logprobs_are_asked_for_as_in_each_api(line: Any, logprobs: int | None) -> None:
+    """A chat says whether and how many others; a completion says how many."""
+    assert parse(line).spec.params.logprobs == logprobs
+
+
+def test_biases_have_ids_as_keys() -> None:
+    """JSON has texts only."""
+    assert parse(body(logit_bias={"12": -100, "3": 1.5})).spec.params.logit_bias == {3: 1.5, 12: -100.0}
+
+
+def test_an_answer_can_be_a_message_again() -> None:
+    """Its empty fields ask for nothing."""
+    answer = {"role": "assistant", "content": "hi", "refusal": None, "tool_calls": [], "annotations": []}
+    line = parse({"custom_id": "a", "body": {"messages": [answer]}})
+    assert line.spec.messages is not None
+    assert line.spec.messages[0].content == "hi"
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"tool_choice": "auto"}, "tool_choice"),
+        ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}, "messages.0.tool_calls"),
+        ({"messages": [{"role": "tool", "content": "4", "tool_call_id": "c"}]}, "messages.0.tool_call_id"),
+    ],
+)
+def test_tools_are_refused_with_the_place_that_has_them(fields: Any, field: str) -> None:
+    """Their answers would need a parser."""
+    with pytest.raises(InvalidRequest, match="l4queue serve") as caught:
+        parse(body(**fields))
+    assert caught.value.field == field
 
 
 def test_text_parts_of_a_message_are_joined() -> None:
@@ -109,6 +184,19 @@ def test_text_parts_of_a_message_are_joined() -> None:
         (body(model=[[1]]), "model"),
         (body(model="m" * 513), "model"),
         (body(n=True), "n"),
+        (body(response_format="json"), "response_format"),
+        (body(response_format={"type": "grammar"}), "response_format"),
+        (body(response_format={"type": "json_schema"}), "response_format.json_schema.schema"),
+        (body(response_format={"type": "json_schema", "json_schema": {"schema": "x"}}),
+         "response_format.json_schema.schema"),
+        (body(response_format={"type": "json_object"}, structured_outputs={"regex": "a"}), "response_format"),
+        (body(logprobs=2), "logprobs"),
+        (body(top_logprobs=2), "top_logprobs"),
+        (body(logprobs=True, top_logprobs=21), "top_logprobs"),
+        (body(logprobs=True, top_logprobs=True), "top_logprobs"),
+        ({"custom_id": "a", "body": {"prompt": "x", "logprobs": True}}, "logprobs"),
+        ({"custom_id": "a", "body": {"prompt": "x", "logprobs": 1, "top_logprobs": 1}}, "top_logprobs"),
+        (body(logit_bias={"x": 1}), "logit_bias.x"),
         (body(stream=0), "stream"),
         ({"custom_id": "a", "url": [], "body": CHAT}, "url"),
         ({"custom_id": "a", "body": {"prompt": "\ud800"}}, "prompt"),
@@ -157,7 +245,10 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=8,
 )
-NAMES = st.sampled_from(("messages", "prompt", "temperature", "stop", "n", "tools", "logit_bias", "model", "seed"))
+NAMES = st.sampled_from(
+    ("messages", "prompt", "temperature", "stop", "n", "tools", "logit_bias", "model", "seed", "logprobs",
+     "response_format")
+)  # fmt: skip
 
 
 @given(st.dictionaries(NAMES, JSON), st.none() | JSON | st.sampled_from((CHAT_URL, COMPLETIONS_URL)))
