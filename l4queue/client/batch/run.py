@@ -13,12 +13,12 @@ from l4queue.client.batch.answers import outcome_line, success_line
 from l4queue.client.batch.files import AnswerFile, BatchIdentity, IdentityFile, InputFile
 from l4queue.client.batch.flight import Ended, Flight, Submission, Ticket
 from l4queue.client.batch.index import LineIndex, LineState
+from l4queue.client.batch.line_rate import LineRate
 from l4queue.client.batch.options import BatchOptions
-from l4queue.client.batch.pace import Pace
 from l4queue.client.batch.progress import BatchProgress, BatchSummary
 from l4queue.client.batch.served import ServedModels
 from l4queue.client.batch.source import LineSource, check_files
-from l4queue.client.batch.tally import Tally
+from l4queue.client.batch.totals import BatchTotals
 from l4queue.client.batch.window import SubmissionWindow
 from l4queue.config import Settings
 from l4queue.errors import ServiceUnavailable
@@ -73,7 +73,7 @@ def run_batch(
         )
         if index is None:
             index = LineIndex()
-            stopped = Tally()
+            stopped = BatchTotals()
             return stopped.summary(index, options, is_complete=False, num_in_flight=0, wall_s=_since(started_s))
         run = _Run(settings, options, url=url, show=show, stop=stop, index=index, out=out, errors=errors)
         return run.run(lines, started_s=started_s)
@@ -118,9 +118,9 @@ class _Run:
         self._window = SubmissionWindow(most=options.max_in_flight)
         self._held: deque[Submission] = deque()
         self._uncommitted: list[str] = []
-        self._tally = Tally(num_earlier=self._num_finished())
+        self._totals = BatchTotals(num_earlier=self._num_finished())
         self._served = ServedModels(any_model=options.any_model)
-        self._pace = Pace()
+        self._line_rate = LineRate()
         self._notice = ""
         self._not_before_s = self._committed_s = self._identity_s = 0.0
         self._identity_file = IdentityFile(options.identity)
@@ -150,7 +150,7 @@ class _Run:
             if is_complete:
                 self._identity_file.remove()
             self._tell(now=True)
-            return self._tally.summary(
+            return self._totals.summary(
                 self._index,
                 self._options,
                 is_complete=is_complete,
@@ -230,9 +230,9 @@ class _Run:
             if ticket.request_id in waiting:
                 continue
             if ticket.number in found:
-                self._tally.num_found += self._goes_on and not submission.is_again
+                self._totals.num_found += self._goes_on and not submission.is_again
             elif submission.is_again or (self._goes_on and ticket.number <= self._identity.num_submitted):
-                self._tally.num_recomputed += 1
+                self._totals.num_recomputed += 1
         if not refused:
             self._num_submitted = max(self._num_submitted, chunk[-1].ticket.number)
 
@@ -265,7 +265,7 @@ class _Run:
             )
             self._out.append(line)
             self._index.mark(ticket.number, LineState.SUCCEEDED)
-            self._tally.done(record)
+            self._totals.done(record)
         else:
             told = outcome_line(record, custom_id=ticket.custom_id, digest=ticket.digest, names=ticket.names)
             self._fail(ticket.number, told)
@@ -309,15 +309,15 @@ class _Run:
             return
         num_failed = self._index.count(LineState.FAILED)
         num_finished = self._num_finished()
-        self._pace.saw(time.monotonic(), num_finished)
+        self._line_rate.saw(time.monotonic(), num_finished)
         progress = BatchProgress(
             phase="running",
             num_lines=self._num_lines,
             num_finished=num_finished,
             num_failed=num_failed,
             num_in_flight=len(self._flight),
-            lines_per_s=self._pace.lines_per_s,
-            left_s=self._pace.left_s(self._num_lines - num_finished),
+            lines_per_s=self._line_rate.lines_per_s,
+            left_s=self._line_rate.left_s(self._num_lines - num_finished),
             notice=self._notice,
         )
         self._show.tell(progress, now=True)

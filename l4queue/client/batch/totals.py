@@ -1,4 +1,4 @@
-"""Tally of one run of a batch: lines, tokens, latencies."""
+"""Totals of one run of a batch: lines, tokens, latencies."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from l4queue.client.batch.options import BatchOptions
 from l4queue.client.batch.progress import BatchSummary
 from l4queue.protocol.records import RequestRecord
 
-__all__ = ("Tally",)
+__all__ = ("BatchTotals",)
 
 
 @dataclass(slots=True, kw_only=True)
-class Tally:
+class BatchTotals:
     """Counts of one run."""
 
     num_earlier: int = 0

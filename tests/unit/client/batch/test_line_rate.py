@@ -1,16 +1,16 @@
-"""Pace of a batch, and the time left by it."""
+"""LineRate of a batch, and the time left by it."""
 
 from __future__ import annotations
 
 import pytest
 
 from l4queue.cli.batch import _span
-from l4queue.client.batch.pace import Pace
+from l4queue.client.batch.line_rate import LineRate
 
 
 def test_nothing_is_promised_before_anything_ended() -> None:
     """Nor while nothing moves."""
-    pace = Pace()
+    pace = LineRate()
     assert (pace.lines_per_s, pace.left_s(10)) == (0.0, None)
     for now_s in (1.0, 2.0, 3.0):
         pace.saw(now_s, 7)
@@ -19,7 +19,7 @@ def test_nothing_is_promised_before_anything_ended() -> None:
 
 def test_the_rate_is_that_of_the_last_half_minute() -> None:
     """Ten points a second cost no more than one; a slow beginning is forgotten."""
-    pace = Pace(window_s=30.0)
+    pace = LineRate(window_s=30.0)
     for tenth in range(1000):
         pace.saw(tenth / 10, tenth // 10)  # 1 a second
     assert pace.lines_per_s == pytest.approx(1.0, rel=0.05)

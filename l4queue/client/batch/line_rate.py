@@ -1,13 +1,13 @@
-"""Pace of a batch: lines finished a second, of late, and the time that the rest will take. Pure."""
+"""Rate of a batch: lines finished a second, of late, and the time that the rest will take. Pure."""
 
 from __future__ import annotations
 
 from collections import deque
 
-__all__ = ("Pace",)
+__all__ = ("LineRate",)
 
 
-class Pace:
+class LineRate:
     """Rate over the last `window_s`; of a shorter run over all of it."""
 
     def __init__(self, *, window_s: float = 30.0) -> None:
