@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import secrets
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +26,8 @@ hypothesis.settings.register_profile("shared machines", deadline=None)
 hypothesis.settings.load_profile("shared machines")
 SEED = int(os.environ.setdefault("L4_TEST_SEED", str(secrets.randbits(32))))  # one for all processes of a run
 _NUMBERS = itertools.count()
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job: its children would ignore Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_report_header() -> str:

@@ -16,6 +16,7 @@ import pytest
 import redis
 
 from l4queue.config import load_settings
+from l4queue.failure import EXIT_CONFIG
 from l4queue.models import RequestState
 from l4queue.observe.task_view import task_name
 from l4queue.protocol.executor import Executor
@@ -257,7 +258,7 @@ def test_a_worker_that_cannot_be_built_ends_with_an_error(deployment: Deployment
     """With the error in its log."""
     process = deployment.processes.start("odd", ODD_WORKERS, "fails", worker_id="odd")
 
-    assert process.wait(120) == 1
+    assert process.wait(300) == EXIT_CONFIG
     assert "no such model: set L4_MODEL" in deployment.processes.log("odd")
 
 

@@ -102,6 +102,11 @@ async def test_the_work_of_a_stopped_worker_goes_on_elsewhere(
         assert await _held(executor, reads, "w0") == set()
         storm.nursery.send("w0", signal.SIGCONT)
         await _until(is_busy, "w0 is back and works")
+
+        async def has_handed_over() -> bool:
+            return int((await executor.run(reads.counts())).get("handovers", 0)) > 0
+
+        await _until(has_handed_over, "a request has been handed over")
         await storm.calm()
         verdict = judge(storm, redis_url, namespace)
     assert verdict.errors == ()

@@ -171,7 +171,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
 def show(browser: Chrome, monitored: Monitored, path: str, *texts: str) -> str:
     """Load a page, wait until all texts are on it, keep a picture of it, and return its text."""
     browser.get(f"http://127.0.0.1:{monitored.port}{path}")
-    found = until(lambda: on_page(browser, *texts), f"{path} shows {texts}", timeout_s=120)
+    found = until(lambda: on_page(browser, *texts), f"{path} shows {texts}", timeout_s=300)
     pictures = os.environ.get("L4_TEST_PICTURES")
     if pictures:
         browser.save_screenshot(str(Path(pictures) / f"{path.strip('/').split('/')[0]}.png"))
@@ -349,6 +349,9 @@ def test_the_pages_show_workers_and_requests(monitored: Monitored, browser: Chro
     browser.find_element("id", "worker-tab-other").click()
     until(lambda: on_page(browser, "range_tokens", "0–∞", "kv_share"), "its figures are there")
 
+    newest = monitored.client.enqueue("shown", max_tokens=8, ignore_eos=True)  # the page begins with it
+    assert newest.result(timeout=300)
+    until(lambda: monitored.state(newest.id) == "SUCCESS", "it is shown")
     tasks = show(browser, monitored, "/tasks", monitored.name, "SUCCESS", "8 tokens, ")
     assert CANARY not in tasks
 
