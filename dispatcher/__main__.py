@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 from dispatcher.routing.service import Dispatcher
 from dispatcher.routing.tokenizer import PromptTokenizer
@@ -48,10 +49,9 @@ async def keep_up(
                 await upkeep.repair_once()
         except ServiceUnavailable as error:
             log.warning("upkeep failed: %s", error)
-        try:
-            await asyncio.wait_for(stopping.wait(), upkeep.interval_s)
-        except TimeoutError:
-            continue
+        with suppress(TimeoutError):
+            async with asyncio.timeout(upkeep.interval_s):
+                await stopping.wait()
 
 
 async def serve(settings: Settings) -> None:

@@ -55,3 +55,5 @@ async def ending_well(*, note: Callable[[], None], kill: Callable[[], None]) -> 
     finally:
         for number in heard:
             loop.remove_signal_handler(number)
+            if ending.signal is not None:
+                signal.signal(number, signal.SIG_IGN)  # all has ended: one more would only change the exit code

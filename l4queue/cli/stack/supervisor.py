@@ -7,6 +7,7 @@ import os
 import signal
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -366,7 +367,6 @@ class Supervisor:
 
 
 async def _until(event: asyncio.Event, timeout_s: float) -> None:
-    try:
-        await asyncio.wait_for(event.wait(), timeout_s)
-    except TimeoutError:
-        return
+    with suppress(TimeoutError):  # no wait_for: before Python 3.12 it loses a cancel that comes with the event
+        async with asyncio.timeout(timeout_s):
+            await event.wait()
