@@ -16,7 +16,7 @@ from typing import Any
 import dispatcher.__main__ as dispatcher_main
 import dispatcher.planner.rounds as replanning
 import dispatcher.routing.service as dispatcher_service
-import l4queue.client.aio as client_module
+import l4queue.protocol.executor as executor_module
 import workers.loop.context as worker_context
 from dispatcher.routing.service import Dispatcher
 from l4queue import AsyncClient, Settings
@@ -67,7 +67,7 @@ def settings_of(job: dict[str, Any]) -> Settings:
 def _begin(job: dict[str, Any]) -> Settings:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(process)d %(name)s %(message)s")
     FaultyExecutor.faults = Faults([fuse_from(row) for row in job.get("fuses", ())], Path(job["journal"]))
-    modules: tuple[Any, ...] = (worker_context, client_module, replanning)
+    modules: tuple[Any, ...] = (worker_context, executor_module, replanning)  # clients import theirs when made
     for module in modules:
         module.AsyncExecutor = FaultyExecutor
     keeping: Any = lease_thread

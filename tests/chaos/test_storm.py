@@ -16,6 +16,7 @@ from tests.protocol.server import RedisServer
 pytestmark = [pytest.mark.services, pytest.mark.timeout(900)]
 _NUM_SAMPLED = 6  # `make chaos` has time for all
 _LEAST_REQUESTS = 50
+_COMMON = ("submit", "take", "emit", "release", "settle")  # of clients as well as of workers
 _RARE = ("migrate", "refuse", "cancel", "unfollow", "pardon", "mark_read")  # may take longer than this test has
 
 
@@ -24,7 +25,7 @@ async def test_nothing_is_lost_doubled_or_changed_in_a_storm(
 ) -> None:
     """Another sample of cut points with each printed seed; `make chaos` strikes at all of them, for long."""
     rng = random.Random(SEED)
-    common = [p for p in all_points() if p.kind is Kind.KILL and p.script in ("take", "emit", "release", "settle")]
+    common = [p for p in all_points() if p.kind is Kind.KILL and p.script in _COMMON]
     often = [p for p in all_points() if p.script not in _RARE]
     wanted = {*rng.sample(often, _NUM_SAMPLED), *common}
     url = redis_server.url
