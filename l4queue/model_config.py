@@ -21,7 +21,7 @@ from l4queue.smollm2 import SMOLLM2
 from l4queue.tiny import CONTEXT_TOKENS as TINY_TOKENS
 from l4queue.tiny import TINY
 
-__all__ = ("ContextLength", "context_length", "model_context", "served_names", "with_model_facts")
+__all__ = ("ContextLength", "context_length", "is_path", "model_context", "served_names", "with_model_facts")
 
 _CONFIG = "config.json"
 _OWN_MODELS = {TINY: TINY_TOKENS, SMOLLM2: SMOLLM2_TOKENS}
@@ -80,7 +80,7 @@ def model_context(model: str, *, revision: str | None = None) -> ContextLength |
         path: Path | None = folder / _CONFIG
     elif folder.exists() or "://" in model:  # a single file, or a store that vLLM knows
         return None
-    elif model.startswith(("/", ".", "~")):
+    elif is_path(model):
         raise ConfigError(f"model {model}: there is no {folder / _CONFIG}")
     else:
         path = _fetched(model, revision)
@@ -138,9 +138,14 @@ def served_names(settings: Settings) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names)) or (settings.model,)
 
 
+def is_path(model: str) -> bool:
+    """Whether a model is written as a directory, so that it is no name at Hugging Face."""
+    return model.startswith(("/", ".", "~"))
+
+
 def _is_name(model: str) -> bool:
     """Whether it is to be found at Hugging Face."""
-    is_place = model.startswith(("/", ".", "~")) or "://" in model or Path(model).exists()
+    is_place = is_path(model) or "://" in model or Path(model).exists()
     return not is_place and model not in _OWN_MODELS
 
 

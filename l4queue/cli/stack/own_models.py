@@ -12,6 +12,7 @@ from pathlib import Path
 from l4queue.config import Settings
 from l4queue.errors import ConfigError
 from l4queue.model_cache import cache_directory
+from l4queue.model_config import is_path
 from l4queue.smollm2 import INSTALL, SMOLLM2, is_smollm2_installed, require_smollm2, smollm2_directory
 from l4queue.tiny import TINY
 
@@ -30,7 +31,7 @@ async def model_path(settings: Settings, *, note: Callable[[str], None], quiet: 
     if model in (TINY, SMOLLM2):
         return await own_model_path(model, note=note, quiet=quiet)
     folder = Path(model).expanduser()
-    if model.startswith(("/", ".", "~")) and not (folder / "config.json").is_file():
+    if is_path(model) and not (folder / "config.json").is_file():
         raise ConfigError(f"model {model}: there is no {folder / 'config.json'}")
     return str(folder) if model.startswith("~") else model
 

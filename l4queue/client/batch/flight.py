@@ -12,6 +12,7 @@ from l4queue.client.core import ClientCore, Prepared
 from l4queue.config import Settings
 from l4queue.errors import QueueFull
 from l4queue.models import TERMINAL, RequestState, WorkerLoad
+from l4queue.observe.overview import read_overview
 from l4queue.protocol.calls import Verdict
 from l4queue.protocol.executor import Executor
 from l4queue.protocol.foreign import text
@@ -128,13 +129,9 @@ class Flight:
                 self._ended[ticket.request_id] = None
         return refused, full, known
 
-    def workers(self) -> list[WorkerLoad]:
+    def workers(self) -> tuple[WorkerLoad, ...]:
         """What workers with a valid lease publish."""
-        reads = self.core.reads
-        now_ms = self._executor.run(reads.server_time_ms())
-        alive = [(name, end_ms) for name, end_ms in self._executor.run(reads.incarnations()) if end_ms > now_ms]
-        views = self._executor.run_many([reads.worker(name, end_ms) for name, end_ms in alive])
-        return [view.load for view in views if view is not None]
+        return read_overview(self._executor, self.core.settings.namespace).workers
 
     def wait(self, *, block_s: float) -> None:
         """Learn who has ended: by mail as soon as there is some, and by a look at those not heard of for long."""
