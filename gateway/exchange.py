@@ -86,7 +86,7 @@ class Exchange:
     refusal: HttpRefusal | None = None
 
     def next_outputs(self, count: int) -> range:
-        """Numbers for so many further outputs of this exchange."""
+        """Numbers for `count` further outputs of this exchange."""
         first, self.num_outputs = self.num_outputs, self.num_outputs + count
         return range(first, first + count)
 
@@ -114,7 +114,7 @@ class Exchange:
             self.places[number] = (tokens + num_tokens, had_ended or has_ended)
 
     def taken(self, count: int) -> None:
-        """Note that the server has taken so many outputs to their end."""
+        """Note that the server has taken `count` outputs to their end."""
         self.num_taken += count
         self.before, self.num_events = self._now, 0
 

@@ -295,7 +295,7 @@ class WorkerLoad:
     worker_id: str
     incarnation: str = ""
     stage: int = 0
-    num_running: int = 0  # all that it has taken, with those that wait in its engine
+    num_running: int = 0  # all requests that it has taken, also the ones that wait in its engine
     num_waiting_in_engine: int = 0
     context_tokens: int = 0  # of all of them
     pending_prefill_tokens: int = 0  # of prompts that have no token yet

@@ -1,4 +1,4 @@
-"""Requests that no worker tells of, for Flower: those that wait, and those that ended before a worker had them."""
+"""Requests that no worker tells of, for Flower: waiting ones, and ones that ended before a worker took them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Requests as Celery tasks: the name and the arguments that Flower shows, whoever tells of them."""
+"""Requests as Celery tasks: the name and the arguments that Flower shows."""
 
 from __future__ import annotations
 

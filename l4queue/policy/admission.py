@@ -72,7 +72,8 @@ class AdmissionState(NamedTuple):
     The first seven are those of `WorkerLoad`. `longest_prefill_tokens` is the longest prompt here that has no
     token yet; one that brings its KV cache does not count. `num_waiting` is the worker's share of the requests in
     the queue. `remaining_tokens` is what a running request still generates on average: where it is set, a prompt
-    whose prefill would hold up what runs for longer than that needs to end waits for it (`max_prefill_ms`).
+    whose prefill would hold up the running requests for longer than they need to end waits for them
+    (`max_prefill_ms`).
 
     A tuple, since the simulator makes one for each look of each engine.
     """
@@ -280,7 +281,7 @@ def admission_budget(
 
 
 def still_awaited(awaited: frozenset[K] | None, running: Iterable[K]) -> frozenset[K]:
-    """The requests that a prompt at the head of the queue waits for: those that ran when the queue began to wait.
+    """The requests that a prompt at the head of the queue waits for: the ones that ran when it began to wait.
 
     `awaited` is the last answer, None where the queue was empty, or something was taken from it, since. Requests
     that were handed over meanwhile are not waited for: they would keep the prompt out for ever.

@@ -38,7 +38,7 @@ async def tokens_of(handle: AsyncHandle, *, after: int = 0, timeout: float = 50)
 
 
 async def follows(scene: Scene, *handles: AsyncHandle | Handle, number: int = 1) -> None:
-    """Wait until so many clients are told of each of these."""
+    """Wait until that number of clients is told of each of these."""
 
     async def are_followed() -> bool:
         lists = [scene.raw.hget(scene.keys.request(h.id), "followers") or b"" for h in handles]

@@ -1,4 +1,4 @@
-"""The cache of models: built once, whole or absent, whoever builds and dies."""
+"""The cache of models: built once, whole or absent, also where a builder dies."""
 
 from __future__ import annotations
 

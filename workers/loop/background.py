@@ -60,7 +60,7 @@ class BackgroundWork:
         self.no_quota = BackgroundQuota(overdue_ms=self._overdue_ms)
 
     def hold(self, room: AdmissionBudget) -> BackgroundQuota:
-        """Limit for the next take. The script knows what came to the queue, this worker what runs here."""
+        """Limit for the next take. The script knows the arrivals, this worker its running requests."""
         now_ms, running = _now_ms(), self._running()
         load, cost = self._report.load(), self._profile.cost
         self._credit = self._credit.grown(

@@ -63,7 +63,7 @@ class Intake:
         rollback: Rollback,
         escape_before_prefill: Callable[[], Awaitable[None]],
     ) -> None:
-        """`escape_before_prefill` is awaited before a prompt begins whose prefill holds up what runs."""
+        """`escape_before_prefill` is awaited before a prompt begins whose prefill holds up running requests."""
         self._context = context
         self._sessions = sessions
         self._placement = placement

@@ -1,4 +1,4 @@
-"""Names of workers: those that nobody on the same Redis has."""
+"""Names of workers that nobody else on the same Redis has."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def free_names(number: int, taken: Collection[str]) -> list[str]:
 
 
 async def names_in_use(url: str, namespace: str) -> frozenset[str]:
-    """Names of workers that live: those that renew their lease. ServiceUnavailable where there is no Redis.
+    """Names of live workers, which renew their leases. ServiceUnavailable where there is no Redis.
 
     The lease of a worker that was killed holds for a while. It is waited for, so that its name is free again.
     """

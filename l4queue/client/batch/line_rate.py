@@ -31,6 +31,6 @@ class LineRate:
         return (last - first) / (last_s - first_s) if last_s > first_s else 0.0
 
     def left_s(self, num_left: int) -> float | None:
-        """Until so many more lines are finished; None while nothing moves."""
+        """Time until that number of lines is finished, s; None while nothing moves."""
         rate = self.lines_per_s
         return num_left / rate if rate > 0 else None

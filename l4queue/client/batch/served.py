@@ -28,7 +28,7 @@ class ServedModels:
     def __init__(self, *, any_model: bool) -> None:
         self._any_model = any_model
         self._names: tuple[str, ...] = ()
-        self._by_worker: dict[str, str] = {}  # also of those that have left: their answers are still to come
+        self._by_worker: dict[str, str] = {}  # also of workers that have left: their answers are still to come
         self._looked_s = -_LOOK_EVERY_S
 
     def is_due(self, answered_by: Iterable[str | None] = ()) -> bool:

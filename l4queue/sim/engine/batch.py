@@ -122,7 +122,7 @@ class Batch:
 
     @property
     def longest_prefill_tokens(self) -> int:
-        """The longest of those that have no token yet and are prefilled here; 0 for none."""
+        """Length of the longest request without a token that is prefilled here; 0 for none."""
         if not self.pending_tokens:
             return 0
         return max(r.length for r in chain(self._prefills, self._waiting) if not r.has_kv)

@@ -14,7 +14,7 @@ from l4queue.sim.engine.request import SimRequest
 __all__ = ("AGEING_TOKENS_PER_S", "load_of", "running_request", "score_of", "worker_id")
 
 AGEING_TOKENS_PER_S: float = default_of("ageing_tokens_per_s")
-"""A second of waiting counts as so many prompt tokens, as in the live system."""
+"""Prompt tokens that a second of waiting counts as, as in the live system."""
 
 
 def worker_id(instance: Instance) -> str:
