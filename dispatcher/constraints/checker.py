@@ -107,7 +107,8 @@ class ConstraintChecker:
         if process is not None and process.stdin is not None:
             process.stdin.close()  # it kills its children, unless it is still loading
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(process.wait(), _END_S)
+                async with asyncio.timeout(_END_S):
+                    await process.wait()
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
             await process.wait()

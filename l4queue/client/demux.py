@@ -66,6 +66,11 @@ class RequestWatch:
         self.due_s = 0.0
         self._chunks: deque[Chunk] = deque()
 
+    @property
+    def is_waiting(self) -> bool:
+        """Whether there is neither an end nor an error yet."""
+        return not self.is_over and self.error is None
+
     def take(self) -> tuple[list[Chunk], bool, bool]:
         """Chunks that nobody has taken yet, in order; whether to read the output stream; whether that was all.
 
@@ -76,6 +81,8 @@ class RequestWatch:
         taken, must_read = list(self._chunks), self.must_read
         self._chunks.clear()
         self.must_read = False
+        if self.error is not None:
+            self.wake()  # it is raised by the next call, which nothing else would bring about
         return taken, must_read, self.is_over
 
     def hear(self, news: NewsEntry) -> None:

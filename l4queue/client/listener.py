@@ -10,7 +10,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from copy import copy
 from typing import TYPE_CHECKING, Any
 
@@ -62,7 +62,7 @@ class AsyncListener:
         replies = await self._run([self._core.follow(query) for _, query in queries])
         for (asked, _), reply in zip(queries, replies, strict=True):
             self._demux.opened(asked, reply)
-        if (self._reader is None or self._reader.done()) and not all(watch.is_over for watch in watches):
+        if (self._reader is None or self._reader.done()) and any(watch.is_waiting for watch in watches):
             self._reader = asyncio.create_task(self._read())
 
     def end(self, watches: Sequence[RequestWatch]) -> None:
@@ -85,6 +85,8 @@ class AsyncListener:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        self._fail_calls(self._calls)  # a sender that is cancelled before its first step fails none
+        self._calls.clear()
         self._demux.fail(ServiceUnavailable(_CLOSED))
 
     async def _read(self) -> None:
@@ -125,11 +127,14 @@ class AsyncListener:
             try:
                 await self._send_batch(batch)
             except asyncio.CancelledError:
-                for _, future in (*batch, *self._calls):
-                    if not future.done():
-                        future.set_exception(ServiceUnavailable(_CLOSED))
-                self._calls.clear()
+                self._fail_calls(batch)
                 raise
+
+    def _fail_calls(self, calls: Iterable[_Waiting]) -> None:
+        """Calls that a closed client will not send."""
+        for _, future in calls:
+            if not future.done():
+                future.set_exception(ServiceUnavailable(_CLOSED))
 
     async def _send_batch(self, batch: Sequence[_Waiting]) -> None:
         try:
@@ -182,7 +187,7 @@ class Listener:
             for (asked, _), reply in zip(queries, replies, strict=True):
                 self._demux.opened(asked, reply)
             is_reading = self._reader is not None and self._reader.is_alive()
-            if not is_reading and not self._is_closed and not all(watch.is_over for watch in watches):
+            if not is_reading and not self._is_closed and any(watch.is_waiting for watch in watches):
                 self._reader = threading.Thread(target=self._read, name="l4queue-listener", daemon=True)
                 self._reader.start()
 

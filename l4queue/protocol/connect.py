@@ -74,9 +74,11 @@ def connect_async(
         more["connection_class"] = _AsyncTlsConnection if address.is_tls else _AsyncConnection
         more["locator"] = _AsyncLocator(address)
     elif address.path:
-        more["connection_class"] = aredis.UnixDomainSocketConnection
+        more["connection_class"] = _AsyncUnixConnection
     elif address.is_tls:
-        more["connection_class"] = aredis.SSLConnection
+        more["connection_class"] = _AsyncDirectTlsConnection
+    else:
+        more["connection_class"] = _AsyncDirectConnection
     return aredis.Redis(connection_pool=pool(retry=AsyncRetry(NoBackoff(), 0), **more))
 
 
@@ -227,8 +229,36 @@ class _TlsConnection(_Connection, redis.SSLConnection):
     """The same with TLS."""
 
 
-class _AsyncConnection(aredis.Connection):
-    """The same for asyncio."""
+class _HeedsCancel(aredis.connection.AbstractConnection):
+    """A part of asyncio connections: a task that is cancelled while it sends a command ends.
+
+    redis-py sends under `asyncio.wait_for`, which before Python 3.12 drops a cancel that comes together with its
+    value. A reader would go on for ever, and so would the task that awaits its end.
+    """
+
+    async def send_packed_command(self, *args: Any, **more: Any) -> None:
+        task = asyncio.current_task()
+        num_before = task.cancelling() if task is not None else 0
+        await super().send_packed_command(*args, **more)
+        if task is not None and task.cancelling() > num_before:
+            await self.disconnect(nowait=True)  # nobody will read the reply
+            raise asyncio.CancelledError
+
+
+class _AsyncDirectConnection(_HeedsCancel, aredis.Connection):
+    """A connection to one server."""
+
+
+class _AsyncDirectTlsConnection(_HeedsCancel, aredis.SSLConnection):
+    """The same with TLS."""
+
+
+class _AsyncUnixConnection(_HeedsCancel, aredis.UnixDomainSocketConnection):
+    """The same over a socket of the file system."""
+
+
+class _AsyncConnection(_HeedsCancel, aredis.Connection):
+    """The same as `_Connection` for asyncio."""
 
     def __init__(self, *, locator: _AsyncLocator, **more: Any) -> None:
         self.locator = locator

@@ -32,7 +32,8 @@ async def run(code: str, redis_url: str, namespace: str, folder: Path) -> str:
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
     )  # fmt: skip
     try:
-        out, errors = await asyncio.wait_for(example.communicate(), 120)
+        async with asyncio.timeout(120):
+            out, errors = await example.communicate()
     finally:
         if example.returncode is None:
             example.kill()

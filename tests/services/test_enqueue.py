@@ -183,7 +183,8 @@ async def test_a_cancelled_bulk_tells_what_was_accepted(small: Settings) -> None
         bulk = asyncio.create_task(client.enqueue_many(prompts(80), progress=lambda _: accepted.set()))
         await accepted.wait()
         with pytest.raises(TimeoutError) as caught:
-            await asyncio.wait_for(bulk, 0.01)
+            async with asyncio.timeout(0.01):
+                await bulk
         error = caught.value.__cause__
         assert isinstance(error, asyncio.CancelledError)
         handles = error.accepted  # type: ignore[attr-defined]

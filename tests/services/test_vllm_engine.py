@@ -454,7 +454,8 @@ async def expect_death(served: Served) -> None:
             assert all(output.finish_reason is None for output in await served.engine.outputs())
 
     with pytest.raises(EngineDied):
-        await asyncio.wait_for(until_death(), 300)
+        async with asyncio.timeout(300):
+            await until_death()
     with pytest.raises(EngineDied):
         await served.engine.outputs()
     with pytest.raises(EngineDied):

@@ -14,7 +14,7 @@ from l4queue.client.demux import RECHECK_S, Demultiplexer, RequestWatch
 from l4queue.errors import InvalidRequest, OutputLost, ResultExpired, ServiceUnavailable, UnknownRequest
 from l4queue.models import TERMINAL, RequestState
 from l4queue.protocol.reads import StreamEntry
-from l4queue.protocol.records import Followed, OutputEntry, RequestRecord, pack_ids
+from l4queue.protocol.records import Followed, NewsEntry, OutputEntry, RequestRecord, pack_ids
 
 MAIL, NEWS = "mail", "news"
 DONE, RUNNING = RequestState.DONE, RequestState.RUNNING
@@ -256,6 +256,19 @@ def test_an_unknown_request_ends_its_wait_alone() -> None:
             watch.take()
         raised.append(caught.value)
     assert raised[0] is not raised[1]
+
+
+def test_a_failed_wait_wakes_again_after_its_last_chunks() -> None:
+    """The reader takes chunks before the error, and waits in between: it must hear that there is more."""
+    woken: list[bool] = []
+    watch = RequestWatch("r", wake=lambda: woken.append(True), after=0)
+    watch.hear(NewsEntry(request_id="r", upto=1, state=None, entry=OutputEntry(upto=1, token_ids=(7,), text="7,")))
+    watch.fail(ServiceUnavailable("away"))
+    woken.clear()
+    chunks, _, is_over = watch.take()
+    assert ([chunk.token_ids for chunk in chunks], is_over, woken) == ([(7,)], False, [True])
+    with pytest.raises(ServiceUnavailable, match="away"):
+        watch.take()
 
 
 def test_what_only_a_recheck_found_is_looked_at_again_soon() -> None:
