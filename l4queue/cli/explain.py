@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from l4queue.cli.outcome import about
+from l4queue.cli.requests import Id
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,9 +20,7 @@ __all__ = ("register",)
 
 
 def explain(
-    request_id: Annotated[
-        str, typer.Argument(help="Request id, as printed by enqueue or in an HTTP answer.", metavar="ID")
-    ],
+    request_id: Id,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
 ) -> None:
     """Tell the events of a request, in order.
@@ -32,7 +31,7 @@ def explain(
     from l4queue.client import Client
 
     with Client() as client, about(request_id):
-        events = client.get(request_id.removeprefix("chatcmpl-").removeprefix("cmpl-")).explain()
+        events = client.get(request_id).explain()
     if as_json:
         print(json.dumps([asdict(event) for event in events]))
         return

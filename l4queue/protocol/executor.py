@@ -96,8 +96,21 @@ class _Exchange(ABC):
     async def _run_many(self, calls: Sequence[Call[Any]]) -> list[Any]:
         found, error = await self._try(calls, retry_s=self.retry_s)
         if error is not None:
+            error = await self._cause(error)
             raise explain(error, self.url) from error
         return found
+
+    async def _cause(self, error: Exception) -> Exception:
+        """The error itself, or what a short command is told by a server that hangs up on a long one.
+
+        A server that does not let us in reads no long command to its end.
+        """
+        if isinstance(error.__cause__ or error.__context__, BrokenPipeError | ConnectionResetError):
+            try:
+                await self._one(("PING",))
+            except FAILURES as found:
+                return found
+        return error
 
     async def _offer(self, call: Call[Any]) -> Any:
         found, error = await self._try((call,), retry_s=0.0)
