@@ -67,6 +67,8 @@ async def serve(settings: Settings, options: Sequence[str]) -> None:
     keys = check_door(settings)
     for name in ("vllm", "uvicorn"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    for name in ("vllm.config", "vllm.platforms", "vllm.utils.system_utils"):
+        logging.getLogger(name).setLevel(logging.ERROR)  # their warnings are about an engine, and none runs here
     model = model_path(settings)
     settings = await asyncio.to_thread(with_model_facts, settings)
     prepare_environment(kv_cache_gib=1, cores="", model=model)

@@ -130,7 +130,8 @@ def status(
 ) -> None:
     """Show where a request or the deployment is.
 
-    With ID: state, stage, worker, tokens, times. Without: the URLs of the `l4queue up` of this directory.
+    With ID: state, stage, worker, tokens, times. Without: the URLs of the `l4queue up` of this directory; with
+    --json a list of what `up` writes into its ready file.
     """
     from l4queue.client import Client
 
