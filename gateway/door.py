@@ -78,8 +78,7 @@ class Door:
         caller = "" if path in _OPEN else parts.keys.caller(headers.get("authorization", ""))
         refusal = None
         if scope["type"] != "http" or not _is_served(path):
-            told = f"{path} is not served{_elsewhere(path)}"
-            refusal = HttpRefusal(status=HTTPStatus.NOT_FOUND, message=told)
+            refusal = HttpRefusal(status=HTTPStatus.NOT_FOUND, message=f"{path} is not served{_elsewhere(path)}")
         elif caller is None:
             refusal = HttpRefusal(
                 status=HTTPStatus.UNAUTHORIZED, message="send a known key: Authorization: Bearer KEY"
@@ -87,8 +86,9 @@ class Door:
         if refusal is not None:
             await (_refuse(send, refusal) if scope["type"] == "http" else send({"type": "websocket.close"}))
         elif scope["method"] not in (methods := ("POST", "OPTIONS") if path in _POSTED else _READS):
-            told = f"{path} takes {methods[0]}, not {scope['method']}"
-            await _refuse(send, HttpRefusal(status=HTTPStatus.METHOD_NOT_ALLOWED, message=told, allow=methods[0]))
+            message = f"{path} takes {methods[0]}, not {scope['method']}"
+            refusal = HttpRefusal(status=HTTPStatus.METHOD_NOT_ALLOWED, message=message, allow=methods[0])
+            await _refuse(send, refusal)
         elif scope["method"] == "POST" and path in parts.fields:
             told = _Told(headers=headers, path=path, caller=caller or "")
             await self._generate(parts, told, scope, receive, send)
