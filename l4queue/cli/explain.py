@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = ("register",)
 
+_WAITING = ("submitted", "queued")
+
 
 def explain(
     request_id: Id,
@@ -31,12 +33,16 @@ def explain(
     from l4queue.client import Client
 
     with Client() as client, about(request_id):
-        events = client.get(request_id).explain()
+        handle = client.get(request_id)
+        events = handle.explain()
+        is_stuck = handle.status().state in _WAITING and not client.overview().workers
     if as_json:
         print(json.dumps([asdict(event) for event in events]))
         return
     for line in lines(events):
         print(line)
+    if is_stuck:
+        print("            no worker serves: see `l4queue stats`")
 
 
 def lines(events: Sequence[Event]) -> list[str]:
