@@ -157,9 +157,10 @@ def _told(status: RequestStatus | None, output_tokens: int, end: RequestState | 
     if status is not None and status.prompt_tokens is not None:
         parts.append(_counted(status.prompt_tokens, "prompt token"))
     shown = output_tokens if status is None else max(output_tokens, status.output_tokens)
-    if end is None and status is not None and status.max_tokens is not None:
-        parts += [f"{shown} of at most {_counted(status.max_tokens, 'output token')}"] if shown else []
-    elif shown or status is not None:
+    most_tokens = None if status is None or end is not None else status.max_tokens
+    if shown and most_tokens is not None:
+        parts.append(f"{shown} of at most {_counted(most_tokens, 'output token')}")
+    elif shown or (end is not None and status is not None):
         parts.append(_counted(shown, "output token"))
     return ", ".join(parts)
 

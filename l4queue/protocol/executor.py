@@ -96,7 +96,8 @@ class _Exchange(ABC):
     async def _run_many(self, calls: Sequence[Call[Any]]) -> list[Any]:
         found, error = await self._try(calls, retry_s=self.retry_s)
         if error is not None:
-            error = await self._cause(error)
+            if len(calls) > 1:
+                error = await self._cause(error)
             raise explain(error, self.url) from error
         return found
 

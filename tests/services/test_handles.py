@@ -41,7 +41,7 @@ def test_a_handle_is_used_in_another_process(blocking: Client, redis_url: str) -
     environment = {name: value for name, value in os.environ.items() if not name.startswith("L4_")}
     words = [sys.executable, "-c", READ, pickle.dumps(handle).hex()]
     done = subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout == f"<Handle {handle.id}: submitted>|submitted|True|True\n"
+    assert done.stdout == f"<Handle {handle.id}: cancelled, 0 output tokens>|submitted|True|True\n"
     assert handle.status().state is RequestState.CANCELLED
     assert blocking.get(pickle.loads(pickle.dumps(handle))) == handle
 
