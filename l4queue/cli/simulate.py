@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from l4queue.cli.simulation_table import ROWS, cells_of, print_table
+
 if TYPE_CHECKING:
     from rich.progress import Progress
 
@@ -28,11 +30,15 @@ PROGRESS_EVERY = 512  # finished requests between two updates of the bar
 
 TraceArgument = Annotated[
     Path | None,
-    typer.Argument(help="CSV or CSV.gz with arrival_s,input_tokens,output_tokens.", show_default=False),
+    typer.Argument(
+        help="CSV with arrival_s,input_tokens,output_tokens, or Mooncake's JSON lines.", show_default=False
+    ),
 ]
 WorkloadOption = Annotated[
     str | None,
-    typer.Option(help="Synthetic instead of a trace: chat, code, long-context, reasoning, mixed, sharegpt."),
+    typer.Option(
+        help="Synthetic instead: chat, code, long-context, reasoning, mixed, sharegpt, multi-turn, agent."
+    ),
 ]
 RequestsOption = Annotated[int, typer.Option(min=1, help="Requests of the synthetic workload.")]
 InstancesOption = Annotated[int, typer.Option(min=1, max=4096, help="Engine instances.")]
@@ -67,6 +73,7 @@ class Study:
             "capacity_rps": self.capacity_rps,
             "num_instances": self.setting.num_instances,
             "wake_jitter_ms": self.setting.wake_jitter_ms,
+            "has_prefix_caches": self.trace.chains is not None,
             "seed": self.setting.seed,
             "objective": self.options.objective,
             "without": sorted(self.options.without),
@@ -74,21 +81,36 @@ class Study:
         }
 
 
-def load_traffic(path: Path | None, workload: str | None, *, num_requests: int, seed: int) -> Trace:
-    """The trace of the file, or the synthetic workload; ConfigError unless exactly one is named."""
+def load_traffic(
+    path: Path | None,
+    workload: str | None,
+    *,
+    num_requests: int,
+    seed: int,
+    hash_block_tokens: int | None = None,
+) -> Trace:
+    """The trace of the file, or the synthetic workload; ConfigError unless exactly one is named.
+
+    Without `hash_block_tokens` nothing is known of the content.
+    """
     import numpy as np
 
     from l4queue.errors import ConfigError
+    from l4queue.sim.traces.sessions import SESSIONS, make_sessions
     from l4queue.sim.traces.trace import read_trace
     from l4queue.sim.traces.workload import WORKLOADS, make_workload
 
     if path is None and workload is None:
-        raise ConfigError(f"name a trace file, or a synthetic workload: --workload {'|'.join(WORKLOADS)}")
+        known = "|".join((*WORKLOADS, *SESSIONS))
+        raise ConfigError(f"name a trace file, or a synthetic workload: --workload {known}")
     if path is not None and workload is not None:
         raise ConfigError(f"a trace file ({path}) and --workload {workload} exclude each other; leave one out")
     if path is not None:
-        return read_trace(path)
+        return read_trace(path, hash_block_tokens=hash_block_tokens)
     assert workload is not None
+    if workload in SESSIONS:
+        made = make_sessions(workload, num_requests=num_requests, seed=seed)
+        return made if hash_block_tokens is not None else made.without_content()
     return make_workload(workload, num_requests=num_requests, rng=np.random.default_rng(seed))
 
 
@@ -114,6 +136,12 @@ def simulate(
     wake_jitter_ms: Annotated[
         float, typer.Option(min=0, help="How late workers wake, on average; 0: the lightest is always the first.")
     ] = 1.0,
+    prefix_cache: Annotated[
+        bool, typer.Option(help="Engines keep KV blocks of what they served, where the trace knows the content.")
+    ] = True,
+    hash_block_tokens: Annotated[
+        int, typer.Option(min=16, help="Prompt tokens that each hash id of the trace stands for.")
+    ] = 512,
     warmup_share: Annotated[
         float, typer.Option(min=0, max=0.9, help="First share of arrivals, not counted.")
     ] = 0.0,
@@ -146,7 +174,13 @@ def simulate(
 
         require_matplotlib()
     study = _make_study(
-        load_traffic(trace, workload, num_requests=num_requests, seed=seed),
+        load_traffic(
+            trace,
+            workload,
+            num_requests=num_requests,
+            seed=seed,
+            hash_block_tokens=hash_block_tokens if prefix_cache else None,
+        ),
         instances=instances,
         gpu=gpu,
         model=model,
@@ -302,50 +336,6 @@ def _curves(study: Study, names: tuple[str, ...], progress: Progress) -> dict[st
     return curves
 
 
-ROWS: tuple[tuple[str, str], ...] = (
-    ("mean_e2e_s", "mean e2e"),
-    ("p50_e2e_s", "p50 e2e"),
-    ("p95_e2e_s", "p95 e2e"),
-    ("p99_e2e_s", "p99 e2e"),
-    ("p50_ttft_s", "p50 TTFT"),
-    ("p99_ttft_s", "p99 TTFT"),
-    ("mean_tpot_s", "mean TPOT"),
-    ("p99_tpot_s", "p99 TPOT"),
-)
-
-
-def _cells(result: SimResult) -> list[str]:
-    cells = [_seconds(getattr(result, key)) for key, _ in ROWS]
-    cells += [_seconds(result.short.mean_e2e_s), _seconds(result.long.mean_e2e_s), f"{result.throughput_rps:.2f}"]
-    return cells + [str(n) for n in (result.num_handovers, result.num_steals, result.num_preemptions)]
-
-
-def _seconds(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value * 1000:.1f} ms" if value < 0.1 else f"{value:.2f} s"
-
-
-def _print_table(title: str, columns: dict[str, list[str]], *, first: str | None = None) -> None:
-    """A column for each policy, a row for each figure: readable with 80 characters a line."""
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-
-    print(title)
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("", no_wrap=True)
-    for name in columns:
-        table.add_column(name, justify="right")
-    names = [label for _, label in ROWS]
-    names += ["mean e2e, short 95 %", "mean e2e, long 5 %", "requests/s", "hand-overs", "steals", "preemptions"]
-    if first is not None:
-        names.insert(0, first)
-    for label, *cells in zip(names, *columns.values(), strict=True):
-        table.add_row(label, *cells)
-    Console().print(table)
-
-
 def _traffic(study: Study) -> str:
     title = f"{study.trace.name}: {len(study.trace)} requests at {study.trace.rate_rps:.2f}/s"
     if study.capacity_rps:
@@ -359,8 +349,9 @@ def _print_runs(study: Study, runs: list[Run], *, as_json: bool) -> None:
         results = [run.result.to_dict() for run in runs]
         typer.echo(json.dumps({"results": results, "setting": study.describe()}, indent=2))
         return
-    title = f"{_traffic(study)}, on {study.setting.num_instances} instances (simulated)"
-    _print_table(title, {run.result.policy: _cells(run.result) for run in runs})
+    caches = " with prefix caches" if study.trace.chains is not None else ""
+    title = f"{_traffic(study)}, on {study.setting.num_instances} instances{caches} (simulated)"
+    print_table(title, {run.result.policy: cells_of(run.result) for run in runs})
 
 
 def _print_found(study: Study, found: dict[str, tuple[int, SimResult] | None], *, as_json: bool) -> None:
@@ -372,8 +363,8 @@ def _print_found(study: Study, found: dict[str, tuple[int, SimResult] | None], *
         typer.echo(json.dumps({"results": results, "setting": study.describe()}, indent=2))
         return
     empty = ["-"] * (len(ROWS) + 6)
-    columns = {n: [str(v[0]), *_cells(v[1])] if v else ["none", *empty] for n, v in found.items()}
-    _print_table(
+    columns = {n: [str(v[0]), *cells_of(v[1])] if v else ["none", *empty] for n, v in found.items()}
+    print_table(
         f"fewest instances that keep the service level (simulated), for {_traffic(study)}",
         columns,
         first="instances",

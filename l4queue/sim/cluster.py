@@ -9,9 +9,11 @@ from heapq import heappop, heappush
 import numpy as np
 
 from l4queue.cost.move import MovePrice
-from l4queue.cost.step import StepCost
+from l4queue.cost.step import BLOCK_TOKENS, StepCost
 from l4queue.sim.engine.instance import Instance
+from l4queue.sim.engine.prefix_cache import PrefixCache
 from l4queue.sim.engine.request import SimRequest
+from l4queue.sim.links import Links
 from l4queue.sim.policy import Policy
 from l4queue.sim.wake import WakeRace
 
@@ -41,7 +43,8 @@ class Cluster:
     """Runs one policy over one trace, as its `Fleet`. Single use: build, `run()`, read `requests`.
 
     `observe`, when given, is called after every event: tests check conservation there, the command line
-    moves its progress bar.
+    moves its progress bar. Engines have prefix caches where the requests have content; KV transfers then share
+    links and take engine time.
     """
 
     def __init__(
@@ -54,15 +57,22 @@ class Cluster:
         rng: np.random.Generator,
         price: MovePrice | None = None,
         wake_jitter_ms: float = 0.0,
+        block_tokens: int = BLOCK_TOKENS,
         observe: Callable[[Cluster], None] | None = None,
     ) -> None:
         self.requests = requests
         self.cost = cost
-        self.instances = [Instance(i, cost=cost) for i in range(num_instances)]
+        has_content = any(request.chain for request in requests)
+        caches = [PrefixCache(block_tokens) if has_content else None for _ in range(num_instances)]
+        self.instances = [
+            Instance(i, cost=cost, prefix_cache=cache, block_tokens=block_tokens) for i, cache in enumerate(caches)
+        ]
         self.policy = policy
         self.rng = rng
         self.race = WakeRace(rng, jitter_ms=wake_jitter_ms)
         self.price = price or MovePrice()
+        self._links = Links(self.price, cost=cost) if has_content else None
+        self._released_by: Instance | None = None
         self.now_s = 0.0
         self.num_arrived = 0
         self.num_finished = 0
@@ -133,7 +143,11 @@ class Cluster:
     def _transfer(self, request: SimRequest, target: Instance) -> None:
         request.has_kv = self.price.bandwidth_bytes_per_s is not None
         self.num_in_transit += 1
-        landed_s = self.now_s + self.price.transit_ms(request.length) / 1000.0
+        source = self._released_by
+        if self._links is None or source is None:
+            landed_s = self.now_s + self.price.transit_ms(request.length) / 1000.0
+        else:
+            landed_s = self._links.landed_s(self.now_s, request.length, source=source, target=target)
         self._put(landed_s, EventKind.LANDED, request, target)
 
     # ---------------------------------------------------------------- events
@@ -190,8 +204,10 @@ class Cluster:
         if instance.removals:
             instance.release_now()
         removed, instance.removed = instance.removed, []
+        self._released_by = instance
         for request, tag in removed:
             self.policy.on_removed(instance, request, tag, self.now_s)
+        self._released_by = None
 
     def _wake(self, instance: Instance) -> None:
         """Let an idle engine start, or end its decode run at the next boundary."""

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from l4queue.planning.steady_state import LONG_SHARE
 from l4queue.sim.engine.request import SimRequest
 
-__all__ = ("LONG_SHARE", "ClassResult", "Measured", "SimResult", "measure", "summarize")
+__all__ = ("LONG_SHARE", "ClassResult", "Measured", "SimResult", "cached_share", "measure", "summarize")
 
 Floats = NDArray[np.float64]
 
@@ -27,7 +27,10 @@ class ClassResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SimResult:
-    """One row of `results`. Seconds, counts, requests per second."""
+    """One row of `results`. Seconds, counts, requests per second.
+
+    `cached_share` is the share of prompt tokens found in a prefix cache; None where engines have none.
+    """
 
     policy: str
     num_requests: int
@@ -36,6 +39,7 @@ class SimResult:
     p95_e2e_s: float
     p99_e2e_s: float
     mean_normalized_latency_s: float
+    mean_ttft_s: float
     p50_ttft_s: float
     p99_ttft_s: float
     mean_tpot_s: float | None
@@ -46,6 +50,7 @@ class SimResult:
     num_handovers: int
     num_steals: int
     num_preemptions: int
+    cached_share: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -91,6 +96,12 @@ def measure(requests: Sequence[SimRequest], *, warmup_share: float = 0.0) -> Mea
     )
 
 
+def cached_share(requests: Sequence[SimRequest], *, warmup_share: float = 0.0) -> float:
+    """Share of the prompt tokens that a prefix cache had when the request was first admitted."""
+    kept = [r for r in requests[int(len(requests) * warmup_share) :] if r.finish_s is not None]
+    return sum(r.cached_tokens or 0 for r in kept) / sum(r.prompt_tokens for r in kept)
+
+
 def summarize(
     policy: str,
     measured: Measured,
@@ -98,6 +109,7 @@ def summarize(
     num_handovers: int = 0,
     num_steals: int = 0,
     num_preemptions: int = 0,
+    cached_share: float | None = None,
 ) -> SimResult:
     """The row of one policy."""
     e2e, ttft = measured.e2e_s, measured.ttft_s
@@ -112,6 +124,7 @@ def summarize(
         p95_e2e_s=float(np.quantile(e2e, 0.95)),
         p99_e2e_s=float(np.quantile(e2e, 0.99)),
         mean_normalized_latency_s=float((e2e / measured.output_tokens).mean()),
+        mean_ttft_s=float(ttft.mean()),
         p50_ttft_s=float(np.quantile(ttft, 0.5)),
         p99_ttft_s=float(np.quantile(ttft, 0.99)),
         mean_tpot_s=float(tpot.mean()) if tpot.size else None,
@@ -122,6 +135,7 @@ def summarize(
         num_handovers=num_handovers,
         num_steals=num_steals,
         num_preemptions=num_preemptions,
+        cached_share=cached_share,
     )
 
 

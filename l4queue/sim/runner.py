@@ -12,7 +12,7 @@ from l4queue.cost.step import StepCost
 from l4queue.errors import ConfigError
 from l4queue.sim.cluster import Cluster
 from l4queue.sim.policy import Policy
-from l4queue.sim.results import Measured, SimResult, measure, summarize
+from l4queue.sim.results import Measured, SimResult, cached_share, measure, summarize
 from l4queue.sim.traces.trace import Trace
 from l4queue.sim.wake import WAKE_JITTER_MS
 
@@ -82,6 +82,7 @@ def run_policy(
         num_handovers=cluster.num_handovers,
         num_steals=cluster.num_steals,
         num_preemptions=sum(i.num_preempted for i in cluster.instances),
+        cached_share=None if trace.chains is None else cached_share(requests, warmup_share=setting.warmup_share),
     )
     end_s = cluster.now_s or 1.0
     busy = tuple(i.busy_s / end_s for i in cluster.instances)

@@ -17,13 +17,14 @@ from __future__ import annotations
 
 from heapq import heappop
 
-from l4queue.sim.engine.batch import BLOCK_TOKENS, Batch
+from l4queue.sim.engine.batch import BLOCK_TOKENS
+from l4queue.sim.engine.prefill import ChunkedPrefill
 from l4queue.sim.engine.request import SimRequest
 
 __all__ = ("BLOCK_TOKENS", "Instance")
 
 
-class Instance(Batch):
+class Instance(ChunkedPrefill):
     """One engine. The cluster starts segments, tells it of arrivals, and collects what a segment brought.
 
     `now_s` is the last step boundary: state is exact there. `end_s` is the end of the running segment, None
@@ -64,6 +65,11 @@ class Instance(Batch):
         """Release a decoding request at the next boundary; it then appears in `removed` with its tag."""
         self.removals[request] = tag
 
+    def copy_kv(self, lost_ms: float) -> None:
+        """Lose time to a copy of a KV cache, in the next segment; an idle engine loses none."""
+        if self.num_running:
+            self.copy_ms += lost_ms
+
     def interrupt(self, now_s: float) -> bool:
         """End a decode run at the first boundary at or after `now_s`; True when `end_s` changed."""
         if self.end_s is None or self._segment_prefills or self._segment_steps == 1:
@@ -92,6 +98,7 @@ class Instance(Batch):
         if not self.num_decodes and not tokens:
             self.end_s = None
             return False
+        self._once_ms, self.copy_ms = self.copy_ms, 0.0
         step_ms = self._decode_step_ms()
         if tokens:
             cost = self.cost
@@ -101,7 +108,9 @@ class Instance(Batch):
                 self._step_ms += cost.alpha_ms
             self._growth_ms = 0.0
         else:
-            self._segment_steps = self._decode_run_steps()
+            # what lost its cache may fit with what is still known of it, but not in this step
+            is_retried = has_preempted and self.prefix_cache is not None
+            self._segment_steps = 1 if is_retried else self._decode_run_steps()
             self._step_ms = step_ms
             self._growth_ms = self.cost.gamma_ms * self.num_decodes
         self.end_s = now_s + self._run_ms(self._segment_steps) / 1000.0
