@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from l4queue.errors import ConfigError
+from l4queue.sim.policies.affinity import CacheAware, DynamoKv, LlmD, SessionSticky
 from l4queue.sim.policies.central import Central, CentralSjf, Clairvoyant
 from l4queue.sim.policies.l4 import L4, L4Options
 from l4queue.sim.policies.length_blind import LeastRequests, LeastTokens, Llumnix, PowerOfTwo, Random, RoundRobin
@@ -14,7 +15,7 @@ from l4queue.sim.runner import RunConfig
 from l4queue.sim.traces.trace import Trace
 from l4queue.sim.tuning import tune_two_pool
 
-__all__ = ("LENGTH_BLIND", "POLICIES", "make_policy", "parse_policies")
+__all__ = ("AFFINITY", "LENGTH_BLIND", "POLICIES", "make_policy", "parse_policies")
 
 _SIMPLE: Mapping[str, Callable[[], Policy]] = {
     "round-robin": RoundRobin,
@@ -23,6 +24,10 @@ _SIMPLE: Mapping[str, Callable[[], Policy]] = {
     "least-tokens": LeastTokens,
     "power-of-two": PowerOfTwo,
     "llumnix": Llumnix,
+    "session-sticky": SessionSticky,
+    "cache-aware": CacheAware,
+    "llm-d": LlmD,
+    "dynamo-kv": DynamoKv,
     "central": Central,
     "central-sjf": CentralSjf,
     "clairvoyant": Clairvoyant,
@@ -36,6 +41,10 @@ POLICIES = (
     "power-of-two",
     "two-pool",
     "llumnix",
+    "session-sticky",
+    "cache-aware",
+    "llm-d",
+    "dynamo-kv",
     "central",
     "central-sjf",
     "l4",
@@ -53,6 +62,9 @@ LENGTH_BLIND = (
     "central-sjf",
 )
 """What `l4` is compared with as "best length-blind": they route without length classes."""
+
+AFFINITY = ("session-sticky", "cache-aware", "llm-d", "dynamo-kv")
+"""Routers that look for cached prefixes, or keep sessions together."""
 
 
 def parse_policies(text: str) -> tuple[str, ...]:

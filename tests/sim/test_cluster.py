@@ -13,6 +13,7 @@ from l4queue.errors import ConfigError
 from l4queue.sim.capacity import Bound, capacity_rps, find_instances, parse_slo
 from l4queue.sim.cluster import Cluster, EventKind
 from l4queue.sim.engine.request import SimRequest
+from l4queue.sim.policies.affinity import CacheAware, DynamoKv, LlmD, SessionSticky
 from l4queue.sim.policies.central import Central, CentralSjf, Clairvoyant, TwoPool
 from l4queue.sim.policies.length_blind import LeastRequests, LeastTokens, Llumnix, PowerOfTwo, Random, RoundRobin
 from l4queue.sim.policy import Policy
@@ -47,6 +48,10 @@ POLICIES: list[Callable[[], Policy]] = [
     LeastTokens,
     PowerOfTwo,
     Llumnix,
+    SessionSticky,
+    CacheAware,
+    LlmD,
+    DynamoKv,
     Central,
     CentralSjf,
     Clairvoyant,
