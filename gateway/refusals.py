@@ -27,13 +27,12 @@ _RETRY_AFTER_S = 1  # chosen: a worker or a Redis is away for seconds
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HttpRefusal:
-    """An answer that is an error: status, text, the field at fault, when to try again, the method to use."""
+    """An answer that is an error: status, text, the field at fault, and when to try again."""
 
     status: HTTPStatus
     message: str
     field: str | None = None
     retry_after_s: int | None = None
-    allow: str | None = None
 
     @property
     def body(self) -> dict[str, Any]:
@@ -49,8 +48,7 @@ class HttpRefusal:
     @property
     def headers(self) -> dict[str, str]:
         """Headers of the answer."""
-        told = {"Retry-After": self.retry_after_s, "Allow": self.allow}
-        return {name: str(value) for name, value in told.items() if value is not None}
+        return {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
 
 
 def refusal_of(error: L4QueueError) -> HttpRefusal:
@@ -81,7 +79,6 @@ _TYPES = {
     HTTPStatus.BAD_REQUEST: "BadRequestError",
     HTTPStatus.UNAUTHORIZED: "AuthenticationError",
     HTTPStatus.NOT_FOUND: "NotFoundError",
-    HTTPStatus.METHOD_NOT_ALLOWED: "MethodNotAllowedError",
     HTTPStatus.CONFLICT: "ConflictError",
     HTTPStatus.TOO_MANY_REQUESTS: "RateLimitError",
     HTTPStatus.INTERNAL_SERVER_ERROR: "InternalServerError",

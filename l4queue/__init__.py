@@ -136,8 +136,6 @@ _HOMES = {
     ),
 }
 
-_INNER = {"Any", "TYPE_CHECKING", "annotations", "_HOMES", "_INNER"}
-
 
 def __getattr__(name: str) -> Any:
     """Load on first use: the simulator and the CLI start without a Redis client."""
@@ -151,4 +149,4 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     """Public names too that are not loaded yet, for completion in a shell or a notebook."""
-    return sorted({*__all__, *(name for name in globals() if name not in _INNER)})
+    return sorted({*globals(), *__all__})

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from l4queue.client.arguments import CHAT_PREFIX, COMPLETION_PREFIX
 from l4queue.client.batch.lines import CHAT_URL, DIGEST_CHARS
 from l4queue.client.batch.served import ModelNotServed
 from l4queue.errors import InvalidRequest
@@ -73,7 +72,7 @@ def success_line(
     else:
         choice["text"] = text
     body = {
-        "id": (CHAT_PREFIX if url == CHAT_URL else COMPLETION_PREFIX) + record.request_id,
+        "id": ("chatcmpl-" if url == CHAT_URL else "cmpl-") + record.request_id,
         "object": "chat.completion" if url == CHAT_URL else "text_completion",
         "created": record.submitted_ms // 1000,
         "model": model,
