@@ -226,8 +226,8 @@ class EmbeddedRedis:
     def _check_readable(self) -> None:
         if (self.data_dir / _PARTS).is_dir() and self.server.version < _PARTS_SINCE:
             raise ConfigError(
-                f"data directory {self.data_dir} was written by Redis 7.0 or newer, which {self.server.text} cannot "
-                "read: put the newer server first in PATH, or choose another directory with --data-dir"
+                f"data directory {self.data_dir} was written by Redis 7.0 or newer, which {self.server.text} "
+                "cannot read: put the newer server first in PATH, or choose another directory with --data-dir"
             )
 
     def release(self) -> None:
