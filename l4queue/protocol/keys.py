@@ -118,6 +118,9 @@ class Keys:
     def dispatcher(self, host: str) -> str:
         return f"{self.prefix}d:{host}"
 
+    def name(self, name: str) -> str:
+        return f"{self.prefix}name:{name}"
+
     def worker(self, incarnation: str) -> str:
         return f"{self.prefix}w:{incarnation}"
 

@@ -268,7 +268,8 @@ def test_it_ends_when_nobody_reads_its_output(tmp_path: Path) -> None:
 def test_what_cannot_start_is_one_error(tmp_path: Path) -> None:
     """A data directory in use, a model that is not there, and a port for a Redis that the environment names."""
     with running(tmp_path, "--workers", "1", "--no-flower") as up:
-        up.wait_for(lambda: "starting redis-server" in up.output)
+        url = tmp_path / "data" / "url"
+        up.wait_for(url.exists)
         for arguments, message in (
             (("--data-dir", str(tmp_path / "data")), "error: data directory"),
             (("--data-dir", str(tmp_path / "other"), "--model", "/nonexistent"), "error: model /nonexistent"),
@@ -285,6 +286,7 @@ def test_what_cannot_start_is_one_error(tmp_path: Path) -> None:
             assert done.returncode == 1
             assert done.stderr.startswith(message)
             assert done.stderr.count("\n") == 1
+        assert url.exists()  # clients still find the one that runs
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from l4queue.cli.stack.embedded import EmbeddedRedis, free_port, is_port_free, w
 from l4queue.cli.stack.flower_place import FlowerPlace, flower_place, is_well
 from l4queue.cli.stack.http_place import HttpPlace, choose_http_place
 from l4queue.cli.stack.logs import FileLog, Log
-from l4queue.cli.stack.names import free_names, names_in_use
+from l4queue.cli.stack.names import NameClaims
 from l4queue.cli.stack.overrides import settings_with
 from l4queue.cli.stack.own_models import chosen_model, model_path
 from l4queue.cli.stack.scrape import with_metrics, write_targets
@@ -104,7 +104,7 @@ class Stack:
         self.metrics_urls: dict[str, str] = {}
         self._redis: EmbeddedRedis | None = None
         self._executor: AsyncExecutor | None = None
-        self._taken: frozenset[str] = frozenset()
+        self._names: NameClaims | None = None
 
     @property
     def redis_url(self) -> SecretUrl:
@@ -160,13 +160,12 @@ class Stack:
         await self._start_redis()
         parse_url(self.redis_url)
         assert self.settings.broker_url  # both are right, or this is the end
-        if self._redis is None:
-            await self._meet_others()
+        names = await self._choose_names(num_workers)
         model = await model_path(self.settings, note=self.note, quiet=self.options.quiet)
-        names = shlex.join(dict.fromkeys((*served_names(self.settings), model)))
-        self.settings = self.settings.model_copy(update={"model": model, "served_model_name": names})
+        served = shlex.join(dict.fromkeys((*served_names(self.settings), model)))
+        self.settings = self.settings.model_copy(update={"model": model, "served_model_name": served})
         self._executor = AsyncExecutor(self.redis_url, retry_s=0.0)
-        specs = [*self._service_specs(), *self._serving_specs(num_workers, gpus)]
+        specs = [*self._service_specs(names.planner), *self._serving_specs(names.workers, gpus)]
         self.metrics_urls, specs = with_metrics(specs, self.settings)
         if self.metrics_urls:
             write_targets(self.targets_file, self.metrics_urls)
@@ -186,6 +185,9 @@ class Stack:
 
     async def stop(self) -> None:
         """Stop everything in order; safe to call twice."""
+        if self._names is not None:
+            await self._names.close()
+            self._names = None
         await self.supervisor.stop()
         if self._executor is not None:
             await self._executor.close()
@@ -241,20 +243,22 @@ class Stack:
             )
         self.note(f"using the Redis at {self.redis_url}, which {source} names")
 
-    async def _meet_others(self) -> None:
-        """Leave names to the workers that others run on this Redis; ServiceUnavailable where there is no Redis."""
-        self._taken = await names_in_use(self.redis_url, self.settings.namespace)
-        if self._taken:
-            self.note(f"this Redis has workers of others: {', '.join(sorted(self._taken))}")
+    async def _choose_names(self, num_workers: int) -> NameClaims:
+        self._names = names = NameClaims(self.redis_url, self.settings.namespace)
+        await names.choose(num_workers, is_shared=self._redis is None)
+        if names.others:
+            self.note(f"this Redis has workers of others: {', '.join(names.others)}")
+        return names
 
     async def _start_redis(self) -> None:
         if "redis_url" in self.settings.model_fields_set:
             self._check_foreign()
             return
-        self._redis = redis = EmbeddedRedis(
+        redis = EmbeddedRedis(
             self.data_dir / "redis", durability=self.settings.durability, port=self.options.redis_port
         )
         await asyncio.to_thread(redis.acquire)
+        self._redis = redis  # and not before: the directory, and its URL, may be another one's
         self.settings = self.settings.model_copy(update={"redis_url": redis.url})
         self.note(f"starting {redis.server.text} at {redis.url}, data in {redis.data_dir}")
         self.supervisor.add(
@@ -302,7 +306,7 @@ class Stack:
         ours |= {"L4_REDIS_URL": self.redis_url, "PYTHONUNBUFFERED": "1"}
         return {**ours, "PYTHONWARNINGS": _IGNORED}  # we have warned of misspelt settings
 
-    def _service_specs(self) -> list[ChildSpec]:
+    def _service_specs(self, planner_name: str) -> list[ChildSpec]:
         # Celery warns root about pickle, which is off here.
         env = {**self._environment(), "PYTHONWARNINGS": f"ignore:You're running the worker,{_IGNORED}"}
 
@@ -317,8 +321,7 @@ class Stack:
             )
 
         celery = ("celery", "--quiet", "-A", "dispatcher.app")
-        node = f"planner-{len(self._taken)}" if self._taken else "planner"  # node names are one for each broker
-        planner = ("worker", "-P", "solo", "-Q", "l4-control", "-n", f"{node}@%h")
+        planner = ("worker", "-P", "solo", "-Q", "l4-control", "-n", f"{planner_name}@%h")
         specs = [
             service(f"dispatcher-{i}", "dispatcher", ready_text=" ready: ")
             for i in range(self.options.dispatchers)
@@ -338,12 +341,11 @@ class Stack:
             specs.append(service("gateway", "gateway", ready_text=" ready: ", is_ready=answers, essential=False))
         return specs
 
-    def _serving_specs(self, num_workers: int, gpus: list[Gpu]) -> list[ChildSpec]:
+    def _serving_specs(self, names: list[str], gpus: list[Gpu]) -> list[ChildSpec]:
         size = self.options.workers_per_process
-        names = free_names(num_workers, self._taken)
         if size == 1:
-            return [self._worker_spec(i, names=names, gpus=gpus) for i in range(num_workers)]
-        firsts = range(0, num_workers, size)
+            return [self._worker_spec(i, names=names, gpus=gpus) for i in range(len(names))]
+        firsts = range(0, len(names), size)
         return [self._group_spec(f"workers-{first // size}", names[first : first + size]) for first in firsts]
 
     def _worker_spec(self, index: int, *, names: list[str], gpus: list[Gpu]) -> ChildSpec:

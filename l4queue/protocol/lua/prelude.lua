@@ -32,7 +32,8 @@ local function set_aside(key, is_full)
     news = 'stream', plans = 'stream', decisions = 'stream', finished = 'stream', dead = 'stream', req = 'hash',
     w = 'hash', counts = 'hash', hist = 'hash', backlog = 'hash', foreground = 'hash', plan = 'hash', lost = 'hash',
     q = 'zset', workers = 'zset', deadlines = 'zset', results = 'zset', read = 'zset', keyed = 'zset', held = 'set', tick = 'string',
-    packed = 'string', given = 'string', key = 'string', memory = 'string', d = 'string'}
+    packed = 'string', given = 'string', key = 'string', memory = 'string', d = 'string',
+    name = 'string'}
   local name = string.sub(key, #P + 1)
   local kind, ours = server.pcall('TYPE', key).ok, TYPES[string.match(name, '^[^:]+') or '']
   if not ours or kind == 'none' or kind == ours and not is_full then return false end
