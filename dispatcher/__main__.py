@@ -18,7 +18,7 @@ from l4queue.errors import L4QueueError, ServiceUnavailable
 from l4queue.failure import fail
 from l4queue.logs import start_logging, take_log_format
 from l4queue.metrics import MetricsServer
-from l4queue.model_config import with_model_facts
+from l4queue.model_config import trusts_remote_code, with_model_facts
 from l4queue.observe.health import dispatcher_alive
 from l4queue.protocol.executor import AsyncExecutor
 from l4queue.protocol.upkeep import Upkeep
@@ -58,7 +58,12 @@ async def serve(settings: Settings) -> None:
     """Run one dispatcher until a signal."""
     settings = await asyncio.to_thread(with_model_facts, settings)
     path = settings.tokenizer or settings.model
-    tokenizer = await asyncio.to_thread(PromptTokenizer, path, max_model_len=settings.max_model_len)
+    tokenizer = await asyncio.to_thread(
+        PromptTokenizer,
+        path,
+        max_model_len=settings.max_model_len,
+        trust_remote_code=trusts_remote_code(settings),
+    )
     executor = AsyncExecutor(settings.redis_url, retry_s=None)
     name = f"{socket.gethostname()}-{os.getpid()}"
     dispatcher = Dispatcher(settings=settings, executor=executor, tokenizer=tokenizer, name=name)

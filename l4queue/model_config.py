@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import shlex
 from collections.abc import Iterator, Mapping
@@ -21,7 +22,15 @@ from l4queue.smollm2 import SMOLLM2
 from l4queue.tiny import CONTEXT_TOKENS as TINY_TOKENS
 from l4queue.tiny import TINY
 
-__all__ = ("ContextLength", "context_length", "is_path", "model_context", "served_names", "with_model_facts")
+__all__ = (
+    "ContextLength",
+    "context_length",
+    "is_path",
+    "model_context",
+    "served_names",
+    "trusts_remote_code",
+    "with_model_facts",
+)
 
 _CONFIG = "config.json"
 _OWN_MODELS = {TINY: TINY_TOKENS, SMOLLM2: SMOLLM2_TOKENS}
@@ -138,6 +147,15 @@ def served_names(settings: Settings) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names)) or (settings.model,)
 
 
+def trusts_remote_code(settings: Settings) -> bool:
+    """Whether code that comes with the model may run, as `--trust-remote-code` of L4_VLLM_ARGS says."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(
+        "--trust-remote-code", "--trust_remote_code", action=argparse.BooleanOptionalAction, default=False
+    )
+    return bool(_named(parser, settings.vllm_args).trust_remote_code)
+
+
 def is_path(model: str) -> bool:
     """Whether a model is written as a directory, so that it is no name at Hugging Face."""
     return model.startswith(("/", ".", "~"))
@@ -173,6 +191,7 @@ def _fetched(model: str, revision: str | None) -> Path | None:
         from huggingface_hub.errors import RemoteEntryNotFoundError
     except ImportError:
         return None
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of each retry; we tell the end
     try:
         return Path(hf_hub_download(model, _CONFIG, revision=revision))
     except RemoteEntryNotFoundError:  # the model is there, in another format

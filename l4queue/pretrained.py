@@ -15,12 +15,13 @@ __all__ = ("load_tokenizer", "tokenizer_place")
 _GENERIC = ("TokenizersBackend", "PreTrainedTokenizerFast")
 
 
-def load_tokenizer(path: str | Path) -> Any:
+def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer at `path`, a directory or a name that transformers knows, as its `AutoTokenizer` finds it.
 
     That one imports PyTorch where it is installed: seconds and 270 MB in every process. A directory with nothing
     but a generic tokenizer leaves it no choice of a class, and is loaded by that class at once. Raises OSError or
-    ValueError where there is no tokenizer, ImportError without transformers, and as `tokenizer_place`.
+    ValueError where there is no tokenizer, or one with code of its own that is not trusted; ImportError without
+    transformers, and as `tokenizer_place`.
     """
     path = tokenizer_place(path)
     is_generic = _is_generic(Path(path))
@@ -31,8 +32,14 @@ def load_tokenizer(path: str | Path) -> Any:
             return PreTrainedTokenizerFast.from_pretrained(path)
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(path)
-    except (ImportError, OSError, ValueError):
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (ImportError, OSError):
+        raise
+    except ValueError as error:
+        if not trust_remote_code and "trust_remote_code" in str(error):
+            raise ValueError(
+                "its tokenizer is code of its own: read it, then let it run with L4_VLLM_ARGS=--trust-remote-code"
+            ) from error
         raise
     except Exception as error:  # a broken file is met by foreign code, which raises all kinds
         raise ValueError(f"its files cannot be read: {error}") from error

@@ -9,7 +9,7 @@ from l4queue.config import Settings
 from l4queue.cost.coefficients import CoefficientFile, read_coefficients
 from l4queue.errors import ConfigError
 from l4queue.model_cache import cache_directory
-from l4queue.model_config import with_model_facts
+from l4queue.model_config import trusts_remote_code, with_model_facts
 from l4queue.smollm2 import SMOLLM2, convert_smollm2
 from l4queue.tiny import TINY
 from workers.engine.base import Engine
@@ -72,6 +72,7 @@ def kv_directory(settings: Settings) -> Path | None:
 
 
 def _engine(settings: Settings, coefficients: CoefficientFile, work: LoopWork) -> tuple[Engine, TextFactory]:
+    trusts = trusts_remote_code(settings)
     if settings.engine == "emulated":
         emulated = EmulatedEngine(
             coefficients.cost,
@@ -81,7 +82,9 @@ def _engine(settings: Settings, coefficients: CoefficientFile, work: LoopWork) -
             kv_bytes_per_s=settings.emulated_kv_bytes_per_s,
             kv_bytes_per_token=coefficients.kv_bytes_per_token,
         )
-        return emulated, text_factory(settings.tokenizer) if settings.tokenizer else no_text
+        if not settings.tokenizer:
+            return emulated, no_text
+        return emulated, text_factory(settings.tokenizer, trust_remote_code=trusts)
     path = model_path(settings)
     engine = VllmEngine(
         path,
@@ -100,4 +103,4 @@ def _engine(settings: Settings, coefficients: CoefficientFile, work: LoopWork) -
         work=work,
         constraint_limit_s=_CONSTRAINT_PATIENCE * settings.constraint_check_s,
     )
-    return engine, text_factory(settings.tokenizer or path)
+    return engine, text_factory(settings.tokenizer or path, trust_remote_code=trusts)

@@ -19,9 +19,10 @@ from dataclasses import dataclass
 from dispatcher.constraints.size import MAX_SIZE, constraint_size
 from l4queue.sampling import StructuredOutputs
 
-__all__ = ("ConstraintChecker", "ConstraintVerdict")
+__all__ = ("TRUST_REMOTE_CODE", "ConstraintChecker", "ConstraintVerdict")
 
 log = logging.getLogger("l4queue.dispatcher")
+TRUST_REMOTE_CODE = "--trust-remote-code"  # lets the process run code of the tokenizer; vLLM's own name
 _MAX_VERDICTS = 4096
 """Verdicts that are remembered by digest; the least recently used go first. Chosen: some 2 MB at 500 characters
 each."""
@@ -58,8 +59,15 @@ class ConstraintChecker:
     is not installed, the size of the constraint is bounded instead.
     """
 
-    def __init__(self, *, tokenizer: str, limit_s: float, command: Sequence[str] | None = None) -> None:
-        self._tokenizer = tokenizer
+    def __init__(
+        self,
+        *,
+        tokenizer: str,
+        limit_s: float,
+        trust_remote_code: bool = False,
+        command: Sequence[str] | None = None,
+    ) -> None:
+        self._arguments = (tokenizer, *((TRUST_REMOTE_CODE,) if trust_remote_code else ()))
         self._limit_s = limit_s
         if command is None and importlib.util.find_spec("vllm") is not None:
             command = (sys.executable, "-m", "dispatcher.constraints.process")
@@ -153,7 +161,7 @@ class ConstraintChecker:
             if self._process is None or self._process.returncode is not None:
                 self._process = await asyncio.create_subprocess_exec(
                     *self._command,
-                    self._tokenizer,
+                    *self._arguments,
                     stdin=asyncio.subprocess.PIPE,
                     stdout=asyncio.subprocess.PIPE,
                     limit=_MAX_LINE_BYTES,

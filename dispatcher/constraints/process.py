@@ -1,4 +1,4 @@
-"""The process that checks constraints: `python -m dispatcher.constraints.process TOKENIZER`, for a dispatcher.
+"""The process that checks constraints: `python -m dispatcher.constraints.process TOKENIZER [--trust-remote-code]`.
 
 It reads a question a line, `{"id", "limit_s", "given", "is_large"}`, and writes an answer a line, `{"id", "error",
 "is_late"}`. An empty error means that vLLM accepts the constraint. A large one leaves a child free for others.
@@ -23,6 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import IO, Any
 
+from dispatcher.constraints.checker import TRUST_REMOTE_CODE
 from l4queue.pretrained import tokenizer_place
 
 __all__ = ("Check", "Checks", "load_check", "serve")
@@ -171,7 +172,7 @@ def serve(check: Check, questions: int, answers: IO[bytes]) -> None:
         checks.stop()
 
 
-def load_check(tokenizer_path: str) -> Check:
+def load_check(tokenizer_path: str, *, trust_remote_code: bool = False) -> Check:
     """vLLM's validation and compilation of a constraint, with the model's tokenizer.
 
     An engine core keeps the first backend that it needed for all later constraints. So each is compiled by the one
@@ -188,7 +189,7 @@ def load_check(tokenizer_path: str) -> Check:
     from vllm.v1.structured_output.backend_xgrammar import XgrammarBackend
     from vllm.v1.structured_output.request import get_structured_output_key
 
-    tokenizer = get_tokenizer(tokenizer_path)
+    tokenizer = get_tokenizer(tokenizer_path, trust_remote_code=trust_remote_code)
     config = StructuredOutputsConfig()
     model = SimpleNamespace(is_diffusion=False, hf_config=SimpleNamespace(model_type=""))
     engine = SimpleNamespace(structured_outputs_config=config, model_config=model, speculative_config=None)
@@ -243,7 +244,8 @@ def main() -> int:
     """Entry point. Whatever libraries print goes to standard error."""
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    serve(load_check(str(tokenizer_place(sys.argv[1]))), 0, answers)
+    place, *flags = sys.argv[1:]
+    serve(load_check(str(tokenizer_place(place)), trust_remote_code=TRUST_REMOTE_CODE in flags), 0, answers)
     return 0
 
 

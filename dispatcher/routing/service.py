@@ -17,6 +17,7 @@ from dispatcher.routing.router import Router
 from dispatcher.routing.tokenizer import Counted, PromptTokenizer, Refusal
 from l4queue.config import Settings
 from l4queue.errors import L4QueueError
+from l4queue.model_config import trusts_remote_code
 from l4queue.models import Plan, RequestBody, RequestState
 from l4queue.observe.overview import longest_request_tokens, read_overview_async
 from l4queue.planning.histogram import Buckets
@@ -69,7 +70,9 @@ class Dispatcher:
         self._inbox = Inbox(executor, self.keys, consumer=name)
         self._tokenizer = tokenizer
         self._checker = checker or ConstraintChecker(
-            tokenizer=settings.tokenizer or settings.model, limit_s=settings.constraint_check_s
+            tokenizer=settings.tokenizer or settings.model,
+            limit_s=settings.constraint_check_s,
+            trust_remote_code=trusts_remote_code(settings),
         )
         self._checks = PendingChecks(
             inbox=self._inbox,

@@ -37,13 +37,13 @@ class Counted:
 class PromptTokenizer:
     """Counts prompts. Thread-safe for reading; loads in seconds, so make one per process.
 
-    `path` is as for `load_tokenizer`.
+    `path` and `trust_remote_code` are as for `load_tokenizer`.
     `max_model_len` bounds the work: a prompt that cannot fit by its bytes alone is refused uncounted.
     """
 
-    def __init__(self, path: str, *, max_model_len: int) -> None:
+    def __init__(self, path: str, *, max_model_len: int, trust_remote_code: bool = False) -> None:
         try:
-            self._tokenizer: Any = load_tokenizer(path)
+            self._tokenizer: Any = load_tokenizer(path, trust_remote_code=trust_remote_code)
         except ImportError as error:
             raise ConfigError("transformers is missing: install l4queue[dispatcher]") from error
         except (OSError, ValueError) as error:

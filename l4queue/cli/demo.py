@@ -151,6 +151,7 @@ def demo(
     from l4queue.cli.demo_prompts import measured_chars_per_token, mixed_prompts
     from l4queue.cli.stack.ending import ending_well
     from l4queue.cli.stack.stack import Stack, StackOptions
+    from l4queue.model_config import trusts_remote_code
     from l4queue.pretrained import load_tokenizer
 
     options = StackOptions(
@@ -168,7 +169,11 @@ def demo(
         async with ending_well(note=stack.note_end, kill=stack.kill) as ending, stack:
             if stack.flower_url and not as_json:
                 print(f"Flower: {stack.flower_url}/workers and {stack.flower_url}/tasks", flush=True)
-            tokenizer = await asyncio.to_thread(load_tokenizer, stack.settings.tokenizer or stack.settings.model)
+            tokenizer = await asyncio.to_thread(
+                load_tokenizer,
+                stack.settings.tokenizer or stack.settings.model,
+                trust_remote_code=trusts_remote_code(stack.settings),
+            )
             prompts = mixed_prompts(
                 requests,
                 rng=np.random.default_rng(seed),

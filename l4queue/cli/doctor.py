@@ -48,10 +48,12 @@ def doctor(
 def run_checks(data_dir: Path) -> list[Check]:
     """All checks for the settings of the environment, in the order of dependence."""
     from l4queue.cli.engine_checks import engine_checks
+    from l4queue.cli.stack.own_models import chosen_model
     from l4queue.config import load_settings
     from l4queue.hardware import engine_build, view_gpus
 
     settings = load_settings()
+    settings = settings.model_copy(update={"model": chosen_model(settings)})
     build = engine_build()
     view = view_gpus()
     return [

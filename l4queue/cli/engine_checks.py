@@ -21,7 +21,7 @@ _IMPORT_S = 120.0  # vLLM from a cold disk takes up to a minute
 _TOKENIZER = """
 import sys
 from l4queue.pretrained import load_tokenizer
-tokenizer = load_tokenizer(sys.argv[1])
+tokenizer = load_tokenizer(sys.argv[1], trust_remote_code=sys.argv[2] == "True")
 print(len(tokenizer), tokenizer.is_fast)
 """
 
@@ -95,6 +95,8 @@ def _check_gpus(settings: Settings, build: EngineBuild | None, view: GpuView) ->
 
 
 def _check_model(settings: Settings) -> Check:
+    from l4queue.errors import ConfigError
+    from l4queue.model_config import trusts_remote_code
     from l4queue.smollm2 import INSTALL, SMOLLM2, is_smollm2_installed
 
     if settings.model == "tiny":
@@ -117,7 +119,11 @@ def _check_model(settings: Settings) -> Check:
             name="model", verdict=CheckResult.FAIL, detail=f"{path} does not exist", advice="correct L4_MODEL"
         )
     tokenizer = settings.tokenizer or settings.model
-    failure = _run_python(_TOKENIZER, tokenizer)
+    try:
+        trusts = trusts_remote_code(settings)
+    except ConfigError as error:
+        return Check(name="model", verdict=CheckResult.FAIL, detail=str(error), advice="correct L4_VLLM_ARGS")
+    failure = _run_python(_TOKENIZER, tokenizer, str(trusts))
     if failure is not None:
         return Check(
             name="model",

@@ -34,7 +34,7 @@ class ExitCode(IntEnum):
 
 MEANINGS: dict[ExitCode, str] = {
     ExitCode.DONE: "done",
-    ExitCode.ERROR: "another error: a wrong setting, a broken file, a failed check of `doctor` or `health`",
+    ExitCode.ERROR: "another error: a wrong setting, a bad file, a full disk, a failed `doctor` or `health`",
     ExitCode.USAGE: "wrong usage: an unknown option, a missing argument",
     ExitCode.WITH_ERRORS: "the batch is finished, and some of its lines are in the error file",
     ExitCode.FAILED: "the request was refused, or cannot be computed, or is dead",
@@ -62,8 +62,14 @@ _CODES: tuple[tuple[type[L4QueueError], ExitCode], ...] = (
 )
 
 
+_FILES = frozenset({"jsonl", "out", "errors"})
+"""Fields of `run_batch` that name files: no request is at fault."""
+
+
 def exit_code(error: L4QueueError) -> ExitCode:
     """The code of this error; that of a subclass before that of its base."""
+    if isinstance(error, errors.InvalidRequest) and error.field in _FILES:
+        return ExitCode.ERROR
     return next((code for kind, code in _CODES if isinstance(error, kind)), ExitCode.ERROR)
 
 

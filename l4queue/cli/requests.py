@@ -206,14 +206,16 @@ def _prompt_text(prompt: str | None, file: Path | None) -> str:
 
 def _print_deployments(data_dir: Path, *, as_json: bool) -> None:
     """What `up` said when it was ready."""
-    from l4queue.cli.stack.ready import ready_lines, running
+    from l4queue.cli.stack.ready import ready_lines, running, starts
     from l4queue.errors import ServiceUnavailable
     from l4queue.redis_url import redacted
 
     found = running(data_dir.absolute())
     if not found:
+        if starts(data_dir.absolute()):
+            raise ServiceUnavailable(f"the `l4queue up` of {data_dir} is not ready; its logs: {data_dir}/logs")
         raise ServiceUnavailable(
-            f"no `l4queue up` is ready with the data directory {data_dir}; name another with --data-dir"
+            f"no `l4queue up` runs with the data directory {data_dir}; name another with --data-dir"
         )
     if as_json:
         print(json.dumps([{**facts, "redis_url": redacted(facts["redis_url"])} for facts in found]))

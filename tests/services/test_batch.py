@@ -18,7 +18,7 @@ import pytest
 from l4queue import Client, Settings
 from l4queue.client import BatchProgress
 from l4queue.client.batch import flight
-from l4queue.errors import InvalidRequest
+from l4queue.errors import InvalidRequest, ServiceUnavailable
 from l4queue.protocol.calls import Call
 from l4queue.protocol.keys import Keys
 from l4queue.protocol.retention import Retention
@@ -211,6 +211,14 @@ async def test_failed_lines_are_tried_again_without_their_errors(pipeline: Pipel
     files.errors.unlink()
     summary = await run(pipeline, files)
     assert (summary.num_succeeded, summary.num_failed, summary.num_earlier) == (50, 0, 48)
+
+
+def test_a_redis_that_never_answers_ends_it_soon(redis_server: RedisServer, files: Files) -> None:
+    """A wrong password is no outage to be waited for; nothing is left but the same command."""
+    write_lines(files.lines, 3)
+    url = redis_server.url.replace("redis://", "redis://:wrong@")
+    with Client(url) as client, pytest.raises(ServiceUnavailable):
+        client.run_batch(files.lines, files.out)
 
 
 async def test_two_clients_do_not_write_one_file(pipeline: Pipeline, files: Files) -> None:

@@ -68,10 +68,10 @@ class StreamDecoder:
             return self._stream.step(self._tokenizer, token_id) or ""
 
 
-def text_factory(path: str) -> Callable[[SamplingParams], TextStream]:
+def text_factory(path: str, *, trust_remote_code: bool = False) -> Callable[[SamplingParams], TextStream]:
     """Makes the text of outputs with the tokenizer at `path`. ConfigError when there is none."""
     try:
-        backend = load_tokenizer(path).backend_tokenizer
+        backend = load_tokenizer(path, trust_remote_code=trust_remote_code).backend_tokenizer
     except (OSError, ValueError, AttributeError) as error:
         raise ConfigError(f"no fast tokenizer at {path!r}: set L4_MODEL or L4_TOKENIZER ({error})") from error
     return lambda params: TextStream(

@@ -16,7 +16,7 @@ from l4queue.config import URL_FILE
 from l4queue.errors import ConfigError
 from l4queue.redis_url import SecretUrl, parse_url
 
-__all__ = ("client_export", "ready_lines", "running", "state_place", "write_facts")
+__all__ = ("client_export", "ready_lines", "running", "starts", "state_place", "write_facts")
 
 _FACTS, _LOCK = "up.json", "up.lock"
 _MOST = 100  # deployments of one data directory; chosen: nobody runs more
@@ -65,6 +65,18 @@ def running(data_dir: Path) -> list[dict[str, Any]]:
             os.kill(int(facts["pid"]), 0)
             found.append(facts)
     return found
+
+
+def starts(data_dir: Path) -> bool:
+    """Whether an `up` holds this data directory; before it is ready, or while it ends, `running` is empty."""
+    try:
+        descriptor = os.open(data_dir / _LOCK, os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        return not _lock(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def ready_lines(facts: dict[str, Any]) -> list[str]:

@@ -38,6 +38,7 @@ DEFAULT_WORKERS = 2  # without a GPU; the least with which requests move
 _STOP_WORKERS, _STOP_SERVICES, _STOP_REDIS = 0, 1, 2  # ranks: workers stop first, Redis last
 _FINAL = frozenset({EXIT_CONFIG})
 _IGNORED = "ignore:L4_"
+_SERVICE_MARGIN_S = 10.0  # beyond the drain deadline, for the interpreter's end; chosen: as long as services have
 _WORKER_MARGIN_S = 20.0
 """Beyond the drain deadline: the worker's own margins for its engine (10 s) and interpreter (5 s), and ours."""
 
@@ -321,15 +322,16 @@ class Stack:
             )
 
         celery = ("celery", "--quiet", "-A", "dispatcher.app")
-        planner = ("worker", "-P", "solo", "-Q", "l4-control", "-n", f"{planner_name}@%h")
+        planner = f"-P solo -Q l4-control -n {planner_name}@%h --without-gossip --without-mingle".split()
+        drain_s = self.settings.drain_s + _SERVICE_MARGIN_S
         specs = [
-            service(f"dispatcher-{i}", "dispatcher", ready_text=" ready: ")
+            service(f"dispatcher-{i}", "dispatcher", ready_text=" ready: ", stop_s=drain_s)
             for i in range(self.options.dispatchers)
         ]
         if self.settings.metrics_port:
             specs.append(service("exporter", "dispatcher.exporter", ready_text=" ready: ", essential=False))
         rounds = "INFO" if self.options.verbose else "WARNING"
-        specs.append(service("planner", *celery, *planner, "--loglevel", rounds, ready_text=" ready: "))
+        specs.append(service("planner", *celery, "worker", *planner, "--loglevel", rounds, ready_text=" ready: "))
         specs.append(service("beat", *celery, "beat", "--loglevel", "WARNING", "--pidfile="))
         if self.flower is not None:
             place = self.flower

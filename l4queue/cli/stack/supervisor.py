@@ -178,7 +178,8 @@ class Child:
             self._say(f"{self._ending()}; starts again in {pause_s:g} s")
             if (why := self.why()) is not None:
                 self._log.write("l4queue", why)
-            self._show_last_lines()
+            else:
+                self._show_last_lines()
             self._become(ChildState.WAITING)
             await _until(self._stopping, pause_s)
 

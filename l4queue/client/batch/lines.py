@@ -46,8 +46,19 @@ _NOT_OFFERED: Mapping[str, tuple[Any, ...]] = {  # what cannot be done, with the
     "functions": ([],),
     "function_call": ("none",),
     "parallel_tool_calls": (True, False),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "documents": ([],),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
 }
 _OF_TOOLS = frozenset({"tools", "tool_choice", "functions", "function_call", "tool_calls", "tool_call_id"})
+_OF_TEMPLATES = frozenset(
+    {"chat_template", "chat_template_kwargs", "documents", "add_generation_prompt", "continue_final_message"}
+)
+_TEMPLATE = (
+    "is not offered in batches, whose chats are written by the model's template as it is; `l4queue serve` does"
+)
 _TOOLS = "is not offered in batches, which parse no tool calls; `l4queue serve` does"
 _WRITTEN = (("structured_outputs", "response_format"), ("max_tokens", "max_completion_tokens"))
 _ANY_OBJECT = {"json": {"type": "object"}}
@@ -163,8 +174,7 @@ def _message(message: Any, index: int) -> dict[str, Any]:
         raise InvalidRequest("must be an object", field=field)
     for name, value in message.items():
         if name not in ("role", "content", "name") and value not in (None, []):
-            told = _TOOLS if name in _OF_TOOLS else "is not offered"
-            raise InvalidRequest(told, field=printable(f"{field}.{name}"))
+            raise InvalidRequest(_why_not(name), field=printable(f"{field}.{name}"))
     content = message.get("content")
     if isinstance(content, list):
         if not all(
@@ -175,6 +185,12 @@ def _message(message: Any, index: int) -> dict[str, Any]:
     return {"role": message.get("role"), "content": content}
 
 
+def _why_not(name: str) -> str:
+    if name in _OF_TEMPLATES:
+        return _TEMPLATE
+    return _TOOLS if name in _OF_TOOLS else "is not offered"
+
+
 def _options(body: Mapping[str, Any]) -> dict[str, Any]:
     """Sampling parameters of a body by our names, without what is null."""
     options: dict[str, Any] = {}
@@ -183,7 +199,7 @@ def _options(body: Mapping[str, Any]) -> dict[str, Any]:
             continue
         if name in _NOT_OFFERED:
             if not any(type(value) is type(idle) and value == idle for idle in _NOT_OFFERED[name]):
-                raise InvalidRequest(_TOOLS if name in _OF_TOOLS else "is not offered", field=name)
+                raise InvalidRequest(_why_not(name), field=name)
         elif name == "max_completion_tokens":
             options["max_tokens"] = value
         elif name == "max_tokens" and body.get("max_completion_tokens") is not None:

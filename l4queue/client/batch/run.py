@@ -46,8 +46,8 @@ def run_batch(
 ) -> BatchSummary:
     """Run a batch, or go on with it. Returns when every line is finished, or soon after `stop` is set.
 
-    InvalidRequest for files that cannot be used; ServiceUnavailable when Redis stays away for five minutes.
-    What is in flight then goes on: the same call continues.
+    InvalidRequest for files that cannot be used; ServiceUnavailable when Redis does not answer at first, or stays
+    away for five minutes later. What is in flight then goes on: the same call continues.
     """
     stop = stop or threading.Event()
     show = _Throttled(progress or (lambda _: None))
@@ -160,6 +160,7 @@ class _Run:
 
     def _drive(self) -> None:
         away_since_s: float | None = None
+        was_reached = False
         while not self._stop.is_set():
             try:
                 self._fill()
@@ -169,12 +170,15 @@ class _Run:
                 self._collect()
                 self._commit()
             except ServiceUnavailable as error:
+                if not was_reached:  # a wrong address or password, more likely than an outage
+                    raise
                 away_since_s = away_since_s or time.monotonic()
                 if time.monotonic() - away_since_s > _REDIS_PATIENCE_S:
                     raise
                 self._notice = str(error)
                 self._stop.wait(1.0)
             else:
+                was_reached = True
                 if away_since_s is not None:
                     away_since_s, self._notice = None, ""
             if time.monotonic() - self._identity_s > _IDENTITY_EVERY_S:

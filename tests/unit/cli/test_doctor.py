@@ -14,6 +14,7 @@ from l4queue import cli
 from l4queue.cli import engine_checks
 from l4queue.cli.doctor import Check, CheckResult, run_checks
 from l4queue.cli.server import ServerFacts
+from l4queue.cli.stack import own_models
 from l4queue.cli.stack.embedded import EmbeddedRedis, free_port
 from l4queue.config import Settings
 from l4queue.hardware import EngineBuild
@@ -205,3 +206,15 @@ def test_a_compiler_is_missed_where_something_is_compiled(
     (check,) = engine_checks._check_compiler(Settings(engine="vllm"), EngineBuild(kind=kind, version="0"))
 
     assert check.verdict is verdict
+
+
+def test_the_model_is_the_one_that_up_would_serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where none is set: smollm2 if it is installed, and its length."""
+    monkeypatch.setenv("L4_ENGINE", "vllm")
+    monkeypatch.delenv("L4_MODEL")
+    monkeypatch.setattr(engine_checks, "_run_python", lambda *_: None)  # vLLM need not be imported for this
+    for is_installed, name in ((True, "smollm2"), (False, "tiny")):
+        monkeypatch.setattr(own_models, "is_smollm2_installed", lambda is_installed=is_installed: is_installed)
+        assert found("model", tmp_path).detail.startswith(f"{name}")
+    monkeypatch.setattr(own_models, "is_smollm2_installed", lambda: True)
+    assert "the model holds 8192 tokens" in found("length", tmp_path).detail

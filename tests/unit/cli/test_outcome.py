@@ -32,6 +32,7 @@ ROOT = Path(__file__).parents[3]
         (errors.RequestTooLong("x", request_id="a"), 4),
         (errors.RequestDead("x", request_id="a"), 4),
         (errors.InvalidRequest("x", field="prompt"), 4),
+        (errors.InvalidRequest("disk full", field="out"), 1),
         (errors.RequestCancelled("x", request_id="a"), 5),
         (errors.RequestExpired("x", request_id="a"), 6),
         (errors.UnknownRequest("x"), 7),

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from l4queue.cli.stack.ready import client_export, ready_lines, running, state_place, write_facts
+from l4queue.cli.stack.ready import client_export, ready_lines, running, starts, state_place, write_facts
 from l4queue.redis_url import SecretUrl
 
 
@@ -33,11 +33,14 @@ def test_the_block_has_the_urls_and_the_lines_for_clients_and_no_password(tmp_pa
 
 def test_facts_are_there_while_it_runs(tmp_path: Path) -> None:
     """Those of an earlier run that was killed are gone at the next start, and its own at its end."""
+    assert not starts(tmp_path)
     with state_place(tmp_path) as place:
+        assert starts(tmp_path)
         write_facts(place, facts(tmp_path))
         assert (place / "up.json").stat().st_mode & 0o777 == 0o600
         assert [found["model"] for found in running(tmp_path)] == ["/m/tiny"]
     assert running(tmp_path) == []
+    assert not starts(tmp_path)
     write_facts(tmp_path, facts(tmp_path))
     with state_place(tmp_path):
         assert running(tmp_path) == []

@@ -193,6 +193,7 @@ async def test_the_reason_of_an_end_is_told_where_its_last_lines_have_it() -> No
         ):
             await supervisor.ready()
         assert log.of("l4queue")[1] == "the disk is full"
+        assert not any("said last" in line for line in log.of("l4queue"))  # at each of many starts
 
 
 def pauses(log: Lines) -> list[str]:

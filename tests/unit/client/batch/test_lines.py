@@ -264,3 +264,20 @@ def test_without_any_max_tokens_a_line_gets_what_still_fits() -> None:
         line = {"custom_id": "a", "body": {"prompt": "x", **more}}
         assert parse(line, max_tokens=None).spec.params.max_tokens is None
         assert parse(line, max_tokens=7).spec.params.max_tokens == 7
+
+
+@pytest.mark.parametrize(
+    ("name", "idle", "wanted"),
+    [
+        ("chat_template_kwargs", {}, {"enable_thinking": False}),
+        ("documents", [], [{"text": "x"}]),
+        ("add_generation_prompt", True, False),
+        ("continue_final_message", False, True),
+    ],
+)
+def test_options_of_the_chat_template_are_sent_to_the_gateway(name: str, idle: Any, wanted: Any) -> None:
+    """What a client's library writes without a wish changes nothing."""
+    assert parse(body(**{name: idle})).spec == parse(body()).spec
+    with pytest.raises(InvalidRequest, match="`l4queue serve`") as caught:
+        parse(body(**{name: wanted}))
+    assert caught.value.field == name
