@@ -112,6 +112,8 @@ def parse_url(url: str, *, name: str = "L4_REDIS_URL") -> Address:
     text = url.reveal().strip() if isinstance(url, SecretUrl) else url.strip()
     if len(text) > _MAX_CHARS or not text.isprintable():
         raise ConfigError(f"{name}: a URL has at most {_MAX_CHARS} characters, all of them printable")
+    if not text:
+        raise ConfigError(f"{name}: it is empty; unset it, or name a Redis, as in redis://host:6379/0")
     whole, colon, rest = text.partition("://")
     scheme, _, way = whole.lower().partition("+")
     if not colon or scheme not in _SCHEMES or way not in _WAYS or (way and scheme == "unix"):

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ("Check", "CheckResult", "register", "run_checks")
 
+_NAME_CHARS = 13  # of the longest name of a check
 _MIN_DISK_BYTES = 2 << 30  # for Redis's log and a rewrite of it beside it
 _MIN_ENGINE_BYTES = 3 << 30
 """Memory of one CPU engine with the tiny model and 1 GiB of KV cache, as observed, with a margin."""
@@ -36,17 +38,16 @@ def doctor(
     Python, Redis, engine, GPUs, model, ports, disk and memory; exit code 1 when something fails.
     """
     checks = run_checks(data_dir)
-    is_ok = all(check.verdict is not CheckResult.FAIL for check in checks)
+    found = list(checks if as_json else _printed(checks))
+    is_ok = all(check.verdict is not CheckResult.FAIL for check in found)
     if as_json:
-        print(json.dumps({"ok": is_ok, "checks": [asdict(check) for check in checks]}))
-    else:
-        _print(checks)
+        print(json.dumps({"ok": is_ok, "checks": [asdict(check) for check in found]}))
     if not is_ok:
         raise typer.Exit(1)
 
 
-def run_checks(data_dir: Path) -> list[Check]:
-    """All checks for the settings of the environment, in the order of dependence."""
+def run_checks(data_dir: Path) -> Iterator[Check]:
+    """All checks for the settings of the environment, in the order of dependence, each as soon as it is known."""
     from l4queue.cli.engine_checks import engine_checks
     from l4queue.cli.stack.own_models import chosen_model
     from l4queue.config import load_settings
@@ -56,16 +57,14 @@ def run_checks(data_dir: Path) -> list[Check]:
     settings = settings.model_copy(update={"model": chosen_model(settings)})
     build = engine_build()
     view = view_gpus()
-    return [
-        _check_python(),
-        _check_redis_server(),
-        *_check_redis(settings),
-        *_check_broker(settings),
-        *engine_checks(settings, build, view),
-        _check_port("Flower's port", settings.flower_port, "set L4_FLOWER_PORT; `up` takes another by itself"),
-        _check_disk(data_dir),
-        _check_memory(settings, build),
-    ]
+    yield _check_python()
+    yield _check_redis_server()
+    yield from _check_redis(settings)
+    yield from _check_broker(settings)
+    yield from engine_checks(settings, build, view)
+    yield _check_port("Flower's port", settings.flower_port, "set L4_FLOWER_PORT; `up` takes another by itself")
+    yield _check_disk(data_dir)
+    yield _check_memory(settings, build)
 
 
 def _check_python() -> Check:
@@ -221,19 +220,20 @@ def _check_memory(settings: Settings, build: EngineBuild | None) -> Check:
     )
 
 
-def _print(checks: list[Check]) -> None:
+def _printed(checks: Iterable[Check]) -> Iterator[Check]:
+    """The same, each shown as it comes: the engine's takes a while."""
     from rich.console import Console
     from rich.text import Text
 
     colours = {CheckResult.OK: "green", CheckResult.WARN: "yellow", CheckResult.FAIL: "red"}
     console = Console(soft_wrap=True)
-    width = max(len(check.name) for check in checks)
     for check in checks:
         line = Text(f"{check.verdict:<5}", style=colours[check.verdict])
-        line.append(f"{check.name:<{width}}  {check.detail}", style="default")
+        line.append(f"{check.name:<{_NAME_CHARS}}  {check.detail}", style="default")
         console.print(line)
         if check.advice is not None:
-            console.print(Text(f"{'':<{width + 7}}→ {check.advice}"))
+            console.print(Text(f"{'':<{_NAME_CHARS + 7}}→ {check.advice}"))
+        yield check
 
 
 def register(app: typer.Typer) -> None:

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,15 +27,13 @@ print(len(tokenizer), tokenizer.is_fast)
 """
 
 
-def engine_checks(settings: Settings, build: EngineBuild | None, view: GpuView) -> list[Check]:
+def engine_checks(settings: Settings, build: EngineBuild | None, view: GpuView) -> Iterator[Check]:
     """In the order of dependence."""
-    return [
-        _check_engine(settings, build),
-        _check_gpus(settings, build, view),
-        *_check_compiler(settings, build),
-        _check_model(settings),
-        *_check_length(settings),
-    ]
+    yield _check_engine(settings, build)
+    yield _check_gpus(settings, build, view)
+    yield from _check_compiler(settings, build)
+    yield _check_model(settings)
+    yield from _check_length(settings)
 
 
 def _check_engine(settings: Settings, build: EngineBuild | None) -> Check:

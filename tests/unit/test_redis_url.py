@@ -91,7 +91,7 @@ def test_a_password_of_its_own_setting_needs_no_encoding(password: str, url: str
 @pytest.mark.parametrize(
     ("url", "says"),
     [
-        ("", "it begins with no scheme; write redis:// before it"),
+        ("", "it is empty; unset it"),
         ("host:6379", "it begins with no scheme; write redis:// before it"),
         ("://host", "nothing is no scheme"),
         ("http://host", "http is no scheme"),

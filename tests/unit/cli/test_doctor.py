@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -218,3 +219,21 @@ def test_the_model_is_the_one_that_up_would_serve(tmp_path: Path, monkeypatch: p
         assert found("model", tmp_path).detail.startswith(f"{name}")
     monkeypatch.setattr(own_models, "is_smollm2_installed", lambda: True)
     assert "the model holds 8192 tokens" in found("length", tmp_path).detail
+
+
+def test_each_finding_is_shown_as_it_comes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The import of an engine takes up to a minute on a busy machine; what is before it stands there by then."""
+    shown_before = []
+
+    def checked(*_: object) -> Iterator[Check]:
+        shown_before.append(capsys.readouterr().out)
+        yield Check(name="engine", verdict=CheckResult.OK, detail="here")
+
+    monkeypatch.setattr(engine_checks, "engine_checks", checked)
+    cli.main(["doctor"])
+
+    assert [line.split()[1] for line in shown_before[0].splitlines() if not line.startswith(" ")] == [
+        "Python", "redis-server", "Redis",
+    ]  # fmt: skip
