@@ -19,7 +19,7 @@ def devices_of_workers(folder: Path, **options: object) -> list[str]:
     stack = Stack(StackOptions(engine="vllm", data_dir=folder, quiet=True, **options))  # type: ignore[arg-type]
     gpus = stack._check_hardware()
     number = stack.options.workers or len(gpus) // stack.settings.tensor_parallel
-    specs = stack._serving_specs(number, gpus)
+    specs = stack._serving_specs([f"worker-{i}" for i in range(number)], gpus)
     assert all(spec.env["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID" for spec in specs)
     return [spec.env["CUDA_VISIBLE_DEVICES"] for spec in specs]
 
