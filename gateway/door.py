@@ -13,27 +13,25 @@ from http import HTTPStatus
 from typing import Any
 
 from gateway.exchange import CURRENT, Exchange, begin
+from gateway.fields import CHAT, COMPLETIONS, RESPONSES, BodyFields, check_fields
 from gateway.keys import ApiKeys
 from gateway.metrics import DoorMetrics
 from gateway.refusals import HttpRefusal, refusal_of
 from gateway.serving_check import ServingCheck
 from l4queue.client import AsyncClient
-from l4queue.client.arguments import WITHOUT_EFFECT, printable
 from l4queue.errors import InvalidRequest, L4QueueError
 
-__all__ = ("CHAT", "COMPLETIONS", "RESPONSES", "Door", "DoorParts")
+__all__ = ("Door", "DoorParts")
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
-CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 _OPEN = frozenset({"/health", "/metrics"})
 _SERVED = frozenset(
     {CHAT, COMPLETIONS, RESPONSES, "/v1/models", "/tokenize", "/detokenize", "/version", "/openapi.json", *_OPEN}
 )
-_BEAMS = "use_beam_search"
 MAX_BODY_BYTES = 64 * 2**20  # of a request; chosen: four times the longest prompt
 _SSE = b"text/event-stream"
 
@@ -48,7 +46,7 @@ class DoorParts:
     keys: ApiKeys
     serving: ServingCheck
     client: AsyncClient
-    fields: Mapping[str, frozenset[str]]
+    fields: Mapping[str, BodyFields]
     metrics: DoorMetrics
 
 
@@ -88,7 +86,7 @@ class Door:
             try:
                 data = await _read(receive)
                 body = _object_of(data)
-                _check_fields(body, parts.fields[told.path])
+                check_fields(told.path, body, parts.fields[told.path])
                 exchange = begin(told.headers, body, caller=told.caller)
                 await parts.serving.check()
                 await _check_resumed(exchange, told.path, parts.client)
@@ -96,7 +94,7 @@ class Door:
                 await _refuse(send, refusal_of(error))
                 return
             headed = [*scope["headers"]]
-            if "x-request-id" not in told.headers:
+            if "x-request-id" not in told.headers and body.get("request_id") is None:
                 headed.append((b"x-request-id", exchange.base.encode()))
             token = CURRENT.set(exchange)
             try:
@@ -114,14 +112,6 @@ class _Told:
     headers: dict[str, str]
     path: str
     caller: str
-
-
-def _check_fields(body: Mapping[str, Any], known: frozenset[str]) -> None:
-    for name, value in body.items():
-        if name not in known and name not in WITHOUT_EFFECT:
-            raise InvalidRequest("unknown field", field=printable(name))
-        if name == _BEAMS and value:
-            raise InvalidRequest("is not offered by this server", field=name)
 
 
 async def _check_resumed(exchange: Exchange, path: str, client: AsyncClient) -> None:

@@ -29,7 +29,7 @@ from gateway.serving_check import ServingCheck
 from gateway.translate import core_output, options_of
 from l4queue.client import AsyncClient, AsyncHandle
 from l4queue.client.arguments import build_spec
-from l4queue.errors import L4QueueError, RequestFailed
+from l4queue.errors import InvalidRequest, L4QueueError, RequestFailed
 from l4queue.models import RequestSpec
 from l4queue.protocol.records import TokenLogprobs
 
@@ -115,15 +115,28 @@ class QueueEngine(EngineClient):  # type: ignore[misc] # vLLM is untyped here
         """
         exchange = CURRENT.get() or begin({}, {}, caller="")
         numbers = exchange.next_outputs(sampling_params.n or 1)
-        return self._generate(exchange, numbers, prompt, sampling_params, request_id, priority=priority)
+        adapter = getattr(lora_request, "lora_name", "")
+        return self._generate(
+            exchange, numbers, prompt, sampling_params, request_id, priority=priority, adapter=adapter
+        )
 
     async def _generate(
-        self, exchange: Exchange, numbers: range, prompt: Any, params: Any, request_id: str, *, priority: int
+        self,
+        exchange: Exchange,
+        numbers: range,
+        prompt: Any,
+        params: Any,
+        request_id: str,
+        *,
+        priority: int,
+        adapter: str,
     ) -> AsyncGenerator[RequestOutput, None]:
         run: _Run | None = None
         tasks: list[asyncio.Task[None]] = []
         is_over = False
         try:
+            if adapter:
+                raise InvalidRequest(f"the adapter {adapter} is not offered by this server", field="model")
             run = self._prepare(exchange, numbers, prompt, params, request_id, priority=priority)
             await self._enqueue(run)
             for step in range(2):  # what the client has: up to its last event, and what that was made of
@@ -159,6 +172,8 @@ class QueueEngine(EngineClient):  # type: ignore[misc] # vLLM is untyped here
         bare = copy(params)
         bare.structured_outputs = None
         core = self.input_processor.process_inputs(request_id, prompt, bare, _TASKS)
+        if core.prompt_token_ids is None or core.prompt_embeds is not None or core.mm_features:
+            raise InvalidRequest("is not offered beyond text and token ids", field="prompt")
         self.input_processor.assign_request_id(core)
         checked = core.sampling_params
         run = _Run(exchange=exchange, collector=RequestOutputCollector(checked.output_kind, core.request_id))

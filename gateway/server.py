@@ -10,7 +10,8 @@ from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any
 
-from gateway.door import CHAT, COMPLETIONS, RESPONSES, DoorParts
+from gateway.door import DoorParts
+from gateway.fields import CHAT, COMPLETIONS, RESPONSES, fields_of_vllm
 from gateway.keys import ApiKeys, read_keys
 from gateway.metrics import DoorMetrics
 from gateway.serving_check import ServingCheck
@@ -158,12 +159,8 @@ def _door(keys: ApiKeys, serving: ServingCheck, client: AsyncClient) -> DoorPart
     from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 
     kinds = {CHAT: ChatCompletionRequest, COMPLETIONS: CompletionRequest, RESPONSES: ResponsesRequest}
-    fields = {path: _fields(kind) for path, kind in kinds.items()}
+    fields = {path: fields_of_vllm(path, kind) for path, kind in kinds.items()}
     return DoorParts(keys=keys, serving=serving, client=client, fields=fields, metrics=DoorMetrics())
-
-
-def _fields(kind: Any) -> frozenset[str]:
-    return frozenset(kind.model_fields) | {f.alias for f in kind.model_fields.values() if f.alias}
 
 
 def _arguments(settings: Settings, model: str, options: Sequence[str]) -> Namespace:

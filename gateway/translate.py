@@ -69,15 +69,14 @@ def _structured_outputs(given: Any) -> dict[str, Any] | None:
     """The constraint in our words: a JSON object of any kind is a schema, too."""
     if given is None:
         return None
-    for name in ("grammar", "structural_tag", "whitespace_pattern"):
-        if getattr(given, name) is not None:
+    for name in ("whitespace_pattern", "disable_any_whitespace", "disable_additional_properties"):
+        if getattr(given, name):  # vLLM accepts them, and its engine does not heed them
             raise InvalidRequest("is not offered by this server", field=f"structured_outputs.{name}")
-    for name in ("disable_any_whitespace", "disable_additional_properties"):
-        if getattr(given, name):
-            raise InvalidRequest("is not offered by this server", field=f"structured_outputs.{name}")
+    if given.json_object is False:
+        raise InvalidRequest("must be true if set", field="structured_outputs.json_object")
     if given.json_object:
         return {"json": {"type": "object"}}
-    for name in ("json", "regex", "choice"):
+    for name in ("json", "regex", "choice", "grammar", "structural_tag"):
         if getattr(given, name) is not None:
             return {name: getattr(given, name)}
     return None

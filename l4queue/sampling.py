@@ -48,7 +48,7 @@ NOT_OFFERED: Mapping[str, str] = MappingProxyType(
 )
 """Well-known parameters of other interfaces that are refused, with what to do instead."""
 MAX_SCHEMA_CHARS = 65_536
-"""Longest JSON schema accepted, characters of its JSON. The dispatcher bounds the time to compile it."""
+"""Longest JSON schema, grammar or structural tag, characters. The dispatcher bounds the time to compile it."""
 DEFAULT_MAX_TOKENS = 256
 """Meaning of a stored body without `max_tokens`: the earlier release leaves its default out. Admission, too,
 counts it as the output of a request without `max_tokens`."""
@@ -98,10 +98,10 @@ class Strict(BaseModel):
 
 
 class StructuredOutputs(Strict):
-    """Form that the output must have: exactly one of a JSON schema, a regular expression, a list of texts.
+    """Form that the output must have: exactly one constraint.
 
-    A subset of vLLM's `StructuredOutputsParams`, under its names. What kinds of schema and expression work is
-    for the engine to say, before it computes anything.
+    The kinds are those of vLLM's `StructuredOutputsParams`, under its names. Which schemas, expressions and
+    grammars work is for the engine to say, before it computes anything.
     """
 
     model_config = ConfigDict(validate_by_name=True, validate_by_alias=True, serialize_by_alias=True)
@@ -115,6 +115,13 @@ class StructuredOutputs(Strict):
     choice: Annotated[tuple[Annotated[str, _bounded(1, 1000)], ...] | None, LIST_AS_TUPLE] = Field(
         default=None, min_length=1, max_length=1000, description="one of these"
     )
+    grammar: str | None = Field(
+        default=None, min_length=1, max_length=MAX_SCHEMA_CHARS, description="the whole output is derived from it"
+    )
+    structural_tag: str | None = Field(
+        default=None,
+        description=f"free text with constrained parts, object or text: at most {MAX_SCHEMA_CHARS} characters",
+    )
 
     @field_validator("choice")
     @classmethod
@@ -126,11 +133,12 @@ class StructuredOutputs(Strict):
             check_text(text)
         return value
 
-    @field_validator("regex")
+    @field_validator("regex", "grammar")
     @classmethod
-    def _regex_is_text(cls, value: str | None) -> str | None:
+    def _is_text(cls, value: str | None) -> str | None:
         if value is not None:
             _check_has_no_nul(value)
+            check_text(value)
         return value
 
     @field_validator("json_schema", mode="before")
@@ -140,15 +148,33 @@ class StructuredOutputs(Strict):
             return None
         if not isinstance(value, dict | str):
             raise ValueError("must be a JSON object, or its text")
-        _check_schema(value)
+        _check_schema(value, "a JSON schema")
         return value
+
+    @field_validator("structural_tag", mode="before")
+    @classmethod
+    def _tag_is_the_text_of_an_object(cls, value: object) -> object:
+        if value is None:
+            return None
+        if not isinstance(value, dict | str):
+            raise ValueError("must be a JSON object, or its text")
+        _check_schema(value, "a structural tag")
+        return json.dumps(value) if isinstance(value, dict) else value
 
     @model_validator(mode="after")
     def _one_kind(self) -> StructuredOutputs:
-        given = [name for name in ("json_schema", "regex", "choice") if getattr(self, name) is not None]
-        if len(given) != 1:
-            raise ValueError("give exactly one of json, regex, choice")
+        if sum(getattr(self, name) is not None for name in type(self).model_fields) != 1:
+            raise ValueError("give exactly one of json, regex, choice, grammar, structural_tag")
         return self
+
+    @property
+    def kind(self) -> str:
+        """The name of the constraint that is given, as its user writes it."""
+        return next(
+            field.alias or name
+            for name, field in type(self).model_fields.items()
+            if getattr(self, name) is not None
+        )
 
 
 class SamplingParams(Strict):
@@ -261,7 +287,7 @@ class SamplingParams(Strict):
         )
 
 
-def _check_schema(value: dict[Any, Any] | str) -> None:
+def _check_schema(value: dict[Any, Any] | str, what: str) -> None:
     """ValueError unless it is an object, or the text of one, that every reader of JSON understands alike."""
     try:
         if isinstance(value, str) and len(value) > MAX_SCHEMA_CHARS:
@@ -269,9 +295,9 @@ def _check_schema(value: dict[Any, Any] | str) -> None:
         schema = read_json(value) if isinstance(value, str) else value
         check_json(schema, max_bytes=4 * MAX_SCHEMA_CHARS)
     except JsonError as error:
-        raise ValueError(f"cannot be a JSON schema: {error}") from None
+        raise ValueError(f"cannot be {what}: {error}") from None
     if not isinstance(schema, dict):
-        raise ValueError("must be a JSON object: a schema")
+        raise ValueError(f"must be a JSON object: {what}")
     if isinstance(value, dict) and len(json.dumps(value)) > MAX_SCHEMA_CHARS:
         raise ValueError(f"has more than {MAX_SCHEMA_CHARS} characters as JSON")
     for text in values_of(schema):

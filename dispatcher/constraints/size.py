@@ -14,7 +14,7 @@ __all__ = ("MAX_SIZE", "constraint_size")
 MAX_SIZE = 100_000
 """Most parts of a constraint. xgrammar compiles this number in about 4 s on one core."""
 _REPETITION = re.compile(r"\{(\d+)?(,)?(\d+)?\}")
-_BOUNDS = ("minItems", "maxItems", "minProperties", "maxProperties")
+_BOUNDS = ("minItems", "maxItems", "minProperties", "maxProperties", "min", "max")
 
 
 def constraint_size(given: StructuredOutputs) -> int:
@@ -23,7 +23,9 @@ def constraint_size(given: StructuredOutputs) -> int:
         return _regex_size(given.regex)
     if given.choice is not None:
         return sum(map(len, given.choice))
-    schema = given.json_schema
+    if given.grammar is not None:
+        return _regex_size(given.grammar)
+    schema = given.structural_tag if given.json_schema is None else given.json_schema
     return _schema_size(json.loads(schema) if isinstance(schema, str) else schema)
 
 
@@ -37,9 +39,9 @@ def _schema_size(node: JsonValue) -> int:
     properties = node.get("properties")
     if isinstance(properties, dict):  # any of them may be left out: a way from each to each
         size += len(properties) ** 2 // 2
-    pattern = node.get("pattern")
-    if isinstance(pattern, str):
-        size += _regex_size(pattern)
+    for name in ("pattern", "grammar"):  # the latter in structural tags
+        if isinstance(pattern := node.get(name), str):
+            size += _regex_size(pattern)
     patterns = node.get("patternProperties")
     if isinstance(patterns, dict):
         size += sum(map(_regex_size, patterns))

@@ -37,8 +37,7 @@ def read_body(data: bytes) -> RequestBody | Refusal:
 
 def field_of(given: StructuredOutputs) -> str:
     """The name of a constraint as its user wrote it."""
-    kinds = {"json": given.json_schema, "regex": given.regex, "choice": given.choice}
-    return "structured_outputs." + next(name for name, value in kinds.items() if value is not None)
+    return f"structured_outputs.{given.kind}"
 
 
 def fit(

@@ -140,8 +140,10 @@ def _plain_message(message: Mapping[str, Any]) -> dict[str, Any]:
 def _refusal(error: ValidationError) -> InvalidRequest:
     """The first of the errors, by the names of the caller."""
     first = error.errors(include_url=False, include_input=False)[0]
-    location = ".".join(str(part) for part in first["loc"] if part != "[key]") or "request"
     told = "must be a list" if first["type"] == "tuple_type" else first["msg"].removeprefix("Value error, ")
+    subject = told.partition(" ")[0]  # of what several fields say together
+    location = ".".join(str(part) for part in first["loc"] if part != "[key]")
+    location = location or (subject if subject in _KNOWN else "request")
     return InvalidRequest(told, field=printable(location))
 
 

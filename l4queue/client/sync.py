@@ -112,7 +112,7 @@ class Client:
         | `presence_penalty`, `frequency_penalty` | -2 to 2 | 0 |
         | `repetition_penalty` | above 0 | 1 |
         | `logprobs` | 0 to 20 others beside each token | none |
-        | `structured_outputs` | one of `json`, `regex`, `choice` | none |
+        | `structured_outputs` | one of `json`, `regex`, `choice`, `grammar`, `structural_tag` | none |
         | `logit_bias` | -100 to 100 by token id | none |
         | `allowed_token_ids`, `bad_words` | token ids; up to 256 texts | all, none |
         | `skip_special_tokens` | True, False | True |

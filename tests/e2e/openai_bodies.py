@@ -27,6 +27,11 @@ _WEATHER = {
         "parameters": {"type": "object", "properties": {"city": {"enum": ["Rome", "Oslo"]}}, "required": ["city"]},
     },
 }
+_STRICT = {"type": "function", "function": {**_WEATHER["function"], "strict": True}}
+_TAG = {
+    "type": "structural_tag",
+    "format": {"type": "tag", "begin": "<a>", "content": {"type": "regex", "pattern": "[ab]{3}"}, "end": "</a>"},
+}
 _HISTORY = [
     {"role": "user", "content": "How is the weather in Rome?"},
     {
@@ -64,6 +69,8 @@ BODIES: Mapping[str, tuple[str, dict[str, Any]]] = {
     "bad words": _prompted(bad_words=["eval"]),
     "penalty": _prompted(repetition_penalty=1.3),
     "regex": _prompted(structured_outputs={"regex": "[ab]{3}"}),
+    "grammar": _prompted(structured_outputs={"grammar": 'root ::= "yes" | "no" [0-9]{2}'}),
+    "structural tag": _prompted(structured_outputs={"structural_tag": json.dumps(_TAG)}, max_tokens=30),
     "chat": _chatted(),
     "chat with logprobs": _chatted(logprobs=True, top_logprobs=2, n=2, seed=3, temperature=1.0),
     "chat without a length": _chatted(
@@ -79,6 +86,21 @@ BODIES: Mapping[str, tuple[str, dict[str, Any]]] = {
     ),
     "tool history": _chatted(messages=_HISTORY),
     "tools": _chatted(tools=[_WEATHER]),
+    "tool required": _chatted(tools=[_STRICT], tool_choice="required", max_tokens=80),
+    "tool by name": _chatted(
+        tools=[_STRICT], tool_choice={"type": "function", "function": {"name": "weather"}}, max_tokens=80
+    ),
+    "tool that is strict": _chatted(tools=[_STRICT]),
+    "tag as a format": _chatted(response_format=_TAG, max_tokens=30),
+    "tool of a response": (
+        RESPONSES,
+        {
+            "input": "Weather?",
+            "max_output_tokens": 80,
+            "tools": [{"type": "function", **_STRICT["function"]}],
+            "tool_choice": "required",
+        },
+    ),
     "response": (RESPONSES, {"input": "The return statement", "max_output_tokens": 8}),
 }
 """Requests by what they are about: (path, body). Greedy but for those with a seed."""

@@ -75,7 +75,12 @@ def test_a_constraint_pins_and_travels_as_it_was_given(given: dict[str, Any]) ->
         ({"json": "[]"}, "must be a JSON object"),
         ({"json": json.dumps("x" * MAX_SCHEMA_CHARS)}, "at most 65536"),
         ({"json": nested(66)}, "deeper than 64"),
-        ({"grammar": "root ::= 'a'"}, "not permitted"),
+        ({"grammar": ""}, "at least 1"),
+        ({"grammar": "a" * (MAX_SCHEMA_CHARS + 1)}, "at most 65536"),
+        ({"grammar": "root ::= 'a'", "regex": "a"}, "exactly one"),
+        ({"structural_tag": "[]"}, "must be a JSON object"),
+        ({"structural_tag": {"a": "x" * MAX_SCHEMA_CHARS}}, "65536"),
+        ({"json_object": True}, "not permitted"),
     ],
 )
 def test_a_constraint_that_cannot_be_one_is_refused(given: dict[str, Any], words: str) -> None:

@@ -14,6 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from gateway.translate import options_of
+from l4queue.client.arguments import build_spec
 from l4queue.errors import ConfigError
 from l4queue.models import SamplingParams
 from tests.unit.test_model_config import CONFIGS, write
@@ -246,3 +248,79 @@ def test_wrong_options_and_those_that_l4queue_owns_are_named(line: str, says: st
     """In one error, without the page of vLLM's usage."""
     with pytest.raises(ConfigError, match=f"^L4_VLLM_ARGS: {re.escape(says)}"):
         engine_options(line)
+
+
+def _short(**bounds: int) -> Any:
+    return st.text(alphabet="abc <é", min_size=1, max_size=4) if not bounds else st.integers(**bounds)
+
+
+OFFERED = st.fixed_dictionaries(
+    {"max_tokens": _short(min_value=1, max_value=64)},
+    optional={
+        "min_tokens": st.integers(0, 70),
+        "temperature": st.floats(0.0, 2.0),
+        "top_p": st.floats(0.0, 1.0),
+        "top_k": st.integers(-1, 100),
+        "min_p": st.floats(0.0, 1.0),
+        "seed": st.none() | st.integers(-1, 2**63 - 1),
+        "presence_penalty": st.floats(-2.0, 2.0),
+        "frequency_penalty": st.floats(-2.0, 2.0),
+        "repetition_penalty": st.floats(0.0, 2.0),
+        "stop": st.none() | _short() | st.lists(_short(), max_size=16),
+        "stop_token_ids": st.none() | st.lists(_short(min_value=0, max_value=8191), max_size=64),
+        "logprobs": st.none() | st.integers(0, 20),
+        "ignore_eos": st.booleans(),
+        "skip_special_tokens": st.booleans(),
+        "logit_bias": st.none() | st.dictionaries(st.integers(0, 8191), st.floats(-100.0, 100.0), max_size=5),
+        "allowed_token_ids": st.none() | st.lists(st.integers(0, 8191), min_size=1, max_size=5),
+        "bad_words": st.none() | st.lists(_short(), max_size=5),
+    },
+)
+PASSED_ON = (*GRID.keys() - {"stop", "skip_special_tokens", "top_k", "seed", "logprobs"},)
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(values=OFFERED)
+def test_what_the_gateway_takes_from_vllm_comes_to_vllm_again(values: dict[str, Any]) -> None:
+    """Through the gateway, the wire and a worker: accepted where vLLM accepts it, and the same."""
+    from vllm import SamplingParams as VllmParams
+
+    if not vllm_accepts(values):
+        assert ours(values) is None
+        return
+    asked = VllmParams(**values)
+    stored = build_spec(token_ids=[1], **options_of(asked)).params
+    computed = translated(SamplingParams.model_validate_json(stored.model_dump_json()))
+    for name in PASSED_ON:
+        assert (getattr(computed, name) or None) == (getattr(asked, name) or None), name
+    assert max(0, computed.top_k) == max(0, asked.top_k)
+    assert (computed.seed, computed.logprobs) == (asked.seed, asked.logprobs)
+    assert (list(stored.stop), stored.skip_special_tokens) == (asked.stop, asked.skip_special_tokens)
+
+
+OBJECTS = ("{}", '{"type": "object"}')
+TEXTS = ("[ab]", "root ::= [ab]", *OBJECTS)
+LISTS: tuple[list[str], ...] = (["a"], ["a", "b"])
+FITTING: dict[str, tuple[Any, ...]] = {
+    "json": OBJECTS,
+    "regex": TEXTS,
+    "choice": LISTS,
+    "grammar": TEXTS,
+    "structural_tag": OBJECTS,
+}
+"""Values of each kind; vLLM's class takes all of them, its compilers refuse some."""
+VALUES = st.sampled_from((*TEXTS, "", "a\0", *LISTS, [], None))
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(given_=st.dictionaries(st.sampled_from(tuple(FITTING)), VALUES, max_size=2))
+def test_a_constraint_is_taken_where_vllm_takes_it(given_: dict[str, Any]) -> None:
+    """One kind, with a value of that kind; the worker gives it on as it is."""
+    from vllm.sampling_params import StructuredOutputsParams
+
+    told = {name: value for name, value in given_.items() if value is not None}
+    is_one = len(told) == 1 and all(value in FITTING[name] for name, value in told.items())
+    accepted = ours({"structured_outputs": given_})
+    assert (accepted is not None) == is_one
+    if accepted is not None:
+        assert translated(accepted).structured_outputs == StructuredOutputsParams(**told)

@@ -225,8 +225,11 @@ def _response_format(body: Mapping[str, Any]) -> dict[str, Any]:
         raise InvalidRequest("says what structured_outputs says; leave one out", field=field)
     if kind == "json_object":
         return {"structured_outputs": _ANY_OBJECT}
+    if kind == "structural_tag":
+        return {"structured_outputs": {"structural_tag": given}}
     if kind != "json_schema":
-        raise InvalidRequest("must have a type: text, json_object or json_schema", field=field)
+        told = "must have a type: text, json_object, json_schema or structural_tag"
+        raise InvalidRequest(told, field=field)
     named = given.get("json_schema")
     schema = named.get("schema") if isinstance(named, dict) else None
     if not isinstance(schema, dict):

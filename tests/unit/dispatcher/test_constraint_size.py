@@ -31,6 +31,15 @@ def of(num_properties: int, schema: dict[str, Any]) -> dict[str, Any]:
         {"regex": "((a{0,100}){0,100}){0,100}"},
         {"regex": "((((((((((a{9}){9}){9}){9}){9}){9}){9}){9}){9}){9})"},
         {"regex": "(a|b){1000000}"},
+        {"grammar": "root ::= ((a{0,100}){0,100}){0,100}"},
+        {"structural_tag": {"format": {"type": "regex", "pattern": "(a|b){1000000}"}}},
+        {"structural_tag": {"format": {"type": "grammar", "grammar": "root ::= [ab]{1000000}"}}},
+        {"structural_tag": {"format": {"content": {"json_schema": of(2100, {"type": "string"})}}}},
+        {
+            "structural_tag": {
+                "format": {"type": "repeat", "min": 0, "max": 10**9, "content": {"type": "any_text"}}
+            }
+        },
     ],
 )
 def test_what_takes_long_is_too_large(kind: dict[str, Any]) -> None:
@@ -47,6 +56,8 @@ def test_what_takes_long_is_too_large(kind: dict[str, Any]) -> None:
         {"choice": [f"label {i}" for i in range(1000)]},
         {"regex": r"[\]{9}]{3}\{9999999\}"},
         {"regex": "{,}a{}b{"},
+        {"grammar": 'root ::= [0-9]{8} ("-" [0-9]{4}){3} "-" [0-9]{12}'},
+        {"structural_tag": {"format": {"tags": [{"begin": "<call>", "content": of(100, {}), "end": "</call>"}]}}},
     ],
 )
 def test_usual_constraints_are_not(kind: dict[str, Any]) -> None:

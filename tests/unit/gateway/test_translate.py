@@ -66,6 +66,8 @@ def test_defaults_ask_for_nothing() -> None:
         ({"json": '{"type": "object"}'}, {"json": '{"type": "object"}'}),
         ({"regex": "[ab]"}, {"regex": "[ab]"}),
         ({"choice": ["a", "b"]}, {"choice": ["a", "b"]}),
+        ({"grammar": "root ::= [ab]"}, {"grammar": "root ::= [ab]"}),
+        ({"structural_tag": "{}"}, {"structural_tag": "{}"}),
     ],
 )
 def test_constraints_are_ours(constraint: dict[str, Any], stored: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from workers.engine.base import EngineRequest
 __all__ = ("rehearsals",)
 
 _SCHEMA = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}
+_TAG = {"type": "structural_tag", "format": {"type": "json_schema", "json_schema": _SCHEMA}}
 _KINDS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("logprobs", {"logprobs": 1}),
     ("greedy", {"temperature": 0.0}),
@@ -23,6 +24,8 @@ _KINDS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("json", {"structured_outputs": {"json": _SCHEMA}}),
     ("regex", {"structured_outputs": {"regex": "[ab]{1,9}"}}),
     ("choice", {"structured_outputs": {"choice": ["yes", "no"]}}),
+    ("grammar", {"structured_outputs": {"grammar": 'root ::= "yes" | "no"'}}),
+    ("tag", {"structured_outputs": {"structural_tag": _TAG}}),
     ("more-logprobs", {"logprobs": 5, "ignore_eos": True}),
 )
 _TOKENS = 2  # a step of prefill and one of generation

@@ -62,8 +62,13 @@ def _structured_outputs(given: StructuredOutputs | None) -> Any:
         return None
     from vllm.sampling_params import StructuredOutputsParams
 
-    choice = None if given.choice is None else list(given.choice)
-    return StructuredOutputsParams(json=given.json_schema, regex=given.regex, choice=choice)
+    return StructuredOutputsParams(
+        json=given.json_schema,
+        regex=given.regex,
+        choice=None if given.choice is None else list(given.choice),
+        grammar=given.grammar,
+        structural_tag=given.structural_tag,
+    )
 
 
 def failed(request_id: str, why: str, *, field: str) -> EngineOutput:

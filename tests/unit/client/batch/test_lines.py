@@ -68,6 +68,7 @@ def test_what_http_ignores_is_ignored_here_too() -> None:
     assert line.spec.params == SamplingParams(max_tokens=5)
 
 
+TAG = {"type": "structural_tag", "format": {"type": "const_string", "value": "a"}}
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 
 
@@ -81,6 +82,7 @@ SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "require
             {"type": "json_schema", "json_schema": {"name": "c", "strict": True, "schema": SCHEMA}},
             {"json": SCHEMA},
         ),
+        (TAG, {"structural_tag": TAG}),
     ],
 )
 def test_a_response_format_is_a_constraint(given: Any, constraint: Any) -> None:

@@ -1,0 +1,137 @@
+"""Fields of OpenAI's bodies: which are served, and a refusal that names any other one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from l4queue.client.arguments import WITHOUT_EFFECT, printable
+from l4queue.errors import InvalidRequest
+
+__all__ = ("CHAT", "COMPLETIONS", "RESPONSES", "SERVED", "BodyFields", "check_fields", "fields_of_vllm")
+
+CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
+
+
+def _names(words: str) -> frozenset[str]:
+    return frozenset(words.split())
+
+
+_SAMPLING = _names(
+    "frequency_penalty ignore_eos include_stop_str_in_output logit_bias min_p presence_penalty priority "
+    "repetition_penalty request_id seed skip_special_tokens stop stop_token_ids stream structured_outputs "
+    "temperature top_k top_p"
+)
+_TEXT = _SAMPLING | _names(
+    "add_special_tokens allowed_token_ids bad_words logprobs max_tokens min_tokens model n response_format "
+    "return_token_ids return_token_offsets return_tokens_as_token_ids spaces_between_special_tokens "
+    "stream_interval stream_options truncate_prompt_tokens truncation_side"
+)
+SERVED: Mapping[str, frozenset[str]] = {
+    COMPLETIONS: _TEXT | {"echo", "prompt", "suffix"},
+    CHAT: _TEXT
+    | _names(
+        "add_generation_prompt chat_template chat_template_kwargs continue_final_message documents "
+        "include_reasoning max_completion_tokens media_io_kwargs messages mm_processor_kwargs "
+        "parallel_tool_calls reasoning_effort return_prompt_text tool_choice tools top_logprobs"
+    ),
+    RESPONSES: _SAMPLING
+    | _names(
+        "chat_template_kwargs enable_response_messages include include_reasoning input instructions "
+        "max_output_tokens media_io_kwargs mm_processor_kwargs model parallel_tool_calls reasoning text "
+        "tool_choice tools top_logprobs truncation"
+    ),
+}
+"""Fields that the gateway heeds, or that vLLM's server refuses by itself where it cannot."""
+_IGNORED = WITHOUT_EFFECT | {"session_id"}  # the latter says which requests share a cache
+_IDLE: Mapping[str, Any] = {
+    "audio": None,
+    "best_of": 1,
+    "conversation": None,
+    "function_call": "none",
+    "functions": None,
+    "modalities": ["text"],
+    "prediction": None,
+    "verbosity": "medium",
+}
+"""Fields of OpenAI's that vLLM does not know, with the value that asks for nothing."""
+_EMPTY: tuple[object, ...] = (None, False, "", [], {})
+_PARTS: Mapping[str, frozenset[str]] = {
+    "stream_options": frozenset({"include_usage", "continuous_usage_stats", "include_obfuscation"}),
+    "structured_outputs": _names(
+        "choice disable_additional_properties disable_any_whitespace grammar json json_object regex "
+        "structural_tag whitespace_pattern"
+    ),
+}
+"""Names within fields, where a misspelt one would be left out in silence."""
+_INCLUDED = ("message.output_text.logprobs", "reasoning.encrypted_content")
+"""The latter asks for reasoning in a closed form: the answer has it in the open."""
+_TOOL_TYPES = ("function", "custom")
+_NOT_OFFERED = "is not offered by this server"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BodyFields:
+    """Fields of one path's body: those that are served, and the defaults of all others that vLLM knows."""
+
+    served: frozenset[str]
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+
+def fields_of_vllm(path: str, kind: Any) -> BodyFields:
+    """Of the pydantic model that vLLM's server reads a body with."""
+    defaults = {
+        name: told.default
+        for attribute, told in kind.model_fields.items()
+        for name in (attribute, told.alias)
+        if name is not None
+    }
+    return BodyFields(served=SERVED[path], defaults=defaults)
+
+
+def check_fields(path: str, body: Mapping[str, Any], known: BodyFields) -> None:
+    """InvalidRequest names the first field that would be left out, unless it asks for nothing."""
+    for name, value in body.items():
+        if name in known.served or name in _IGNORED:
+            continue
+        idle = _IDLE.get(name, known.defaults.get(name))
+        if name not in known.defaults and name not in _IDLE:
+            raise InvalidRequest("unknown field", field=printable(name))
+        if value not in _EMPTY and value != idle:
+            raise InvalidRequest(_NOT_OFFERED, field=name)
+    for name, parts in _PARTS.items():
+        given = body.get(name)
+        for part in given if isinstance(given, dict) else ():
+            if part not in parts:
+                raise InvalidRequest("unknown field", field=printable(f"{name}.{part}"))
+    if path in _CHECKS:
+        _CHECKS[path](body)
+
+
+def _check_completion(body: Mapping[str, Any]) -> None:
+    if body.get("echo") and body.get("logprobs") is not None:
+        raise InvalidRequest(f"{_NOT_OFFERED} together with logprobs: a prompt has none", field="echo")
+
+
+def _check_response(body: Mapping[str, Any]) -> None:
+    for value in _listed(body.get("include")):
+        if value not in _INCLUDED:
+            raise InvalidRequest(f"{_NOT_OFFERED}: {printable(str(value))}", field="include")
+    for index, tool in enumerate(_listed(body.get("tools"))):
+        kind = tool.get("type") if isinstance(tool, dict) else None
+        if isinstance(kind, str) and kind not in _TOOL_TYPES:
+            raise InvalidRequest(f"{_NOT_OFFERED}: {printable(kind)}", field=f"tools.{index}.type")
+    text = body.get("text")
+    if isinstance(text, dict) and text.get("verbosity") not in (None, "medium"):
+        raise InvalidRequest(_NOT_OFFERED, field="text.verbosity")
+
+
+def _listed(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+_CHECKS: Mapping[str, Callable[[Mapping[str, Any]], None]] = {
+    COMPLETIONS: _check_completion,
+    RESPONSES: _check_response,
+}
