@@ -69,14 +69,14 @@ class Door:
         if scope["type"] != "http" or not _is_served(path):
             refusal = HttpRefusal(status=HTTPStatus.NOT_FOUND, message=f"{path} is not served")
         elif caller is None:
-            refusal = HttpRefusal(
-                status=HTTPStatus.UNAUTHORIZED, message="send a known key: Authorization: Bearer KEY"
-            )
+            told = "send a known key that has not expired: Authorization: Bearer KEY"
+            refusal = HttpRefusal(status=HTTPStatus.UNAUTHORIZED, message=told)
+            parts.metrics.refused(caller="", reason=refusal.reason)
         if refusal is not None:
             await (_refuse(send, refusal) if scope["type"] == "http" else send({"type": "websocket.close"}))
         elif scope["method"] == "POST" and path in parts.fields:
-            told = _Told(headers=headers, path=path, caller=caller or "")
-            await self._generate(parts, told, scope, receive, send)
+            asked = _Told(headers=headers, path=path, caller=caller or "")
+            await self._generate(parts, asked, scope, receive, send)
         else:
             await self._app(scope, receive, send)
 
@@ -87,7 +87,7 @@ class Door:
                 data = await _read(receive)
                 body = _object_of(data)
                 check_fields(told.path, body, parts.fields[told.path])
-                exchange = begin(told.headers, body, caller=told.caller)
+                exchange = measured.exchange = begin(told.headers, body, caller=told.caller)
                 await parts.serving.check()
                 await _check_resumed(exchange, told.path, parts.client)
             except L4QueueError as error:
@@ -102,7 +102,7 @@ class Door:
                 await self._app({**scope, "headers": headed}, _again(data, receive), answer.send)
             finally:
                 CURRENT.reset(token)
-                measured.generated(sum(tokens for tokens, _ in exchange.places.values()))
+                measured.ended()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +160,8 @@ class _Answer:
 
     def _headers(self) -> list[tuple[bytes, bytes]]:
         ids = ",".join(self._exchange.request_ids[number] for number in sorted(self._exchange.request_ids))
-        return [(b"x-l4-request-id", ids.encode())] if ids else []
+        told = [(b"x-l4-request-id", ids.encode())] if ids else []
+        return told + [(name.encode(), value.encode()) for name, value in self._exchange.limit_headers.items()]
 
 
 def _is_served(path: str) -> bool:

@@ -24,6 +24,7 @@ from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollec
 from vllm.v1.engine.parallel_sampling import ParentRequest
 
 from gateway.exchange import CURRENT, Exchange, begin
+from gateway.limits import Limiter
 from gateway.refusals import HttpRefusal, refusal_of
 from gateway.serving_check import ServingCheck
 from gateway.translate import core_output, options_of
@@ -62,7 +63,7 @@ class _Run:
 class QueueEngine(EngineClient):  # type: ignore[misc] # vLLM is untyped here
     """The queue as vLLM's server sees an engine. Belongs to one event loop."""
 
-    def __init__(self, config: Any, client: AsyncClient, serving: ServingCheck) -> None:
+    def __init__(self, config: Any, client: AsyncClient, serving: ServingCheck, limiter: Limiter) -> None:
         self.vllm_config = config
         self.model_config = config.model_config
         self.renderer = renderer_from_config(config)
@@ -70,6 +71,7 @@ class QueueEngine(EngineClient):  # type: ignore[misc] # vLLM is untyped here
         self._outputs = OutputProcessor(self.renderer.tokenizer, log_stats=False)
         self._client = client
         self._serving = serving
+        self._limiter = limiter
         self._is_stopping = False
         self._errands: set[asyncio.Task[None]] = set()
 
@@ -138,6 +140,7 @@ class QueueEngine(EngineClient):  # type: ignore[misc] # vLLM is untyped here
             if adapter:
                 raise InvalidRequest(f"the adapter {adapter} is not offered by this server", field="model")
             run = self._prepare(exchange, numbers, prompt, params, request_id, priority=priority)
+            await self._limiter.charge(exchange, {output.number: output.spec for output in run.outputs})
             await self._enqueue(run)
             for step in range(2):  # what the client has: up to its last event, and what that was made of
                 await self._replay(run, step)
@@ -164,6 +167,8 @@ class QueueEngine(EngineClient):  # type: ignore[misc] # vLLM is untyped here
                     task.cancel()
                 if run is not None:
                     self._abandon(run)
+            if exchange.charged and (is_over or run is None or not self._outlives_its_reader(run)):
+                self._errand(self._limiter.settle(exchange, numbers))
 
     def _prepare(
         self, exchange: Exchange, numbers: range, prompt: Any, params: Any, request_id: str, *, priority: int
@@ -174,6 +179,7 @@ class QueueEngine(EngineClient):  # type: ignore[misc] # vLLM is untyped here
         core = self.input_processor.process_inputs(request_id, prompt, bare, _TASKS)
         if core.prompt_token_ids is None or core.prompt_embeds is not None or core.mm_features:
             raise InvalidRequest("is not offered beyond text and token ids", field="prompt")
+        exchange.num_prompt_tokens += len(core.prompt_token_ids)
         self.input_processor.assign_request_id(core)
         checked = core.sampling_params
         run = _Run(exchange=exchange, collector=RequestOutputCollector(checked.output_kind, core.request_id))

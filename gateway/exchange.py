@@ -65,7 +65,8 @@ class Exchange:
 
     `base` is the id of its first request in the queue; further ones add a number. `after` is the position from
     which a stream goes on. `places` grows with the output that was given to the server, `num_taken` counts the
-    outputs that it has taken to their end, `num_events` what it said since either changed.
+    outputs that it has taken to their end, `num_events` what it said since either changed. `charged` has the
+    prompt tokens of each output that counts against a limit, `limit_headers` what is told of it.
     """
 
     base: str
@@ -84,6 +85,10 @@ class Exchange:
     num_taken: int = 0
     num_events: int = 0
     refusal: HttpRefusal | None = None
+    num_prompt_tokens: int = 0
+    is_counted: bool = False
+    charged: dict[int, int] = field(default_factory=dict)
+    limit_headers: dict[str, str] = field(default_factory=dict)
 
     def next_outputs(self, count: int) -> range:
         """Numbers for `count` further outputs of this exchange."""

@@ -5,9 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from contextlib import contextmanager
+from http import HTTPStatus
 from typing import Any
 
 from prometheus_client import Counter, Gauge, Histogram
+
+from gateway.exchange import Exchange
+from gateway.refusals import reason_of
 
 __all__ = ("DoorMetrics",)
 
@@ -23,7 +27,9 @@ class DoorMetrics:
         self._requests = Counter(
             "l4queue_http_requests", "Answers that began, by status", ("path", "status", "caller")
         )
+        self._prompts = Counter("l4queue_http_prompt_tokens", "Tokens of callers' prompts", ("caller",))
         self._tokens = Counter("l4queue_http_output_tokens", "Tokens generated for callers", ("caller",))
+        self._refused = Counter("l4queue_http_refusals", "Answers that were errors, by why", ("caller", "reason"))
         self._open = Gauge("l4queue_http_open_requests", "Requests that are being answered")
         self._first = Histogram(
             "l4queue_http_first_byte_seconds",
@@ -45,17 +51,23 @@ class DoorMetrics:
         self._requests.labels(path=path, status=str(status), caller=caller).inc()
         self._first.observe(after_s)
 
-    def generated(self, *, caller: str, num_tokens: int) -> None:
+    def used(self, *, caller: str, prompt_tokens: int, output_tokens: int) -> None:
         """Count tokens."""
-        self._tokens.labels(caller=caller).inc(num_tokens)
+        self._prompts.labels(caller=caller).inc(prompt_tokens)
+        self._tokens.labels(caller=caller).inc(output_tokens)
+
+    def refused(self, *, caller: str, reason: str) -> None:
+        """Count a refusal."""
+        self._refused.labels(caller=caller, reason=reason).inc()
 
 
 class _Measured:
-    """One exchange as it is measured."""
+    """One exchange as it is measured; `exchange` is what it asks for, once that is known."""
 
     def __init__(self, metrics: DoorMetrics, *, path: str, caller: str) -> None:
         self._metrics, self._path, self._caller = metrics, path, caller
         self._begun_s = time.monotonic()
+        self.exchange: Exchange | None = None
 
     def watched(self, send: Send) -> Send:
         """The same `send`, which notes when and how the answer begins."""
@@ -65,10 +77,20 @@ class _Measured:
                 after_s = time.monotonic() - self._begun_s
                 status = int(message["status"])
                 self._metrics.began(path=self._path, caller=self._caller, status=status, after_s=after_s)
+                if status >= HTTPStatus.BAD_REQUEST:
+                    known = self.exchange and self.exchange.refusal
+                    reason = known.reason if known else reason_of(status)
+                    self._metrics.refused(caller=self._caller, reason=reason)
             await send(message)
 
         return watching
 
-    def generated(self, num_tokens: int) -> None:
-        """Note the tokens of the answer."""
-        self._metrics.generated(caller=self._caller, num_tokens=num_tokens)
+    def ended(self) -> None:
+        """Note the tokens of prompts and answer."""
+        if self.exchange is not None:
+            output_tokens = sum(tokens for tokens, _ in self.exchange.places.values())
+            self._metrics.used(
+                caller=self._caller,
+                prompt_tokens=self.exchange.num_prompt_tokens,
+                output_tokens=output_tokens,
+            )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
 from math import ceil
@@ -20,30 +21,39 @@ from l4queue.errors import (
     UnknownRequest,
 )
 
-__all__ = ("HttpRefusal", "refusal_of")
+__all__ = ("HttpRefusal", "OverLimit", "reason_of", "refusal_of")
 
 _RETRY_AFTER_S = 1  # chosen: a worker or a Redis is away for seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HttpRefusal:
-    """An answer that is an error: status, text, the field at fault, and when to try again."""
+    """An answer that is an error: status, text, the field at fault, and when to try again.
+
+    `limit` names the limit of a key that was reached.
+    """
 
     status: HTTPStatus
     message: str
     field: str | None = None
     retry_after_s: int | None = None
+    limit: str = ""
 
     @property
     def body(self) -> dict[str, Any]:
-        """The JSON of the answer, as vLLM's server words its own errors."""
+        """The JSON of the answer, as vLLM's server words its own errors; a key's limit as OpenAI's does."""
         told = {
             "message": self.message,
-            "type": _TYPES[self.status],
+            "type": self.limit or _TYPES[self.status],
             "param": self.field,
-            "code": int(self.status),
+            "code": "rate_limit_exceeded" if self.limit else int(self.status),
         }
         return {"error": told}
+
+    @property
+    def reason(self) -> str:
+        """Why, in one word, for metrics."""
+        return self.limit or reason_of(self.status)
 
     @property
     def headers(self) -> dict[str, str]:
@@ -51,8 +61,23 @@ class HttpRefusal:
         return {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
 
 
+def reason_of(status: int) -> str:
+    """The same of an answer of which no more is known."""
+    return _REASONS.get(status, "error")
+
+
+class OverLimit(L4QueueError):
+    """A limit of a key is reached."""
+
+    def __init__(self, refusal: HttpRefusal) -> None:
+        super().__init__(refusal.message)
+        self.refusal = refusal
+
+
 def refusal_of(error: L4QueueError) -> HttpRefusal:
     """The answer that an error of the queue stands for."""
+    if isinstance(error, OverLimit):
+        return error.refusal
     field = getattr(error, "field", None)
     retry_after_s: int | None = None
     match error:
@@ -85,3 +110,13 @@ _TYPES = {
     HTTPStatus.SERVICE_UNAVAILABLE: "ServiceUnavailableError",
     HTTPStatus.GATEWAY_TIMEOUT: "DeadlineExceededError",
 }
+_REASONS: Mapping[int, str] = {
+    HTTPStatus.BAD_REQUEST: "invalid",
+    HTTPStatus.UNAUTHORIZED: "key",
+    HTTPStatus.NOT_FOUND: "unknown",
+    HTTPStatus.CONFLICT: "conflict",
+    HTTPStatus.TOO_MANY_REQUESTS: "full",
+    HTTPStatus.SERVICE_UNAVAILABLE: "unavailable",
+    HTTPStatus.GATEWAY_TIMEOUT: "deadline",
+}
+"""Labels of refusals; any other status is an error."""

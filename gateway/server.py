@@ -12,7 +12,8 @@ from typing import Any
 
 from gateway.door import DoorParts
 from gateway.fields import CHAT, COMPLETIONS, RESPONSES, fields_of_vllm
-from gateway.keys import ApiKeys, read_keys
+from gateway.keys import ApiKeys
+from gateway.limits import Limiter
 from gateway.metrics import DoorMetrics
 from gateway.serving_check import ServingCheck
 from l4queue.client import AsyncClient
@@ -43,8 +44,8 @@ _OURS = (
 
 def check_door(settings: Settings) -> ApiKeys:
     """The keys; ConfigError where others than this machine could come in without one."""
-    keys = read_keys(key=settings.http_key.get_secret_value(), file=settings.http_keys_file)
-    if not keys.digests and not _is_loopback(settings.http_host):
+    keys = ApiKeys(key=settings.http_key.get_secret_value(), file=settings.http_keys_file)
+    if not keys and not _is_loopback(settings.http_host):
         raise ConfigError(
             f"L4_HTTP_HOST: {settings.http_host} lets other machines in, and no key is set; "
             "set L4_HTTP_KEY or L4_HTTP_KEYS_FILE, or listen on 127.0.0.1"
@@ -84,14 +85,14 @@ async def serve(settings: Settings, options: Sequence[str]) -> None:
     except OSError as error:
         raise ConfigError(f"cannot listen on {args.host}:{args.port}: {error.strerror or error}") from error
     config = _vllm_config(args)
-    serving = ServingCheck(settings)
+    serving, limiter = ServingCheck(settings), Limiter(settings, keys)
     async with AsyncClient(settings=settings) as client:
-        engine = QueueEngine(config, client, serving)
+        engine = QueueEngine(config, client, serving, limiter)
         app = build_app(args, await engine.get_supported_tasks(), engine.model_config)
         await init_app_state(engine, app.state, args, await engine.get_supported_tasks())
         app.state.door = _door(keys, serving, client)
         _log_again(settings.log_format)
-        who = f"{len(keys.digests)} keys" if keys.digests else "no key is set, so this machine only"
+        who = f"{len(keys)} keys" if keys else "no key is set, so this machine only"
         log.info("gateway ready: %s/v1 serves %s (%s)", address, settings.model, who)
         ending = await serve_http(
             app,
@@ -109,6 +110,7 @@ async def serve(settings: Settings, options: Sequence[str]) -> None:
             listening.close()
             await engine.settled()
             await serving.close()
+            await limiter.close()
 
 
 _GRACE_S = 1

@@ -199,7 +199,7 @@ class Settings(BaseSettings):
         description="API key that the gateway asks for, or sha256: and its digest; empty: see the file",
     )
     http_keys_file: str = Field(
-        "", description="file of API keys, a name and a key a line; empty and no key: loopback only"
+        "", description="file of API keys with names and limits (docs/http.md); empty and no key: loopback only"
     )
 
     metrics_port: int = Field(

@@ -138,3 +138,9 @@ class Keys:
 
     def news(self, client_id: str) -> str:
         return f"{self.prefix}news:{client_id}"
+
+    def limit(self, caller: str) -> str:
+        return f"{self.prefix}limit:{caller}"
+
+    def charged(self, caller: str) -> str:
+        return f"{self.prefix}charged:{caller}"

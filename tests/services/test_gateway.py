@@ -16,15 +16,17 @@ import httpx
 import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from redis import Redis
 
 from l4queue import AsyncClient, RequestState, Settings
+from l4queue.protocol.keys import Keys
 from tests.protocol.server import DURABLE, RedisServer
 from tests.services.gateways import MODEL, Event, Gateways, events, joined
 from tests.services.pipeline import until as until_async
 from tests.services.processes import Processes, until
 
 pytestmark = [pytest.mark.services, pytest.mark.vllm, pytest.mark.timeout(1200)]
-KEY = "a-key-of-sixteen-chars"
+KEY, ANN, BOB = "a-key-of-sixteen-chars", "ann-has-a-long-key", "bob-has-another-key"
 LONG = {"model": MODEL, "prompt": "The return statement", "max_tokens": 400, "stream": True, "ignore_eos": True}
 
 
@@ -49,7 +51,7 @@ def gateways(redis_executable: str, tmp_path_factory: pytest.TempPathFactory) ->
     started = Gateways(processes=processes, settings=settings, model=model)
     try:
         started.start("gateway-0", max_backlog_tokens=20_000)
-        started.start("gateway-1", http_key=KEY)
+        started.start("gateway-1", http_key=KEY, http_keys_file=write_keys(folder))
         processes.start("dispatcher", "-m", "dispatcher")
         for number in range(2):
             processes.worker(f"worker-{number}")
@@ -60,6 +62,15 @@ def gateways(redis_executable: str, tmp_path_factory: pytest.TempPathFactory) ->
     finally:
         processes.close()
         server.kill()
+
+
+def write_keys(folder: Path, *more: str) -> str:
+    """A file of keys: ann's has limits, bob's has expired."""
+    limits = "requests_per_minute=4 tokens_per_minute=1000 backlog_tokens=600"
+    file = folder / "keys"
+    lines = [f"ann {ANN} {limits}", f"bob {BOB} expires=2020-01-01", *more]
+    (folder / "new").write_text("\n".join(lines))
+    return str((folder / "new").replace(file))
 
 
 def await_workers(gateways: Gateways, number: int) -> None:
@@ -215,6 +226,66 @@ def test_keys_and_metrics(gateways: Gateways) -> None:
     served = {name for name in names if name.startswith("l4queue_") and not name.endswith("_created")}
     assert served == set(re.findall(r"^\| `(l4queue_http_\w+)`", manual, re.M))
     assert httpx.post(f"{gateways.url()}/v1/load_lora_adapter", json={}, timeout=60).status_code == 404
+
+
+def test_a_key_has_limits(gateways: Gateways) -> None:
+    """Of requests, tokens and backlog, in OpenAI's headers and errors; what is not used is given back."""
+    asked: dict[str, Any] = {"model": MODEL, "prompt": [5, 6], "ignore_eos": True}
+    url, known = f"{gateways.url('gateway-1')}/v1/completions", {"authorization": f"Bearer {ANN}"}
+
+    def post_as_ann(**more: Any) -> httpx.Response:
+        return httpx.post(url, json={**asked, **more}, headers=known, timeout=300)
+
+    def charged() -> int:
+        return int(redis.hget(keys.charged("ann"), "*") or 0)
+
+    keys, redis = Keys(gateways.settings.namespace), Redis.from_url(gateways.settings.redis_url)
+    first = post_as_ann(prompt=[[5, 6], [7, 8]], max_tokens=98, n=2, temperature=1.0)
+    told = {name: value for name, value in first.headers.items() if name.startswith("x-ratelimit")}
+    assert first.status_code == 200
+    assert (told["x-ratelimit-limit-requests"], told["x-ratelimit-limit-tokens"]) == ("4", "1000")
+    assert told["x-ratelimit-remaining-requests"] == "3"
+    assert 600 <= int(told["x-ratelimit-remaining-tokens"]) < 900
+    assert told["x-ratelimit-reset-requests"].endswith(("s", "ms"))
+    until(lambda: charged() == 0, "all is settled")
+
+    redis.hset(keys.limit("ann"), "tokens", 10**7)  # another gateway took many
+    with gateways.openai("gateway-1", api_key=ANN) as client:
+        for is_stream in (False, True):
+            with pytest.raises(openai.RateLimitError) as full:
+                client.completions.create(model=MODEL, prompt="a", max_tokens=9, stream=is_stream)
+            assert (full.value.code, full.value.type) == ("rate_limit_exceeded", "tokens")
+            assert int(full.value.response.headers["retry-after"]) > 60
+    redis.delete(keys.limit("ann"))
+    with httpx.stream("POST", url, json={**asked, "max_tokens": 500, "stream": True}, headers=known) as answer:
+        next(answer.iter_raw())
+        assert charged() == 502
+        backlogged = post_as_ann(max_tokens=99)
+        assert (backlogged.status_code, backlogged.json()["error"]["type"]) == (429, "backlog")
+    until(lambda: charged() == 0, "the cancelled one is settled")
+    redis.hset(keys.limit("ann"), mapping={"tokens": 0, "requests": 10**5})
+    assert post_as_ann(max_tokens=1).json()["error"]["type"] == "requests"
+
+
+def test_keys_expire_and_come_without_a_restart(gateways: Gateways) -> None:
+    """Refusals are counted by why."""
+    assert httpx.get(f"{gateways.url('gateway-1')}/v1/models", timeout=60).status_code == 401
+    models = f"{gateways.url('gateway-1')}/v1/models"
+    known = {"authorization": f"Bearer {BOB}"}
+    assert httpx.get(models, headers=known, timeout=60).status_code == 401
+    write_keys(gateways.processes.folder, f"carol {BOB}")
+    assert httpx.get(models, headers=known, timeout=60).status_code == 401  # it is bob's still
+    write_keys(gateways.processes.folder, "carol carol-has-one-as-well")
+    known = {"authorization": "Bearer carol-has-one-as-well"}
+    assert httpx.get(models, headers=known, timeout=60).status_code == 200
+    text = httpx.get(f"{gateways.url('gateway-1')}/metrics", timeout=60).text
+    found = {
+        (s.labels["caller"], s.labels["reason"])
+        for family in text_string_to_metric_families(text)
+        for s in family.samples
+        if s.name == "l4queue_http_refusals_total"
+    }
+    assert {("", "key"), ("ann", "tokens"), ("ann", "backlog"), ("ann", "requests")} <= found
 
 
 def test_streams_survive_a_worker_and_a_gateway(gateways: Gateways) -> None:

@@ -31,6 +31,7 @@ local function set_aside(key, is_full)
   local TYPES = {['in'] = 'stream', out = 'stream', pack = 'stream', wake = 'stream', ctl = 'stream', mail = 'stream',
     news = 'stream', plans = 'stream', decisions = 'stream', finished = 'stream', dead = 'stream', req = 'hash',
     w = 'hash', counts = 'hash', hist = 'hash', backlog = 'hash', foreground = 'hash', plan = 'hash', lost = 'hash',
+    limit = 'hash', charged = 'hash',
     q = 'zset', workers = 'zset', deadlines = 'zset', results = 'zset', read = 'zset', keyed = 'zset', held = 'set', tick = 'string',
     packed = 'string', given = 'string', key = 'string', memory = 'string', d = 'string',
     name = 'string'}

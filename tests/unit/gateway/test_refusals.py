@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from http import HTTPStatus
+
 import pytest
 
-from gateway.refusals import refusal_of
+from gateway.refusals import HttpRefusal, OverLimit, refusal_of
 from l4queue.errors import (
     IdempotencyConflict,
     InvalidRequest,
@@ -49,3 +51,13 @@ def test_status_field_and_headers(
     told = refusal.body["error"]
     assert (told["message"], told["param"], told["code"]) == (str(error), field, status)
     assert told["type"].endswith("Error")
+
+
+def test_a_limit_of_a_key_is_told_as_openai_tells_it() -> None:
+    """Clients look at the code and at the type."""
+    told = HttpRefusal(status=HTTPStatus.TOO_MANY_REQUESTS, message="wait", retry_after_s=4, limit="tokens")
+    refusal = refusal_of(OverLimit(told))
+    assert refusal.headers == {"Retry-After": "4"}
+    error = {"message": "wait", "type": "tokens", "param": None, "code": "rate_limit_exceeded"}
+    assert refusal.body == {"error": error}
+    assert (refusal.reason, refusal_of(QueueFull("full", retry_after_s=1.0)).reason) == ("tokens", "full")
