@@ -21,7 +21,7 @@ from gateway.serving_check import ServingCheck
 from l4queue.client import AsyncClient
 from l4queue.errors import InvalidRequest, L4QueueError
 
-__all__ = ("Door", "DoorParts")
+__all__ = ("Door", "DoorParts", "is_served")
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -66,7 +66,7 @@ class Door:
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope.get("headers", ())}
         caller = "" if path in _OPEN else parts.keys.caller(headers.get("authorization", ""))
         refusal = None
-        if scope["type"] != "http" or not _is_served(path):
+        if scope["type"] != "http" or not is_served(path):
             refusal = HttpRefusal(status=HTTPStatus.NOT_FOUND, message=f"{path} is not served")
         elif caller is None:
             told = "send a known key that has not expired: Authorization: Bearer KEY"
@@ -164,14 +164,19 @@ class _Answer:
         return told + [(name.encode(), value.encode()) for name, value in self._exchange.limit_headers.items()]
 
 
-def _is_served(path: str) -> bool:
+def is_served(path: str) -> bool:
+    """Whether requests for a path come in."""
     return path in _SERVED or path.startswith("/v1/models/")
 
 
 def _object_of(data: bytes) -> dict[str, Any]:
-    """The body; an empty one for what vLLM's server is to refuse."""
+    """The body; an empty one for what vLLM's server is to refuse. InvalidRequest for what it does not word."""
     try:
         found = json.loads(data)
+    except RecursionError:
+        raise InvalidRequest("is nested too deeply", field="body") from None
+    except UnicodeDecodeError:
+        raise InvalidRequest("is not UTF-8", field="body") from None
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}

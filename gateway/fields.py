@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import NoneType
 from typing import Any
 
 from l4queue.client.arguments import WITHOUT_EFFECT, printable
@@ -65,6 +66,13 @@ _PARTS: Mapping[str, frozenset[str]] = {
     ),
 }
 """Names within fields, where a misspelt one would be left out in silence."""
+_SHAPES: Mapping[str, tuple[tuple[type, ...], str]] = {
+    "messages": ((list,), "must be a list"),
+    "stream_options": ((dict, NoneType), "must be an object"),
+    "structured_outputs": ((dict, NoneType), "must be an object"),
+    "tools": ((list, NoneType), "must be a list"),
+}
+"""Fields that vLLM's own checks look into, whatever they are."""
 _INCLUDED = ("message.output_text.logprobs", "reasoning.encrypted_content")
 """The latter asks for reasoning in a closed form: the answer has it in the open."""
 _TOOL_TYPES = ("function", "custom")
@@ -100,18 +108,26 @@ def check_fields(path: str, body: Mapping[str, Any], known: BodyFields) -> None:
             raise InvalidRequest("unknown field", field=printable(name))
         if value not in _EMPTY and value != idle:
             raise InvalidRequest(_NOT_OFFERED, field=name)
+    for name, (shape, told) in _SHAPES.items():
+        if name in body and not isinstance(body[name], shape):
+            raise InvalidRequest(told, field=name)
     for name, parts in _PARTS.items():
-        given = body.get(name)
-        for part in given if isinstance(given, dict) else ():
+        for part in body.get(name) or ():
             if part not in parts:
                 raise InvalidRequest("unknown field", field=printable(f"{name}.{part}"))
-    if path in _CHECKS:
-        _CHECKS[path](body)
+    _CHECKS[path](body)
 
 
 def _check_completion(body: Mapping[str, Any]) -> None:
     if body.get("echo") and body.get("logprobs") is not None:
         raise InvalidRequest(f"{_NOT_OFFERED} together with logprobs: a prompt has none", field="echo")
+
+
+def _check_chat(body: Mapping[str, Any]) -> None:
+    for index, message in enumerate(_listed(body.get("messages"))):
+        calls = message.get("tool_calls") if isinstance(message, dict) else None
+        if not isinstance(calls, list | NoneType):
+            raise InvalidRequest("must be a list", field=f"messages.{index}.tool_calls")
 
 
 def _check_response(body: Mapping[str, Any]) -> None:
@@ -133,5 +149,6 @@ def _listed(value: object) -> list[Any]:
 
 _CHECKS: Mapping[str, Callable[[Mapping[str, Any]], None]] = {
     COMPLETIONS: _check_completion,
+    CHAT: _check_chat,
     RESPONSES: _check_response,
 }

@@ -117,6 +117,8 @@ def read_keys(*, key: str, file: str) -> Mapping[str, ApiKey]:
         one = _parsed(words, where=where)
         if one.name in keys:
             raise ConfigError(f"{where}: the name {one.name} is there already")
+        if twin := next((other.name for other in keys.values() if other.digest == one.digest), ""):
+            raise ConfigError(f"{where}: the key is that of {twin}")
         keys[one.name] = one
         if len(keys) > _MOST_KEYS:
             raise ConfigError(f"{where}: there are more than {_MOST_KEYS} keys")

@@ -7,10 +7,10 @@ import ipaddress
 import logging
 import shlex
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from gateway.door import DoorParts
+from gateway.door import DoorParts, is_served
 from gateway.fields import CHAT, COMPLETIONS, RESPONSES, fields_of_vllm
 from gateway.keys import ApiKeys
 from gateway.limits import Limiter
@@ -91,6 +91,7 @@ async def serve(settings: Settings, options: Sequence[str]) -> None:
         app = build_app(args, await engine.get_supported_tasks(), engine.model_config)
         await init_app_state(engine, app.state, args, await engine.get_supported_tasks())
         app.state.door = _door(keys, serving, client)
+        app.openapi = _served_openapi(app.openapi)
         _log_again(settings.log_format)
         who = f"{len(keys)} keys" if keys else "no key is set, so this machine only"
         log.info("gateway ready: %s/v1 serves %s (%s)", address, settings.model, who)
@@ -153,6 +154,16 @@ def _log_again(log_format: str) -> None:
     for name, logger in logging.root.manager.loggerDict.items():
         if name.startswith("l4queue") and isinstance(logger, logging.Logger):
             logger.disabled = False
+
+
+def _served_openapi(whole: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
+    """vLLM's description of its API without the paths that the door does not let through."""
+
+    def told() -> dict[str, Any]:
+        found = whole()
+        return {**found, "paths": {path: said for path, said in found["paths"].items() if is_served(path)}}
+
+    return told
 
 
 def _door(keys: ApiKeys, serving: ServingCheck, client: AsyncClient) -> DoorParts:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+import math
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -34,14 +38,18 @@ OF_RESPONSES = frozenset(
 IGNORED = frozenset({"session_id", "user"})
 
 
-def known(path: str) -> BodyFields:
-    """Of vLLM's own models."""
+def kind(path: str) -> Any:
+    """vLLM's own model."""
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest
     from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 
-    kinds = {CHAT: ChatCompletionRequest, COMPLETIONS: CompletionRequest, RESPONSES: ResponsesRequest}
-    return fields_of_vllm(path, kinds[path])
+    return {CHAT: ChatCompletionRequest, COMPLETIONS: CompletionRequest, RESPONSES: ResponsesRequest}[path]
+
+
+def known(path: str) -> BodyFields:
+    """The fields of that model."""
+    return fields_of_vllm(path, kind(path))
 
 
 @pytest.mark.parametrize(
@@ -72,6 +80,9 @@ def test_every_field_of_vllm_has_its_place(path: str, more: set[str], ignored: s
         (CHAT, {"length_penalty": 2.0}, "length_penalty"),
         (CHAT, {"stream_options": {"include_usge": True}}, "stream_options.include_usge"),
         (CHAT, {"structured_outputs": {"regex": "a", "grammer": "b"}}, "structured_outputs.grammer"),
+        (CHAT, {"messages": None}, "messages"),
+        (CHAT, {"messages": [{"role": "assistant", "tool_calls": 5}]}, "messages.0.tool_calls"),
+        (COMPLETIONS, {"structured_outputs": ["a"]}, "structured_outputs"),
         (COMPLETIONS, {"echo": True, "logprobs": 1}, "echo"),
         (COMPLETIONS, {"use_beam_search": True}, "use_beam_search"),
         (COMPLETIONS, {"messages": []}, "messages"),
@@ -103,3 +114,43 @@ def test_what_is_empty_or_the_default_asks_for_nothing() -> None:
     }
     check_fields(CHAT, idle, known(CHAT))
     check_fields(RESPONSES, {"background": False, "include": None, "tools": [], "text": None}, known(RESPONSES))
+
+
+CALLS = [5, [5], [{"function": 5}]]
+ODD: list[Any] = [
+    *(5, -1, 1.5, 10**30, math.nan, True, False, None, "", "x", [], {}, [5], ["a"], [[]], [None], [{}], {"a": 1}),
+    *({"type": kind} for kind in ("x", 5, None, "json_schema", "structural_tag", "function")),
+    *({"type": "json_schema", "json_schema": 5}, {"type": "structural_tag", "format": 5}, {"format": {"type": 5}}),
+    *({"type": "structural_tag", "structures": [5], "triggers": ["a"]}, {"type": "function", "function": 5}),
+    *([{"type": kind}] for kind in (5, "function", "function_call", "message")),
+    *([{"type": "function", "function": value}] for value in (5, {"name": 5})),
+    *([{"role": "assistant", "tool_calls": calls}] for calls in CALLS),
+    *(
+        [{"role": 5}],
+        [{"role": "user"}],
+        [{"type": "message", "content": 5}],
+        [{"type": "reasoning", "content": 5}],
+    ),
+    *({"json": 5}, {"json": []}, {"structural_tag": 5}, {"structural_tag": "[]"}, {"structural_tag": "{}"}),
+    *({"regex": 5}, {"choice": 5}, {"json_object": "x"}, {"effort": 5}),
+]
+"""Values of all shapes, right for one field at most."""
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (COMPLETIONS, {"prompt": "a", "stream": True}),
+        (CHAT, {"messages": [{"role": "user", "content": "a"}], "logprobs": True}),
+        (CHAT, {"messages": [], "tools": [{"type": "function", "function": {"name": "w"}}]}),
+        (RESPONSES, {"input": "a"}),
+    ],
+)
+def test_no_shape_of_a_field_breaks_vllms_checks(path: str, body: dict[str, Any]) -> None:
+    """They refuse it as a fault of the request, which is a 400; anything else would be a 500."""
+    from vllm.exceptions import VLLMClientError
+
+    for name, value in itertools.product(SERVED[path], ODD):
+        with suppress(InvalidRequest, ValueError, VLLMClientError):
+            check_fields(path, {**body, name: value}, known(path))
+            kind(path).model_validate(json.loads(json.dumps({**body, name: value})))

@@ -43,6 +43,7 @@ def test_without_keys_everybody_is_let_in() -> None:
         ("ann", "line 1: give a name"),
         ("ann short", "line 1: a key has at least 16"),
         (f"ann {ANN}\nann {BOB}", "line 2: the name ann is there already"),
+        (f"ann {ANN}\nbob {ANN}", "line 2: the key is that of ann"),
         (f"an/n {ANN}", "line 1: give a name"),
         ("# nobody", "has no key"),
         (f"ann {ANN} tokens_per_minute=0", "line 1: behind the key give requests_per_minute=N"),
