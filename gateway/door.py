@@ -154,9 +154,11 @@ class _Answer:
         await self._send(message)
 
     def _numbered(self, body: bytes) -> bytes:
-        """The event with its id; nothing of what the client has already."""
+        """The event, with its id for who may come back; nothing of what the client has already."""
         event_id = self._exchange.next_event()
-        return b"" if event_id is None else f"id: {event_id}\n".encode() + body
+        if event_id is None:
+            return b""
+        return f"id: {event_id}\n".encode() + body if self._exchange.has_event_ids else body
 
     def _headers(self) -> list[tuple[bytes, bytes]]:
         ids = ",".join(self._exchange.request_ids[number] for number in sorted(self._exchange.request_ids))

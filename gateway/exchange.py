@@ -76,6 +76,7 @@ class Exchange:
     traceparent: str | None = None
     caller: str = ""
     is_detached: bool = False
+    has_event_ids: bool = False
     has_open_end: bool = False
     after: Position | None = None
     num_outputs: int = 0
@@ -153,6 +154,7 @@ def begin(headers: Mapping[str, str], body: Mapping[str, Any], *, caller: str) -
     if key is not None and len(key) > 256:
         raise InvalidRequest("has more than 256 characters", field="Idempotency-Key")
     scoped = key if key is None or not caller else f"{caller}:{key}"
+    is_detached = scoped is not None or _truth(headers, "x-l4-background") or body.get("background") is True
     exchange = Exchange(
         base=uuid.uuid4().hex if scoped is None else request_id_of(scoped),
         idempotency_key=scoped,
@@ -160,7 +162,8 @@ def begin(headers: Mapping[str, str], body: Mapping[str, Any], *, caller: str) -
         priority=_whole(headers, "x-l4-priority"),
         deadline_s=_seconds(headers, "x-l4-deadline-s"),
         traceparent=headers.get("traceparent"),
-        is_detached=scoped is not None or _truth(headers, "x-l4-background") or body.get("background") is True,
+        is_detached=is_detached,
+        has_event_ids=_truth(headers, "x-l4-event-ids") or is_detached or bool(headers.get("last-event-id")),
         has_open_end=not any(body.get(name) is not None for name in _OPEN_ENDS) and "prompt" not in body,
     )
     _go_on(exchange, headers.get("last-event-id"))

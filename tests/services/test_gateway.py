@@ -268,10 +268,18 @@ def test_a_key_has_limits(gateways: Gateways) -> None:
     until(lambda: charged() == 0, "it is settled")
     redis.hset(keys.limit("ann"), mapping={"tokens": 0, "requests": 10**5})
     assert post_as_ann(max_tokens=1).json()["error"]["type"] == "requests"
+    assert {("ann", limit) for limit in ("requests", "tokens", "backlog")} <= refusals(gateways)
+
+
+def refusals(gateways: Gateways) -> set[tuple[str, str]]:
+    """Of whom, and why, as the gateway with keys counts them."""
+    text = httpx.get(f"{gateways.url('gateway-1')}/metrics", timeout=60).text
+    samples = [s for family in text_string_to_metric_families(text) for s in family.samples]
+    return {(s.labels["caller"], s.labels["reason"]) for s in samples if s.name == "l4queue_http_refusals_total"}
 
 
 def test_keys_expire_and_come_without_a_restart(gateways: Gateways) -> None:
-    """Refusals are counted by why."""
+    """A wrong file changes nothing."""
     assert httpx.get(f"{gateways.url('gateway-1')}/v1/models", timeout=60).status_code == 401
     models = f"{gateways.url('gateway-1')}/v1/models"
     known = {"authorization": f"Bearer {BOB}"}
@@ -281,14 +289,7 @@ def test_keys_expire_and_come_without_a_restart(gateways: Gateways) -> None:
     write_keys(gateways.processes.folder, "carol carol-has-one-as-well")
     known = {"authorization": "Bearer carol-has-one-as-well"}
     assert httpx.get(models, headers=known, timeout=60).status_code == 200
-    text = httpx.get(f"{gateways.url('gateway-1')}/metrics", timeout=60).text
-    found = {
-        (s.labels["caller"], s.labels["reason"])
-        for family in text_string_to_metric_families(text)
-        for s in family.samples
-        if s.name == "l4queue_http_refusals_total"
-    }
-    assert {("", "key"), ("ann", "tokens"), ("ann", "backlog"), ("ann", "requests")} <= found
+    assert ("", "key") in refusals(gateways)
 
 
 def test_streams_survive_a_worker_and_a_gateway(gateways: Gateways) -> None:
@@ -298,7 +299,8 @@ def test_streams_survive_a_worker_and_a_gateway(gateways: Gateways) -> None:
 
     def read(body: dict[str, Any], name: str, found: list[Event]) -> None:
         """Events of one client until its stream ends or breaks."""
-        headers = {"last-event-id": found[-1].event_id} if found else {"authorization": f"Bearer {KEY}"}
+        first = {"authorization": f"Bearer {KEY}", "x-l4-event-ids": "true"}
+        headers = {"last-event-id": found[-1].event_id} if found else first
         is_first = not found
         url = f"{gateways.url(name)}/v1/completions"
         with httpx.stream("POST", url, json=body, headers=headers, timeout=300) as answer:
@@ -339,6 +341,8 @@ def test_a_client_comes_back_at_any_event(gateways: Gateways) -> None:
     body = {**LONG, "max_tokens": 12, "seed": 5, "stream_options": {"include_usage": True}}
     url = f"{gateways.url()}/v1/completions"
     with httpx.stream("POST", url, json=body, timeout=300) as answer:
+        assert {line.partition(":")[0] for line in answer.iter_lines()} == {"", "data"}  # who reads no more
+    with httpx.stream("POST", url, json=body, headers={"x-l4-event-ids": "true"}, timeout=300) as answer:
         uncut = list(events(answer.iter_lines()))
     for number, event in enumerate(uncut[:-1], start=1):
         headers = {"last-event-id": event.event_id}

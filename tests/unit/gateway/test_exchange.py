@@ -67,6 +67,21 @@ def resumed(event_id: str, num_outputs: int) -> Exchange:
     return exchange
 
 
+@pytest.mark.parametrize(
+    ("headers", "has_ids"),
+    [
+        ({}, False),
+        ({"x-l4-event-ids": "true"}, True),
+        ({"x-l4-background": "1"}, True),
+        ({"idempotency-key": "a"}, True),
+        ({"last-event-id": "0" * 32 + "/0/1/1"}, True),
+    ],
+)
+def test_events_have_ids_for_who_may_come_back(headers: dict[str, str], has_ids: bool) -> None:
+    """Simple readers of streams know lines of data only."""
+    assert begin(headers, {}, caller="").has_event_ids is has_ids
+
+
 def test_an_event_is_known_by_the_tokens_behind_it() -> None:
     """Its id tells each output's tokens and end, before and with it; read back, it is a position."""
     exchange = begin({}, {}, caller="")
