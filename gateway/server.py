@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from gateway.door import DoorParts, is_served
-from gateway.fields import CHAT, COMPLETIONS, RESPONSES, fields_of_vllm
+from gateway.fields import described, fields_of_vllm, vllm_bodies
 from gateway.keys import ApiKeys
 from gateway.limits import Limiter
 from gateway.metrics import DoorMetrics
@@ -157,22 +157,22 @@ def _log_again(log_format: str) -> None:
 
 
 def _served_openapi(whole: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
-    """vLLM's description of its API without the paths that the door does not let through."""
+    """vLLM's description of its API without the paths and the fields that the door does not let through."""
 
     def told() -> dict[str, Any]:
         found = whole()
-        return {**found, "paths": {path: said for path, said in found["paths"].items() if is_served(path)}}
+        paths = {path: said for path, said in found["paths"].items() if is_served(path)}
+        schemas = dict(found.get("components", {}).get("schemas", {}))
+        for path, kind in vllm_bodies().items():
+            if kind.__name__ in schemas:
+                schemas[kind.__name__] = described(path, schemas[kind.__name__])
+        return {**found, "paths": paths, "components": {**found.get("components", {}), "schemas": schemas}}
 
     return told
 
 
 def _door(keys: ApiKeys, serving: ServingCheck, client: AsyncClient) -> DoorParts:
-    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
-    from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
-
-    kinds = {CHAT: ChatCompletionRequest, COMPLETIONS: CompletionRequest, RESPONSES: ResponsesRequest}
-    fields = {path: fields_of_vllm(path, kind) for path, kind in kinds.items()}
+    fields = {path: fields_of_vllm(path, kind) for path, kind in vllm_bodies().items()}
     return DoorParts(keys=keys, serving=serving, client=client, fields=fields, metrics=DoorMetrics())
 
 

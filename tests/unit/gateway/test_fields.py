@@ -10,7 +10,17 @@ from typing import Any
 
 import pytest
 
-from gateway.fields import CHAT, COMPLETIONS, RESPONSES, SERVED, BodyFields, check_fields, fields_of_vllm
+from gateway.fields import (
+    CHAT,
+    COMPLETIONS,
+    RESPONSES,
+    SERVED,
+    BodyFields,
+    check_fields,
+    described,
+    fields_of_vllm,
+    vllm_bodies,
+)
 from l4queue.errors import InvalidRequest
 
 pytestmark = [pytest.mark.vllm]
@@ -40,11 +50,7 @@ IGNORED = frozenset({"session_id", "user"})
 
 def kind(path: str) -> Any:
     """vLLM's own model."""
-    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
-    from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
-
-    return {CHAT: ChatCompletionRequest, COMPLETIONS: CompletionRequest, RESPONSES: ResponsesRequest}[path]
+    return vllm_bodies()[path]
 
 
 def known(path: str) -> BodyFields:
@@ -69,6 +75,19 @@ def test_every_field_of_vllm_has_its_place(path: str, more: set[str], ignored: s
         with pytest.raises(InvalidRequest) as told:
             check_fields(path, {name: "something"}, known(path))
         assert told.value.field == name
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT, RESPONSES])
+def test_the_description_has_what_is_taken(path: str) -> None:
+    """Clients that are generated from it send no field that is refused."""
+    schema = described(path, kind(path).model_json_schema())
+    assert SERVED[path] <= set(schema["properties"])
+    assert not schema["additionalProperties"]
+    for name in schema["properties"]:
+        with suppress(InvalidRequest):
+            check_fields(path, {name: "something"}, known(path))
+            continue
+        assert name in SERVED[path]
 
 
 @pytest.mark.parametrize(
