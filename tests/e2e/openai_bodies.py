@@ -104,7 +104,7 @@ BODIES: Mapping[str, tuple[str, dict[str, Any]]] = {
     "response": (RESPONSES, {"input": "The return statement", "max_output_tokens": 8}),
 }
 """Requests by what they are about: (path, body). Greedy but for those with a seed."""
-_IDS = frozenset({"id", "item_id", "created", "created_at", "system_fingerprint", "sequence_number"})
+_IDS = frozenset({"id", "call_id", "item_id", "created", "created_at", "system_fingerprint", "sequence_number"})
 
 
 def answer_of(client: httpx.Client, path: str, body: dict[str, Any], *, is_stream: bool) -> Any:
