@@ -19,6 +19,7 @@ from gateway.metrics import DoorMetrics
 from gateway.refusals import HttpRefusal, refusal_of
 from gateway.serving_check import ServingCheck
 from l4queue.client import AsyncClient
+from l4queue.client.arguments import RESPONSE_PREFIX
 from l4queue.errors import InvalidRequest, L4QueueError
 
 __all__ = ("Door", "DoorParts", "is_served")
@@ -32,6 +33,15 @@ _OPEN = frozenset({"/health", "/metrics"})
 _SERVED = frozenset(
     {CHAT, COMPLETIONS, RESPONSES, "/v1/models", "/tokenize", "/detokenize", "/version", "/openapi.json", *_OPEN}
 )
+_POSTED = frozenset({CHAT, COMPLETIONS, RESPONSES, "/tokenize", "/detokenize"})
+_READS = ("GET", "HEAD", "OPTIONS")
+_OF_TEXT = ": this server generates text, and nothing else"
+_OF_FILES = ": `l4queue enqueue --jsonl` runs a file of requests"
+_ELSEWHERE = {
+    **dict.fromkeys(("/v1/embeddings", "/v1/images", "/v1/audio", "/v1/moderations"), _OF_TEXT),
+    **dict.fromkeys(("/v1/files", "/v1/batches"), _OF_FILES),
+}
+"""What else there is about a path that is not served, by its first two parts."""
 MAX_BODY_BYTES = 64 * 2**20  # of a request; chosen: four times the longest prompt
 _SSE = b"text/event-stream"
 
@@ -67,13 +77,17 @@ class Door:
         caller = "" if path in _OPEN else parts.keys.caller(headers.get("authorization", ""))
         refusal = None
         if scope["type"] != "http" or not is_served(path):
-            refusal = HttpRefusal(status=HTTPStatus.NOT_FOUND, message=f"{path} is not served")
+            refusal = HttpRefusal(status=HTTPStatus.NOT_FOUND, message=f"{path} is not served{_elsewhere(path)}")
         elif caller is None:
             told = "send a known key that has not expired: Authorization: Bearer KEY"
             refusal = HttpRefusal(status=HTTPStatus.UNAUTHORIZED, message=told)
             parts.metrics.refused(caller="", reason=refusal.reason)
         if refusal is not None:
             await (_refuse(send, refusal) if scope["type"] == "http" else send({"type": "websocket.close"}))
+        elif scope["method"] not in (methods := ("POST", "OPTIONS") if path in _POSTED else _READS):
+            message = f"{path} takes {methods[0]}, not {scope['method']}"
+            refusal = HttpRefusal(status=HTTPStatus.METHOD_NOT_ALLOWED, message=message, allow=methods[0])
+            await _refuse(send, refusal)
         elif scope["method"] == "POST" and path in parts.fields:
             asked = _Told(headers=headers, path=path, caller=caller or "")
             await self._generate(parts, asked, scope, receive, send)
@@ -88,6 +102,8 @@ class Door:
                 body = _object_of(data)
                 check_fields(told.path, body, parts.fields[told.path])
                 exchange = measured.exchange = begin(told.headers, body, caller=told.caller)
+                if told.path == RESPONSES:
+                    data = _with_id(body, told.headers.get("x-request-id") or exchange.base)
                 await parts.serving.check()
                 await _check_resumed(exchange, told.path, parts.client)
             except L4QueueError as error:
@@ -166,6 +182,12 @@ class _Answer:
         return told + [(name.encode(), value.encode()) for name, value in self._exchange.limit_headers.items()]
 
 
+def _elsewhere(path: str) -> str:
+    if path in ("/", "/v1") or f"/v1{path}" in _SERVED:
+        return ": clients take the base_url that ends with /v1, and add a path to it"
+    return _ELSEWHERE.get("/".join(path.split("/")[:3]), "")
+
+
 def is_served(path: str) -> bool:
     """Whether requests for a path come in."""
     return path in _SERVED or path.startswith("/v1/models/")
@@ -182,6 +204,11 @@ def _object_of(data: bytes) -> dict[str, Any]:
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def _with_id(body: Mapping[str, Any], base: str) -> bytes:
+    """The body of a response with the id of its answer, which vLLM's server would draw at random."""
+    return json.dumps({"request_id": RESPONSE_PREFIX + base, **body}).encode()
 
 
 async def _read(receive: Receive) -> bytes:

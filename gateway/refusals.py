@@ -28,7 +28,7 @@ _RETRY_AFTER_S = 1  # chosen: a worker or a Redis is away for seconds
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HttpRefusal:
-    """An answer that is an error: status, text, the field at fault, and when to try again.
+    """An answer that is an error: status, text, the field at fault, when to try again, the method to use.
 
     `limit` names the limit of a key that was reached.
     """
@@ -38,6 +38,7 @@ class HttpRefusal:
     field: str | None = None
     retry_after_s: int | None = None
     limit: str = ""
+    allow: str | None = None
 
     @property
     def body(self) -> dict[str, Any]:
@@ -58,7 +59,8 @@ class HttpRefusal:
     @property
     def headers(self) -> dict[str, str]:
         """Headers of the answer."""
-        return {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
+        told = {"Retry-After": self.retry_after_s, "Allow": self.allow}
+        return {name: str(value) for name, value in told.items() if value is not None}
 
 
 def reason_of(status: int) -> str:
@@ -104,6 +106,7 @@ _TYPES = {
     HTTPStatus.BAD_REQUEST: "BadRequestError",
     HTTPStatus.UNAUTHORIZED: "AuthenticationError",
     HTTPStatus.NOT_FOUND: "NotFoundError",
+    HTTPStatus.METHOD_NOT_ALLOWED: "MethodNotAllowedError",
     HTTPStatus.CONFLICT: "ConflictError",
     HTTPStatus.TOO_MANY_REQUESTS: "RateLimitError",
     HTTPStatus.INTERNAL_SERVER_ERROR: "InternalServerError",

@@ -63,14 +63,18 @@ def _is_loopback(host: str) -> bool:
 async def serve(settings: Settings, options: Sequence[str]) -> None:
     """Serve until SIGTERM or SIGINT. `options` are those of `vllm serve` that are about the server.
 
-    Those of the engines, in L4_VLLM_ARGS, may be about the model and its tokenizer: they are heeded, too.
+    They follow those in L4_HTTP_ARGS. Those of the engines, in L4_VLLM_ARGS, may be about the model and its
+    tokenizer: they are heeded, too.
     """
     keys = check_door(settings)
     for name in ("vllm", "uvicorn"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    for name in ("vllm.config", "vllm.platforms", "vllm.utils.system_utils"):
+        logging.getLogger(name).setLevel(logging.ERROR)  # their warnings are about an engine, and none runs here
     model = model_path(settings)
     settings = await asyncio.to_thread(with_model_facts, settings)
     prepare_environment(kv_cache_gib=1, cores="", model=model)
+    log.info("the gateway loads vLLM's server, which takes a while")
     try:
         from vllm.entrypoints.launchers.api_server.app_state import init_app_state
         from vllm.entrypoints.launchers.app import build_app
@@ -79,7 +83,9 @@ async def serve(settings: Settings, options: Sequence[str]) -> None:
         raise ConfigError("vLLM is missing: install l4queue[gateway,cpu] or l4queue[gateway,gpu]") from error
     from gateway.engine import QueueEngine
 
-    args = _arguments(settings, model, [*shlex.split(settings.vllm_args), *options])
+    args = _arguments(
+        settings, model, [*shlex.split(settings.vllm_args), *shlex.split(settings.http_args), *options]
+    )
     try:
         address, listening = setup_server(args, reuse_port=False)
     except OSError as error:
@@ -94,7 +100,7 @@ async def serve(settings: Settings, options: Sequence[str]) -> None:
         app.openapi = _served_openapi(app.openapi)
         _log_again(settings.log_format)
         who = f"{len(keys)} keys" if keys else "no key is set, so this machine only"
-        log.info("gateway ready: %s/v1 serves %s (%s)", address, settings.model, who)
+        log.info("gateway ready: %s/v1 serves %s (%s)", address, args.served_model_name[0], who)
         ending = await serve_http(
             app,
             sock=listening,

@@ -136,6 +136,8 @@ _HOMES = {
     ),
 }
 
+_INNER = {"Any", "TYPE_CHECKING", "annotations", "_HOMES", "_INNER"}
+
 
 def __getattr__(name: str) -> Any:
     """Load on first use: the simulator and the CLI start without a Redis client."""
@@ -149,4 +151,4 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     """Public names too that are not loaded yet, for completion in a shell or a notebook."""
-    return sorted({*globals(), *__all__})
+    return sorted({*__all__, *(name for name in globals() if name not in _INNER)})

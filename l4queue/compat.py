@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from l4queue.errors import UnreadableValue
+from l4queue.validation import first_fault
 
 __all__ = ("FORMAT", "MAX_NUMBER", "TOTALS", "object_of", "value_of")
 
@@ -82,5 +83,5 @@ def _numbers(value: object) -> Iterator[int | float]:
 def _first(error: Exception) -> str:
     if not isinstance(error, ValidationError):
         return str(error)
-    first = error.errors(include_url=False, include_input=False)[0]
-    return f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}"
+    place, told = first_fault(error)
+    return f"{'.'.join(map(str, place))}: {told}"

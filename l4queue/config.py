@@ -13,14 +13,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
 
 from l4queue.compat import MAX_NUMBER
 from l4queue.errors import ConfigError
 from l4queue.redis_url import SecretUrl, celery_url, parse_url, with_password
 from l4queue.strict_json import check_text
+from l4queue.validation import first_fault
 
-__all__ = ("URL_FILE", "Settings", "celery_settings", "default_of", "load_settings", "misspelt")
+__all__ = ("URL_FILE", "Settings", "celery_settings", "client_settings", "default_of", "load_settings", "misspelt")
 
 URL_FILE = Path(".l4queue/url")
 """Where `l4queue up` leaves the URL of the Redis that it has started, for clients in the same directory."""
@@ -194,6 +200,9 @@ class Settings(BaseSettings):
         "127.0.0.1", description="address of the HTTP gateway; another than loopback needs a key"
     )
     http_port: int = Field(8000, ge=1, le=65535, description="port of the HTTP gateway (docs/http.md)")
+    http_args: str = Field(
+        "", description="more options for the gateway, as `vllm serve` has them about its server (docs/http.md)"
+    )
     http_key: SecretStr = Field(
         SecretStr(""),
         description="API key that the gateway asks for, or sha256: and its digest; empty: see the file",
@@ -212,6 +221,21 @@ class Settings(BaseSettings):
     traces: bool = Field(
         False, description="send OpenTelemetry traces of requests; OTEL_ variables say where to (docs/tracing.md)"
     )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Arguments, environment, `.env`. ConfigError for an argument that is no setting."""
+        for name in sorted(init_settings().keys() - cls.model_fields.keys()):
+            near = get_close_matches(name, cls.model_fields, n=1)
+            raise ConfigError(f"{name} is no setting of l4queue{f'; did you mean {near[0]}?' if near else ''}")
+        return init_settings, env_settings, dotenv_settings, file_secret_settings
 
     @field_validator("*")
     @classmethod
@@ -268,12 +292,20 @@ def load_settings(**overrides: Any) -> Settings:
     try:
         settings = Settings(**overrides)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        name = "L4_" + "_".join(str(part) for part in first["loc"]).upper()
-        raise ConfigError(f"{name}: {first['msg'].removeprefix('Value error, ')}") from None
+        place, told = first_fault(error)
+        raise ConfigError(f"L4_{'_'.join(map(str, place)).upper()}: {told}") from None
     except (OSError, ValueError, SettingsError) as error:
         raise ConfigError(f".env cannot be read: {error}") from None
     _warn_of_misspelt()
+    return _with_redis_of_up(settings)
+
+
+def client_settings(given: Settings | None) -> Settings:
+    """Settings of a client: those given to it, else those of its environment. Both find the Redis of `up`."""
+    return load_settings() if given is None else _with_redis_of_up(given)
+
+
+def _with_redis_of_up(settings: Settings) -> Settings:
     found = None if {"redis_url", "redis_password"} & settings.model_fields_set else _url_of_up()
     if found is None:
         return settings

@@ -62,6 +62,9 @@ class PortableError(Exception):
 class L4QueueError(PortableError):
     """Root of all errors raised by l4queue.
 
+    `args` are what `__init__` takes, message first, and are plain values: `type(error)(*error.args)` is the same
+    error. So Celery, which stores an error in JSON as its class and `args`, gives callers this very class.
+
     Whatever ends `enqueue` or `enqueue_many` says what became of the requests, also errors of other kinds and
     cancellation (the cause of a TimeoutError). `accepted` has the handles of the accepted ones, in order;
     `in_doubt` those of requests that were sent and not answered, whose `status()` tells; `refused` the positions
@@ -72,6 +75,9 @@ class L4QueueError(PortableError):
     in_doubt: tuple[Any, ...] = ()
     refused: tuple[int, ...] = ()
 
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else ""
+
 
 class ConfigError(L4QueueError):
     """A setting is missing or wrong; the message says which and what to do."""
@@ -80,9 +86,12 @@ class ConfigError(L4QueueError):
 class InvalidRequest(L4QueueError, ValueError):
     """The request can never run. `field` names the offending field."""
 
-    def __init__(self, message: str, *, field: str) -> None:
-        super().__init__(f"{field}: {message}")
+    def __init__(self, message: str, field: str) -> None:
+        super().__init__(message, field)
         self.field = field
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.args[0]}"
 
 
 class QueueFull(L4QueueError):
@@ -91,9 +100,12 @@ class QueueFull(L4QueueError):
     Of many requests some may fit: their handles are in `accepted`, and `refused` has the positions of the others.
     """
 
-    def __init__(self, message: str, *, retry_after_s: float) -> None:
-        super().__init__(f"{message}; retry after {retry_after_s:.1f} s")
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message, retry_after_s)
         self.retry_after_s = retry_after_s
+
+    def __str__(self) -> str:
+        return f"{self.args[0]}; retry after {self.retry_after_s:.1f} s"
 
 
 class IdempotencyConflict(L4QueueError):
@@ -102,9 +114,6 @@ class IdempotencyConflict(L4QueueError):
 
 class UnknownRequest(L4QueueError, KeyError):
     """No record of this id: never accepted, or its result TTL has passed."""
-
-    def __str__(self) -> str:
-        return str(self.args[0]) if self.args else ""
 
 
 class ResultExpired(UnknownRequest):
@@ -123,8 +132,8 @@ class OutputLost(L4QueueError):
 class RequestNotDone(L4QueueError):
     """The request ended in a terminal state other than `done`."""
 
-    def __init__(self, message: str, *, request_id: str, field: str | None = None) -> None:
-        super().__init__(message)
+    def __init__(self, message: str, request_id: str, field: str | None = None) -> None:
+        super().__init__(message, request_id, field)
         self.request_id = request_id
         self.field = field
 

@@ -16,6 +16,10 @@ from l4queue.cli.json_keys import KEYS
 from l4queue.cli.outcome import MEANINGS
 
 PAGE = Path(__file__).parents[1] / "docs" / "cli.md"
+_TITLES = {
+    "up": "Keys of its ready file, and of each object of `status --json` without an id",
+    "status": "Keys of its JSON with an id",
+}
 
 
 def page() -> str:
@@ -63,7 +67,7 @@ def _command(path: str, command: Any) -> list[str]:
     rows = [row for row in (_row(parameter, context) for parameter in command.get_params(context)) if row]
     if rows:
         lines += ["| | |", "|---|---|", *rows, ""]
-    lines += _keys(path, "Keys of its JSON")
+    lines += _keys(path, _TITLES.get(path, "Keys of its JSON"))
     return lines + _keys(f"{path} --jsonl", "Keys of the JSON of a batch")
 
 

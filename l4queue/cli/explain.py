@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from l4queue.cli.outcome import about
+from l4queue.cli.requests import Id
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,11 +18,11 @@ if TYPE_CHECKING:
 
 __all__ = ("register",)
 
+_WAITING = ("submitted", "queued")
+
 
 def explain(
-    request_id: Annotated[
-        str, typer.Argument(help="Request id, as printed by enqueue or in an HTTP answer.", metavar="ID")
-    ],
+    request_id: Id,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
 ) -> None:
     """Tell the events of a request, in order.
@@ -32,12 +33,16 @@ def explain(
     from l4queue.client import Client
 
     with Client() as client, about(request_id):
-        events = client.get(request_id.removeprefix("chatcmpl-").removeprefix("cmpl-")).explain()
+        handle = client.get(request_id)
+        events = handle.explain()
+        is_stuck = handle.status().state in _WAITING and not client.overview().workers
     if as_json:
         print(json.dumps([asdict(event) for event in events]))
         return
     for line in lines(events):
         print(line)
+    if is_stuck:
+        print("            no worker serves: see `l4queue stats`")
 
 
 def lines(events: Sequence[Event]) -> list[str]:

@@ -15,6 +15,20 @@ _TIMES = {
 }
 
 KEYS: dict[str, dict[str, str]] = {
+    "up": {
+        "redis_url": "the queue's Redis; with its password in the file only",
+        "flower_url": "Flower, or null",
+        "openai_url": "base URL for clients of OpenAI's API, or null",
+        "curl": "a command that gets a completion, or null",
+        "metrics_urls": "Prometheus metrics by process",
+        "model": "the model, as workers load it",
+        "pid": "process id of `up` itself",
+        "pids": "process ids by name, as they were when all was ready",
+        "data_dir": "the data directory",
+        "logs": "directory of all lines of all processes",
+        "targets_file": "targets for Prometheus",
+        "export": "a line for shells in other directories",
+    },
     "enqueue": {"request_id": _REQUEST["request_id"]},
     "enqueue --jsonl": {
         "num_lines": "lines of the input that are not empty",

@@ -17,11 +17,13 @@ from l4queue.json_lines import json_line
 if TYPE_CHECKING:
     from l4queue.client import Handle, RequestStatus, Result
 
-__all__ = ("register",)
+__all__ = ("Id", "register")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 Timeout = Annotated[float | None, typer.Option(help="Longest wait, s; the request goes on.")]
-Id = Annotated[str, typer.Argument(help="Request id, as printed by enqueue.", metavar="ID")]
+Id = Annotated[
+    str, typer.Argument(help="Request id, as printed by enqueue or in an answer over HTTP.", metavar="ID")
+]
 
 
 def enqueue(
@@ -119,7 +121,7 @@ def result(
 
 def status(
     request_id: Annotated[
-        str | None, typer.Argument(help="Request id, as printed by enqueue.", metavar="ID", show_default=False)
+        str | None, typer.Argument(help="Request id, as for `result`.", metavar="ID", show_default=False)
     ] = None,
     data_dir: Annotated[
         Path, typer.Option(help="Without ID: the directory that the `l4queue up` in question was given.")
@@ -128,7 +130,8 @@ def status(
 ) -> None:
     """Show where a request or the deployment is.
 
-    With ID: state, stage, worker, tokens, times. Without: the URLs of the `l4queue up` of this directory.
+    With ID: state, stage, worker, tokens, times. Without: the URLs of the `l4queue up` of this directory; with
+    --json a list of what `up` writes into its ready file.
     """
     from l4queue.client import Client
 
@@ -140,9 +143,10 @@ def status(
     if as_json:
         print(json.dumps(_record(record)))
         return
-    for name, value in _record(record).items():
-        if value is not None:
-            print(f"{name:<15} {value}")
+    shown = {name: value for name, value in _record(record).items() if value is not None}
+    width = max(map(len, shown))
+    for name, value in shown.items():
+        print(f"{name:<{width}}  {value:.3f}" if isinstance(value, float) else f"{name:<{width}}  {value}")
 
 
 def cancel(request_id: Id, as_json: Json = False) -> None:
@@ -157,7 +161,7 @@ def cancel(request_id: Id, as_json: Json = False) -> None:
         is_ended = handle.cancel(reason="cancelled from the command line")
         state = handle.status().state.value
     if as_json:
-        print(json.dumps({"request_id": request_id, "cancelled": is_ended, "state": state}))
+        print(json.dumps({"request_id": handle.id, "cancelled": is_ended, "state": state}))
     else:
         print(state if is_ended else f"had already ended: {state}")
 

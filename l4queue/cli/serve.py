@@ -45,9 +45,10 @@ def serve(
         ),
     ] = None,
 ) -> None:
-    """Serve OpenAI's HTTP API from the queue, until Ctrl-C; any number of these may run.
+    """Serve OpenAI's HTTP API from the queue, until Ctrl-C.
 
-    It runs no engine: workers do, of `l4queue up` or elsewhere. Clients set base_url to http://HOST:PORT/v1.
+    Any number of these may run. They run no engine: workers do, of `l4queue up` or elsewhere. Clients set base_url
+    to http://HOST:PORT/v1.
     """
     import os
     import sys

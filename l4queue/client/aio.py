@@ -11,7 +11,7 @@ from os import PathLike
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Unpack, overload
 
-from l4queue.client.arguments import build_spec, checked_count, checked_id, checked_patience
+from l4queue.client.arguments import build_spec, checked_count, checked_id, checked_patience, id_in_queue
 from l4queue.client.batch import BatchProgress, BatchSummary, load_run_batch
 from l4queue.client.bulk import Bulk
 from l4queue.client.core import Chunk, ClientCore, Prepared, Result, check_outcome, known
@@ -50,11 +50,11 @@ class AsyncClient:
     def __init__(
         self, url: str | None = None, *, timeout_s: float = 10.0, settings: Settings | None = None
     ) -> None:
-        from l4queue.config import load_settings  # with redis-py as long to import as the rest of a client
+        from l4queue.config import client_settings  # with redis-py as long to import as the rest of a client
         from l4queue.protocol.executor import AsyncExecutor
 
         patience_s = checked_patience(timeout_s)
-        self.settings = settings or load_settings()
+        self.settings = client_settings(settings)
         self._core = ClientCore(self.settings)
         self._executor = AsyncExecutor(
             url or self.settings.redis_url, retry_s=patience_s, socket_timeout_s=patience_s
@@ -166,9 +166,12 @@ class AsyncClient:
         return await self._submit(prepared, block=False)
 
     async def get(self, request_id: str | AsyncHandle) -> AsyncHandle:
-        """The handle of an earlier request, by its id or another handle of it; UnknownRequest without a record."""
+        """The handle of an earlier request, by its id or another handle of it; UnknownRequest without a record.
+
+        The id may be that of an answer over HTTP: `chatcmpl-...`, `cmpl-...`, `resp_...`.
+        """
         handle = AsyncHandle(
-            self, checked_id(request_id.id if isinstance(request_id, AsyncHandle) else request_id)
+            self, id_in_queue(request_id.id if isinstance(request_id, AsyncHandle) else request_id)
         )
         await handle.status()
         return handle
@@ -190,7 +193,7 @@ class AsyncClient:
                 for handle in ends.take():
                     yield handle
                 if ends.num_pending and not event.is_set():
-                    left_s = time_left_s(deadline, f"{ends.num_pending} requests are not finished")
+                    left_s = ends.left_s(deadline)
                     await wait_async(event, left_s)
         finally:
             self._listener.end(ends.watches)
@@ -380,6 +383,7 @@ class AsyncHandle(HandleBase):
                     self._seen_tokens = chunk.offset
                     yield chunk
                 if is_all:
+                    self._ended(watch.state)
                     break
                 if must_read:
                     await listener.read(watch)

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
 
 from l4queue.errors import InvalidRequest, UnknownRequest
-from l4queue.models import RequestSpec, SamplingParams
+from l4queue.models import ChatMessage, RequestSpec, SamplingParams
 from l4queue.plain_values import plain_value
-from l4queue.sampling import NOT_OFFERED
+from l4queue.sampling import NOT_OFFERED, StructuredOutputs
 from l4queue.strict_json import JsonError, check_text
+from l4queue.validation import first_fault
 
 __all__ = (
+    "CHAT_PREFIX",
+    "COMPLETION_PREFIX",
+    "RESPONSE_PREFIX",
     "WITHOUT_EFFECT",
     "build_spec",
     "checked_count",
     "checked_id",
     "checked_patience",
     "checked_text",
+    "id_in_queue",
     "printable",
     "spec_of",
+    "text_of_parts",
     "unknown_parameter",
 )
 
@@ -33,6 +39,8 @@ _ELSEWHERE = {
     "model": "is not chosen by a request: a deployment serves one, L4_MODEL",
     "prompt_token_ids": "is called token_ids",
     "sampling_params": "is called params",
+    "tool_choice": "is offered over HTTP: docs/http.md",
+    "tools": "are offered over HTTP: docs/http.md",
     "stream": "is a method of the handle: enqueue(...).stream()",
     "timeout": "is an argument of result() and stream(); deadline_s ends the request itself",
 }
@@ -49,6 +57,13 @@ WITHOUT_EFFECT = frozenset(
     }
 )
 """Fields of OpenAI's bodies that change nothing in the output: HTTP and batches ignore them."""
+CHAT_PREFIX, COMPLETION_PREFIX, RESPONSE_PREFIX = "chatcmpl-", "cmpl-", "resp_"
+"""What answers over HTTP and of batches write before the id of a request, as OpenAI's do."""
+_TEXT_OR_TEXTS = frozenset({"stop", "bad_words"})
+_KNOWN_WITHIN = {
+    "messages": tuple(ChatMessage.model_fields),
+    "structured_outputs": tuple(field.alias or name for name, field in StructuredOutputs.model_fields.items()),
+}
 _MAX_ID_CHARS, _MAX_NAME_CHARS = 512, 200  # of an id; of a name shown in an error
 _MAX_COUNT = 1_000_000  # entries that a caller may ask for; more would not fit one reply
 _MAX_PATIENCE_S = 86_400.0  # a day; chosen: longer is a mistake of units
@@ -87,15 +102,18 @@ def build_spec(
         raise _refusal(error) from None
 
 
-def unknown_parameter(name: str, *, known: Collection[str] = _KNOWN) -> InvalidRequest:
-    """The error for a name that is no parameter: what to use in its place, or the nearest known name."""
+def unknown_parameter(name: str, *, known: Collection[str] = _KNOWN, field: str | None = None) -> InvalidRequest:
+    """The error for a name that is no parameter: what to use in its place, or the nearest known name.
+
+    `field` is where it stands, by default on top.
+    """
     told = NOT_OFFERED.get(name) or _ELSEWHERE.get(name) if known is _KNOWN else None
     if told is None:
         from difflib import get_close_matches  # for an error alone
 
         near = get_close_matches(name[:_MAX_NAME_CHARS].lower(), known, n=1)
         told = f"unknown parameter; did you mean {near[0]}?" if near else "unknown parameter"
-    return InvalidRequest(told, field=printable(name))
+    return InvalidRequest(told, field=printable(name if field is None else field))
 
 
 def _one_text(prompt: object) -> object:
@@ -124,27 +142,36 @@ def _plain_messages(messages: Any) -> Any:
     given = plain_value(messages)
     if not isinstance(given, tuple):
         return messages
-    return tuple(_plain_message(message) if isinstance(message, Mapping) else message for message in given)
+    return tuple(
+        _plain_message(message, index) if isinstance(message, Mapping) else message
+        for index, message in enumerate(given)
+    )
 
 
-def _plain_message(message: Mapping[str, Any]) -> dict[str, Any]:
+def _plain_message(message: Mapping[str, Any], index: int) -> dict[str, Any]:
     plain = {name: value for name, value in message.items() if name != "name"}
-    content = plain.get("content")
-    if isinstance(content, list | tuple):
-        parts = [part if isinstance(part, Mapping) else {} for part in content]
-        if all(part.get("type") == "text" and isinstance(part.get("text"), str) for part in parts):
-            plain["content"] = "\n".join(part["text"] for part in parts)
+    if isinstance(plain.get("content"), list | tuple):
+        plain["content"] = text_of_parts(plain["content"], field=f"messages.{index}.content")
     return plain
+
+
+def text_of_parts(parts: Sequence[Any], *, field: str) -> str:
+    """The text of a message's parts; InvalidRequest where one is an image or another thing."""
+    for part in parts:
+        if not (isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)):
+            raise InvalidRequest("only parts of type text are offered", field=field)
+    return "\n".join(part["text"] for part in parts)
 
 
 def _refusal(error: ValidationError) -> InvalidRequest:
     """The first of the errors, by the names of the caller."""
-    first = error.errors(include_url=False, include_input=False)[0]
-    told = "must be a list" if first["type"] == "tuple_type" else first["msg"].removeprefix("Value error, ")
-    subject = told.partition(" ")[0]  # of what several fields say together
-    location = ".".join(str(part) for part in first["loc"] if part != "[key]")
-    location = location or (subject if subject in _KNOWN else "request")
-    return InvalidRequest(told, field=printable(location))
+    place, told = first_fault(error)
+    field = ".".join(map(str, place)) or "request"
+    if told == "unknown parameter":
+        return unknown_parameter(str(place[-1]), known=_KNOWN_WITHIN.get(str(place[0]), _KNOWN), field=field)
+    if told == "must be a list" and field in _TEXT_OR_TEXTS:
+        told = "must be a text, or a list of texts"
+    return InvalidRequest(told, field=printable(field))
 
 
 def _checked_again(spec: RequestSpec) -> RequestSpec:
@@ -201,6 +228,15 @@ def checked_id(request_id: object) -> str:
         return checked_text(request_id, field="request_id", most_chars=_MAX_ID_CHARS)
     except InvalidRequest as error:
         raise UnknownRequest(f"no such request: {error}") from None
+
+
+def id_in_queue(request_id: object) -> str:
+    """The id by which the queue knows a request, from that id or from the one in an answer over HTTP."""
+    checked = checked_id(request_id)
+    for prefix in (CHAT_PREFIX, COMPLETION_PREFIX, RESPONSE_PREFIX):
+        if checked.startswith(prefix):
+            return checked.removeprefix(prefix)
+    return checked
 
 
 def printable(name: str) -> str:

@@ -93,7 +93,7 @@ class Bulk(Generic[H]):
         ids = [self._prepared[position].request_id for position in self._sent]
         error.accepted = tuple(self.handles)
         error.in_doubt = tuple(self._make_handle(request_id, False) for request_id in ids)
-        error.refused = tuple(self._refused)
+        error.refused = tuple(self._refused) or getattr(error, "refused", ())
         if len(self._prepared) > 1:
             told = f"{len(error.accepted)} of {len(self._prepared)} requests were accepted: see `accepted`"
             error.add_note(told + (f"; {len(ids)} may have been: see `in_doubt`" if ids else ""))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import JsonValue
 
-from l4queue.client.arguments import checked_text, spec_of
+from l4queue.client.arguments import checked_text, printable, spec_of
 from l4queue.client.tracing import EnqueueTraces
 from l4queue.errors import (
     IdempotencyConflict,
@@ -108,6 +108,7 @@ class Prepared:
 
     request_id: str
     call: Call[SubmitReply]
+    charge_tokens: int
     span: Span | None = None
     has_key: bool = False
 
@@ -153,14 +154,14 @@ class ClientCore:
         if traceparent is not None:
             traced = spec.model_copy(update={"traceparent": traceparent})
             body = traced.model_dump_json(include=_BODY_FIELDS, exclude_defaults=True)
-        counted = len(prompt) // _BYTES_PER_TOKEN + 1
+        charge_tokens = len(prompt) // _BYTES_PER_TOKEN + 1 + (spec.params.max_tokens or DEFAULT_MAX_TOKENS)
         call = self.calls.submit(
             request_id,
             digest=digest,
             body=body,
             kind=kind,
             prompt=prompt,
-            charge_tokens=counted + (spec.params.max_tokens or DEFAULT_MAX_TOKENS),
+            charge_tokens=charge_tokens,
             max_live_tokens=self.settings.max_backlog_tokens,
             max_live_bytes=self.settings.max_backlog_bytes,
             deadline_ms=ceil(spec.deadline_s * 1000) if spec.deadline_s else 0,  # 0 is none
@@ -170,12 +171,21 @@ class ClientCore:
             key_ttl_ms=key_ttl_ms,
             has_open_end=spec.params.max_tokens is None,
         )
-        return Prepared(request_id=request_id, call=call, span=span, has_key=bool(digest))
+        return Prepared(
+            request_id=request_id, call=call, charge_tokens=charge_tokens, span=span, has_key=bool(digest)
+        )
 
     def prepare_many(self, requests: Iterable[Any], common: Mapping[str, Any]) -> Iterator[Prepared]:
-        """The same for the elements of `enqueue_many`, one after the other."""
-        for request in requests:
-            yield self.prepare(spec_of(request, common))
+        """The same for the elements of `enqueue_many`, in order; InvalidRequest tells which one is wrong."""
+        if isinstance(requests, str | bytes | Mapping | RequestSpec):  # would be its characters, or its names
+            raise InvalidRequest("must be several, such as a list; `enqueue` takes one", field="requests")
+        for position, request in enumerate(requests):
+            try:
+                yield self.prepare(spec_of(request, common))
+            except InvalidRequest as error:
+                found = InvalidRequest(f"{error.args[0]} (in requests[{position}])", field=error.field)
+                found.refused = (position,)
+                raise found from None
 
     def accepted(self, prepared: Prepared, reply: SubmitReply) -> str:
         """The id of the accepted request, or of the one that its key stands for.
@@ -185,7 +195,7 @@ class ClientCore:
         request_id = reply.request_id or prepared.request_id
         if reply.verdict is Verdict.FULL:
             wait_s = retry_after_s(reply.live_tokens, drain_tokens_per_s=reply.drain_tokens_per_s)
-            raise QueueFull(f"{reply.live_tokens} tokens are waiting or running", retry_after_s=wait_s)
+            raise QueueFull(self._why_full(prepared, reply.live_tokens), retry_after_s=wait_s)
         if reply.verdict is Verdict.CONFLICT:
             raise IdempotencyConflict(
                 f"the idempotency key of request {request_id} was used with a different body"
@@ -193,6 +203,14 @@ class ClientCore:
         if prepared.span is not None:
             self._traces.end(prepared.span, request_id=request_id, is_new=reply.verdict is Verdict.OK)
         return request_id
+
+    def _why_full(self, prepared: Prepared, live_tokens: int) -> str:
+        most_tokens = self.settings.max_backlog_tokens
+        if live_tokens + prepared.charge_tokens > most_tokens:
+            told = f"{live_tokens} tokens wait or run, and this request would exceed the {most_tokens}"
+            return f"the backlog is full: {told} of L4_MAX_BACKLOG_TOKENS"
+        most_bytes = self.settings.max_backlog_bytes
+        return f"the backlog is full: its requests take the {most_bytes} bytes of L4_MAX_BACKLOG_BYTES"
 
     @staticmethod
     def has_mail(prepared: Prepared, reply: SubmitReply) -> bool:
@@ -322,9 +340,8 @@ def _digest(kind: str, body: str, prompt: bytes) -> str:
 
 def unknown(request_id: str) -> UnknownRequest:
     """The error for a request without a record."""
-    return UnknownRequest(
-        f"no request {request_id}: never accepted, or its result has expired or was dropped for want of room"
-    )
+    why = "never accepted, or its result has expired or was dropped for want of room"
+    return UnknownRequest(f"no request {printable(request_id)}: {why}")
 
 
 def _encode_prompt(spec: RequestSpec) -> tuple[str, bytes]:

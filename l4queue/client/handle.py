@@ -11,6 +11,7 @@ from weakref import WeakSet
 
 from l4queue.client.core import unknown
 from l4queue.client.status import RequestStatus
+from l4queue.models import RequestState
 from l4queue.protocol.calls import Verdict
 from l4queue.protocol.records import RequestRecord
 from l4queue.redis_url import SecretUrl, with_password, without_password
@@ -91,6 +92,7 @@ class HandleBase:
         self._has_mail = has_mail  # whether this very client is told of the end
         self._seen: RequestStatus | None = None
         self._seen_tokens = 0
+        self._seen_end: RequestState | None = None
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, HandleBase):
@@ -101,11 +103,11 @@ class HandleBase:
         return hash(self.id)
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.id}: {_told(self._seen, self._seen_tokens)}>"
+        return f"<{type(self).__name__} {self.id}: {_told(self._seen, self._seen_tokens, self._seen_end)}>"
 
     def _repr_html_(self) -> str:
         """For notebooks: the last that is known."""
-        return _table(self.id, self._seen, self._seen_tokens)
+        return _table(self.id, self._seen, self._seen_tokens, self._seen_end)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _again, (type(self), self.id, self._place.url, self._place.namespace)
@@ -127,12 +129,19 @@ class HandleBase:
         """Whether a cancel ended the request; UnknownRequest where there is no record of it."""
         if verdict is Verdict.UNKNOWN:
             raise unknown(self.id)
+        if verdict is Verdict.OK:
+            self._ended(RequestState.CANCELLED)
         return verdict is Verdict.OK
+
+    def _ended(self, state: RequestState | None) -> None:
+        """This handle was told of the end of its request."""
+        self._seen_end = state
 
     def _noted(self, record: RequestRecord) -> RequestStatus:
         """The status of a record, which is from now on the last that is known."""
         self._seen = RequestStatus.of(record)
         self._seen_tokens = self._seen.output_tokens
+        self._seen_end = self._seen.state if self._seen.is_finished else None
         return self._seen
 
 
@@ -140,30 +149,42 @@ def _again(kind: type[HandleBase], request_id: str, url: str, namespace: str) ->
     return kind._at(request_id, QueueAddress(url=url, namespace=namespace))
 
 
-def _told(status: RequestStatus | None, output_tokens: int) -> str:
+def _told(status: RequestStatus | None, output_tokens: int, end: RequestState | None) -> str:
     """State and lengths in a line, as far as they are known."""
-    if status is None:
-        return f"{output_tokens} output tokens so far" if output_tokens else "accepted"
-    parts = [status.state.value]
-    if status.prompt_tokens is not None:
-        parts.append(f"{status.prompt_tokens} prompt tokens")
-    shown = max(output_tokens, status.output_tokens)
-    if shown or status.is_finished:
-        most = "" if status.is_finished or status.max_tokens is None else f" of at most {status.max_tokens}"
-        parts.append(f"{shown}{most} output tokens")
+    if status is None and end is None:
+        return f"{_counted(output_tokens, 'output token')} so far" if output_tokens else "accepted"
+    parts = [_state(status, end)]
+    if status is not None and status.prompt_tokens is not None:
+        parts.append(_counted(status.prompt_tokens, "prompt token"))
+    shown = output_tokens if status is None else max(output_tokens, status.output_tokens)
+    most_tokens = None if status is None or end is not None else status.max_tokens
+    if shown and most_tokens is not None:
+        parts.append(f"{shown} of at most {_counted(most_tokens, 'output token')}")
+    elif shown or (end is not None and status is not None):
+        parts.append(_counted(shown, "output token"))
     return ", ".join(parts)
 
 
-def _table(request_id: str, status: RequestStatus | None, output_tokens: int) -> str:
+def _state(status: RequestStatus | None, end: RequestState | None) -> str:
+    if end is not None:
+        return end.value
+    return "accepted" if status is None else status.state.value
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+
+
+def _table(request_id: str, status: RequestStatus | None, output_tokens: int, end: RequestState | None) -> str:
     """The same as a table in HTML, with worker and times."""
     from html import escape  # a table of two thousand entities, for notebooks alone
 
     rows: list[tuple[str, object]] = [("request", request_id)]
     if status is None:
-        rows.append(("state", _told(None, output_tokens)))
+        rows.append(("state", _told(None, output_tokens, end)))
     else:
         rows += [
-            ("state", status.state.value),
+            ("state", _state(status, end)),
             ("prompt tokens", status.prompt_tokens),
             ("output tokens", max(output_tokens, status.output_tokens)),
             ("most output tokens", status.max_tokens),

@@ -10,7 +10,7 @@ from os import PathLike
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Unpack, overload
 
-from l4queue.client.arguments import build_spec, checked_count, checked_id, checked_patience
+from l4queue.client.arguments import build_spec, checked_count, checked_patience, id_in_queue
 from l4queue.client.batch import BatchProgress, BatchSummary, load_run_batch
 from l4queue.client.bulk import Bulk
 from l4queue.client.core import Chunk, ClientCore, Prepared, Result, check_outcome, known
@@ -49,11 +49,11 @@ class Client:
     def __init__(
         self, url: str | None = None, *, timeout_s: float = 10.0, settings: Settings | None = None
     ) -> None:
-        from l4queue.config import load_settings  # with redis-py as long to import as the rest of a client
+        from l4queue.config import client_settings  # with redis-py as long to import as the rest of a client
         from l4queue.protocol.executor import Executor
 
         patience_s = checked_patience(timeout_s)
-        self.settings = settings or load_settings()
+        self.settings = client_settings(settings)
         self._core = ClientCore(self.settings)
         self._executor = Executor(url or self.settings.redis_url, retry_s=patience_s, socket_timeout_s=patience_s)
         self._listener = Listener(self._executor, self._core)
@@ -152,8 +152,11 @@ class Client:
         return self._submit(self._core.prepare_many(requests, common), block=block, progress=progress)
 
     def get(self, request_id: str | Handle) -> Handle:
-        """The handle of an earlier request, by its id or another handle of it; UnknownRequest without a record."""
-        handle = Handle(self, checked_id(request_id.id if isinstance(request_id, Handle) else request_id))
+        """The handle of an earlier request, by its id or another handle of it; UnknownRequest without a record.
+
+        The id may be that of an answer over HTTP: `chatcmpl-...`, `cmpl-...`, `resp_...`.
+        """
+        handle = Handle(self, id_in_queue(request_id.id if isinstance(request_id, Handle) else request_id))
         handle.status()
         return handle
 
@@ -171,7 +174,7 @@ class Client:
                 event.clear()
                 yield from ends.take()
                 if ends.num_pending and not event.is_set():
-                    left_s = time_left_s(deadline, f"{ends.num_pending} requests are not finished")
+                    left_s = ends.left_s(deadline)
                     event.wait(left_s)
         finally:
             self._listener.end(ends.watches)
@@ -363,6 +366,7 @@ class Handle(HandleBase):
                     self._seen_tokens = chunk.offset
                     yield chunk
                 if is_all:
+                    self._ended(watch.state)
                     break
                 if must_read:
                     listener.read(watch)

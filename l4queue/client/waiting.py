@@ -20,6 +20,7 @@ __all__ = ("Ends", "deadline_after", "time_left_s", "wait_async")
 H = TypeVar("H", bound=Any)
 
 _LONGEST_S = 1e9  # 30 years; operating systems refuse an infinite wait
+_IT_GOES_ON, _THEY_GO_ON = "it goes on: wait again or cancel it", "they go on: wait again or cancel them"
 
 
 def deadline_after(timeout: float | None) -> float | None:
@@ -38,13 +39,13 @@ def deadline_after(timeout: float | None) -> float | None:
     return time.monotonic() + seconds
 
 
-def time_left_s(deadline: float | None, what: str) -> float | None:
+def time_left_s(deadline: float | None, what: str, *, rest: str = _IT_GOES_ON) -> float | None:
     """Seconds until the deadline, None without one; ResultTimeout once it has passed."""
     if deadline is None:
         return None
     left_s = deadline - time.monotonic()
     if left_s <= 0:
-        raise ResultTimeout(f"{what}; it goes on: wait again or cancel it")
+        raise ResultTimeout(f"{what}; {rest}")
     return left_s
 
 
@@ -81,6 +82,12 @@ class Ends(Generic[H]):
         """Requests whose end was not taken yet."""
         return len(self._pending)
 
+    def left_s(self, deadline: float | None) -> float | None:
+        """See `time_left_s`, for all that are pending."""
+        if self.num_pending == 1:
+            return time_left_s(deadline, "1 request is not finished")
+        return time_left_s(deadline, f"{self.num_pending} requests are not finished", rest=_THEY_GO_ON)
+
     def take(self) -> Iterator[H]:
         """Handles of requests that have ended since, in order; the error of one whose wait failed."""
         while self._woken:
@@ -88,7 +95,9 @@ class Ends(Generic[H]):
             if watch.error is not None:
                 watch.take()
             if watch.is_over:
-                yield from self._pending.pop(watch.request_id, {}).values()
+                for handle in self._pending.pop(watch.request_id, {}).values():
+                    handle._ended(watch.state)
+                    yield handle
 
     def _watch(self, same: list[H], has_mail: Callable[[H], bool]) -> RequestWatch:
         watch = RequestWatch(same[0].id, wake=self._event.set, has_mail=any(map(has_mail, same)))

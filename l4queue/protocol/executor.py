@@ -6,6 +6,7 @@ Both run the same coroutines. Those of the blocking executor never suspend: they
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Coroutine, Mapping, Sequence
@@ -40,6 +41,7 @@ __all__ = ("AsyncExecutor", "Executor")
 T = TypeVar("T")
 _READ = "XREAD"
 _MAX_BLOCK_S = 30.0  # of one blocking read; under the idle limits of usual proxies
+_MIN_BLOCK_S = 1.0  # of one blocking read of a client; chosen: one round trip a second costs nothing
 _SOCKET_TIMEOUT_S = 5.0  # for one reply; a script takes milliseconds
 _MAX_WAITERS = 4096  # each blocking read holds a connection; Redis accepts 10,000 by default
 
@@ -48,7 +50,8 @@ class _Exchange(ABC):
     """The exchange that both executors share; they add connections and its four primitives, `_one` to `_pause`.
 
     `retry_s` bounds how long a call is tried again while Redis is away or refuses it; then ServiceUnavailable.
-    None means for ever, until `close`: services outlive an outage of Redis. `says_outages` logs each outage once;
+    None means for ever, until `close`: services outlive an outage of Redis. It bounds `longest_read_s` too: a
+    server that hangs amid a blocking read is not noticed before its end. `says_outages` logs each outage once;
     by default where it is waited for without end. `socket_timeout_s` bounds a connect, and the wait for one
     reply: 5 s at most, and by default.
     """
@@ -64,6 +67,7 @@ class _Exchange(ABC):
     ) -> None:
         self.url = url
         self.retry_s = retry_s
+        self.longest_read_s = min(_MAX_BLOCK_S, max(_MIN_BLOCK_S, math.inf if retry_s is None else retry_s))
         says = retry_s is None if says_outages is None else says_outages
         self._outage = outage_of(url) if says else None
         self.waits = Waits(url, retry_s, self._outage)
@@ -96,8 +100,22 @@ class _Exchange(ABC):
     async def _run_many(self, calls: Sequence[Call[Any]]) -> list[Any]:
         found, error = await self._try(calls, retry_s=self.retry_s)
         if error is not None:
+            if len(calls) > 1:
+                error = await self._cause(error)
             raise explain(error, self.url) from error
         return found
+
+    async def _cause(self, error: Exception) -> Exception:
+        """The error itself, or what a short command is told by a server that hangs up on a long one.
+
+        A server that does not let us in reads no long command to its end.
+        """
+        if isinstance(error.__cause__ or error.__context__, BrokenPipeError | ConnectionResetError):
+            try:
+                await self._one(("PING",))
+            except FAILURES as found:
+                return found
+        return error
 
     async def _offer(self, call: Call[Any]) -> Any:
         found, error = await self._try((call,), retry_s=0.0)
@@ -129,7 +147,7 @@ class _Exchange(ABC):
     async def _wait(
         self, streams: Mapping[str, str], *, block_s: float, count: int
     ) -> dict[str, list[StreamEntry]]:
-        block_ms = max(1, int(min(block_s, _MAX_BLOCK_S) * 1000))
+        block_ms = max(1, int(min(block_s, self.longest_read_s) * 1000))
         try:
             reply = await self._read(streams, count=count, block_ms=block_ms)
         except FAILURES as error:
@@ -183,7 +201,11 @@ class Executor(_Exchange):
         self._closed = threading.Event()
         self._client = connect(address, pool=pool, timeout_s=socket_s, most=most, connect_timeout_s=socket_s)
         self._waiter = connect(
-            address, pool=waiters, timeout_s=_MAX_BLOCK_S + 5.0, most=_MAX_WAITERS, connect_timeout_s=socket_s
+            address,
+            pool=waiters,
+            timeout_s=self.longest_read_s + _SOCKET_TIMEOUT_S,
+            most=_MAX_WAITERS,
+            connect_timeout_s=socket_s,
         )
 
     def run(self, call: Call[T]) -> T:
@@ -203,7 +225,7 @@ class Executor(_Exchange):
     def wait(
         self, streams: Mapping[str, str], *, block_s: float, count: int = 100
     ) -> dict[str, list[StreamEntry]]:
-        """Entries after the given ids, as soon as there are any; {} when `block_s` (at most 30) passes."""
+        """Entries after the given ids, as soon as there are any; {} when `block_s` or `longest_read_s` passes."""
         return _at_once(self._wait(streams, block_s=block_s, count=count))
 
     def close(self) -> None:
@@ -236,7 +258,11 @@ class AsyncExecutor(_Exchange):
         pool, waiters = aredis.BlockingConnectionPool, aredis.ConnectionPool
         self.client = connect_async(address, pool=pool, timeout_s=socket_s, most=most, connect_timeout_s=socket_s)
         self._waiter = connect_async(
-            address, pool=waiters, timeout_s=_MAX_BLOCK_S + 5.0, most=_MAX_WAITERS, connect_timeout_s=socket_s
+            address,
+            pool=waiters,
+            timeout_s=self.longest_read_s + _SOCKET_TIMEOUT_S,
+            most=_MAX_WAITERS,
+            connect_timeout_s=socket_s,
         )
 
     async def run(self, call: Call[T]) -> T:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import json
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import redis
 
-from l4queue import AsyncClient, Client, Settings
+from l4queue import AsyncClient, Client, Settings, cli
+from l4queue.cli.outcome import ExitCode
 from l4queue.errors import (
     IdempotencyConflict,
     InvalidRequest,
@@ -58,9 +61,48 @@ def test_of_a_bulk_that_does_not_fit_the_accepted_part_is_told(client: Client, s
     error = caught.value
     assert (numbers(error.accepted), error.refused) == (list(range(50)), tuple(range(50, 80)))
     assert (error.in_doubt, seen) == ((), [50])
+    assert str(error).startswith(
+        "the backlog is full: 500 tokens wait or run, and this request would exceed the 500"
+    )
+    assert "L4_MAX_BACKLOG_TOKENS; retry after " in str(error)
     assert error.__notes__ == ["50 of 80 requests were accepted: see `accepted`"]
     assert scene.counts()["live"] == 50
     assert all(handle.cancel() for handle in error.accepted)
+
+
+def test_the_bound_that_is_reached_is_named(redis_url: str, namespace: str) -> None:
+    """Bytes, where tokens would do."""
+    settings = Settings(redis_url=redis_url, namespace=namespace, max_backlog_bytes=1)
+    with Client(settings=settings) as client:
+        client.enqueue("x", max_tokens=9)
+        with pytest.raises(QueueFull, match="take the 1 bytes of L4_MAX_BACKLOG_BYTES; retry after"):
+            client.enqueue("x", max_tokens=9)
+
+
+def test_a_long_command_without_the_password_is_told_so(durable_server: RedisServer, namespace: str) -> None:
+    """Redis hangs up amid it: the credentials are at fault, not the network."""
+    with redis.Redis.from_url(durable_server.url) as admin:
+        admin.config_set("requirepass", "new")
+    settings = Settings(redis_url=durable_server.url, namespace=namespace)
+    refused = pytest.raises(ServiceUnavailable, match="refuses the credentials in L4_REDIS_URL")
+    with Client(settings=settings, timeout_s=0) as client, refused:
+        client.enqueue_many(["x" * 1_000_000] * 32, max_tokens=1)
+
+
+@pytest.mark.parametrize("prefix", ["", "chatcmpl-", "cmpl-", "resp_"])
+def test_commands_know_the_ids_of_answers_over_http(
+    prefix: str, client: Client, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each of them, as `get` does, and print the queue's own."""
+    monkeypatch.setenv("L4_REDIS_URL", client.settings.redis_url.reveal())
+    monkeypatch.setenv("L4_NAMESPACE", client.settings.namespace)
+    handle = client.enqueue("x", max_tokens=9)
+    assert client.get(prefix + handle.id) == handle
+    for command in ("status", "cancel"):
+        assert cli.main([command, prefix + handle.id, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["request_id"] == handle.id
+    assert cli.main(["explain", prefix + handle.id]) == 0
+    assert cli.main(["result", prefix + handle.id]) == ExitCode.CANCELLED
 
 
 async def test_the_asyncio_client_tells_the_same(small: Settings, scene: Scene) -> None:

@@ -92,12 +92,18 @@ def test_the_queues_id_is_in_the_answer(gateways: Gateways) -> None:
     assert answer.json()["id"] == "cmpl-mine"
     own = post(gateways, "/v1/completions", body)
     assert own.json()["id"] == f"cmpl-{own.headers['x-l4-request-id']}"
+    asked = {"model": MODEL, "input": "a", "max_output_tokens": 3}
+    response = post(gateways, "/v1/responses", asked)
+    assert response.json()["id"] == f"resp_{response.headers['x-l4-request-id']}"
+    assert post(gateways, "/v1/responses", asked, x_request_id="mine").json()["id"] == "resp_mine"
     with gateways.queue() as client:
         handle = client.get(request_id)
         record = handle.status()
         assert record.state is RequestState.DONE
         assert (record.request["priority"], record.request["traceparent"]) == (7, trace)
         assert handle.explain()
+        for found in (own, response):
+            assert client.get(found.json()["id"]).id == found.headers["x-l4-request-id"]
 
 
 @pytest.mark.parametrize("is_stream", [False, True])
@@ -137,6 +143,30 @@ def test_a_refusal_has_its_status(
     if field is not None:
         assert told["param"] == field
         assert field in told["message"] or field == "input_tokens"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "told"),
+    [
+        ("POST", "/v1/embeddings", 404, "this server generates text"),
+        ("POST", "/v1/audio/speech", 404, "this server generates text"),
+        ("GET", "/v1/batches", 404, "l4queue enqueue --jsonl"),
+        ("POST", "/chat/completions", 404, "base_url that ends with /v1"),
+        ("GET", "/", 404, "base_url that ends with /v1"),
+        ("GET", "/docs", 404, "/docs is not served"),
+        ("GET", "/v1/chat/completions", 405, "takes POST, not GET"),
+        ("POST", "/v1/models", 405, "takes GET, not POST"),
+    ],
+)
+def test_a_wrong_path_or_method_is_told_what_is_there(
+    gateways: Gateways, method: str, path: str, status: int, told: str
+) -> None:
+    """In OpenAI's form."""
+    answer = httpx.request(method, f"{gateways.url()}{path}", timeout=300)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"]) == (status, status)
+    assert told in error["message"]
+    assert (status == 405) == ("allow" in answer.headers)
 
 
 def test_a_full_backlog_says_when_to_come_back(gateways: Gateways) -> None:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import os
 import pickle
+import signal
 import socketserver
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
+import redis
 
 from l4queue import (
     AsyncClient,
@@ -24,8 +27,10 @@ from l4queue import (
     ServiceUnavailable,
     Settings,
 )
+from l4queue.protocol.executor import Executor
 from tests.protocol.server import RedisServer
 from tests.services.pipeline import Pipeline
+from tests.services.processes import until
 
 pytestmark = pytest.mark.services
 READ = """
@@ -41,7 +46,7 @@ def test_a_handle_is_used_in_another_process(blocking: Client, redis_url: str) -
     environment = {name: value for name, value in os.environ.items() if not name.startswith("L4_")}
     words = [sys.executable, "-c", READ, pickle.dumps(handle).hex()]
     done = subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout == f"<Handle {handle.id}: submitted>|submitted|True|True\n"
+    assert done.stdout == f"<Handle {handle.id}: cancelled, 0 output tokens>|submitted|True|True\n"
     assert handle.status().state is RequestState.CANCELLED
     assert blocking.get(pickle.loads(pickle.dumps(handle))) == handle
 
@@ -135,6 +140,31 @@ def refusing() -> Iterator[tuple[str, list[int]]]:
         yield f"redis://127.0.0.1:{server.server_address[1]}/0", came
         server.shutdown()
         thread.join()
+
+
+@pytest.mark.parametrize(("timeout_s", "longest_s"), [(0, 1), (2, 2), (10, 10), (60, 30)])
+def test_a_blocking_read_is_no_longer_than_the_patience(timeout_s: float, longest_s: float) -> None:
+    """A server that hangs amid one is not noticed before; services wait for it anyhow."""
+    with Client("redis://127.0.0.1:1/0", timeout_s=timeout_s) as client:
+        assert client._executor.longest_read_s == longest_s
+    executor = Executor("redis://127.0.0.1:1/0", retry_s=None)
+    assert executor.longest_read_s == 30
+    executor.close()
+
+
+def test_a_wait_ends_where_its_server_hangs(durable_server: RedisServer, namespace: str) -> None:
+    """Its connections stay open: the blocking read has to end first."""
+    settings = Settings(redis_url=durable_server.url, namespace=namespace)
+    with Client(settings=settings, timeout_s=0.1) as client:
+        handle = client.enqueue("x", max_tokens=9)
+        with ThreadPoolExecutor(1) as pool, redis.Redis.from_url(durable_server.url) as admin:
+            waiting = pool.submit(handle.result)
+            until(lambda: any("b" in one["flags"] for one in admin.client_list()), "it waits")
+            os.kill(durable_server.pid, signal.SIGSTOP)
+            try:
+                assert isinstance(waiting.exception(), ServiceUnavailable)
+            finally:
+                os.kill(durable_server.pid, signal.SIGCONT)
 
 
 async def test_a_client_tries_as_long_as_it_is_told() -> None:

@@ -19,6 +19,7 @@ from urllib.parse import quote
 import psutil
 import pytest
 
+from l4queue.cli.json_keys import KEYS
 from l4queue.cli.stack.embedded import is_port_free
 from l4queue.client import Client
 from l4queue.observe.overview import read_overview
@@ -94,6 +95,7 @@ def test_it_serves_survives_and_ends(tmp_path: Path) -> None:
         up.wait_ready()
         url = up.facts["redis_url"]
         assert set(up.facts["pids"]) == NAMES
+        assert list(up.facts) == list(KEYS["up"])
         assert generated(url) == 5
         with urllib.request.urlopen(up.facts["flower_url"] + "/healthcheck", timeout=120) as reply:
             assert reply.status == 200

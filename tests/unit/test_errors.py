@@ -6,6 +6,7 @@ import ast
 import builtins
 import copy
 import inspect
+import json
 import pickle
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from celery import Celery
+from celery.backends.base import Backend
 
 from l4queue import errors
 
@@ -77,6 +80,8 @@ def raise_it(name: str) -> None:
 
 
 KINDS = exception_kinds()
+PUBLIC = [name for name in errors.__all__ if name != "PortableError"]
+CELERY = Backend(Celery(set_as_current=False))
 
 
 def test_the_search_finds_exceptions_of_all_packages() -> None:
@@ -93,6 +98,16 @@ def test_an_error_is_the_same_on_the_other_side(kind: type[BaseException], way: 
     again = WAYS[way](error)
     assert (type(again), str(again), repr(again)) == (kind, str(error), repr(error))
     assert (again.args, vars(again)) == (error.args, vars(error))
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_a_caller_of_celery_gets_the_same_error(name: str) -> None:
+    """A task's error is stored as its class and `args`, in JSON."""
+    error = example(getattr(errors, name))
+    del error.more, error.__notes__  # type: ignore[attr-defined] # Celery stores neither
+    stored = json.loads(json.dumps(CELERY.prepare_exception(error, "json")))
+    again = CELERY.exception_to_python(stored)
+    assert (type(again), str(again), vars(again)) == (type(error), str(error), vars(error))
 
 
 def test_an_error_in_a_pool_reaches_its_caller_and_nobody_else() -> None:

@@ -80,7 +80,7 @@ def test_a_constraint_pins_and_travels_as_it_was_given(given: dict[str, Any]) ->
         ({"grammar": "root ::= 'a'", "regex": "a"}, "exactly one"),
         ({"structural_tag": "[]"}, "must be a JSON object"),
         ({"structural_tag": {"a": "x" * MAX_SCHEMA_CHARS}}, "65536"),
-        ({"json_object": True}, "not permitted"),
+        ({"json_object": True}, "unknown parameter"),
     ],
 )
 def test_a_constraint_that_cannot_be_one_is_refused(given: dict[str, Any], words: str) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from l4queue.config import _warn_of_misspelt, load_settings, misspelt
+from l4queue.config import Settings, _warn_of_misspelt, client_settings, load_settings, misspelt
 from l4queue.errors import ConfigError
 
 
@@ -69,3 +69,34 @@ def test_a_misspelt_variable_is_named_with_the_one_that_was_meant(
         "L4_MODLE is no setting of l4queue; did you mean L4_MODEL?",
         "L4_NAMESPCE is no setting of l4queue; did you mean L4_NAMESPACE?",
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [("max_backlog_token", "; did you mean max_backlog_tokens?"), ("L4_MODEL", ""), ("zzz", "")],
+)
+def test_an_argument_that_is_no_setting_is_refused(name: str, told: str) -> None:
+    """It would have no effect."""
+    with pytest.raises(ConfigError) as caught:
+        Settings(**{name: 1})  # type: ignore[arg-type]
+    assert str(caught.value) == f"{name} is no setting of l4queue{told}"
+
+
+def test_other_variables_of_a_file_are_no_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`.env` belongs to other programs, too."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".env").write_text("L4_ELSE=1\nDASHBOARD_PASSWORD=x\nL4_NAMESPACE=mine\n", "utf-8")
+    assert Settings().namespace == "mine"
+
+
+def test_settings_given_to_a_client_find_the_redis_of_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of the environment do, unless they name one."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("L4_REDIS_URL", raising=False)
+    (tmp_path / ".l4queue").mkdir()
+    (tmp_path / ".l4queue/url").write_text("redis://:secret@127.0.0.1:7777/0", "utf-8")
+    found = client_settings(Settings(namespace="mine"))
+    assert (found.redis_url.reveal(), found.namespace) == ("redis://:secret@127.0.0.1:7777/0", "mine")
+    named = client_settings(Settings(redis_url="redis://elsewhere"))  # type: ignore[arg-type]
+    assert named.redis_url.reveal() == "redis://elsewhere"
+    assert client_settings(None).redis_url == found.redis_url

@@ -37,7 +37,8 @@ class HttpPlace:
     @property
     def curl(self) -> str:
         """A command that gets a completion."""
-        body = json.dumps({"model": self.model, "prompt": "The capital of France is", "max_tokens": 12})
+        asked = {"model": self.model, "prompt": "The capital of France is", "max_tokens": 12, "temperature": 0}
+        body = json.dumps(asked)
         key = " -H 'Authorization: Bearer '$L4_HTTP_KEY" if self.needs_key else ""
         return f"curl {self.url}/completions{key} -H 'Content-Type: application/json' -d '{body}'"
 

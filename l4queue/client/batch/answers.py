@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from l4queue.client.arguments import CHAT_PREFIX, COMPLETION_PREFIX
 from l4queue.client.batch.lines import CHAT_URL, DIGEST_CHARS
 from l4queue.client.batch.served import ModelNotServed
 from l4queue.errors import InvalidRequest
@@ -72,7 +73,7 @@ def success_line(
     else:
         choice["text"] = text
     body = {
-        "id": ("chatcmpl-" if url == CHAT_URL else "cmpl-") + record.request_id,
+        "id": (CHAT_PREFIX if url == CHAT_URL else COMPLETION_PREFIX) + record.request_id,
         "object": "chat.completion" if url == CHAT_URL else "text_completion",
         "created": record.submitted_ms // 1000,
         "model": model,

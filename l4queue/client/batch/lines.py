@@ -7,7 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from l4queue.client.arguments import WITHOUT_EFFECT, build_spec, checked_text, printable, unknown_parameter
+from l4queue.client.arguments import (
+    WITHOUT_EFFECT,
+    build_spec,
+    checked_text,
+    printable,
+    text_of_parts,
+    unknown_parameter,
+)
 from l4queue.errors import InvalidRequest
 from l4queue.models import RequestSpec, SamplingParams
 from l4queue.strict_json import JsonError, canonical_json, parse_json
@@ -177,11 +184,7 @@ def _message(message: Any, index: int) -> dict[str, Any]:
             raise InvalidRequest(_why_not(name), field=printable(f"{field}.{name}"))
     content = message.get("content")
     if isinstance(content, list):
-        if not all(
-            isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str) for p in content
-        ):
-            raise InvalidRequest("only parts of type text are offered", field=f"{field}.content")
-        content = "\n".join(part["text"] for part in content)
+        content = text_of_parts(content, field=f"{field}.content")
     return {"role": message.get("role"), "content": content}
 
 

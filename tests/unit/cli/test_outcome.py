@@ -78,6 +78,9 @@ def test_requests_from_the_shell_say_how_they_ended(
     with Client() as client:  # the line names the request, which goes on
         assert client.get(re.findall("[0-9a-f]{32}", err)[0]).status().state == "submitted"
 
+    assert (
+        run(capsys, "explain", request_id)[1].splitlines()[-1].strip() == "no worker serves: see `l4queue stats`"
+    )
     code, out, _ = run(capsys, "cancel", request_id, "--json")
     assert (code, json.loads(out)) == (0, {"request_id": request_id, "cancelled": True, "state": "cancelled"})
     assert json.loads(out).keys() == KEYS["cancel"].keys()

@@ -55,7 +55,7 @@ def test_too_few_devices_are_told_with_the_reason(gpu_build: pytest.MonkeyPatch,
 
 def test_a_wrong_option_is_named_and_not_the_setting_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """A variable that is wrong is named as one."""
-    with pytest.raises(ConfigError, match=r"^--engine: Input should be 'vllm' or 'emulated'"):
+    with pytest.raises(ConfigError, match=r"^--engine: must be 'vllm' or 'emulated'"):
         settings_with({"engine": "nope"})
     monkeypatch.setenv("L4_ENGINE", "nope")
     with pytest.raises(ConfigError, match=r"^L4_ENGINE: "):

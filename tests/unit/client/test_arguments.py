@@ -10,12 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from l4queue.client.arguments import build_spec, checked_patience
+from l4queue import Client, Settings
+from l4queue.client.arguments import build_spec, checked_patience, id_in_queue
 from l4queue.client.batch.lines import parse_line
 from l4queue.client.batch.options import batch_options
+from l4queue.client.core import ClientCore
 from l4queue.errors import InvalidRequest
 from l4queue.models import RequestSpec, SamplingParams
 
+MESSAGE = {"role": "user", "content": "hi"}
+IMAGE = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "a.png"}}]}
 LOOP: list[Any] = []
 LOOP.append(LOOP)
 
@@ -61,7 +65,10 @@ def test_token_ids_come_in_any_sequence(token_ids: Any) -> None:
         ({"zzz": 3}, "zzz", "unknown parameter"),
         ({"params": {"max_token": 3}}, "max_token", "did you mean max_tokens?"),
         ({"params": 3}, "params", "SamplingParams"),
-        ({"stop": {"a"}}, "stop", "must be a list"),
+        ({"stop": {"a"}}, "stop", "must be a text, or a list of texts"),
+        ({"stop": ["a"] * 17}, "stop", "must have at most 16 items, not 17"),
+        ({"tools": []}, "tools", "over HTTP"),
+        ({"structured_outputs": {"choices": ["a"]}}, "structured_outputs.choices", "did you mean choice?"),
         ({"max_tokens": True}, "max_tokens", "integer"),
         ({"max_tokens": np.bool_(True)}, "max_tokens", "integer"),
         ({"max_tokens": np.float64(3)}, "max_tokens", "integer"),
@@ -70,6 +77,10 @@ def test_token_ids_come_in_any_sequence(token_ids: Any) -> None:
         ({"prompt": None, "token_ids": np.array([True])}, "token_ids.0", "integer"),
         ({"prompt": None, "token_ids": LOOP}, "token_ids.0", "integer"),
         ({"prompt": None, "messages": "hi"}, "messages", "must be a list"),
+        ({"prompt": None, "messages": [{"content": "hi"}]}, "messages.0.role", "is missing"),
+        ({"prompt": None, "messages": [{"role": "user", "contents": ""}]}, "messages.0.content", "is missing"),
+        ({"prompt": None, "messages": [{**MESSAGE, "contents": ""}]}, "messages.0.contents", "mean content?"),
+        ({"prompt": None, "messages": [MESSAGE, IMAGE]}, "messages.1.content", "only parts of type text"),
         ({"prompt": ["a", "b"]}, "prompt", "enqueue_many"),
     ],
 )
@@ -79,6 +90,53 @@ def test_a_wrong_argument_is_named(given: dict[str, Any], field: str, told: str)
         build_spec(**{"prompt": "x", **given})
     assert caught.value.field == field
     assert told in str(caught.value)
+
+
+def test_no_error_speaks_of_pydantic() -> None:
+    """Its words are of inputs, tuples and validation; a caller gave none of these."""
+    for wrong in (
+        {"max_tokens": 0},
+        {"stop": ["a"] * 17},
+        {"metadata": 1},
+        {"top_k": "a"},
+        {"idempotency_key": ""},
+    ):
+        with pytest.raises(InvalidRequest, match=r"^\w+: must ") as caught:
+            build_spec("x", **wrong)
+        assert "validation" not in str(caught.value)
+
+
+@pytest.mark.parametrize("given", ["hello", b"hello", {"prompt": "x"}, RequestSpec(prompt="x")])
+def test_many_requests_are_not_the_parts_of_one(given: Any) -> None:
+    """A text is no list of its characters, a request no list of its fields."""
+    core = ClientCore(Settings())
+    with pytest.raises(InvalidRequest, match=r"^requests: must be several") as caught:
+        list(core.prepare_many(given, {}))
+    assert caught.value.field == "requests"
+
+
+def test_the_wrong_one_of_many_requests_is_told() -> None:
+    """By its position, in the message and for programs."""
+    client = Client("redis://127.0.0.1:1/0", settings=Settings(), timeout_s=0)
+    with pytest.raises(InvalidRequest, match=r"^max_tokens: .* \(in requests\[2\]\)$") as caught:
+        client.enqueue_many(["a", "b", {"prompt": "c", "max_tokens": 0}])
+    assert (caught.value.field, caught.value.refused, caught.value.accepted) == ("max_tokens", (2,), ())
+
+
+@pytest.mark.parametrize(
+    ("given", "known"),
+    [
+        ("a1", "a1"),
+        ("chatcmpl-a1", "a1"),
+        ("cmpl-a1-1", "a1-1"),
+        ("resp_a1", "a1"),
+        ("chatcmpl-", ""),
+        ("k-cmpl-", "k-cmpl-"),
+    ],
+)
+def test_an_id_of_an_answer_is_that_of_the_queue(given: str, known: str) -> None:
+    """Behind one prefix; an id of the queue has none."""
+    assert id_in_queue(given) == known
 
 
 def test_a_request_spec_stands_alone() -> None:

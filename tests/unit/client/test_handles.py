@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import pickle
+import threading
 import warnings
+from dataclasses import replace
 
 import pytest
 
 from l4queue import AsyncClient, AsyncHandle, Client, Handle, RequestState, RequestStatus, Settings
 from l4queue.client.handle import QueueAddress
+from l4queue.client.waiting import Ends, deadline_after
 from l4queue.config import load_settings
+from l4queue.errors import ResultTimeout
+from l4queue.protocol.calls import Verdict
 from l4queue.protocol.records import RequestRecord
 from l4queue.redis_url import without_password
 
@@ -99,6 +104,37 @@ def test_a_handle_tells_what_it_has_seen(client: Client) -> None:
     assert "<td>r&lt;1&gt;</td>" in shown
     assert "<th>time to first token</th><td>0.250 s</td>" in shown
     assert "secret" not in repr(client) + shown
+
+
+def test_a_handle_tells_the_end_that_it_was_told_of(client: Client) -> None:
+    """By `as_completed`, a stream or a cancel: nobody read its record."""
+    handle = Handle(client, "a")
+    ends = Ends([handle], has_mail=lambda _: False, event=threading.Event())
+    ends.watches[0].see(RequestState.DONE, 3)
+    assert list(ends.take()) == [handle]
+    assert repr(handle) == "<Handle a: done>"
+    assert "<th>state</th><td>done</td>" in handle._repr_html_()
+    streamed = Handle(client, "b")
+    streamed._seen_tokens = 1
+    assert repr(streamed) == "<Handle b: 1 output token so far>"
+    streamed._noted(replace(RECORD, prompt_tokens=1, offset=1))
+    assert repr(streamed) == "<Handle b: running, 1 prompt token, 1 of at most 64 output tokens>"
+    assert streamed._was_cancelled(Verdict.OK)
+    assert repr(streamed) == "<Handle b: cancelled, 1 prompt token, 1 output token>"
+
+
+@pytest.mark.parametrize(
+    ("num", "told"),
+    [
+        (1, "1 request is not finished; it goes on: wait again or cancel it"),
+        (2, "2 requests .* they go on: .* them"),
+    ],
+)
+def test_a_wait_that_ends_counts_what_is_left(client: Client, num: int, told: str) -> None:
+    """One request, or several."""
+    ends = Ends([Handle(client, str(n)) for n in range(num)], has_mail=lambda _: False, event=threading.Event())
+    with pytest.raises(ResultTimeout, match=told):
+        ends.left_s(deadline_after(0))
 
 
 def test_a_status_is_in_seconds() -> None:

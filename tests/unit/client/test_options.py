@@ -55,6 +55,7 @@ def test_both_clients_have_the_same_calls() -> None:
 def test_every_public_name_is_at_the_top() -> None:
     """Errors as well, also in what a shell completes before anything is loaded."""
     assert set(l4queue.__all__) <= set(dir(l4queue))
+    assert not {"Any", "TYPE_CHECKING", "annotations"} & set(dir(l4queue))
     assert {name for name in errors.__all__ if name != "PortableError"} <= set(l4queue.__all__)
     for name in l4queue.__all__:
         assert getattr(l4queue, name).__name__ == name

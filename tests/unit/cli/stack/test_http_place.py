@@ -30,7 +30,9 @@ def test_the_line_is_a_command() -> None:
     """A shell splits it as meant; a key is taken from the environment and not shown."""
     words = shlex.split(HttpPlace(host="127.0.0.1", port=8000, model="tiny").curl)
     assert words[:2] == ["curl", "http://127.0.0.1:8000/v1/completions"]
-    assert words[-1] == '{"model": "tiny", "prompt": "The capital of France is", "max_tokens": 12}'
+    assert (
+        words[-1] == '{"model": "tiny", "prompt": "The capital of France is", "max_tokens": 12, "temperature": 0}'
+    )
     assert "$L4_HTTP_KEY" in HttpPlace(host="127.0.0.1", port=8000, model="tiny", needs_key=True).curl
 
 
