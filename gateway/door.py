@@ -22,19 +22,23 @@ from l4queue.client import AsyncClient
 from l4queue.client.arguments import RESPONSE_PREFIX
 from l4queue.errors import InvalidRequest, L4QueueError
 
-__all__ = ("Door", "DoorParts", "is_served")
+__all__ = ("BATCHES", "CALLER", "FILES", "Door", "DoorParts", "is_served")
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
+FILES, BATCHES = "/v1/files", "/v1/batches"
+CALLER = "l4queue.caller"
+"""Key of a scope under which the door leaves the name of the caller's API key."""
 _OPEN = frozenset({"/health", "/metrics"})
 _SERVED = frozenset(
     {CHAT, COMPLETIONS, RESPONSES, "/v1/models", "/tokenize", "/detokenize", "/version", "/openapi.json", *_OPEN}
 )
 _POSTED = frozenset({CHAT, COMPLETIONS, RESPONSES, "/tokenize", "/detokenize"})
 _READS = ("GET", "HEAD", "OPTIONS")
+_WRITES = ("POST", "DELETE")
 _OF_TEXT = ": this server generates text, and nothing else"
 _OF_FILES = ": `l4queue enqueue --jsonl` runs a file of requests"
 _ELSEWHERE = {
@@ -50,7 +54,7 @@ _SSE = b"text/event-stream"
 class DoorParts:
     """The parts of a door, which it finds as `door` in the state of its application.
 
-    `fields` has the known fields of each path that generates.
+    `fields` has the known fields of each path that generates. With `has_files` files and batches are served.
     """
 
     keys: ApiKeys
@@ -58,6 +62,7 @@ class DoorParts:
     client: AsyncClient
     fields: Mapping[str, BodyFields]
     metrics: DoorMetrics
+    has_files: bool = False
 
 
 class Door:
@@ -76,7 +81,7 @@ class Door:
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope.get("headers", ())}
         caller = "" if path in _OPEN else parts.keys.caller(headers.get("authorization", ""))
         refusal = None
-        if scope["type"] != "http" or not is_served(path):
+        if scope["type"] != "http" or not is_served(path, has_files=parts.has_files):
             refusal = HttpRefusal(status=HTTPStatus.NOT_FOUND, message=f"{path} is not served{_elsewhere(path)}")
         elif caller is None:
             told = "send a known key that has not expired: Authorization: Bearer KEY"
@@ -84,7 +89,7 @@ class Door:
             parts.metrics.refused(caller="", reason=refusal.reason)
         if refusal is not None:
             await (_refuse(send, refusal) if scope["type"] == "http" else send({"type": "websocket.close"}))
-        elif scope["method"] not in (methods := ("POST", "OPTIONS") if path in _POSTED else _READS):
+        elif scope["method"] not in (methods := _methods_of(path)):
             message = f"{path} takes {methods[0]}, not {scope['method']}"
             refusal = HttpRefusal(status=HTTPStatus.METHOD_NOT_ALLOWED, message=message, allow=methods[0])
             await _refuse(send, refusal)
@@ -92,7 +97,7 @@ class Door:
             asked = _Told(headers=headers, path=path, caller=caller or "")
             await self._generate(parts, asked, scope, receive, send)
         else:
-            await self._app(scope, receive, send)
+            await self._app({**scope, CALLER: caller}, receive, send)
 
     async def _generate(self, parts: DoorParts, told: _Told, scope: Scope, receive: Receive, send: Send) -> None:
         with parts.metrics.exchange(path=told.path, caller=told.caller) as measured:
@@ -188,9 +193,20 @@ def _elsewhere(path: str) -> str:
     return _ELSEWHERE.get("/".join(path.split("/")[:3]), "")
 
 
-def is_served(path: str) -> bool:
+def _methods_of(path: str) -> tuple[str, ...]:
+    """Methods that are let in, the usual one first; routes of files and batches refuse theirs by themselves."""
+    if _is_of_files(path):
+        return _READS + _WRITES
+    return ("POST", "OPTIONS") if path in _POSTED else _READS
+
+
+def _is_of_files(path: str) -> bool:
+    return path in (FILES, BATCHES) or path.startswith((FILES + "/", BATCHES + "/"))
+
+
+def is_served(path: str, *, has_files: bool) -> bool:
     """Whether requests for a path come in."""
-    return path in _SERVED or path.startswith("/v1/models/")
+    return path in _SERVED or path.startswith("/v1/models/") or (has_files and _is_of_files(path))
 
 
 def _object_of(data: bytes) -> dict[str, Any]:

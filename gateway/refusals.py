@@ -21,7 +21,7 @@ from l4queue.errors import (
     UnknownRequest,
 )
 
-__all__ = ("HttpRefusal", "OverLimit", "reason_of", "refusal_of")
+__all__ = ("HttpRefusal", "HttpRefused", "OverLimit", "reason_of", "refusal_of")
 
 _RETRY_AFTER_S = 1  # chosen: a worker or a Redis is away for seconds
 
@@ -68,6 +68,14 @@ def reason_of(status: int) -> str:
     return _REASONS.get(status, "error")
 
 
+class HttpRefused(L4QueueError):
+    """Carries a refusal that no error of the queue stands for."""
+
+    def __init__(self, status: HTTPStatus, message: str, *, field: str | None = None) -> None:
+        super().__init__(message)
+        self.refusal = HttpRefusal(status=status, message=message, field=field)
+
+
 class OverLimit(L4QueueError):
     """A limit of a key is reached."""
 
@@ -78,7 +86,7 @@ class OverLimit(L4QueueError):
 
 def refusal_of(error: L4QueueError) -> HttpRefusal:
     """The answer that an error of the queue stands for."""
-    if isinstance(error, OverLimit):
+    if isinstance(error, OverLimit | HttpRefused):
         return error.refusal
     field = getattr(error, "field", None)
     retry_after_s: int | None = None
@@ -108,6 +116,7 @@ _TYPES = {
     HTTPStatus.NOT_FOUND: "NotFoundError",
     HTTPStatus.METHOD_NOT_ALLOWED: "MethodNotAllowedError",
     HTTPStatus.CONFLICT: "ConflictError",
+    HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "BadRequestError",
     HTTPStatus.TOO_MANY_REQUESTS: "RateLimitError",
     HTTPStatus.INTERNAL_SERVER_ERROR: "InternalServerError",
     HTTPStatus.SERVICE_UNAVAILABLE: "ServiceUnavailableError",

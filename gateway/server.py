@@ -81,8 +81,10 @@ async def serve(settings: Settings, options: Sequence[str]) -> None:
         from vllm.entrypoints.launchers.launcher import serve_http, setup_server
     except ImportError as error:
         raise ConfigError("vLLM is missing: install l4queue[gateway,cpu] or l4queue[gateway,gpu]") from error
+    from gateway.batches.service import BatchService, open_store
     from gateway.engine import QueueEngine
 
+    store = open_store(settings)
     args = _arguments(
         settings, model, [*shlex.split(settings.vllm_args), *shlex.split(settings.http_args), *options]
     )
@@ -96,8 +98,9 @@ async def serve(settings: Settings, options: Sequence[str]) -> None:
         engine = QueueEngine(config, client, serving, limiter)
         app = build_app(args, await engine.get_supported_tasks(), engine.model_config)
         await init_app_state(engine, app.state, args, await engine.get_supported_tasks())
-        app.state.door = _door(keys, serving, client)
-        app.openapi = _served_openapi(app.openapi)
+        app.state.door = _door(keys, serving, client, has_files=store is not None)
+        batches = None if store is None else BatchService(settings, store, app)
+        app.openapi = _served_openapi(app.openapi, has_files=store is not None)
         _log_again(settings.log_format)
         who = f"{len(keys)} keys" if keys else "no key is set, so this machine only"
         log.info("gateway ready: %s/v1 serves %s (%s)", address, args.served_model_name[0], who)
@@ -118,6 +121,8 @@ async def serve(settings: Settings, options: Sequence[str]) -> None:
             await engine.settled()
             await serving.close()
             await limiter.close()
+            if batches is not None:
+                await batches.close()
 
 
 _GRACE_S = 1
@@ -162,12 +167,14 @@ def _log_again(log_format: str) -> None:
             logger.disabled = False
 
 
-def _served_openapi(whole: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
+def _served_openapi(
+    whole: Callable[[], dict[str, Any]], *, has_files: bool
+) -> Callable[[], dict[str, Any]]:
     """vLLM's description of its API without the paths and the fields that the door does not let through."""
 
     def told() -> dict[str, Any]:
         found = whole()
-        paths = {path: said for path, said in found["paths"].items() if is_served(path)}
+        paths = {path: said for path, said in found["paths"].items() if is_served(path, has_files=has_files)}
         schemas = dict(found.get("components", {}).get("schemas", {}))
         for path, kind in vllm_bodies().items():
             if kind.__name__ in schemas:
@@ -177,9 +184,16 @@ def _served_openapi(whole: Callable[[], dict[str, Any]]) -> Callable[[], dict[st
     return told
 
 
-def _door(keys: ApiKeys, serving: ServingCheck, client: AsyncClient) -> DoorParts:
+def _door(keys: ApiKeys, serving: ServingCheck, client: AsyncClient, *, has_files: bool) -> DoorParts:
     fields = {path: fields_of_vllm(path, kind) for path, kind in vllm_bodies().items()}
-    return DoorParts(keys=keys, serving=serving, client=client, fields=fields, metrics=DoorMetrics())
+    return DoorParts(
+        keys=keys,
+        serving=serving,
+        client=client,
+        fields=fields,
+        metrics=DoorMetrics(),
+        has_files=has_files,
+    )
 
 
 def _arguments(settings: Settings, model: str, options: Sequence[str]) -> Namespace:

@@ -211,6 +211,15 @@ class Settings(BaseSettings):
         "", description="file of API keys with names and limits (docs/http.md); empty and no key: loopback only"
     )
 
+    http_files: str = Field(
+        ".l4queue/files",
+        description="directory or fsspec URL of /v1/files, the same for all gateways; empty: no files, no batches",
+    )
+    http_file_max_bytes: int = Field(200 * 2**20, ge=1, description="largest file that /v1/files takes, bytes")
+    http_files_ttl_s: float = Field(
+        30 * 86_400.0, gt=0, description="how long files, and batches that have ended, are kept, s"
+    )
+
     metrics_port: int = Field(
         0, ge=0, le=65535, description="port of Prometheus metrics, of each process its own; 0: none"
     )

@@ -144,3 +144,24 @@ class Keys:
 
     def charged(self, caller: str) -> str:
         return f"{self.prefix}charged:{caller}"
+
+    def file(self, file_id: str) -> str:
+        return f"{self.prefix}file:{file_id}"
+
+    def files(self, owner: str) -> str:
+        return f"{self.prefix}files:{owner}"
+
+    def files_due(self, store: str) -> str:
+        return f"{self.prefix}files_due:{store}"
+
+    def batch(self, batch_id: str) -> str:
+        return f"{self.prefix}batch:{batch_id}"
+
+    def batch_parts(self, batch_id: str) -> str:
+        return f"{self.prefix}parts:{batch_id}"
+
+    def batches(self, owner: str) -> str:
+        return f"{self.prefix}batches:{owner}"
+
+    def open_batches(self, store: str) -> str:
+        return f"{self.prefix}open:{store}"

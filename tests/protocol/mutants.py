@@ -47,6 +47,7 @@ _MODULES = (
     "keeping",
     "identity",
     "bounds",
+    "batches",
 )
 _NUMBERS = itertools.count()
 

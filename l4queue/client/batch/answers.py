@@ -26,6 +26,7 @@ __all__ = (
     "outcome_line",
     "read_answer",
     "refused_line",
+    "stopped_line",
     "success_line",
 )
 
@@ -114,6 +115,11 @@ def refused_line(
     status, code = (404, "model_not_found") if isinstance(error, ModelNotServed) else (400, None)
     response = _response(status, request_id, _error_body(status, message, _written(error.field, names), code=code))
     return _line(_name(request_id, digest), custom_id, response=response)
+
+
+def stopped_line(code: str, message: str, *, request_id: str, custom_id: str, digest: str) -> bytes:
+    """The error line of a request that was not computed, because its batch has ended before."""
+    return _line(_name(request_id, digest), custom_id, error={"code": code, "message": message})
 
 
 def invalid_line(error: InvalidRequest, *, number: int, digest: str = "") -> bytes:

@@ -18,7 +18,15 @@ from l4queue.client.batch.locks import lock
 from l4queue.errors import InvalidRequest
 from l4queue.strict_json import JsonError, parse_json, read_json
 
-__all__ = ("AnswerFile", "BatchIdentity", "IdentityFile", "InputFile", "RawLine", "new_beside")
+__all__ = (
+    "AnswerFile",
+    "BatchIdentity",
+    "IdentityFile",
+    "InputFile",
+    "RawLine",
+    "answer_object",
+    "new_beside",
+)
 
 _READ_BYTES = 2**20  # of one read or write
 _MAX_ANSWER_BYTES = 2**30  # of a line that is parsed; far beyond any answer
@@ -119,7 +127,7 @@ class AnswerFile:
         for number, data in enumerate(self._file, 1):
             if not data.strip():
                 continue
-            answer = _answer(data)
+            answer = answer_object(data)
             if answer is None:
                 raise self.unusable(number, "is not from a batch")
             yield number, answer
@@ -177,12 +185,12 @@ class AnswerFile:
             return
         self._file.seek(end)
         torn = self._file.read()
-        if _answer(torn) is not None:
+        if answer_object(torn) is not None:
             self._file.write(b"\n")
             self._file.flush()
             return
         self._file.seek(0)
-        is_ours = end == 0 or _answer(self._file.readline()) is not None
+        is_ours = end == 0 or answer_object(self._file.readline()) is not None
         if not is_ours or not _may_be_torn(torn):
             raise self.unusable(self._num_lines(), "is not from a batch")
         self._file.truncate(end)
@@ -211,6 +219,11 @@ class IdentityFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether there is an unfinished batch."""
+        return self.path.exists()
 
     def read(self) -> BatchIdentity:
         """The identity of the batch that goes on, or a new one. InvalidRequest for a broken file."""
@@ -251,7 +264,7 @@ def _cannot_write(path: Path, error: OSError, *, field: str) -> InvalidRequest:
     return InvalidRequest(f"cannot write {path}: {error.strerror or error}", field=field)
 
 
-def _answer(data: bytes) -> dict[str, Any] | None:
+def answer_object(data: bytes) -> dict[str, Any] | None:
     """A line of a batch's output, or None when it is something else, such as a request."""
     try:
         answer = parse_json(data, max_bytes=_MAX_ANSWER_BYTES)

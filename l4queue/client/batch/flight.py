@@ -27,6 +27,7 @@ MIN_RESULT_TTL_S = 7 * 86_400.0  # a week in which an interrupted batch can be r
 _LOOK_EVERY_S = 5.0  # between two looks at the records of silent requests
 _LOOK_AFTER_S = 10.0  # of silence a record is looked at
 _LOOK_AT = 500  # records of one look
+_STOPPED = frozenset({RequestState.CANCELLED, RequestState.EXPIRED})  # not for a fault of the request
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,9 +158,7 @@ class Flight:
             pending = self._pending[request_id]
             if record is not None and record.state not in TERMINAL:  # forgotten and sent again meanwhile
                 continue
-            num_tokens = sum(len(entry.token_ids) for entry in outputs)
-            is_whole = any(entry.state for entry in outputs) and num_tokens == (record.offset if record else 0)
-            if record is not None and not is_whole:  # expired, went early, or was deleted: its line is sent again
+            if record is not None and not _is_whole(record, outputs):  # expired, went early, or was deleted
                 lost.append(request_id)
                 record = None
             ended.append(Ended(ticket=pending.ticket, record=record, outputs=outputs, is_found=pending.is_found))
@@ -168,7 +167,35 @@ class Flight:
 
     def landed(self, ticket: Ticket) -> None:
         """Its answer was written, or it is to be sent again."""
-        del self._pending[ticket.request_id]
+        self._pending.pop(ticket.request_id, None)
+
+    def tickets(self) -> list[Ticket]:
+        """Lines in flight."""
+        return [pending.ticket for pending in self._pending.values()]
+
+    def end(self, tickets: Sequence[Ticket], *, reason: str) -> list[Ended]:
+        """Cancel these lines, in flight here, from an earlier run, or not at all.
+
+        Those that had ended before come with their record; it is None for the others.
+        """
+        replies = self._executor.run_many([self.core.cancel(t.request_id, reason=reason) for t in tickets])
+        verdicts = {t.request_id: verdict for t, (verdict, _) in zip(tickets, replies, strict=True)}
+        self.forget([i for i, verdict in verdicts.items() if verdict is Verdict.OK])
+        kept, reads = [i for i, verdict in verdicts.items() if verdict is Verdict.IS], self.core.reads
+        found = self._executor.run_many([call for i in kept for call in (reads.record(i), reads.output(i))])
+        known = {
+            i: (record, outputs)
+            for i, record, outputs in zip(kept, found[::2], found[1::2], strict=True)
+            if record is not None and record.state not in _STOPPED and _is_whole(record, outputs)
+        }
+        for ticket in tickets:
+            self.landed(ticket)
+            self._ended.pop(ticket.request_id, None)
+        return [
+            Ended(ticket=t, record=record, outputs=outputs, is_found=True)
+            for t in tickets
+            for record, outputs in (known.get(t.request_id, (None, ())),)
+        ]
 
     def forget(self, request_ids: Sequence[str]) -> None:
         """Delete what Redis still has of requests that have ended."""
@@ -207,3 +234,9 @@ class Flight:
             pending = self._pending.pop(request_id)
             pending.looked_s = now_s
             self._pending[request_id] = pending
+
+
+def _is_whole(record: RequestRecord, outputs: Sequence[OutputEntry]) -> bool:
+    """Whether all of the output of an ended request is there."""
+    num_tokens = sum(len(entry.token_ids) for entry in outputs)
+    return any(entry.state for entry in outputs) and num_tokens == record.offset

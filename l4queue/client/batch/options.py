@@ -12,7 +12,14 @@ from l4queue.client.arguments import unknown_parameter
 from l4queue.client.batch.files import new_beside
 from l4queue.errors import InvalidRequest
 
-__all__ = ("DEFAULT_MAX_IN_FLIGHT", "DEFAULT_PRIORITY", "BatchOptions", "BatchRunOptions", "batch_options")
+__all__ = (
+    "DEFAULT_MAX_IN_FLIGHT",
+    "DEFAULT_PRIORITY",
+    "BatchOptions",
+    "BatchRunOptions",
+    "LineOptions",
+    "batch_options",
+)
 
 DEFAULT_PRIORITY = 100
 """The last class: a request of priority 0 that arrives up to half of `L4_STARVATION_BOUND_S` (5 minutes) later is
@@ -32,17 +39,14 @@ class BatchRunOptions(TypedDict, total=False):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BatchOptions:
-    """Options of a batch. `path_errors` None is the output's name with `.errors.jsonl` added.
+class LineOptions:
+    """Options of a batch wherever its lines are.
 
     `max_tokens` (None: what still fits) and `priority` are for lines that do not say; `max_in_flight` bounds the
     window of requests in flight. `any_model` lets lines name a model that is not served. InvalidRequest names an
     option that cannot be used.
     """
 
-    path_in: Path
-    path_out: Path
-    path_errors: Path | None = None
     priority: int = DEFAULT_PRIORITY
     max_tokens: int | None = None
     max_in_flight: int = DEFAULT_MAX_IN_FLIGHT
@@ -58,6 +62,18 @@ class BatchOptions:
         _check_truth("cancel_on_exit", self.cancel_on_exit)
         _check_truth("keep_results", self.keep_results)
         _check_truth("any_model", self.any_model)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchOptions(LineOptions):
+    """The same with files. `path_errors` None is the output's name with `.errors.jsonl` added."""
+
+    path_in: Path
+    path_out: Path
+    path_errors: Path | None = None
+
+    def __post_init__(self) -> None:
+        LineOptions.__post_init__(self)  # a class with slots is made twice: super() would mean the first
         if not self.path_out.name:
             raise InvalidRequest(f"{str(self.path_out)!r} is not the name of a file", field="out")
         files = (self.path_in, self.path_out, self.errors, self.identity, new_beside(self.identity))

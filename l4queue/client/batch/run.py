@@ -5,16 +5,18 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from itertools import chain, islice
 
-from l4queue.client.batch.answers import outcome_line, success_line
+from l4queue.client.batch.answers import outcome_line, stopped_line, success_line
 from l4queue.client.batch.files import AnswerFile, BatchIdentity, IdentityFile, InputFile
 from l4queue.client.batch.flight import Ended, Flight, Submission, Ticket
 from l4queue.client.batch.index import LineIndex, LineState
 from l4queue.client.batch.line_rate import LineRate
-from l4queue.client.batch.options import BatchOptions
+from l4queue.client.batch.options import BatchOptions, LineOptions
+from l4queue.client.batch.places import BatchPlaces, Ending
 from l4queue.client.batch.progress import BatchProgress, BatchSummary
 from l4queue.client.batch.served import ServedModels
 from l4queue.client.batch.source import LineSource, check_files
@@ -24,13 +26,13 @@ from l4queue.config import Settings
 from l4queue.errors import ServiceUnavailable
 from l4queue.models import RequestState
 
-__all__ = ("run_batch",)
+__all__ = ("run_batch", "run_lines")
 
 _CHUNK = 256  # requests sent or answers fetched at once
 _CHUNK_BYTES = 8 * 2**20  # of one chunk, where prompts are long
 _CHUNKS_PER_ROUND = 4  # sent before answers are looked at again
 _BLOCK_S = 0.25  # a stop is seen within this time
-_COMMIT_EVERY_S, _COMMIT_AT = 0.5, 2048  # s; answers: an fsync each time, so not for each answer
+_COMMIT_AT = 2048  # answers that are made durable together at most
 _IDENTITY_EVERY_S = 5.0  # the count of submitted lines on disk is at most this old
 _PROGRESS_EVERY_S = 0.1  # fast enough for the eye
 _REDIS_PATIENCE_S = 300.0  # longer than a failover or a restart with a large AOF takes
@@ -49,34 +51,53 @@ def run_batch(
     InvalidRequest for files that cannot be used; ServiceUnavailable when Redis does not answer at first, or stays
     away for five minutes later. What is in flight then goes on: the same call continues.
     """
-    stop = stop or threading.Event()
-    show = _Throttled(progress or (lambda _: None))
-    started_s = time.monotonic()
     with (
         closing(InputFile(options.path_in)) as lines,
         closing(AnswerFile(options.path_out, field="out")) as out,
         closing(AnswerFile(options.errors, field="errors")) as errors,
     ):
-
-        def checked(number: int) -> None:
-            show.tell(BatchProgress(phase="checking", num_lines=0, num_finished=number))
-
-        goes_on = IdentityFile(options.identity)
-        index = check_files(
-            lines,
-            out,
-            errors,
-            stop=stop,
-            progress=checked,
-            max_tokens=options.max_tokens,
-            batch_id=goes_on.read().batch_id if goes_on.path.exists() else None,
+        places = BatchPlaces(
+            lines=lines,
+            out=out,
+            errors=errors,
+            identity=IdentityFile(options.identity),
+            name_out=str(options.path_out),
+            name_errors=str(options.errors),
         )
-        if index is None:
-            index = LineIndex()
-            stopped = BatchTotals()
-            return stopped.summary(index, options, is_complete=False, num_in_flight=0, wall_s=_since(started_s))
-        run = _Run(settings, options, url=url, show=show, stop=stop, index=index, out=out, errors=errors)
-        return run.run(lines, started_s=started_s)
+        return run_lines(settings, options, places, url=url, progress=progress, stop=stop)
+
+
+def run_lines(
+    settings: Settings,
+    options: LineOptions,
+    places: BatchPlaces,
+    *,
+    url: str,
+    progress: Callable[[BatchProgress], None] | None = None,
+    stop: threading.Event | None = None,
+) -> BatchSummary:
+    """The same over places that are open and held by this run alone."""
+    stop = stop or threading.Event()
+    show = _Throttled(progress or (lambda _: None))
+    started_s = time.monotonic()
+
+    def checked(number: int) -> None:
+        show.tell(BatchProgress(phase="checking", num_lines=0, num_finished=number))
+
+    index = check_files(
+        places.lines,
+        places.out,
+        places.errors,
+        stop=stop,
+        progress=checked,
+        max_tokens=options.max_tokens,
+        batch_id=places.identity.read().batch_id if places.identity.goes_on else None,
+    )
+    if index is None:
+        stopped = BatchTotals()
+        wall_s = _since(started_s)
+        return stopped.summary(LineIndex(), places, is_complete=False, num_in_flight=0, wall_s=wall_s)
+    return _Run(settings, options, places, url=url, show=show, stop=stop, index=index).run(started_s=started_s)
 
 
 @dataclass(slots=True)
@@ -101,19 +122,19 @@ class _Run:
     def __init__(
         self,
         settings: Settings,
-        options: BatchOptions,
+        options: LineOptions,
+        places: BatchPlaces,
         *,
         url: str,
         show: _Throttled,
         stop: threading.Event,
         index: LineIndex,
-        out: AnswerFile,
-        errors: AnswerFile,
     ) -> None:
         self._options = options
+        self._places = places
         self._show = show
         self._stop = stop
-        self._index, self._out, self._errors = index, out, errors
+        self._index, self._out, self._errors = index, places.out, places.errors
         self._num_lines = len(index) - index.count(LineState.EMPTY)
         self._window = SubmissionWindow(most=options.max_in_flight)
         self._held: deque[Submission] = deque()
@@ -123,16 +144,16 @@ class _Run:
         self._line_rate = LineRate()
         self._notice = ""
         self._not_before_s = self._committed_s = self._identity_s = 0.0
-        self._identity_file = IdentityFile(options.identity)
-        self._goes_on = self._identity_file.path.exists()
-        self._identity: BatchIdentity = self._identity_file.read()
+        self._began_s = time.monotonic()
+        self._goes_on = places.identity.goes_on
+        self._identity: BatchIdentity = places.identity.read()
         self._num_submitted = self._identity.num_submitted
         self._flight = Flight(settings, url=url, batch_id=self._identity.batch_id)
 
-    def run(self, lines: InputFile, *, started_s: float) -> BatchSummary:
+    def run(self, *, started_s: float) -> BatchSummary:
         """Until every line is finished or the stop is set."""
         self._source = LineSource(
-            lines,
+            self._places.lines,
             self._index,
             options=self._options,
             batch_id=self._identity.batch_id,
@@ -143,25 +164,31 @@ class _Run:
         with closing(self._flight):
             if self._num_finished() < self._num_lines:
                 self._write_identity()
-                self._drive()
-                self._leave()
+                ending = self._drive()
+                if ending is None:
+                    self._leave()
+                else:
+                    self._end(ending)
                 self._write_identity()
             is_complete = self._num_finished() == self._num_lines
             if is_complete:
-                self._identity_file.remove()
+                self._places.identity.remove()
             self._tell(now=True)
             return self._totals.summary(
                 self._index,
-                self._options,
+                self._places,
                 is_complete=is_complete,
                 num_in_flight=len(self._flight),
                 wall_s=_since(started_s),
             )
 
-    def _drive(self) -> None:
+    def _drive(self) -> Ending | None:
+        """Until all is done, or the stop is set, or the batch is to end before its time: then how."""
         away_since_s: float | None = None
         was_reached = False
         while not self._stop.is_set():
+            if (ending := self._places.ending()) is not None:
+                return ending
             try:
                 self._fill()
                 if self._source.is_exhausted and not self._held and not len(self._flight):
@@ -184,6 +211,34 @@ class _Run:
             if time.monotonic() - self._identity_s > _IDENTITY_EVERY_S:
                 self._write_identity()
             self._tell()
+        return None
+
+    def _end(self, ending: Ending) -> None:
+        """Cancel what is in flight, keep what has ended, and make an error of every other open line."""
+        held = [submission.ticket for submission in self._held]
+        left = chain(self._flight.tickets(), held, (submission.ticket for submission in self._rest()))
+        self._held.clear()
+        while (tickets := list(islice(left, _CHUNK))) and not self._stop.is_set():
+            for ended in self._flight.end(tickets, reason=ending.message):
+                if ended.record is not None:
+                    self._land(ended)
+                    continue
+                ticket = ended.ticket
+                told = stopped_line(
+                    ending.code,
+                    ending.message,
+                    request_id=ticket.request_id,
+                    custom_id=ticket.custom_id,
+                    digest=ticket.digest,
+                )
+                self._fail(ticket.number, told)
+            self._commit()
+            self._tell()
+        self._commit(now=True)
+
+    def _rest(self) -> Iterator[Submission]:
+        while (submission := self._source.next()) is not None:
+            yield submission
 
     def _leave(self) -> None:
         """Write what has ended; cancel the rest if so asked."""
@@ -283,8 +338,9 @@ class _Run:
         self._index.mark(number, LineState.FAILED)
 
     def _commit(self, *, now: bool = False) -> None:
-        """Bring answers to disk, then delete them from Redis. Not for each: an fsync takes milliseconds."""
-        is_due = _since(self._committed_s) > _COMMIT_EVERY_S or len(self._uncommitted) >= _COMMIT_AT
+        """Make answers durable, then delete them from Redis. Not for each: that takes milliseconds and more."""
+        every_s = self._places.commit_every_s(_since(self._began_s))
+        is_due = _since(self._committed_s) > every_s or len(self._uncommitted) >= _COMMIT_AT
         if not now and not (self._uncommitted and is_due):
             return
         self._out.sync()
@@ -295,7 +351,7 @@ class _Run:
         self._committed_s = time.monotonic()
 
     def _write_identity(self) -> None:
-        self._identity_file.write(replace(self._identity, num_submitted=self._num_submitted))
+        self._places.identity.write(replace(self._identity, num_submitted=self._num_submitted))
         self._identity_s = time.monotonic()
 
     def _block_s(self) -> float:

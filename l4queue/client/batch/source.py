@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from l4queue.client.batch.answers import Answer, duplicate_line, invalid_line, read_answer, refused_line
-from l4queue.client.batch.files import AnswerFile, InputFile, RawLine
+from l4queue.client.batch.files import InputFile, RawLine
 from l4queue.client.batch.flight import Submission, Ticket
 from l4queue.client.batch.index import LineIndex, LineState, word_of
 from l4queue.client.batch.lines import LineObject, digest_of_bytes, object_of, parse_line, written_names
-from l4queue.client.batch.options import BatchOptions
+from l4queue.client.batch.options import LineOptions
+from l4queue.client.batch.places import Answers
 from l4queue.client.batch.served import ServedModels
 from l4queue.client.core import ClientCore, request_id_of
 from l4queue.errors import InvalidRequest
@@ -28,8 +29,8 @@ _UNSAID = "does not say which line it answers: an earlier release wrote it, or a
 
 def check_files(
     lines: InputFile,
-    out: AnswerFile,
-    errors: AnswerFile,
+    out: Answers,
+    errors: Answers,
     *,
     stop: threading.Event,
     progress: Callable[[int], None],
@@ -62,7 +63,7 @@ def check_files(
     return index
 
 
-def _match(index: LineIndex, out: AnswerFile, errors: AnswerFile, proofs: _Proofs) -> None:
+def _match(index: LineIndex, out: Answers, errors: Answers, proofs: _Proofs) -> None:
     """Mark the lines that have an answer; InvalidRequest names an answer that belongs to none."""
     places: dict[LineState, array[int]] = {LineState.SUCCEEDED: array("Q"), LineState.FAILED: array("Q")}
     reported: dict[int, int] = {}
@@ -90,7 +91,7 @@ def _match(index: LineIndex, out: AnswerFile, errors: AnswerFile, proofs: _Proof
         raise _stray(errors, reported[strays.reported[0]])
 
 
-def _stray(file: AnswerFile, place: int) -> InvalidRequest:
+def _stray(file: Answers, place: int) -> InvalidRequest:
     """The error of an answer that belongs to no line; with its custom_id, if it has one."""
     told = next(told for number, told in file.numbered() if number == place)
     answer = read_answer(told)
@@ -156,7 +157,7 @@ class LineSource:
         lines: InputFile,
         index: LineIndex,
         *,
-        options: BatchOptions,
+        options: LineOptions,
         batch_id: str,
         core: ClientCore,
         served: ServedModels,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from l4queue.client.batch.index import LineIndex, LineState
-from l4queue.client.batch.options import BatchOptions
+from l4queue.client.batch.places import BatchPlaces
 from l4queue.client.batch.progress import BatchSummary
 from l4queue.protocol.records import RequestRecord
 
@@ -36,7 +36,7 @@ class BatchTotals:
                 times_s.append(took_ms / 1000)
 
     def summary(
-        self, index: LineIndex, options: BatchOptions, *, is_complete: bool, num_in_flight: int, wall_s: float
+        self, index: LineIndex, places: BatchPlaces, *, is_complete: bool, num_in_flight: int, wall_s: float
     ) -> BatchSummary:
         """At the end of the run."""
         num_succeeded, num_failed = index.count(LineState.SUCCEEDED), index.count(LineState.FAILED)
@@ -57,8 +57,8 @@ class BatchTotals:
             wall_s=wall_s,
             lines_per_s=(num_succeeded + num_failed - self.num_earlier) / wall_s,
             is_complete=is_complete,
-            path_out=str(options.path_out),
-            path_errors=str(options.errors),
+            path_out=places.name_out,
+            path_errors=places.name_errors,
         )
 
 

@@ -34,7 +34,8 @@ local function set_aside(key, is_full)
     limit = 'hash', charged = 'hash',
     q = 'zset', workers = 'zset', deadlines = 'zset', results = 'zset', read = 'zset', keyed = 'zset', held = 'set', tick = 'string',
     packed = 'string', given = 'string', key = 'string', memory = 'string', d = 'string',
-    name = 'string'}
+    name = 'string', batch = 'hash', parts = 'hash',
+    file = 'hash', batches = 'zset', files = 'zset', open = 'zset', files_due = 'zset'}
   local name = string.sub(key, #P + 1)
   local kind, ours = server.pcall('TYPE', key).ok, TYPES[string.match(name, '^[^:]+') or '']
   if not ours or kind == 'none' or kind == ours and not is_full then return false end

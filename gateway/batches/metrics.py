@@ -1,0 +1,35 @@
+"""Metrics of files and batches, beside those of the door."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from prometheus_client import CollectorRegistry, Counter, Gauge
+
+from l4queue.protocol.batch_records import ENDED, BatchState
+
+__all__ = ("BatchMetrics",)
+
+
+class BatchMetrics:
+    """Counters of one gateway process; make it once for a registry."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._unfinished = Gauge(
+            "l4queue_http_batches", "Unfinished batches of the store, by state", ("state",), registry=registry
+        )
+        self._ended = Counter(
+            "l4queue_http_batches_ended", "Batches that this gateway ended", ("state",), registry=registry
+        )
+        for state in BatchState:
+            (self._ended if state in ENDED else self._unfinished).labels(state.value)
+
+    def unfinished(self, counts: Mapping[BatchState, int]) -> None:
+        """So many batches are in each state now."""
+        for state in BatchState:
+            if state not in ENDED:
+                self._unfinished.labels(state.value).set(counts.get(state, 0))
+
+    def ended(self, state: BatchState) -> None:
+        """Count a batch that this gateway brought to its end."""
+        self._ended.labels(state.value).inc()

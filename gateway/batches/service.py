@@ -1,0 +1,41 @@
+"""Files and batches as a part of a gateway's application: routes, catalogue and runner of one store."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI
+from prometheus_client import REGISTRY, CollectorRegistry
+
+from gateway.batches.catalogue import Catalogue
+from gateway.batches.metrics import BatchMetrics
+from gateway.batches.routes import build_routes
+from gateway.batches.runner import BatchRunner
+from gateway.batches.store import FileStore
+from l4queue.config import Settings
+
+__all__ = ("BatchService", "open_store")
+
+
+def open_store(settings: Settings) -> FileStore | None:
+    """The store of files; None where none are served. ConfigError where it cannot be used."""
+    if not settings.http_files:
+        return None
+    store = FileStore(settings.http_files)
+    store.check()
+    return store
+
+
+class BatchService:
+    """Serves from when it is made, in the running event loop, until `close`."""
+
+    def __init__(
+        self, settings: Settings, store: FileStore, app: FastAPI, *, registry: CollectorRegistry = REGISTRY
+    ) -> None:
+        self._runner = BatchRunner(settings, store, BatchMetrics(registry))
+        self._catalogue = Catalogue(settings, store, begun=self._runner.wake)
+        app.include_router(build_routes(self._catalogue, max_file_bytes=settings.http_file_max_bytes))
+        self._runner.start()
+
+    async def close(self) -> None:
+        """Leave the batches to other gateways."""
+        await self._runner.close()
+        await self._catalogue.close()
