@@ -39,7 +39,8 @@ RUN $UV install --quiet --no-deps /dist/*.whl
 FROM ${BASE_IMAGE} AS base
 RUN groupadd --gid 10001 l4queue \
     && useradd --uid 10001 --gid 10001 --create-home --shell /usr/sbin/nologin l4queue \
-    && install -d -o l4queue -g l4queue /home/l4queue/.cache /var/lib/l4queue /var/lib/l4queue/devices
+    && install -d -o l4queue -g l4queue /home/l4queue/.cache /var/lib/l4queue /var/lib/l4queue/devices \
+        /var/lib/l4queue/files
 ENV PATH=/opt/l4queue/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
     PYTHONWARNINGS="ignore:You're running the worker"
 WORKDIR /home/l4queue

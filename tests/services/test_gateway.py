@@ -22,6 +22,7 @@ from l4queue import AsyncClient, RequestState, Settings
 from l4queue.protocol.keys import Keys
 from tests.protocol.server import DURABLE, RedisServer
 from tests.services.gateways import MODEL, Event, Gateways, events, joined
+from tests.services.killed_batches import answers_of, batch_lines, begin, ended, kill_its_gateway
 from tests.services.pipeline import until as until_async
 from tests.services.processes import Processes, until
 
@@ -397,3 +398,21 @@ def test_without_workers_or_redis_it_says_so(gateways: Gateways) -> None:
     await_workers(gateways, 1)
     until(lambda: httpx.get(f"{gateways.url()}/health", timeout=60).status_code == 200, "it is well")
     assert post(gateways, "/v1/completions", {**LONG, "max_tokens": 2}).status_code == 200
+
+
+def test_a_batch_survives_its_gateway(gateways: Gateways) -> None:
+    """SIGKILL of the gateway that runs it: the other one goes on, and each line is answered once, as ever."""
+    gateways.start("gateway-2")
+    gateways.answers("gateway-2")
+    names = ("gateway-0", "gateway-2")
+    lines = batch_lines(300, max_tokens=100)
+    whole = ended(gateways, names[0], begin(gateways, names[0], lines))
+    wanted = answers_of(gateways, names[0], whole)
+    batch = begin(gateways, names[0], lines)
+    killed = kill_its_gateway(gateways, names, batch, num_completed=20)
+    left = next(name for name in names if name != killed)
+    last = ended(gateways, left, batch)
+    assert last.status == whole.status == "completed"
+    assert last.request_counts is not None
+    assert last.request_counts.to_dict() == {"total": 300, "completed": 299, "failed": 1}
+    assert answers_of(gateways, left, last) == wanted

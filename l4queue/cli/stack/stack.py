@@ -305,6 +305,8 @@ class Stack:
         )
         ours = {f"L4_{name.upper()}": str(getattr(self.settings, name)) for name in names}
         ours |= {"L4_REDIS_URL": self.redis_url, "PYTHONUNBUFFERED": "1"}
+        if "http_files" not in self.settings.model_fields_set:
+            ours["L4_HTTP_FILES"] = str(self.data_dir / "files")
         return {**ours, "PYTHONWARNINGS": _IGNORED}  # we have warned of misspelt settings
 
     def _service_specs(self, planner_name: str) -> list[ChildSpec]:
