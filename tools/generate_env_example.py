@@ -24,6 +24,7 @@ FIXED = {
     "flower_login": "see DASHBOARD_USER and DASHBOARD_PASSWORD",
     "http_host": "0.0.0.0: the network of the containers; see HTTP_BIND",
     "http_port": "8000 in its container; see HTTP_PORT",
+    "http_files": "/var/lib/l4queue/files: the volume `files`, which all gateways share",
     "metrics_port": "9400 in every container; only Prometheus reaches it",
     "metrics_host": "0.0.0.0: the network of the containers",
     "kv_handover_bytes": "0: containers share no memory, so requests that move are prefilled again",

@@ -21,7 +21,7 @@ from gateway.batches.validation import InputError, validate
 from l4queue.client.batch import BatchProgress
 from l4queue.client.batch.files import InputFile
 from l4queue.client.batch.options import LineOptions
-from l4queue.client.batch.places import BatchPlaces, Ending
+from l4queue.client.batch.places import BatchEnding, BatchPlaces
 from l4queue.client.batch.run import run_lines
 from l4queue.config import Settings
 from l4queue.protocol.batch_records import BatchCalls, BatchRecord, BatchState
@@ -34,8 +34,12 @@ from l4queue.protocol.reads import Reads
 __all__ = ("BatchControl", "BatchExecution")
 
 log = logging.getLogger("l4queue.gateway.batches")
-_CANCELLED = Ending(code="batch_cancelled", message="the batch was cancelled before this request was computed")
-_EXPIRED = Ending(code="batch_expired", message="the completion window ended before this request was computed")
+_CANCELLED = BatchEnding(
+    code="batch_cancelled", message="the batch was cancelled before this request was computed"
+)
+_EXPIRED = BatchEnding(
+    code="batch_expired", message="the completion window ended before this request was computed"
+)
 _COMMIT_EVERY_S, _COMMIT_SHARE = 2.0, 0.01  # s, and of the age: a day's batch makes some hundred parts, not 40,000
 
 
@@ -50,7 +54,7 @@ class BatchControl:
     stop: threading.Event = field(default_factory=threading.Event)
     is_cancelling: bool = False
     progress: BatchProgress | None = None
-    ended_by: Ending | None = None
+    ended_by: BatchEnding | None = None
 
 
 class BatchExecution:
@@ -139,7 +143,7 @@ class BatchExecution:
         out, errors = (PartedAnswers(kind, self._record, parts, **common) for kind in (OUTPUT, ERRORS))
         return out, errors
 
-    def _ending(self) -> Ending | None:
+    def _ending(self) -> BatchEnding | None:
         """Asked while lines are open."""
         if self._control.is_cancelling:
             self._control.ended_by = _CANCELLED

@@ -10,9 +10,16 @@ import openai
 import pytest
 from openai.types import Batch, FileDeleted, FileObject
 
+from gateway.batches.parts import OUTPUT, LeaseLost, PartedAnswers
+from gateway.batches.store import FileStore
+from l4queue.protocol.batch_records import BatchCalls, BatchRecord
+from l4queue.protocol.calls import Verdict
+from l4queue.protocol.executor import Executor
+from l4queue.protocol.keys import Keys
 from tests.services.batch_gateway import BatchGateway, chat_lines, open_gateway
 from tests.services.batches import Files, run, submitted
 from tests.services.pipeline import Pipeline, true, until
+from tests.services.processes import until as until_seen
 
 pytestmark = [pytest.mark.services, pytest.mark.timeout(600)]
 CHAT = "/v1/chat/completions"
@@ -258,3 +265,60 @@ async def test_an_input_in_use_is_not_deleted_and_old_files_go(pipeline: Pipelin
         assert [f async for f in gateway.client.files.list()] == []
         with pytest.raises(openai.NotFoundError):
             await gateway.client.batches.retrieve(batch.id)
+
+
+async def test_a_gateway_that_is_stopped_gives_its_batches_back(pipeline: Pipeline, tmp_path: Path) -> None:
+    """The next one goes on at once, and computes nothing twice."""
+    pipeline.start("w0", speed=1.0)
+    async with open_gateway(pipeline, str(tmp_path)) as first:
+        batch = await first.begin(chat_lines(200, max_tokens=20))
+
+        async def has_some() -> bool:
+            counts = (await first.client.batches.retrieve(batch.id)).request_counts
+            return counts is not None and counts.completed > 0
+
+        await until(has_some)
+    async with open_gateway(pipeline, str(tmp_path)) as second:
+        ended = await second.ended(batch)
+        answers = await second.answers(ended.output_file_id)
+    assert ended.status == "completed"
+    assert sorted(a["custom_id"] for a in answers) == sorted(f"c{i}" for i in range(200))
+    assert await submitted(pipeline) == 200
+    assert not any((tmp_path / "batches").iterdir())
+
+
+def test_a_gateway_that_lost_its_lease_adds_nothing(redis_url: str, namespace: str, tmp_path: Path) -> None:
+    """It comes back from a pause and writes: what it wrote is not read, and it hears of it."""
+    store, executor, calls = FileStore(str(tmp_path)), Executor(redis_url), BatchCalls(Keys(namespace))
+    record = BatchRecord(
+        batch_id="batch_1",
+        owner="",
+        store=store.store_id,
+        input_file_id="file-1",
+        endpoint=CHAT,
+        completion_window="24h",
+        created_ms=1,
+        expires_ms=2,
+        output_ttl_s=3,
+    )
+    executor.run_many(calls.begin(record))
+
+    def held(token: str) -> PartedAnswers:
+        executor.run(calls.hold("batch_1", token=token, lease_ms=1))
+        parts = executor.run(calls.parts("batch_1"))
+        return PartedAnswers(OUTPUT, record, parts, token=token, store=store, executor=executor, calls=calls)
+
+    first = held("a")
+    first.append(b"1\n")
+    first.sync()
+    first.append(b"2\n")
+    until_seen(
+        lambda: executor.run(calls.hold("batch_1", token="b", lease_ms=60_000))[0] is Verdict.OK, "b has it"
+    )
+    with pytest.raises(LeaseLost):
+        first.sync()
+    second = held("b")
+    second.append(b"3\n")
+    second.sync()
+    assert list(held("b").lines()) == [b"1\n", b"3\n"]
+    executor.close()

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from l4queue.client.batch.files import BatchIdentity, InputFile
 from l4queue.errors import InvalidRequest
 
-__all__ = ("Answers", "BatchPlaces", "Ending", "Identity")
+__all__ = ("Answers", "BatchEnding", "BatchPlaces", "Identity")
 
 
 class Answers(Protocol):
@@ -47,7 +47,7 @@ class Identity(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ending:
+class BatchEnding:
     """Why a batch ends before its time: its open lines become errors with this code and message."""
 
     code: str
@@ -67,7 +67,7 @@ class BatchPlaces:
     """Lines, answers, errors and identity of one batch, and their names in the summary.
 
     `commit_every_s` says how often answers are made durable, by the age of the run, s. `ending` is asked now and
-    then: an Ending stops the batch for good, requests in flight are cancelled.
+    then: an BatchEnding stops the batch for good, requests in flight are cancelled.
     """
 
     lines: InputFile
@@ -77,4 +77,4 @@ class BatchPlaces:
     name_out: str
     name_errors: str
     commit_every_s: Callable[[float], float] = _half_a_second  # an fsync takes milliseconds
-    ending: Callable[[], Ending | None] = _no_ending
+    ending: Callable[[], BatchEnding | None] = _no_ending

@@ -16,7 +16,7 @@ from l4queue.client.batch.flight import Ended, Flight, Submission, Ticket
 from l4queue.client.batch.index import LineIndex, LineState
 from l4queue.client.batch.line_rate import LineRate
 from l4queue.client.batch.options import BatchOptions, LineOptions
-from l4queue.client.batch.places import BatchPlaces, Ending
+from l4queue.client.batch.places import BatchEnding, BatchPlaces
 from l4queue.client.batch.progress import BatchProgress, BatchSummary
 from l4queue.client.batch.served import ServedModels
 from l4queue.client.batch.source import LineSource, check_files
@@ -182,7 +182,7 @@ class _Run:
                 wall_s=_since(started_s),
             )
 
-    def _drive(self) -> Ending | None:
+    def _drive(self) -> BatchEnding | None:
         """Until all is done, or the stop is set, or the batch is to end before its time: then how."""
         away_since_s: float | None = None
         was_reached = False
@@ -213,7 +213,7 @@ class _Run:
             self._tell()
         return None
 
-    def _end(self, ending: Ending) -> None:
+    def _end(self, ending: BatchEnding) -> None:
         """Cancel what is in flight, keep what has ended, and make an error of every other open line."""
         held = [submission.ticket for submission in self._held]
         left = chain(self._flight.tickets(), held, (submission.ticket for submission in self._rest()))
