@@ -1,10 +1,10 @@
 """A batch through `/v1/batches` under SIGKILL of the gateway that runs it, against an uninterrupted run.
 
-    python bench/http_batch.py [--lines 10000] [--json]
+    python bench/http_batch.py [--lines 10000] [--engine emulated|vllm] [--json]
 
-Redis, a dispatcher, a worker with the emulated engine and two gateways are real processes. The same input runs
-twice. The second time the gateway that runs it is killed at 20 %, the other one goes on and is killed at 60 %, and
-the first one is started again. Counted are lines, each `custom_id` once, and answers that differ.
+Redis, a dispatcher, a worker and two gateways are real processes. The same input runs twice. The second time the
+gateway that runs it is killed at 20 %, the other one goes on and is killed at 60 %, and the first one is started
+again. Counted are lines, each `custom_id` once, and answers that differ; the emulated engine's have no text.
 """
 
 from __future__ import annotations
@@ -76,6 +76,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lines", type=int, default=10_000)
+    parser.add_argument("--engine", choices=("emulated", "vllm"), default="emulated")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     model, binary = build_tiny_model(cache_directory()), redis_binary()
@@ -87,7 +88,8 @@ def main() -> None:
             "model": str(model),
             "tokenizer": str(model),
             "max_model_len": 2048,
-            "engine": "emulated",
+            "engine": arguments.engine,
+            "dtype": "float32",
         }
         processes = Processes(Path(folder), **values)
         settings = Settings(**values)  # type: ignore[arg-type] # the same values, typed by pydantic

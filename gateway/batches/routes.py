@@ -20,6 +20,7 @@ from l4queue.errors import InvalidRequest, L4QueueError
 
 __all__ = ("build_routes",)
 
+_REFERENCE = "#/paths/~1v1~1batches/post/requestBody/content/application~1json/schema/$defs/{model}"
 _MAX_BODY_BYTES = 2**20  # of a JSON body; chosen: ids and metadata take some kB
 _FORM_BYTES = 2**16  # of a form beside its file
 _MAX_FIELDS = 16  # of such a form
@@ -112,8 +113,8 @@ class _Handlers:
 def _described(name: str) -> dict[str, Any] | None:
     """The body of a request as /openapi.json tells it."""
     if name == "create_batch":
-        schema: dict[str, Any] = BatchBody.model_json_schema(ref_template="{model}")
-        content = {"application/json": {"schema": {**schema, "$defs": schema.get("$defs", {})}}}
+        schema: dict[str, Any] = BatchBody.model_json_schema(ref_template=_REFERENCE)
+        content = {"application/json": {"schema": schema}}
     elif name == "create_file":
         properties = {
             "file": {"type": "string", "format": "binary"},

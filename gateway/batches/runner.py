@@ -10,6 +10,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 from gateway.batches.execution import BatchControl, BatchExecution
 from gateway.batches.metrics import BatchMetrics
@@ -18,7 +19,7 @@ from gateway.batches.store import FileStore, file_name
 from l4queue.config import Settings
 from l4queue.errors import L4QueueError
 from l4queue.protocol.batch_records import BatchCalls, BatchRecord, BatchState
-from l4queue.protocol.calls import Verdict
+from l4queue.protocol.calls import Call, Verdict
 from l4queue.protocol.executor import AsyncExecutor, Executor
 from l4queue.protocol.file_records import FileCalls
 from l4queue.protocol.keys import Keys
@@ -108,7 +109,8 @@ class BatchRunner:
             except Exception:  # a fault of ours is not to end all batches
                 log.exception("a round of batches failed")
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), _EVERY_S)
+                async with asyncio.timeout(_EVERY_S):
+                    await self._wake.wait()
             self._wake.clear()
 
     async def _round(self) -> None:
@@ -119,12 +121,14 @@ class BatchRunner:
             else:
                 await self._keep(batch_id, one)
         ids = await self._executor.run(self._batches.unfinished(store_id, limit=_LOOK_AT))
-        records = await self._executor.run_many([self._batches.read(batch_id) for batch_id in ids])
+        reads: list[Call[Any]] = [self._batches.read(batch_id) for batch_id in ids]
+        now_ms, *records = await self._executor.run_many([self._reads.server_time_ms(), *reads])
+        self._pauses = {batch_id: pause for batch_id, pause in self._pauses.items() if batch_id in ids}
         self._metrics.unfinished(Counter(r.shown_state for r in records if r is not None))
         for batch_id, record in zip(ids, records, strict=True):
             if record is None:  # somebody has deleted it
                 await self._executor.run(self._batches.forget(store_id, batch_id))
-            elif self._may_take(batch_id):
+            elif record.held_until_ms <= now_ms and self._may_take(batch_id):
                 await self._take(record)
         if time.monotonic() - self._swept_s > min(_SWEEP_EVERY_S, self._settings.http_files_ttl_s):
             await self._sweep(store_id, {r.input_file_id for r in records if r is not None})
