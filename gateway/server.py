@@ -167,9 +167,7 @@ def _log_again(log_format: str) -> None:
             logger.disabled = False
 
 
-def _served_openapi(
-    whole: Callable[[], dict[str, Any]], *, has_files: bool
-) -> Callable[[], dict[str, Any]]:
+def _served_openapi(whole: Callable[[], dict[str, Any]], *, has_files: bool) -> Callable[[], dict[str, Any]]:
     """vLLM's description of its API without the paths and the fields that the door does not let through."""
 
     def told() -> dict[str, Any]:

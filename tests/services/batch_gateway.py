@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,7 @@ from prometheus_client import CollectorRegistry
 from gateway.batches.service import BatchService
 from gateway.batches.store import FileStore
 from gateway.door import Door, DoorParts
-from gateway.keys import ApiKeys, read_keys
+from gateway.keys import ApiKeys
 from gateway.metrics import DoorMetrics
 from gateway.serving_check import ServingCheck
 from l4queue import Settings
@@ -90,14 +90,14 @@ def chat_lines(number: int, **body: Any) -> bytes:
 
 @asynccontextmanager
 async def open_gateway(
-    pipeline: Pipeline, store: str, *, keys: Mapping[str, str] | None = None, **more: object
+    pipeline: Pipeline, store: str, *, key: str = "none", keys_file: str = "", **more: object
 ) -> AsyncIterator[BatchGateway]:
-    """A gateway before this queue."""
+    """A gateway before this queue, and a client with this key."""
     settings: Settings = pipeline.settings.model_copy(update={"http_files": store, **more})
     app, registry = FastAPI(), CollectorRegistry()
     serving = ServingCheck(settings)
     app.state.door = DoorParts(
-        keys=_keys(keys or {}),
+        keys=ApiKeys(key="", file=keys_file),
         serving=serving,
         client=pipeline.client,
         fields={},
@@ -110,7 +110,6 @@ async def open_gateway(
     serving_task = asyncio.create_task(server._serve())  # `serve` would take the signals of the test run
     await until(lambda: _has_started(server))
     url = f"http://127.0.0.1:{server.config.port}"
-    key = next(iter((keys or {}).values()), "none")
     try:
         async with (
             AsyncOpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=300) as client,
@@ -126,8 +125,3 @@ async def open_gateway(
 
 async def _has_started(server: uvicorn.Server) -> bool:
     return server.started
-
-
-def _keys(keys: Mapping[str, str]) -> ApiKeys:
-    digests = {name: read_keys(key=key, file="").digests["default"] for name, key in keys.items()}
-    return ApiKeys(digests=digests)

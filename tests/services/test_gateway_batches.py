@@ -218,10 +218,13 @@ async def test_batches_are_listed_page_by_page(gateway: BatchGateway) -> None:
 
 async def test_a_key_sees_what_is_its_own(pipeline: Pipeline, tmp_path: Path) -> None:
     """Files and batches of another one do not exist for it."""
-    keys = {"ann": "the-key-of-ann-16", "bob": "the-key-of-bob-16"}
+    ann, bobs = "the-key-of-ann-16", "the-key-of-bob-16"
+    (tmp_path / "keys").write_text(f"ann {ann}\nbob {bobs}\n")
     pipeline.start("w0")
-    async with open_gateway(pipeline, str(tmp_path), keys=keys) as gateway:
-        bob = gateway.client_of(keys["bob"])
+    async with open_gateway(
+        pipeline, str(tmp_path / "store"), key=ann, keys_file=str(tmp_path / "keys")
+    ) as gateway:
+        bob = gateway.client_of(bobs)
         batch = await gateway.ended(await gateway.begin(chat_lines(2)))
         assert batch.output_file_id is not None
         assert [f async for f in bob.files.list()] == [b async for b in bob.batches.list()] == []
