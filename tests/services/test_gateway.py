@@ -151,7 +151,7 @@ def test_a_refusal_has_its_status(
     [
         ("POST", "/v1/embeddings", 404, "this server generates text"),
         ("POST", "/v1/audio/speech", 404, "this server generates text"),
-        ("GET", "/v1/batches", 404, "l4queue enqueue --jsonl"),
+        ("GET", "/v1/batches/none", 404, "there is no batch none"),
         ("POST", "/chat/completions", 404, "base_url that ends with /v1"),
         ("GET", "/", 404, "base_url that ends with /v1"),
         ("GET", "/docs", 404, "/docs is not served"),
