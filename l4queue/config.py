@@ -120,7 +120,16 @@ class Settings(BaseSettings):
     )
 
     worker_id: str = Field("", description="stable name of this worker; empty: worker@host")
-    engine: Literal["vllm", "emulated"] = Field("vllm", description="engine of the workers")
+    engine: Literal["vllm", "http", "emulated"] = Field(
+        "vllm", description="engine of the workers; http: a vllm serve that is already running (docs/engines.md)"
+    )
+    engine_url: str = Field(
+        "", description="server of the http engine, such as http://127.0.0.1:8000; for `up` several, by spaces"
+    )
+    engine_key: SecretStr = Field(SecretStr(""), description="API key of that server; empty: none")
+    engine_model: str = Field(
+        "", description="name of the model at that server; empty: L4_MODEL or one of L4_SERVED_MODEL_NAME"
+    )
     cpu_cores: str = Field("", description="cores of the CPU engine, such as 0-3; empty: vLLM chooses")
     cpu_kv_cache_gib: int = Field(1, ge=1, description="KV cache of the CPU engine, GiB")
     tensor_parallel: int = Field(1, ge=1, description="GPUs of one worker, which share the model's layers")

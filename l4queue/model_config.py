@@ -111,8 +111,11 @@ def with_model_facts(settings: Settings) -> Settings:
 
     Where L4_VLLM_ARGS has a revision, `tokenizer` is the directory of the tokenizer of that revision.
     ConfigError where the length was set to more, or there is no such model. An emulated engine holds what is set.
+    A server has the model where it is, so that a tokenizer of its own tells enough here.
     """
-    if settings.engine != "vllm":
+    if settings.engine == "emulated":
+        return settings
+    if settings.engine == "http" and settings.tokenizer:
         return settings
     revision, tokenizer_revision = _revisions(settings.vllm_args)
     context = model_context(settings.model, revision=revision)

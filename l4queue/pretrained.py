@@ -10,7 +10,7 @@ from l4queue.smollm2 import SMOLLM2, convert_smollm2
 from l4queue.strict_json import read_json
 from l4queue.tiny import TINY, build_tiny_tokenizer
 
-__all__ = ("load_tokenizer", "tokenizer_place")
+__all__ = ("end_token_ids", "load_tokenizer", "tokenizer_place")
 
 _GENERIC = ("TokenizersBackend", "PreTrainedTokenizerFast")
 
@@ -43,6 +43,30 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:
         raise
     except Exception as error:  # a broken file is met by foreign code, which raises all kinds
         raise ValueError(f"its files cannot be read: {error}") from error
+
+
+def end_token_ids(model: str | Path, *, tokenizer: str | Path, trust_remote_code: bool = False) -> frozenset[int]:
+    """Token ids that end an output: the tokenizer's own, and those of the model's generation settings, if any.
+
+    As vLLM has them. Raises as `load_tokenizer`.
+    """
+    found = {getattr(load_tokenizer(tokenizer, trust_remote_code=trust_remote_code), "eos_token_id", None)}
+    for place in dict.fromkeys((model, tokenizer)):
+        told = _generation_settings(place).get("eos_token_id")
+        found.update(told if isinstance(told, list) else [told])
+    return frozenset(token for token in found if isinstance(token, int))
+
+
+def _generation_settings(place: str | Path) -> dict[str, Any]:
+    """`generation_config.json` of a model; {} where it has none. transformers' own reader imports PyTorch."""
+    from transformers.utils.hub import cached_file
+
+    try:
+        found = cached_file(str(tokenizer_place(place)), "generation_config.json")
+        settings = read_json(Path(found).read_bytes()) if found else None
+    except (OSError, ValueError):
+        return {}
+    return settings if isinstance(settings, dict) else {}
 
 
 def tokenizer_place(name: str | Path) -> str | Path:

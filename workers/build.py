@@ -7,9 +7,11 @@ from pathlib import Path
 
 from l4queue.config import Settings
 from l4queue.cost.coefficients import CoefficientFile, read_coefficients
+from l4queue.engine_server import engine_headers, engine_urls, model_names, read_engine_server
 from l4queue.errors import ConfigError
 from l4queue.model_cache import cache_directory
 from l4queue.model_config import trusts_remote_code, with_model_facts
+from l4queue.pretrained import end_token_ids
 from l4queue.smollm2 import SMOLLM2, convert_smollm2
 from l4queue.tiny import TINY
 from workers.engine.base import Engine
@@ -26,6 +28,7 @@ from workers.tiny import build_tiny_model
 __all__ = ("kv_directory", "make_worker", "model_path")
 
 log = logging.getLogger("l4queue.worker")
+_USUAL_BATCHED_TOKENS = 2048  # of vLLM's server where --max-num-batched-tokens is not set
 _CONSTRAINT_PATIENCE = 4.0  # a worker's machine is busier than that of the dispatcher that checked the same before
 
 
@@ -86,6 +89,9 @@ def _engine(settings: Settings, coefficients: CoefficientFile, work: LoopWork) -
             return emulated, no_text
         return emulated, text_factory(settings.tokenizer, trust_remote_code=trusts)
     path = model_path(settings)
+    if settings.engine == "http":
+        text = text_factory(settings.tokenizer or path, trust_remote_code=trusts)
+        return _http_engine(settings, path, trusts=trusts), text
     engine = VllmEngine(
         path,
         max_model_len=settings.max_model_len if "max_model_len" in settings.model_fields_set else None,
@@ -104,3 +110,26 @@ def _engine(settings: Settings, coefficients: CoefficientFile, work: LoopWork) -
         constraint_limit_s=_CONSTRAINT_PATIENCE * settings.constraint_check_s,
     )
     return engine, text_factory(settings.tokenizer or path, trust_remote_code=trusts)
+
+
+def _http_engine(settings: Settings, path: str, *, trusts: bool) -> Engine:
+    """The engine of the one server that the settings name; ConfigError where there is not one."""
+    try:
+        from workers.engine.http.engine import HttpEngine
+    except ImportError as error:
+        raise ConfigError("aiohttp is missing, which L4_ENGINE=http needs: install l4queue[http]") from error
+    urls = engine_urls(settings)
+    if len(urls) > 1:
+        raise ConfigError(f"L4_ENGINE_URL names {len(urls)} servers, and a worker drives one: start one for each")
+    return HttpEngine(
+        urls[0],
+        describe=lambda: read_engine_server(urls[0], settings),
+        model_names=model_names(settings, path),
+        headers=engine_headers(settings),
+        max_running=settings.max_running,
+        max_batched_tokens=settings.max_batched_tokens or _USUAL_BATCHED_TOKENS,
+        max_model_len=settings.max_model_len if "max_model_len" in settings.model_fields_set else None,
+        eos_token_ids=lambda: end_token_ids(
+            path, tokenizer=settings.tokenizer or path, trust_remote_code=trusts
+        ),
+    )

@@ -123,7 +123,7 @@ class Dispatcher:
         Where there is a vLLM, constraints may come: the process that checks them loads.
         """
         overview = await read_overview_async(self._executor, self.settings.namespace)
-        if any(load.engine == "vllm" for load in overview.workers):
+        if any(load.engine in ("vllm", "http") for load in overview.workers):
             await self._checker.prepare()
         told_tokens = longest_request_tokens(overview, self.settings)
         if told_tokens != (self._told_tokens or self._tokenizer.max_model_len):

@@ -126,8 +126,17 @@ def summarise(results: Sequence[Result]) -> list[ClassReport]:
 def demo(
     *,
     requests: Annotated[int, typer.Option(min=1, help="How many requests.")] = 100,
-    workers: Annotated[int, typer.Option(min=1, help="How many workers.")] = 2,
-    engine: Annotated[str, typer.Option(help="vllm or emulated.")] = "vllm",
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="How many workers; default one for each engine URL, else 2.")
+    ] = None,
+    engine: Annotated[str, typer.Option(help="vllm, http or emulated.")] = "vllm",
+    engine_url: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A vllm serve that runs, with --engine http; again for each worker; default L4_ENGINE_URL.",
+            show_default=False,
+        ),
+    ] = None,
     model: Annotated[
         str | None,
         typer.Option(
@@ -150,13 +159,14 @@ def demo(
 
     from l4queue.cli.demo_prompts import measured_chars_per_token, mixed_prompts
     from l4queue.cli.stack.ending import ending_well
-    from l4queue.cli.stack.stack import Stack, StackOptions
+    from l4queue.cli.stack.stack import DEFAULT_WORKERS, Stack, StackOptions
     from l4queue.model_config import trusts_remote_code
     from l4queue.pretrained import load_tokenizer
 
     options = StackOptions(
-        workers=workers,
+        workers=workers or (None if engine == "http" else DEFAULT_WORKERS),
         engine=engine,
+        engine_url=" ".join(engine_url) if engine_url else None,
         model=model,
         flower_port=flower_port,
         http=True,

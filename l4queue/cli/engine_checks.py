@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -39,6 +40,8 @@ def engine_checks(settings: Settings, build: EngineBuild | None, view: GpuView) 
 def _check_engine(settings: Settings, build: EngineBuild | None) -> Check:
     from l4queue.hardware import cpu_dtype, cpu_flags, missing_library
 
+    if settings.engine == "http":
+        return _check_servers(settings)
     if settings.engine != "vllm":
         return Check(name="engine", verdict=CheckResult.OK, detail=f"emulated ({settings.emulated_gpu})")
     if build is None:
@@ -64,6 +67,31 @@ def _check_engine(settings: Settings, build: EngineBuild | None) -> Check:
     why = ", since this CPU has no instructions for bfloat16" if dtype != settings.dtype else ""
     detail = f"vLLM {build.version} ({build.kind} build), dtype {dtype}{why}"
     return Check(name="engine", verdict=CheckResult.OK, detail=detail)
+
+
+def _check_servers(settings: Settings) -> Check:
+    """The servers of the http engine: whether each answers and serves the model."""
+    from l4queue.engine_server import engine_urls, model_names, read_engine_server
+    from l4queue.errors import ConfigError, ServiceUnavailable
+    from l4queue.smollm2 import SMOLLM2
+    from l4queue.tiny import TINY
+
+    if importlib.util.find_spec("aiohttp") is None:
+        advice = "pip install 'l4queue[http]'"
+        return Check(name="engine", verdict=CheckResult.FAIL, detail="aiohttp is missing", advice=advice)
+    told = []
+    try:
+        is_any = "model" not in settings.model_fields_set or settings.model in (TINY, SMOLLM2)
+        for url in engine_urls(settings):
+            server = read_engine_server(url, settings)
+            card = server.cards[0] if is_any and server.cards else server.card(model_names(settings))
+            told.append(f"vLLM {server.version} at {url} with {card.name}, {card.max_model_len} tokens")
+    except ServiceUnavailable as error:
+        advice = "start the server, or correct L4_ENGINE_URL"
+        return Check(name="engine", verdict=CheckResult.FAIL, detail=str(error), advice=advice)
+    except ConfigError as error:
+        return Check(name="engine", verdict=CheckResult.FAIL, detail=str(error), advice="correct it")
+    return Check(name="engine", verdict=CheckResult.OK, detail="; ".join(told))
 
 
 def _check_gpus(settings: Settings, build: EngineBuild | None, view: GpuView) -> Check:

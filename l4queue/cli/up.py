@@ -21,11 +21,20 @@ def up(
     *,
     workers: Annotated[
         int | None,
-        typer.Option(min=1, help="How many workers; by default one for each GPU, or 2.", show_default=False),
+        typer.Option(
+            min=1, help="How many workers; by default one for each GPU or engine URL, or 2.", show_default=False
+        ),
     ] = None,
     dispatchers: Annotated[int, typer.Option(min=1, help="How many dispatchers.")] = 1,
     engine: Annotated[
-        str | None, typer.Option(help="vllm or emulated; default L4_ENGINE, else vllm.", show_default=False)
+        str | None, typer.Option(help="vllm, http or emulated; default L4_ENGINE, else vllm.", show_default=False)
+    ] = None,
+    engine_url: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A vllm serve that runs, with --engine http; again for each worker; default L4_ENGINE_URL.",
+            show_default=False,
+        ),
     ] = None,
     model: Annotated[
         str | None,
@@ -111,6 +120,7 @@ def up(
         workers=workers,
         dispatchers=dispatchers,
         engine=engine,
+        engine_url=" ".join(engine_url) if engine_url else None,
         model=model,
         redis_url=redis_url,
         redis_port=redis_port,

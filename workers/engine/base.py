@@ -25,11 +25,15 @@ __all__ = (
 
 
 class FinishReason(StrEnum):
-    """Why a request ended in the engine. What `abort` stops, or a dying engine drops, has no end."""
+    """Why a request ended in the engine. What `abort` stops, or a dying engine drops, has no end.
+
+    What is lost has not ended: it goes on from its tokens wherever it is taken next.
+    """
 
     STOP = "stop"  # end of sequence, or one of stop_token_ids
     LENGTH = "length"  # max_tokens generated, or the model's length reached
     ERROR = "error"  # the engine cannot compute this request; `error` says why
+    LOST = "lost"  # the engine serves on, and has dropped this request
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,4 +182,8 @@ class Engine(Protocol):
 
 
 class EngineDied(Exception):
-    """The engine is gone; the worker gives its requests back and ends."""
+    """The engine is gone; the worker gives its requests back and ends. None of them did it if `is_blameless`."""
+
+    def __init__(self, why: str, *, is_blameless: bool = False) -> None:
+        super().__init__(why)
+        self.is_blameless = is_blameless

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from typing import Any, NoReturn
 
-__all__ = ("TaskSet",)
+__all__ = ("TaskSet", "cancel_all")
 
 log = logging.getLogger("l4queue.worker")
 
@@ -52,3 +52,12 @@ class TaskSet:
         if error is not None:
             self._failure = self._failure or error
             self._has_failed.set()
+
+
+async def cancel_all(tasks: Sequence[asyncio.Task[Any]]) -> None:
+    """Cancel and wait. Repeated: a cancellation that coincides with the end of a read can be lost below us."""
+    pending = {task for task in tasks if not task.done()}
+    while pending:
+        for task in pending:
+            task.cancel()
+        _, pending = await asyncio.wait(pending, timeout=0.2)

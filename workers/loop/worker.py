@@ -17,7 +17,7 @@ from l4queue.models import Plan
 from l4queue.policy.loads import EARLY_NEWS_FRACTION
 from l4queue.protocol.plans import read_plan
 from l4queue.protocol.upkeep import Upkeep
-from workers.engine.base import Engine, EngineDied, EngineOutput
+from workers.engine.base import Engine, EngineDied, EngineOutput, FinishReason
 from workers.engine.loop_work import LoopWork
 from workers.loop.background import BackgroundWork
 from workers.loop.context import WorkerContext
@@ -33,7 +33,7 @@ from workers.loop.rollback import Rollback
 from workers.loop.session import Session, TextFactory
 from workers.loop.sessions import Sessions
 from workers.loop.solo import SoloTurn
-from workers.loop.task_set import TaskSet
+from workers.loop.task_set import TaskSet, cancel_all
 from workers.loop.wakeups import WakeupListener
 from workers.loop.writer import Writer
 from workers.telemetry.observer import Observer, RequestView
@@ -152,10 +152,9 @@ class Worker:
         self._loop = asyncio.get_running_loop()
         context = self.context
         try:
-            info = await self._engine.start()
-            self.profile.started(info)
-            log.info("worker %s ready: %s %s of %s", context.worker_id, info.name, info.version, info.model)
-            if not self._stopping.is_set():
+            if not await self._unless_stopped(self._start_engine()):
+                log.warning("stopped before its engine served: worker %s had taken nothing", context.worker_id)
+            elif not self._stopping.is_set():
                 await self._serve()
         finally:
             self.lease.leave()
@@ -182,8 +181,13 @@ class Worker:
         """The requests running here."""
         return [view_of(session) for session in self.sessions]
 
+    async def _start_engine(self) -> None:
+        info = await self._engine.start()
+        self.profile.started(info)
+        log.info("worker %s ready: %s %s of %s", self.context.worker_id, info.name, info.version, info.model)
+
     async def _serve(self) -> None:
-        if not await self._has_begun():
+        if not await self._unless_stopped(self._begin()):
             worker_id = self.context.worker_id
             log.warning("stopped before Redis served: worker %s had nothing to give back", worker_id)
             return
@@ -201,18 +205,19 @@ class Worker:
         if failure is not None:
             raise failure
 
-    async def _has_begun(self) -> bool:
-        """Register with the plan in force; False where this is to stop before Redis serves."""
-        begin = asyncio.create_task(self._begin())
+    async def _unless_stopped(self, work: Coroutine[Any, Any, None]) -> bool:
+        """Do this to its end; False where this worker is to stop before."""
+        begin = asyncio.create_task(work)
         stop = asyncio.create_task(self._stopping.wait())
         await asyncio.wait((begin, stop), return_when=asyncio.FIRST_COMPLETED)
         has_begun = begin.done()
-        await _cancel_all((begin, stop))
+        await cancel_all((begin, stop))
         if has_begun:
             await begin
         return has_begun
 
     async def _begin(self) -> None:
+        """Register with the plan in force."""
         self.placement.follow((await self.fleet_view.refresh()).plan)
         await self.lease.begin()
 
@@ -222,9 +227,10 @@ class Worker:
         await self._mover.finish()
         await self._tasks_set.finish()
         has_died = isinstance(failure, EngineDied)
+        has_crashed = isinstance(failure, EngineDied) and not failure.is_blameless
         why = "engine died" if has_died else "worker stops"
         culprit = self.context.work.culprit(failure)
-        await self._writer.give_back(list(self.sessions), why=why, blame=has_died, culprit=culprit)
+        await self._writer.give_back(list(self.sessions), why=why, blame=has_crashed, culprit=culprit)
         await self.lease.end()
 
     async def _is_served(self) -> bool:
@@ -268,7 +274,7 @@ class Worker:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
             self.placement.drain()
-            await _cancel_all(tasks)
+            await cancel_all(tasks)
         failure = next((error for task in done if (error := task.exception()) is not None), None)
         if failure is not None:
             log.error("worker %s fails: %s", context.worker_id, failure, exc_info=failure)
@@ -312,10 +318,13 @@ class Worker:
             coming.cancel()
 
     def _fold(self, outputs: Sequence[EngineOutput]) -> list[Session]:
-        touched = []
+        touched, lost = [], []
         for output in outputs:
             session = self.sessions.get(output.request_id)
             if session is None:
+                continue
+            if output.finish_reason is FinishReason.LOST:
+                lost.append(session)
                 continue
             with self.context.work.on(session.engine_id, is_timed=False):
                 session.feed(output)
@@ -323,6 +332,8 @@ class Worker:
             if output.token_ids:
                 upto = session.length_tokens
                 self._growth.add(from_tokens=upto - len(output.token_ids), to_tokens=upto)
+        if lost:
+            self._tasks_set.start(self._writer.give_back_lost(lost))
         return touched
 
     async def _keep_up(self) -> None:
@@ -385,12 +396,3 @@ class Worker:
             function(*args)
         elif not self._loop.is_closed():
             self._loop.call_soon_threadsafe(function, *args)
-
-
-async def _cancel_all(tasks: Sequence[asyncio.Task[Any]]) -> None:
-    """Cancel and wait. Repeated: a cancellation that coincides with the end of a read can be lost below us."""
-    pending = {task for task in tasks if not task.done()}
-    while pending:
-        for task in pending:
-            task.cancel()
-        _, pending = await asyncio.wait(pending, timeout=0.2)

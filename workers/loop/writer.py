@@ -104,6 +104,16 @@ class Writer:
         ids = ",".join(session.request_id for session in left)
         log.info("gave back %d requests: %s", len(left), why, extra={"request_ids": ids})
 
+    async def give_back_lost(self, sessions: Sequence[Session]) -> None:
+        """Return requests that the engine has dropped and that have not ended by their text meanwhile.
+
+        With blame where they would begin again: an engine that never keeps them does not get them for ever.
+        """
+        left = [s for s in sessions if s.engine_id in self._sessions and not s.has_ended]
+        stuck = [s for s in left if s.params.is_pinned or s.awaits_first_token]
+        await self.give_back([s for s in left if s not in stuck], why="the engine lost it")
+        await self.give_back(stuck, why="the engine lost it before its first token", blame=True)
+
     async def refuse(self, grant: Grant, outcome: Outcome) -> None:
         """Settle a request that cannot even start."""
         context = self._context

@@ -6,10 +6,12 @@ import asyncio
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from l4queue.cli.stack.engine_servers import adopted_model
 from l4queue.config import Settings
+from l4queue.engine_server import EngineServer
 from l4queue.errors import ConfigError
 from l4queue.model_cache import cache_directory
 from l4queue.model_config import is_path
@@ -19,19 +21,26 @@ from l4queue.tiny import TINY
 __all__ = ("chosen_model", "model_path", "own_model_path")
 
 
-def chosen_model(settings: Settings) -> str:
-    """The model that is set; where none is, `smollm2` for real engines if it is installed, else `tiny`."""
-    is_set = "model" in settings.model_fields_set
-    return SMOLLM2 if not is_set and settings.engine == "vllm" and is_smollm2_installed() else settings.model
+def chosen_model(settings: Settings, servers: Mapping[str, EngineServer | None] | None = None) -> str:
+    """The model that is set; where none is, that of the servers that are the engines.
+
+    Without those `smollm2` for real engines if it is installed, else `tiny`.
+    """
+    if "model" in settings.model_fields_set:
+        return settings.model
+    if servers:
+        return adopted_model(servers, settings)
+    return SMOLLM2 if settings.engine == "vllm" and is_smollm2_installed() else settings.model
 
 
 async def model_path(settings: Settings, *, note: Callable[[str], None], quiet: bool) -> str:
     """The directory or name of the model that is served; ConfigError where it cannot be had."""
-    model = chosen_model(settings)
+    model = settings.model
     if model in (TINY, SMOLLM2):
         return await own_model_path(model, note=note, quiet=quiet)
     folder = Path(model).expanduser()
-    if is_path(model) and not (folder / "config.json").is_file():
+    is_elsewhere = settings.engine == "http" and settings.tokenizer
+    if is_path(model) and not is_elsewhere and not (folder / "config.json").is_file():
         raise ConfigError(f"model {model}: there is no {folder / 'config.json'}")
     return str(folder) if model.startswith("~") else model
 

@@ -12,8 +12,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from l4queue.cli.stack.devices import may_have_gateway, usable_gpus
 from l4queue.cli.stack.disk import full_disk
 from l4queue.cli.stack.embedded import EmbeddedRedis, free_port, is_port_free, write_private
+from l4queue.cli.stack.engine_servers import check_models, known_servers
 from l4queue.cli.stack.flower_place import FlowerPlace, flower_place, is_well
 from l4queue.cli.stack.http_place import HttpPlace, choose_http_place
 from l4queue.cli.stack.logs import FileLog, Log
@@ -25,13 +27,13 @@ from l4queue.cli.stack.supervisor import ChildSpec, RestartPolicy, Supervisor
 from l4queue.config import URL_FILE
 from l4queue.errors import ConfigError, L4QueueError
 from l4queue.failure import EXIT_CONFIG
-from l4queue.hardware import Gpu, cores_of_worker, engine_build, missing_library, view_gpus
+from l4queue.hardware import Gpu, cores_of_worker
 from l4queue.model_config import served_names, with_model_facts
 from l4queue.observe.overview import read_overview_async
 from l4queue.protocol.executor import AsyncExecutor
 from l4queue.redis_url import SecretUrl, parse_url
 
-__all__ = ("DEFAULT_DATA_DIR", "Stack", "StackOptions")
+__all__ = ("DEFAULT_DATA_DIR", "DEFAULT_WORKERS", "Stack", "StackOptions")
 
 DEFAULT_DATA_DIR = URL_FILE.parent
 DEFAULT_WORKERS = 2  # without a GPU; the least with which requests move
@@ -55,6 +57,7 @@ class StackOptions:
     workers_per_process: int = 1
     dispatchers: int = 1
     engine: str | None = None
+    engine_url: str | None = None
     model: str | None = None
     redis_url: str | None = field(default=None, repr=False)
     redis_port: int | None = None
@@ -72,7 +75,7 @@ class StackOptions:
     def overrides(self) -> dict[str, Any]:
         """The options that are settings."""
         ports = ("flower_port", "http_port", "metrics_port")
-        names = (*ports, "engine", "model", "redis_url", "durability", "log_format")
+        names = (*ports, "engine", "engine_url", "model", "redis_url", "durability", "log_format")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
@@ -150,23 +153,29 @@ class Stack:
         await self.stop()
 
     async def _start(self) -> None:
-        gpus = self._check_hardware()
-        num_workers = self.options.workers or len(gpus) // self.settings.tensor_parallel or DEFAULT_WORKERS
-        chosen = self.settings.model_copy(update={"model": chosen_model(self.settings)})
+        options = self.options
+        gpus = usable_gpus(self.settings, workers=options.workers, workers_per_process=options.workers_per_process)
+        servers = await known_servers(self.settings, num_workers=options.workers, note=self.note)
+        num_workers = (
+            len(servers) or options.workers or len(gpus) // self.settings.tensor_parallel or DEFAULT_WORKERS
+        )
+        chosen = self.settings.model_copy(update={"model": chosen_model(self.settings, servers)})
         self.settings = await asyncio.to_thread(with_model_facts, chosen)
         self._choose_flower_port()
-        if self.options.http and self.settings.engine == "vllm":  # it reads what vLLM knows of the model
-            self.gateway = choose_http_place(self.settings, port=self.options.http_port)
+        if options.http and may_have_gateway(self.settings):
+            self.gateway = choose_http_place(self.settings, port=options.http_port)
             self.settings = self.settings.model_copy(update={"http_port": self.gateway.port})
         await self._start_redis()
         parse_url(self.redis_url)
         assert self.settings.broker_url  # both are right, or this is the end
         names = await self._choose_names(num_workers)
-        model = await model_path(self.settings, note=self.note, quiet=self.options.quiet)
-        served = shlex.join(dict.fromkeys((*served_names(self.settings), model)))
+        model = await model_path(self.settings, note=self.note, quiet=options.quiet)
+        there = check_models(servers, self.settings, model)
+        served = shlex.join(dict.fromkeys((*served_names(self.settings), model, *there)))
         self.settings = self.settings.model_copy(update={"model": model, "served_model_name": served})
         self._executor = AsyncExecutor(self.redis_url, retry_s=0.0)
-        specs = [*self._service_specs(names.planner), *self._serving_specs(names.workers, gpus)]
+        serving = self._serving_specs(names.workers, gpus, list(servers))
+        specs = [*self._service_specs(names.planner), *serving]
         self.metrics_urls, specs = with_metrics(specs, self.settings)
         if self.metrics_urls:
             write_targets(self.targets_file, self.metrics_urls)
@@ -209,30 +218,6 @@ class Stack:
         for name, child in self.supervisor.children.items():
             if name != "redis":
                 child.end()
-
-    def _check_hardware(self) -> list[Gpu]:
-        if self.settings.engine != "vllm":
-            return []
-        if self.options.workers_per_process > 1:
-            raise ConfigError("several workers in one process are for --engine emulated only")
-        build = engine_build()
-        if build is None:
-            raise ConfigError(
-                "vLLM is not installed; `make install`, or `pip install 'l4queue[gpu]'`, or use --engine emulated"
-            )
-        missing = missing_library(build)
-        if missing is not None:
-            raise ConfigError(missing)
-        view = view_gpus()
-        gpus = view.for_groups_of(self.settings.tensor_parallel) if build.kind == "gpu" else []
-        needed = (self.options.workers or 1) * self.settings.tensor_parallel
-        if build.kind == "gpu" and len(gpus) < needed:
-            why = f" ({view.why})" if view.notes else ""
-            raise ConfigError(
-                f"{self.options.workers or 1} workers need {needed} GPUs, and {len(gpus)} can be used here{why}; "
-                "see `l4queue doctor`, or install the CPU build of vLLM"
-            )
-        return gpus
 
     def _check_foreign(self) -> None:
         """Say whose choice the Redis is; ConfigError where an option asks for one that is started here."""
@@ -345,17 +330,19 @@ class Stack:
             specs.append(service("gateway", "gateway", ready_text=" ready: ", is_ready=answers, essential=False))
         return specs
 
-    def _serving_specs(self, names: list[str], gpus: list[Gpu]) -> list[ChildSpec]:
+    def _serving_specs(self, names: list[str], gpus: list[Gpu], urls: list[str]) -> list[ChildSpec]:
         size = self.options.workers_per_process
         if size == 1:
-            return [self._worker_spec(i, names=names, gpus=gpus) for i in range(len(names))]
+            return [self._worker_spec(i, names=names, gpus=gpus, urls=urls) for i in range(len(names))]
         firsts = range(0, len(names), size)
         return [self._group_spec(f"workers-{first // size}", names[first : first + size]) for first in firsts]
 
-    def _worker_spec(self, index: int, *, names: list[str], gpus: list[Gpu]) -> ChildSpec:
+    def _worker_spec(self, index: int, *, names: list[str], gpus: list[Gpu], urls: list[str]) -> ChildSpec:
         name = names[index]
         env = {**self._environment(), "L4_WORKER_ID": name}
-        if gpus:
+        if urls:
+            env["L4_ENGINE_URL"] = urls[index]
+        elif gpus:
             group = self.settings.tensor_parallel
             ours = gpus[index * group : (index + 1) * group]
             env |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ",".join(g.cuda_name for g in ours)}

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from l4queue.cli.stack import stack as stack_module
+from l4queue.cli.stack import devices
+from l4queue.cli.stack.devices import usable_gpus
 from l4queue.cli.stack.overrides import settings_with
 from l4queue.cli.stack.stack import Stack, StackOptions
 from l4queue.errors import ConfigError
@@ -17,9 +18,9 @@ from tests.unit.nvml import Device, FakeNvml, plug
 def devices_of_workers(folder: Path, **options: object) -> list[str]:
     """CUDA_VISIBLE_DEVICES of each worker that `up` would start."""
     stack = Stack(StackOptions(engine="vllm", data_dir=folder, quiet=True, **options))  # type: ignore[arg-type]
-    gpus = stack._check_hardware()
+    gpus = usable_gpus(stack.settings, workers=stack.options.workers, workers_per_process=1)
     number = stack.options.workers or len(gpus) // stack.settings.tensor_parallel
-    specs = stack._serving_specs([f"worker-{i}" for i in range(number)], gpus)
+    specs = stack._serving_specs([f"worker-{i}" for i in range(number)], gpus, [])
     assert all(spec.env["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID" for spec in specs)
     return [spec.env["CUDA_VISIBLE_DEVICES"] for spec in specs]
 
@@ -27,7 +28,7 @@ def devices_of_workers(folder: Path, **options: object) -> list[str]:
 @pytest.fixture
 def gpu_build(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """The GPU build of vLLM."""
-    monkeypatch.setattr(stack_module, "engine_build", lambda: EngineBuild(kind="gpu", version="0"))
+    monkeypatch.setattr(devices, "engine_build", lambda: EngineBuild(kind="gpu", version="0"))
     return monkeypatch
 
 
@@ -55,7 +56,7 @@ def test_too_few_devices_are_told_with_the_reason(gpu_build: pytest.MonkeyPatch,
 
 def test_a_wrong_option_is_named_and_not_the_setting_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """A variable that is wrong is named as one."""
-    with pytest.raises(ConfigError, match=r"^--engine: must be 'vllm' or 'emulated'"):
+    with pytest.raises(ConfigError, match=r"^--engine: must be 'vllm', 'http' or 'emulated'"):
         settings_with({"engine": "nope"})
     monkeypatch.setenv("L4_ENGINE", "nope")
     with pytest.raises(ConfigError, match=r"^L4_ENGINE: "):
