@@ -47,8 +47,8 @@ def adopted_model(servers: Mapping[str, EngineServer | None], settings: Settings
     card = server.card(names or [""])
     if is_path(card.root) and not settings.tokenizer and not (Path(card.root) / "config.json").is_file():
         raise ConfigError(
-            f"the server at {server.url} has its model at {card.root}, which is not on this machine: set --model to a "
-            f"copy of its configuration and tokenizer, and L4_ENGINE_MODEL to {card.name}"
+            f"the server at {server.url} has its model at {card.root}, which is not here: set --model to "
+            f"a copy of its configuration and tokenizer, and L4_ENGINE_MODEL to {card.name}"
         )
     return card.root
 

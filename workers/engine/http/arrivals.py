@@ -1,8 +1,8 @@
 """Steps of an engine that only its tokens tell of: their times, and the work that they had.
 
 Every request that generates gets its token of a step at the same time. So a step ends where tokens begin to
-arrive after a pause, or where a request gets its next one. Prefill shows by its first token only. It is spread over
-the steps before as vLLM does it: as many tokens as a step may have, in order of arrival.
+arrive after a pause, or where a request gets its next one. Prefill shows by its first token only. It is spread
+over the steps before as vLLM does it: as many tokens as a step may have, in order of arrival.
 """
 
 from __future__ import annotations
