@@ -91,8 +91,10 @@ def read_engine_server(url: str, settings: Settings) -> EngineServer:
     try:
         cards = tuple(_card(entry) for entry in models["data"])
         version = str(_get(f"{url}/version", settings)["version"])
-    except (KeyError, TypeError) as error:
-        raise ConfigError(f"the server at {url} is no vLLM: it tells no {error}; L4_ENGINE_URL") from None
+    except (AttributeError, KeyError, TypeError):
+        raise ConfigError(
+            f"the server at {url} is no vLLM: its /v1/models or /version cannot be read; correct L4_ENGINE_URL"
+        ) from None
     return EngineServer(url=url, version=version, cards=cards)
 
 

@@ -72,6 +72,8 @@ class ArrivalWatch:
 
     def came(self, request_id: str, *, num_tokens: int) -> None:
         """New tokens of a request have arrived."""
+        if request_id not in self._prompts and request_id not in self._lengths:
+            return
         now_s = self._clock()
         burst = self._burst
         if burst is None or self._is_next(burst, request_id, now_s):
@@ -82,7 +84,7 @@ class ArrivalWatch:
         if prompt is not None:
             burst.prefilled[request_id] = prompt
             self._lengths[request_id] = prompt.num_tokens + num_tokens
-        elif request_id in self._lengths:
+        else:
             burst.decoded[request_id] = self._lengths[request_id]
             burst.most_tokens = max(burst.most_tokens, num_tokens)
             self._lengths[request_id] += num_tokens

@@ -29,7 +29,7 @@ from workers.engine.http.connection import (
     ServerState,
 )
 from workers.engine.http.gauges import ServerGauges, read_gauges
-from workers.engine.http.probe import Abilities, probe
+from workers.engine.http.probe import keeps_constraints
 from workers.engine.http.translate import BrokenEvent, completion_body, output_of, refused
 
 __all__ = ("HttpEngine",)
@@ -38,7 +38,7 @@ log = logging.getLogger("l4queue.worker")
 _ASK_S = (
     1.0  # between two looks at the server's metrics, which cost it 5 ms (measured, vLLM 0.32, one core of a Xeon)
 )
-_SAY_S = 15.0  # between two log lines while there is no server
+_SAY_S = 60.0  # between two log lines while there is no server
 _SILENT_S = 20.0
 """How long a server may give no answer before its requests go elsewhere, s. Chosen: twice the limit of one."""
 _BUSY_S = 0.5  # before a request that the server did not take is sent again
@@ -90,7 +90,7 @@ class HttpEngine:
         self._eos_token_ids = eos_token_ids
         self._server = ServerConnection(url, headers)
         self._model = ""
-        self._abilities = Abilities(has_priorities=False, has_constraints=False)
+        self._has_constraints = False
         self._streams: dict[str, _Stream] = {}
         self._out: list[EngineOutput] = []
         self._ready = asyncio.Event()
@@ -115,7 +115,7 @@ class HttpEngine:
                 f"the server at {described.url} tells nothing of its KV cache in /metrics: start it without "
                 "--disable-log-stats"
             )
-        self._abilities = await probe(self._server, model=card.name, version=described.version)
+        self._has_constraints = await keeps_constraints(self._server, model=card.name, version=described.version)
         self._watch.is_speculating = self._gauges.is_speculating
         self._asking = asyncio.create_task(self._ask_for_ever())
         return EngineInfo(
@@ -158,7 +158,7 @@ class HttpEngine:
         request_id = request.request_id
         if request_id in self._streams:
             raise ValueError(f"request {request_id} is in the engine already")
-        if request.params.structured_outputs is not None and not self._abilities.has_constraints:
+        if request.params.structured_outputs is not None and not self._has_constraints:
             why = f"the server at {self._server.url} ignores structured outputs"
             self._put(refused(request_id, why, field="structured_outputs"))
             return
@@ -227,7 +227,7 @@ class HttpEngine:
     async def _serve(self, stream: _Stream) -> None:
         """Send a request until the server takes it, and read its tokens to the end."""
         request = stream.request
-        body = completion_body(request, model=self._model, has_priorities=self._abilities.has_priorities)
+        body = completion_body(request, model=self._model)
         while True:
             try:
                 await self._read(stream, body)

@@ -1,10 +1,8 @@
-"""Requests that show what a server can, before any that counts: token ids both ways, constraints, priorities."""
+"""Requests that show what a server can, before any that counts: token ids both ways, and constraints."""
 
 from __future__ import annotations
 
-import logging
 from contextlib import aclosing
-from dataclasses import dataclass
 from typing import Any
 
 from l4queue.errors import ConfigError
@@ -13,74 +11,54 @@ from workers.engine.base import EngineDied, EngineRequest
 from workers.engine.http.connection import BrokenStream, ServerBusy, ServerConnection, ServerRefusal
 from workers.engine.http.translate import BrokenEvent, completion_body, output_of
 
-__all__ = ("Abilities", "probe")
+__all__ = ("keeps_constraints",)
 
-log = logging.getLogger("l4queue.worker")
 _PROMPT = (1, 1)  # ids that every vocabulary has
 _MAX_TOKENS = 4  # the word below has at most three, one for each letter, and the end
 _WORD = "yes"
 _NAME = "probe"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Abilities:
-    """What differs between servers that take token ids."""
+async def keeps_constraints(server: ServerConnection, *, model: str, version: str) -> bool:
+    """Whether structured outputs are kept; a server may know them by another name, and ignores ours.
 
-    has_priorities: bool
-    has_constraints: bool
-
-
-async def probe(server: ServerConnection, *, model: str, version: str) -> Abilities:
-    """Try it. ConfigError where token ids do not come back as they were sent; EngineDied where the server goes."""
+    ConfigError where token ids do not come back as they were sent; EngineDied where the server goes.
+    """
     try:
-        has_priorities = await _takes(server, model, version, has_priorities=True)
-        if not has_priorities:
-            await _takes(server, model, version, has_priorities=False)
-        return Abilities(
-            has_priorities=has_priorities,
-            has_constraints=await _takes(server, model, version, is_constrained=True),
-        )
+        await _answer(server, model, version, {"logprobs": 1})
+        try:
+            text = await _answer(server, model, version, {"structured_outputs": {"choice": [_WORD]}})
+        except ConfigError:  # it refuses them
+            return False
     except (BrokenStream, ServerBusy) as error:
         raise EngineDied(f"the server at {server.url} did not serve a first request: {error}") from error
+    return text == _WORD
 
 
-async def _takes(
-    server: ServerConnection,
-    model: str,
-    version: str,
-    *,
-    has_priorities: bool = False,
-    is_constrained: bool = False,
-) -> bool:
-    """Whether the server takes a request with these; one that it must take is a ConfigError if it does not."""
-    params: dict[str, Any] = {"logprobs": 1}
-    if is_constrained:
-        params["structured_outputs"] = {"choice": [_WORD]}
+async def _answer(server: ServerConnection, model: str, version: str, params: dict[str, Any]) -> str:
+    """The text of an answer; ConfigError where there is none, or it is not one of token ids."""
+    asked = SamplingParams.model_validate(params)
     request = EngineRequest(
         request_id=_NAME,
         token_ids=_PROMPT,
-        max_tokens=_MAX_TOKENS if is_constrained else 1,
+        max_tokens=_MAX_TOKENS if asked.structured_outputs is not None else 1,
         min_tokens=0,
-        params=SamplingParams.model_validate(params),
+        params=asked,
         priority=1,
     )
-    body = completion_body(request, model=model, has_priorities=has_priorities)
     text = ""
     try:
-        async with aclosing(server.events(body)) as events:
+        async with aclosing(server.events(completion_body(request, model=model))) as events:
             async for event in events:
                 text += _text_of(event, server.url, version)
-                output = output_of(_NAME, event, num_top=1)
+                output = output_of(_NAME, event, num_top=asked.logprobs)
                 if output is not None and output.finish_reason is not None:
-                    break
+                    return text
     except ServerRefusal as error:
-        if error.status not in (401, 403, 404) and (has_priorities or is_constrained):
-            log.info("%s at %s: %s", "priorities" if has_priorities else "constraints", server.url, error)
-            return False
         raise ConfigError(f"the server at {server.url} refuses a first request: {error}") from error
     except BrokenEvent as error:
         raise ConfigError(_without_ids(server.url, version, str(error))) from error
-    return text == _WORD if is_constrained else True
+    return text
 
 
 def _text_of(event: dict[str, Any], url: str, version: str) -> str:

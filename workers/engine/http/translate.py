@@ -24,13 +24,14 @@ class BrokenEvent(ValueError):
     """An event of a stream is not what vLLM sends; says which part."""
 
 
-def completion_body(request: EngineRequest, *, model: str, has_priorities: bool) -> dict[str, Any]:
+def completion_body(request: EngineRequest, *, model: str) -> dict[str, Any]:
     """The body of a request. Whatever the server has defaults of its own for is said."""
     params = request.params
     body: dict[str, Any] = {
         "model": model,
         "prompt": list(request.token_ids),
         "request_id": request.request_id,
+        "priority": request.priority,
         "stream": True,
         "return_token_ids": True,
         "max_tokens": request.max_tokens,
@@ -56,8 +57,6 @@ def completion_body(request: EngineRequest, *, model: str, has_priorities: bool)
         body["allowed_token_ids"] = list(params.allowed_token_ids)
     if params.structured_outputs is not None:
         body["structured_outputs"] = _constraint(params.structured_outputs)
-    if has_priorities:
-        body["priority"] = request.priority
     return body
 
 
