@@ -149,16 +149,18 @@ def test_every_kind_of_request_gives_what_an_engine_in_process_gives(adopted: Ad
 
 def test_what_is_cancelled_or_stopped_by_its_text_leaves_the_server(adopted: Adopted) -> None:
     """Its connection is closed: the server ends it long before its last token."""
-    aborted, success = 'vllm:request_success_total{engine="0",finished_reason="abort"', "vllm:num_requests_running"
-    before = adopted.server.metric(aborted)
+    generated, running = "vllm:generation_tokens_total", "vllm:num_requests_running"
+    before = adopted.server.metric(generated)
     adopted.begin_long().cancel()
-    until(lambda: adopted.server.metric(aborted) == before + 1, "the server ended it", timeout_s=WAIT_S)
+    until(lambda: adopted.server.metric(running) == 0, "the server ended it", timeout_s=WAIT_S)
+    assert adopted.server.metric(generated) - before < LONG["max_tokens"]
 
-    words = adopted.long[0].text.split()
-    stopped = adopted.client.enqueue(STORY, **LONG, stop=[words[1]]).result(timeout=WAIT_S)
-    assert stopped.text == adopted.long[0].text.partition(words[1])[0]
-    until(lambda: adopted.server.metric(aborted) == before + 2, "the server ended it", timeout_s=WAIT_S)
-    assert adopted.server.metric(success) == 0
+    before = adopted.server.metric(generated)
+    word = adopted.long[0].text.split()[1]
+    stopped = adopted.client.enqueue(STORY, **LONG, stop=[word]).result(timeout=WAIT_S)
+    assert stopped.text == adopted.long[0].text.partition(word)[0]
+    until(lambda: adopted.server.metric(running) == 0, "the server ended it", timeout_s=WAIT_S)
+    assert adopted.server.metric(generated) - before < LONG["max_tokens"]
 
 
 def test_a_request_goes_on_at_another_worker_with_a_server(adopted: Adopted) -> None:
