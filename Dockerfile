@@ -1,6 +1,6 @@
 # l4queue in containers. Targets, from small to large:
 #   client      the Python client and the command line
-#   services    dispatcher, planner, beat, Flower, and workers with the emulated engine; no torch, no vLLM
+#   services    dispatcher, planner, beat, Flower, workers with the emulated or the http engine; no torch, no vLLM
 #   worker-cpu  workers with the CPU build of vLLM
 #   worker-gpu  workers with the GPU build of vLLM; the host brings the driver and NVIDIA's container toolkit
 #

