@@ -103,7 +103,7 @@ def adopted(
     )
     server.start()
     try:
-        with Client(settings=settings) as client:
+        with Client(settings=settings, timeout_s=WAIT_S) as client:
             processes.start("dispatcher", "-m", "dispatcher")
             fleet = Adopted(processes=processes, settings=settings, server=server, client=client)
             fleet.serve("in-process", engine="vllm")

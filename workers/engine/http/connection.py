@@ -14,6 +14,8 @@ from typing import Any
 
 import aiohttp
 
+from l4queue.errors import PortableError
+
 __all__ = ("BrokenStream", "ServerBusy", "ServerConnection", "ServerRefusal", "ServerState")
 
 _CONNECT_S = 10.0  # to open a connection; chosen: beyond a lost packet or two
@@ -30,7 +32,7 @@ class ServerState(StrEnum):
     SILENT = "silent"  # no answer: the network, or it is too busy
 
 
-class ServerRefusal(Exception):
+class ServerRefusal(PortableError):
     """The server does not compute a request; `field` is the parameter at fault, if it is about one."""
 
     def __init__(self, why: str, *, status: int, field: str = "") -> None:
@@ -39,11 +41,11 @@ class ServerRefusal(Exception):
         self.field = field
 
 
-class ServerBusy(Exception):
+class ServerBusy(PortableError):
     """The server takes no more requests now."""
 
 
-class BrokenStream(Exception):
+class BrokenStream(PortableError):
     """The stream of a request ended before the request did."""
 
 
@@ -86,9 +88,14 @@ class ServerConnection:
         raise BrokenStream("it ended before the request did")
 
     async def metrics(self) -> str | None:
-        """The exposition of its metrics; None where it gives none now. Raises ConnectionRefusedError."""
+        """The exposition of its metrics, empty where it has none; None where there is no answer.
+
+        Raises ConnectionRefusedError.
+        """
         answered = await self._get("/metrics")
-        return answered[1] if answered is not None and answered[0] == 200 else None
+        if answered is None:
+            return None
+        return answered[1] if answered[0] == 200 else ""
 
     async def state(self) -> ServerState:
         """Whether it serves now."""

@@ -98,6 +98,7 @@ class HttpEngine:
         self._state: asyncio.Task[ServerState] | None = None
         self._asking: asyncio.Task[None] | None = None
         self._gauges, self._held_then_tokens = _GAUGES, 0
+        self._heard_s = 0.0  # when the server last gave metrics or tokens
 
     async def start(self) -> EngineInfo:
         """Wait for the server and see what it can; ConfigError where it is not what was asked for."""
@@ -107,8 +108,7 @@ class HttpEngine:
         described = await self._met()
         card = described.card(self._model_names)
         self._model = card.name
-        text = await self._server.metrics()
-        self._gauges = read_gauges(text or "")
+        self._gauges = await self._first_gauges()
         capacity_tokens = self._gauges.kv_capacity_tokens
         if not capacity_tokens:
             raise ConfigError(
@@ -128,6 +128,15 @@ class HttpEngine:
             max_batched_tokens=self._max_batched_tokens,
             eos_token_ids=await asyncio.to_thread(self._eos_token_ids),
         )
+
+    async def _first_gauges(self) -> ServerGauges:
+        try:
+            text = await self._server.metrics()
+        except ConnectionRefusedError:
+            text = None
+        if text is None:
+            raise EngineDied(f"the server at {self._server.url} does not answer any more", is_blameless=True)
+        return read_gauges(text)
 
     async def _met(self) -> EngineServer:
         """The server, once it answers."""
@@ -168,6 +177,7 @@ class HttpEngine:
         stream = self._streams[request_id] = _Stream(request=request)
         self._watch.sent(request_id, num_tokens=len(request.token_ids))
         stream.task = asyncio.create_task(self._serve(stream))
+        stream.task.add_done_callback(self._served)
 
     async def abort(self, request_ids: Iterable[str]) -> None:
         """Close their connections; tokens that nobody has seen are dropped."""
@@ -248,6 +258,13 @@ class HttpEngine:
                 await self._lost(request.request_id, str(error))
                 return
 
+    def _served(self, task: asyncio.Task[None]) -> None:
+        """A request that failed in a way that nobody foresaw would wait for ever."""
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            log.error("a request to the server failed", exc_info=error)
+            self._died(f"a request to the server failed: {error!r}", is_blameless=False)
+
     async def _read(self, stream: _Stream, body: dict[str, object]) -> None:
         request_id, num_top = stream.request.request_id, stream.request.params.logprobs
         async with aclosing(self._server.events(body)) as events:
@@ -255,6 +272,7 @@ class HttpEngine:
                 output = output_of(request_id, event, num_top=num_top)
                 if output is None:
                     continue
+                self._heard_s = asyncio.get_running_loop().time()
                 if output.token_ids:
                     self._watch.came(request_id, num_tokens=len(output.token_ids))
                 if output.finish_reason is FinishReason.LOST:
@@ -279,7 +297,7 @@ class HttpEngine:
     async def _ask_for_ever(self) -> None:
         """Look at the server's state, also while no request runs that would tell of its end."""
         loop = asyncio.get_running_loop()
-        answered_s = loop.time()
+        self._heard_s = loop.time()
         while self._dead is None:
             await asyncio.sleep(_ASK_S)
             try:
@@ -287,11 +305,11 @@ class HttpEngine:
             except ConnectionRefusedError as error:
                 self._died(f"no server at {self._server.url} any more: {error.strerror}", is_blameless=False)
                 return
-            if text is not None:
+            if text:
                 self._gauges, self._held_then_tokens = read_gauges(text), self._watch.held_tokens
-                answered_s = loop.time()
-            elif loop.time() - answered_s > _SILENT_S:
-                why = f"no answer from {self._server.url} for {loop.time() - answered_s:.0f} s"
+                self._heard_s = loop.time()
+            elif loop.time() - self._heard_s > _SILENT_S:
+                why = f"nothing from the server at {self._server.url} for {loop.time() - self._heard_s:.0f} s"
                 self._died(why, is_blameless=True)
 
     def _died(self, why: str, *, is_blameless: bool) -> None:
