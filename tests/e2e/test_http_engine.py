@@ -120,13 +120,12 @@ def adopted(
 def test_a_request_goes_on_from_an_engine_in_process_to_a_server(adopted: Adopted) -> None:
     """Prefilled again there. The server's own limits are known to the fleet."""
     handle = adopted.begin_long()
+    adopted.retire("in-process")
     adopted.serve_by_http("http-0")
     load = next(w for w in adopted.client.overview().workers if w.worker_id == "http-0")
     assert (load.engine, load.max_model_len) == ("http", MAX_MODEL_LEN)
     assert load.kv_capacity_tokens > 10 * MAX_MODEL_LEN
-    adopted.retire("in-process")
-    result = adopted.is_as_uncut(handle)
-    assert result.resumed
+    assert adopted.is_as_uncut(handle).resumed
 
 
 def test_every_kind_of_request_gives_what_an_engine_in_process_gives(adopted: Adopted) -> None:
@@ -166,8 +165,8 @@ def test_what_is_cancelled_or_stopped_by_its_text_leaves_the_server(adopted: Ado
 def test_a_request_goes_on_at_another_worker_with_a_server(adopted: Adopted) -> None:
     """The worker that drains closes the stream at a token and gives it back without blame."""
     handle = adopted.begin_long()
-    adopted.serve_by_http("http-1")
     adopted.retire("http-0")
+    adopted.serve_by_http("http-1")
     assert adopted.is_as_uncut(handle).resumed
 
 
