@@ -129,7 +129,5 @@ def _http_engine(settings: Settings, path: str, *, trusts: bool) -> Engine:
         max_running=settings.max_running,
         max_batched_tokens=settings.max_batched_tokens or _USUAL_BATCHED_TOKENS,
         max_model_len=settings.max_model_len if "max_model_len" in settings.model_fields_set else None,
-        eos_token_ids=lambda: end_token_ids(
-            path, tokenizer=settings.tokenizer or path, trust_remote_code=trusts
-        ),
+        eos_token_ids=lambda: end_token_ids(path, tokenizer=settings.tokenizer or path, trust_remote_code=trusts),
     )
