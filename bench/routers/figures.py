@@ -41,8 +41,8 @@ def figures_of(measured: Measured, *, warmup_s: float) -> dict[str, float]:
         "p99_s": float(np.quantile(e2e_s, 0.99)),
         "ttft_s": float(measured.ttft_s[kept].mean()),
         "tpot_s": float(measured.tpot_s[kept].mean()),
-        "short_s": float(e2e_s[~is_long].mean()),
-        "long_s": float(e2e_s[is_long].mean()),
+        "short_s": float(e2e_s[~is_long].mean()) if not is_long.all() else float("nan"),
+        "long_s": float(e2e_s[is_long].mean()) if is_long.any() else float("nan"),
     }
 
 
