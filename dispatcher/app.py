@@ -16,7 +16,8 @@ from celery.signals import setup_logging, worker_init, worker_ready
 from kombu import Connection
 
 from dispatcher.planner.tasks import REFINE, REPLAN, add_tasks
-from l4queue.config import Settings, celery_settings, load_settings
+from l4queue.celery_config import celery_settings
+from l4queue.config import Settings, load_settings
 from l4queue.logs import start_logging
 from l4queue.redis_url import without_secrets
 

@@ -26,7 +26,7 @@ from l4queue.redis_url import SecretUrl, celery_url, parse_url, with_password
 from l4queue.strict_json import check_text
 from l4queue.validation import first_fault
 
-__all__ = ("URL_FILE", "Settings", "celery_settings", "client_settings", "default_of", "load_settings", "misspelt")
+__all__ = ("URL_FILE", "Settings", "client_settings", "default_of", "load_settings", "misspelt")
 
 URL_FILE = Path(".l4queue/url")
 """Where `l4queue up` leaves the URL of the Redis that it has started, for clients in the same directory."""
@@ -372,31 +372,3 @@ def _user_id() -> int:
 def default_of(name: str) -> float:
     """Default of a numeric setting, in its unit: planner and simulator begin with the same."""
     return float(Settings.model_fields[name].default)
-
-
-def celery_settings(settings: Settings) -> dict[str, Any]:
-    """Celery configuration of every l4queue app: JSON only, no results, events on, short visibility."""
-    tls = {"broker_use_ssl": settings.broker_tls} if settings.broker_tls else {}
-    return {
-        "broker_url": settings.broker_url.reveal(),
-        **tls,
-        "task_serializer": "json",
-        "result_serializer": "json",
-        "event_serializer": "json",
-        "accept_content": ["json"],
-        "result_accept_content": ["json"],
-        "task_ignore_result": True,
-        "task_default_queue": "l4-control",
-        "worker_prefetch_multiplier": 1,
-        "task_acks_late": True,
-        "worker_send_task_events": True,
-        "broker_connection_retry_on_startup": True,
-        # A broker that refuses (disk full, no memory, no right) is waited for as one that is away.
-        "broker_channel_error_retry": True,
-        "broker_transport_options": {
-            "visibility_timeout": 60,
-            "global_keyprefix": f"{settings.namespace}-celery:",
-        },
-        "worker_hijack_root_logger": False,
-        "enable_utc": True,
-    }

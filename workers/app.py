@@ -10,7 +10,8 @@ from celery import Celery
 from celery.app.amqp import AMQP
 from kombu import Connection
 
-from l4queue.config import Settings, celery_settings, load_settings
+from l4queue.celery_config import celery_settings
+from l4queue.config import Settings, load_settings
 from l4queue.redis_url import without_secrets
 
 __all__ = ("QUEUE", "make_app", "node_name")

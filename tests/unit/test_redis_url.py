@@ -15,7 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from l4queue.config import Settings, celery_settings, load_settings
+from l4queue.celery_config import celery_settings
+from l4queue.config import Settings, load_settings
 from l4queue.errors import ConfigError
 from l4queue.protocol.executor import Executor
 from l4queue.redis_url import SecretUrl, celery_url, parse_url, redacted, with_password
