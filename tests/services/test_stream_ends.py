@@ -127,7 +127,7 @@ async def test_what_has_ended_is_there_whatever_the_timeout(
             await tokens_of(waits, timeout=timeout)
     completed = client.as_completed([waits, done], timeout=0)
     assert await anext(completed) is done
-    with pytest.raises(ResultTimeout, match="1 requests"):
+    with pytest.raises(ResultTimeout, match="1 request"):
         await anext(completed)
 
 

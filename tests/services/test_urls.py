@@ -227,8 +227,9 @@ def test_workers_tell_no_password_to_those_who_ask(
     processes.start("planner", "-m", "celery", "-A", "dispatcher.app", *planner)
     try:
         with make_app(load_settings(**given)) as app:
-            inspect = app.control.inspect(timeout=2.0)
-            until(lambda: len(inspect.ping() or {}) == 2, "both answer", timeout_s=60)
+            ping = app.control.inspect(timeout=2.0).ping
+            until(lambda: len(ping() or {}) == 2, "both answer", timeout_s=300)
+            inspect = app.control.inspect(timeout=300.0, limit=2)  # it ends with the second answer
             told = [inspect.stats(), inspect.conf(with_defaults=True), inspect.report()]
         said = [processes.log("w1"), processes.log("planner")]
     finally:
