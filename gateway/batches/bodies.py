@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from l4queue.client.batch.lines import CHAT_URL, COMPLETIONS_URL
 from l4queue.errors import InvalidRequest
+from l4queue.validation import first_fault
 
 __all__ = ("ENDPOINTS", "PURPOSE", "BatchBody", "BatchPage", "ExpiresAfter", "FilePage", "parsed", "window_s")
 
@@ -71,9 +72,8 @@ def parsed(kind: type[B], given: Mapping[str, Any]) -> B:
     try:
         return kind.model_validate(given)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        field = ".".join(str(part) for part in first["loc"]) or "body"
-        raise InvalidRequest(str(first["msg"]), field=field) from None
+        place, told = first_fault(error)
+        raise InvalidRequest(told, field=".".join(map(str, place)) or "body") from None
 
 
 def window_s(text: str) -> int:

@@ -32,14 +32,21 @@ _PAGE = 500  # records of one read of a long list
 class Catalogue:
     """Files and batches of one store. Belongs to one event loop; `begun` is called with each new batch."""
 
-    def __init__(self, settings: Settings, store: FileStore, *, begun: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        store: FileStore,
+        executor: AsyncExecutor,
+        *,
+        begun: Callable[[], None] = lambda: None,
+    ) -> None:
         self._settings = settings
         self._store = store
         self._begun = begun
         self._keys = Keys(settings.namespace)
         self._files, self._batches = FileCalls(self._keys), BatchCalls(self._keys)
         self._reads = Reads(self._keys)
-        self._executor = AsyncExecutor(settings.redis_url, retry_s=0.0)
+        self._executor = executor
 
     # files --------------------------------------------------------------------------------------
     async def add_file(
@@ -157,10 +164,6 @@ class Catalogue:
             raise HttpRefused(HTTPStatus.CONFLICT, f"a batch that is {state} cannot be cancelled")
         self._begun()  # the gateway that runs it may be this one
         return batch_object(await self._batch(owner, batch_id))
-
-    async def close(self) -> None:
-        """Close all connections."""
-        await self._executor.close()
 
     # what both need -----------------------------------------------------------------------------
     async def _file(self, owner: str, file_id: str) -> FileRecord:

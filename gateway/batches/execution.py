@@ -15,7 +15,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from typing import Any
 
-from gateway.batches.parts import ERRORS, OUTPUT, LeaseLost, PartedAnswers, RecordedIdentity
+from gateway.batches.parts import ERRORS, OUTPUT, BatchLease, PartedAnswers, RecordedIdentity
 from gateway.batches.store import FileStore, batch_folder, file_name
 from gateway.batches.validation import InputError, validate
 from l4queue.client.batch import BatchProgress
@@ -25,7 +25,6 @@ from l4queue.client.batch.places import BatchEnding, BatchPlaces
 from l4queue.client.batch.run import run_lines
 from l4queue.config import Settings
 from l4queue.protocol.batch_records import BatchCalls, BatchRecord, BatchState
-from l4queue.protocol.calls import Verdict
 from l4queue.protocol.executor import Executor
 from l4queue.protocol.file_records import FileCalls, FileRecord
 from l4queue.protocol.keys import Keys
@@ -67,6 +66,7 @@ class BatchExecution:
         self._record, self._control = record, control
         keys = Keys(settings.namespace)
         self._batches, self._files, self._reads = BatchCalls(keys), FileCalls(keys), Reads(keys)
+        self._lease = BatchLease(record=record, token=control.token, executor=executor, calls=self._batches)
         now_ms = executor.run(self._reads.server_time_ms())
         self._ends_s = time.monotonic() + (record.expires_ms - now_ms) / 1000
 
@@ -92,7 +92,8 @@ class BatchExecution:
         found = validate(lines, endpoint=self._record.endpoint)
         if not found.errors:
             now_ms = self._executor.run(self._reads.server_time_ms())
-            self._note(state=BatchState.IN_PROGRESS.value, in_progress_ms=now_ms, num_lines=found.num_lines)
+            state = BatchState.IN_PROGRESS.value
+            self._lease.note({"state": state, "in_progress_ms": now_ms, "num_lines": found.num_lines})
         return found.errors
 
     def _run_lines(self, lines: InputFile) -> BatchState | None:
@@ -126,7 +127,7 @@ class BatchExecution:
         if outcome is not BatchState.CANCELLED:  # that is cancelling until its end
             now_ms = self._executor.run(self._reads.server_time_ms())
             state = BatchState.FINALIZING.value
-            self._note(state=state, outcome=outcome.value, finalizing_ms=now_ms, **changes)
+            self._lease.note({"state": state, "outcome": outcome.value, "finalizing_ms": now_ms, **changes})
         for name, answers in (("output_file_id", out), ("error_file_id", errors)):
             if not answers.is_empty:
                 changes[name] = self._make_file(answers, name.partition("_")[0])
@@ -134,13 +135,9 @@ class BatchExecution:
 
     def _answers(self) -> tuple[PartedAnswers, PartedAnswers]:
         parts = self._executor.run(self._batches.parts(self._record.batch_id))
-        common: dict[str, Any] = {
-            "token": self._control.token,
-            "store": self._store,
-            "executor": self._executor,
-            "calls": self._batches,
-        }
-        out, errors = (PartedAnswers(kind, self._record, parts, **common) for kind in (OUTPUT, ERRORS))
+        out, errors = (
+            PartedAnswers(kind, parts, lease=self._lease, store=self._store) for kind in (OUTPUT, ERRORS)
+        )
         return out, errors
 
     def _ending(self) -> BatchEnding | None:
@@ -185,15 +182,6 @@ class BatchExecution:
 
     def _end(self, state: BatchState, **changes: str | int) -> BatchState:
         keep_ms = int(self._settings.http_files_ttl_s * 1000)
-        self._note(state=state.value, keep_ms=keep_ms, **changes)
+        self._lease.note({"state": state.value, **changes}, keep_ms=keep_ms)
         self._store.delete(batch_folder(self._record.batch_id))
         return state
-
-    def _note(self, *, keep_ms: int | None = None, **changes: str | int) -> None:
-        record = self._record
-        note = self._batches.note(
-            record.batch_id, store=record.store, token=self._control.token, changes=changes, keep_ms=keep_ms
-        )
-        verdict, _ = self._executor.run(note)
-        if verdict is not Verdict.OK:
-            raise LeaseLost(f"batch {record.batch_id} is run by another gateway")

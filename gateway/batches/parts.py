@@ -6,7 +6,8 @@ So a gateway that has lost its lease adds nothing. Answers leave the queue only 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from gateway.batches.store import FileStore, batch_folder
@@ -16,7 +17,7 @@ from l4queue.protocol.batch_records import BatchCalls, BatchRecord
 from l4queue.protocol.calls import Verdict
 from l4queue.protocol.executor import Executor
 
-__all__ = ("ERRORS", "OUTPUT", "LeaseLost", "PartedAnswers", "RecordedIdentity")
+__all__ = ("ERRORS", "OUTPUT", "BatchLease", "LeaseLost", "PartedAnswers", "RecordedIdentity")
 
 OUTPUT, ERRORS = "output", "errors"
 _MAX_BUFFER_BYTES = 16 * 2**20  # of answers that are not durable yet; chosen: thousands of usual ones
@@ -26,22 +27,43 @@ class LeaseLost(L4QueueError):
     """Another gateway runs this batch now."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchLease:
+    """The lease of one batch under `token`; notes count while it holds."""
+
+    record: BatchRecord
+    token: str
+    executor: Executor
+    calls: BatchCalls
+
+    def note(
+        self,
+        changes: Mapping[str, str | int] | None = None,
+        *,
+        parts: Mapping[str, int] | None = None,
+        keep_ms: int | None = None,
+    ) -> None:
+        """Note changes of the record or new parts. LeaseLost where another gateway runs the batch."""
+        record = self.record
+        note = self.calls.note(
+            record.batch_id,
+            store=record.store,
+            token=self.token,
+            changes=changes,
+            parts=parts,
+            keep_ms=keep_ms,
+        )
+        verdict, _ = self.executor.run(note)
+        if verdict is not Verdict.OK:
+            raise LeaseLost(f"batch {record.batch_id} is run by another gateway")
+
+
 class PartedAnswers:
     """The answers of one kind, OUTPUT or ERRORS. `parts` are those recorded so far, with their lines."""
 
-    def __init__(
-        self,
-        kind: str,
-        record: BatchRecord,
-        parts: dict[str, int],
-        *,
-        token: str,
-        store: FileStore,
-        executor: Executor,
-        calls: BatchCalls,
-    ) -> None:
-        self._kind, self._record, self._token = kind, record, token
-        self._store, self._executor, self._calls = store, executor, calls
+    def __init__(self, kind: str, parts: Mapping[str, int], *, lease: BatchLease, store: FileStore) -> None:
+        self._kind, self._lease, self._store = kind, lease, store
+        self._batch_id = lease.record.batch_id
         self._parts = {name: lines for name, lines in parts.items() if name.startswith(f"{kind}-")}
         self._buffer: list[bytes] = []
         self._buffer_bytes = 0
@@ -76,7 +98,7 @@ class PartedAnswers:
 
     def unusable(self, number: int, why: str) -> InvalidRequest:
         """See `AnswerFile.unusable`."""
-        return InvalidRequest(f"line {number} of {self._kind} of {self._record.batch_id} {why}", field="out")
+        return InvalidRequest(f"line {number} of {self._kind} of {self._batch_id} {why}", field="out")
 
     def append(self, line: bytes) -> None:
         """Add one line, its end included."""
@@ -92,22 +114,14 @@ class PartedAnswers:
         """Write a part and record it. LeaseLost where another gateway runs the batch: then it does not count."""
         if not self._buffer:
             return
-        name = f"{self._kind}-{len(self._parts):06d}-{self._token}"
+        name = f"{self._kind}-{len(self._parts):06d}-{self._lease.token}"
         self._store.put(self._path(name), self._buffer)
-        note = self._calls.note(
-            self._record.batch_id,
-            store=self._record.store,
-            token=self._token,
-            parts={name: len(self._buffer)},
-        )
-        verdict, _ = self._executor.run(note)
-        if verdict is not Verdict.OK:
-            raise LeaseLost(f"batch {self._record.batch_id} is run by another gateway")
+        self._lease.note(parts={name: len(self._buffer)})
         self._parts[name] = len(self._buffer)
         self._buffer, self._buffer_bytes = [], 0
 
     def _path(self, name: str) -> str:
-        return f"{batch_folder(self._record.batch_id)}/{name}"
+        return f"{batch_folder(self._batch_id)}/{name}"
 
 
 class RecordedIdentity:

@@ -55,11 +55,13 @@ class _Pause:
 class BatchRunner:
     """Belongs to one event loop."""
 
-    def __init__(self, settings: Settings, store: FileStore, metrics: BatchMetrics) -> None:
+    def __init__(
+        self, settings: Settings, store: FileStore, executor: AsyncExecutor, metrics: BatchMetrics
+    ) -> None:
         self._settings, self._store, self._metrics = settings, store, metrics
         keys = Keys(settings.namespace)
         self._batches, self._files, self._reads = BatchCalls(keys), FileCalls(keys), Reads(keys)
-        self._executor = AsyncExecutor(settings.redis_url, retry_s=0.0)
+        self._executor = executor
         self._of_threads = Executor(settings.redis_url)
         self._threads = ThreadPoolExecutor(_MAX_RUNNING, thread_name_prefix="batch")
         self._running: dict[str, _Running] = {}
@@ -95,7 +97,6 @@ class BatchRunner:
             await self._left(batch_id, one)
         self._threads.shutdown()
         self._of_threads.close()
-        await self._executor.close()
 
     async def _run(self) -> None:
         while not self._is_stopping:

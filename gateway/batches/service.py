@@ -11,6 +11,7 @@ from gateway.batches.routes import build_routes
 from gateway.batches.runner import BatchRunner
 from gateway.batches.store import FileStore
 from l4queue.config import Settings
+from l4queue.protocol.executor import AsyncExecutor
 
 __all__ = ("BatchService", "open_store")
 
@@ -30,12 +31,13 @@ class BatchService:
     def __init__(
         self, settings: Settings, store: FileStore, app: FastAPI, *, registry: CollectorRegistry = REGISTRY
     ) -> None:
-        self._runner = BatchRunner(settings, store, BatchMetrics(registry))
-        self._catalogue = Catalogue(settings, store, begun=self._runner.wake)
-        app.include_router(build_routes(self._catalogue, max_file_bytes=settings.http_file_max_bytes))
+        self._executor = AsyncExecutor(settings.redis_url, retry_s=0.0)
+        self._runner = BatchRunner(settings, store, self._executor, BatchMetrics(registry))
+        catalogue = Catalogue(settings, store, self._executor, begun=self._runner.wake)
+        app.include_router(build_routes(catalogue, max_file_bytes=settings.http_file_max_bytes))
         self._runner.start()
 
     async def close(self) -> None:
         """Leave the batches to other gateways."""
         await self._runner.close()
-        await self._catalogue.close()
+        await self._executor.close()

@@ -10,7 +10,7 @@ import openai
 import pytest
 from openai.types import Batch, FileDeleted, FileObject
 
-from gateway.batches.parts import OUTPUT, LeaseLost, PartedAnswers
+from gateway.batches.parts import OUTPUT, BatchLease, LeaseLost, PartedAnswers
 from gateway.batches.store import FileStore
 from l4queue.protocol.batch_records import BatchCalls, BatchRecord
 from l4queue.protocol.calls import Verdict
@@ -309,7 +309,8 @@ def test_a_gateway_that_lost_its_lease_adds_nothing(redis_url: str, namespace: s
     def held(token: str) -> PartedAnswers:
         executor.run(calls.hold("batch_1", token=token, lease_ms=1))
         parts = executor.run(calls.parts("batch_1"))
-        return PartedAnswers(OUTPUT, record, parts, token=token, store=store, executor=executor, calls=calls)
+        lease = BatchLease(record=record, token=token, executor=executor, calls=calls)
+        return PartedAnswers(OUTPUT, parts, lease=lease, store=store)
 
     first = held("a")
     first.append(b"1\n")

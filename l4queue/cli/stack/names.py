@@ -20,8 +20,6 @@ __all__ = ("NameClaims",)
 _LOOK_S = 0.2  # between two looks at the leases; chosen: a lease lasts seconds
 _REDIS_WAIT_S = 10.0
 """How long a Redis that runs elsewhere may be away at the start, s. Chosen: a restart of it takes less."""
-
-
 _CLAIM_MS = 10_000  # how long a claim outlives its process; chosen: as long as a worker's lease
 _RENEW_S = 2.5  # between renewals of a claim; chosen: three may be late
 
@@ -36,7 +34,7 @@ class NameClaims:
         self.workers: list[str] = []
         self.planner = ""
         self.others: list[str] = []
-        self._url, self._namespace = url, namespace
+        self._namespace = namespace
         self._executor = AsyncExecutor(url, retry_s=_REDIS_WAIT_S, says_outages=False)
         self._keys = Keys(namespace)
         self._token = secrets.token_hex(8)
@@ -51,7 +49,7 @@ class NameClaims:
         A Redis that `is_shared` may have workers that were started one by one, without a claim. A claim that is
         not renewed is waited for until it ends, so that its name is free again after a crash.
         """
-        used = await _names_in_use(self._url, self._namespace) if is_shared else frozenset()
+        used = await _names_in_use(self._executor, self._namespace) if is_shared else frozenset()
         free = (name for name in map("worker-{}".format, count()) if name not in used)
         self.workers = await self._take(free, num_workers)
         self.others = sorted(used.union(self._passed))
@@ -110,19 +108,11 @@ class NameClaims:
         return owned
 
 
-async def _names_in_use(url: str, namespace: str) -> frozenset[str]:
+async def _names_in_use(executor: AsyncExecutor, namespace: str) -> frozenset[str]:
     """Names of live workers, which renew their leases. ServiceUnavailable where there is no Redis.
 
     The lease of a worker that was killed holds for a while. It is waited for, so that its name is free again.
     """
-    executor = AsyncExecutor(url, retry_s=_REDIS_WAIT_S)
-    try:
-        return await _renewing(executor, namespace)
-    finally:
-        await executor.close()
-
-
-async def _renewing(executor: AsyncExecutor, namespace: str) -> frozenset[str]:
     reads = Reads(Keys(namespace))
     [leases] = await executor.run_many([reads.incarnations()])
     first = dict(leases)
