@@ -166,7 +166,8 @@ def text_of_parts(parts: Sequence[Any], *, field: str) -> str:
 def _refusal(error: ValidationError) -> InvalidRequest:
     """The first of the errors, by the names of the caller."""
     place, told = first_fault(error)
-    field = ".".join(map(str, place)) or "request"
+    subject = told.partition(" ")[0]  # of what several fields say together
+    field = ".".join(map(str, place)) or (subject if subject in _KNOWN else "request")
     if told == "unknown parameter":
         return unknown_parameter(str(place[-1]), known=_KNOWN_WITHIN.get(str(place[0]), _KNOWN), field=field)
     if told == "must be a list" and field in _TEXT_OR_TEXTS:
