@@ -18,70 +18,36 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from redis import Redis
 
-from l4queue import AsyncClient, RequestState, Settings
+from l4queue import AsyncClient, RequestState
 from l4queue.protocol.keys import Keys
-from tests.protocol.server import DURABLE, RedisServer
-from tests.services.gateways import MODEL, Event, Gateways, events, joined
+from tests.services.gateways import (
+    ANN,
+    BOB,
+    KEY,
+    MODEL,
+    Event,
+    Gateways,
+    await_workers,
+    events,
+    joined,
+    post,
+    refusals,
+    two_gateways,
+    write_keys,
+)
 from tests.services.killed_batches import answers_of, batch_lines, begin, ended, kill_its_gateway
 from tests.services.pipeline import until as until_async
-from tests.services.processes import Processes, until
+from tests.services.processes import until
 
 pytestmark = [pytest.mark.services, pytest.mark.vllm, pytest.mark.timeout(1200)]
-KEY, ANN, BOB = "a-key-of-sixteen-chars", "ann-has-a-long-key", "bob-has-another-key"
 LONG = {"model": MODEL, "prompt": "The return statement", "max_tokens": 400, "stream": True, "ignore_eos": True}
 
 
 @pytest.fixture(scope="module")
 def gateways(redis_executable: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateways]:
-    """Redis, a dispatcher, two workers with the emulated engine, two gateways, one of them with a key."""
-    from l4queue.model_cache import cache_directory
-    from workers.tiny import build_tiny_model
-
-    folder, model = tmp_path_factory.mktemp("gateways"), build_tiny_model(cache_directory())
-    server = RedisServer(redis_executable, folder, DURABLE).start()
-    values: dict[str, object] = {
-        "redis_url": server.url,
-        "model": str(model),
-        "tokenizer": str(model),
-        "max_model_len": 2048,
-        "engine": "emulated",
-        "lease_s": 2.0,
-    }
-    processes = Processes(folder, **values)
-    settings = Settings(**values)  # type: ignore[arg-type] # the same values, typed by pydantic
-    started = Gateways(processes=processes, settings=settings, model=model)
-    try:
-        started.start("gateway-0", max_backlog_tokens=20_000)
-        started.start("gateway-1", http_key=KEY, http_keys_file=write_keys(folder))
-        processes.start("dispatcher", "-m", "dispatcher")
-        for number in range(2):
-            processes.worker(f"worker-{number}")
-        for name in started.ports:
-            started.answers(name)
-        await_workers(started, 2)
+    """Two workers with the emulated engine, two gateways, one of them with keys."""
+    with two_gateways(redis_executable, tmp_path_factory.mktemp("gateways")) as started:
         yield started
-    finally:
-        processes.close()
-        server.kill()
-
-
-def write_keys(folder: Path, *more: str) -> str:
-    """A file of keys: ann's has limits, bob's has expired."""
-    limits = "requests_per_minute=4 tokens_per_minute=1000 backlog_tokens=600"
-    file = folder / "keys"
-    lines = [f"ann {ANN} {limits}", f"bob {BOB} expires=2020-01-01", *more]
-    (folder / "new").write_text("\n".join(lines))
-    return str((folder / "new").replace(file))
-
-
-def await_workers(gateways: Gateways, number: int) -> None:
-    with gateways.queue() as client:
-        until(lambda: len(client.overview().workers) == number, f"{number} workers", timeout_s=900)
-
-
-def post(gateways: Gateways, path: str, body: dict[str, Any], **headers: str) -> httpx.Response:
-    named = {name.replace("_", "-"): value for name, value in headers.items()}
-    return httpx.post(f"{gateways.url()}{path}", json=body, headers=named, timeout=300)
 
 
 def test_the_queues_id_is_in_the_answer(gateways: Gateways) -> None:
@@ -300,13 +266,6 @@ def test_a_key_has_limits(gateways: Gateways) -> None:
     redis.hset(keys.limit("ann"), mapping={"tokens": 0, "requests": 10**5})
     assert post_as_ann(max_tokens=1).json()["error"]["type"] == "requests"
     assert {("ann", limit) for limit in ("requests", "tokens", "backlog")} <= refusals(gateways)
-
-
-def refusals(gateways: Gateways) -> set[tuple[str, str]]:
-    """Of whom, and why, as the gateway with keys counts them."""
-    text = httpx.get(f"{gateways.url('gateway-1')}/metrics", timeout=60).text
-    samples = [s for family in text_string_to_metric_families(text) for s in family.samples]
-    return {(s.labels["caller"], s.labels["reason"]) for s in samples if s.name == "l4queue_http_refusals_total"}
 
 
 def test_keys_expire_and_come_without_a_restart(gateways: Gateways) -> None:

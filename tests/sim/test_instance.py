@@ -16,18 +16,7 @@ from l4queue.sim.cluster import Cluster
 from l4queue.sim.engine.instance import BLOCK_TOKENS, Instance
 from l4queue.sim.engine.request import SimRequest
 from l4queue.sim.policies.length_blind import RoundRobin
-
-COST = StepCost(
-    alpha_ms=5.0,
-    beta_ms=0.3,
-    gamma_ms=0.01,
-    pi_ms=0.1,
-    psi_ms=0.001,
-    sigma_ms=0.002,
-    kv_capacity_tokens=4096,
-    max_batched_tokens=128,
-    max_num_seqs=6,
-)
+from tests.sim.small_engine import COST, TICK_S, run_alone
 
 
 @dataclass(eq=False)
@@ -140,7 +129,6 @@ def check_conservation(cluster: Cluster) -> None:
         assert instance.longest_prefill_tokens == max(pending, default=0)
 
 
-TICK_S = 0.000731377  # an odd unit: arrivals never fall on a step boundary by rounding alone
 LOADS = st.lists(
     st.tuples(st.integers(0, 500), st.integers(1, 700), st.one_of(st.integers(1, 6), st.integers(1, 400))),
     min_size=1,
@@ -159,14 +147,7 @@ def test_closed_form_equals_the_step_by_step_engine(
     requests = [SimRequest(i, a, prompt_tokens=p, output_tokens=o) for i, (a, p, o) in enumerate(rows)]
     oracle = [OracleRequest(a, p, o) for a, p, o in rows]
 
-    Cluster(
-        requests,
-        cost=cost,
-        num_instances=1,
-        policy=RoundRobin(),
-        rng=np.random.default_rng(0),
-        observe=check_conservation,
-    ).run()
+    run_alone(requests, cost, check_conservation)
     StepwiseEngine(cost).run(oracle)
 
     assert [r.first_token_s for r in requests] == pytest.approx([o.first_s for o in oracle], abs=1e-7)

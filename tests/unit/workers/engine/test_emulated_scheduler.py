@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,21 +15,12 @@ from l4queue.models import SamplingParams
 from l4queue.sim.cluster import Cluster
 from l4queue.sim.engine.request import SimRequest
 from l4queue.sim.policies.length_blind import RoundRobin
+from tests.sim.small_engine import COST as SMALL
+from tests.sim.small_engine import TICK_S
 from workers.engine.base import EngineRequest, FinishReason
 from workers.engine.emulated.scheduler import BLOCK_TOKENS, EmulatedBatch, next_token
 
-COST = StepCost(
-    alpha_ms=5.0,
-    beta_ms=0.3,
-    gamma_ms=0.01,
-    pi_ms=0.1,
-    psi_ms=0.001,
-    sigma_ms=0.002,
-    kv_capacity_tokens=1600,
-    max_batched_tokens=128,
-    max_num_seqs=6,
-)
-TICK_S = 0.000731377  # an odd unit: arrivals never fall on a step boundary by rounding alone
+COST = replace(SMALL, kv_capacity_tokens=1600)
 
 
 def request(name: str, ids: list[int], max_tokens: int, **more: object) -> EngineRequest:
