@@ -25,7 +25,7 @@ class BatchMetrics:
             (self._ended if state in ENDED else self._unfinished).labels(state.value)
 
     def unfinished(self, counts: Mapping[BatchState, int]) -> None:
-        """So many batches are in each state now."""
+        """The number of batches in each state, now."""
         for state in BatchState:
             if state not in ENDED:
                 self._unfinished.labels(state.value).set(counts.get(state, 0))

@@ -87,7 +87,7 @@ def written(record: BaseModel) -> tuple[str | int, ...]:
 
 
 def page(key: str, *, start: int, count: int, is_newest_first: bool) -> Call[list[str]]:
-    """So many members of a sorted set from a rank on."""
+    """`count` members of a sorted set from a rank on."""
     verb = "ZREVRANGE" if is_newest_first else "ZRANGE"
     return Call(None, (), (verb, key, start, start + count - 1), _ids)
 

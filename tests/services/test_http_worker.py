@@ -56,7 +56,7 @@ async def test_a_request_that_never_gets_a_token_is_blamed_until_it_is_dead(pipe
 
 
 async def test_a_worker_ends_with_its_server_and_another_goes_on(pipeline: Pipeline) -> None:
-    """It gives back what runs, with its tokens; the next worker waits until there is a server."""
+    """It gives back running requests with their tokens; the next worker waits until there is a server."""
     async with small_server() as other:
         async with small_server() as server:
             pipeline.start("w", make_engine=lambda *_, **__: server.engine())

@@ -57,7 +57,7 @@ class NameClaims:
         [self.planner] = await self._take(planners, 1)  # names of Celery's nodes are one for each broker
 
     async def _take(self, names: Iterable[str], number: int) -> list[str]:
-        """The first so many of these names that no other process has."""
+        """The first `number` of these names that no other process has."""
         found: list[str] = []
         for name in names:
             if len(found) == number:

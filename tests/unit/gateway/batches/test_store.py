@@ -45,7 +45,7 @@ def test_objects_and_folders_are_removed(url: str) -> None:
 
 
 def test_a_store_has_one_id(url: str, tmp_path: Path) -> None:
-    """Whoever opens it; another store has another."""
+    """Every opening of a store finds the same id; another store has another."""
     assert FileStore(url).store_id == FileStore(url).store_id
     assert FileStore(url).store_id != FileStore(str(tmp_path / "other")).store_id
 
