@@ -1,4 +1,4 @@
-"""Runner of batches in one gateway: takes batches without a lease, renews the leases it has, runs each in a thread."""
+"""Runner of batches in one gateway: takes batches without a lease, renews its leases, runs each in a thread."""
 
 from __future__ import annotations
 
