@@ -18,7 +18,7 @@ from l4queue.protocol.calls import Calls, Verdict
 from l4queue.protocol.executor import Executor
 from l4queue.protocol.keys import Keys
 from tests.protocol.server import DURABLE, RedisServer
-from tests.services.processes import Processes, until
+from tests.services.processes import Processes, serve_by, until
 
 MAX_MODEL_LEN = 16_384
 
@@ -45,12 +45,13 @@ class Deployment:
         return self.processes.worker(f"worker-{number}", cpu_cores=core, metrics_port=port).pid
 
     def publish(self, *stages: StagePlan) -> None:
-        """Publish a plan for the workers that are there. Planners that run may replace it."""
+        """Publish a plan for the workers that are there; returns when they serve by it, or by a newer one."""
         with self.client() as client:
             overview = client.overview()
         version = overview.plan.version
         assert {i for stage in stages for i in stage.worker_ids} == {w.worker_id for w in overview.workers}
-        body = plan_to_json(Plan(version=version + 1, stages=stages))
+        plan = Plan(version=version + 1, stages=stages)
+        body = plan_to_json(plan)
         calls = Calls(Keys(self.settings.namespace))
         executor = Executor(self.settings.redis_url)
         try:
@@ -58,6 +59,8 @@ class Deployment:
             assert executor.run(call) is Verdict.OK
         finally:
             executor.close()
+        with self.client() as client:
+            until(lambda: serve_by(plan, client.overview()), "the workers follow the plan")
 
     def await_workers(self, number: int, *, timeout_s: float = 240.0) -> None:
         """Wait until so many workers serve."""

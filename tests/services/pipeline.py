@@ -93,13 +93,18 @@ class Pipeline:
         await until(lambda: true(len(worker.active()) >= number))
 
     async def publish(self, *stages: StagePlan) -> None:
-        """Publish a plan."""
+        """Publish a plan; returns when every worker follows it."""
         current = (await self.client.overview()).plan.version
         plan = Plan(version=current + 1, stages=stages)
         call = Calls(Keys(self.settings.namespace)).publish(
             expected_version=current, version=plan.version, body=plan_to_json(plan)
         )
         await self.executor.run(call)
+        await until(lambda: true(all(self._follows(name, plan) for name in self.workers)))
+
+    def _follows(self, name: str, plan: Plan) -> bool:
+        worker, task = self.workers[name]
+        return task.done() or worker.placement.plan.version >= plan.version
 
 
 async def true(value: bool) -> bool:

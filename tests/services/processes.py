@@ -11,7 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-__all__ = ("Processes", "until")
+from l4queue.models import Plan
+from l4queue.observe.overview import Overview
+
+__all__ = ("Processes", "serve_by", "until")
 
 T = TypeVar("T")
 
@@ -25,6 +28,13 @@ def until(condition: Callable[[], T], what: str, *, timeout_s: float = 300) -> T
             return found
         assert time.monotonic() < deadline_s, f"not within {timeout_s} s: {what} (last: {found!r})"
         time.sleep(0.05)
+
+
+def serve_by(plan: Plan, overview: Overview) -> bool:
+    """Whether each worker of the plan publishes its stage there, or a newer plan is in force."""
+    stages = {worker.worker_id: worker.stage for worker in overview.workers}
+    planned = {name: stage for stage, one in enumerate(plan.stages) for name in one.worker_ids}
+    return overview.plan_version > plan.version or planned.items() <= stages.items()
 
 
 class Processes:

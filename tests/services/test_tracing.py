@@ -20,7 +20,7 @@ from l4queue.plan_json import plan_to_json
 from l4queue.protocol.calls import Calls
 from l4queue.protocol.keys import Keys
 from tests.services.collector import Collector, ReceivedSpan, open_collector
-from tests.services.processes import Processes, until
+from tests.services.processes import Processes, serve_by, until
 
 pytestmark = [pytest.mark.services, pytest.mark.timeout(600)]
 ENQUEUE = """
@@ -112,10 +112,12 @@ def _up(client: Client, *names: str) -> None:
 
 
 def _publish(client: Client, *stages: StagePlan) -> None:
+    """Publish a plan; returns when its workers serve by it, since a worker takes by the plan that it has."""
     version = client.overview().plan.version
     plan = Plan(version=version + 1, stages=stages)
     calls = Calls(Keys(client.settings.namespace))
     client._executor.run(calls.publish(expected_version=version, version=plan.version, body=plan_to_json(plan)))
+    until(lambda: serve_by(plan, client.overview()), "the workers follow the plan")
 
 
 def _check_tree(spans: list[ReceivedSpan], *, root: str) -> dict[str, list[ReceivedSpan]]:
