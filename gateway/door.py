@@ -7,7 +7,7 @@ request, so a refusal has its own status also where the client asked for a strea
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
@@ -15,12 +15,14 @@ from typing import Any
 from gateway.exchange import CURRENT, Exchange, begin
 from gateway.fields import CHAT, COMPLETIONS, RESPONSES, BodyFields, check_fields
 from gateway.keys import ApiKeys
-from gateway.metrics import DoorMetrics
+from gateway.metrics import DoorMetrics, MeasuredExchange
 from gateway.refusals import HttpRefusal, refusal_of
 from gateway.serving_check import ServingCheck
 from l4queue.client import AsyncClient
 from l4queue.client.arguments import RESPONSE_PREFIX
+from l4queue.client.batch.halves import HALF_HEADER
 from l4queue.errors import InvalidRequest, L4QueueError
+from l4queue.models import RequestSpec
 
 __all__ = ("BATCHES", "CALLER", "FILES", "Door", "DoorParts", "is_served")
 
@@ -79,7 +81,7 @@ class Door:
         parts: DoorParts = scope["app"].state.door
         path = str(scope.get("path", ""))
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope.get("headers", ())}
-        caller = "" if path in _OPEN else parts.keys.caller(headers.get("authorization", ""))
+        caller = _caller(parts.keys, scope, path, headers)
         refusal = None
         if scope["type"] != "http" or not is_served(path, has_files=parts.has_files):
             refusal = HttpRefusal(status=HTTPStatus.NOT_FOUND, message=f"{path} is not served{_elsewhere(path)}")
@@ -100,30 +102,50 @@ class Door:
             await self._app({**scope, CALLER: caller}, receive, send)
 
     async def _generate(self, parts: DoorParts, told: _Told, scope: Scope, receive: Receive, send: Send) -> None:
+        if HALF_HEADER in told.headers:  # computes nothing that would be measured
+            await self._exchange(parts, told, scope, receive, send)
+            return
         with parts.metrics.exchange(path=told.path, caller=told.caller) as measured:
-            send = measured.watched(send)
             try:
-                data = await _read(receive)
-                body = _object_of(data)
-                check_fields(told.path, body, parts.fields[told.path])
-                exchange = measured.exchange = begin(told.headers, body, caller=told.caller)
-                if told.path == RESPONSES:
-                    data = _with_id(body, told.headers.get("x-request-id") or exchange.base)
-                await parts.serving.check()
-                await _check_resumed(exchange, told.path, parts.client)
-            except L4QueueError as error:
-                await _refuse(send, refusal_of(error))
-                return
-            headed = [*scope["headers"]]
-            if "x-request-id" not in told.headers and body.get("request_id") is None:
-                headed.append((b"x-request-id", exchange.base.encode()))
-            token = CURRENT.set(exchange)
-            try:
-                answer = _Answer(send, exchange)
-                await self._app({**scope, "headers": headed}, _again(data, receive), answer.send)
+                await self._exchange(parts, told, scope, receive, measured.watched(send), measured)
             finally:
-                CURRENT.reset(token)
                 measured.ended()
+
+    async def _exchange(
+        self,
+        parts: DoorParts,
+        told: _Told,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        measured: MeasuredExchange | None = None,
+    ) -> None:
+        try:
+            data = await _read(receive)
+            body = _object_of(data)
+            check_fields(told.path, body, parts.fields[told.path])
+            exchange = begin(told.headers, body, caller=told.caller)
+            if measured is not None:
+                measured.exchange = exchange
+            if told.path == RESPONSES:
+                data = _with_id(body, told.headers.get("x-request-id") or exchange.base)
+            if exchange.half is None:
+                await parts.serving.check()
+            elif told.path != CHAT:
+                raise InvalidRequest("is offered for chats", field="X-L4-Half")
+            await _check_resumed(exchange, told.path, parts.client)
+        except L4QueueError as error:
+            await _refuse(send, refusal_of(error))
+            return
+        headed = [*scope["headers"]]
+        if "x-request-id" not in told.headers and body.get("request_id") is None:
+            headed.append((b"x-request-id", exchange.base.encode()))
+        token = CURRENT.set(exchange)
+        try:
+            answer = _Answer(send, exchange)
+            await self._app({**scope, "headers": headed}, _again(data, receive), answer.send)
+        finally:
+            CURRENT.reset(token)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,20 +173,24 @@ class _Answer:
         self._send = send
         self._exchange = exchange
         self._start: Message | None = None
-        self._is_refused = False
+        self._is_replaced = False
         self._is_stream = False
 
     async def send(self, message: Message) -> None:
         """Hold back the beginning until the first bytes, then number the events."""
-        if self._is_refused:
+        if self._is_replaced:
             return
         if message["type"] == "http.response.start":
             self._start = message
             return
         if self._start is not None:
             start, self._start = self._start, None
+            if self._exchange.asked is not None:
+                self._is_replaced = True
+                await _send_json(self._send, HTTPStatus.OK, _request_of(self._exchange.asked))
+                return
             if self._exchange.refusal is not None:
-                self._is_refused = True
+                self._is_replaced = True
                 await _refuse(self._send, self._exchange.refusal, headers=self._headers())
                 return
             self._is_stream = any(name == b"content-type" and _SSE in value for name, value in start["headers"])
@@ -185,6 +211,13 @@ class _Answer:
         ids = ",".join(self._exchange.request_ids[number] for number in sorted(self._exchange.request_ids))
         told = [(b"x-l4-request-id", ids.encode())] if ids else []
         return told + [(name.encode(), value.encode()) for name, value in self._exchange.limit_headers.items()]
+
+
+def _caller(keys: ApiKeys, scope: Scope, path: str, headers: Mapping[str, str]) -> str | None:
+    """Whose request it is: of open paths nobody's, of this gateway's own batches their owner's; None: refused."""
+    if path in _OPEN:
+        return ""
+    return str(scope[CALLER]) if CALLER in scope else keys.caller(headers.get("authorization", ""))
 
 
 def _elsewhere(path: str) -> str:
@@ -256,12 +289,19 @@ def _again(data: bytes, receive: Receive) -> Receive:
 
 
 async def _refuse(send: Send, refusal: HttpRefusal, *, headers: list[tuple[bytes, bytes]] | None = None) -> None:
-    body = json.dumps(refusal.body).encode()
     told = [(name.lower().encode(), value.encode()) for name, value in refusal.headers.items()]
-    told += [
-        (b"content-type", b"application/json"),
-        (b"content-length", str(len(body)).encode()),
-        *(headers or ()),
-    ]
-    await send({"type": "http.response.start", "status": int(refusal.status), "headers": told})
+    await _send_json(send, refusal.status, refusal.body, headers=[*told, *(headers or ())])
+
+
+async def _send_json(
+    send: Send, status: HTTPStatus, value: Mapping[str, Any], *, headers: Sequence[tuple[bytes, bytes]] = ()
+) -> None:
+    body = json.dumps(value).encode()
+    told = [*headers, (b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": int(status), "headers": told})
     await send({"type": "http.response.body", "body": body})
+
+
+def _request_of(spec: RequestSpec) -> dict[str, Any]:
+    """A request as JSON, as `RequestSpec` reads it."""
+    return spec.model_dump(mode="json", exclude_defaults=True)

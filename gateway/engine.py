@@ -30,6 +30,7 @@ from gateway.serving_check import ServingCheck
 from gateway.translate import core_output, options_of
 from l4queue.client import AsyncClient, AsyncHandle
 from l4queue.client.arguments import build_spec
+from l4queue.client.batch.halves import Half
 from l4queue.errors import InvalidRequest, L4QueueError, RequestFailed
 from l4queue.models import RequestSpec
 from l4queue.protocol.records import TokenLogprobs
@@ -190,6 +191,9 @@ class QueueEngine(EngineClient):  # type: ignore[misc] # vLLM is untyped here
                 child.request_id, child.sampling_params = parent.get_child_info(index)
             spec = self._spec(exchange, number, child, params.structured_outputs, priority=priority)
             run.outputs.append(_Output(number=number, core=child, spec=spec))
+        if exchange.half is Half.REQUEST:
+            exchange.asked = run.outputs[0].spec
+            raise GracefulHTTPError("only the request is wanted", HTTPStatus.OK)
         for index, output in enumerate(run.outputs):
             self._outputs.add_request(output.core, None, parent, index, run.collector)
         return run
@@ -212,8 +216,7 @@ class QueueEngine(EngineClient):  # type: ignore[misc] # vLLM is untyped here
 
     async def _enqueue(self, run: _Run) -> None:
         exchange = run.exchange
-        wanted = {exchange.id_of(output.number): output.spec for output in run.outputs}
-        sending = asyncio.create_task(self._client.enqueue_as(wanted))
+        sending = asyncio.create_task(self._handles(run))
         try:
             handles = await asyncio.shield(sending)
         except asyncio.CancelledError:
@@ -226,6 +229,13 @@ class QueueEngine(EngineClient):  # type: ignore[misc] # vLLM is untyped here
             output.handle = handle
             exchange.request_ids[output.number] = handle.id
             output.pieces = _pieces(handle, cuts=[tokens for tokens, _ in exchange.cuts_of(output.number)])
+
+    async def _handles(self, run: _Run) -> list[AsyncHandle]:
+        """Requests in the queue for these outputs: enqueued, or the one that is to be answered."""
+        exchange = run.exchange
+        if exchange.half is Half.ANSWER:
+            return [await self._client.get(exchange.base)]
+        return await self._client.enqueue_as({exchange.id_of(one.number): one.spec for one in run.outputs})
 
     async def _replay(self, run: _Run, step: int) -> None:
         """Take in what the client has already, cut where it was cut for it."""

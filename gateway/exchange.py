@@ -10,8 +10,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gateway.refusals import HttpRefusal
+from l4queue.client.arguments import checked_id
+from l4queue.client.batch.halves import HALF_HEADER, ID_HEADER, Half
 from l4queue.client.core import request_id_of
 from l4queue.errors import InvalidRequest
+from l4queue.models import RequestSpec
 
 __all__ = ("CURRENT", "Exchange", "Position", "begin")
 
@@ -66,7 +69,8 @@ class Exchange:
     `base` is the id of its first request in the queue; further ones add a number. `after` is the position from
     which a stream goes on. `places` grows with the output that was given to the server, `num_taken` counts the
     outputs that it has taken to their end, `num_events` what it said since either changed. `charged` has the
-    prompt tokens of each output that counts against a limit, `limit_headers` what is told of it.
+    prompt tokens of each output that counts against a limit, `limit_headers` what is told of it. Where only one
+    `half` is wanted, `asked` is the request, or `base` the id of the one that is answered.
     """
 
     base: str
@@ -90,6 +94,8 @@ class Exchange:
     is_counted: bool = False
     charged: dict[int, int] = field(default_factory=dict)
     limit_headers: dict[str, str] = field(default_factory=dict)
+    half: Half | None = None
+    asked: RequestSpec | None = None
 
     def next_outputs(self, count: int) -> range:
         """Numbers for `count` further outputs of this exchange."""
@@ -154,9 +160,12 @@ def begin(headers: Mapping[str, str], body: Mapping[str, Any], *, caller: str) -
     if key is not None and len(key) > 256:
         raise InvalidRequest("has more than 256 characters", field="Idempotency-Key")
     scoped = key if key is None or not caller else f"{caller}:{key}"
-    is_detached = scoped is not None or _truth(headers, "x-l4-background") or body.get("background") is True
+    half = _half(headers, body)
+    is_detached = any((scoped, half, _truth(headers, "x-l4-background"), body.get("background") is True))
+    base = uuid.uuid4().hex if scoped is None else request_id_of(scoped)
     exchange = Exchange(
-        base=uuid.uuid4().hex if scoped is None else request_id_of(scoped),
+        base=checked_id(headers.get(ID_HEADER)) if half is Half.ANSWER else base,
+        half=half,
         idempotency_key=scoped,
         caller=caller,
         priority=_whole(headers, "x-l4-priority"),
@@ -168,6 +177,19 @@ def begin(headers: Mapping[str, str], body: Mapping[str, Any], *, caller: str) -
     )
     _go_on(exchange, headers.get("last-event-id"))
     return exchange
+
+
+def _half(headers: Mapping[str, str], body: Mapping[str, Any]) -> Half | None:
+    """The half of the exchange that is wanted; None for all of it."""
+    text = headers.get(HALF_HEADER)
+    if text is None:
+        return None
+    if text not in list(Half):
+        raise InvalidRequest(f"must be {' or '.join(Half)}", field=_shown(HALF_HEADER))
+    for name, idle in (("stream", False), ("n", 1)):
+        if body.get(name) not in (None, idle):
+            raise InvalidRequest("is not offered for half of an exchange", field=name)
+    return Half(text)
 
 
 def _go_on(exchange: Exchange, event_id: str | None) -> None:

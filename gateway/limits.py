@@ -38,10 +38,11 @@ class Limiter:
     async def charge(self, exchange: Exchange, wanted: Mapping[int, RequestSpec]) -> None:
         """Count the requests behind some outputs of an exchange. OverLimit where a limit is reached.
 
-        A request of HTTP counts once, however many it becomes. A stream that is taken up again was counted before.
+        A request of HTTP counts once, however many it becomes. A stream that is taken up again was counted before,
+        and half an exchange computes nothing.
         """
         allowance = self._keys.allowance(exchange.caller)
-        if not allowance or exchange.after is not None:
+        if not allowance or exchange.after is not None or exchange.half is not None:
             return
         num_requests, exchange.is_counted = 0 if exchange.is_counted else 1, True
         spec = next(iter(wanted.values()))

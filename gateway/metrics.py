@@ -13,7 +13,7 @@ from prometheus_client import Counter, Gauge, Histogram
 from gateway.exchange import Exchange
 from gateway.refusals import reason_of
 
-__all__ = ("DoorMetrics",)
+__all__ = ("DoorMetrics", "MeasuredExchange")
 
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 _BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
@@ -38,11 +38,11 @@ class DoorMetrics:
         )
 
     @contextmanager
-    def exchange(self, *, path: str, caller: str) -> Iterator[_Measured]:
+    def exchange(self, *, path: str, caller: str) -> Iterator[MeasuredExchange]:
         """Around the answer to one request."""
         self._open.inc()
         try:
-            yield _Measured(self, path=path, caller=caller)
+            yield MeasuredExchange(self, path=path, caller=caller)
         finally:
             self._open.dec()
 
@@ -61,7 +61,7 @@ class DoorMetrics:
         self._refused.labels(caller=caller, reason=reason).inc()
 
 
-class _Measured:
+class MeasuredExchange:
     """One exchange as it is measured; `exchange` is what it asks for, once that is known."""
 
     def __init__(self, metrics: DoorMetrics, *, path: str, caller: str) -> None:

@@ -20,6 +20,7 @@ from gateway.batches.store import FileStore, batch_folder, file_name
 from gateway.batches.validation import InputError, validate
 from l4queue.client.batch import BatchProgress
 from l4queue.client.batch.files import InputFile
+from l4queue.client.batch.halves import Halves
 from l4queue.client.batch.options import LineOptions
 from l4queue.client.batch.places import BatchEnding, BatchPlaces
 from l4queue.client.batch.run import run_lines
@@ -60,9 +61,15 @@ class BatchExecution:
     """One batch in the hands of one gateway. LeaseLost when it is no longer."""
 
     def __init__(
-        self, settings: Settings, store: FileStore, executor: Executor, record: BatchRecord, control: BatchControl
+        self,
+        settings: Settings,
+        store: FileStore,
+        executor: Executor,
+        record: BatchRecord,
+        control: BatchControl,
+        halves: Halves,
     ) -> None:
-        self._settings, self._store, self._executor = settings, store, executor
+        self._settings, self._store, self._executor, self._halves = settings, store, executor, halves
         self._record, self._control = record, control
         keys = Keys(settings.namespace)
         self._batches, self._files, self._reads = BatchCalls(keys), FileCalls(keys), Reads(keys)
@@ -113,6 +120,7 @@ class BatchExecution:
             LineOptions(),
             places,
             url=self._settings.redis_url,
+            halves=self._halves,
             progress=self._progressed,
             stop=self._control.stop,
         )

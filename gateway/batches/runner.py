@@ -16,6 +16,7 @@ from gateway.batches.execution import BatchControl, BatchExecution
 from gateway.batches.metrics import BatchMetrics
 from gateway.batches.parts import LeaseLost
 from gateway.batches.store import FileStore, file_name
+from l4queue.client.batch.halves import Halves
 from l4queue.config import Settings
 from l4queue.errors import L4QueueError
 from l4queue.protocol.batch_records import BatchCalls, BatchRecord, BatchState
@@ -56,9 +57,14 @@ class BatchRunner:
     """Belongs to one event loop."""
 
     def __init__(
-        self, settings: Settings, store: FileStore, executor: AsyncExecutor, metrics: BatchMetrics
+        self,
+        settings: Settings,
+        store: FileStore,
+        executor: AsyncExecutor,
+        metrics: BatchMetrics,
+        halves: Halves,
     ) -> None:
-        self._settings, self._store, self._metrics = settings, store, metrics
+        self._settings, self._store, self._metrics, self._halves = settings, store, metrics, halves
         keys = Keys(settings.namespace)
         self._batches, self._files, self._reads = BatchCalls(keys), FileCalls(keys), Reads(keys)
         self._executor = executor
@@ -155,7 +161,8 @@ class BatchRunner:
         log.info("runs a batch", extra={"batch": record.batch_id, "state": current.shown_state.value})
 
         def execute() -> BatchState | None:
-            return BatchExecution(self._settings, self._store, self._of_threads, current, control).run()
+            parts = (self._settings, self._store, self._of_threads)
+            return BatchExecution(*parts, current, control, self._halves).run()
 
         work = asyncio.get_running_loop().run_in_executor(self._threads, execute)
         work.add_done_callback(lambda _: self._wake.set())

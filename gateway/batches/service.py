@@ -7,6 +7,7 @@ from prometheus_client import REGISTRY, CollectorRegistry
 
 from gateway.batches.catalogue import Catalogue
 from gateway.batches.metrics import BatchMetrics
+from gateway.batches.own_halves import OwnHalves
 from gateway.batches.routes import build_routes
 from gateway.batches.runner import BatchRunner
 from gateway.batches.store import FileStore
@@ -26,13 +27,23 @@ def open_store(settings: Settings) -> FileStore | None:
 
 
 class BatchService:
-    """Serves from when it is made, in the running event loop, until `close`."""
+    """Serves from when it is made, in the running event loop, until `close`.
+
+    With `parses_all` the answers to all chats have to be parsed, not only to those with tools.
+    """
 
     def __init__(
-        self, settings: Settings, store: FileStore, app: FastAPI, *, registry: CollectorRegistry = REGISTRY
+        self,
+        settings: Settings,
+        store: FileStore,
+        app: FastAPI,
+        *,
+        parses_all: bool = False,
+        registry: CollectorRegistry = REGISTRY,
     ) -> None:
         self._executor = AsyncExecutor(settings.redis_url, retry_s=0.0)
-        self._runner = BatchRunner(settings, store, self._executor, BatchMetrics(registry))
+        halves = OwnHalves(app, writes_all=parses_all)
+        self._runner = BatchRunner(settings, store, self._executor, BatchMetrics(registry), halves)
         catalogue = Catalogue(settings, store, self._executor, begun=self._runner.wake)
         app.include_router(build_routes(catalogue, max_file_bytes=settings.http_file_max_bytes))
         self._runner.start()

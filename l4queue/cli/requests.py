@@ -61,6 +61,9 @@ def enqueue(
     any_model: Annotated[
         bool, typer.Option("--any-model", help="Batch: lines may name a model that is not served.")
     ] = False,
+    gateway: Annotated[
+        str, typer.Option(help="Batch: URL of an `l4queue serve` for chats with tools; its key is L4_HTTP_KEY.")
+    ] = "",
     as_json: Json = False,
 ) -> None:
     """Send one request, or a batch with --jsonl.
@@ -74,6 +77,7 @@ def enqueue(
         more: dict[str, Any] = {} if priority is None else {"priority": priority}
         more |= {"max_tokens": max_tokens, "max_in_flight": max_in_flight}
         more |= {"cancel_on_exit": cancel_on_exit, "keep_results": keep_results, "any_model": any_model}
+        more |= {"gateway": gateway}
         raise typer.Exit(run_file(jsonl, out, errors, as_json=as_json, **more))
     text = _prompt_text(prompt, file)
     kind: dict[str, Any] = {"messages": [{"role": "user", "content": text}]} if chat else {"prompt": text}

@@ -193,7 +193,7 @@ class Client:
 
         Answers go to `path_out`, errors to `path_errors`; set `stop` from elsewhere to end early. `options` are
         those of `BatchOptions`: `priority`, `max_tokens`, `max_in_flight`, `cancel_on_exit`, `keep_results`,
-        `any_model`.
+        `any_model`, `gateway`.
         InvalidRequest for files and options that cannot be used.
         """
         from l4queue.client.batch.options import batch_options

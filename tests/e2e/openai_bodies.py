@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 
-__all__ = ("BODIES", "MODEL", "TOOLS", "answer_of", "whole_and_streamed")
+__all__ = ("BODIES", "CHAT", "MODEL", "TOOLS", "answer_of", "comparable", "whole_and_streamed")
 
 MODEL = "tiny"
 TOOLS = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes")
@@ -86,9 +86,9 @@ BODIES: Mapping[str, tuple[str, dict[str, Any]]] = {
     ),
     "tool history": _chatted(messages=_HISTORY),
     "tools": _chatted(tools=[_WEATHER]),
-    "tool required": _chatted(tools=[_STRICT], tool_choice="required", max_tokens=80),
+    "tool required": _chatted(tools=[_STRICT], tool_choice="required", max_tokens=250),
     "tool by name": _chatted(
-        tools=[_STRICT], tool_choice={"type": "function", "function": {"name": "weather"}}, max_tokens=80
+        tools=[_STRICT], tool_choice={"type": "function", "function": {"name": "weather"}}, max_tokens=250
     ),
     "tool that is strict": _chatted(tools=[_STRICT]),
     "tag as a format": _chatted(response_format=_TAG, max_tokens=30),
@@ -112,13 +112,13 @@ def answer_of(client: httpx.Client, path: str, body: dict[str, Any], *, is_strea
     asked = {"model": MODEL, "temperature": 0, **body}
     if not is_stream:
         answer = client.post(path, json=asked)
-        return answer.status_code, _comparable(answer.json())
+        return answer.status_code, comparable(answer.json())
     if path != RESPONSES:
         asked["stream_options"] = {"include_usage": True}
     with client.stream("POST", path, json={**asked, "stream": True}) as answer:
         chunks = list(_chunks(answer.iter_lines()))
     if path == RESPONSES:
-        return [_comparable(chunk["response"]) for chunk in chunks if chunk["type"] == "response.completed"]
+        return [comparable(chunk["response"]) for chunk in chunks if chunk["type"] == "response.completed"]
     return _put_together(chunks)
 
 
@@ -137,12 +137,12 @@ def _chunks(lines: Iterable[str]) -> Iterator[Any]:
             yield json.loads(line.removeprefix("data: "))
 
 
-def _comparable(value: Any) -> Any:
+def comparable(value: Any) -> Any:
     """Without ids and times, and logprobs to four digits: the rest of their bits is that of a batch."""
     if isinstance(value, dict):
-        return {name: _comparable(part) for name, part in value.items() if name not in _IDS}
+        return {name: comparable(part) for name, part in value.items() if name not in _IDS}
     if isinstance(value, list):
-        return [_comparable(part) for part in value]
+        return [comparable(part) for part in value]
     return round(value, 4) if isinstance(value, float) else value
 
 
@@ -154,8 +154,8 @@ def _put_together(chunks: list[Any]) -> Any:
             found = choices.setdefault(choice["index"], {})
             for name, value in {**choice, **choice.get("delta", {})}.items():
                 if name not in ("delta", "index"):
-                    _add(found, name, _comparable(value))
-    usage = [_comparable(chunk["usage"]) for chunk in chunks if chunk.get("usage")]
+                    _add(found, name, comparable(value))
+    usage = [comparable(chunk["usage"]) for chunk in chunks if chunk.get("usage")]
     return {index: choices[index] for index in sorted(choices)}, usage
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import subprocess
@@ -14,11 +15,14 @@ from typing import Any
 
 import httpx
 import pytest
-from openai import AsyncOpenAI
+from openai import AsyncOpenAI, OpenAI
+from openai.types import Batch
 
 from l4queue import Settings
 from l4queue.cli.stack.embedded import free_port
-from tests.e2e.openai_bodies import BODIES, MODEL, TOOLS, whole_and_streamed
+from l4queue.client.batch.lines import needs_gateway
+from l4queue.errors import InvalidRequest, ServiceUnavailable
+from tests.e2e.openai_bodies import BODIES, CHAT, MODEL, TOOLS, comparable, whole_and_streamed
 from tests.protocol.server import DURABLE, RedisServer
 from tests.services.gateways import Gateways
 from tests.services.processes import Processes, until
@@ -74,6 +78,7 @@ def gateways(
     values: dict[str, object] = {
         "redis_url": server.url,
         "model": str(tiny_model),
+        "served_model_name": MODEL,
         "max_model_len": MAX_MODEL_LEN,
         "engine": "vllm",
         "dtype": "float32",
@@ -103,6 +108,86 @@ def test_every_answer_equals_that_of_plain_vllm(reference: dict[str, Any], gatew
     assert {answer[0] for name, answer in found.items() if name.endswith("whole")} == {200}
     choice = found["stop text, whole"][1]["choices"][0]
     assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", "fruit")
+
+
+CHATS = {name: body for name, (path, body) in BODIES.items() if path == CHAT and "n" not in body}
+"""A line of a batch is one request."""
+
+
+def _chat_lines() -> bytes:
+    asked = {name: {"model": MODEL, "temperature": 0, **body} for name, body in CHATS.items()}
+    lines = [{"custom_id": name, "method": "POST", "url": CHAT, "body": body} for name, body in asked.items()]
+    return b"".join(json.dumps(line).encode() + b"\n" for line in lines)
+
+
+def _bodies(answers: bytes) -> dict[str, Any]:
+    """Bodies of answers by their custom_id."""
+    told = [json.loads(line) for line in answers.splitlines()]
+    return {one["custom_id"]: comparable(one["response"]["body"]) for one in told}
+
+
+def test_chats_of_a_batch_file_equal_those_over_http(
+    reference: dict[str, Any], gateways: Gateways, tmp_path: Path
+) -> None:
+    """With a gateway each one, whatever its tools, field by field; the second run finds all of them answered."""
+    lines, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    lines.write_bytes(_chat_lines())
+    with gateways.queue() as client:
+        summary = client.run_batch(lines, out, gateway=gateways.url())
+        again = client.run_batch(lines, out, gateway=gateways.url())
+    assert (summary.num_succeeded, summary.num_failed) == (len(CHATS), 0), out.with_name(
+        "out.jsonl.errors.jsonl"
+    ).read_text()
+    assert again.num_earlier == len(CHATS)
+    found = _bodies(out.read_bytes())
+    for name in CHATS:
+        assert found[name] == reference[f"{name}, whole"][1], name
+    calls = found["tool by name"]["choices"][0]["message"].get("tool_calls")
+    assert calls, json.dumps(found)
+    assert [call["function"]["name"] for call in calls] == ["weather"]
+
+
+def test_chats_with_tools_of_a_batch_over_http_equal_those_alone(
+    reference: dict[str, Any], gateways: Gateways
+) -> None:
+    """Each that needs a template or a parser; the others have the same text."""
+    with gateways.openai() as client:
+        file = client.files.create(file=("in.jsonl", _chat_lines()), purpose="batch")
+        batch = client.batches.create(input_file_id=file.id, endpoint=CHAT, completion_window="24h")
+        ended = until(lambda: _ended(client, batch.id), "the batch has ended")
+        assert (ended.status, ended.error_file_id) == ("completed", None)
+        assert ended.output_file_id
+        found = _bodies(client.files.content(ended.output_file_id).content)
+    assert set(found) == set(CHATS)
+    for name, body in CHATS.items():
+        told = reference[f"{name}, whole"][1]
+        if needs_gateway(body):
+            assert found[name] == told, name
+        elif "stop" not in body:
+            message = found[name]["choices"][0]["message"]
+            assert message["content"] == told["choices"][0]["message"]["content"], name
+
+
+def _ended(client: OpenAI, batch_id: str) -> Batch | None:
+    batch = client.batches.retrieve(batch_id)
+    return batch if batch.status in ("completed", "failed", "expired", "cancelled") else None
+
+
+def test_a_batch_waits_for_its_gateway(gateways: Gateways, tmp_path: Path) -> None:
+    """One that is not there at the beginning is an error with its address; a stream is the error of its line."""
+    lines, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    lines.write_bytes(_chat_lines().splitlines(keepends=True)[0])
+    nobody = f"http://127.0.0.1:{free_port()}"
+    with gateways.queue() as client:
+        with pytest.raises(ServiceUnavailable, match=nobody):
+            client.run_batch(lines, out, gateway=nobody)
+        with pytest.raises(InvalidRequest, match="gateway: must be the address"):
+            client.run_batch(lines, out, gateway="8000")
+        body = {"messages": [{"role": "user", "content": "x"}], "stream": True}
+        lines.write_text(json.dumps({"custom_id": "a", "body": body}))
+        assert client.run_batch(lines, tmp_path / "other.jsonl", gateway=gateways.url()).num_failed == 1
+    told = json.loads((tmp_path / "other.jsonl.errors.jsonl").read_text())["response"]
+    assert (told["status_code"], told["body"]["error"]["param"]) == (400, "stream")
 
 
 async def test_the_official_client_is_served(gateways: Gateways) -> None:

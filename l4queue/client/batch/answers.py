@@ -58,11 +58,20 @@ def success_line(
     url: str,
     model: str,
     digest: str = "",
+    made: Mapping[str, Any] | None = None,
 ) -> bytes:
-    """The output line of a request that is done. `model` answered it.
+    """The output line of a request that is done. `model` answered it; `made` is the body that a gateway has made.
 
     `digest` is that of the line of the input.
     """
+    prefix = CHAT_PREFIX if url == CHAT_URL else COMPLETION_PREFIX
+    told = {"id": prefix + record.request_id, "created": record.submitted_ms // 1000, "model": model}
+    body = {**(made or _answer_body(record, outputs, url)), **told}
+    return _line(_name(record.request_id, digest), custom_id, response=_response(200, record.request_id, body))
+
+
+def _answer_body(record: RequestRecord, outputs: Sequence[OutputEntry], url: str) -> dict[str, Any]:
+    """The body of an answer but for what `success_line` says of it."""
     text = "".join(entry.text for entry in outputs)
     prompt_tokens, output_tokens = record.prompt_tokens or 0, record.offset
     told, rows = None, [row for entry in outputs for row in entry.logprobs or ()]
@@ -73,11 +82,8 @@ def success_line(
         choice["message"] = {"role": "assistant", "content": text, "refusal": None}
     else:
         choice["text"] = text
-    body = {
-        "id": (CHAT_PREFIX if url == CHAT_URL else COMPLETION_PREFIX) + record.request_id,
+    return {
         "object": "chat.completion" if url == CHAT_URL else "text_completion",
-        "created": record.submitted_ms // 1000,
-        "model": model,
         "choices": [choice],
         "usage": {
             "prompt_tokens": prompt_tokens,
@@ -85,7 +91,6 @@ def success_line(
             "total_tokens": prompt_tokens + output_tokens,
         },
     }
-    return _line(_name(record.request_id, digest), custom_id, response=_response(200, record.request_id, body))
 
 
 def outcome_line(
@@ -109,10 +114,12 @@ def refused_line(
     custom_id: str,
     digest: str = "",
     names: Mapping[str, str] | None = None,
+    status: int = 400,
 ) -> bytes:
-    """The error line of a request that was never sent: its body cannot be right."""
-    message = str(error).removeprefix(f"{error.field}: ")
-    status, code = (404, "model_not_found") if isinstance(error, ModelNotServed) else (400, None)
+    """The error line of a request whose body cannot be right, or whose output makes no answer."""
+    message, code = str(error).removeprefix(f"{error.field}: "), None
+    if isinstance(error, ModelNotServed):
+        status, code = 404, "model_not_found"
     response = _response(status, request_id, _error_body(status, message, _written(error.field, names), code=code))
     return _line(_name(request_id, digest), custom_id, response=response)
 

@@ -43,6 +43,7 @@ class Ticket:
     model: str
     digest: str
     names: Mapping[str, str]  # of fields in the line, where ours differ
+    by_gateway: bool = False  # which makes its answer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,9 +26,13 @@ __all__ = (
     "MAX_LINE_BYTES",
     "BatchLine",
     "LineObject",
+    "Writer",
+    "chat_of",
     "digest_of_bytes",
+    "needs_gateway",
     "object_of",
     "parse_line",
+    "write_none",
     "written_names",
 )
 
@@ -63,17 +67,19 @@ _OF_TOOLS = frozenset({"tools", "tool_choice", "functions", "function_call", "to
 _OF_TEMPLATES = frozenset(
     {"chat_template", "chat_template_kwargs", "documents", "add_generation_prompt", "continue_final_message"}
 )
-_TEMPLATE = (
-    "is not offered in batches, whose chats are written by the model's template as it is; `l4queue serve` does"
-)
-_TOOLS = "is not offered in batches, which parse no tool calls; `l4queue serve` does"
+_TEMPLATE = "needs a gateway, which has vLLM's templates: --gateway URL (gateway=), or /v1/batches"
+_TOOLS = "needs a gateway, which has vLLM's parsers of tool calls: --gateway URL (gateway=), or /v1/batches"
 _WRITTEN = (("structured_outputs", "response_format"), ("max_tokens", "max_completion_tokens"))
+_OF_PLAIN_MESSAGES = frozenset({"role", "content", "name"})
 _ANY_OBJECT = {"json": {"type": "object"}}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchLine:
-    """One readable line: its request, and what its answer has to repeat. `names` are those of `written_names`."""
+    """One readable line: its request, and what its answer has to repeat. `names` are those of `written_names`.
+
+    With `by_gateway` a gateway has written the request and makes the answer.
+    """
 
     custom_id: str
     url: str
@@ -81,6 +87,15 @@ class BatchLine:
     spec: RequestSpec
     digest: str
     names: dict[str, str]
+    by_gateway: bool = False
+
+
+Writer = Callable[[Mapping[str, Any]], RequestSpec | None]
+"""Makes the request of a chat's body that has `max_tokens` and `priority`; None leaves it to the batch."""
+
+
+def write_none(_: Mapping[str, Any]) -> None:
+    """Leaves every chat to the batch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,10 +136,18 @@ def object_of(raw: bytes) -> LineObject:
     return LineObject(custom_id=checked_text(custom_id, field="custom_id", most_chars=512), fields=line)
 
 
-def parse_line(raw: bytes, *, max_tokens: int | None, priority: int, idempotency_key: str) -> BatchLine:
+def parse_line(
+    raw: bytes,
+    *,
+    max_tokens: int | None,
+    priority: int,
+    idempotency_key: str,
+    write: Writer = write_none,
+) -> BatchLine:
     """The request of a line; what its body leaves open is taken from the arguments.
 
-    InvalidRequest names the field at fault. A body's own `priority` counts more than the batch's.
+    InvalidRequest names the field at fault. A body's own `priority` counts more than the batch's. `write` is a
+    gateway's hand for chats.
     """
     found = object_of(raw)
     line, body = found.fields, found.fields.get("body")
@@ -137,13 +160,54 @@ def parse_line(raw: bytes, *, max_tokens: int | None, priority: int, idempotency
         url = CHAT_URL if "messages" in body else COMPLETIONS_URL
     if url not in (CHAT_URL, COMPLETIONS_URL):
         raise InvalidRequest(f"must be {CHAT_URL} or {COMPLETIONS_URL}", field="url")
-    options = {"max_tokens": max_tokens, "priority": priority, **_options(body)}
-    options |= _response_format(body) | _logprobs(body, url)
-    spec = build_spec(**_prompt(body, url), **options, idempotency_key=idempotency_key)
     model = checked_text("" if body.get("model") is None else body["model"], field="model", most_chars=512)
-    digest = found.digest(max_tokens=max_tokens)
-    names = written_names(body)
-    return BatchLine(custom_id=found.custom_id, url=url, model=model, spec=spec, digest=digest, names=names)
+    written = write(_completed(body, max_tokens=max_tokens, priority=priority)) if url == CHAT_URL else None
+    if written is None:
+        options = {"max_tokens": max_tokens, "priority": priority, **_options(body)}
+        options |= _response_format(body) | _logprobs(body, url)
+        spec = build_spec(**_prompt(body, url), **options, idempotency_key=idempotency_key)
+    else:
+        spec = written.model_copy(update={"idempotency_key": idempotency_key})
+    return BatchLine(
+        custom_id=found.custom_id,
+        url=url,
+        model=model,
+        spec=spec,
+        digest=found.digest(max_tokens=max_tokens),
+        names=written_names(body) if written is None else {},
+        by_gateway=written is not None,
+    )
+
+
+def chat_of(raw: bytes, *, max_tokens: int | None) -> dict[str, Any]:
+    """The body of a line that a gateway wrote, as it was given to it but for its priority."""
+    return _completed(object_of(raw).fields["body"], max_tokens=max_tokens, priority=0)
+
+
+def needs_gateway(body: Mapping[str, Any]) -> bool:
+    """Whether a chat asks for what only vLLM's templates and parsers do."""
+    asked = [
+        name
+        for name in _OF_TOOLS | _OF_TEMPLATES
+        if body.get(name) is not None and body[name] not in _NOT_OFFERED.get(name, ())
+    ]
+    messages = body.get("messages")
+    return bool(asked) or any(
+        message.get(name) not in (None, [])
+        for message in (messages if isinstance(messages, list) else [])
+        if isinstance(message, dict)
+        for name in message.keys() - _OF_PLAIN_MESSAGES
+    )
+
+
+def _completed(body: Mapping[str, Any], *, max_tokens: int | None, priority: int) -> dict[str, Any]:
+    """A body with what the batch adds, and without its model, which is checked elsewhere."""
+    told = {name: value for name, value in body.items() if name != "model"}
+    if all(told.get(name) is None for name in ("max_tokens", "max_completion_tokens")) and max_tokens is not None:
+        told["max_tokens"] = max_tokens
+    if told.get("priority") is None:
+        told["priority"] = priority
+    return told
 
 
 def written_names(body: object) -> dict[str, str]:
@@ -180,7 +244,7 @@ def _message(message: Any, index: int) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise InvalidRequest("must be an object", field=field)
     for name, value in message.items():
-        if name not in ("role", "content", "name") and value not in (None, []):
+        if name not in _OF_PLAIN_MESSAGES and value not in (None, []):
             raise InvalidRequest(_why_not(name), field=printable(f"{field}.{name}"))
     content = message.get("content")
     if isinstance(content, list):

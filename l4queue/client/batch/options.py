@@ -10,6 +10,7 @@ from typing import Any, TypedDict
 
 from l4queue.client.arguments import unknown_parameter
 from l4queue.client.batch.files import new_beside
+from l4queue.client.batch.halves import checked_gateway
 from l4queue.errors import InvalidRequest
 
 __all__ = (
@@ -36,6 +37,7 @@ class BatchRunOptions(TypedDict, total=False):
     cancel_on_exit: bool
     keep_results: bool
     any_model: bool
+    gateway: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,14 +68,21 @@ class LineOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchOptions(LineOptions):
-    """The same with files. `path_errors` None is the output's name with `.errors.jsonl` added."""
+    """The same with files. `path_errors` None is the output's name with `.errors.jsonl` added.
+
+    `gateway` is the address of an `l4queue serve`: its server writes the requests of all chats and makes their
+    answers, as over HTTP.
+    """
 
     path_in: Path
     path_out: Path
     path_errors: Path | None = None
+    gateway: str = ""
 
     def __post_init__(self) -> None:
         LineOptions.__post_init__(self)  # a class with slots is made twice: super() would mean the first
+        if self.gateway:
+            checked_gateway(self.gateway)
         if not self.path_out.name:
             raise InvalidRequest(f"{str(self.path_out)!r} is not the name of a file", field="out")
         files = (self.path_in, self.path_out, self.errors, self.identity, new_beside(self.identity))

@@ -10,9 +10,10 @@ from contextlib import closing
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 
-from l4queue.client.batch.answers import outcome_line, stopped_line, success_line
+from l4queue.client.batch.answers import outcome_line, stopped_line
 from l4queue.client.batch.files import AnswerFile, BatchIdentity, IdentityFile, InputFile
 from l4queue.client.batch.flight import Ended, Flight, Submission, Ticket
+from l4queue.client.batch.halves import Halves, HttpHalves, checked_gateway
 from l4queue.client.batch.index import LineIndex, LineState
 from l4queue.client.batch.line_rate import LineRate
 from l4queue.client.batch.options import BatchOptions, LineOptions
@@ -64,7 +65,9 @@ def run_batch(
             name_out=str(options.path_out),
             name_errors=str(options.errors),
         )
-        return run_lines(settings, options, places, url=url, progress=progress, stop=stop)
+        key = settings.http_key.get_secret_value()
+        halves = HttpHalves(checked_gateway(options.gateway), key=key) if options.gateway else None
+        return run_lines(settings, options, places, url=url, halves=halves, progress=progress, stop=stop)
 
 
 def run_lines(
@@ -73,6 +76,7 @@ def run_lines(
     places: BatchPlaces,
     *,
     url: str,
+    halves: Halves | None = None,
     progress: Callable[[BatchProgress], None] | None = None,
     stop: threading.Event | None = None,
 ) -> BatchSummary:
@@ -97,7 +101,8 @@ def run_lines(
         stopped = BatchTotals()
         wall_s = _since(started_s)
         return stopped.summary(LineIndex(), places, is_complete=False, num_in_flight=0, wall_s=wall_s)
-    return _Run(settings, options, places, url=url, show=show, stop=stop, index=index).run(started_s=started_s)
+    run = _Run(settings, options, places, url=url, halves=halves, show=show, stop=stop, index=index)
+    return run.run(started_s=started_s)
 
 
 @dataclass(slots=True)
@@ -126,11 +131,13 @@ class _Run:
         places: BatchPlaces,
         *,
         url: str,
+        halves: Halves | None,
         show: _Throttled,
         stop: threading.Event,
         index: LineIndex,
     ) -> None:
         self._options = options
+        self._halves = halves
         self._places = places
         self._show = show
         self._stop = stop
@@ -159,6 +166,7 @@ class _Run:
             batch_id=self._identity.batch_id,
             core=self._flight.core,
             served=self._served,
+            halves=self._halves,
             fail=self._fail,
         )
         with closing(self._flight):
@@ -307,27 +315,25 @@ class _Run:
     def _land(self, ended: Ended) -> None:
         """Write one answer, or hold its line to be sent again."""
         ticket, record = ended.ticket, ended.record
-        self._flight.landed(ticket)
         if record is None:
             submission = self._source.again(ticket)
+            self._flight.landed(ticket)
             if submission is not None:
                 self._held.append(submission)
             return
         if record.state is RequestState.DONE:
-            line = success_line(
-                record,
-                ended.outputs,
-                custom_id=ticket.custom_id,
-                url=ticket.url,
-                model=self._served.answered(record.worker, asked=ticket.model),
-                digest=ticket.digest,
-            )
-            self._out.append(line)
-            self._index.mark(ticket.number, LineState.SUCCEEDED)
+            model = self._served.answered(record.worker, asked=ticket.model)
+            line, is_success = self._source.answer(ticket, record, ended.outputs, model=model)
             self._totals.done(record)
         else:
-            told = outcome_line(record, custom_id=ticket.custom_id, digest=ticket.digest, names=ticket.names)
-            self._fail(ticket.number, told)
+            line = outcome_line(record, custom_id=ticket.custom_id, digest=ticket.digest, names=ticket.names)
+            is_success = False
+        self._flight.landed(ticket)
+        if is_success:
+            self._out.append(line)
+            self._index.mark(ticket.number, LineState.SUCCEEDED)
+        else:
+            self._fail(ticket.number, line)
         self._uncommitted.append(ticket.request_id)
         if record.started_ms is not None and not ended.is_found:
             waited_s = max(0, record.started_ms - record.submitted_ms) / 1000

@@ -5,19 +5,36 @@ from __future__ import annotations
 import hashlib
 import threading
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from l4queue.client.batch.answers import Answer, duplicate_line, invalid_line, read_answer, refused_line
+from l4queue.client.batch.answers import (
+    Answer,
+    duplicate_line,
+    invalid_line,
+    read_answer,
+    refused_line,
+    success_line,
+)
 from l4queue.client.batch.files import InputFile, RawLine
 from l4queue.client.batch.flight import Submission, Ticket
+from l4queue.client.batch.halves import Halves
 from l4queue.client.batch.index import LineIndex, LineState, word_of
-from l4queue.client.batch.lines import LineObject, digest_of_bytes, object_of, parse_line, written_names
+from l4queue.client.batch.lines import (
+    LineObject,
+    chat_of,
+    digest_of_bytes,
+    object_of,
+    parse_line,
+    write_none,
+    written_names,
+)
 from l4queue.client.batch.options import LineOptions
 from l4queue.client.batch.places import Answers
 from l4queue.client.batch.served import ServedModels
 from l4queue.client.core import ClientCore, request_id_of
-from l4queue.errors import InvalidRequest
+from l4queue.errors import ConfigError, InvalidRequest, ServiceUnavailable
+from l4queue.protocol.records import OutputEntry, RequestRecord
 from l4queue.sampling import DEFAULT_MAX_TOKENS
 
 __all__ = ("LineSource", "check_files")
@@ -149,7 +166,9 @@ def _refused_id(key: str) -> str:
 class LineSource:
     """Second pass: the lines that are to be sent, in order.
 
-    `fail` is told of each line that never can be sent: its number and its line for the error file.
+    `fail` is told of each line that never can be sent: its number and its line for the error file. `halves` is the
+    gateway that writes requests of chats and makes their answers, if there is one. Where that is away
+    ServiceUnavailable is raised: the same call goes on later.
     """
 
     def __init__(
@@ -161,6 +180,7 @@ class LineSource:
         batch_id: str,
         core: ClientCore,
         served: ServedModels,
+        halves: Halves | None,
         fail: Callable[[int, bytes], None],
     ) -> None:
         self._lines = lines
@@ -169,23 +189,62 @@ class LineSource:
         self._batch_id = batch_id
         self._core = core
         self._served = served
+        self._halves = halves
         self._fail = fail
+        self._due: RawLine | None = None
         self._version = lines.opened_version
         self._open = self._open_lines()
         self.is_exhausted = False
 
     def next(self) -> Submission | None:
         """The next line to be sent; None when there is none. InvalidRequest when the file has changed."""
-        submission = next(self._open, None)
-        self.is_exhausted = submission is None
-        return submission
+        while True:
+            self._due = self._due or next(self._open, None)
+            if self._due is None:
+                self.is_exhausted = True
+                return None
+            submission = self._submission(self._due)
+            self._due = None
+            if submission is not None:
+                return submission
 
     def again(self, ticket: Ticket) -> Submission | None:
         """A line once more, because nothing is known of it now. InvalidRequest when the file has changed."""
         self._check_version()
         return self._submission(self._lines.again(ticket.number, ticket.offset, ticket.size), is_again=True)
 
-    def _open_lines(self) -> Iterator[Submission]:
+    def answer(
+        self, ticket: Ticket, record: RequestRecord, outputs: Sequence[OutputEntry], *, model: str
+    ) -> tuple[bytes, bool]:
+        """The line for the output file of a request that is done, or for the error file, and which of both."""
+        made = None
+        if ticket.by_gateway and self._halves is not None:
+            self._check_version()
+            line = self._lines.again(ticket.number, ticket.offset, ticket.size)
+            chat = chat_of(line.data, max_tokens=self._options.max_tokens)
+            try:
+                made = self._halves.answer(chat, request_id=record.request_id)
+            except InvalidRequest as error:
+                told = refused_line(
+                    error,
+                    request_id=record.request_id,
+                    custom_id=ticket.custom_id,
+                    digest=ticket.digest,
+                    status=500,
+                )
+                return told, False
+        told = success_line(
+            record,
+            outputs,
+            custom_id=ticket.custom_id,
+            url=ticket.url,
+            model=model,
+            digest=ticket.digest,
+            made=made,
+        )
+        return told, True
+
+    def _open_lines(self) -> Iterator[RawLine]:
         for line in self._lines.lines():
             if line.number > len(self._index):
                 raise self._has_changed()
@@ -193,9 +252,7 @@ class LineSource:
                 self._check_version()
             state = self._index.state(line.number)
             if state is LineState.OPEN:
-                submission = self._submission(line)
-                if submission is not None:
-                    yield submission
+                yield line
             elif state is LineState.INVALID:
                 self._report_invalid(line)
             elif state is LineState.DUPLICATE:
@@ -215,14 +272,18 @@ class LineSource:
         key = _key(self._batch_id, options.max_tokens, line.data)
         try:
             parsed = parse_line(
-                line.data, max_tokens=options.max_tokens, priority=options.priority, idempotency_key=key
+                line.data,
+                max_tokens=options.max_tokens,
+                priority=options.priority,
+                idempotency_key=key,
+                write=self._halves.write if self._halves is not None else write_none,
             )
             self._served.check(parsed.model)
             prepared = self._core.prepare(parsed.spec)
         except InvalidRequest as error:
             self._report_refused(line, key, error)
             return None
-        except MemoryError:
+        except (MemoryError, ServiceUnavailable, ConfigError):
             raise
         except Exception as error:  # whatever a line may do, the others are computed
             refusal = InvalidRequest(f"cannot be read: {type(error).__name__}", field="body")
@@ -238,6 +299,7 @@ class LineSource:
             model=parsed.model or self._core.settings.model,
             digest=parsed.digest,
             names=parsed.names,
+            by_gateway=parsed.by_gateway,
         )
         return Submission(ticket=ticket, prepared=prepared, is_again=is_again)
 
