@@ -188,7 +188,10 @@ def _half(headers: Mapping[str, str], body: Mapping[str, Any]) -> Half | None:
         raise InvalidRequest(f"must be {' or '.join(Half)}", field=_shown(HALF_HEADER))
     for name, idle in (("stream", False), ("n", 1)):
         if body.get(name) not in (None, idle):
-            raise InvalidRequest("is not offered for half of an exchange", field=name)
+            raise InvalidRequest(f"must be {str(idle).lower()} in batches and for half an exchange", field=name)
+    prompt = body.get("prompt")
+    if isinstance(prompt, list) and len(prompt) > 1 and not all(type(token) is int for token in prompt):
+        raise InvalidRequest("must be one prompt in batches and for half an exchange", field="prompt")
     return Half(text)
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 from gateway.door import CALLER
 from l4queue.client.batch.halves import Halves
-from l4queue.client.batch.lines import CHAT_URL
 
 __all__ = ("OwnHalves",)
 
@@ -22,11 +21,11 @@ class OwnHalves(Halves):
         self._app = app
         self._loop = asyncio.get_running_loop()
 
-    def call(self, headers: Mapping[str, str], body: bytes) -> tuple[int, bytes]:
+    def call(self, url: str, headers: Mapping[str, str], body: bytes) -> tuple[int, bytes]:
         """See `Halves.call`."""
-        return asyncio.run_coroutine_threadsafe(self._call(headers, body), self._loop).result()
+        return asyncio.run_coroutine_threadsafe(self._call(url, headers, body), self._loop).result()
 
-    async def _call(self, headers: Mapping[str, str], body: bytes) -> tuple[int, bytes]:
+    async def _call(self, url: str, headers: Mapping[str, str], body: bytes) -> tuple[int, bytes]:
         told = {"content-type": "application/json", "content-length": str(len(body)), **headers}
         scope = {
             "type": "http",
@@ -34,8 +33,8 @@ class OwnHalves(Halves):
             "http_version": "1.1",
             "method": "POST",
             "scheme": "http",
-            "path": CHAT_URL,
-            "raw_path": CHAT_URL.encode(),
+            "path": url,
+            "raw_path": url.encode(),
             "root_path": "",
             "query_string": b"",
             "headers": [(name.encode(), value.encode()) for name, value in told.items()],

@@ -62,7 +62,10 @@ def enqueue(
         bool, typer.Option("--any-model", help="Batch: lines may name a model that is not served.")
     ] = False,
     gateway: Annotated[
-        str, typer.Option(help="Batch: URL of an `l4queue serve` for chats with tools; its key is L4_HTTP_KEY.")
+        str,
+        typer.Option(
+            help="Batch: URL of an `l4queue serve` that has tools and templates; its key is L4_HTTP_KEY."
+        ),
     ] = "",
     as_json: Json = False,
 ) -> None:

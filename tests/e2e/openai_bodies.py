@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 
-__all__ = ("BODIES", "CHAT", "MODEL", "TOOLS", "answer_of", "comparable", "whole_and_streamed")
+__all__ = ("BODIES", "CHAT", "MODEL", "RESPONSES", "TOOLS", "answer_of", "comparable", "whole_and_streamed")
 
 MODEL = "tiny"
 TOOLS = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes")

@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,9 @@ from openai.types import Batch
 
 from l4queue import Settings
 from l4queue.cli.stack.embedded import free_port
-from l4queue.client.batch.lines import needs_gateway
+from l4queue.client.batch.lines import parse_line
 from l4queue.errors import InvalidRequest, ServiceUnavailable
-from tests.e2e.openai_bodies import BODIES, CHAT, MODEL, TOOLS, comparable, whole_and_streamed
+from tests.e2e.openai_bodies import BODIES, CHAT, MODEL, RESPONSES, TOOLS, comparable, whole_and_streamed
 from tests.protocol.server import DURABLE, RedisServer
 from tests.services.gateways import Gateways
 from tests.services.processes import Processes, until
@@ -110,14 +110,27 @@ def test_every_answer_equals_that_of_plain_vllm(reference: dict[str, Any], gatew
     assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", "fruit")
 
 
-CHATS = {name: body for name, (path, body) in BODIES.items() if path == CHAT and "n" not in body}
+LINES = {
+    name: (path, {"model": MODEL, "temperature": 0, **body})
+    for name, (path, body) in BODIES.items()
+    if path != RESPONSES and "n" not in body and name != "two prompts"
+}
 """A line of a batch is one request."""
+CHATS = {name: body for name, (path, body) in LINES.items() if path == CHAT}
 
 
-def _chat_lines() -> bytes:
-    asked = {name: {"model": MODEL, "temperature": 0, **body} for name, body in CHATS.items()}
-    lines = [{"custom_id": name, "method": "POST", "url": CHAT, "body": body} for name, body in asked.items()]
+def _written(names: Iterable[str]) -> bytes:
+    lines = [{"custom_id": n, "method": "POST", "url": LINES[n][0], "body": LINES[n][1]} for n in names]
     return b"".join(json.dumps(line).encode() + b"\n" for line in lines)
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a batch writes the request by itself."""
+    try:
+        parse_line(_written([name]), max_tokens=None, priority=0, idempotency_key="k")
+    except InvalidRequest:
+        return False
+    return True
 
 
 def _bodies(answers: bytes) -> dict[str, Any]:
@@ -126,21 +139,21 @@ def _bodies(answers: bytes) -> dict[str, Any]:
     return {one["custom_id"]: comparable(one["response"]["body"]) for one in told}
 
 
-def test_chats_of_a_batch_file_equal_those_over_http(
+def test_lines_of_a_batch_file_are_answered_as_over_http(
     reference: dict[str, Any], gateways: Gateways, tmp_path: Path
 ) -> None:
-    """With a gateway each one, whatever its tools, field by field; the second run finds all of them answered."""
+    """With a gateway each one, field by field; the second run finds all of them answered."""
     lines, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    lines.write_bytes(_chat_lines())
+    lines.write_bytes(_written(LINES))
     with gateways.queue() as client:
         summary = client.run_batch(lines, out, gateway=gateways.url())
         again = client.run_batch(lines, out, gateway=gateways.url())
-    assert (summary.num_succeeded, summary.num_failed) == (len(CHATS), 0), out.with_name(
+    assert (summary.num_succeeded, summary.num_failed) == (len(LINES), 0), out.with_name(
         "out.jsonl.errors.jsonl"
     ).read_text()
-    assert again.num_earlier == len(CHATS)
+    assert again.num_earlier == len(LINES)
     found = _bodies(out.read_bytes())
-    for name in CHATS:
+    for name in LINES:
         assert found[name] == reference[f"{name}, whole"][1], name
     calls = found["tool by name"]["choices"][0]["message"].get("tool_calls")
     assert calls, json.dumps(found)
@@ -152,7 +165,7 @@ def test_chats_with_tools_of_a_batch_over_http_equal_those_alone(
 ) -> None:
     """Each that needs a template or a parser; the others have the same text."""
     with gateways.openai() as client:
-        file = client.files.create(file=("in.jsonl", _chat_lines()), purpose="batch")
+        file = client.files.create(file=("in.jsonl", _written(CHATS)), purpose="batch")
         batch = client.batches.create(input_file_id=file.id, endpoint=CHAT, completion_window="24h")
         ended = until(lambda: _ended(client, batch.id), "the batch has ended")
         assert (ended.status, ended.error_file_id) == ("completed", None)
@@ -161,7 +174,7 @@ def test_chats_with_tools_of_a_batch_over_http_equal_those_alone(
     assert set(found) == set(CHATS)
     for name, body in CHATS.items():
         told = reference[f"{name}, whole"][1]
-        if needs_gateway(body):
+        if not _is_plain(name):
             assert found[name] == told, name
         elif "stop" not in body:
             message = found[name]["choices"][0]["message"]
@@ -176,7 +189,7 @@ def _ended(client: OpenAI, batch_id: str) -> Batch | None:
 def test_a_batch_waits_for_its_gateway(gateways: Gateways, tmp_path: Path) -> None:
     """One that is not there at the beginning is an error with its address; a stream is the error of its line."""
     lines, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    lines.write_bytes(_chat_lines().splitlines(keepends=True)[0])
+    lines.write_bytes(_written(["chat"]))
     nobody = f"http://127.0.0.1:{free_port()}"
     with gateways.queue() as client:
         with pytest.raises(ServiceUnavailable, match=nobody):

@@ -19,7 +19,6 @@ from urllib.request import Request, urlopen
 
 from pydantic import ValidationError
 
-from l4queue.client.batch.lines import CHAT_URL, needs_gateway
 from l4queue.errors import ConfigError, InvalidRequest, ServiceUnavailable
 from l4queue.json_lines import json_line
 from l4queue.models import RequestSpec
@@ -39,35 +38,33 @@ class Half(StrEnum):
 
 
 class Halves(ABC):
-    """A gateway that writes requests and makes answers of their outputs, for chats."""
+    """A gateway that writes requests and makes answers of their outputs."""
 
     writes_all = False
-    """Whether every chat goes through the gateway, and not only one that needs it."""
+    """Whether every request goes through the gateway, and not only one that a batch cannot write."""
 
     @abstractmethod
-    def call(self, headers: Mapping[str, str], body: bytes) -> tuple[int, bytes]:
-        """Post a chat; status and body of the answer. ServiceUnavailable where there is none."""
+    def call(self, url: str, headers: Mapping[str, str], body: bytes) -> tuple[int, bytes]:
+        """Post a body to this path; status and body of the answer. ServiceUnavailable where there is none."""
 
-    def write(self, body: Mapping[str, Any]) -> RequestSpec | None:
-        """The request that a chat asks for; None where the batch can write it.
+    def write(self, url: str, body: Mapping[str, Any]) -> RequestSpec:
+        """The request that a body asks for.
 
         InvalidRequest names the field at fault; ServiceUnavailable where trying again may help, ConfigError where
         it will not.
         """
-        if not self.writes_all and not needs_gateway(body):
-            return None
-        told = self._post({HALF_HEADER: Half.REQUEST}, body)
+        told = self._post(url, {HALF_HEADER: Half.REQUEST}, body)
         try:
             return RequestSpec.model_validate(told)
         except ValidationError as error:
             raise ConfigError(f"the gateway's answer is no request: {error}") from None
 
-    def answer(self, body: Mapping[str, Any], *, request_id: str) -> dict[str, Any]:
+    def answer(self, url: str, body: Mapping[str, Any], *, request_id: str) -> dict[str, Any]:
         """The body of the answer to a request that is done; errors as for `write`."""
-        return self._post({HALF_HEADER: Half.ANSWER, ID_HEADER: request_id}, body)
+        return self._post(url, {HALF_HEADER: Half.ANSWER, ID_HEADER: request_id}, body)
 
-    def _post(self, headers: Mapping[str, str], body: Mapping[str, Any]) -> dict[str, Any]:
-        status, data = self.call(headers, json_line(dict(body)).encode())
+    def _post(self, url: str, headers: Mapping[str, str], body: Mapping[str, Any]) -> dict[str, Any]:
+        status, data = self.call(url, headers, json_line(dict(body)).encode())
         try:
             told = json.loads(data)
         except ValueError:
@@ -94,12 +91,12 @@ class HttpHalves(Halves):
         self._url = url
         self._key = key
 
-    def call(self, headers: Mapping[str, str], body: bytes) -> tuple[int, bytes]:
+    def call(self, url: str, headers: Mapping[str, str], body: bytes) -> tuple[int, bytes]:
         """See `Halves.call`."""
         told = {"content-type": "application/json", **headers}
         if self._key:
             told["authorization"] = f"Bearer {self._key}"
-        request = Request(self._url + CHAT_URL, data=body, headers=told, method="POST")
+        request = Request(self._url + url, data=body, headers=told, method="POST")
         try:
             with urlopen(request, timeout=_TIMEOUT_S) as answer:
                 return answer.status, answer.read()

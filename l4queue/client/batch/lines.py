@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from l4queue.client.arguments import (
     WITHOUT_EFFECT,
@@ -27,12 +27,10 @@ __all__ = (
     "BatchLine",
     "LineObject",
     "Writer",
-    "chat_of",
+    "body_of",
     "digest_of_bytes",
-    "needs_gateway",
     "object_of",
     "parse_line",
-    "write_none",
     "written_names",
 )
 
@@ -70,7 +68,6 @@ _OF_TEMPLATES = frozenset(
 _TEMPLATE = "needs a gateway, which has vLLM's templates: --gateway URL (gateway=), or /v1/batches"
 _TOOLS = "needs a gateway, which has vLLM's parsers of tool calls: --gateway URL (gateway=), or /v1/batches"
 _WRITTEN = (("structured_outputs", "response_format"), ("max_tokens", "max_completion_tokens"))
-_OF_PLAIN_MESSAGES = frozenset({"role", "content", "name"})
 _ANY_OBJECT = {"json": {"type": "object"}}
 
 
@@ -90,12 +87,13 @@ class BatchLine:
     by_gateway: bool = False
 
 
-Writer = Callable[[Mapping[str, Any]], RequestSpec | None]
-"""Makes the request of a chat's body that has `max_tokens` and `priority`; None leaves it to the batch."""
+class Writer(Protocol):
+    """A gateway that writes requests: all of them, or those that a batch cannot write."""
 
+    writes_all: bool
 
-def write_none(_: Mapping[str, Any]) -> None:
-    """Leaves every chat to the batch."""
+    def write(self, url: str, body: Mapping[str, Any]) -> RequestSpec:
+        """The request that a body with `max_tokens` and `priority` asks for; InvalidRequest names a bad field."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,12 +140,11 @@ def parse_line(
     max_tokens: int | None,
     priority: int,
     idempotency_key: str,
-    write: Writer = write_none,
+    writer: Writer | None = None,
 ) -> BatchLine:
     """The request of a line; what its body leaves open is taken from the arguments.
 
-    InvalidRequest names the field at fault. A body's own `priority` counts more than the batch's. `write` is a
-    gateway's hand for chats.
+    InvalidRequest names the field at fault. A body's own `priority` counts more than the batch's.
     """
     found = object_of(raw)
     line, body = found.fields, found.fields.get("body")
@@ -161,43 +158,36 @@ def parse_line(
     if url not in (CHAT_URL, COMPLETIONS_URL):
         raise InvalidRequest(f"must be {CHAT_URL} or {COMPLETIONS_URL}", field="url")
     model = checked_text("" if body.get("model") is None else body["model"], field="model", most_chars=512)
-    written = write(_completed(body, max_tokens=max_tokens, priority=priority)) if url == CHAT_URL else None
-    if written is None:
-        options = {"max_tokens": max_tokens, "priority": priority, **_options(body)}
-        options |= _response_format(body) | _logprobs(body, url)
-        spec = build_spec(**_prompt(body, url), **options, idempotency_key=idempotency_key)
-    else:
-        spec = written.model_copy(update={"idempotency_key": idempotency_key})
+    spec, by_gateway = _spec(body, url, max_tokens=max_tokens, priority=priority, writer=writer)
     return BatchLine(
         custom_id=found.custom_id,
         url=url,
         model=model,
-        spec=spec,
+        spec=spec.model_copy(update={"idempotency_key": idempotency_key}),
         digest=found.digest(max_tokens=max_tokens),
-        names=written_names(body) if written is None else {},
-        by_gateway=written is not None,
+        names={} if by_gateway else written_names(body),
+        by_gateway=by_gateway,
     )
 
 
-def chat_of(raw: bytes, *, max_tokens: int | None) -> dict[str, Any]:
+def _spec(
+    body: Mapping[str, Any], url: str, *, max_tokens: int | None, priority: int, writer: Writer | None
+) -> tuple[RequestSpec, bool]:
+    """The request, and whether a gateway wrote it."""
+    if writer is None or not writer.writes_all:
+        try:
+            options = {"max_tokens": max_tokens, "priority": priority, **_options(body)}
+            options |= _response_format(body) | _logprobs(body, url)
+            return build_spec(**_prompt(body, url), **options), False
+        except InvalidRequest:
+            if writer is None:
+                raise
+    return writer.write(url, _completed(body, max_tokens=max_tokens, priority=priority)), True
+
+
+def body_of(raw: bytes, *, max_tokens: int | None) -> dict[str, Any]:
     """The body of a line that a gateway wrote, as it was given to it but for its priority."""
     return _completed(object_of(raw).fields["body"], max_tokens=max_tokens, priority=0)
-
-
-def needs_gateway(body: Mapping[str, Any]) -> bool:
-    """Whether a chat asks for what only vLLM's templates and parsers do."""
-    asked = [
-        name
-        for name in _OF_TOOLS | _OF_TEMPLATES
-        if body.get(name) is not None and body[name] not in _NOT_OFFERED.get(name, ())
-    ]
-    messages = body.get("messages")
-    return bool(asked) or any(
-        message.get(name) not in (None, [])
-        for message in (messages if isinstance(messages, list) else [])
-        if isinstance(message, dict)
-        for name in message.keys() - _OF_PLAIN_MESSAGES
-    )
 
 
 def _completed(body: Mapping[str, Any], *, max_tokens: int | None, priority: int) -> dict[str, Any]:
@@ -244,7 +234,7 @@ def _message(message: Any, index: int) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise InvalidRequest("must be an object", field=field)
     for name, value in message.items():
-        if name not in _OF_PLAIN_MESSAGES and value not in (None, []):
+        if name not in ("role", "content", "name") and value not in (None, []):
             raise InvalidRequest(_why_not(name), field=printable(f"{field}.{name}"))
     content = message.get("content")
     if isinstance(content, list):

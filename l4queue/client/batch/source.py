@@ -22,11 +22,10 @@ from l4queue.client.batch.halves import Halves
 from l4queue.client.batch.index import LineIndex, LineState, word_of
 from l4queue.client.batch.lines import (
     LineObject,
-    chat_of,
+    body_of,
     digest_of_bytes,
     object_of,
     parse_line,
-    write_none,
     written_names,
 )
 from l4queue.client.batch.options import LineOptions
@@ -167,7 +166,7 @@ class LineSource:
     """Second pass: the lines that are to be sent, in order.
 
     `fail` is told of each line that never can be sent: its number and its line for the error file. `halves` is the
-    gateway that writes requests of chats and makes their answers, if there is one. Where that is away
+    gateway that writes requests and makes their answers, if there is one. Where that is away
     ServiceUnavailable is raised: the same call goes on later.
     """
 
@@ -221,9 +220,9 @@ class LineSource:
         if ticket.by_gateway and self._halves is not None:
             self._check_version()
             line = self._lines.again(ticket.number, ticket.offset, ticket.size)
-            chat = chat_of(line.data, max_tokens=self._options.max_tokens)
+            body = body_of(line.data, max_tokens=self._options.max_tokens)
             try:
-                made = self._halves.answer(chat, request_id=record.request_id)
+                made = self._halves.answer(ticket.url, body, request_id=record.request_id)
             except InvalidRequest as error:
                 told = refused_line(
                     error,
@@ -276,7 +275,7 @@ class LineSource:
                 max_tokens=options.max_tokens,
                 priority=options.priority,
                 idempotency_key=key,
-                write=self._halves.write if self._halves is not None else write_none,
+                writer=self._halves,
             )
             self._served.check(parsed.model)
             prepared = self._core.prepare(parsed.spec)

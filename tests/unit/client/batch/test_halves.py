@@ -13,12 +13,14 @@ from l4queue import Settings
 from l4queue.client.batch.files import InputFile
 from l4queue.client.batch.halves import HALF_HEADER, ID_HEADER, Half, Halves, checked_gateway
 from l4queue.client.batch.index import LineIndex
+from l4queue.client.batch.lines import BatchLine, parse_line
 from l4queue.client.batch.options import BatchOptions, LineOptions
 from l4queue.client.batch.served import ServedModels
 from l4queue.client.batch.source import LineSource
 from l4queue.client.core import ClientCore
 from l4queue.errors import ConfigError, InvalidRequest, ServiceUnavailable
 
+URL = "/v1/chat/completions"
 TOOLS = {"messages": [{"role": "user", "content": "x"}], "tools": [{"type": "function"}]}
 CHAT = {"messages": [{"role": "user", "content": "x"}]}
 
@@ -30,7 +32,8 @@ class Told(Halves):
         self._answers = list(answers)
         self.calls: list[tuple[dict[str, str], Any]] = []
 
-    def call(self, headers: Mapping[str, str], body: bytes) -> tuple[int, bytes]:
+    def call(self, url: str, headers: Mapping[str, str], body: bytes) -> tuple[int, bytes]:
+        assert url == URL
         self.calls.append((dict(headers), json.loads(body)))
         answer = self._answers.pop(0)
         if isinstance(answer, ServiceUnavailable):
@@ -43,16 +46,32 @@ def refusal(message: str, param: str | None = None) -> dict[str, Any]:
     return {"error": {"message": message, "param": param}}
 
 
-def test_a_chat_with_tools_is_written_by_the_gateway_and_another_is_not() -> None:
-    """But for one that writes all."""
-    gateway = Told((200, {"token_ids": [1, 2], "params": {"max_tokens": 3}}), (200, {"token_ids": [5]}))
-    written = gateway.write(TOOLS)
-    assert written is not None
-    assert (written.token_ids, written.params.max_tokens) == ((1, 2), 3)
-    assert gateway.write(CHAT) is None
+def parsed(body: Any, gateway: Halves) -> BatchLine:
+    raw = json.dumps({"custom_id": "a", "body": body}).encode()
+    return parse_line(raw, max_tokens=9, priority=4, idempotency_key="k", writer=gateway)
+
+
+def test_a_line_that_a_batch_cannot_write_is_written_by_the_gateway() -> None:
+    """With what the batch adds, and without the model; the key is the batch's."""
+    gateway = Told((200, {"token_ids": [1, 2], "params": {"max_tokens": 3}}))
+    line = parsed({**TOOLS, "model": "m"}, gateway)
+    assert (line.by_gateway, line.model, line.names) == (True, "m", {})
+    assert (line.spec.token_ids, line.spec.params.max_tokens, line.spec.idempotency_key) == ((1, 2), 3, "k")
+    assert gateway.calls == [({HALF_HEADER: Half.REQUEST}, {**TOOLS, "max_tokens": 9, "priority": 4})]
+
+
+def test_another_line_is_written_by_it_only_where_it_writes_all() -> None:
+    """A gateway elsewhere does, one with a reasoning parser, too."""
+    gateway = Told((200, {"token_ids": [5]}))
+    assert not parsed(CHAT, gateway).by_gateway
     gateway.writes_all = True
-    assert gateway.write(CHAT) is not None
-    assert gateway.calls == [({HALF_HEADER: Half.REQUEST}, TOOLS), ({HALF_HEADER: Half.REQUEST}, CHAT)]
+    assert parsed(CHAT, gateway).by_gateway
+
+
+def test_the_gateway_has_the_last_word() -> None:
+    """What it refuses is refused in its words."""
+    with pytest.raises(InvalidRequest, match=r"^n: must be 1$"):
+        parsed({**CHAT, "n": 2}, Told((400, refusal("must be 1", "n"))))
 
 
 @pytest.mark.parametrize(
@@ -74,15 +93,15 @@ def test_an_answer_that_is_no_request_says_what_to_do(
 ) -> None:
     """The line is wrong, or it is too early, or this is no gateway."""
     with pytest.raises(error, match=told):
-        Told((status, value)).write(TOOLS)
+        Told((status, value)).write(URL, TOOLS)
 
 
 def test_a_request_that_has_expired_before_its_answer_is_looked_at_again() -> None:
     """Its line is found to have no record, and is sent again."""
     gateway = Told((404, refusal("no such request")), (200, {"choices": []}))
     with pytest.raises(ServiceUnavailable):
-        gateway.answer(TOOLS, request_id="r")
-    assert gateway.answer(TOOLS, request_id="r") == {"choices": []}
+        gateway.answer(URL, TOOLS, request_id="r")
+    assert gateway.answer(URL, TOOLS, request_id="r") == {"choices": []}
     assert gateway.calls[0] == ({HALF_HEADER: Half.ANSWER, ID_HEADER: "r"}, TOOLS)
 
 
