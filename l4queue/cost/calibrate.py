@@ -16,8 +16,8 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from l4queue.cost.fit import COEFFICIENTS, StepSample, with_coefficients
-from l4queue.cost.step import BatchShape, StepCost
+from l4queue.cost.fit import COEFFICIENTS, StepSample, features_of, with_coefficients
+from l4queue.cost.step import StepCost
 
 __all__ = ("Calibrator", "predict_ms")
 
@@ -64,7 +64,7 @@ class Calibrator:
         seen, dropped = self.num_steps, self.num_dropped
         is_known = self.is_identified
         for step in records:
-            x, y = _features(step), step.elapsed_ms
+            x, y = np.array(features_of(step), dtype=np.float64), step.elapsed_ms
             expected, first = predict_ms(now, step), predict_ms(prior, step)
             if not (math.isfinite(y) and y > 0.0 and first > 0.0 and bool(np.isfinite(x).all())):
                 dropped += 1
@@ -116,30 +116,12 @@ class Calibrator:
         return with_coefficients(self.prior, solution * unit)
 
 
-def _features(step: StepSample) -> Floats:
-    return np.array(
-        (
-            1.0,
-            step.num_decodes,
-            step.context_tokens,
-            step.prefill_tokens,
-            step.prefill_pairs,
-            step.skew_tokens,
-        ),
-        dtype=np.float64,
-    )
-
-
 def predict_ms(cost: StepCost, step: StepSample) -> float:
-    """The model's time for a measured step, ms."""
-    shape = BatchShape(
-        num_decodes=step.num_decodes,
-        context_tokens=step.context_tokens,
-        prefill_tokens=step.prefill_tokens,
-        prefill_pairs=step.prefill_pairs,
-        skew_tokens=step.skew_tokens,
-    )
-    return cost.step_ms(shape)
+    """The model's time for a measured step, ms; 0 for an empty one."""
+    if step.num_decodes == 0 and step.prefill_tokens == 0:
+        return 0.0
+    features = zip(features_of(step), COEFFICIENTS, strict=True)
+    return float(sum(value * getattr(cost, name) for value, name in features))
 
 
 def _nonnegative(a: Floats, b: Floats) -> Floats:

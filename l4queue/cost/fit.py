@@ -18,6 +18,7 @@ __all__ = (
     "StepSample",
     "design_matrix",
     "error_by_regime",
+    "features_of",
     "fit_step_cost",
     "limits_of_engine",
     "with_coefficients",
@@ -29,7 +30,11 @@ COEFFICIENTS = ("alpha_ms", "beta_ms", "gamma_ms", "pi_ms", "psi_ms", "sigma_ms"
 
 
 class StepSample(Protocol):
-    """A measured step; the engines' step records have these fields."""
+    """A measured step; the engines' step records have these fields.
+
+    `tokens_per_decode` are the tokens that a decoding request gains on average: more than 1 where the engine
+    speculates.
+    """
 
     @property
     def elapsed_ms(self) -> float: ...
@@ -43,6 +48,8 @@ class StepSample(Protocol):
     def prefill_pairs(self) -> float: ...
     @property
     def skew_tokens(self) -> float: ...
+    @property
+    def tokens_per_decode(self) -> float: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,17 +130,28 @@ def design_matrix(samples: Sequence[StepSample]) -> tuple[Floats, Floats]:
     """Features (columns in the order of the coefficients) and times, ms."""
     if not samples:
         raise ConfigError("no step records to fit: run the engine under load first")
-    x = np.array(
-        [
-            (1.0, s.num_decodes, s.context_tokens, s.prefill_tokens, s.prefill_pairs, s.skew_tokens)
-            for s in samples
-        ],
-        dtype=np.float64,
-    )
+    x = np.array([features_of(sample) for sample in samples], dtype=np.float64)
     y = np.array([s.elapsed_ms for s in samples], dtype=np.float64)
     if not np.isfinite(x).all() or not np.isfinite(y).all() or (y <= 0.0).any() or (x < 0.0).any():
         raise ConfigError("step records must have finite times above zero and finite counts of at least zero")
     return x, y
+
+
+def features_of(step: StepSample) -> tuple[float, float, float, float, float, float]:
+    """A measured step in the order of `COEFFICIENTS`.
+
+    A step of the cost model gives each request one token. So a step that gives more counts as so many steps,
+    among which its prefill is shared: coefficients stay those of a token, as all who price tokens need them.
+    """
+    n = step.tokens_per_decode
+    return (
+        n,
+        n * step.num_decodes,
+        n * step.context_tokens,
+        step.prefill_tokens,
+        step.prefill_pairs,
+        n * step.skew_tokens,
+    )
 
 
 def _error(y: Floats, predicted: Floats) -> RegimeError:

@@ -131,7 +131,10 @@ more than lie between two reads."""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepRecord:
-    """One engine step as measured; the shape is that of `l4queue.cost.step.BatchShape`."""
+    """One engine step as measured; the shape is that of `l4queue.cost.step.BatchShape`.
+
+    `tokens_per_decode` is above 1 where the engine speculates and drafted tokens were accepted.
+    """
 
     elapsed_ms: float
     num_decodes: int
@@ -139,6 +142,7 @@ class StepRecord:
     prefill_tokens: int
     prefill_pairs: float
     skew_tokens: float
+    tokens_per_decode: float = 1.0
 
 
 class Engine(Protocol):

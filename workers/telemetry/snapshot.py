@@ -35,7 +35,7 @@ class StepMeter:
             has_prefill = step.prefill_tokens > 0
             (self.prefill_s if has_prefill else self.decode_s).add(step.elapsed_ms / 1000)
             self.prefill_tokens += step.prefill_tokens
-            self.decode_tokens += step.num_decodes
+            self.decode_tokens += round(step.num_decodes * step.tokens_per_decode)
             if step.elapsed_ms > 0:
                 predicted_ms = predict_ms(cost, step)
                 self.predicted_s += predicted_ms / 1000

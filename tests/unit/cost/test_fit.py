@@ -37,6 +37,7 @@ class Record:
     prefill_tokens: int
     prefill_pairs: float
     skew_tokens: float
+    tokens_per_decode: float = 1.0
 
 
 def _records(cost: StepCost, n: int, *, seed: int, noise: float = 0.03, outliers: float = 0.0) -> list[Record]:
@@ -170,6 +171,25 @@ def test_calibration_tells_what_steps_take_on_average_however_much_they_scatter(
     predicted = sum(predict_ms(state.cost, record) for record in after)
 
     assert sum(record.elapsed_ms for record in after) == pytest.approx(predicted, rel=0.05)
+
+
+def test_coefficients_of_an_engine_that_speculates_are_those_of_a_token() -> None:
+    """A step that gives each request 2.5 tokens takes as long as 2.5 steps of one, with one share of prefill."""
+    records = [
+        replace(record, elapsed_ms=2.5 * record.elapsed_ms - 1.5 * _prefill_ms(record), tokens_per_decode=2.5)
+        for record in _records(SLOW, 3000, seed=11, noise=0.0)
+    ]
+    assert _worst(fit_step_cost(records).cost, SLOW) < 0.01
+    state = Calibrator(prior=H100)
+    for first in range(0, len(records), 100):
+        state = state.update(records[first : first + 100])
+    assert _worst(state.cost, SLOW) < 0.10
+    decode = next(record for record in records if not record.prefill_tokens)
+    assert predict_ms(SLOW, decode) == pytest.approx(decode.elapsed_ms)
+
+
+def _prefill_ms(record: Record) -> float:
+    return SLOW.pi_ms * record.prefill_tokens + SLOW.psi_ms * record.prefill_pairs
 
 
 def test_calibration_forgets_an_engine_that_has_changed() -> None:

@@ -36,6 +36,7 @@ class _Burst:
     last_s: float
     decoded: dict[str, int]  # length before this token, of those that had begun
     prefilled: dict[str, _Prompt]
+    num_tokens: int = 0  # of those that had begun
     most_tokens: int = 1  # of one request at once
 
 
@@ -86,6 +87,7 @@ class ArrivalWatch:
             self._lengths[request_id] = prompt.num_tokens + num_tokens
         else:
             burst.decoded[request_id] = self._lengths[request_id]
+            burst.num_tokens += num_tokens
             burst.most_tokens = max(burst.most_tokens, num_tokens)
             self._lengths[request_id] += num_tokens
 
@@ -113,7 +115,9 @@ class ArrivalWatch:
         elapsed_ms, self._since_s = max(0.0, burst.began_s - self._since_s) * 1000, burst.began_s
         lengths = list(burst.decoded.values())
         chunks = self._chunks(burst, num_decodes=len(lengths))
-        num_tokens = 1 if self.is_speculating else burst.most_tokens
+        num_tokens, tokens_per_decode = burst.most_tokens, 1.0
+        if self.is_speculating:
+            num_tokens, tokens_per_decode = 1, burst.num_tokens / len(lengths) if lengths else 1.0
         num_steps = max(num_tokens, len(chunks))
         chunks += [(0, 0.0)] * (num_steps - len(chunks))
         total, longest = sum(lengths), max(lengths, default=0)
@@ -128,6 +132,7 @@ class ArrivalWatch:
                     prefill_tokens=prefill_tokens,
                     prefill_pairs=prefill_pairs,
                     skew_tokens=longest * len(lengths) - total,
+                    tokens_per_decode=tokens_per_decode,
                 )
             )
 

@@ -97,10 +97,12 @@ class StepWatch:
                 # From token to token of one request on the core's clock: the model and what vLLM does around it.
                 # The least of the gaps, because others may have been preempted in between.
                 self.last_step_ms = min(gaps_s) * 1000
-        # what a preempted request computes again counts as generated there
-        recomputed_tokens = max(0, details.num_generation_tokens - details.num_generation_requests)
+        drafts = scheduler_stats.spec_decoding_stats
+        num_drafted, num_accepted = (drafts.num_draft_tokens, drafts.num_accepted_tokens) if drafts else (0, 0)
         lengths = list(self._decoding.values())
         num_decodes, total = details.num_generation_requests, sum(lengths)
+        # what a preempted request computes again counts as generated there, as drafts do
+        recomputed_tokens = max(0, details.num_generation_tokens - num_decodes - num_drafted)
         mean = total / len(lengths) if lengths else 0.0
         self._records.append(
             StepRecord(
@@ -110,6 +112,7 @@ class StepWatch:
                 prefill_tokens=details.num_ctx_tokens + recomputed_tokens,
                 prefill_pairs=self._advance(details.num_ctx_tokens, cached_tokens) + recomputed_tokens**2 / 2,
                 skew_tokens=num_decodes * (max(lengths, default=0) - mean),
+                tokens_per_decode=1 + num_accepted / num_decodes if num_decodes else 1.0,
             )
         )
         self._grow(num_decodes)

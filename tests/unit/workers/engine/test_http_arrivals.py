@@ -94,7 +94,7 @@ def test_a_long_prompt_beside_others_is_spread_over_their_steps(watch: ArrivalWa
     ("is_speculating", "records"),
     [
         (False, [step(10, num_decodes=1, context_tokens=11)] * 3),
-        (True, [step(30, num_decodes=1, context_tokens=11)]),
+        (True, [step(30, num_decodes=1, context_tokens=11, tokens_per_decode=3)]),
     ],
 )
 def test_several_tokens_at_once_are_steps_unless_the_engine_guesses(

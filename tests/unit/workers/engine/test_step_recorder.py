@@ -20,7 +20,9 @@ COST = StepCost(
 )  # no KV limit: what is computed again is not told apart by vLLM
 
 
-def statistics(*, prefill: int = 0, decodes: int = 0, generated: int | None = None) -> Any:
+def statistics(
+    *, prefill: int = 0, decodes: int = 0, generated: int | None = None, drafts: tuple[int, int] | None = None
+) -> Any:
     """vLLM's SchedulerStats of one step, as far as they are read."""
     details = SimpleNamespace(
         is_dummy=False,
@@ -35,6 +37,7 @@ def statistics(*, prefill: int = 0, decodes: int = 0, generated: int | None = No
         num_skipped_waiting_reqs=1,
         kv_cache_usage=0.5,
         iteration_details=details,
+        spec_decoding_stats=drafts and SimpleNamespace(num_draft_tokens=drafts[0], num_accepted_tokens=drafts[1]),
     )
 
 
@@ -145,6 +148,17 @@ def test_what_a_preempted_request_computes_again_is_prefill() -> None:
 
     record = watch.take_records()[0]
     assert (record.num_decodes, record.prefill_tokens, record.prefill_pairs) == (2, 299, 299**2 / 2)
+
+
+def test_accepted_drafts_are_tokens_of_the_step_and_no_prefill() -> None:
+    """4 requests, 3 drafts each, 6 of them right: 2.5 tokens for each."""
+    watch = StepWatch(max_chunk_tokens=COST.max_chunk_tokens)
+    watch.record(statistics(decodes=4, generated=16, drafts=(12, 6)), iteration())
+    watch.record(statistics(prefill=5, drafts=(0, 0)), iteration())
+
+    drafted, prefill = watch.take_records()
+    assert (drafted.num_decodes, drafted.prefill_tokens, drafted.tokens_per_decode) == (4, 0, 2.5)
+    assert prefill.tokens_per_decode == 1
 
 
 def test_reports_without_a_step_change_nothing() -> None:
