@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from l4queue.models import SamplingParams
 from tests.services.served import Served, reference
 from workers.engine.vllm.engine import VllmEngine
 from workers.tiny import build_tiny_model
@@ -31,8 +32,11 @@ async def test_drafted_tokens_are_those_of_the_model_and_are_counted(tmp_path: P
     try:
         tokens, _ = await served.one(PROMPT, NUM_TOKENS)
         records = engine.step_records()
+        _, refused = await served.one(PROMPT, 5, params=SamplingParams(min_p=0.1))
     finally:
         await engine.stop()
+    assert refused.error
+    assert "min_p" in refused.error
     assert tokens == reference(model, PROMPT, NUM_TOKENS)
     gained = sum(record.num_decodes * record.tokens_per_decode for record in records)
     assert gained == pytest.approx(NUM_TOKENS - 1, abs=4)  # the first is the prompt's, the last may have more

@@ -26,7 +26,7 @@ __all__ = (
     "MAX_LINE_BYTES",
     "BatchLine",
     "LineObject",
-    "Writer",
+    "RequestWriter",
     "body_of",
     "digest_of_bytes",
     "object_of",
@@ -87,7 +87,7 @@ class BatchLine:
     by_gateway: bool = False
 
 
-class Writer(Protocol):
+class RequestWriter(Protocol):
     """A gateway that writes requests: all of them, or those that a batch cannot write."""
 
     writes_all: bool
@@ -140,7 +140,7 @@ def parse_line(
     max_tokens: int | None,
     priority: int,
     idempotency_key: str,
-    writer: Writer | None = None,
+    writer: RequestWriter | None = None,
 ) -> BatchLine:
     """The request of a line; what its body leaves open is taken from the arguments.
 
@@ -171,7 +171,7 @@ def parse_line(
 
 
 def _spec(
-    body: Mapping[str, Any], url: str, *, max_tokens: int | None, priority: int, writer: Writer | None
+    body: Mapping[str, Any], url: str, *, max_tokens: int | None, priority: int, writer: RequestWriter | None
 ) -> tuple[RequestSpec, bool]:
     """The request, and whether a gateway wrote it."""
     if writer is None or not writer.writes_all:
