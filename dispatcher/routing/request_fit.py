@@ -10,6 +10,7 @@ from dispatcher.routing.tokenizer import Refusal
 from l4queue.models import RequestBody
 from l4queue.protocol.reads import InboxBody
 from l4queue.sampling import DEFAULT_MAX_TOKENS, StructuredOutputs
+from l4queue.validation import first_fault
 
 __all__ = ("Fitted", "field_of", "fit", "read_body")
 
@@ -31,8 +32,8 @@ def read_body(data: bytes) -> RequestBody | Refusal:
     try:
         return RequestBody.model_validate_json(data)
     except ValidationError as invalid:
-        first = invalid.errors(include_url=False, include_input=False)[0]
-        return Refusal(field=".".join(str(p) for p in first["loc"]) or "body", error=first["msg"])
+        place, told = first_fault(invalid)
+        return Refusal(field=".".join(str(part) for part in place) or "body", error=told)
 
 
 def field_of(given: StructuredOutputs) -> str:
