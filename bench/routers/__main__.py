@@ -27,6 +27,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from cpu_use import cpu_between, cpu_now
 from entrants import L4QUEUE, ROUTERS, VERSIONS, Entrant, engine_spec, router_specs
 from figures import Run, figures_of, report, table
 from load import prompts_of, saturate, serve
@@ -126,12 +127,14 @@ class Racing:
         for turn in range(count):
             entrant = self._entrants[(number + turn) % count]
             prompts, before_ms, began_s = self._prompts(trace), fixed_work_ms(), time.monotonic()
+            cpu_before = cpu_now()
             measured, late_s = await serve(entrant, trace, prompts, model=MODEL)
+            cpu_s = cpu_between(cpu_before, cpu_now())
             run = Run(
                 entrant=entrant.name,
                 load=load,
                 number=number,
-                figures=figures_of(measured, warmup_s=race.warmup_s),
+                figures=figures_of(measured, warmup_s=race.warmup_s) | cpu_s,
                 late_s=round(late_s, 4),
                 fixed_work_ms=round((before_ms + fixed_work_ms()) / 2, 4),
             )

@@ -14,8 +14,8 @@ from l4queue.sim.results import Measured
 
 __all__ = ("Run", "figures_of", "report", "table")
 
-NAMES = ("mean_s", "p50_s", "p99_s", "ttft_s", "tpot_s", "short_s", "long_s")
-"""Means and quantiles of the end-to-end time; means of the first token's and of the time per token."""
+NAMES = ("mean_s", "p50_s", "p99_s", "ttft_s", "tpot_s", "short_s", "long_s", "core_cpu_s", "other_cpu_s")
+"""Means and quantiles of the end-to-end time; means of the first token's and of the time per token; CPU time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
