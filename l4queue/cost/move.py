@@ -21,11 +21,11 @@ class MovePrice:
     kv_bytes_per_token: int = 131_072
     fixed_ms: float = 20.0
 
-    def work_ms(self, length_tokens: float, cost: StepCost) -> float:
-        """Time that the target's batch loses, ms."""
+    def work_ms(self, length_tokens: float, cost: StepCost, *, held_tokens: float = 0) -> float:
+        """Time that the target's batch loses, ms; `held_tokens` are in its prefix cache already."""
         if self.bandwidth_bytes_per_s is not None:
             return 0.0
-        return cost.prefill_ms(length_tokens)
+        return cost.prefill_ms(length_tokens, held_tokens)
 
     def transit_ms(self, length_tokens: float) -> float:
         """Time on the way: until the target has its KV cache, or knows of it at all, ms."""
@@ -33,6 +33,6 @@ class MovePrice:
             return self.fixed_ms
         return self.fixed_ms + 1000.0 * length_tokens * self.kv_bytes_per_token / self.bandwidth_bytes_per_s
 
-    def delay_ms(self, length_tokens: float, cost: StepCost) -> float:
+    def delay_ms(self, length_tokens: float, cost: StepCost, *, held_tokens: float = 0) -> float:
         """Time for which the moved request itself makes no token, on an idle target, ms."""
-        return self.transit_ms(length_tokens) + self.work_ms(length_tokens, cost)
+        return self.transit_ms(length_tokens) + self.work_ms(length_tokens, cost, held_tokens=held_tokens)

@@ -139,9 +139,10 @@ class AdmissionBudget:
             return "what runs ends first"
         return "cache" if length_tokens + self.growth_tokens > self.kv_tokens else None
 
-    def after(self, length_tokens: int) -> AdmissionBudget:
-        """What is left once that request is taken."""
-        num_requests, prefill_tokens = self.num_requests - 1, self.prefill_tokens - length_tokens
+    def after(self, length_tokens: int, *, prefill_tokens: int | None = None) -> AdmissionBudget:
+        """What is left once that request is taken. `prefill_tokens`: what of it is to be computed; None: all."""
+        spent_tokens = length_tokens if prefill_tokens is None else prefill_tokens
+        num_requests, prefill_tokens = self.num_requests - 1, self.prefill_tokens - spent_tokens
         reason = self.reason if num_requests else "slots"
         if num_requests and prefill_tokens <= 0:
             num_requests, reason = 0, "prefill budget"

@@ -40,6 +40,8 @@ def decide_handover(
     min_gain_ms: float = 0.0,
     ahead_here_ms: float = 0.0,
     ahead_there_ms: float = 0.0,
+    held_there_tokens: int = 0,
+    displaced_ms: float = 0.0,
 ) -> Handover:
     """Move only if the request is beyond `high`, `there` has room, and what remains repays the move.
 
@@ -47,11 +49,14 @@ def decide_handover(
     δ to each of the others here, costs δ to each there, and changes its own step time:
 
         benefit = remaining · (step_here - step_there + δ·(n_here - 1 - n_there)) + held up here
-        cost    = delay of the move + prefill work · requests there + held up there
+        cost    = delay of the move + prefill work · requests there + held up there + displaced there
 
     Held up: `ahead_here_ms` and `ahead_there_ms` are prefill that comes before what the engines run
     (`loads.prefill_ahead_ms`). A step with a chunk of it still gives a token, so the request loses no more than
     remaining · time of a full chunk. What waits for the request's end instead loses as much by it.
+
+    `held_there_tokens` of the request are in the prefix cache there, and need no prefill. What it brings takes the
+    place of other cached blocks: `displaced_ms` is what those would have saved.
 
     A negative benefit counts as cost. `there` is the least loaded worker of the next stage, or where else the
     request might go; None: nobody. `high_tokens` 0 weighs a move whatever the range; None: the range has no end.
@@ -73,7 +78,9 @@ def decide_handover(
     step_here = decode_step_ms(max(1, here.num_running), max(length_tokens, here.context_tokens), cost=cost)
     step_there = decode_step_ms(running_there + 1, there.context_tokens + length_tokens, cost=cost)
     benefit = expected_remaining_tokens * (step_here - step_there + delta * (others_here - running_there))
-    loss = price.delay_ms(length_tokens, cost) + price.work_ms(length_tokens, cost) * running_there
+    work_ms = price.work_ms(length_tokens, cost, held_tokens=held_there_tokens)
+    delay_ms = price.delay_ms(length_tokens, cost, held_tokens=held_there_tokens)
+    loss = delay_ms + work_ms * running_there + displaced_ms
     most_ms = expected_remaining_tokens * cost.prefill_ms(cost.max_batched_tokens)
     benefit += min(ahead_here_ms, most_ms)
     loss += min(ahead_there_ms, most_ms)

@@ -156,12 +156,20 @@ class Ask:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunningRequest:
-    """A running request that may move, as its worker knows it. `came_from`: the worker it was moved from last."""
+    """A running request that may move, as its worker knows it. `came_from`: the worker it was moved from last.
+
+    `held_tokens`: how many of its leading tokens other workers hold in their prefix caches, by worker; None: none.
+    """
 
     request_id: str
     length_tokens: int
     expected_remaining_tokens: float
     came_from: str | None = None
+    held_tokens: Mapping[str, int] | None = None
+
+    def held_by(self, worker_id: str) -> int:
+        """Of its leading tokens those that this worker holds."""
+        return self.held_tokens.get(worker_id, 0) if self.held_tokens else 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -284,7 +292,9 @@ def bid(
             continue
         delta = cost.beta_ms + cost.gamma_ms * (length + remaining / 2)
         benefit = remaining * (here_ms - there_ms + delta * (victim.num_running - 1 - request.num_running))
-        loss = price.delay_ms(length, cost) + price.work_ms(length, cost) * request.num_running
+        held = item.held_by(request.worker_id)
+        work_ms = price.work_ms(length, cost, held_tokens=held)
+        loss = price.delay_ms(length, cost, held_tokens=held) + work_ms * request.num_running
         if benefit > loss:
             offers.append(
                 Bid(

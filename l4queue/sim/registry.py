@@ -8,6 +8,7 @@ from l4queue.errors import ConfigError
 from l4queue.sim.policies.affinity import CacheAware, DynamoKv, LlmD, SessionSticky
 from l4queue.sim.policies.central import Central, CentralSjf, Clairvoyant
 from l4queue.sim.policies.l4 import L4, L4Options
+from l4queue.sim.policies.l4_prefixes import PrefixL4
 from l4queue.sim.policies.length_blind import LeastRequests, LeastTokens, Llumnix, PowerOfTwo, Random, RoundRobin
 from l4queue.sim.policy import Policy
 from l4queue.sim.prove import prove_recent
@@ -85,5 +86,7 @@ def make_policy(name: str, *, trace: Trace, setting: RunConfig, options: L4Optio
     if name == "two-pool":
         return tune_two_pool(trace, setting)
     if name == "l4":
-        return L4(options or L4Options(), prove=prove_recent)
+        options = options or L4Options()
+        knows_prefixes = trace.chains is not None and "affinity" not in options.without
+        return PrefixL4(options) if knows_prefixes else L4(options, prove=prove_recent)
     return _SIMPLE[name]()

@@ -141,7 +141,11 @@ class Batch:
         """Length of the longest request without a token that is prefilled here; 0 for none."""
         if not self.pending_tokens:
             return 0
-        return max(r.length for r in chain(self._prefills, self._waiting) if not r.has_kv)
+        return max(r.length for r in self.untouched())
+
+    def untouched(self) -> Iterator[SimRequest]:
+        """Requests that are prefilled here and have no token yet, admitted or waiting."""
+        return (r for r in chain(self._prefills, self._waiting) if not r.has_kv)
 
     @property
     def kv_used_tokens(self) -> int:

@@ -23,6 +23,7 @@ from l4queue.sim.policies.l4_escapes import Escapes
 from l4queue.sim.policies.l4_running_steals import PendingMove, RunningSteals
 from l4queue.sim.policies.l4_traffic import Traffic
 from l4queue.sim.policies.pool import Pool
+from l4queue.sim.policies.prefixes import Prefixes
 from l4queue.sim.policies.views import load_of, score_of, worker_id
 from l4queue.sim.policy import Fleet, Policy
 from l4queue.sim.wake import backlog_of
@@ -31,15 +32,9 @@ __all__ = ("INGREDIENTS", "L4", "L4Options")
 
 _NEWS_S = NEWS_INTERVAL_S / EARLY_NEWS_FRACTION  # age of a worker's news when something comes to another stage
 INGREDIENTS = (
-    *("hand-over", "stealing", "running-steals"),
-    "refinement",
-    "late-binding",
-    "skew",
-    "skew-in-planner",
-    "classes",
-    "shadow",
-    "finish-first",
-    "escape",
+    *("hand-over", "stealing", "running-steals", "escape"),
+    *("classes", "refinement", "shadow", "skew", "skew-in-planner"),
+    *("late-binding", "finish-first", "affinity"),
 )
 
 
@@ -78,6 +73,7 @@ class L4(Policy):
 
     name = "l4"
     tick_s = 1.0
+    _prefixes: Prefixes | None = None
 
     def __init__(self, options: L4Options, *, fixed: Plan | None = None, prove: Prove | None = None) -> None:
         """`fixed` is served without any replanning; `prove` turns shadow scoring on."""
@@ -107,6 +103,7 @@ class L4(Policy):
             ahead_ms=self._ahead_ms,
             expected_remaining=self.traffic.outputs.expected_remaining,
             rng=cluster.rng,
+            prefixes=self._prefixes,
         )
         self._settings = PlannerSettings(
             min_gain=self.options.min_gain,
@@ -148,6 +145,9 @@ class L4(Policy):
         pool.pull(instance, self.cluster.push)
         if not len(pool) and self._has["stealing"] and len(self._pools) > 1:
             self._steal(instance)
+        self._escape(instance, now_s)
+
+    def _escape(self, instance: Instance, now_s: float) -> None:
         if self._has["escape"]:
             for request, target in self._escapes.moves(instance, now_s):
                 self.cluster.ask_back(request, instance, PendingMove(target=target, is_steal=False))

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from l4queue.cost.move import MovePrice
 from l4queue.cost.step import StepCost
+from l4queue.models import WorkerLoad
 from l4queue.policy.escape import REST_MS, EscapeTarget, escapes, may_escape, sample_siblings
 from l4queue.policy.steal import RunningRequest, StealLimits
 from l4queue.sim.engine.instance import Instance
 from l4queue.sim.engine.request import SimRequest
+from l4queue.sim.policies.prefixes import Prefixes
 from l4queue.sim.policies.views import load_of, running_request
 
 __all__ = ("Escapes",)
@@ -30,11 +33,13 @@ class Escapes:
         ahead_ms: Callable[[int, int], float],
         expected_remaining: Callable[[int], float],
         rng: np.random.Generator,
+        prefixes: Prefixes | None = None,
     ) -> None:
         self._instances = instances
         self._cost, self._price, self._limits = cost, price, limits
         self._ahead_ms, self._expected_remaining = ahead_ms, expected_remaining
         self._rng = rng
+        self._prefixes = prefixes
         self._moved_s: dict[SimRequest, float] = {}
 
     def forget(self, requests: Sequence[SimRequest]) -> None:
@@ -47,23 +52,25 @@ class Escapes:
         if not instance.num_decodes or len(self._instances) < 2:
             return []
         in_flight = len(instance.removals)
-        can_pay = may_escape(instance.pending_tokens, cost=self._cost, price=self._price)
+        here = self._load_of(instance)
+        can_pay = may_escape(here.pending_prefill_tokens, cost=self._cost, price=self._price)
         if not can_pay or in_flight >= self._limits.max_moves:
             return []
-        ahead_ms = self._ahead_ms(instance.pending_tokens, instance.stage)
+        ahead_ms = self._before_ms(instance)
         targets = self._targets(instance, ahead_ms)
         if not targets:
             return []
         running, by_id = self._running(instance, now_s)
         found = escapes(
             running,
-            here=load_of(instance),
+            here=here,
             ahead_ms=ahead_ms,
             targets=[target for target, _ in targets],
             moves_in_flight=in_flight,
             cost=self._cost,
             price=self._price,
             limits=self._limits,
+            reuse_share=self._prefixes.hit_share if self._prefixes is not None else 0.0,
         )
         instances = {target.load.worker_id: other for target, other in targets}
         moved = [(by_id[escape.request_id], instances[escape.target_id]) for escape in found]
@@ -78,6 +85,8 @@ class Escapes:
             if request in instance.removals or self._moved_s.get(request, rested_s) > rested_s:
                 continue
             item = running_request(request, length, expected_remaining=self._expected_remaining)
+            if self._prefixes is not None:
+                item = replace(item, held_tokens=self._prefixes.held_elsewhere(request))
             by_id[item.request_id] = request
             running.append(item)
         return running, by_id
@@ -85,12 +94,21 @@ class Escapes:
     def _targets(self, instance: Instance, ahead_ms: float) -> list[tuple[EscapeTarget, Instance]]:
         """Some of the others, those with less prefill before them."""
         others = sample_siblings([other for other in self._instances if other is not instance], draw=self._draw)
-        known = ((other, self._ahead_ms(other.pending_tokens, other.stage)) for other in others)
+        known = ((other, self._before_ms(other)) for other in others)
         return [
-            (EscapeTarget(load=load_of(other), ahead_ms=there_ms), other)
+            (EscapeTarget(load=self._load_of(other), ahead_ms=there_ms), other)
             for other, there_ms in known
             if there_ms < ahead_ms
         ]
+
+    def _load_of(self, instance: Instance) -> WorkerLoad:
+        return load_of(instance) if self._prefixes is None else self._prefixes.load_of(instance)
+
+    def _before_ms(self, instance: Instance) -> float:
+        """Prefill before what an engine runs: where prefixes are known, by what each prompt did not find."""
+        if self._prefixes is not None:
+            return self._prefixes.due_ms(instance)
+        return self._ahead_ms(instance.pending_tokens, instance.stage)
 
     def _draw(self, num_all: int, num_drawn: int) -> list[int]:
         drawn: list[int] = self._rng.choice(num_all, num_drawn, replace=False).tolist()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -157,3 +158,46 @@ def test_what_runs_long_meets_as_much_prefill_there() -> None:
     """400 ms saved are nothing to a request of minutes whose new engine prefills a fifth of its time."""
     assert not _escapes([replace(ITEM, expected_remaining_tokens=2000.0)], [replace(CALM, load=HERE)])
     assert _escapes([replace(ITEM, expected_remaining_tokens=20.0)], [replace(CALM, load=HERE)])
+
+
+def test_a_move_pays_for_what_its_target_lacks_and_for_what_it_displaces() -> None:
+    """A target that holds all of the request displaces nothing; else more hits make the same move dearer."""
+
+    def moved(item: RunningRequest, reuse_share: float) -> tuple[Escape, ...]:
+        return escapes(
+            [item],
+            here=HERE,
+            ahead_ms=400.0,
+            targets=[CALM],
+            moves_in_flight=0,
+            cost=COST,
+            price=TRANSFER,
+            reuse_share=reuse_share,
+        )
+
+    plain, reused = moved(ITEM, 0.0)[0], moved(ITEM, 0.5)[0]
+    held = moved(replace(ITEM, held_tokens={"calm": ITEM.length_tokens}), 0.5)[0]
+
+    assert reused.cost_ms - plain.cost_ms == pytest.approx(COST.prefill_ms(ITEM.length_tokens))
+    assert held.cost_ms == plain.cost_ms
+
+
+def test_a_second_prefill_leaves_out_what_the_target_holds() -> None:
+    again = MovePrice()
+    there = replace(CALM.load, num_running=9)
+
+    def loss_ms(held: int) -> float:
+        found = decide_handover(
+            8_000,
+            high_tokens=0,
+            expected_remaining_tokens=300.0,
+            here=HERE,
+            there=there,
+            cost=COST,
+            price=again,
+            held_there_tokens=held,
+        )
+        return found.cost_ms
+
+    saved_ms = COST.prefill_ms(8_000) - COST.prefill_ms(8_000, 6_000)
+    assert loss_ms(0) - loss_ms(6_000) == pytest.approx(10 * saved_ms)

@@ -1,0 +1,179 @@
+"""Prefix affinity: which worker takes a queued request, weighed by the prefill that is really due there.
+
+A worker that holds the beginning of a prompt in its prefix cache spares the fleet that much work. So each request
+has a cost at each worker, and the least decides. Binding stays late: a request is taken only by a worker with
+room. It waits for another one, such as the holder of its prefix, no longer than that is worth (delay scheduling).
+
+Live and simulated code give the same facts: of each worker its load and what it may take, of each request the
+tokens that each worker is believed to hold. Nothing here looks at a cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from l4queue.cost.step import StepCost
+from l4queue.policy.admission import AdmissionBudget
+from l4queue.policy.loads import decode_step_ms
+
+__all__ = ("SAVED_WEIGHT", "CandidateWorker", "Choice", "QueuedPrompt", "cost_ms", "patience_ms", "place")
+
+SAVED_WEIGHT = 15.0
+"""Delays of one request that a saved ms of prefill is worth, beside those of the requests that are there: it is
+saved to whatever comes later, too. Of 0 to 20 in simulation 0 finds a sixth fewer cached tokens on conversations.
+With 20 the mean on conversations is the same, and agents lose 1 %."""
+_OTHERS_WEIGHT = 1 / 5
+"""Weight of the delays that a request means to those in the engine, against its own. Of 1, 1/3, 1/5 and 1/6 in
+simulation 1 costs 2 % of the mean, and 17 % of the longest 5 % of conversations, which all go where few are."""
+_MAX_WAIT_MS = 20_000.0
+"""Longest wait for a worker without room while another has some. Chosen: a prefill of 100k tokens takes 13 s on an
+H100. With 5,000 in simulation conversations find 6 % fewer cached tokens, and the mean is 3 % worse."""
+_MAX_PASSED = 8
+"""Most requests that wait for a worker and are passed over by those behind them. Chosen: it bounds the work of a
+look at a long queue."""
+
+
+@dataclass(slots=True, kw_only=True)
+class CandidateWorker:
+    """A worker as a place for queued requests.
+
+    `due_ms` is the prefill of its prompts that have no token yet, each without what it found in the cache.
+    `budget` is what it may take now (`admission.admission_budget`, by uncached tokens).
+    """
+
+    worker_id: str
+    num_running: int
+    context_tokens: int
+    due_ms: float
+    budget: AdmissionBudget
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QueuedPrompt:
+    """A queued request: prompt plus output so far, its time in the queue, and what of it workers hold.
+
+    Workers that `held_tokens` does not name hold nothing. A number too high or too low costs time, nothing else.
+    """
+
+    request_id: str
+    length_tokens: int
+    waited_ms: float
+    held_tokens: Mapping[str, int]
+
+    def prefill_tokens(self, worker_id: str) -> int:
+        """Tokens that this worker would have to compute: the last one is, whatever it holds."""
+        return max(1, self.length_tokens - self.held_tokens.get(worker_id, 0))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """Who takes a queued request now; None: nobody, for the reason. `awaited_id`: whom it waits for."""
+
+    request_id: str
+    worker_id: str | None
+    reason: str
+    awaited_id: str | None = None
+
+
+def cost_ms(
+    request: QueuedPrompt, worker: CandidateWorker, *, expected_output_tokens: float, cost: StepCost
+) -> float:
+    """What taking the request there costs: its own time, a share of others' delays, and the work itself, ms.
+
+    With P its uncached prefill there, n the requests in that engine, r the output to come and δ = β + γ·length:
+
+        own    = prefill due there + P + r · step with n + 1
+        others = n · (P + r·δ)
+        cost   = own + others/5 + 15·P
+    """
+    own_ms, others_ms, prefill_ms = _parts_ms(request, worker, expected_output_tokens, cost)
+    return own_ms + _OTHERS_WEIGHT * others_ms + SAVED_WEIGHT * prefill_ms
+
+
+def patience_ms(saved_ms: float) -> float:
+    """How long a request waits for a worker without room that saves it so much prefill, though another has room.
+
+    Its wait delays one request, what is saved spares as many as `SAVED_WEIGHT`. Where nothing is saved it does not
+    wait.
+    """
+    return min(_MAX_WAIT_MS, max(0.0, SAVED_WEIGHT * saved_ms))
+
+
+def place(
+    queue: Iterable[QueuedPrompt],
+    workers: Sequence[CandidateWorker],
+    *,
+    expected_output_tokens: float,
+    cost: StepCost,
+) -> tuple[Choice, ...]:
+    """A choice for each request that is looked at, in serving order; `workers` are updated by what they take.
+
+    The worker of least cost takes a request if it has room; ties by id. Else the request waits for it, and those
+    behind it may be taken before: its prefill counts as due there. When it has waited as long as that is worth
+    (`patience_ms`), the best worker with room takes it. Where none has room, nothing behind it is looked at: a
+    long request does not starve behind short ones.
+    """
+    choices: list[Choice] = []
+    num_passed = 0
+    by_id = sorted(workers, key=lambda worker: worker.worker_id)
+    for request in queue:
+        choice = _choose(request, by_id, expected_output_tokens, cost)
+        choices.append(choice)
+        if choice.worker_id is None:
+            num_passed += 1
+            if choice.awaited_id is None or num_passed >= _MAX_PASSED:
+                break
+    return tuple(choices)
+
+
+def _parts_ms(
+    request: QueuedPrompt, worker: CandidateWorker, output_tokens: float, cost: StepCost
+) -> tuple[float, float, float]:
+    """Own time, others' delays, prefill."""
+    length, n = request.length_tokens, worker.num_running
+    prefill_ms = cost.prefill_ms(length, length - request.prefill_tokens(worker.worker_id))
+    step_ms = decode_step_ms(n + 1, worker.context_tokens + length, cost=cost)
+    delta_ms = cost.beta_ms + cost.gamma_ms * (length + output_tokens / 2)
+    own_ms = worker.due_ms + prefill_ms + output_tokens * step_ms
+    return own_ms, n * (prefill_ms + output_tokens * delta_ms), prefill_ms
+
+
+def _choose(
+    request: QueuedPrompt, workers: Sequence[CandidateWorker], output_tokens: float, cost: StepCost
+) -> Choice:
+    costs: list[tuple[float, float, CandidateWorker]] = []
+    for worker in workers:
+        own_ms, others_ms, prefill_ms = _parts_ms(request, worker, output_tokens, cost)
+        total_ms = own_ms + _OTHERS_WEIGHT * others_ms + SAVED_WEIGHT * prefill_ms
+        costs.append((total_ms, prefill_ms, worker))
+    able = [entry for entry in costs if entry[2].budget.refusal(request.length_tokens) is None]
+    if not able:
+        return Choice(request_id=request.request_id, worker_id=None, reason="no room anywhere")
+    _, best_prefill_ms, best = min(costs, key=_by_cost)
+    _, prefill_ms, taker = min(able, key=_by_cost)
+    if taker is not best and request.waited_ms < patience_ms(prefill_ms - best_prefill_ms):
+        best.due_ms += best_prefill_ms
+        reason = "waits for a worker that holds more of it"
+        return Choice(request_id=request.request_id, worker_id=None, reason=reason, awaited_id=best.worker_id)
+    tokens = request.prefill_tokens(taker.worker_id)
+    taker.num_running += 1
+    taker.context_tokens += request.length_tokens
+    taker.due_ms += prefill_ms
+    taker.budget = taker.budget.after(request.length_tokens, prefill_tokens=tokens)
+    reason = _why_taken(request, taker, is_best=taker is best)
+    return Choice(request_id=request.request_id, worker_id=taker.worker_id, reason=reason)
+
+
+def _by_cost(entry: tuple[float, float, CandidateWorker]) -> float:
+    return entry[0]
+
+
+def _why_taken(request: QueuedPrompt, taker: CandidateWorker, *, is_best: bool) -> str:
+    most = max(request.held_tokens.values(), default=0)
+    if not is_best:
+        return "has room"
+    if most <= 0:
+        return "nobody holds its prefix"
+    held = request.held_tokens.get(taker.worker_id, 0)
+    return "holds most of its prefix" if held == most else "cheaper than the holder of its prefix"
