@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from l4queue.models import Plan
-from l4queue.policy.admission import AdmissionBudget, AdmissionState, admission_budget, unbounded_budget
+from l4queue.policy.admission import AdmissionBudget, unbounded_budget
 from l4queue.policy.prefix_affinity import CandidateWorker, QueuedPrompt, place
 from l4queue.sim.engine.instance import Instance
 from l4queue.sim.engine.request import SimRequest
 from l4queue.sim.policies.l4 import L4, L4Options
+from l4queue.sim.policies.pool import budget_of
 from l4queue.sim.policies.prefixes import Prefixes
 from l4queue.sim.policies.views import score_of, worker_id
 from l4queue.sim.policy import Fleet
@@ -29,7 +30,6 @@ class PrefixL4(L4):
     def __init__(self, options: L4Options) -> None:
         super().__init__(options, fixed=Plan.one_stage())
         self._waiting: list[tuple[float, int, SimRequest]] = []  # by serving order
-        self._queued_s: dict[SimRequest, float] = {}
 
     def attach(self, cluster: Fleet) -> None:
         """As L4, with knowledge of prefixes."""
@@ -94,27 +94,18 @@ class PrefixL4(L4):
             self.cluster.push(request, instance)
 
     def _candidate(self, instance: Instance) -> CandidateWorker:
-        due = self._prefixes.due_tokens(instance)
-        state = AdmissionState(
-            num_running=instance.num_requests,
-            context_tokens=instance.held_tokens,
-            pending_prefill_tokens=sum(due),
-            kv_used_tokens=instance.kv_used_tokens,
-            kv_capacity_tokens=instance.cost.kv_capacity_tokens,
-            max_running=instance.cost.max_num_seqs,
-            longest_prefill_tokens=max(due, default=0),
-        )
         return CandidateWorker(
             worker_id=worker_id(instance),
             num_running=instance.num_requests,
             context_tokens=instance.held_tokens,
             due_ms=self._prefixes.due_ms(instance),
-            budget=self._budget(state, instance),
+            budget=self._budget(instance),
         )
 
-    def _budget(self, state: AdmissionState, instance: Instance) -> AdmissionBudget:
+    def _budget(self, instance: Instance) -> AdmissionBudget:
         """What an engine may take; without late binding as much as it has slots."""
         if self._has["late-binding"]:
-            return admission_budget(state, cost=instance.cost)
-        free = instance.cost.max_num_seqs - state.num_running
+            due = self._prefixes.due_tokens(instance)
+            return budget_of(instance, pending_tokens=sum(due), longest_tokens=max(due, default=0))
+        free = instance.cost.max_num_seqs - instance.num_requests
         return unbounded_budget(free, reason="all slots taken", is_idle=False)

@@ -16,9 +16,32 @@ from l4queue.sim.engine.instance import Instance
 from l4queue.sim.engine.request import SimRequest
 from l4queue.sim.wake import WakeRace
 
-__all__ = ("Pool",)
+__all__ = ("Pool", "budget_of")
 
 Push = Callable[[SimRequest, Instance], None]
+
+
+def budget_of(
+    instance: Instance,
+    *,
+    pending_tokens: int,
+    longest_tokens: int,
+    num_waiting: float = 0.0,
+    remaining_tokens: float | None = None,
+) -> AdmissionBudget:
+    """What an engine may take with so much prefill pending in it, the longest prompt of it so long."""
+    state = AdmissionState(
+        num_running=instance.num_requests,
+        context_tokens=instance.held_tokens,
+        pending_prefill_tokens=pending_tokens,
+        kv_used_tokens=instance.kv_used_tokens,
+        kv_capacity_tokens=instance.cost.kv_capacity_tokens,
+        max_running=instance.cost.max_num_seqs,
+        longest_prefill_tokens=longest_tokens,
+        num_waiting=num_waiting,
+        remaining_tokens=remaining_tokens,
+    )
+    return admission_budget(state, cost=instance.cost)
 
 
 class Pool:
@@ -83,18 +106,13 @@ class Pool:
         return self._without_newcomers(budget, instance).refusal(length_tokens) is None
 
     def _budget(self, instance: Instance) -> AdmissionBudget:
-        state = AdmissionState(
-            num_running=instance.num_requests,
-            context_tokens=instance.held_tokens,
-            pending_prefill_tokens=instance.pending_tokens,
-            kv_used_tokens=instance.kv_used_tokens,
-            kv_capacity_tokens=instance.cost.kv_capacity_tokens,
-            max_running=instance.cost.max_num_seqs,
-            longest_prefill_tokens=instance.longest_prefill_tokens,
+        return budget_of(
+            instance,
+            pending_tokens=instance.pending_tokens,
+            longest_tokens=instance.longest_prefill_tokens,
             num_waiting=len(self._heap) / max(1, len(self.instances)),
             remaining_tokens=None if self._remaining_tokens is None else self._remaining_tokens(),
         )
-        return admission_budget(state, cost=instance.cost)
 
     def _without_newcomers(self, budget: AdmissionBudget, instance: Instance) -> AdmissionBudget:
         if self._remaining_tokens is None or not self._heap or not budget.num_requests:
