@@ -17,12 +17,12 @@ from l4queue.cost.step import StepCost
 from l4queue.policy.admission import AdmissionBudget
 from l4queue.policy.loads import decode_step_ms
 
-__all__ = ("SAVED_WEIGHT", "CandidateWorker", "Choice", "QueuedPrompt", "cost_ms", "patience_ms", "place")
+__all__ = ("CandidateWorker", "Choice", "QueuedPrompt", "cost_ms", "patience_ms", "place", "saved_weight")
 
-SAVED_WEIGHT = 15.0
-"""Delays of one request that a saved ms of prefill is worth, beside those of the requests that are there: it is
-saved to whatever comes later, too. Of 0 to 20 in simulation 0 finds a sixth fewer cached tokens on conversations.
-With 20 the mean on conversations is the same, and agents lose 1 %."""
+_SAVED_PER_REQUEST = 2.0
+"""Delays that a saved ms of prefill is worth, for each request that a worker has on average and for this one,
+beside those of the requests there: those that come later are spared it, too. 2 and 3 in simulation differ by 1 % of
+the mean. With 0 conversations find a sixth fewer cached tokens; with 15 whatever the load agents are 2 % slower."""
 _OTHERS_WEIGHT = 1 / 5
 """Weight of the delays that a request means to those in the engine, against its own. Of 1, 1/3, 1/5 and 1/6 in
 simulation 1 costs 2 % of the mean, and 17 % of the longest 5 % of conversations, which all go where few are."""
@@ -76,28 +76,45 @@ class Choice:
     awaited_id: str | None = None
 
 
-def cost_ms(
-    request: QueuedPrompt, worker: CandidateWorker, *, expected_output_tokens: float, cost: StepCost
-) -> float:
-    """What taking the request there costs: its own time, a share of others' delays, and the work itself, ms.
+def saved_weight(workers: Sequence[CandidateWorker]) -> float:
+    """Delays of one request that a ms of engine time is worth: the more, the more requests each worker has."""
+    num_running = sum(worker.num_running for worker in workers)
+    return _SAVED_PER_REQUEST * (1.0 + num_running / max(1, len(workers)))
 
-    With P its uncached prefill there, n the requests in that engine, r the output to come and δ = β + γ·length:
+
+def cost_ms(
+    request: QueuedPrompt,
+    worker: CandidateWorker,
+    *,
+    saved_weight: float,
+    expected_output_tokens: float,
+    cost: StepCost,
+) -> tuple[float, float]:
+    """What taking the request there costs: its own time, a share of others' delays, and the work; and its prefill.
+
+    With P its uncached prefill there, n the requests in that engine, m those in each on average, r the output to
+    come and δ = β + γ·length, in ms:
 
         own    = prefill due there + P + r · step with n + 1
         others = n · (P + r·δ)
-        cost   = own + others/5 + 15·P
+        cost   = own + others/5 + 2·(1 + m)·P
     """
-    own_ms, others_ms, prefill_ms = _parts_ms(request, worker, expected_output_tokens, cost)
-    return own_ms + _OTHERS_WEIGHT * others_ms + SAVED_WEIGHT * prefill_ms
+    length, n = request.length_tokens, worker.num_running
+    prefill_ms = cost.prefill_ms(length, length - request.prefill_tokens(worker.worker_id))
+    step_ms = decode_step_ms(n + 1, worker.context_tokens + length, cost=cost)
+    delta_ms = cost.beta_ms + cost.gamma_ms * (length + expected_output_tokens / 2)
+    own_ms = worker.due_ms + prefill_ms + expected_output_tokens * step_ms
+    others_ms = n * (prefill_ms + expected_output_tokens * delta_ms)
+    return own_ms + _OTHERS_WEIGHT * others_ms + saved_weight * prefill_ms, prefill_ms
 
 
-def patience_ms(saved_ms: float) -> float:
+def patience_ms(saved_ms: float, *, saved_weight: float) -> float:
     """How long a request waits for a worker without room that saves it so much prefill, though another has room.
 
-    Its wait delays one request, what is saved spares as many as `SAVED_WEIGHT`. Where nothing is saved it does not
+    Its wait delays one request, what is saved spares as many as `saved_weight`. Where nothing is saved it does not
     wait.
     """
-    return min(_MAX_WAIT_MS, max(0.0, SAVED_WEIGHT * saved_ms))
+    return min(_MAX_WAIT_MS, max(0.0, saved_weight * saved_ms))
 
 
 def place(
@@ -117,8 +134,9 @@ def place(
     choices: list[Choice] = []
     num_passed = 0
     by_id = sorted(workers, key=lambda worker: worker.worker_id)
+    weight = saved_weight(by_id)
     for request in queue:
-        choice = _choose(request, by_id, expected_output_tokens, cost)
+        choice = _choose(request, by_id, weight, expected_output_tokens, cost)
         choices.append(choice)
         if choice.worker_id is None:
             num_passed += 1
@@ -127,32 +145,19 @@ def place(
     return tuple(choices)
 
 
-def _parts_ms(
-    request: QueuedPrompt, worker: CandidateWorker, output_tokens: float, cost: StepCost
-) -> tuple[float, float, float]:
-    """Own time, others' delays, prefill."""
-    length, n = request.length_tokens, worker.num_running
-    prefill_ms = cost.prefill_ms(length, length - request.prefill_tokens(worker.worker_id))
-    step_ms = decode_step_ms(n + 1, worker.context_tokens + length, cost=cost)
-    delta_ms = cost.beta_ms + cost.gamma_ms * (length + output_tokens / 2)
-    own_ms = worker.due_ms + prefill_ms + output_tokens * step_ms
-    return own_ms, n * (prefill_ms + output_tokens * delta_ms), prefill_ms
-
-
 def _choose(
-    request: QueuedPrompt, workers: Sequence[CandidateWorker], output_tokens: float, cost: StepCost
+    request: QueuedPrompt, workers: Sequence[CandidateWorker], weight: float, output_tokens: float, cost: StepCost
 ) -> Choice:
-    costs: list[tuple[float, float, CandidateWorker]] = []
-    for worker in workers:
-        own_ms, others_ms, prefill_ms = _parts_ms(request, worker, output_tokens, cost)
-        total_ms = own_ms + _OTHERS_WEIGHT * others_ms + SAVED_WEIGHT * prefill_ms
-        costs.append((total_ms, prefill_ms, worker))
+    costs = [
+        (*cost_ms(request, w, saved_weight=weight, expected_output_tokens=output_tokens, cost=cost), w)
+        for w in workers
+    ]
     able = [entry for entry in costs if entry[2].budget.refusal(request.length_tokens) is None]
     if not able:
         return Choice(request_id=request.request_id, worker_id=None, reason="no room anywhere")
     _, best_prefill_ms, best = min(costs, key=_by_cost)
     _, prefill_ms, taker = min(able, key=_by_cost)
-    if taker is not best and request.waited_ms < patience_ms(prefill_ms - best_prefill_ms):
+    if taker is not best and request.waited_ms < patience_ms(prefill_ms - best_prefill_ms, saved_weight=weight):
         best.due_ms += best_prefill_ms
         reason = "waits for a worker that holds more of it"
         return Choice(request_id=request.request_id, worker_id=None, reason=reason, awaited_id=best.worker_id)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from l4queue.cost.coefficients import load_coefficients
 from l4queue.cost.step import BatchShape
 from l4queue.policy.admission import AdmissionBudget, unbounded_budget
-from l4queue.policy.prefix_affinity import SAVED_WEIGHT, CandidateWorker, QueuedPrompt, cost_ms, patience_ms, place
+from l4queue.policy.prefix_affinity import CandidateWorker, QueuedPrompt, cost_ms, patience_ms, place, saved_weight
 
 COST = load_coefficients("h100", "llama-3.1-8b")
 OUTPUT = 300.0
@@ -34,7 +34,7 @@ def chosen(queue: list[QueuedPrompt], workers: list[CandidateWorker]) -> list[st
     return [choice.worker_id for choice in choices]
 
 
-def oracle_ms(request: QueuedPrompt, at: CandidateWorker) -> float:
+def oracle_ms(request: QueuedPrompt, at: CandidateWorker, workers: list[CandidateWorker]) -> float:
     """The cost from steps of the cost model: a prefill, a step here with the request, what it adds to a step."""
     held = min(request.held_tokens.get(at.worker_id, 0), request.length_tokens - 1)
     new = request.length_tokens - held
@@ -46,11 +46,18 @@ def oracle_ms(request: QueuedPrompt, at: CandidateWorker) -> float:
     ours = step(at.num_running + 1, at.context_tokens + request.length_tokens)
     grown = step(2, request.length_tokens + OUTPUT / 2) - step(1, 0)
     own = at.due_ms + prefill + OUTPUT * ours
-    return own + at.num_running * (prefill + OUTPUT * grown) * OTHERS + SAVED_WEIGHT * prefill
+    return own + at.num_running * (prefill + OUTPUT * grown) * OTHERS + worth(workers) * prefill
 
 
 OTHERS = 1 / 5
 """Weight of others' delays, as the docstring of `cost_ms` has it."""
+
+
+def worth(workers: list[CandidateWorker]) -> float:
+    """Twice the requests of a worker with this one."""
+    return 2.0 + 2.0 * sum(w.num_running for w in workers) / len(workers)
+
+
 _workers = st.lists(
     st.builds(
         CandidateWorker,
@@ -76,8 +83,9 @@ _prompts = st.builds(
 def test_the_worker_of_least_cost_takes_it_or_is_waited_for_within_the_bound(
     request: QueuedPrompt, workers: list[CandidateWorker]
 ) -> None:
-    costs = {w.worker_id: oracle_ms(request, w) for w in workers}
+    costs = {w.worker_id: oracle_ms(request, w, workers) for w in workers}
     able = {w.worker_id for w in workers if w.budget is ROOM}
+    weight = saved_weight(workers)
 
     def prefill(name: str) -> float:
         held = min(request.held_tokens.get(name, 0), request.length_tokens - 1)
@@ -86,7 +94,8 @@ def test_the_worker_of_least_cost_takes_it_or_is_waited_for_within_the_bound(
     (choice,) = place([request], [replace(w) for w in workers], expected_output_tokens=OUTPUT, cost=COST)
 
     assert all(
-        cost_ms(request, w, expected_output_tokens=OUTPUT, cost=COST) == pytest.approx(costs[w.worker_id])
+        cost_ms(request, w, saved_weight=weight, expected_output_tokens=OUTPUT, cost=COST)
+        == (pytest.approx(costs[w.worker_id]), pytest.approx(prefill(w.worker_id)))
         for w in workers
     )
     if not able:
@@ -98,12 +107,12 @@ def test_the_worker_of_least_cost_takes_it_or_is_waited_for_within_the_bound(
         assert costs[choice.worker_id] == pytest.approx(least_able)
         if choice.reason == "has room":
             saved = prefill(choice.worker_id) - min(prefill(n) for n in costs if costs[n] <= least_able)
-            assert request.waited_ms >= patience_ms(saved) or saved <= 0
+            assert request.waited_ms >= patience_ms(saved, saved_weight=weight) or saved <= 0
         return
     assert choice.awaited_id is not None
     assert choice.awaited_id not in able
     assert costs[choice.awaited_id] == pytest.approx(min(costs.values()))
-    assert request.waited_ms < patience_ms(float("inf"))
+    assert request.waited_ms < patience_ms(float("inf"), saved_weight=weight)
 
 
 @given(st.lists(_prompts, max_size=12, unique_by=lambda r: r.request_id), _workers)
@@ -154,9 +163,9 @@ def test_a_hit_that_all_have_makes_no_difference() -> None:
 
 
 def test_a_request_waits_for_a_full_holder_as_long_as_that_is_worth_and_no_longer() -> None:
-    """7,000 cached tokens save 175 ms of prefill, worth fifteen times as much waiting."""
+    """With ten requests in each engine it waits 22 times the prefill that 7,000 cached tokens save."""
     saved_ms = COST.prefill_ms(8_000) - COST.prefill_ms(8_000, 7_000)
-    for waited_ms, expected in ((0.0, None), (14.9 * saved_ms, None), (15.1 * saved_ms, "free")):
+    for waited_ms, expected in ((0.0, None), (21.9 * saved_ms, None), (22.1 * saved_ms, "free")):
         workers = [worker("full", budget=FULL), worker("free")]
         assert chosen([prompt(waited=waited_ms, full=7_000)], workers) == [expected]
 
