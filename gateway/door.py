@@ -202,7 +202,7 @@ class _Answer:
 
     def _numbered(self, body: bytes) -> bytes:
         """The event, with its id for who may come back; nothing of what the client has already."""
-        event_id = self._exchange.next_event()
+        event_id = self._exchange.next_event(_output_of(body) if self._exchange.has_several_prompts else None)
         if event_id is None:
             return b""
         return f"id: {event_id}\n".encode() + body if self._exchange.has_event_ids else body
@@ -211,6 +211,13 @@ class _Answer:
         ids = ",".join(self._exchange.request_ids[number] for number in sorted(self._exchange.request_ids))
         told = [(b"x-l4-request-id", ids.encode())] if ids else []
         return told + [(name.encode(), value.encode()) for name, value in self._exchange.limit_headers.items()]
+
+
+def _output_of(body: bytes) -> int | None:
+    """The output of which an event tells; None where it tells of none."""
+    data = body.removeprefix(b"data: ")
+    choices = json.loads(data).get("choices") if data.startswith(b"{") else None
+    return choices[0]["index"] if choices else None
 
 
 def _caller(keys: ApiKeys, scope: Scope, path: str, headers: Mapping[str, str]) -> str | None:

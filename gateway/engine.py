@@ -298,6 +298,8 @@ class QueueEngine(EngineClient):  # type: ignore[misc] # vLLM is untyped here
         return reason, last
 
     def _given(self, run: _Run, found: RequestOutput) -> RequestOutput:
+        """Note output that goes to the server, in an order that a stream which is taken up has, too."""
+        found.outputs.sort(key=lambda one: one.index)
         first = run.outputs[0].number
         given = {first + one.index: (len(one.token_ids), one.finish_reason is not None) for one in found.outputs}
         run.exchange.advance(given)

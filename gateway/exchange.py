@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import uuid
+from collections import deque
 from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -68,9 +69,11 @@ class Exchange:
 
     `base` is the id of its first request in the queue; further ones add a number. `after` is the position from
     which a stream goes on. `places` grows with the output that was given to the server, `num_taken` counts the
-    outputs that it has taken to their end, `num_events` what it said since either changed. `charged` has the
-    prompt tokens of each output that counts against a limit, `limit_headers` what is told of it. Where only one
-    `half` is wanted, `asked` is the request, or `base` the id of the one that is answered.
+    outputs that it has taken to their end, `num_events` what it said since either changed. Of several prompts the
+    server takes output before it has said what it took: `given` has such pieces of each output, `said` how far its
+    events have come. `charged` has the prompt tokens of each output that counts against a limit, `limit_headers`
+    what is told of it. Where only one `half` is wanted, `asked` is the request, or `base` the id of the one to
+    answer.
     """
 
     base: str
@@ -83,12 +86,15 @@ class Exchange:
     has_event_ids: bool = False
     has_open_end: bool = False
     after: Position | None = None
+    num_prompts: int = 0
     num_outputs: int = 0
     request_ids: dict[int, str] = field(default_factory=dict)
     places: dict[int, Place] = field(default_factory=dict)
     before: tuple[Place, ...] = ()
     num_taken: int = 0
     num_events: int = 0
+    given: dict[int, deque[Place]] = field(default_factory=dict)
+    said: dict[int, Place] = field(default_factory=dict)
     refusal: HttpRefusal | None = None
     num_prompt_tokens: int = 0
     is_counted: bool = False
@@ -98,7 +104,8 @@ class Exchange:
     asked: RequestSpec | None = None
 
     def next_outputs(self, count: int) -> range:
-        """Numbers for `count` further outputs of this exchange."""
+        """Numbers for `count` further outputs of this exchange, which are those of one prompt."""
+        self.num_prompts += 1
         first, self.num_outputs = self.num_outputs, self.num_outputs + count
         return range(first, first + count)
 
@@ -118,37 +125,75 @@ class Exchange:
             return (0, False), (0, False)
         return self.after.before[number], self.after.places[number]
 
+    @property
+    def has_several_prompts(self) -> bool:
+        """Whether the server merges the outputs of several calls: each of its events is a piece of one output."""
+        return self.num_prompts > 1
+
     def advance(self, given: Mapping[int, Place]) -> None:
         """Note what is given to the server: of some outputs, tokens and whether they end."""
         self.before, self.num_events = self._now, 0
         for number, (num_tokens, has_ended) in given.items():
             tokens, had_ended = self.places.get(number, (0, False))
             self.places[number] = (tokens + num_tokens, had_ended or has_ended)
+            if self.has_several_prompts:
+                self.given.setdefault(number, deque()).append(self.places[number])
 
     def taken(self, count: int) -> None:
         """Note that the server has taken `count` outputs to their end."""
         self.num_taken += count
         self.before, self.num_events = self._now, 0
 
-    def next_event(self) -> str | None:
-        """The id of the event that comes out now; None when the client has it already."""
+    def next_event(self, output: int | None = None) -> str | None:
+        """The id of the event that comes out now; None when the client has it already.
+
+        Where there are several prompts, `output` is the one that the event tells of, None for their usage and end.
+        """
+        if self.has_several_prompts and output is not None:
+            return self._next_piece(output)
         self.num_events += 1
-        position = Position(before=self.before, places=self._now, num_events=self.num_events)
-        return None if self._is_known(position) else f"{self.base}/{position.text}"
+        if self.has_several_prompts:
+            position = Position(before=self._said, places=self._said, num_events=self.num_events)
+            is_known = self._is_last_known(position)
+        else:
+            position = Position(before=self.before, places=self._now, num_events=self.num_events)
+            is_known = self._is_known(position)
+        return None if is_known else f"{self.base}/{position.text}"
+
+    def _next_piece(self, output: int) -> str | None:
+        before = self._said
+        piece = self.given[output].popleft()
+        if piece <= before[output]:
+            return None
+        self.said[output] = piece
+        return f"{self.base}/{Position(before=before, places=self._said, num_events=1).text}"
 
     @property
     def _now(self) -> tuple[Place, ...]:
         return tuple(self.places.get(number, (0, False)) for number in range(self.num_outputs))
+
+    @property
+    def _said(self) -> tuple[Place, ...]:
+        return tuple(self.said.get(number, self.cuts_of(number)[1]) for number in range(self.num_outputs))
 
     def _is_known(self, position: Position) -> bool:
         had = self.after
         if had is None or len(had.places) != self.num_outputs or len(had.before) != self.num_outputs:
             return False
         if self.num_taken == self.num_outputs:
-            return had.before == had.places and position.num_events <= had.num_events
+            return self._is_last_known(position)
         if position.places == had.places and had.before != had.places:
             return position.num_events <= had.num_events
         return all(now <= then for now, then in zip(position.places, had.before, strict=True))
+
+    def _is_last_known(self, position: Position) -> bool:
+        """Whether the client has this event behind the last token."""
+        had = self.after
+        return (
+            had is not None
+            and had.before == had.places == position.places
+            and position.num_events <= had.num_events
+        )
 
 
 def begin(headers: Mapping[str, str], body: Mapping[str, Any], *, caller: str) -> Exchange:

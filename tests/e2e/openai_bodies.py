@@ -8,7 +8,18 @@ from typing import Any
 
 import httpx
 
-__all__ = ("BODIES", "CHAT", "MODEL", "RESPONSES", "TOOLS", "answer_of", "comparable", "whole_and_streamed")
+__all__ = (
+    "BODIES",
+    "CHAT",
+    "COMPLETIONS",
+    "MODEL",
+    "RESPONSES",
+    "TOOLS",
+    "answer_of",
+    "comparable",
+    "put_together",
+    "whole_and_streamed",
+)
 
 MODEL = "tiny"
 TOOLS = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes")
@@ -119,7 +130,7 @@ def answer_of(client: httpx.Client, path: str, body: dict[str, Any], *, is_strea
         chunks = list(_chunks(answer.iter_lines()))
     if path == RESPONSES:
         return [comparable(chunk["response"]) for chunk in chunks if chunk["type"] == "response.completed"]
-    return _put_together(chunks)
+    return put_together(chunks)
 
 
 def whole_and_streamed(client: httpx.Client, bodies: Mapping[str, tuple[str, dict[str, Any]]]) -> dict[str, Any]:
@@ -146,7 +157,7 @@ def comparable(value: Any) -> Any:
     return round(value, 4) if isinstance(value, float) else value
 
 
-def _put_together(chunks: list[Any]) -> Any:
+def put_together(chunks: list[Any]) -> Any:
     """What the chunks of a stream say together of each choice, and the rest of the last one."""
     choices: dict[int, dict[str, Any]] = {}
     for chunk in chunks:

@@ -24,10 +24,10 @@ __all__ = (
     "KEY",
     "MODEL",
     "Event",
+    "EventReader",
     "Gateways",
     "await_workers",
     "events",
-    "joined",
     "post",
     "refusals",
     "two_gateways",
@@ -87,22 +87,29 @@ class Event:
     data: Any  # None for the end
 
 
-def events(lines: Iterator[str]) -> Iterator[Event]:
-    """The events of a response's lines."""
-    event_id = ""
-    for line in lines:
+class EventReader:
+    """Makes events of the lines of one response."""
+
+    def __init__(self) -> None:
+        self._event_id = ""
+
+    def take(self, line: str) -> Event | None:
+        """The event that this line completes."""
         name, _, value = line.partition(": ")
         if name == "id":
-            event_id = value
-        elif name == "data":
-            yield Event(event_id=event_id, data=None if value == "[DONE]" else json.loads(value))
+            self._event_id = value
+        if name != "data":
+            return None
+        return Event(event_id=self._event_id, data=None if value == "[DONE]" else json.loads(value))
 
 
-def joined(found: list[Event]) -> tuple[str, list[str]]:
-    """The text of a stream of one completion, and why it ended: once."""
-    choices = [choice for event in found if event.data for choice in event.data["choices"]]
-    ends = [choice["finish_reason"] for choice in choices if choice["finish_reason"]]
-    return "".join(choice["text"] for choice in choices), ends
+def events(lines: Iterator[str]) -> Iterator[Event]:
+    """The events of a response's lines."""
+    reader = EventReader()
+    for line in lines:
+        event = reader.take(line)
+        if event is not None:
+            yield event
 
 
 def write_keys(folder: Path, *more: str) -> str:

@@ -6,9 +6,7 @@ import asyncio
 import json
 import re
 import signal
-import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +18,16 @@ from redis import Redis
 
 from l4queue import AsyncClient, RequestState
 from l4queue.protocol.keys import Keys
+from tests.e2e.openai_bodies import CHAT, COMPLETIONS
+from tests.services.cut_streams import answer_of_events, follow, stream_bodies
 from tests.services.gateways import (
     ANN,
     BOB,
     KEY,
     MODEL,
-    Event,
     Gateways,
     await_workers,
     events,
-    joined,
     post,
     refusals,
     two_gateways,
@@ -282,63 +280,52 @@ def test_keys_expire_and_come_without_a_restart(gateways: Gateways) -> None:
     assert ("", "key") in refusals(gateways)
 
 
-def test_streams_survive_a_worker_and_a_gateway(gateways: Gateways) -> None:
-    """SIGKILL of a worker and of a gateway in their middle: who comes back, with its last event's id, has all."""
-    bodies = [{**LONG, "seed": seed, "stream_options": {"include_usage": True}} for seed in range(16)]
-    begun = threading.Barrier(len(bodies) + 1)
+async def test_64_streams_survive_a_worker_and_a_gateway(gateways: Gateways) -> None:
+    """SIGKILL of both in their middle: who comes back, with the last event's id, has the uncut answer."""
+    asked, names = stream_bodies(64, max_tokens=150), ("gateway-0", "gateway-1")
 
-    def read(body: dict[str, Any], name: str, found: list[Event]) -> None:
-        """Events of one client until its stream ends or breaks."""
-        first = {"authorization": f"Bearer {KEY}", "x-l4-event-ids": "true"}
-        headers = {"last-event-id": found[-1].event_id} if found else first
-        is_first = not found
-        url = f"{gateways.url(name)}/v1/completions"
-        with httpx.stream("POST", url, json=body, headers=headers, timeout=300) as answer:
-            for event in events(answer.iter_lines()):
-                found.append(event)
-                if is_first and len(found) == 3:
-                    begun.wait(300)
+    def kill() -> None:
+        for name in ("gateway-1", "worker-0"):
+            gateways.processes.stop(name, signal.SIGKILL)
 
-    def follow(body: dict[str, Any], name: str) -> list[Event]:
-        found: list[Event] = []
-        while not (found and found[-1].data is None):
-            try:
-                read(body, name if not found else "gateway-0", found)
-            except httpx.TransportError:
-                assert name == "gateway-1"
-        return found
-
-    with ThreadPoolExecutor(len(bodies)) as pool:
-        clients = [pool.submit(follow, b, f"gateway-{i % 2}") for i, b in enumerate(bodies)]
-        begun.wait(300)
-        gateways.processes.stop("worker-0", signal.SIGKILL)
-        gateways.processes.stop("gateway-1", signal.SIGKILL)
-        streams = [client.result() for client in clients]
+    uncut = await follow(gateways, asked, names=names)
+    streams = await follow(gateways, asked, names=names, midway=kill)
+    for found, wanted in zip(streams, uncut, strict=True):
+        answer = answer_of_events(found.events)
+        assert answer == answer_of_events(wanted.events), found
+        assert set(answer[1].values()) == {1}, found
+        assert len({event.event_id for event in found.events}) == len(found.events)
+    assert any(one.num_returns for one in streams)
     with gateways.queue() as client:
-        for found in streams:
-            assert len({event.event_id for event in found}) == len(found)
-            result = client.get(found[0].event_id.partition("/")[0]).result(timeout=60)
-            assert joined(found) == (result.text, ["length"])
-            last = [event.data for event in found if event.data and not event.data["choices"]]
-            assert [data["usage"]["completion_tokens"] for data in last] == [400]
-        assert any(client.get(f[0].event_id.partition("/")[0]).result().resumed for f in streams)
+        assert any(client.get(one.request_id).result().resumed for one in streams)
     gateways.processes.worker("worker-0")
     await_workers(gateways, 2)
 
 
-def test_a_client_comes_back_at_any_event(gateways: Gateways) -> None:
+@pytest.mark.parametrize(
+    ("path", "asked"),
+    [
+        (COMPLETIONS, {"prompt": "a"}),
+        (COMPLETIONS, {"prompt": "a", "n": 2}),
+        (COMPLETIONS, {"prompt": ["a", "b", "c"], "n": 2}),
+        (CHAT, {"messages": [{"role": "user", "content": "a"}], "n": 2}),
+    ],
+)
+def test_a_client_comes_back_at_any_event(gateways: Gateways, path: str, asked: dict[str, Any]) -> None:
     """From each event of a finished stream on, the rest is what the first client got."""
-    body = {**LONG, "max_tokens": 12, "seed": 5, "stream_options": {"include_usage": True}}
-    url = f"{gateways.url()}/v1/completions"
+    common = {"model": MODEL, "max_tokens": 12, "seed": 5, "stream": True, "ignore_eos": True}
+    body = {**common, "stream_options": {"include_usage": True}, **asked}
+    url = f"{gateways.url()}{path}"
     with httpx.stream("POST", url, json=body, timeout=300) as answer:
         assert {line.partition(":")[0] for line in answer.iter_lines()} == {"", "data"}  # who reads no more
     with httpx.stream("POST", url, json=body, headers={"x-l4-event-ids": "true"}, timeout=300) as answer:
         uncut = list(events(answer.iter_lines()))
+    assert len({event.event_id for event in uncut}) == len(uncut)
     for number, event in enumerate(uncut[:-1], start=1):
         headers = {"last-event-id": event.event_id}
         with httpx.stream("POST", url, json=body, headers=headers, timeout=300) as answer:
             rest = list(events(answer.iter_lines()))
-        assert joined(uncut[:number] + rest) == joined(uncut)
+        assert answer_of_events(uncut[:number] + rest) == answer_of_events(uncut), event
         assert rest[-1] == uncut[-1]
         for again in rest[:-1]:
             assert again.event_id not in {known.event_id for known in uncut[:number]}

@@ -127,6 +127,54 @@ def test_a_client_that_comes_back_gets_each_event_once() -> None:
     assert told(exchange, ({0: (8, True)}, 2), (1, 2)) == ["8!/8!/2"]
 
 
+def said(exchange: Exchange, *outputs: int | None) -> list[str]:
+    """Places and numbers of the events that come out; each tells of this output."""
+    found = [exchange.next_event(output) for output in outputs]
+    return [event_id.partition("/")[2] for event_id in found if event_id]
+
+
+def test_events_of_several_prompts_tell_what_was_said() -> None:
+    """The server takes more of one prompt before it has said what it took of another, and ends one before."""
+    exchange = resumed_from_nothing()
+    exchange.next_outputs(1)
+    exchange.advance({0: (3, False)})
+    exchange.advance({1: (2, False)})
+    found = said(exchange, 0)
+    exchange.advance({0: (5, True)})
+    found += said(exchange, 1, 0)
+    exchange.taken(1)
+    exchange.advance({1: (4, True)})
+    exchange.taken(1)
+    found += said(exchange, 1, None, None)
+    assert found == UNCUT
+
+
+UNCUT = ["0,0/3,0/1", "3,0/3,2/1", "3,2/8!,2/1", "8!,2/8!,6!/1", "8!,6!/8!,6!/1", "8!,6!/8!,6!/2"]
+
+
+@pytest.mark.parametrize(
+    ("num_known", "rest"),
+    [
+        (1, ["3,0/3,2/1", "3,2/3,6!/1", "3,6!/8!,6!/1", *UNCUT[4:]]),
+        (2, ["3,2/3,6!/1", "3,6!/8!,6!/1", *UNCUT[4:]]),
+        (3, ["8!,2/8!,6!/1", *UNCUT[4:]]),
+        (4, UNCUT[4:]),
+        (5, UNCUT[5:]),
+    ],
+)
+def test_a_client_of_several_prompts_comes_back(num_known: int, rest: list[str]) -> None:
+    """Each output goes on from where the client has it, also when the other one is replayed before."""
+    exchange = resumed(f"{BASE}/{UNCUT[num_known - 1]}", 1)
+    exchange.next_outputs(1)
+    cuts = {1: [(2, False), (4, True)], 0: [(3, False), (5, True)]}
+    for output, pieces in cuts.items():
+        for piece in pieces:
+            exchange.advance({output: piece})
+    exchange.taken(1)
+    exchange.taken(1)
+    assert said(exchange, 1, 1, 0, 0, None, None) == rest
+
+
 def resumed_from_nothing() -> Exchange:
     exchange = begin({}, {}, caller="")
     exchange.next_outputs(1)
