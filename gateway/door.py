@@ -202,10 +202,12 @@ class _Answer:
 
     def _numbered(self, body: bytes) -> bytes:
         """The event, with its id for who may come back; nothing of what the client has already."""
+        if not self._exchange.has_event_ids:
+            return body
         event_id = self._exchange.next_event(_output_of(body) if self._exchange.has_several_prompts else None)
         if event_id is None:
             return b""
-        return f"id: {event_id}\n".encode() + body if self._exchange.has_event_ids else body
+        return f"id: {event_id}\n".encode() + body
 
     def _headers(self) -> list[tuple[bytes, bytes]]:
         ids = ",".join(self._exchange.request_ids[number] for number in sorted(self._exchange.request_ids))

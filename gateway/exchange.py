@@ -132,11 +132,12 @@ class Exchange:
 
     def advance(self, given: Mapping[int, Place]) -> None:
         """Note what is given to the server: of some outputs, tokens and whether they end."""
-        self.before, self.num_events = self._now, 0
+        if self.has_event_ids:
+            self.before, self.num_events = self._now, 0
         for number, (num_tokens, has_ended) in given.items():
             tokens, had_ended = self.places.get(number, (0, False))
             self.places[number] = (tokens + num_tokens, had_ended or has_ended)
-            if self.has_several_prompts:
+            if self.has_event_ids and self.has_several_prompts:
                 self.given.setdefault(number, deque()).append(self.places[number])
 
     def taken(self, count: int) -> None:

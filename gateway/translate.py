@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from l4queue.errors import InvalidRequest
@@ -45,7 +46,8 @@ _LOCAL = frozenset(
 
 def options_of(params: Any) -> dict[str, Any]:
     """Options of our `enqueue` for one output of vLLM's parameters. InvalidRequest names what is not offered."""
-    for name, default in _defaults(type(params)).items():
+    kind: Any = type(params)
+    for name, default in _defaults(kind).items():
         value = getattr(params, name)
         if name not in _OURS and name not in _LOCAL and value not in (default, None, {}, []):
             raise InvalidRequest("is not offered by this server", field=name)
@@ -58,6 +60,7 @@ def options_of(params: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
+@cache
 def _defaults(kind: Any) -> dict[str, Any]:
     """Public fields of a msgspec structure with a plain default."""
     names = kind.__struct_fields__

@@ -46,7 +46,7 @@ def answer_of_events(events: Sequence[Event]) -> tuple[Any, dict[int, int]]:
 
 
 def stream_bodies(number: int, *, max_tokens: int) -> list[tuple[str, dict[str, Any]]]:
-    """Completions and chats in turn, each with a prompt of its own; a third has two outputs, by `n` or two prompts."""
+    """Completions and chats in turn, each with a prompt of its own; a third has two outputs, or two prompts."""
     sampled = {"n": 2, "seed": 7, "temperature": 0.8}
     found: list[tuple[str, dict[str, Any]]] = []
     for i in range(number):

@@ -84,7 +84,7 @@ def test_events_have_ids_for_who_may_come_back(headers: dict[str, str], has_ids:
 
 def test_an_event_is_known_by_the_tokens_behind_it() -> None:
     """Its id tells each output's tokens and end, before and with it; read back, it is a position."""
-    exchange = begin({}, {}, caller="")
+    exchange = begin({"x-l4-event-ids": "true"}, {}, caller="")
     exchange.next_outputs(2)
     exchange.advance({0: (3, False)})
     assert exchange.next_event() == f"{exchange.base}/0,0/3,0/1"
@@ -176,6 +176,6 @@ def test_a_client_of_several_prompts_comes_back(num_known: int, rest: list[str])
 
 
 def resumed_from_nothing() -> Exchange:
-    exchange = begin({}, {}, caller="")
+    exchange = begin({"x-l4-event-ids": "true"}, {}, caller="")
     exchange.next_outputs(1)
     return exchange
