@@ -81,6 +81,7 @@ async def serve(settings: Settings, options: Sequence[str]) -> None:
         from vllm.entrypoints.launchers.launcher import serve_http, setup_server
     except ImportError as error:
         raise ConfigError("vLLM is missing: install l4queue[gateway,cpu] or l4queue[gateway,gpu]") from error
+    from gateway.batches.own_halves import OwnHalves
     from gateway.batches.service import BatchService, open_store
     from gateway.engine import QueueEngine
 
@@ -99,8 +100,8 @@ async def serve(settings: Settings, options: Sequence[str]) -> None:
         app = build_app(args, await engine.get_supported_tasks(), engine.model_config)
         await init_app_state(engine, app.state, args, await engine.get_supported_tasks())
         app.state.door = _door(keys, serving, client, has_files=store is not None)
-        parses_all = bool(args.structured_outputs_config.reasoning_parser)
-        batches = None if store is None else BatchService(settings, store, app, parses_all=parses_all)
+        halves = OwnHalves(app, writes_all=bool(args.structured_outputs_config.reasoning_parser))
+        batches = None if store is None else BatchService(settings, store, app, halves=halves)
         app.openapi = _served_openapi(app.openapi, has_files=store is not None)
         _log_again(settings.log_format)
         who = f"{len(keys)} keys" if keys else "no key is set, so this machine only"

@@ -67,7 +67,7 @@ class BatchExecution:
         executor: Executor,
         record: BatchRecord,
         control: BatchControl,
-        halves: Halves,
+        halves: Halves | None,
     ) -> None:
         self._settings, self._store, self._executor, self._halves = settings, store, executor, halves
         self._record, self._control = record, control

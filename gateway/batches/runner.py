@@ -62,7 +62,7 @@ class BatchRunner:
         store: FileStore,
         executor: AsyncExecutor,
         metrics: BatchMetrics,
-        halves: Halves,
+        halves: Halves | None,
     ) -> None:
         self._settings, self._store, self._metrics, self._halves = settings, store, metrics, halves
         keys = Keys(settings.namespace)

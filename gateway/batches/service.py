@@ -7,10 +7,10 @@ from prometheus_client import REGISTRY, CollectorRegistry
 
 from gateway.batches.catalogue import Catalogue
 from gateway.batches.metrics import BatchMetrics
-from gateway.batches.own_halves import OwnHalves
 from gateway.batches.routes import build_routes
 from gateway.batches.runner import BatchRunner
 from gateway.batches.store import FileStore
+from l4queue.client.batch.halves import Halves
 from l4queue.config import Settings
 from l4queue.protocol.executor import AsyncExecutor
 
@@ -29,7 +29,7 @@ def open_store(settings: Settings) -> FileStore | None:
 class BatchService:
     """Serves from when it is made, in the running event loop, until `close`.
 
-    With `parses_all` the answers to all chats have to be parsed, not only to those with tools.
+    `halves` writes the requests that a batch cannot write by itself; without it these are refused.
     """
 
     def __init__(
@@ -38,11 +38,10 @@ class BatchService:
         store: FileStore,
         app: FastAPI,
         *,
-        parses_all: bool = False,
+        halves: Halves | None = None,
         registry: CollectorRegistry = REGISTRY,
     ) -> None:
         self._executor = AsyncExecutor(settings.redis_url, retry_s=0.0)
-        halves = OwnHalves(app, writes_all=parses_all)
         self._runner = BatchRunner(settings, store, self._executor, BatchMetrics(registry), halves)
         catalogue = Catalogue(settings, store, self._executor, begun=self._runner.wake)
         app.include_router(build_routes(catalogue, max_file_bytes=settings.http_file_max_bytes))
