@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import uuid
 from collections import deque
@@ -98,6 +99,7 @@ class Exchange:
     refusal: HttpRefusal | None = None
     num_prompt_tokens: int = 0
     is_counted: bool = False
+    charging: asyncio.Lock = field(default_factory=asyncio.Lock)
     charged: dict[int, int] = field(default_factory=dict)
     limit_headers: dict[str, str] = field(default_factory=dict)
     half: Half | None = None

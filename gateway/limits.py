@@ -44,18 +44,19 @@ class Limiter:
         allowance = self._keys.allowance(exchange.caller)
         if not allowance or exchange.after is not None or exchange.half is not None:
             return
-        num_requests, exchange.is_counted = 0 if exchange.is_counted else 1, True
         spec = next(iter(wanted.values()))
         most_tokens = spec.params.max_tokens or DEFAULT_MAX_TOKENS  # as admission counts a left-out length
-        call = self._limits.charge(
-            exchange.caller,
-            allowance,
-            request_ids=[_record_id(exchange, number) for number in wanted],
-            tokens_each=len(spec.token_ids or ()) + most_tokens,
-            num_requests=num_requests,
-        )
-        found = await self._executor.run(call)
-        exchange.limit_headers = _headers(allowance, found)
+        async with exchange.charging:  # the prompts of one request in turn: the last one knows what is left
+            num_requests, exchange.is_counted = 0 if exchange.is_counted else 1, True
+            call = self._limits.charge(
+                exchange.caller,
+                allowance,
+                request_ids=[_record_id(exchange, number) for number in wanted],
+                tokens_each=len(spec.token_ids or ()) + most_tokens,
+                num_requests=num_requests,
+            )
+            found = await self._executor.run(call)
+            exchange.limit_headers = _headers(allowance, found)
         if found.full:
             raise OverLimit(_refusal(exchange.caller, found))
         exchange.charged |= {number: len(spec.token_ids or ()) for number in wanted}
