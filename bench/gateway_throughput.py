@@ -55,7 +55,7 @@ PACES: dict[str, dict[str, object]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """So many chats at once and in all, of so many output tokens each."""
+    """Chats at once, chats in all, and output tokens of each."""
 
     num_requests: int
     num_tokens: int

@@ -24,7 +24,7 @@ from l4queue.client.batch.halves import HALF_HEADER
 from l4queue.errors import InvalidRequest, L4QueueError
 from l4queue.models import RequestSpec
 
-__all__ = ("BATCHES", "CALLER", "FILES", "Door", "DoorParts", "is_served")
+__all__ = ("BATCHES", "CALLER", "FILES", "Door", "DoorParts", "body_first", "is_served")
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -143,7 +143,7 @@ class Door:
         token = CURRENT.set(exchange)
         try:
             answer = _Answer(send, exchange)
-            await self._app({**scope, "headers": headed}, _again(data, receive), answer.send)
+            await self._app({**scope, "headers": headed}, body_first(data, receive), answer.send)
         finally:
             CURRENT.reset(token)
 
@@ -223,7 +223,7 @@ def _output_of(body: bytes) -> int | None:
 
 
 def _caller(keys: ApiKeys, scope: Scope, path: str, headers: Mapping[str, str]) -> str | None:
-    """Whose request it is: of open paths nobody's, of this gateway's own batches their owner's; None: refused."""
+    """Whose request it is; "" on open paths and of this gateway's own batches. None: without a known key."""
     if path in _OPEN:
         return ""
     return str(scope[CALLER]) if CALLER in scope else keys.caller(headers.get("authorization", ""))
@@ -283,8 +283,8 @@ async def _read(receive: Receive) -> bytes:
             return b"".join(parts)
 
 
-def _again(data: bytes, receive: Receive) -> Receive:
-    """The body that was read, then what else comes: the end of the connection."""
+def body_first(data: bytes, receive: Receive) -> Receive:
+    """A body in one piece, then what else comes: the end of the connection."""
     is_given = False
 
     async def give() -> Message:

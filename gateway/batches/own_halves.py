@@ -7,7 +7,7 @@ from collections.abc import Mapping, MutableMapping
 from http import HTTPStatus
 from typing import Any
 
-from gateway.door import CALLER
+from gateway.door import CALLER, body_first
 from l4queue.client.batch.halves import Halves
 
 __all__ = ("OwnHalves",)
@@ -43,14 +43,11 @@ class OwnHalves(Halves):
             CALLER: "",
         }
         status, parts = HTTPStatus.INTERNAL_SERVER_ERROR, []
-        is_read = False
+
+        nothing_more: asyncio.Future[MutableMapping[str, Any]] = self._loop.create_future()  # its caller stays
 
         async def receive() -> MutableMapping[str, Any]:
-            nonlocal is_read
-            if is_read:  # the caller waits to the end
-                await asyncio.Event().wait()
-            is_read = True
-            return {"type": "http.request", "body": body, "more_body": False}
+            return await nothing_more
 
         async def send(message: MutableMapping[str, Any]) -> None:
             nonlocal status
@@ -59,5 +56,5 @@ class OwnHalves(Halves):
             elif message["type"] == "http.response.body":
                 parts.append(message.get("body", b""))
 
-        await self._app(scope, receive, send)
+        await self._app(scope, body_first(body, receive), send)
         return int(status), b"".join(parts)

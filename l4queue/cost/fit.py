@@ -140,8 +140,8 @@ def design_matrix(samples: Sequence[StepSample]) -> tuple[Floats, Floats]:
 def features_of(step: StepSample) -> tuple[float, float, float, float, float, float]:
     """A measured step in the order of `COEFFICIENTS`.
 
-    A step of the cost model gives each request one token. So a step that gives more counts as so many steps,
-    among which its prefill is shared: coefficients stay those of a token, as all who price tokens need them.
+    A step of the cost model gives each request one token. A step that gives more counts as one for each token,
+    and these share its prefill. So the coefficients stay those of a token, by which everything is priced.
     """
     n = step.tokens_per_decode
     return (

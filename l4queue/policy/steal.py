@@ -168,7 +168,7 @@ class RunningRequest:
     held_tokens: Mapping[str, int] | None = None
 
     def held_by(self, worker_id: str) -> int:
-        """Of its leading tokens those that this worker holds."""
+        """Its leading tokens that this worker holds."""
         return self.held_tokens.get(worker_id, 0) if self.held_tokens else 0
 
 

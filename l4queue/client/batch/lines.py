@@ -88,7 +88,7 @@ class BatchLine:
 
 
 class RequestWriter(Protocol):
-    """A gateway that writes requests: all of them, or those that a batch cannot write."""
+    """A gateway that writes requests: all of them, or only where a batch cannot."""
 
     writes_all: bool
 

@@ -70,8 +70,8 @@ class LineOptions:
 class BatchOptions(LineOptions):
     """The same with files. `path_errors` None is the output's name with `.errors.jsonl` added.
 
-    `gateway` is the address of an `l4queue serve`: its server writes the requests of all chats and makes their
-    answers, as over HTTP.
+    `gateway` is the address of an `l4queue serve`: its server writes all requests and makes their answers, as
+    over HTTP.
     """
 
     path_in: Path

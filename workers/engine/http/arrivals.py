@@ -36,7 +36,7 @@ class _Burst:
     last_s: float
     decoded: dict[str, int]  # length before this token, of those that had begun
     prefilled: dict[str, _Prompt]
-    num_tokens: int = 0  # of those that had begun
+    num_tokens: int = 0  # new ones of the decoded requests
     most_tokens: int = 1  # of one request at once
 
 
