@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import redis
 import redis.asyncio as aredis
 
+from l4queue.protocol.batching import Commands
 from l4queue.protocol.calls import Arg, Call
 from l4queue.protocol.connect import Address, connect, connect_async, parse_url
 from l4queue.protocol.foreign import Finding, burial, gathered, set_aside
@@ -25,7 +26,6 @@ from l4queue.protocol.trouble import FAILURES, outage_of
 from l4queue.protocol.wire import (
     Tries,
     Waits,
-    command,
     confirmation,
     confirmed,
     explain,
@@ -181,16 +181,15 @@ class _Exchange(ABC):
         return replies
 
     async def _send(self, calls: Sequence[Call[Any]]) -> list[Any]:
-        wait = confirmation(calls, self._replicas)
-        if len(calls) == 1 and wait is None:
+        wait, commands = confirmation(calls, self._replicas), Commands(calls)
+        if len(commands.words) == 1 and wait is None:
             try:
-                return [await self._one(command(calls[0]))]
+                return commands.replies([await self._one(commands.words[0])])
             except redis.exceptions.NoScriptError as error:
-                return [error]
-        commands = [command(call) for call in calls]
+                return commands.replies([error])
         if wait is None:
-            return await self._pipeline(commands)
-        return confirmed(await self._pipeline([*commands, wait]), self._replicas)
+            return commands.replies(await self._pipeline(commands.words))
+        return commands.replies(confirmed(await self._pipeline([*commands.words, wait]), self._replicas))
 
 
 class Executor(_Exchange):

@@ -1,13 +1,14 @@
-"""The Lua scripts, read once: each file is one transition, with the shared prelude in front."""
+"""The Lua scripts, read once: each file is one transition, between the shared prelude and epilogue."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 
-__all__ = ("Script", "all_scripts", "script")
+__all__ = ("Script", "all_scripts", "assembled", "lua_text", "script")
 
 _NAMES = (
     "aside",
@@ -53,12 +54,21 @@ class Script:
     sha: str
 
 
+def assembled(name: str, text_of: Callable[[str], str]) -> Script:
+    """A script from its parts: the prelude, its own text as the function `run`, and the epilogue that calls it."""
+    source = f"{text_of('prelude')}local function run(KEYS, ARGV)\n{text_of(name)}end\n{text_of('epilogue')}"
+    return Script(name, source, hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest())
+
+
+def lua_text(name: str) -> str:
+    """The text of one Lua file of this package."""
+    return (files("l4queue.protocol") / "lua" / f"{name}.lua").read_text("utf-8")
+
+
 @cache
 def script(name: str) -> Script:
-    """The script of this name, with the prelude prepended."""
-    folder = files("l4queue.protocol") / "lua"
-    source = (folder / "prelude.lua").read_text("utf-8") + (folder / f"{name}.lua").read_text("utf-8")
-    return Script(name, source, hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest())
+    """The script of this name."""
+    return assembled(name, lua_text)
 
 
 def all_scripts() -> tuple[Script, ...]:

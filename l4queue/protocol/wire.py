@@ -1,4 +1,4 @@
-"""Parts that both executors share: commands from calls, values from replies, typed errors, the retry rule."""
+"""Parts that both executors share: values from replies, typed errors, the retry rule."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import redis.exceptions as rx
 
 from l4queue.errors import ServiceUnavailable
 from l4queue.protocol.calls import Arg, Call
-from l4queue.protocol.scripts import script
 from l4queue.protocol.trouble import Outage, Trouble, trouble_of
 from l4queue.redis_url import redacted
 
@@ -18,7 +17,6 @@ __all__ = (
     "ServerFull",
     "Tries",
     "Waits",
-    "command",
     "confirmation",
     "confirmed",
     "explain",
@@ -39,13 +37,6 @@ _NO_TRANSITION = frozenset(
 
 class ServerFull(ServiceUnavailable):
     """Redis has reached its memory limit and refuses new writes; draining goes on."""
-
-
-def command(call: Call[Any]) -> tuple[Arg, ...]:
-    """The Redis command of a call."""
-    if call.script is None:
-        return call.args
-    return ("EVALSHA", script(call.script).sha, len(call.keys), *call.keys, *call.args)
 
 
 def confirmation(calls: Sequence[Call[Any]], replicas: int) -> tuple[Arg, ...] | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import inspect
 import itertools
 import sys
@@ -13,8 +12,8 @@ import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
-from importlib.resources import files
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,10 +21,10 @@ from typing import Any
 from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis.stateful import run_state_machine_as_test
 
+from l4queue.protocol import batching as batching_module
 from l4queue.protocol import executor as door_module
-from l4queue.protocol import wire as wire_module
 from l4queue.protocol.executor import Executor
-from l4queue.protocol.scripts import Script, all_scripts, script
+from l4queue.protocol.scripts import Script, all_scripts, assembled, lua_text
 from tests.protocol.machine import ProtocolMachine
 from tests.protocol.scene import Scene
 from tests.protocol.server import RedisServer, redis_binary
@@ -48,6 +47,7 @@ _MODULES = (
     "identity",
     "bounds",
     "batches",
+    "batching",
 )
 _NUMBERS = itertools.count()
 
@@ -75,32 +75,22 @@ MUTANTS = _load()
 def mutated(mutant: Mutant) -> Iterator[None]:
     """The scripts with this mistake, for every door of this process."""
 
-    prelude, own = (_text(name) for name in ("prelude", mutant.script))
+    own = lua_text(mutant.script)
     assert own.count(mutant.old) == 1, f"{mutant.name}: its text occurs {own.count(mutant.old)} times"
     changed = own.replace(mutant.old, mutant.new)
 
     def wrong(name: str) -> Script:
-        if mutant.script == "prelude":
-            source = changed + _text(name)
-        elif mutant.script == name:
-            source = prelude + changed
-        else:
-            return script(name)
-        return Script(name, source, hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest())
+        return assembled(name, lambda part: changed if part == mutant.script else lua_text(part))
 
-    before: Any = wire_module.script, door_module.all_scripts
-    wire: Any = wire_module
+    before: Any = batching_module.script, door_module.all_scripts
+    batching: Any = batching_module
     doors: Any = door_module
-    wire.script = wrong
+    batching.script = cache(wrong)
     doors.all_scripts = lambda: tuple(wrong(one.name) for one in all_scripts())
     try:
         yield
     finally:
-        wire.script, doors.all_scripts = before
-
-
-def _text(name: str) -> str:
-    return (files("l4queue.protocol") / "lua" / f"{name}.lua").read_text("utf-8")
+        batching.script, doors.all_scripts = before
 
 
 def killed_by_tests(server: RedisServer, mutant: Mutant) -> str | None:

@@ -55,6 +55,7 @@ class Writer:
         writes = [write for session in sessions if (write := session.take_write()) is not None]
         if not writes:
             return
+        writes.sort(key=lambda write: write.outcome is not None)  # neighbours of one script share a call
         stopped = [w.session for w in writes if w.session.ended_by_text]
         if stopped:  # the engine knows nothing of stop strings and would go on
             await self._abort(stopped)

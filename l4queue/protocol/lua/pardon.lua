@@ -25,7 +25,7 @@ for i = 1, #blamed, 2 do
     end
     local crashes = redis.call('HINCRBY', record, 'crashes', -1)
     if was_alone then redis.call('HINCRBY', record, 'solo_crashes', -1) end
-    redis.call('HINCRBY', P .. 'counts', 'pardoned', 1)
+    count('pardoned', 1)
     -- 'rerouted' with a fact more, since readers of an older release know no other word for it
     note(record, {what = 'rerouted', from = request.stage, to = to, pardoned = worker_id, crashes = crashes})
     if to ~= request.stage then

@@ -1,5 +1,5 @@
--- Shared by every script (prepended when scripts are loaded), by subject: foreign values, clock and numbers, records,
--- memory, output, queues, endings, ledger and moves, blame.
+-- Shared by every script (prepended when scripts are loaded), by subject: foreign values, clock and numbers, sums and
+-- wake-ups, records, memory, output, queues, endings, ledger and moves, blame.
 -- KEYS[1] always carries the hash tag; every key a script touches shares it, so one slot serves all.
 -- A server out of memory refuses a script's first command that needs memory, but not those after a write
 -- that needs none: scripts that drain the queue therefore begin with ZREM, SREM, HDEL or DEL.
@@ -61,9 +61,13 @@ end
 
 -- == Clock and numbers ==
 
+local clock_ms  -- one moment for all that an EVALSHA does
 local function now_ms()
-  local t = redis.call('TIME')
-  return t[1] * 1000 + math.floor(t[2] / 1000)
+  if not clock_ms then
+    local t = redis.call('TIME')
+    clock_ms = t[1] * 1000 + math.floor(t[2] / 1000)
+  end
+  return clock_ms
 end
 
 local function int(n)
@@ -73,6 +77,43 @@ end
 -- A record's number as a script may use it: a whole one that a double holds; nil else.
 local function whole(value)
   return value and #value <= 15 and string.find(value, '^%d+$') and tonumber(value) or nil
+end
+
+-- == Sums and wake-ups ==
+
+-- Calls of one batch share them: they are written once, by `finish` at its end (epilogue.lua).
+local sums, wakes, lives = {}, {}, {}
+
+-- Adds to a field of a hash.
+local function add(key, field, by)
+  local sum = sums[key] or {}
+  sums[key], sum[field] = sum, (sum[field] or 0) + by
+end
+
+-- Adds to a counter of the deployment.
+local function count(name, by)
+  add(P .. 'counts', name, by)
+end
+
+-- Such a counter, of which this much is stored, with all that is to be added.
+local function counted(name, stored)
+  return (whole(stored) or 0) + ((sums[P .. 'counts'] or {})[name] or 0)
+end
+
+-- Lets a key go so many ms after the last call that says so.
+local function live(key, for_ms)
+  lives[key] = for_ms
+end
+
+local function finish()
+  for key, sum in pairs(sums) do
+    for field, by in pairs(sum) do redis.call('HINCRBY', key, field, int(by)) end
+  end
+  for stage, id in pairs(wakes) do
+    redis.call('XADD', P .. 'wake:' .. stage, 'MAXLEN', '~', 64, '*', 'i', id)
+    redis.call('PEXPIRE', P .. 'wake:' .. stage, 3600000)
+  end
+  for key, for_ms in pairs(lives) do redis.call('PEXPIRE', key, for_ms) end
 end
 
 -- == Records ==
@@ -137,7 +178,7 @@ local OUTPUT_BYTES = 4450
 -- Counts more memory for a live request.
 local function charge(record, bytes)
   redis.call('HINCRBY', record, 'charge_bytes', int(bytes))
-  redis.call('HINCRBY', P .. 'counts', 'live_bytes', int(bytes))
+  count('live_bytes', bytes)
 end
 
 -- == Output ==
@@ -182,8 +223,7 @@ local function enqueue(id, stage, score, tokens)
   if redis.call('ZADD', P .. 'q:' .. stage, score, id) == 1 then
     redis.call('HINCRBY', P .. 'backlog', stage, tokens)
   end
-  redis.call('XADD', P .. 'wake:' .. stage, 'MAXLEN', '~', 64, '*', 'i', id)
-  redis.call('PEXPIRE', P .. 'wake:' .. stage, 3600000)
+  wakes[stage] = id
 end
 
 -- Takes a request out of a stage queue; nothing happens when it is not there. An empty queue has no backlog,
@@ -203,7 +243,7 @@ end
 -- Tells the owner of a running request to stop working on it. A hint: the fence is the truth.
 local function hint(owner, id)
   redis.call('XADD', P .. 'ctl:' .. owner, 'MAXLEN', '~', 256, '*', 'i', id)
-  redis.call('PEXPIRE', P .. 'ctl:' .. owner, 600000)
+  live(P .. 'ctl:' .. owner, 600000)
 end
 
 -- == Endings ==
@@ -214,13 +254,13 @@ local function settle(id, state, text, facts)
   local record = P .. 'req:' .. id
   local request = fields(record, {'state', 'owner', 'stage', 'client', 'worker', 'entry', 'followers', 'charge_tokens',
     'charge_bytes', 'offset', 'ttl_ms', 'prompt_tokens', 'submitted_ms', 'queued_ms', 'started_ms', 'first_token_ms',
-    'crashes', 'key_ttl_ms'})
+    'crashes', 'key_ttl_ms', 'deadline_ms'})
   for _, name in ipairs({'charge_tokens', 'charge_bytes', 'offset', 'ttl_ms', 'prompt_tokens', 'submitted_ms',
     'queued_ms', 'started_ms', 'first_token_ms', 'crashes', 'key_ttl_ms'}) do
     if not whole(request[name]) then request[name] = false end
   end
   local now, offset, ttl = now_ms(), tonumber(request.offset or 0), tonumber(request.ttl_ms or 86400000)
-  redis.call('ZREM', P .. 'deadlines', id)
+  if request.deadline_ms then redis.call('ZREM', P .. 'deadlines', id) end
   if request.state == 'queued' and request.stage then
     dequeue(id, request.stage, (request.prompt_tokens or 0) + offset)
   end
@@ -240,12 +280,11 @@ local function settle(id, state, text, facts)
   redis.call('PEXPIRE', record, ttl)
   local key = string.match(id, '^(k%x+)%-%d+$')
   if key then redis.call('PEXPIRE', P .. 'key:' .. key, ttl) end
-  local counts = P .. 'counts'
-  redis.call('HINCRBY', counts, 'live', -1)
-  redis.call('HINCRBY', counts, 'live_tokens', 0 - (request.charge_tokens or 0))
-  redis.call('HINCRBY', counts, 'live_bytes', 0 - (request.charge_bytes or 0))
-  redis.call('HINCRBY', counts, state, 1)
-  redis.call('HINCRBY', counts, 'output_tokens', offset)
+  count('live', -1)
+  count('live_tokens', 0 - (request.charge_tokens or 0))
+  count('live_bytes', 0 - (request.charge_bytes or 0))
+  count(state, 1)
+  count('output_tokens', offset)
   redis.call('XADD', P .. 'finished', 'MAXLEN', '~', 20000, '*', 'i', id, 's', state,
     'p', request.prompt_tokens or 0, 'o', int(offset), 'a', request.submitted_ms or int(now),
     'q', request.queued_ms or '', 'b', request.started_ms or '', 'f', request.first_token_ms or '', 'd', int(now),
@@ -253,7 +292,7 @@ local function settle(id, state, text, facts)
   if request.client and request.client ~= '' then
     local mail = P .. 'mail:' .. request.client
     redis.call('XADD', mail, 'MAXLEN', '~', 20000, '*', 'i', id, 's', state)
-    redis.call('PEXPIRE', mail, 3600000)
+    live(mail, 3600000)
   end
   if #text > 1024 then
     tell(request.followers, id, offset, 'e', state)
@@ -305,7 +344,7 @@ local function requeue(id, stage, score, line)
   redis.call('HDEL', record, 'owner', 'kv')
   redis.call('HSET', record, 'state', 'queued', 'stage', stage, 'score', score, 'moved_ms', int(now_ms()),
     'from', request.worker or '')
-  redis.call('HINCRBY', P .. 'counts', 'requeued_' .. line.what, 1)
+  count('requeued_' .. line.what, 1)
   line.worker, line.to, line.offset = request.worker or '', stage, tonumber(request.offset)
   note(record, line)
   enqueue(id, stage, score, tonumber(request.prompt_tokens) + tonumber(request.offset))
@@ -317,8 +356,8 @@ local function resumed(record, moved_ms)
   redis.call('HDEL', record, 'moved_ms')
   if not whole(moved_ms) then return end
   local gap = math.max(0, now_ms() - moved_ms)  -- a clock may go back
-  redis.call('HINCRBY', P .. 'counts', 'resumes', 1)
-  redis.call('HINCRBY', P .. 'counts', 'resume_gap_ms', int(gap))
+  count('resumes', 1)
+  count('resume_gap_ms', gap)
   note(record, {what = 'resumed', gap_ms = gap})
 end
 

@@ -17,7 +17,7 @@ if is_blamed and crashed(id, max_crashes) then return 'OK' end
 local line = {what = is_blamed and 'crashed' or 'released'}
 if move ~= '' then
   line.what, line.benefit_ms, line.cost_ms, line.kv = move, benefit_ms, cost_ms, ticket ~= ''
-  redis.call('HINCRBY', P .. 'counts', move == 'steal' and 'steals_running' or 'handovers', 1)
+  count(move == 'steal' and 'steals_running' or 'handovers', 1)
 end
 requeue(id, stage, score, line)
 if ticket ~= '' then redis.call('HSET', record, 'kv', ticket) end

@@ -10,7 +10,7 @@ local id, forgotten_ms = ARGV[1], tonumber(ARGV[2])
 local request = fields(record, {'state', 'owner', 'stage', 'score', 'prompt_tokens', 'offset', 'submitted_ms', 'entry'})
 
 local function mended(what)
-  redis.call('HINCRBY', P .. 'counts', 'repairs', 1)
+  count('repairs', 1)
   return what
 end
 

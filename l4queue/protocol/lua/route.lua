@@ -23,10 +23,10 @@ local tokens = charge_tokens or prompt_tokens + max_tokens
 redis.call('HDEL', record, 'prompt', 'entry')
 redis.call('HSET', record, 'state', 'queued', 'stage', stage, 'score', score, 'prompt_tokens', prompt_tokens,
   'max_tokens', max_tokens, 'ids', ids, 'plan', plan, 'charge_tokens', int(tokens), 'queued_ms', int(now_ms()))
-redis.call('HINCRBY', P .. 'counts', 'live_tokens', int(tokens - request.charge_tokens))
-redis.call('HINCRBY', P .. 'counts', 'prompt_tokens', prompt_tokens)
-redis.call('HINCRBY', hist, 'a:' .. bucket, 1)
-redis.call('HINCRBY', hist, 'p:' .. bucket, prompt_tokens)
+count('live_tokens', tokens - request.charge_tokens)
+count('prompt_tokens', prompt_tokens)
+add(hist, 'a:' .. bucket, 1)
+add(hist, 'p:' .. bucket, prompt_tokens)
 if tonumber(score) < BACKGROUND and string.sub(stage, 1, 1) ~= '@' then
   redis.call('HSET', P .. 'foreground', stage, int(now_ms()))
 end

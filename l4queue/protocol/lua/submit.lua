@@ -32,7 +32,7 @@ end
 if known then return known end
 
 local tokens, bytes, drained = unpack(redis.call('HMGET', counts, 'live_tokens', 'live_bytes', 'drain_tokens_per_s'))
-tokens, bytes = whole(tokens) or 0, whole(bytes) or 0
+tokens, bytes = counted('live_tokens', tokens), counted('live_bytes', bytes)
 if tokens > 0 and tokens + charge_tokens > max_tokens or bytes > 0 and bytes + charge_bytes > max_bytes then
   redis.pcall('HINCRBY', counts, 'rejected', 1)  -- pcall: a server out of memory may refuse to count, not to answer
   return {'FULL', int(tokens), drained and string.find(drained, '^%d+%.?%d*$') and drained or '0'}
@@ -58,6 +58,6 @@ if deadline_ms ~= 0 then
   redis.call('ZADD', P .. 'deadlines', int(now + deadline_ms), id)
 end
 charge(record, footprint(record))
-redis.call('HINCRBY', counts, 'live', 1)
-redis.call('HINCRBY', counts, 'live_tokens', charge_tokens)
+count('live', 1)
+count('live_tokens', charge_tokens)
 return {'OK', int(now), id}

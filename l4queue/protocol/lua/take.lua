@@ -125,7 +125,7 @@ local function lease(id, request, tokens)
     request.stage = own_stage
   end
   if is_stolen then
-    redis.call('HINCRBY', P .. 'counts', 'steals_waiting', 1)
+    count('steals_waiting', 1)
     note(record, {what = 'stolen', worker = worker_id, from = stage, to = own_stage, benefit_ms = benefit_ms,
       cost_ms = cost_ms})
   elseif request.epoch ~= '1' then

@@ -1,0 +1,64 @@
+"""Commands of calls: neighbours of one script share an EVALSHA, which costs Redis half as much.
+
+The scripts take several calls at once: see `lua/epilogue.lua`. Order is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from l4queue.protocol.calls import Arg, Call
+from l4queue.protocol.scripts import script
+
+__all__ = ("Commands",)
+
+_MAX_CALLS = 32
+"""Most calls of one EVALSHA. Redis does nothing else meanwhile: about 1 ms at 30 microseconds a call."""
+_MAX_BYTES = 65_536
+"""Most bytes of keys and arguments of calls that share one. Chosen: larger calls gain nothing."""
+
+
+class Commands:
+    """The commands of some calls, and how many calls each of them has."""
+
+    def __init__(self, calls: Sequence[Call[Any]]) -> None:
+        self._groups = list(_groups(calls))
+        self.words = [_command(group) for group in self._groups]
+
+    def replies(self, found: Sequence[Any]) -> list[Any]:
+        """One reply for each call: an error of a whole command is that of each of its calls."""
+        replies: list[Any] = []
+        for group, reply in zip(self._groups, found, strict=True):
+            if len(group) == 1:
+                replies.append(reply)
+            else:
+                replies += [reply] * len(group) if isinstance(reply, Exception) else reply
+        return replies
+
+
+def _groups(calls: Sequence[Call[Any]]) -> Iterator[Sequence[Call[Any]]]:
+    begin = num_bytes = 0
+    for at, call in enumerate(calls):
+        size = _size_bytes(call)
+        is_next = call.script is not None and call.script == calls[begin].script
+        if at > begin and (not is_next or at - begin == _MAX_CALLS or num_bytes + size > _MAX_BYTES):
+            yield calls[begin:at]
+            begin, num_bytes = at, 0
+        num_bytes += size
+    if calls:
+        yield calls[begin:]
+
+
+def _size_bytes(call: Call[Any]) -> int:
+    return sum(len(arg) for arg in (*call.keys, *call.args) if isinstance(arg, str | bytes))
+
+
+def _command(group: Sequence[Call[Any]]) -> tuple[Arg, ...]:
+    first = group[0]
+    if first.script is None:
+        return first.args
+    keys = [key for call in group for key in call.keys]
+    args = [arg for call in group for arg in call.args]
+    layout = " ".join(f"{len(call.keys)},{len(call.args)}" for call in group) if len(group) > 1 else ""
+    return ("EVALSHA", script(first.script).sha, len(keys), *keys, *args, layout)
