@@ -2,9 +2,9 @@
 
     python bench/transitions.py [--requests 8192] [--at-once 1,64] [--rounds 3] [--json]
 
-A redis-server of its own (AOF once a second); requests of a text and 16 output tokens go through their life in
-groups of `--at-once` calls of one round trip, by the scripts of client, dispatcher and worker. There is no engine and
-nobody follows them. Commands are those that Redis counts, inside scripts too. Medians of the rounds.
+A redis-server of its own (AOF once a second). Requests of a text and 16 output tokens go through their life in
+groups of `--at-once` calls of one round trip, by the scripts of client, dispatcher and worker. There is no
+engine, and nobody follows them. Commands are those that Redis counts, inside scripts too. Medians of the rounds.
 """
 
 from __future__ import annotations

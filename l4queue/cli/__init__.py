@@ -24,6 +24,7 @@ COMMAND_MODULES = (
     "stats",
     "plan",
     "simulate",
+    "trace",
     "bench.command",
     "doctor",
     "health",

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from l4queue.cli.cost_source import CoefficientsOption, GpuOption, ModelOption, costs_from
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -23,14 +25,15 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 def solve(
     trace: Annotated[
         Path | None,
-        typer.Argument(help="CSV or CSV.gz with arrival_s,input_tokens,output_tokens.", show_default=False),
+        typer.Argument(help="A trace, as for `l4queue simulate`.", show_default=False),
     ] = None,
     *,
     workload: Annotated[str | None, typer.Option(help="A synthetic workload instead of a trace.")] = None,
     num_requests: Annotated[int, typer.Option(min=1, help="Requests of the synthetic workload.")] = 2000,
     instances: Annotated[int, typer.Option(min=1, max=4096, help="Engine instances.")] = 16,
-    gpu: Annotated[str, typer.Option(help="GPU of the coefficient file.")] = "h100",
-    model: Annotated[str, typer.Option(help="Model of the coefficient file.")] = "llama-3.1-8b",
+    gpu: GpuOption = None,
+    model: ModelOption = None,
+    coefficients: CoefficientsOption = None,
     load: Annotated[
         float | None, typer.Option(min=0.01, max=2.0, help="Scale arrivals to this share of capacity.")
     ] = None,
@@ -44,7 +47,6 @@ def solve(
     By the dynamic program of the planner. Needs no GPU and no Redis.
     """
     from l4queue.cli.simulate import load_traffic
-    from l4queue.cost.coefficients import load_coefficients
     from l4queue.planning.histogram import Buckets, Demand
     from l4queue.planning.partition import partition
     from l4queue.planning.steady_state import Objective, PartitionSettings
@@ -53,7 +55,7 @@ def solve(
 
     L4Options.checked(objective=objective, without=frozenset())
     traffic = load_traffic(trace, workload, num_requests=num_requests, seed=seed)
-    cost = load_coefficients(gpu, model)
+    cost = costs_from(coefficients, gpu=gpu, model=model).cost
     if load is not None:
         traffic = traffic.scaled(load * capacity_rps(traffic, cost, num_instances=instances) / traffic.rate_rps)
     started_s = time.perf_counter()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from l4queue.cli.cost_source import CoefficientsOption, CostSource, GpuOption, ModelOption, costs_from
 from l4queue.cli.simulation_table import ROWS, cells_of, print_table
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ PROGRESS_EVERY = 512  # finished requests between two updates of the bar
 TraceArgument = Annotated[
     Path | None,
     typer.Argument(
-        help="CSV with arrival_s,input_tokens,output_tokens, or Mooncake's JSON lines.", show_default=False
+        help="CSV with arrival_s,input_tokens,output_tokens; Azure's CSV; Mooncake's JSON lines.",
+        show_default=False,
     ),
 ]
 WorkloadOption = Annotated[
@@ -42,8 +44,6 @@ WorkloadOption = Annotated[
 ]
 RequestsOption = Annotated[int, typer.Option(min=1, help="Requests of the synthetic workload.")]
 InstancesOption = Annotated[int, typer.Option(min=1, max=4096, help="Engine instances.")]
-GpuOption = Annotated[str, typer.Option(help="GPU of the coefficient file.")]
-ModelOption = Annotated[str, typer.Option(help="Model of the coefficient file.")]
 SeedOption = Annotated[int, typer.Option(min=0, help="Seed of every random draw.")]
 LoadOption = Annotated[
     float | None,
@@ -62,6 +62,7 @@ class Study:
     options: L4Options
     capacity_rps: float | None
     rate_scale: float
+    costs_told: str
 
     def describe(self) -> dict[str, Any]:
         """The setting as plain values."""
@@ -77,6 +78,7 @@ class Study:
             "seed": self.setting.seed,
             "objective": self.options.objective,
             "without": sorted(self.options.without),
+            "costs": self.costs_told,
             "cost": self.setting.cost.to_dict(),
         }
 
@@ -120,8 +122,9 @@ def simulate(
     workload: WorkloadOption = None,
     num_requests: RequestsOption = 2000,
     instances: InstancesOption = 16,
-    gpu: GpuOption = "h100",
-    model: ModelOption = "llama-3.1-8b",
+    gpu: GpuOption = None,
+    model: ModelOption = None,
+    coefficients: CoefficientsOption = None,
     load: LoadOption = None,
     rate_scale: RateScaleOption = None,
     policy: Annotated[str, typer.Option(help="Comma-separated policies, or all.")] = DEFAULT_POLICIES,
@@ -182,8 +185,7 @@ def simulate(
             hash_block_tokens=hash_block_tokens if prefix_cache else None,
         ),
         instances=instances,
-        gpu=gpu,
-        model=model,
+        costs=costs_from(coefficients, gpu=gpu, model=model),
         load=load,
         rate_scale=rate_scale,
         objective=objective,
@@ -215,8 +217,7 @@ def _make_study(
     trace: Trace,
     *,
     instances: int,
-    gpu: str,
-    model: str,
+    costs: CostSource,
     load: float | None,
     rate_scale: float | None,
     objective: str,
@@ -226,7 +227,6 @@ def _make_study(
     warmup_share: float,
     seed: int,
 ) -> Study:
-    from l4queue.cost.coefficients import read_coefficients
     from l4queue.cost.move import MovePrice
     from l4queue.errors import ConfigError
     from l4queue.sim.capacity import capacity_rps
@@ -236,8 +236,7 @@ def _make_study(
     if load is not None and rate_scale is not None:
         raise ConfigError("--load and --rate-scale exclude each other: both say how fast requests arrive")
     options = L4Options.checked(objective=objective, without=without)
-    coefficients = read_coefficients(gpu, model)
-    cost = coefficients.cost
+    cost = costs.cost
     if "skew" in without:
         cost = replace(cost, sigma_ms=0.0)
     check_fits(trace, cost)
@@ -250,7 +249,7 @@ def _make_study(
         scale = load * capacity / trace.rate_rps
     price = MovePrice(
         bandwidth_bytes_per_s=handover_gb_per_s * 1e9 or None,
-        kv_bytes_per_token=coefficients.kv_bytes_per_token,
+        kv_bytes_per_token=costs.kv_bytes_per_token,
     )
     setting = RunConfig(
         cost=cost,
@@ -261,7 +260,12 @@ def _make_study(
         wake_jitter_ms=wake_jitter_ms,
     )
     return Study(
-        trace=trace.scaled(scale), setting=setting, options=options, capacity_rps=capacity, rate_scale=scale
+        trace=trace.scaled(scale),
+        setting=setting,
+        options=options,
+        capacity_rps=capacity,
+        rate_scale=scale,
+        costs_told=costs.told,
     )
 
 

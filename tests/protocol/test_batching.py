@@ -146,8 +146,7 @@ def test_calls_that_share_a_script_do_as_they_do_alone(redis_server: Any, steps:
 def test_commands_have_every_call_once_in_order(sizes: list[tuple[str | None, int]]) -> None:
     """No EVALSHA is long or large, but for a call that is large by itself; replies come back one for each call."""
     calls: list[Call[Any]] = [
-        Call(name, ("{l4}:k",) if name else (), (str(i), "x" * size), str)
-        for i, (name, size) in enumerate(sizes)
+        Call(name, ("{l4}:k",) if name else (), (str(i), "x" * size), str) for i, (name, size) in enumerate(sizes)
     ]
     commands = Commands(calls)
     seen = []

@@ -29,9 +29,33 @@ def test_a_plain_and_a_gzipped_file_read_alike(tmp_path: Path) -> None:
         assert trace.name == "t"
 
 
+AZURE = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+
+
+def test_azures_own_files_are_read(tmp_path: Path) -> None:
+    """Both years' moments; the first request arrives at 0 s, whatever the zone of its moment."""
+    rows = (
+        "2023-11-16 23:59:59.9799600,4808,10\n2023-11-17 00:00:00.0319600,3180,8\n",
+        "2024-05-10 00:00:00.009930+00:00,4808,10\n2024-05-10T02:00:00.061930+02:00,3180,8\n",
+        "2024-05-10 00:00:00,4808,10\n2024-05-10 00:00:00.052Z,3180,8\n",
+    )
+    for text in rows:
+        path = tmp_path / "AzureLLMInferenceTrace_code.csv"
+        path.write_text(AZURE + text)
+        trace = read_trace(path)
+        assert trace.arrival_s == pytest.approx([0.0, 0.052], abs=1e-6)
+        assert trace.input_tokens.tolist() == [4808, 3180]
+        assert trace.output_tokens.tolist() == [10, 8]
+
+
 @pytest.mark.parametrize(
     ("text", "place", "why"),
     [
+        (AZURE + "yesterday,1,1\n", "2: TIMESTAMP", "not a moment: 'yesterday'"),
+        (AZURE + "2023-02-30 00:00:00,1,1\n", "2: TIMESTAMP", "not a moment"),
+        (AZURE + "2023-01-01 00:00:01,1,1\n2023-01-01 00:00:00,1,1\n", "3: arrival_s", "negative"),
+        (AZURE + "2023-01-01 00:00:01,1\n", "2: GeneratedTokens", "only 2 fields"),
+        ("TIMESTAMP,ContextTokens\n", "1: arrival_s", "missing"),
         ("", "1: arrival_s", "empty"),
         ("arrival_s,input_tokens\n0,1\n", "1: output_tokens", "missing"),
         (HEADER, "2: arrival_s", "no requests"),

@@ -11,16 +11,21 @@ local function part(list, from, num)
   return items
 end
 
+-- The reply of a call, or its error with the server's code first, which servers wrap in different ways.
+local function reply_of(keys, args)
+  local is_done, reply = pcall(run, keys, args)
+  if is_done then return reply end
+  local text = type(reply) == 'table' and reply.err or tostring(reply)
+  return {err = string.match(text, '^%-?(%u[%u%d]+ .+)') or string.match(text, ' %-(%u[%u%d]+ .+)') or 'ERR ' .. text}
+end
+
 if layout == '' then
-  local is_done, reply = pcall(run, KEYS, ARGV)
+  local reply = reply_of(KEYS, ARGV)
   finish()
-  if not is_done then error(reply, 0) end
   return reply
 end
 for num_keys, num_args in string.gmatch(layout, '(%d+),(%d+)') do
-  local is_done, reply = pcall(run, part(KEYS, at_key, num_keys), part(ARGV, at_arg, num_args))
-  if not is_done then reply = {err = type(reply) == 'table' and reply.err or tostring(reply)} end
-  replies[#replies + 1] = reply
+  replies[#replies + 1] = reply_of(part(KEYS, at_key, num_keys), part(ARGV, at_arg, num_args))
   at_key, at_arg = at_key + num_keys, at_arg + num_args
 end
 finish()

@@ -1,4 +1,4 @@
-"""Rows of trace files, CSV or Mooncake's JSON lines, with errors that name file, line and column."""
+"""Rows of trace files, CSV (Azure's too) or Mooncake's JSON lines, with errors that name file, line and column."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import gzip
 import io
 import json
 import math
+import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +24,14 @@ HASH_IDS = "hash_ids"
 GROUP = "group"
 MOONCAKE = ("timestamp", "input_length", "output_length")
 """Their names in Mooncake's files; the first in ms."""
+AZURE = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
+"""Their names in the CSV files of Azure's LLM inference traces (2023, 2024); the first is a moment."""
 MAX_TOKENS = 100_000_000
 """Longest prompt or output in a file, tokens: a hundred times what models hold; beyond it a column is mixed up."""
 MAX_ARRIVAL_S = 1e9
 """Latest arrival, s: 30 years. Beyond it times are of another unit, or of a calendar."""
+
+_MOMENT = re.compile(r"(\d{4}-\d\d-\d\d)[ T](\d\d:\d\d:\d\d)(\.\d+)?(Z|[+-]\d\d:\d\d)?", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,12 +47,16 @@ class Row:
 
 
 def csv_rows(path: Path) -> Iterator[Row]:
-    """Rows of a CSV file with the columns `COLUMNS`, and perhaps `hash_ids` and `group`, in any order."""
+    """Rows of a CSV file with the columns `COLUMNS`, and perhaps `hash_ids` and `group`, in any order.
+
+    With Azure's columns instead the first request arrives at 0 s.
+    """
     reader = csv.reader(io.StringIO(_text(path), newline=""))
-    before_s = 0.0
+    before_s, first_s = 0.0, math.nan
     try:
         header = [name.strip() for name in next(reader, [])]
-        places = _places(path, header)
+        is_azure = set(AZURE) <= set(header)
+        places = _places(path, header, AZURE if is_azure else COLUMNS)
         ids_at, group_at = (header.index(name) if name in header else None for name in (HASH_IDS, GROUP))
         for fields in reader:
             if not fields or (len(fields) == 1 and not fields[0].strip()):
@@ -58,6 +68,10 @@ def csv_rows(path: Path) -> Iterator[Row]:
             group = None if group_at is None else fields[group_at] if group_at < len(fields) else ""
             ids = None if ids_at is None else _ids(fields[ids_at], path=path, line=line)
             texts = [fields[place] for place in places.values()]
+            if is_azure:
+                moment_s = _moment_s(texts[0], path=path, line=line)
+                first_s = moment_s if math.isnan(first_s) else first_s
+                texts[0] = f"{moment_s - first_s:.6f}"
             row = _row(texts, path=path, line=line, before_s=before_s, ids=ids, group=group)
             before_s = row.arrival_s
             yield row
@@ -111,13 +125,25 @@ def trace_error(path: Path, line: int, column: str, what: str) -> TraceError:
     return TraceError(f"{path}:{line}: {column}: {what}")
 
 
-def _places(path: Path, header: list[str]) -> dict[str, int]:
+def _places(path: Path, header: list[str], columns: tuple[str, ...]) -> dict[str, int]:
     if not header or header == [""]:
-        raise trace_error(path, 1, COLUMNS[0], f"the file is empty; expected a header with {', '.join(COLUMNS)}")
-    for name in COLUMNS:
+        raise trace_error(path, 1, columns[0], f"the file is empty; expected a header with {', '.join(columns)}")
+    for name in columns:
         if name not in header:
             raise trace_error(path, 1, name, f"the column is missing; the header has {_shown(', '.join(header))}")
-    return {name: header.index(name) for name in COLUMNS}
+    return {name: header.index(name) for name in columns}
+
+
+def _moment_s(text: str, *, path: Path, line: int) -> float:
+    """A moment such as 2023-11-16 18:17:03.9799600 as seconds; without a zone it is UTC."""
+    found = _MOMENT.fullmatch(text.strip())
+    try:
+        if found is None:
+            raise ValueError
+        moment = datetime.fromisoformat(f"{found[1]} {found[2]}{(found[4] or 'Z').replace('Z', '+00:00')}")
+        return moment.timestamp() + float(f"0{found[3] or '.0'}")
+    except (ValueError, OverflowError):
+        raise trace_error(path, line, AZURE[0], f"not a moment: {_shown(text)!r}") from None
 
 
 def _row(

@@ -80,7 +80,9 @@ class Trace:
 
 
 def read_trace(path: str | Path, *, hash_block_tokens: int | None = None) -> Trace:
-    """Read `arrival_s,input_tokens,output_tokens` from a CSV file, or Mooncake's own JSON lines; .gz is unpacked.
+    """Read `arrival_s,input_tokens,output_tokens` from a CSV file; .gz is unpacked.
+
+    Azure's own CSV (`TIMESTAMP,ContextTokens,GeneratedTokens`) and Mooncake's JSON lines are read, too.
 
     Arrivals must be finite, ≥ 0 and sorted; lengths whole numbers ≥ 0. An output of 0 tokens counts as 1: an
     engine makes at least one. A column `group` names sessions. With `hash_block_tokens` the content is read too:
