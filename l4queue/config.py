@@ -185,6 +185,11 @@ class Settings(BaseSettings):
     steal_from: Literal["any", "shorter", "none"] = Field(
         "any", description="stages that a worker with room steals from; shorter: best mean, worst tail"
     )
+    objective: Literal["balanced", "mean", "normalized", "goodput"] = Field(
+        "balanced", description="what plans minimise (docs/planner.md); balanced: the mean, long requests bounded"
+    )
+    slo_ttft_ms: float = Field(5000.0, gt=0, description="service level of goodput: time to the first token, ms")
+    slo_tpot_ms: float = Field(100.0, gt=0, description="service level of goodput: time per output token, ms")
     plan_min_gain: float = Field(0.05, ge=0, description="least predicted gain for a new plan")
     plan_min_life_s: float = Field(20.0, ge=0, description="a plan lives at least so long, s")
     max_stages: int = Field(4, ge=1, le=16, description="most stages of a plan")

@@ -27,7 +27,7 @@ from l4queue.planning.partition import PartitionProblem
 from l4queue.planning.planner import Decision, PlannerSettings, Snapshot, expected_demand
 from l4queue.planning.refine import refine
 from l4queue.planning.shadow import decide, why_settled
-from l4queue.planning.steady_state import PartitionSettings
+from l4queue.planning.steady_state import Objective, PartitionSettings
 from l4queue.planning.traffic_change import Learned, Noise, is_early_round, learn, with_decision, work_ms
 from l4queue.policy.steal import StealFrom, StealLimits
 from l4queue.protocol.calls import Calls, Verdict
@@ -258,7 +258,13 @@ async def _snapshot(executor: AsyncExecutor, settings: Settings, overview: Overv
 
 
 def _planner_settings(settings: Settings, price: MovePrice) -> PlannerSettings:
-    partition = PartitionSettings(move_price=price, moves_requests=settings.hand_over)
+    partition = PartitionSettings(
+        objective=Objective(settings.objective),
+        slo_ttft_ms=settings.slo_ttft_ms,
+        slo_tpot_ms=settings.slo_tpot_ms,
+        move_price=price,
+        moves_requests=settings.hand_over,
+    )
     return PlannerSettings.of(settings, partition=partition)
 
 
@@ -291,6 +297,9 @@ def _scorer(
         num_instances=len(snapshot.loads),
         price=known.price,
         options=L4Options(
+            objective=settings.objective,
+            slo_ttft_ms=settings.slo_ttft_ms,
+            slo_tpot_ms=settings.slo_tpot_ms,
             without=_left_out(settings),
             steal=StealLimits(steal_from=StealFrom(settings.steal_from)),
         ),

@@ -95,8 +95,8 @@ class PartitionSettings:
     long_bound: float = LONG_BOUND
     p99_bound: float = P99_BOUND
     #: service level of `goodput`
-    slo_ttft_ms: float = 5000.0
-    slo_tpot_ms: float = 100.0
+    slo_ttft_ms: float = default_of("slo_ttft_ms")
+    slo_tpot_ms: float = default_of("slo_tpot_ms")
     move_price: MovePrice = field(default_factory=MovePrice)
     #: False: no running request is moved, so a request stays where its prompt put it
     moves_requests: bool = True

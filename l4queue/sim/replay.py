@@ -11,12 +11,12 @@ from l4queue.cost.move import MovePrice
 from l4queue.cost.step import StepCost
 from l4queue.models import Plan
 from l4queue.planning.histogram import Buckets, Demand
-from l4queue.planning.steady_state import LONG_BOUND, P99_BOUND
+from l4queue.planning.steady_state import LONG_BOUND, P99_BOUND, Objective
 from l4queue.sim.engine.instance import Instance
 from l4queue.sim.engine.request import SimRequest
 from l4queue.sim.policies.l4 import L4, L4Options
-from l4queue.sim.results import SimResult
-from l4queue.sim.runner import RunConfig, run_policy
+from l4queue.sim.results import SimResult, missed_share
+from l4queue.sim.runner import Run, RunConfig, run_policy
 from l4queue.sim.traces.trace import Trace
 
 __all__ = ("MAX_ARRIVALS", "Changed", "RecordedArrival", "make_scorer")
@@ -73,9 +73,15 @@ def make_scorer(
 
     The latest `max_requests` arrivals since the last change are replayed under the plan as it stands, without
     replanning; where a change has left too few, as many are drawn from all that are known, with the rates of each
-    length since. The objective is the mean end-to-end latency, s; under the default objective times the square of
-    how far the mean of the longest 5 % exceeds 1.25 times, or the 99th percentile 1.1 times, what one stage gives.
-    A replay clearly worse than the best so far is not played to its end: its score is then where it was heading.
+    length since. What is minimised is said by the objective:
+
+    - `mean`: the mean end-to-end latency, s. `balanced`, the default: that times the square of how far the mean of
+      the longest 5 % exceeds 1.25 times, or the 99th percentile 1.1 times, what one stage gives.
+    - `normalized`: the mean over requests of latency per output token, s.
+    - `goodput`: the share of requests that miss the service level.
+
+    Under the first two a replay clearly worse than the best so far is not played to its end: its score is then
+    where it was heading.
     """
     if num_instances < 2:
         return None
@@ -118,23 +124,34 @@ class _Replays:
     def _replayed(self, candidate: Plan) -> float:
         policy = _Watched(self._options, fixed=candidate, num_requests=len(self._trace), limits=self._limits)
         try:
-            found = run_policy(policy, self._trace, self._setting).result
+            run = run_policy(policy, self._trace, self._setting)
         except _ClearlyWorseError:
             at = len(policy.curve) - 1
             heading_s = self._best_mean_s * policy.curve[at] / self._best_curve[at]
             return max(heading_s, policy.spent_s / len(self._trace))
+        found = run.result
         if self._one is None:
             self._one = found
-        value = self._value(found, self._one)
-        if value < self._best_s:
+        value = self._value(run, self._one)
+        if self._is_latency and value < self._best_s:
             self._best_s, self._best_mean_s, self._best_curve = value, found.mean_e2e_s, policy.curve
             # one without an overrun of its own is better as soon as its latencies are below the best one's score
             allowed = _CLEARLY_WORSE * value / found.mean_e2e_s
             self._limits = [*(allowed * area for area in policy.curve), _CLEARLY_WORSE * value * len(self._trace)]
         return value
 
-    def _value(self, found: SimResult, one: SimResult) -> float:
-        if self._options.objective != "balanced":
+    @property
+    def _is_latency(self) -> bool:
+        """Whether the score is a latency, by which a replay can be judged before its end."""
+        return self._options.objective in (Objective.MEAN, Objective.BALANCED)
+
+    def _value(self, run: Run, one: SimResult) -> float:
+        found, options = run.result, self._options
+        if options.objective == Objective.NORMALIZED:
+            return found.mean_normalized_latency_s
+        if options.objective == Objective.GOODPUT:
+            return missed_share(run.measured, ttft_ms=options.slo_ttft_ms, tpot_ms=options.slo_tpot_ms)
+        if options.objective == Objective.MEAN:
             return found.mean_e2e_s
         overrun = max(
             1.0,

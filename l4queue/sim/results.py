@@ -12,7 +12,16 @@ from numpy.typing import NDArray
 from l4queue.planning.steady_state import LONG_SHARE
 from l4queue.sim.engine.request import SimRequest
 
-__all__ = ("LONG_SHARE", "ClassResult", "Measured", "SimResult", "cached_share", "measure", "summarize")
+__all__ = (
+    "LONG_SHARE",
+    "ClassResult",
+    "Measured",
+    "SimResult",
+    "cached_share",
+    "measure",
+    "missed_share",
+    "summarize",
+)
 
 Floats = NDArray[np.float64]
 
@@ -74,6 +83,14 @@ class Measured:
         """Which requests are of the `long` class; ties at the edge are long."""
         total = self.prompt_tokens + self.output_tokens
         return np.asarray(total >= np.quantile(total, 1.0 - LONG_SHARE, method="higher"))
+
+
+def missed_share(measured: Measured, *, ttft_ms: float, tpot_ms: float) -> float:
+    """Share of requests that miss a service level: their first token, or the mean of the others, came too late."""
+    if not measured.ttft_s.size:
+        return 0.0
+    is_late = (measured.ttft_s > ttft_ms / 1000) | (np.nan_to_num(measured.tpot_s) > tpot_ms / 1000)
+    return float(is_late.mean())
 
 
 def measure(requests: Sequence[SimRequest], *, warmup_share: float = 0.0) -> Measured:

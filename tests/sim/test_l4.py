@@ -229,6 +229,31 @@ def test_a_replay_that_is_broken_off_was_much_worse_and_says_so(
     assert found != true
 
 
+@pytest.mark.parametrize("objective", ["mean", "normalized", "goodput"])
+def test_a_replay_scores_by_the_objective(objective: str) -> None:
+    """Held against the latencies of such a run: mean, per output token, or the share beyond the service level."""
+    trace = traffic("mixed", num_requests=600, rate_rps=60.0)
+    recent = [
+        RecordedArrival(arrival_s=float(a), input_tokens=int(i), output_tokens=int(o))
+        for a, i, o in zip(trace.arrival_s, trace.input_tokens, trace.output_tokens, strict=True)
+    ]
+    options = L4Options(objective=objective, slo_ttft_ms=400.0, slo_tpot_ms=15.0)
+    score = make_scorer(recent, cost=COST, num_instances=16, options=options)
+    assert score is not None
+    setting = RunConfig(cost=COST, num_instances=16, price=MovePrice(), wake_jitter_ms=0.0)
+    for plan in (Plan.one_stage(num_workers=16), two_stages(4096, 7, 9), two_stages(2048, 6, 10)):
+        measured = run_policy(L4(options, fixed=plan), trace, setting).measured
+        told = {
+            "mean": measured.e2e_s.mean(),
+            "normalized": (measured.e2e_s / measured.output_tokens).mean(),
+            "goodput": np.mean(
+                [t > 0.4 or p > 0.015 for t, p in zip(measured.ttft_s, measured.tpot_s, strict=True)]
+            ),
+        }
+        assert score(plan) == pytest.approx(told[objective])
+        assert objective != "goodput" or 0.0 < score(plan) < 1.0
+
+
 def test_after_a_change_a_replay_is_of_what_came_since() -> None:
     """Short prompts, then long ones: few of these are known, so as many are drawn as a replay needs."""
     buckets = Buckets.log_spaced(131_072)

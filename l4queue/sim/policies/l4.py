@@ -43,6 +43,8 @@ class L4Options:
     """Switches of L4 and its planning periods. `without` names ingredients that are switched off."""
 
     objective: str = "balanced"
+    slo_ttft_ms: float = default_of("slo_ttft_ms")
+    slo_tpot_ms: float = default_of("slo_tpot_ms")
     without: frozenset[str] = frozenset()
     replan_s: float = default_of("replan_interval_s")
     refine_s: float = default_of("refine_interval_s")
@@ -110,6 +112,8 @@ class L4(Policy):
             min_life_ms=round(self.options.min_life_s * 1000),
             partition=PartitionSettings(
                 objective=Objective(self.options.objective),
+                slo_ttft_ms=self.options.slo_ttft_ms,
+                slo_tpot_ms=self.options.slo_tpot_ms,
                 max_stages=4 if self._has["classes"] else 1,
                 move_price=price,
                 moves_requests=self._has["hand-over"],
