@@ -131,8 +131,6 @@ class Door:
                 data = _with_id(body, told.headers.get("x-request-id") or exchange.base)
             if exchange.half is None:
                 await parts.serving.check()
-            elif told.path == RESPONSES:
-                raise InvalidRequest("is not offered for responses", field="X-L4-Half")
             await _check_resumed(exchange, told.path, parts.client)
         except L4QueueError as error:
             await _refuse(send, refusal_of(error))

@@ -234,7 +234,7 @@ def _half(headers: Mapping[str, str], body: Mapping[str, Any]) -> Half | None:
         return None
     if text not in list(Half):
         raise InvalidRequest(f"must be {' or '.join(Half)}", field=_shown(HALF_HEADER))
-    for name, idle in (("stream", False), ("n", 1)):
+    for name, idle in (("stream", False), ("background", False), ("n", 1)):
         if body.get(name) not in (None, idle):
             raise InvalidRequest(f"must be {str(idle).lower()} in batches and for half an exchange", field=name)
     prompt = body.get("prompt")

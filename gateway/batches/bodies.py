@@ -8,13 +8,13 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from l4queue.client.batch.lines import CHAT_URL, COMPLETIONS_URL
+from l4queue.client.batch.lines import CHAT_URL, COMPLETIONS_URL, RESPONSES_URL
 from l4queue.errors import InvalidRequest
 from l4queue.validation import first_fault
 
 __all__ = ("ENDPOINTS", "PURPOSE", "BatchBody", "BatchPage", "ExpiresAfter", "FilePage", "parsed", "window_s")
 
-ENDPOINTS = (CHAT_URL, COMPLETIONS_URL)
+ENDPOINTS = (CHAT_URL, COMPLETIONS_URL, RESPONSES_URL)
 PURPOSE = "batch"
 _WINDOW = re.compile(r"(?P<number>[1-9]\d{0,5})(?P<unit>[smhd])")
 _UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400}

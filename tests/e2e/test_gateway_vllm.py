@@ -113,7 +113,7 @@ def test_every_answer_equals_that_of_plain_vllm(reference: dict[str, Any], gatew
 LINES = {
     name: (path, {"model": MODEL, "temperature": 0, **body})
     for name, (path, body) in BODIES.items()
-    if path != RESPONSES and "n" not in body and name != "two prompts"
+    if "n" not in body and name != "two prompts"
 }
 """A line of a batch is one request."""
 CHATS = {name: body for name, (path, body) in LINES.items() if path == CHAT}
@@ -184,6 +184,32 @@ def test_chats_with_tools_of_a_batch_over_http_equal_those_alone(
 def _ended(client: OpenAI, batch_id: str) -> Batch | None:
     batch = client.batches.retrieve(batch_id)
     return batch if batch.status in ("completed", "failed", "expired", "cancelled") else None
+
+
+def test_responses_of_a_batch_over_http_equal_those_alone(
+    reference: dict[str, Any], gateways: Gateways, tmp_path: Path
+) -> None:
+    """Each body of one. A batch without a gateway says that it needs one; so does a background response."""
+    names = [name for name, (path, _) in LINES.items() if path == RESPONSES]
+    with gateways.openai() as client:
+        file = client.files.create(file=("in.jsonl", _written(names)), purpose="batch")
+        batch = client.batches.create(input_file_id=file.id, endpoint=RESPONSES, completion_window="24h")
+        ended = until(lambda: _ended(client, batch.id), "the batch has ended")
+        assert (ended.status, ended.error_file_id) == ("completed", None)
+        assert ended.output_file_id
+        found = _bodies(client.files.content(ended.output_file_id).content)
+    assert names
+    assert found == {name: reference[f"{name}, whole"][1] for name in names}
+
+    lines, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    lines.write_bytes(_written(names[:1]))
+    later = {"input": "x", "background": True}
+    with gateways.queue() as queue:
+        assert queue.run_batch(lines, out).num_failed == 1
+        lines.write_text(json.dumps({"custom_id": "a", "url": RESPONSES, "body": later}))
+        assert queue.run_batch(lines, tmp_path / "other.jsonl", gateway=gateways.url()).num_failed == 1
+    told = [json.loads((tmp_path / f"{n}.jsonl.errors.jsonl").read_text())["response"] for n in ("out", "other")]
+    assert [one["body"]["error"]["param"] for one in told] == ["url", "background"]
 
 
 def test_a_batch_waits_for_its_gateway(gateways: Gateways, tmp_path: Path) -> None:

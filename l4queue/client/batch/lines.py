@@ -24,6 +24,7 @@ __all__ = (
     "COMPLETIONS_URL",
     "DIGEST_CHARS",
     "MAX_LINE_BYTES",
+    "RESPONSES_URL",
     "BatchLine",
     "LineObject",
     "RequestWriter",
@@ -39,7 +40,10 @@ MAX_LINE_BYTES = 128 * 2**20
 DIGEST_CHARS = 40  # hexadecimal: 160 bits, no two lines of a batch collide
 CHAT_URL = "/v1/chat/completions"
 COMPLETIONS_URL = "/v1/completions"
+RESPONSES_URL = "/v1/responses"
+"""Written by a gateway only: what a response asks for is vLLM's to say."""
 _SAMPLING = frozenset(SamplingParams.model_fields) | {"priority"}
+_MAX_TOKENS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 _READ_ELSEWHERE = frozenset({"model", "messages", "prompt", "response_format", "logprobs", "top_logprobs"})
 _NOT_OFFERED: Mapping[str, tuple[Any, ...]] = {  # what cannot be done, with the values that ask for nothing
     "n": (1,),
@@ -110,7 +114,7 @@ class LineObject:
         """
         body = self.fields.get("body")
         given = body if isinstance(body, dict) else {}
-        has_own = any(given.get(name) is not None for name in ("max_tokens", "max_completion_tokens"))
+        has_own = any(given.get(name) is not None for name in _MAX_TOKENS)
         told = {"line": self.fields} if has_own else {"line": self.fields, "max_tokens": max_tokens}
         return hashlib.sha256(canonical_json(told).encode()).hexdigest()[:DIGEST_CHARS]
 
@@ -155,8 +159,8 @@ def parse_line(
     url = line.get("url")
     if url is None or url == "":
         url = CHAT_URL if "messages" in body else COMPLETIONS_URL
-    if url not in (CHAT_URL, COMPLETIONS_URL):
-        raise InvalidRequest(f"must be {CHAT_URL} or {COMPLETIONS_URL}", field="url")
+    if url not in (CHAT_URL, COMPLETIONS_URL, RESPONSES_URL):
+        raise InvalidRequest(f"must be {CHAT_URL}, {COMPLETIONS_URL} or {RESPONSES_URL}", field="url")
     model = checked_text("" if body.get("model") is None else body["model"], field="model", most_chars=512)
     spec, by_gateway = _spec(body, url, max_tokens=max_tokens, priority=priority, writer=writer)
     return BatchLine(
@@ -174,7 +178,9 @@ def _spec(
     body: Mapping[str, Any], url: str, *, max_tokens: int | None, priority: int, writer: RequestWriter | None
 ) -> tuple[RequestSpec, bool]:
     """The request, and whether a gateway wrote it."""
-    if writer is None or not writer.writes_all:
+    if url == RESPONSES_URL and writer is None:
+        raise InvalidRequest(f"{url} needs a gateway, which writes its request: --gateway URL", field="url")
+    if writer is None or not (writer.writes_all or url == RESPONSES_URL):
         try:
             options = {"max_tokens": max_tokens, "priority": priority, **_options(body)}
             options |= _response_format(body) | _logprobs(body, url)
@@ -182,19 +188,19 @@ def _spec(
         except InvalidRequest:
             if writer is None:
                 raise
-    return writer.write(url, _completed(body, max_tokens=max_tokens, priority=priority)), True
+    return writer.write(url, _completed(body, url, max_tokens=max_tokens, priority=priority)), True
 
 
-def body_of(raw: bytes, *, max_tokens: int | None) -> dict[str, Any]:
+def body_of(raw: bytes, url: str, *, max_tokens: int | None) -> dict[str, Any]:
     """The body of a line that a gateway wrote, as it was given to it but for its priority."""
-    return _completed(object_of(raw).fields["body"], max_tokens=max_tokens, priority=0)
+    return _completed(object_of(raw).fields["body"], url, max_tokens=max_tokens, priority=0)
 
 
-def _completed(body: Mapping[str, Any], *, max_tokens: int | None, priority: int) -> dict[str, Any]:
+def _completed(body: Mapping[str, Any], url: str, *, max_tokens: int | None, priority: int) -> dict[str, Any]:
     """A body with what the batch adds, and without its model, which is checked elsewhere."""
     told = {name: value for name, value in body.items() if name != "model"}
-    if all(told.get(name) is None for name in ("max_tokens", "max_completion_tokens")) and max_tokens is not None:
-        told["max_tokens"] = max_tokens
+    if all(told.get(name) is None for name in _MAX_TOKENS) and max_tokens is not None:
+        told["max_output_tokens" if url == RESPONSES_URL else "max_tokens"] = max_tokens
     if told.get("priority") is None:
         told["priority"] = priority
     return told

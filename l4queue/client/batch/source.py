@@ -220,7 +220,7 @@ class LineSource:
         if ticket.by_gateway and self._halves is not None:
             self._check_version()
             line = self._lines.again(ticket.number, ticket.offset, ticket.size)
-            body = body_of(line.data, max_tokens=self._options.max_tokens)
+            body = body_of(line.data, ticket.url, max_tokens=self._options.max_tokens)
             try:
                 made = self._halves.answer(ticket.url, body, request_id=record.request_id)
             except InvalidRequest as error:

@@ -13,7 +13,7 @@ from l4queue import Settings
 from l4queue.client.batch.files import InputFile
 from l4queue.client.batch.halves import HALF_HEADER, ID_HEADER, Half, Halves, checked_gateway
 from l4queue.client.batch.index import LineIndex
-from l4queue.client.batch.lines import BatchLine, parse_line
+from l4queue.client.batch.lines import RESPONSES_URL, BatchLine, parse_line
 from l4queue.client.batch.options import BatchOptions, LineOptions
 from l4queue.client.batch.served import ServedModels
 from l4queue.client.batch.source import LineSource
@@ -33,7 +33,7 @@ class Told(Halves):
         self.calls: list[tuple[dict[str, str], Any]] = []
 
     def call(self, url: str, headers: Mapping[str, str], body: bytes) -> tuple[int, bytes]:
-        assert url == URL
+        assert url in (URL, RESPONSES_URL)
         self.calls.append((dict(headers), json.loads(body)))
         answer = self._answers.pop(0)
         if isinstance(answer, ServiceUnavailable):
@@ -66,6 +66,23 @@ def test_another_line_is_written_by_it_only_where_it_writes_all() -> None:
     assert not parsed(CHAT, gateway).by_gateway
     gateway.writes_all = True
     assert parsed(CHAT, gateway).by_gateway
+
+
+def test_a_response_is_written_by_a_gateway_only() -> None:
+    """With the batch's limit under the name that a response has for it; its own limit is kept."""
+    gateway = Told((200, {"token_ids": [5]}))
+    for own in ({}, {"max_output_tokens": 2}):
+        line = {"custom_id": "a", "url": RESPONSES_URL, "body": {"input": "x", **own}}
+        found = parse_line(
+            json.dumps(line).encode(), max_tokens=9, priority=4, idempotency_key="k", writer=gateway
+        )
+        assert found.by_gateway
+    assert [body for _, body in gateway.calls] == [
+        {"input": "x", "max_output_tokens": 9, "priority": 4},
+        {"input": "x", "max_output_tokens": 2, "priority": 4},
+    ]
+    with pytest.raises(InvalidRequest, match="url: /v1/responses needs a gateway"):
+        parse_line(json.dumps(line).encode(), max_tokens=9, priority=4, idempotency_key="k")
 
 
 def test_the_gateway_has_the_last_word() -> None:
