@@ -70,7 +70,7 @@ def test_another_line_is_written_by_it_only_where_it_writes_all() -> None:
 
 def test_a_response_is_written_by_a_gateway_only() -> None:
     """With the batch's limit under the name that a response has for it; its own limit is kept."""
-    gateway = Told((200, {"token_ids": [5]}))
+    gateway = Told((200, {"token_ids": [5]}), (200, {"token_ids": [5]}))
     for own in ({}, {"max_output_tokens": 2}):
         line = {"custom_id": "a", "url": RESPONSES_URL, "body": {"input": "x", **own}}
         found = parse_line(
