@@ -24,7 +24,7 @@ from redis.retry import Retry
 from l4queue.errors import ConfigError
 from l4queue.redis_url import Address, Place, parse_url
 
-__all__ = ("Address", "Place", "connect", "connect_async", "parse_url")
+__all__ = ("Address", "Place", "async_pool", "connect", "mislead", "parse_url")
 
 _FILES = ("ssl_ca_certs", "ssl_ca_path", "ssl_certfile", "ssl_keyfile")
 _SENTINEL: Any = redis.sentinel.Sentinel  # without types
@@ -60,26 +60,23 @@ def connect(
     return redis.Redis(connection_pool=pool(retry=Retry(NoBackoff(), 0), **more))
 
 
-def connect_async(
+def async_pool(
     address: Address,
     *,
-    pool: type[aredis.ConnectionPool],
     timeout_s: float,
     most: int,
     connect_timeout_s: float = CONNECT_TIMEOUT_S,
-) -> Any:
-    """The same for asyncio; belongs to the event loop that first uses it."""
+) -> aredis.ConnectionPool:
+    """How to connect on an event loop, for `ThinClient`; nothing is taken from the pool itself."""
     more = {"socket_timeout": timeout_s, "max_connections": most, **_options(address, connect_timeout_s)}
     if address.way:
         more["connection_class"] = _AsyncTlsConnection if address.is_tls else _AsyncConnection
         more["locator"] = _AsyncLocator(address)
     elif address.path:
-        more["connection_class"] = _AsyncUnixConnection
+        more["connection_class"] = aredis.UnixDomainSocketConnection
     elif address.is_tls:
-        more["connection_class"] = _AsyncDirectTlsConnection
-    else:
-        more["connection_class"] = _AsyncDirectConnection
-    return aredis.Redis(connection_pool=pool(retry=AsyncRetry(NoBackoff(), 0), **more))
+        more["connection_class"] = aredis.SSLConnection
+    return aredis.ConnectionPool(retry=AsyncRetry(NoBackoff(), 0), **more)
 
 
 def _options(address: Address, connect_timeout_s: float) -> dict[str, Any]:
@@ -137,9 +134,12 @@ class _Whereabouts:
         return {**common, "ssl": True, **self.address.tls_options}
 
 
-def _mislead(connection: Any, error: rx.ResponseError) -> str | None:
+def mislead(connection: Any, error: rx.ResponseError) -> str | None:
     """The reason to break a connection that an error gives; None: the error is about something else."""
-    whereabouts: _Whereabouts = connection.locator.whereabouts
+    locator: _Locator | _AsyncLocator | None = getattr(connection, "locator", None)
+    if locator is None:  # there is one place only
+        return None
+    whereabouts = locator.whereabouts
     if isinstance(error, rx.MovedError):
         whereabouts.is_at((error.host or connection.host, error.port))
         return f"the slot is at {error.host}:{error.port}"
@@ -218,7 +218,7 @@ class _Connection(redis.Connection):
         try:
             return super().read_response(*args, **more)
         except rx.ResponseError as error:
-            reason = _mislead(self, error)
+            reason = mislead(self, error)
             if reason is None:
                 raise
             self.disconnect()  # type: ignore[no-untyped-call]  # redis-py has none here
@@ -229,35 +229,7 @@ class _TlsConnection(_Connection, redis.SSLConnection):
     """The same with TLS."""
 
 
-class _HeedsCancel(aredis.connection.AbstractConnection):
-    """A part of asyncio connections: a task that is cancelled while it sends a command ends.
-
-    redis-py sends under `asyncio.wait_for`, which before Python 3.12 drops a cancel that comes together with its
-    value. A reader would go on for ever, and so would the task that awaits its end.
-    """
-
-    async def send_packed_command(self, *args: Any, **more: Any) -> None:
-        task = asyncio.current_task()
-        num_before = task.cancelling() if task is not None else 0
-        await super().send_packed_command(*args, **more)
-        if task is not None and task.cancelling() > num_before:
-            await self.disconnect(nowait=True)  # nobody will read the reply
-            raise asyncio.CancelledError
-
-
-class _AsyncDirectConnection(_HeedsCancel, aredis.Connection):
-    """A connection to one server."""
-
-
-class _AsyncDirectTlsConnection(_HeedsCancel, aredis.SSLConnection):
-    """The same with TLS."""
-
-
-class _AsyncUnixConnection(_HeedsCancel, aredis.UnixDomainSocketConnection):
-    """The same over a socket of the file system."""
-
-
-class _AsyncConnection(_HeedsCancel, aredis.Connection):
+class _AsyncConnection(aredis.Connection):
     """The same as `_Connection` for asyncio."""
 
     def __init__(self, *, locator: _AsyncLocator, **more: Any) -> None:
@@ -272,16 +244,6 @@ class _AsyncConnection(_HeedsCancel, aredis.Connection):
         except (rx.ConnectionError, rx.TimeoutError):
             self.locator.whereabouts.is_not_at((self.host, self.port))
             raise
-
-    async def read_response(self, *args: Any, **more: Any) -> Any:
-        try:
-            return await super().read_response(*args, **more)
-        except rx.ResponseError as error:
-            reason = _mislead(self, error)
-            if reason is None:
-                raise
-            await self.disconnect()
-            raise rx.ConnectionError(reason) from error
 
 
 class _AsyncTlsConnection(_AsyncConnection, aredis.SSLConnection):

@@ -8,20 +8,21 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
 
 import redis
-import redis.asyncio as aredis
 
 from l4queue.protocol.batching import Commands
 from l4queue.protocol.calls import Arg, Call
-from l4queue.protocol.connect import Address, connect, connect_async, parse_url
+from l4queue.protocol.connect import Address, async_pool, connect, parse_url
 from l4queue.protocol.foreign import Finding, burial, gathered, set_aside
 from l4queue.protocol.reads import StreamEntry, parse_entries
 from l4queue.protocol.scripts import all_scripts
+from l4queue.protocol.thin_client import ThinClient
 from l4queue.protocol.trouble import FAILURES, outage_of
 from l4queue.protocol.wire import (
     Tries,
@@ -127,21 +128,26 @@ class _Exchange(ABC):
         """The values, or the error by which time ran out."""
         if not calls:
             return [], None
-        tries = Tries(names_of(calls), url=self.url, retry_s=retry_s, outage=self._outage)
+        began_s, tries = time.monotonic(), None  # nearly every exchange comes through at once
         while True:
             try:
                 replies = first_error(await self._exchange(calls))
             except FAILURES as error:
+                tries = tries or Tries(
+                    names_of(calls), url=self.url, retry_s=retry_s, outage=self._outage, began_s=began_s
+                )
                 if is_foreign(error) and tries.may_clear() and await self._clear(keys_of(calls)):
                     continue
                 pause_s = tries.failed(error)
                 if pause_s is None or await self._pause(pause_s):
                     return [], error
             else:
-                tries.passed()
+                if self._outage is not None and self._outage.is_open:
+                    self._outage.passed(names_of(calls))
                 with gathered() as found:
                     values = [call.parse(reply) for call, reply in zip(calls, replies, strict=True)]
-                await self._bury(found)
+                if found:
+                    await self._bury(found)
                 return values, None
 
     async def _wait(
@@ -254,14 +260,12 @@ class AsyncExecutor(_Exchange):
 
     def _open(self, address: Address, *, most: int, socket_s: float) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
-        pool, waiters = aredis.BlockingConnectionPool, aredis.ConnectionPool
-        self.client = connect_async(address, pool=pool, timeout_s=socket_s, most=most, connect_timeout_s=socket_s)
-        self._waiter = connect_async(
-            address,
-            pool=waiters,
-            timeout_s=self.longest_read_s + _SOCKET_TIMEOUT_S,
-            most=_MAX_WAITERS,
-            connect_timeout_s=socket_s,
+        wait_s = self.longest_read_s + _SOCKET_TIMEOUT_S
+        self.client: Any = ThinClient(
+            async_pool(address, timeout_s=socket_s, most=most, connect_timeout_s=socket_s)
+        )
+        self._waiter: Any = ThinClient(
+            async_pool(address, timeout_s=wait_s, most=_MAX_WAITERS, connect_timeout_s=socket_s)
         )
 
     async def run(self, call: Call[T]) -> T:
@@ -287,6 +291,7 @@ class AsyncExecutor(_Exchange):
 
     async def offer(self, call: Call[T]) -> T | None:
         """See `Executor.offer`."""
+        self.check_loop()
         value: T | None = await self._offer(call)
         return value
 
@@ -307,18 +312,16 @@ class AsyncExecutor(_Exchange):
 
     async def close(self) -> None:
         """Close all connections; safe to call twice."""
-        await self.client.connection_pool.disconnect()
-        await self._waiter.connection_pool.disconnect()
+        await self.client.close_all()
+        await self._waiter.close_all()
         self._loop = None
 
     async def _one(self, words: Sequence[Arg]) -> Any:
         return await self.client.execute_command(*words)
 
     async def _pipeline(self, commands: Sequence[Sequence[Arg]]) -> list[Any]:
-        async with self.client.pipeline(transaction=False) as pipe:
-            for words in commands:
-                pipe.execute_command(*words)
-            return list(await pipe.execute(raise_on_error=False))
+        replies: list[Any] = await self.client.run(commands)
+        return replies
 
     async def _read(self, streams: Mapping[str, str], *, count: int, block_ms: int) -> Any:
         return await self._waiter.xread(dict(streams), count=count, block=block_ms)

@@ -169,6 +169,11 @@ class Outage:
                 extra={"trouble": trouble.value},
             )
 
+    @property
+    def is_open(self) -> bool:
+        """Whether commands have failed that have not come through since."""
+        return bool(self._failing)
+
     def passed(self, names: Iterable[str]) -> None:
         """Commands of these names have come through."""
         if not self._failing:

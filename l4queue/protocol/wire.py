@@ -107,11 +107,13 @@ class Tries:
     `retry_s` None is for ever. Troubles are told to `outage`, if there is one.
     """
 
-    def __init__(self, names: set[str], *, url: str, retry_s: float | None, outage: Outage | None) -> None:
+    def __init__(
+        self, names: set[str], *, url: str, retry_s: float | None, outage: Outage | None, began_s: float
+    ) -> None:
         self._names = names
         self._url = url
         self._outage = outage
-        self._deadline_s = None if retry_s is None else time.monotonic() + retry_s
+        self._deadline_s = None if retry_s is None else began_s + retry_s
         self._pauses_s = _backoff_s()
         self._has_cleared = False
 
@@ -130,11 +132,6 @@ class Tries:
         pause_s = next(self._pauses_s)
         is_over = self._deadline_s is not None and time.monotonic() + pause_s > self._deadline_s
         return None if is_over else pause_s
-
-    def passed(self) -> None:
-        """It has come through."""
-        if self._outage is not None:
-            self._outage.passed(self._names)
 
 
 class Waits:
