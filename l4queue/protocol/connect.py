@@ -73,7 +73,7 @@ def async_pool(
         more["connection_class"] = _AsyncTlsConnection if address.is_tls else _AsyncConnection
         more["locator"] = _AsyncLocator(address)
     elif address.path:
-        more["connection_class"] = aredis.UnixDomainSocketConnection
+        more["connection_class"] = _AsyncUnixConnection
     elif address.is_tls:
         more["connection_class"] = aredis.SSLConnection
     return aredis.ConnectionPool(retry=AsyncRetry(NoBackoff(), 0), **more)
@@ -227,6 +227,18 @@ class _Connection(redis.Connection):
 
 class _TlsConnection(_Connection, redis.SSLConnection):
     """The same with TLS."""
+
+
+class _AsyncUnixConnection(aredis.UnixDomainSocketConnection):
+    """A connection over a socket of the file system, with the server's own refusal, which redis-py wraps here."""
+
+    async def connect_check_health(self, *args: Any, **more: Any) -> None:
+        try:
+            await super().connect_check_health(*args, **more)
+        except rx.ConnectionError as error:
+            if isinstance(error.__cause__, rx.RedisError):
+                raise error.__cause__ from None
+            raise
 
 
 class _AsyncConnection(aredis.Connection):

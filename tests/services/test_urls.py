@@ -134,6 +134,33 @@ def test_it_works_for_the_queue(place: Place, form: str, database: int, namespac
     assert place.databases(namespace) == [database]
 
 
+@pytest.mark.parametrize(
+    "form",
+    [
+        "redis://{user}@127.0.0.1:{port}/2",
+        "rediss://{user}@127.0.0.1:{tls}/2?ssl_ca_certs={ca}",
+        "unix://{user}@{socket}?db=2",
+    ],
+)
+async def test_tasks_share_every_kind_of_connection(place: Place, form: str) -> None:
+    """With long bodies, and a third of them cancelled."""
+    executor = AsyncExecutor(place.url(form))
+
+    async def ask(number: int) -> None:
+        body = f"{number} " * 50_000
+        calls = [Call(None, (), ("ECHO", body + str(index)), bytes.decode) for index in range(3)]
+        assert await executor.run_many(calls) == [body + str(index) for index in range(3)]
+
+    tasks = [asyncio.create_task(ask(number)) for number in range(60)]
+    for task in tasks[::3]:
+        await asyncio.sleep(0)
+        task.cancel()
+    ends = await asyncio.gather(*tasks, return_exceptions=True)
+    assert {type(end) for end in ends[::3]} <= {asyncio.CancelledError, type(None)}
+    assert ends[1::3] + ends[2::3] == [None] * 40
+    await executor.close()
+
+
 def _refusals(url: str) -> list[str]:
     """What the blocking and the asyncio executor say."""
     ping = Call(None, (), ("PING",), lambda reply: reply)
