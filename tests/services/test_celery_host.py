@@ -174,6 +174,7 @@ def test_a_revoked_request_is_cancelled_waiting_or_running(deployment: Deploymen
     deployment.processes.worker("w1")
     deployment.enqueue(*running, max_tokens=8000)
     until(deployment.is_in(RequestState.RUNNING, *running), "the engine is full")
+    until(deployment.is_serving, "Celery hears what is sent once")
     deployment.enqueue("waits", max_tokens=10)
 
     with deployment.watched("task-revoked") as revoked:
