@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from l4queue.cli.bench.queue.command import queue
 from l4queue.cli.progress import progress_bars
 
 if TYPE_CHECKING:
@@ -231,6 +232,7 @@ def register(app: typer.Typer) -> None:
     """Add the group `bench` to the application."""
     group = typer.Typer(no_args_is_help=True, help="Benchmarks of a deployment on this machine.")
     group.command()(serve)
+    group.command()(queue)
     group.callback()(_group)
     app.add_typer(group, name="bench")
 

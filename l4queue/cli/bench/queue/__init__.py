@@ -1,0 +1,1 @@
+"""`l4queue bench queue`: what the queue itself costs, beside other task queues. Begin with `command.py`."""

@@ -1,0 +1,111 @@
+"""A run of `bench queue`: rounds in which each entrant is started, measured alone and stopped."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from l4queue.cli.bench.queue.ceiling import Ceiling, measure_ceiling
+from l4queue.cli.bench.queue.entrant import Durability, Entrant, L4Entrant
+from l4queue.cli.bench.queue.measure import QueueLoad, QueueRound, measure
+
+__all__ = ("OURS", "QueueStudy", "StudyWatcher")
+
+OURS = "l4queue"
+_WITHOUT_MODEL = {"L4_EMULATED_SPEED": "0", "L4_MAX_MODEL_LEN": "262144"}
+"""No model time; room for prompts of 400 kB, however badly the tiny model's tokenizer does on them."""
+_NOT_OURS = ("L4_REDIS_URL", "L4_ENGINE", "L4_MODEL")  # of a deployment of the user's, which is left alone
+
+
+@dataclass(slots=True)
+class StudyWatcher:
+    """Who is told of progress, and the entrant that runs now."""
+
+    on_phase: Callable[[str, str], None]
+    on_round: Callable[[QueueRound], None]
+    running: Entrant | None = None
+
+    def kill(self) -> None:
+        """End what runs at once."""
+        if self.running is not None:
+            self.running.kill()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QueueStudy:
+    """What to measure."""
+
+    loads: Sequence[QueueLoad]
+    rounds: int
+    durabilities: Sequence[Durability]
+    num_clients: int
+    num_workers: int
+    peers: Sequence[Any] = ()
+
+    @property
+    def names(self) -> list[str]:
+        """Of the entrants, in their order."""
+        return [*(f"{OURS} {durability}" for durability in self.durabilities), *(peer.name for peer in self.peers)]
+
+    @property
+    def num_steps(self) -> int:
+        """For a progress bar."""
+        return self.rounds * len(self.names) * len(self.loads)
+
+    async def run(self, watcher: StudyWatcher) -> tuple[list[QueueRound], list[Ceiling]]:
+        """All rounds, and Redis alone."""
+        done: list[QueueRound] = []
+        with _environment(), tempfile.TemporaryDirectory(prefix="l4queue-bench-") as folder:
+            ceilings = []
+            for load in self.loads:
+                watcher.on_phase("redis alone", "")
+                ceilings.append(await measure_ceiling(load.prompt_bytes, Path(folder) / "redis-alone"))
+            for number in range(self.rounds):
+                for index, name in enumerate(self.names):
+                    place = Path(folder) / f"{number}-{index}"
+                    place.mkdir()
+                    watcher.on_phase(name, "start")
+                    watcher.running = self._entrant(name, place)
+                    async with watcher.running as entrant:
+                        for load in self.loads:
+                            found = await measure(
+                                entrant,
+                                load,
+                                number=number,
+                                on_phase=lambda phase, name=name: watcher.on_phase(name, phase),  # type: ignore[misc]
+                            )
+                            done.append(found)
+                            watcher.on_round(found)
+                        watcher.on_phase(name, "stop")
+        return done, ceilings
+
+    def _entrant(self, name: str, place: Path) -> Entrant:
+        index = self.names.index(name)
+        if index < len(self.durabilities):
+            return L4Entrant(
+                name,
+                durability=self.durabilities[index],
+                num_clients=self.num_clients,
+                num_workers=self.num_workers,
+                folder=place,
+            )
+        raise NotImplementedError
+
+
+@contextmanager
+def _environment() -> Iterator[None]:
+    """Settings of the deployments that are measured; those of the user's own one are put aside."""
+    before = {name: os.environ.pop(name, None) for name in (*_NOT_OURS, *_WITHOUT_MODEL)}
+    os.environ.update(_WITHOUT_MODEL)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
