@@ -47,7 +47,7 @@ def queue(
             show_default=False,
         ),
     ] = "",
-    plot: Annotated[Path | None, typer.Option(help="Write SVG plots into this directory.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write PNG plots into this directory.")] = None,
     json_file: Annotated[
         str | None,
         typer.Option("--json", metavar="FILE|-", help="Write JSON into a file; - is standard output, alone."),
@@ -65,8 +65,12 @@ def queue(
     and read, on a redis-server with the same settings (fast), in an environment that this command makes and
     keeps (node and npm for bullmq). docs/performance.md says how each is set up.
     """
+    from l4queue.cli.bench.queue.plots import plot_queues
     from l4queue.cli.bench.queue.report import machine, ratios, summaries
+    from l4queue.sim.plots import require_matplotlib
 
+    if plot is not None:
+        require_matplotlib()
     study = _study(locals())
     done, ceilings = asyncio.run(_run(study, quiet=json_file == "-"))
     setting = {
@@ -84,22 +88,31 @@ def queue(
         "queues": summaries(done),
         "ratios": ratios(done, ours=study.names[0]),
     }
+    files = plot_queues(plot, found) if plot is not None else []
     if json_file == "-":
         print(json.dumps(found))
         return
     if json_file is not None:
-        Path(json_file).write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+        files.append(Path(json_file))
+        files[-1].write_text(json.dumps(found, indent=1) + "\n", "utf-8")
     _show(found)
+    for file in files:
+        print(f"wrote {file}")
 
 
 def _study(given: dict[str, Any]) -> QueueStudy:
     """Checked options; ConfigError names a wrong one."""
+    from l4queue.cli.bench.queue.environments import require_tools
     from l4queue.cli.bench.queue.measure import QueueLoad
+    from l4queue.cli.bench.queue.peers import PEERS
     from l4queue.cli.bench.queue.study import QueueStudy
 
     sizes = [_size(text) for text in _words(given["prompt_bytes"])]
     durabilities = _chosen(given["durability"], ("fast", "strict"), option="--durability")
     (how,) = _chosen(given["as_input"], ("text", "ids"), option="--input")[:1]
+    named = ",".join(PEERS) if given["peers"] == "all" else given["peers"]
+    chosen = [PEERS[name] for name in _chosen(named, tuple(PEERS), option="--peers")] if named else []
+    require_tools(chosen)
     return QueueStudy(
         loads=[
             QueueLoad(
@@ -111,6 +124,7 @@ def _study(given: dict[str, Any]) -> QueueStudy:
         durabilities=durabilities,  # type: ignore[arg-type]
         num_clients=given["clients"],
         num_workers=given["workers"],
+        peers=chosen,
     )
 
 
@@ -149,13 +163,18 @@ async def _run(study: QueueStudy, *, quiet: bool) -> tuple[list[QueueRound], lis
             progress.advance(bar)
             text = f"{one.entrant}, {one.prompt_bytes:,} B, round {one.round + 1}: {one.requests_per_s:,.0f} "
             text += f"requests/s, {one.cpu_s_per_1000['total']:.3f} CPU s per 1,000"
+            say(text)
+
+        def say(text: str) -> None:
             progress.console.print(text, highlight=False)
 
         watcher = StudyWatcher(
-            on_phase=lambda name, phase: progress.update(bar, description=f"{name}: {phase}"), on_round=on_round
+            on_phase=lambda name, phase: progress.update(bar, description=f"{name}: {phase}"),
+            on_round=on_round,
+            on_note=say,
         )
         note = "stopping; once more to stop at once"
-        async with ending_well(note=lambda: progress.console.print(note), kill=watcher.kill) as ending:
+        async with ending_well(note=lambda: say(note), kill=watcher.kill) as ending:
             return await study.run(watcher)
     raise typer.Exit(ending.exit_code)
 
@@ -166,10 +185,13 @@ def _show(found: dict[str, Any]) -> None:
     from l4queue.cli.bench.queue.tables import latency_table, rate_table, ratio_lines, redis_table, remark_lines
 
     console = Console()
-    console.print(rate_table(found["queues"]))
-    console.print(redis_table(found["queues"]))
-    if any(one["alone_ms"] for one in found["queues"]):
-        console.print(latency_table(found["queues"]))
+    for size in dict.fromkeys(one["prompt_bytes"] for one in found["queues"]):
+        queues = [one for one in found["queues"] if one["prompt_bytes"] == size]
+        console.rule(f"prompts of {size:,} bytes", align="left")
+        console.print(rate_table(queues))
+        console.print(redis_table(queues))
+        if any(one["alone_ms"] for one in queues):
+            console.print(latency_table(queues))
     for one in found["ceilings"]:
         text = f"Redis alone, a stream and nothing else, {one['prompt_bytes']:,} B: {one['requests_per_s']:,.0f} "
         text += f"requests/s by one client, {one['redis_cpu_s_per_1000']:.3f} CPU s of Redis per 1,000"

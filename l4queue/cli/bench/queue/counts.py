@@ -16,7 +16,7 @@ import psutil
 from l4queue.cli.bench.queue.raw import RawConnection
 from l4queue.redis_url import SecretUrl
 
-__all__ = ("ResourceCounts", "ResourcesSpent", "commands_of", "kept_bytes", "look", "spent")
+__all__ = ("ResourceCounts", "ResourcesSpent", "commands_of", "look", "spent", "used_bytes")
 
 T = TypeVar("T")
 _OWN = frozenset({"info", "monitor", "auth", "hello", "client", "ping", "select", "config", "command"})
@@ -36,7 +36,6 @@ class ResourceCounts:
     commands: Mapping[str, int]
     bytes_in: int
     bytes_out: int
-    used_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +48,6 @@ class ResourcesSpent:
     num_commands: int
     bytes_in: int
     bytes_out: int
-    kept_bytes: int
 
 
 async def look(redis: RawConnection, pids: Mapping[str, Iterable[int]]) -> ResourceCounts:
@@ -64,7 +62,6 @@ async def look(redis: RawConnection, pids: Mapping[str, Iterable[int]]) -> Resou
         commands={name: calls for name, calls in _calls(info) if name not in _OWN},
         bytes_in=int(info["total_net_input_bytes"]),
         bytes_out=int(info["total_net_output_bytes"]),
-        used_bytes=kept_bytes(info),
     )
 
 
@@ -81,7 +78,6 @@ def spent(before: ResourceCounts, after: ResourceCounts) -> ResourcesSpent:
         num_commands=sum(after.commands.values()) - sum(before.commands.values()),
         bytes_in=after.bytes_in - before.bytes_in,
         bytes_out=after.bytes_out - before.bytes_out,
-        kept_bytes=after.used_bytes - before.used_bytes,
     )
 
 
@@ -116,8 +112,9 @@ async def commands_of(url: SecretUrl, work: Awaitable[T]) -> tuple[Counter[str],
     return sent, inside, done
 
 
-def kept_bytes(info: Mapping[str, str]) -> int:
+async def used_bytes(redis: RawConnection) -> int:
     """Memory of the data: without buffers of clients and of the AOF."""
+    info = await _info(redis)
     buffers = ("mem_clients_normal", "mem_aof_buffer")
     return int(info["used_memory"]) - sum(int(info[name]) for name in buffers)
 

@@ -18,6 +18,8 @@ from l4queue.redis_url import SecretUrl
 __all__ = ("SCRIPTS", "Durability", "Entrant", "L4Entrant")
 
 Durability = Literal["fast", "strict"]
+_FIRST_S, _FIRST_BYTES = 60.0, 16
+"""For the first request of each client, and its size: then all serve, and scripts are loaded."""
 SCRIPTS = Path(__file__).with_name("entrants")
 
 
@@ -56,6 +58,10 @@ class Entrant(ABC):
         """Stop them; safe before the start and twice."""
 
     @abstractmethod
+    async def failed(self) -> None:
+        """Wait until a server has failed for good, then raise."""
+
+    @abstractmethod
     def kill_servers(self) -> None:
         """End them without an orderly stop."""
 
@@ -65,6 +71,11 @@ class Entrant(ABC):
         return {**self.server_pids, "client": [client.pid for client in self.clients]}
 
     @property
+    def environment(self) -> dict[str, str]:
+        """Variables of its processes beside those of this one."""
+        return {"BENCH_REDIS_URL": self.redis_url.reveal(), "PYTHONUNBUFFERED": "1"}
+
+    @property
     def facts(self) -> Mapping[str, Any]:
         """What a client tells of itself: versions, and whether it can be paced."""
         return self.clients[0].facts
@@ -72,15 +83,22 @@ class Entrant(ABC):
     async def order(self, do: str, *, count: int, timeout_s: float, **more: Any) -> list[dict[str, Any]]:
         """The same order to all clients at once, `count` shared among them; an answer from each."""
         shares = [count // self.num_clients + (i < count % self.num_clients) for i in range(self.num_clients)]
-        return list(
-            await asyncio.gather(
-                *(
-                    client.order(do=do, count=share, salt=number, timeout_s=timeout_s, **more)
-                    for number, (client, share) in enumerate(zip(self.clients, shares, strict=True))
-                    if share
-                )
-            )
-        )
+        orders = [
+            client.order(do=do, count=share, salt=number, timeout_s=timeout_s, **more)
+            for number, (client, share) in enumerate(zip(self.clients, shares, strict=True))
+            if share
+        ]
+        failing: asyncio.Future[Any] = asyncio.ensure_future(self.failed())
+        working: asyncio.Future[Any] = asyncio.gather(*orders)
+        try:
+            await asyncio.wait([failing, working], return_when=asyncio.FIRST_COMPLETED)
+            if not working.done():
+                failing.result()
+            return list(await working)
+        finally:
+            failing.cancel()
+            working.cancel()
+            await asyncio.gather(failing, working, return_exceptions=True)
 
     def kill(self) -> None:
         """End everything at once."""
@@ -91,12 +109,12 @@ class Entrant(ABC):
     async def __aenter__(self) -> Entrant:
         try:
             await self.start_servers()
-            env = {"BENCH_REDIS_URL": self.redis_url.reveal(), "PYTHONUNBUFFERED": "1"}
             for number in range(self.num_clients):
                 log = self.folder / f"client-{number}.log"
-                self.clients.append(LoadClient(self.client_argv, env=env, log=log))
+                self.clients.append(LoadClient(self.client_argv, env=self.environment, log=log))
             await asyncio.gather(*(client.start() for client in self.clients))
             self.redis = await RawConnection.open(self.redis_url)
+            await self.order("rush", count=self.num_clients, timeout_s=_FIRST_S, bytes=_FIRST_BYTES, input="text")
         except BaseException:
             await self._stop()
             raise
@@ -164,6 +182,10 @@ class L4Entrant(Entrant):
         """At once: its data is thrown away, so nothing needs to drain."""
         self._stack.kill()
         await self._stack.stop()
+
+    async def failed(self) -> None:
+        """As `l4queue up` has it."""
+        await self._stack.supervisor.failed()
 
     def kill_servers(self) -> None:
         """All but Redis, which ends quickly by itself."""

@@ -7,18 +7,21 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from l4queue.cli.bench.cpu_time import fixed_work_ms
-from l4queue.cli.bench.queue.counts import ResourcesSpent, commands_of, look, spent
+from l4queue.cli.bench.queue.counts import ResourcesSpent, commands_of, look, spent, used_bytes
 from l4queue.cli.bench.queue.entrant import Entrant, L4Entrant
 
 __all__ = ("QueueLoad", "QueueRound", "measure")
 
-_WARM_REQUESTS = 1000  # connections, code and caches are warm after them
+_FIRST_REQUESTS = 50  # of a warm-up: they tell how many more it may have
+_WARM_S, _WARM_REQUESTS = 1.5, 1000  # connections, code and caches are warm after them
 _WARM_SHARE = 5  # at most one in so many of the requests of a round
 _MOST_RUSH_S = 8.0  # chosen: a slow machine has fewer requests in a round, not a longer one
 _MOST_BYTES = 100_000_000  # of prompts at once; the client has them in memory
 _COUNTED_REQUESTS = 1000  # under MONITOR; commands a request vary by a hundredth from one such stretch to the next
+_COUNTED_BYTES = 4_000_000  # of prompts under MONITOR, which writes each several times over
 _PAUSE_S = 0.005  # before each request alone: all that the last one left to do is done
 _HALF = 0.5  # of the rate of the rush: busy, and far from where queues grow without end
+_LATENCY_S, _HALF_S = 4.0, 2.0  # at most, of the requests alone; of those at half of the rate
 _TIMEOUT_S = 60.0  # of one order, far beyond what it should take
 
 
@@ -77,10 +80,13 @@ async def measure(
     entrant: Entrant, load: QueueLoad, *, number: int, on_phase: Callable[[str], None]
 ) -> QueueRound:
     """All figures of one round; commands are counted in the first only."""
+    assert entrant.redis is not None
+    empty_bytes = await used_bytes(entrant.redis)
     on_phase("warm-up")
-    count = await _warm(entrant, load)
+    num_warm, count = await _warm(entrant, load)
     on_phase("rush")
     used, rush = await _rush(entrant, load, count=count)
+    kept_bytes = await used_bytes(entrant.redis) - empty_bytes
     more: dict[str, Any] = {}
     if number == 0:
         on_phase("commands")
@@ -104,19 +110,22 @@ async def measure(
         redis_commands=used.num_commands / count,
         bytes_in=used.bytes_in / count,
         bytes_out=used.bytes_out / count,
-        kept_bytes=used.kept_bytes / count,
+        kept_bytes=kept_bytes / (num_warm + count),
         versions=entrant.facts["versions"],
         **rush,
         **more,
     )
 
 
-async def _warm(entrant: Entrant, load: QueueLoad) -> int:
-    """Serve some, uncounted; returns how many requests a round may have."""
-    count = max(1, min(_WARM_REQUESTS, load.most_requests // _WARM_SHARE))
-    answers = await entrant.order("rush", count=count, **load.prompts)
-    rate_per_s: float = count / max(answer["wall_s"] for answer in answers)
-    return max(1, min(load.most_requests, round(rate_per_s * _MOST_RUSH_S)))
+async def _warm(entrant: Entrant, load: QueueLoad) -> tuple[int, int]:
+    """Serve some, untimed; returns their number, and how many requests the rush may have."""
+    most = max(1, load.most_requests // _WARM_SHARE)
+    count, total, rate_per_s = min(_FIRST_REQUESTS, most), 0, 0.0
+    while count > 0:
+        answers = await entrant.order("rush", count=count, **load.prompts)
+        rate_per_s, total = count / max(answer["wall_s"] for answer in answers), total + count
+        count = min(round(rate_per_s * _WARM_S), _WARM_REQUESTS, most - total) if total == count else 0
+    return total, max(1, min(load.most_requests, round(rate_per_s * _MOST_RUSH_S)))
 
 
 async def _rush(entrant: Entrant, load: QueueLoad, *, count: int) -> tuple[ResourcesSpent, dict[str, Any]]:
@@ -131,7 +140,7 @@ async def _rush(entrant: Entrant, load: QueueLoad, *, count: int) -> tuple[Resou
 
 
 async def _commands(entrant: Entrant, load: QueueLoad) -> dict[str, Any]:
-    count = min(_COUNTED_REQUESTS, load.most_requests)
+    count = max(1, min(_COUNTED_REQUESTS, load.most_requests, _COUNTED_BYTES // load.prompt_bytes))
     work = entrant.order("rush", count=count, **load.prompts)
     sent, inside, _ = await commands_of(entrant.redis_url, work)
     by_name = {"sent": sent.most_common(), "inside": inside.most_common()}
@@ -151,14 +160,20 @@ async def _alone(entrant: Entrant, load: QueueLoad) -> dict[str, list[float]]:
     """One request at a time, by one client."""
     kinds = _kinds(entrant)
     answer = await entrant.clients[0].order(
-        do="alone", count=load.num_latencies * len(kinds), what=kinds, pause_s=_PAUSE_S, salt=0, **load.prompts
+        do="alone",
+        count=load.num_latencies * len(kinds),
+        what=kinds,
+        pause_s=_PAUSE_S,
+        most_s=_LATENCY_S,
+        salt=0,
+        **load.prompts,
     )
     return {name.removesuffix("_ms"): values for name, values in answer.items()}
 
 
 async def _half(entrant: Entrant, load: QueueLoad, *, rate_per_s: float) -> dict[str, Any]:
     kinds = _kinds(entrant)
-    count = min(load.most_requests, max(load.num_latencies * len(kinds), round(rate_per_s * 2.0)))
+    count = max(len(kinds), min(load.most_requests, round(rate_per_s * _HALF_S)))
     share = {"rate_per_s": rate_per_s / entrant.num_clients}
     answers = await entrant.order("paced", count=count, what=kinds, **share, **load.prompts)
     names = [*kinds, "late"]

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from pathlib import Path
-from typing import Any
 
 from l4queue.cli.bench.queue.ceiling import Ceiling, measure_ceiling
 from l4queue.cli.bench.queue.entrant import Durability, Entrant, L4Entrant
+from l4queue.cli.bench.queue.environments import environment_of
 from l4queue.cli.bench.queue.measure import QueueLoad, QueueRound, measure
+from l4queue.cli.bench.queue.peer_entrant import PeerEntrant
+from l4queue.cli.bench.queue.peers import Peer
 
 __all__ = ("OURS", "QueueStudy", "StudyWatcher")
 
@@ -28,6 +32,7 @@ class StudyWatcher:
 
     on_phase: Callable[[str, str], None]
     on_round: Callable[[QueueRound], None]
+    on_note: Callable[[str], None]
     running: Entrant | None = None
 
     def kill(self) -> None:
@@ -45,7 +50,7 @@ class QueueStudy:
     durabilities: Sequence[Durability]
     num_clients: int
     num_workers: int
-    peers: Sequence[Any] = ()
+    peers: Sequence[Peer] = ()
 
     @property
     def names(self) -> list[str]:
@@ -61,30 +66,31 @@ class QueueStudy:
         """All rounds, and Redis alone."""
         done: list[QueueRound] = []
         with _environment(), tempfile.TemporaryDirectory(prefix="l4queue-bench-") as folder:
+            environments = {}
+            for peer in self.peers:
+                watcher.on_phase(peer.name, "install")
+                environments[peer.name] = await environment_of(peer, note=watcher.on_note)
             ceilings = []
             for load in self.loads:
                 watcher.on_phase("redis alone", "")
-                ceilings.append(await measure_ceiling(load.prompt_bytes, Path(folder) / "redis-alone"))
+                ceilings.append(
+                    await measure_ceiling(load.prompt_bytes, Path(folder) / f"alone-{load.prompt_bytes}")
+                )
             for number in range(self.rounds):
-                for index, name in enumerate(self.names):
+                for index, (load, name) in enumerate(product(self.loads, self.names)):
                     place = Path(folder) / f"{number}-{index}"
                     place.mkdir()
                     watcher.on_phase(name, "start")
-                    watcher.running = self._entrant(name, place)
+                    watcher.running = self._entrant(name, place, environments)
+                    on_phase = partial(watcher.on_phase, name)
                     async with watcher.running as entrant:
-                        for load in self.loads:
-                            found = await measure(
-                                entrant,
-                                load,
-                                number=number,
-                                on_phase=lambda phase, name=name: watcher.on_phase(name, phase),  # type: ignore[misc]
-                            )
-                            done.append(found)
-                            watcher.on_round(found)
+                        found = await measure(entrant, load, number=number, on_phase=on_phase)
                         watcher.on_phase(name, "stop")
+                    done.append(found)
+                    watcher.on_round(found)
         return done, ceilings
 
-    def _entrant(self, name: str, place: Path) -> Entrant:
+    def _entrant(self, name: str, place: Path, environments: Mapping[str, Path]) -> Entrant:
         index = self.names.index(name)
         if index < len(self.durabilities):
             return L4Entrant(
@@ -94,7 +100,15 @@ class QueueStudy:
                 num_workers=self.num_workers,
                 folder=place,
             )
-        raise NotImplementedError
+        peer = self.peers[index - len(self.durabilities)]
+        return PeerEntrant(
+            peer,
+            environments[peer.name],
+            durability=self.durabilities[0],
+            num_clients=self.num_clients,
+            num_workers=self.num_workers,
+            folder=place,
+        )
 
 
 @contextmanager

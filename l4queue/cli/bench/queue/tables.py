@@ -14,13 +14,13 @@ _STEADY = 1.05  # of the same work's CPU time from one round to another, as in `
 
 def rate_table(summaries: Sequence[Mapping[str, Any]]) -> Any:
     """Throughput and CPU time by process; medians of the rounds."""
-    shown = _table("a rush of requests, every result read; CPU s per 1,000 requests", summaries)
+    shown = _table("a rush of requests, every result read; CPU s per 1,000 requests")
     for name in ("requests/s (min–max)", "CPU s", "redis", "disp.", "worker", "client"):
         shown.add_column(name, justify="right", no_wrap=True)
     for one in summaries:
         rate, cpu = one["requests_per_s"], one["cpu_s_per_1000"]
         shown.add_row(
-            *_label(one, summaries),
+            one["name"],
             f"{rate['median']:,.0f} ({rate['min']:,.0f}–{rate['max']:,.0f})",
             *(f"{cpu[kind]['median']:.3f}" if kind in cpu else "" for kind in _KINDS),
         )
@@ -29,12 +29,12 @@ def rate_table(summaries: Sequence[Mapping[str, Any]]) -> Any:
 
 def redis_table(summaries: Sequence[Mapping[str, Any]]) -> Any:
     """Commands, bytes and memory of one request."""
-    shown = _table("Redis, for one request", summaries)
+    shown = _table("Redis, for one request")
     for name in ("commands", "in scripts", "kB in", "kB out", "bytes kept"):
         shown.add_column(name, justify="right", no_wrap=True)
     for one in summaries:
         shown.add_row(
-            *_label(one, summaries),
+            one["name"],
             _number(one["sent_commands"], 1),
             _number(one["inside_commands"], 1),
             f"{one['bytes_in']['median'] / 1000:,.1f}",
@@ -45,14 +45,14 @@ def redis_table(summaries: Sequence[Mapping[str, Any]]) -> Any:
 
 
 def latency_table(summaries: Sequence[Mapping[str, Any]]) -> Any:
-    """First token and result, alone and at half of the rate."""
-    shown = _table("latency, ms: p50 / p99, one at a time, then at half of the rate above", summaries)
-    for name in ("first token", "result", "at 1/s", "first token", "result"):
+    """First token (`first`) and result, alone and at half of the rate."""
+    shown = _table("latency, ms, p50 / p99: one at a time, then at half of the rate above")
+    for name in ("first", "result", "at 1/s", "first", "result"):
         shown.add_column(name, justify="right", no_wrap=True)
     for one in summaries:
         alone, half = one["alone_ms"], one["half_ms"]
         shown.add_row(
-            *_label(one, summaries),
+            one["name"],
             _quantiles(alone, "first"),
             _quantiles(alone, "result"),
             _number(one["half_rate_per_s"]["median"], 0),
@@ -62,23 +62,13 @@ def latency_table(summaries: Sequence[Mapping[str, Any]]) -> Any:
     return shown
 
 
-def _table(title: str, summaries: Sequence[Mapping[str, Any]]) -> Any:
+def _table(title: str) -> Any:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     shown = Table(box=SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
     shown.add_column("queue", no_wrap=True)
-    if _has_sizes(summaries):
-        shown.add_column("prompt B", justify="right", no_wrap=True)
     return shown
-
-
-def _has_sizes(summaries: Sequence[Mapping[str, Any]]) -> bool:
-    return len({one["prompt_bytes"] for one in summaries}) > 1
-
-
-def _label(one: Mapping[str, Any], summaries: Sequence[Mapping[str, Any]]) -> list[str]:
-    return [one["name"], *([f"{one['prompt_bytes']:,}"] if _has_sizes(summaries) else [])]
 
 
 def ratio_lines(found: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -116,4 +106,6 @@ def _number(value: float | None, digits: int) -> str:
 def _quantiles(latencies: Mapping[str, Mapping[str, float]], kind: str) -> str:
     if kind not in latencies:
         return ""
-    return f"{latencies[kind]['p50']:.1f} / {latencies[kind]['p99']:.1f}"
+    return " / ".join(
+        _number(value, int(value < 100)) for value in (latencies[kind]["p50"], latencies[kind]["p99"])
+    )

@@ -12,14 +12,17 @@ import random
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from importlib.metadata import version
 from typing import Any
 
-__all__ = ("CONCURRENCY", "Sender", "redis_url", "serve")
+__all__ = ("CONCURRENCY", "RESULT", "Sender", "gathered", "redis_url", "run", "serve")
 
 CONCURRENCY = 64
 """Jobs at once in a worker: what l4queue's worker runs by default (`max_running`)."""
+RESULT = "ok"
+"""Of every job of a peer: as short as one token."""
+_AT_ONCE = 16  # waits of a client that has to ask for each result: more only queue up in its own process
 _WORDS = "the quick brown fox jumps over the lazy dog and runs away from all of them "
 _VOCABULARY = 900  # ids of the prompts in token ids: the tiny model knows these
 
@@ -36,6 +39,8 @@ class Sender(ABC):
     """Packages whose versions are told."""
     can_pace = True
     """Whether `one` may run many times at once."""
+    uses_uvloop = False
+    """Whether it runs on uvloop, which its environment then has."""
 
     @abstractmethod
     async def open(self) -> None:
@@ -52,6 +57,28 @@ class Sender(ABC):
     @abstractmethod
     async def one(self, prompt: Any, *, what: str) -> float:
         """Enqueue one: the clock (`time.perf_counter`) at its `first` token, or with its `result` in hand."""
+
+
+async def gathered(one: Callable[[Any], Awaitable[Any]], items: Iterable[Any], *, at_once: int = _AT_ONCE) -> None:
+    """Await `one` for all items in order, so many at a time; each must come to `RESULT`."""
+    left = iter(items)
+
+    async def work() -> None:
+        for item in left:
+            found = await one(item)
+            assert found == RESULT, found
+
+    await asyncio.gather(*(work() for _ in range(at_once)))
+
+
+def run(main: Coroutine[Any, Any, None], *, uses_uvloop: bool) -> None:
+    """asyncio.run, on uvloop if so."""
+    if uses_uvloop:
+        import uvloop
+
+        uvloop.run(main)
+    else:
+        asyncio.run(main)
 
 
 def prompts_of(order: dict[str, Any]) -> list[Any]:
@@ -75,7 +102,10 @@ async def _rush(sender: Sender, order: dict[str, Any]) -> dict[str, Any]:
 async def _alone(sender: Sender, order: dict[str, Any]) -> dict[str, Any]:
     """One request at a time with a pause before each, kind by kind in turn."""
     found: dict[str, list[float]] = {what: [] for what in order["what"]}
+    end_s = time.perf_counter() + order["most_s"]
     for number, prompt in enumerate(prompts_of(order)):
+        if time.perf_counter() > end_s and all(found.values()):
+            break
         await asyncio.sleep(order["pause_s"])
         what = order["what"][number % len(order["what"])]
         began_s = time.perf_counter()
@@ -122,4 +152,4 @@ async def _serve(sender: Sender) -> None:
 
 def serve(sender: Sender) -> None:
     """Obey orders until standard input ends."""
-    asyncio.run(_serve(sender))
+    run(_serve(sender), uses_uvloop=sender.uses_uvloop)
