@@ -20,7 +20,7 @@ RUNTIME = $(VENV)/.installed-$(ENGINE)
 DEV = $(VENV)/.installed-dev-$(ENGINE)
 CODE := l4queue dispatcher workers gateway tests bench tools
 
-.PHONY: help demo up install dev system test test-fast test-compose test-newcomer chaos lint format docs lock clean
+.PHONY: help demo up install dev system test test-fast test-compose test-newcomer chaos performance lint format docs lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +47,9 @@ test-fast: $(DEV) ## tests that need no deployment, no engine and no browser, an
 
 chaos: $(DEV) system ## processes that die around every script, for long: make chaos ARGS='--seed 7 --duration 3600'
 	$(BIN)/python -m tests.chaos $(ARGS)
+
+performance: $(DEV) ## measure the queue beside other task queues, write docs/performance.md: ARGS='--rounds 5'
+	$(BIN)/python bench/performance.py $(ARGS)
 
 test-compose: $(DEV) ## docker-compose.yml in a real daemon: scaled, crashed, taken down; ARGS='emulated --keep'
 	$(BIN)/python -m tests.compose.run $(ARGS)

@@ -135,8 +135,8 @@ KEYS: dict[str, dict[str, str]] = {
         "setting": "the options of this run",
         "machine": "processor, cores, memory, versions",
         "ceilings": "Redis alone, for each size of prompts: requests_per_s, redis_cpu_s_per_1000",
-        "queues": "for each queue and size: requests_per_s, cpu_s_per_1000, commands, bytes and memory of a request, "
-        "latencies; where rounds differ as median, min, max",
+        "queues": "for each queue and size: requests_per_s, cpu_s_per_1000, commands, bytes and memory of a "
+        "request, latencies; where rounds differ as median, min, max",
         "ratios": "of l4queue to each other queue, within each round: median, min, max",
     },
     "health": {"role": "the process that was asked after", "sign_of_life": "a line for people"},

@@ -30,8 +30,8 @@ def require_tools(peers: list[Peer]) -> None:
         missing = [tool for tool in ("node", "npm") if peer.is_node and shutil.which(tool) is None]
         if missing:
             raise ConfigError(
-                f"--peers {peer.name} needs {' and '.join(missing)}: install Node.js {_MIN_NODE} or newer, or leave "
-                "this peer out"
+                f"--peers {peer.name} needs {' and '.join(missing)}: install Node.js {_MIN_NODE} or newer, "
+                "or leave this peer out"
             )
 
 

@@ -72,9 +72,9 @@ def _latencies(plt: Any, queues: Sequence[Mapping[str, Any]]) -> Any:
             axis.plot([q["p50"] for _, q in rows], at, "|", color=colour, markersize=11, label=label)
         axis.set(xscale="log", xlabel="ms, from p50 to p99", title=title, yticks=range(len(names)))
         axis.set_yticklabels(names)
+        axis.set_ylim(len(names) - 1 + 1.5 * _BAR, -1.5 * _BAR)
         axis.grid(alpha=0.3, axis="x", which="both")
-    axes[0].invert_yaxis()
-    axes[0].legend(fontsize=8)
+    axes[1].legend(fontsize=8)
     return figure
 
 
