@@ -78,8 +78,8 @@ def _machine(found: Mapping[str, Any]) -> list[str]:
     python, redis = facts["versions"]["python"], facts["versions"]["redis-server"]
     return [
         f"{facts['cores']} cores of {facts['cpu']}, {facts['memory_bytes'] / 2**30:.0f} GiB, {facts['system']}, "
-        f"{redis}, Python {python}; rounds: {found['setting']['rounds']}. Other processes had {min(foreign):.1f} to "
-        f"{max(foreign):.1f} cores during the rushes. The same work took {min(work):.2f} to {max(work):.2f} ms "
+        f"{redis}, Python {python}; rounds: {found['setting']['rounds']}. Other processes had {min(foreign):.1f} "
+        f"to {max(foreign):.1f} cores during the rushes. The same work took {min(work):.2f} to {max(work):.2f} ms "
         "of CPU time from one round to another."
     ]
 

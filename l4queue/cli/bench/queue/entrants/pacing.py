@@ -22,7 +22,7 @@ CONCURRENCY = 64
 """Jobs at once in a worker: what l4queue's worker runs by default (`max_running`)."""
 RESULT = "ok"
 """Of every job of a peer: as short as one token."""
-_AT_ONCE = 16  # waits of a client that has to ask for each result: more only queue up in its own process
+_AT_ONCE = 8  # waits of a client that has to ask for each result: more only queue up in its own process
 _WORDS = "the quick brown fox jumps over the lazy dog and runs away from all of them "
 _VOCABULARY = 900  # ids of the prompts in token ids: the tiny model knows these
 
