@@ -182,7 +182,14 @@ async def _run(study: QueueStudy, *, quiet: bool) -> tuple[list[QueueRound], lis
 def _show(found: dict[str, Any]) -> None:
     from rich.console import Console
 
-    from l4queue.cli.bench.queue.tables import latency_table, rate_table, ratio_lines, redis_table, remark_lines
+    from l4queue.cli.bench.queue.tables import (
+        latency_table,
+        packing_lines,
+        rate_table,
+        ratio_lines,
+        redis_table,
+        remark_lines,
+    )
 
     console = Console()
     for size in dict.fromkeys(one["prompt_bytes"] for one in found["queues"]):
@@ -190,6 +197,8 @@ def _show(found: dict[str, Any]) -> None:
         console.rule(f"prompts of {size:,} bytes", align="left")
         console.print(rate_table(queues))
         console.print(redis_table(queues))
+        for line in packing_lines(queues):
+            console.print(line, highlight=False)
         if any(one["alone_ms"] for one in queues):
             console.print(latency_table(queues))
     for one in found["ceilings"]:

@@ -13,6 +13,9 @@ from typing import Any, Literal
 from l4queue.cli.bench.queue.load_client import LoadClient
 from l4queue.cli.bench.queue.raw import RawConnection
 from l4queue.cli.stack.stack import Stack, StackOptions
+from l4queue.protocol.executor import AsyncExecutor
+from l4queue.protocol.keys import Keys
+from l4queue.protocol.retention import Retention
 from l4queue.redis_url import SecretUrl
 
 __all__ = ("SCRIPTS", "Durability", "Entrant", "L4Entrant")
@@ -20,6 +23,7 @@ __all__ = ("SCRIPTS", "Durability", "Entrant", "L4Entrant")
 Durability = Literal["fast", "strict"]
 _FIRST_S, _FIRST_BYTES = 60.0, 16
 """For the first request of each client, and its size: then all serve, and scripts are loaded."""
+_PACK_REQUESTS, _PACK_ENTRIES = 100, 1000  # of one call, as upkeep has it
 SCRIPTS = Path(__file__).with_name("entrants")
 
 
@@ -99,6 +103,10 @@ class Entrant(ABC):
             failing.cancel()
             working.cancel()
             await asyncio.gather(failing, working, return_exceptions=True)
+
+    async def pack(self) -> bool:
+        """Have finished requests take the form in which they are kept; False where they have it already."""
+        return False
 
     def kill(self) -> None:
         """End everything at once."""
@@ -182,6 +190,15 @@ class L4Entrant(Entrant):
         """At once: its data is thrown away, so nothing needs to drain."""
         self._stack.kill()
         await self._stack.stop()
+
+    async def pack(self) -> bool:
+        """What upkeep does 15 s after the end of each, now."""
+        executor, retention = AsyncExecutor(self.redis_url), Retention(Keys(self._stack.settings.namespace))
+        call = retention.pack(min_age_ms=0, max_requests=_PACK_REQUESTS, max_entries=_PACK_ENTRIES)
+        while (await executor.run(call)).has_more:
+            pass
+        await executor.close()
+        return True
 
     async def failed(self) -> None:
         """As `l4queue up` has it."""

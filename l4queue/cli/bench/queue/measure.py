@@ -63,6 +63,8 @@ class QueueRound:
     bytes_in: float
     bytes_out: float
     kept_bytes: float
+    packed_bytes: float | None = None
+    packing_cpu_s_per_1000: float | None = None
     sent_commands: float | None = None
     inside_commands: float | None = None
     commands: Mapping[str, Any] = field(default_factory=dict)
@@ -87,7 +89,7 @@ async def measure(
     on_phase("rush")
     used, rush = await _rush(entrant, load, count=count)
     kept_bytes = await used_bytes(entrant.redis) - empty_bytes
-    more: dict[str, Any] = {}
+    more = await _packed(entrant, empty_bytes=empty_bytes, count=num_warm + count)
     if number == 0:
         on_phase("commands")
         more |= await _commands(entrant, load)
@@ -136,6 +138,19 @@ async def _rush(entrant: Entrant, load: QueueLoad, *, count: int) -> tuple[Resou
     return spent(before, after), {
         "requests_per_s": count / max(answer["wall_s"] for answer in answers),
         "enqueued_per_s": count / max(answer["enqueue_s"] for answer in answers),
+    }
+
+
+async def _packed(entrant: Entrant, *, empty_bytes: int, count: int) -> dict[str, Any]:
+    """Memory of a finished request as it is kept, and the cost of packing it; nothing where none is packed."""
+    assert entrant.redis is not None
+    before = await look(entrant.redis, entrant.pids)
+    if not await entrant.pack():
+        return {}
+    packing = spent(before, await look(entrant.redis, entrant.pids))
+    return {
+        "packed_bytes": (await used_bytes(entrant.redis) - empty_bytes) / count,
+        "packing_cpu_s_per_1000": packing.cpu_s["redis"] / count * 1000,
     }
 
 

@@ -55,6 +55,7 @@ def _work(plt: Any, queues: Sequence[Mapping[str, Any]]) -> Any:
     times.legend(fontsize=8)
     rates.invert_yaxis()
     for axis in (rates, times):
+        axis.margins(x=0.05)
         axis.grid(alpha=0.3, axis="x")
     return figure
 
@@ -74,7 +75,7 @@ def _latencies(plt: Any, queues: Sequence[Mapping[str, Any]]) -> Any:
         axis.set_yticklabels(names)
         axis.set_ylim(len(names) - 1 + 1.5 * _BAR, -1.5 * _BAR)
         axis.grid(alpha=0.3, axis="x", which="both")
-    axes[1].legend(fontsize=8)
+    axes[0].legend(fontsize=8, loc="lower right")
     return figure
 
 

@@ -25,6 +25,8 @@ _SPREAD = (
     "foreign_cores",
     "fixed_work_ms",
 )
+_SOME = ("half_rate_per_s", "packed_bytes", "packing_cpu_s_per_1000")
+"""Figures that not every queue has."""
 _ONCE = ("sent_commands", "inside_commands", "commands", "versions")
 _MISSING = {"median": None, "min": None, "max": None}
 
@@ -50,7 +52,7 @@ def _summary(name: str, prompt_bytes: int, each: Sequence[QueueRound]) -> dict[s
         **{field: getattr(told[0], field) if told else None for field in _ONCE},
         "alone_ms": _latencies([one.alone_ms for one in each]),
         "half_ms": _latencies([one.half_ms for one in each]),
-        "half_rate_per_s": _spread(one.half_rate_per_s for one in each if one.half_rate_per_s is not None),
+        **{name: _spread(v for one in each if (v := getattr(one, name)) is not None) for name in _SOME},
     }
     left_out = {"alone_ms", "half_ms", "commands", "versions"}
     found["rounds"] = [{k: v for k, v in one.to_dict().items() if k not in left_out} for one in each]
