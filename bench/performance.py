@@ -107,7 +107,7 @@ def _ratios(found: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _redis(queues: Sequence[Mapping[str, Any]]) -> list[str]:
-    head = "| queue | commands | inside scripts | bytes in | bytes out | bytes kept | packed | CPU s of packing 1,000 |"
+    head = "| queue | commands | inside scripts | bytes in | bytes out | bytes kept | packed | packing, CPU s |"
     lines = [head, "|---" * 8 + "|"]
     for one in queues:
         sizes = (f"{one[name]['median']:,.0f}" for name in ("bytes_in", "bytes_out", "kept_bytes"))

@@ -24,7 +24,7 @@ def queue(
     requests: Annotated[
         int, typer.Option(min=1, help="Requests of a rush; fewer where they would take more than 8 s.")
     ] = 5000,
-    rounds: Annotated[int, typer.Option(min=1, help="How often each queue is started and measured.")] = 3,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each queue is started and measured.")] = 2,
     durability: Annotated[
         str, typer.Option(help="Comma-separated: fast (fsync once a second), strict (before every reply).")
     ] = "fast,strict",
