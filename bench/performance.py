@@ -80,7 +80,7 @@ def _machine(found: Mapping[str, Any]) -> list[str]:
         f"{facts['cores']} cores of {facts['cpu']}, {facts['memory_bytes'] / 2**30:.0f} GiB, {facts['system']}, "
         f"{redis}, Python {python}; rounds: {found['setting']['rounds']}. Other processes had {min(foreign):.1f} "
         f"to {max(foreign):.1f} cores during the rushes. The same work took {min(work):.2f} to {max(work):.2f} ms "
-        "of CPU time from one round to another."
+        f"of CPU time from one round to another. An fsync took {facts['fsync_ms']['p50']:.2f} ms (p50)."
     ]
 
 

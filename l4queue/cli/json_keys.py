@@ -133,7 +133,7 @@ KEYS: dict[str, dict[str, str]] = {
     },
     "bench queue": {
         "setting": "the options of this run",
-        "machine": "processor, cores, memory, versions",
+        "machine": "processor, cores, memory, versions, times of an fsync",
         "ceilings": "Redis alone, for each size of prompts: requests_per_s, redis_cpu_s_per_1000",
         "queues": "for each queue and size: requests_per_s, cpu_s_per_1000, commands, bytes and memory of a "
         "request, latencies; where rounds differ as median, min, max",

@@ -35,7 +35,7 @@ def test_a_reduced_run_tells_what_a_request_costs(tmp_path: Path, redis_executab
         "--json",
         "-",
     ]
-    environment = {**os.environ, "TMPDIR": str(tmp_path), "L4_REDIS_URL": "redis://127.0.0.1:1/0"}
+    environment = {**os.environ, "L4_REDIS_URL": "redis://127.0.0.1:1/0"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     said = json.loads(done.stdout)
@@ -58,22 +58,21 @@ def test_a_reduced_run_tells_what_a_request_costs(tmp_path: Path, redis_executab
     assert alone["requests_per_s"] > queue["requests_per_s"]["median"]
     assert said["ratios"] == []
     assert {file.name for file in (tmp_path / "plots").iterdir()} == {"queue-work.png", "queue-latency.png"}
-    assert list(tmp_path.glob("l4queue-bench-*")) == []
+    assert list(tmp_path.glob(".l4queue-bench-*")) == []
 
 
 def test_ctrl_c_ends_it_and_everything_it_started(tmp_path: Path, redis_executable: str) -> None:
     """While its first deployment starts: nothing is left, and the exit code says so."""
     assert redis_executable
     command = [L4QUEUE, "bench", "queue", "--durability", "fast"]
-    environment = {**os.environ, "TMPDIR": str(tmp_path)}
     with subprocess.Popen(
-        command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment
+        command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as bench:
-        while not list(tmp_path.glob("l4queue-bench-*/0-0/url")):  # its Redis runs
+        while not list(tmp_path.glob(".l4queue-bench-*/0-0/url")):  # its Redis runs
             assert bench.poll() is None
             time.sleep(0.05)
         family = psutil.Process(bench.pid).children(recursive=True)
         bench.send_signal(signal.SIGINT)
         assert bench.wait(120) == 130
         assert psutil.wait_procs(family, timeout=120)[1] == []
-        assert list(tmp_path.glob("l4queue-bench-*")) == []
+        assert list(tmp_path.glob(".l4queue-bench-*")) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,11 +13,12 @@ import psutil
 from l4queue.cli.bench.queue.raw import RawConnection, packed
 from l4queue.cli.stack.embedded import EmbeddedRedis
 
-__all__ = ("Ceiling", "measure_ceiling")
+__all__ = ("Ceiling", "fsync_times_ms", "measure_ceiling")
 
 _BATCH = 64  # commands of a pipeline, as many as requests run in a worker
 _NUM_BATCHES = 400  # about a second
 _MOST_BYTES = 100_000_000  # in all; large prompts come less often
+_NUM_FSYNCS, _APPEND_BYTES = 200, 400  # a second at most on a usual disk; what one short command writes
 _STREAM, _GROUP = "ceiling", "g"
 
 
@@ -36,6 +38,18 @@ class Ceiling:
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self)
+
+
+def fsync_times_ms(folder: Path) -> list[float]:
+    """Times of an append of a few hundred bytes and its fdatasync, as Redis does with `appendfsync always`, ms."""
+    found = []
+    with (folder / "fsync").open("ab", buffering=0) as file:
+        for _ in range(_NUM_FSYNCS):
+            began_s = time.perf_counter()
+            file.write(b"x" * _APPEND_BYTES)
+            os.fdatasync(file)
+            found.append((time.perf_counter() - began_s) * 1000)
+    return found
 
 
 async def measure_ceiling(prompt_bytes: int, folder: Path) -> Ceiling:

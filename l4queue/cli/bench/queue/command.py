@@ -39,6 +39,9 @@ def queue(
     latencies: Annotated[
         int, typer.Option(min=0, help="Requests of a round for each latency; 0: leave latencies out.")
     ] = 100,
+    data_dir: Annotated[
+        Path, typer.Option(help="On its disk Redis keeps its data meanwhile; nothing stays there.")
+    ] = Path(),
     peers: Annotated[
         str,
         typer.Option(
@@ -66,13 +69,13 @@ def queue(
     keeps (node and npm for bullmq). docs/performance.md says how each is set up.
     """
     from l4queue.cli.bench.queue.plots import plot_queues
-    from l4queue.cli.bench.queue.report import machine, ratios, summaries
+    from l4queue.cli.bench.queue.report import machine, quantiles, ratios, summaries
     from l4queue.sim.plots import require_matplotlib
 
     if plot is not None:
         require_matplotlib()
     study = _study(locals())
-    done, ceilings = asyncio.run(_run(study, quiet=json_file == "-"))
+    done, ceilings, fsyncs_ms = asyncio.run(_run(study, quiet=json_file == "-"))
     setting = {
         "requests": requests,
         "rounds": rounds,
@@ -83,7 +86,7 @@ def queue(
     }
     found = {
         "setting": setting,
-        "machine": machine(),
+        "machine": {**machine(), "fsync_ms": quantiles(fsyncs_ms)},
         "ceilings": [one.to_dict() for one in ceilings],
         "queues": summaries(done),
         "ratios": ratios(done, ours=study.names[0]),
@@ -124,6 +127,7 @@ def _study(given: dict[str, Any]) -> QueueStudy:
         durabilities=durabilities,  # type: ignore[arg-type]
         num_clients=given["clients"],
         num_workers=given["workers"],
+        data_dir=given["data_dir"],
         peers=chosen,
     )
 
@@ -152,7 +156,7 @@ def _size(text: str) -> int:
     return int(text)
 
 
-async def _run(study: QueueStudy, *, quiet: bool) -> tuple[list[QueueRound], list[Ceiling]]:
+async def _run(study: QueueStudy, *, quiet: bool) -> tuple[list[QueueRound], list[Ceiling], list[float]]:
     from l4queue.cli.bench.queue.study import StudyWatcher
     from l4queue.cli.stack.ending import ending_well
 
@@ -209,5 +213,6 @@ def _show(found: dict[str, Any]) -> None:
         console.print(line, highlight=False)
     facts = found["machine"]
     where = f"{facts['cores']} cores of {facts['cpu']}, {facts['memory_bytes'] / 2**30:.0f} GiB, "
-    where += f"{facts['versions']['redis-server']}, Python {facts['versions']['python']}"
+    where += f"{facts['versions']['redis-server']}, Python {facts['versions']['python']}; "
+    where += f"an fsync takes {facts['fsync_ms']['p50']:.2f} ms (p99 {facts['fsync_ms']['p99']:.2f})"
     console.print(where, highlight=False)

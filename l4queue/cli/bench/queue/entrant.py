@@ -13,6 +13,7 @@ from typing import Any, Literal
 from l4queue.cli.bench.queue.load_client import LoadClient
 from l4queue.cli.bench.queue.raw import RawConnection
 from l4queue.cli.stack.stack import Stack, StackOptions
+from l4queue.errors import ConfigError
 from l4queue.protocol.executor import AsyncExecutor
 from l4queue.protocol.keys import Keys
 from l4queue.protocol.retention import Retention
@@ -160,6 +161,8 @@ class L4Entrant(Entrant):
             quiet=True,
         )
         self._stack = Stack(options)
+        if "redis_url" in self._stack.settings.model_fields_set:
+            raise ConfigError("the file .env here names a Redis, which is none to flood: run this elsewhere")
 
     @property
     def redis_url(self) -> SecretUrl:

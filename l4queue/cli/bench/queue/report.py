@@ -13,7 +13,7 @@ from l4queue.cli.bench.queue.measure import QueueRound
 from l4queue.cli.bench.report import machine as machine_facts
 from l4queue.cli.stack.embedded import find_redis_server
 
-__all__ = ("machine", "ratios", "summaries")
+__all__ = ("machine", "quantiles", "ratios", "summaries")
 
 _SPREAD = (
     "requests_per_s",
@@ -68,13 +68,14 @@ def _spread(values: Iterable[float]) -> dict[str, float | None]:
 
 def _latencies(rounds: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, dict[str, float]]:
     """Of all rounds together."""
-    found = {}
-    for kind in rounds[0]:
-        values = np.array([value for one in rounds for value in one.get(kind, ())])
-        if values.size:
-            p50, p90, p99 = np.quantile(values, (0.5, 0.9, 0.99))
-            found[kind] = {"num": values.size, "p50": float(p50), "p90": float(p90), "p99": float(p99)}
-    return found
+    found = {kind: [value for one in rounds for value in one.get(kind, ())] for kind in rounds[0]}
+    return {kind: quantiles(values) for kind, values in found.items() if values}
+
+
+def quantiles(values: Sequence[float]) -> dict[str, float]:
+    """Their number, median, 90th and 99th percentile."""
+    p50, p90, p99 = np.quantile(values, (0.5, 0.9, 0.99))
+    return {"num": len(values), "p50": float(p50), "p90": float(p90), "p99": float(p99)}
 
 
 def ratios(rounds: Sequence[QueueRound], *, ours: str) -> list[dict[str, Any]]:

@@ -11,12 +11,13 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 
-from l4queue.cli.bench.queue.ceiling import Ceiling, measure_ceiling
+from l4queue.cli.bench.queue.ceiling import Ceiling, fsync_times_ms, measure_ceiling
 from l4queue.cli.bench.queue.entrant import Durability, Entrant, L4Entrant
 from l4queue.cli.bench.queue.environments import environment_of
 from l4queue.cli.bench.queue.measure import QueueLoad, QueueRound, measure
 from l4queue.cli.bench.queue.peer_entrant import PeerEntrant
 from l4queue.cli.bench.queue.peers import Peer
+from l4queue.errors import ConfigError
 
 __all__ = ("OURS", "QueueStudy", "StudyWatcher")
 
@@ -50,6 +51,7 @@ class QueueStudy:
     durabilities: Sequence[Durability]
     num_clients: int
     num_workers: int
+    data_dir: Path
     peers: Sequence[Peer] = ()
 
     @property
@@ -62,23 +64,22 @@ class QueueStudy:
         """For a progress bar."""
         return self.rounds * len(self.names) * len(self.loads)
 
-    async def run(self, watcher: StudyWatcher) -> tuple[list[QueueRound], list[Ceiling]]:
-        """All rounds, and Redis alone."""
+    async def run(self, watcher: StudyWatcher) -> tuple[list[QueueRound], list[Ceiling], list[float]]:
+        """All rounds, Redis alone, and times of an fsync where their data is, ms."""
         done: list[QueueRound] = []
-        with _environment(), tempfile.TemporaryDirectory(prefix="l4queue-bench-") as folder:
+        with _environment(), _temporary(self.data_dir) as folder:
             environments = {}
             for peer in self.peers:
                 watcher.on_phase(peer.name, "install")
                 environments[peer.name] = await environment_of(peer, note=watcher.on_note)
+            fsyncs_ms = fsync_times_ms(folder)
             ceilings = []
             for load in self.loads:
                 watcher.on_phase("redis alone", "")
-                ceilings.append(
-                    await measure_ceiling(load.prompt_bytes, Path(folder) / f"alone-{load.prompt_bytes}")
-                )
+                ceilings.append(await measure_ceiling(load.prompt_bytes, folder / f"alone-{load.prompt_bytes}"))
             for number in range(self.rounds):
                 for index, (load, name) in enumerate(product(self.loads, self.names)):
-                    place = Path(folder) / f"{number}-{index}"
+                    place = folder / f"{number}-{index}"
                     place.mkdir()
                     watcher.on_phase(name, "start")
                     watcher.running = self._entrant(name, place, environments)
@@ -88,7 +89,7 @@ class QueueStudy:
                         watcher.on_phase(name, "stop")
                     done.append(found)
                     watcher.on_round(found)
-        return done, ceilings
+        return done, ceilings, fsyncs_ms
 
     def _entrant(self, name: str, place: Path, environments: Mapping[str, Path]) -> Entrant:
         index = self.names.index(name)
@@ -109,6 +110,17 @@ class QueueStudy:
             num_workers=self.num_workers,
             folder=place,
         )
+
+
+@contextmanager
+def _temporary(data_dir: Path) -> Iterator[Path]:
+    """A directory on the disk of `data_dir`, gone in the end. /tmp may be memory, whose fsync costs nothing."""
+    try:
+        folder = tempfile.TemporaryDirectory(prefix=".l4queue-bench-", dir=data_dir)
+    except OSError as error:
+        raise ConfigError(f"--data-dir {data_dir} cannot be used: {error.strerror}") from error
+    with folder as name:
+        yield Path(name).absolute()
 
 
 @contextmanager
