@@ -132,6 +132,7 @@ async def _warm(entrant: Entrant, load: QueueLoad) -> tuple[int, int]:
 
 async def _rush(entrant: Entrant, load: QueueLoad, *, count: int) -> tuple[ResourcesSpent, dict[str, Any]]:
     assert entrant.redis is not None
+    await entrant.order("prepare", count=count, **load.prompts)
     before = await look(entrant.redis, entrant.pids)
     answers = await entrant.order("rush", count=count, **load.prompts)
     after = await look(entrant.redis, entrant.pids)
