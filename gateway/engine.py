@@ -25,6 +25,7 @@ from vllm.v1.engine.parallel_sampling import ParentRequest
 
 from gateway.exchange import CURRENT, Exchange, begin
 from gateway.limits import Limiter
+from gateway.pieces import Piece, pieces_of
 from gateway.refusals import HttpRefusal, refusal_of
 from gateway.serving_check import ServingCheck
 from gateway.translate import core_output, options_of
@@ -33,12 +34,12 @@ from l4queue.client.arguments import build_spec
 from l4queue.client.batch.halves import Half
 from l4queue.errors import InvalidRequest, L4QueueError, RequestFailed
 from l4queue.models import RequestSpec
-from l4queue.protocol.records import TokenLogprobs
 
 __all__ = ("QueueEngine",)
 
 _TASKS = ("generate",)
 _WENT_AWAY = "its HTTP client went away"
+_NOTHING = Piece(token_ids=())
 
 
 @dataclass(slots=True, kw_only=True)
@@ -49,7 +50,7 @@ class _Output:
     core: Any
     spec: RequestSpec
     handle: AsyncHandle | None = None
-    pieces: AsyncGenerator[tuple[Sequence[int], Sequence[TokenLogprobs] | None], None] | None = None
+    pieces: AsyncGenerator[Piece, None] | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -196,6 +197,8 @@ class QueueEngine(EngineClient):  # type: ignore[misc] # vLLM is untyped here
             raise GracefulHTTPError("only the request is wanted", HTTPStatus.OK)
         for index, output in enumerate(run.outputs):
             self._outputs.add_request(output.core, None, parent, index, run.collector)
+            state = self._outputs.request_states[output.core.request_id]
+            state.num_cached_tokens = state.num_cache_creation_tokens = None  # not known yet
         return run
 
     def _spec(self, exchange: Exchange, number: int, core: Any, constraint: Any, *, priority: int) -> RequestSpec:
@@ -228,7 +231,7 @@ class QueueEngine(EngineClient):  # type: ignore[misc] # vLLM is untyped here
         for output, handle in zip(run.outputs, handles, strict=True):
             output.handle = handle
             exchange.request_ids[output.number] = handle.id
-            output.pieces = _pieces(handle, cuts=[tokens for tokens, _ in exchange.cuts_of(output.number)])
+            output.pieces = pieces_of(handle, cuts=[tokens for tokens, _ in exchange.cuts_of(output.number)])
 
     async def _handles(self, run: _Run) -> list[AsyncHandle]:
         """Requests in the queue for these outputs: enqueued, or the one that is to be answered."""
@@ -242,27 +245,23 @@ class QueueEngine(EngineClient):  # type: ignore[misc] # vLLM is untyped here
         for output in run.outputs:
             cuts = ((0, False), *run.exchange.cuts_of(output.number))
             (num_before, had_end), (num_tokens, has_end) = cuts[step : step + 2]
-            token_ids: Sequence[int] = ()
-            logprobs: Sequence[TokenLogprobs] | None = None
             if num_tokens > num_before and output.pieces is not None:
-                token_ids, logprobs = await anext(output.pieces)
-            if token_ids:
-                self._take_in(output, token_ids, logprobs)
+                self._take_in(output, await anext(output.pieces))
             if has_end and not had_end and self._is_open(output):
-                self._take_in(output, (), None, ends=await self._ends(output))
+                self._take_in(output, _NOTHING, ends=await self._ends(output))
 
     async def _follow(self, run: _Run, output: _Output) -> None:
         """Take in one output until its end. An error ends all of the run."""
         assert output.handle is not None
         assert output.pieces is not None
         try:
-            async for token_ids, logprobs in output.pieces:
+            async for piece in output.pieces:
                 if not self._is_open(output):  # vLLM has found a stop string that the worker has not
                     await output.handle.cancel(reason="a stop string ended it")
                     return
-                self._take_in(output, token_ids, logprobs)
+                self._take_in(output, piece)
             if self._is_open(output):
-                self._take_in(output, (), None, ends=await self._ends(output))
+                self._take_in(output, _NOTHING, ends=await self._ends(output))
         except L4QueueError as error:
             if self._is_open(output):
                 run.collector.put(error)
@@ -273,15 +272,10 @@ class QueueEngine(EngineClient):  # type: ignore[misc] # vLLM is untyped here
     def _is_drained(self, run: _Run) -> bool:
         return not any(self._is_open(output) for output in run.outputs)
 
-    def _take_in(
-        self,
-        output: _Output,
-        token_ids: Sequence[int],
-        logprobs: Sequence[TokenLogprobs] | None,
-        *,
-        ends: tuple[str, int | None] | None = None,
-    ) -> None:
-        self._outputs.process_outputs([core_output(output.core.request_id, token_ids, logprobs, ends=ends)])
+    def _take_in(self, output: _Output, piece: Piece, *, ends: tuple[str, int | None] | None = None) -> None:
+        request_id = output.core.request_id
+        core = core_output(request_id, piece.token_ids, piece.logprobs, cached=piece.cached, ends=ends)
+        self._outputs.process_outputs([core])
 
     async def _ends(self, output: _Output) -> tuple[str, int | None]:
         """Why it ended, and the stop token that ended it, as vLLM's engine core tells them."""
@@ -291,6 +285,8 @@ class QueueEngine(EngineClient):  # type: ignore[misc] # vLLM is untyped here
         if reason not in ("stop", "length"):
             raise RequestFailed(f"request {record.request_id} ended: {reason}", request_id=record.request_id)
         state = self._outputs.request_states[output.core.request_id]
+        if state.num_cached_tokens is None:  # some engines tell it with the end
+            state.num_cached_tokens = record.cached_tokens
         ids, params = state.detokenizer.output_token_ids, output.core.sampling_params
         last = ids[-1] if ids and reason == "stop" else None
         if last == params.eos_token_id or last not in (params.stop_token_ids or ()):
@@ -354,24 +350,6 @@ class QueueEngine(EngineClient):  # type: ignore[misc] # vLLM is untyped here
 
     async def is_sleeping(self) -> bool:
         return False
-
-
-async def _pieces(
-    handle: AsyncHandle, *, cuts: Sequence[int]
-) -> AsyncGenerator[tuple[Sequence[int], Sequence[TokenLogprobs] | None], None]:
-    """Tokens with their logprobs as they come, but cut at these offsets, between which they come whole."""
-    ends = sorted({cut for cut in cuts if cut > 0})
-    begun = 0
-    ids: list[int] = []
-    rows: list[TokenLogprobs] = []
-    async for chunk in handle.stream():
-        ids += chunk.token_ids
-        rows += chunk.logprobs or ()
-        while ids and (not ends or len(ids) >= ends[0] - begun):
-            size = ends[0] - begun if ends else len(ids)
-            yield ids[:size], rows[:size] or None
-            ids, rows, begun = ids[size:], rows[size:], begun + size
-            ends = ends[1:] if ends else ends
 
 
 def _told(refusal: HttpRefusal) -> Any:

@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any
 
 from l4queue.errors import InvalidRequest
-from l4queue.protocol.records import TokenLogprobs
+from l4queue.protocol.records import CachedPrompt, TokenLogprobs
 
 __all__ = ("core_output", "options_of")
 
@@ -90,14 +90,19 @@ def core_output(
     token_ids: Sequence[int],
     logprobs: Sequence[TokenLogprobs] | None = None,
     *,
+    cached: CachedPrompt | None = None,
     ends: tuple[str, int | None] | None = None,
 ) -> Any:
     """New tokens of a request as an `EngineCoreOutput`, with (reason, token that stopped it) at its end."""
     from vllm.v1.engine import EngineCoreOutput, FinishReason
+    from vllm.v1.metrics.stats import PrefillStats
 
     output = EngineCoreOutput(request_id=request_id, new_token_ids=list(token_ids))
     if logprobs:
         output.new_logprobs = _logprob_lists(logprobs)
+    if cached is not None:
+        stats: Any = {"num_cached_tokens": cached.found_tokens, "num_cache_creation_tokens": cached.made_tokens}
+        output.prefill_stats = PrefillStats(**stats)
     if ends is not None:
         reasons: Mapping[str, Any] = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH}
         output.finish_reason, output.stop_reason = reasons[ends[0]], ends[1]

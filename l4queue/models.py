@@ -311,6 +311,8 @@ class WorkerLoad:
     is_emptying: bool = False  # takes nothing: runs empty for a request that is to run alone, or runs one
     max_model_len: int = 0  # longest prompt + output that its engine holds, tokens; 0: it does not tell
     can_empty: bool = False  # tells `is_emptying`; workers of an older release do not
+    num_prompt_tokens: int = 0  # of requests that began here and whose engine told of its prefix cache
+    num_cached_tokens: int = 0  # of these, found in it
     models: tuple[str, ...] = ()  # names of the model that it serves, the usual one first; empty: it does not tell
 
     @property

@@ -57,7 +57,7 @@ def tables(overview: Overview) -> list[Any]:
         waiting = (str(queue.num_requests), str(queue.tokens)) if queue else ("0", "0")
         stages.add_row(str(index), f"{stage.low_tokens}–{high}", str(serving), *waiting)
     workers = Table(title="workers", title_justify="left")
-    for name in ("worker", "stage", "running", "context", "KV", "step ms", "finished"):
+    for name in ("worker", "stage", "running", "context", "KV", "cached", "step ms", "finished"):
         workers.add_column(name, justify="left" if name == "worker" else "right")
     for load in overview.workers:
         workers.add_row(
@@ -66,6 +66,7 @@ def tables(overview: Overview) -> list[Any]:
             f"{load.num_running}/{load.max_running}",
             str(load.context_tokens),
             f"{load.kv_share:.0%}",
+            f"{load.num_cached_tokens / load.num_prompt_tokens:.0%}" if load.num_prompt_tokens else "–",
             f"{load.step_ms:.1f}",
             str(load.num_finished),
         )

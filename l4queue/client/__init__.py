@@ -10,13 +10,14 @@ from l4queue.client.core import Chunk, Result
 from l4queue.client.options import EnqueueOptions, RequestFields, SamplingOptions
 from l4queue.client.status import RequestStatus
 from l4queue.client.sync import Client, Handle
-from l4queue.protocol.records import TokenLogprobs
+from l4queue.protocol.records import CachedPrompt, TokenLogprobs
 
 __all__ = (
     "AsyncClient",
     "AsyncHandle",
     "BatchProgress",
     "BatchSummary",
+    "CachedPrompt",
     "Chunk",
     "Client",
     "EnqueueOptions",

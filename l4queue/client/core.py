@@ -33,7 +33,7 @@ from l4queue.policy.retry import retry_after_s
 from l4queue.protocol.calls import Call, Calls, SubmitReply, Verdict
 from l4queue.protocol.keys import Keys
 from l4queue.protocol.reads import Reads
-from l4queue.protocol.records import Followed, OutputEntry, RequestRecord, TokenLogprobs, pack_ids
+from l4queue.protocol.records import CachedPrompt, Followed, OutputEntry, RequestRecord, TokenLogprobs, pack_ids
 from l4queue.sampling import DEFAULT_MAX_TOKENS
 from l4queue.strict_json import canonical_json
 
@@ -69,7 +69,8 @@ class Chunk:
     `text` is that of the tokens after the first `text_after` ones. These are `token_ids`, but for the first chunk
     of a stream whose `after` lies inside what was written at once: its `token_ids` begin at `after`, its text is
     that of the whole, as text cannot be split by tokens. The offset of a chunk never lies inside another.
-    `logprobs` has one for each of the tokens, or is None when they were not asked for.
+    `logprobs` has one for each of the tokens, or is None when they were not asked for. `cached` comes with the
+    first tokens of an output, from engines that tell by then how much of the prompt was in their prefix cache.
     """
 
     text: str
@@ -77,13 +78,15 @@ class Chunk:
     offset: int
     text_after: int
     logprobs: tuple[TokenLogprobs, ...] | None = None
+    cached: CachedPrompt | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
     """The stored outcome of a finished request. Times are by the server's clock, s.
 
-    `logprobs` has one for each token, or is None when they were not asked for.
+    `logprobs` has one for each token, or is None when they were not asked for. `cached_tokens` of the prompt were
+    in the engine's prefix cache; None: the engine does not tell.
     """
 
     request_id: str
@@ -100,6 +103,7 @@ class Result:
     e2e_s: float
     metadata: dict[str, JsonValue] | None
     logprobs: tuple[TokenLogprobs, ...] | None = None
+    cached_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -282,6 +286,7 @@ class ClientCore:
             e2e_s=(record.e2e_ms or 0) / 1000,
             metadata=body.get("metadata"),
             logprobs=tuple(logprobs) if "logprobs" in (body.get("params") or {}) else None,
+            cached_tokens=record.cached_tokens,
         )
 
 

@@ -180,6 +180,7 @@ class RequestWatch:
                     offset=entry.upto,
                     text_after=start,
                     logprobs=None if entry.logprobs is None else entry.logprobs[skip:],
+                    cached=entry.cached,
                 )
             )
         self.offset = entry.upto

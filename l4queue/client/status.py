@@ -27,6 +27,7 @@ class RequestStatus:
     """Where a request is. Moments end in `_at_s`: Unix time by the server's clock, s; None: not yet.
 
     `stage` is the queue it is in, a number from 0 on or `solo`; `num_leases` says how often a worker took it.
+    `cached_tokens` of the prompt were in the engine's prefix cache; None: not known (yet).
     `ttft_s`, `tpot_s` and `e2e_s` are durations as in `Result`. `error` and `field` tell what was wrong.
     """
 
@@ -35,6 +36,7 @@ class RequestStatus:
     stage: str | None = None
     worker: str | None = None
     prompt_tokens: int | None = None
+    cached_tokens: int | None = None
     max_tokens: int | None = None
     output_tokens: int = 0
     finish_reason: str | None = None
@@ -65,6 +67,7 @@ class RequestStatus:
             stage=record.stage,
             worker=record.worker,
             prompt_tokens=record.prompt_tokens,
+            cached_tokens=record.cached_tokens,
             max_tokens=record.max_tokens,
             output_tokens=record.offset,
             finish_reason=record.finish_reason,

@@ -36,10 +36,7 @@ def tell(record: RequestRecord, *, why: str | None, ledger: Sequence[str]) -> tu
             Event(at_ms=record.started_ms, what="taken", text=f"taken by {first}", facts={"worker": first})
         )
     if record.first_token_ms is not None:
-        text = f"first token, {record.ttft_ms} ms after it was accepted"
-        events.append(
-            Event(at_ms=record.first_token_ms, what="first token", text=text, facts={"ttft_ms": record.ttft_ms})
-        )
+        events.append(_first_token(record, record.first_token_ms))
     for line in lines:
         events.append(Event(at_ms=line.at_ms, what=line.what, text=_text_of(line), facts=line.facts))
     if record.finished_ms is not None:
@@ -75,6 +72,15 @@ def _routed(record: RequestRecord, at_ms: int, why: dict[str, Any]) -> Event:
 def _drain(stage: dict[str, Any]) -> str:
     drain_ms = stage.get("drain_ms")
     return f"{drain_ms:.0f} ms" if isinstance(drain_ms, int | float) else "load unknown"
+
+
+def _first_token(record: RequestRecord, at_ms: int) -> Event:
+    facts: dict[str, Any] = {"ttft_ms": record.ttft_ms}
+    text = f"first token, {record.ttft_ms} ms after it was accepted"
+    if record.cached_tokens is not None:
+        facts["cached_tokens"] = record.cached_tokens
+        text += f"; {record.cached_tokens} of {record.prompt_tokens} prompt tokens were in the prefix cache"
+    return Event(at_ms=at_ms, what="first token", text=text, facts=facts)
 
 
 def _ended(record: RequestRecord, at_ms: int) -> Event:

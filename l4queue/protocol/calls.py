@@ -14,6 +14,7 @@ from l4queue.protocol.ledger import LedgerEvent
 from l4queue.protocol.records import (
     NO_QUOTA,
     BackgroundQuota,
+    CachedPrompt,
     Followed,
     Outcome,
     TokenLogprobs,
@@ -96,9 +97,10 @@ class Taker:
     stage: str
 
 
-def _packed(logprobs: Sequence[TokenLogprobs]) -> tuple[bytes, ...]:
-    """The last argument of a write; none where none were asked for, which is nearly always."""
-    return (pack_logprobs(logprobs),) if logprobs else ()
+def _told(cached: CachedPrompt | None, logprobs: Sequence[TokenLogprobs]) -> tuple[str | bytes, ...]:
+    """The last arguments of a write; no logprobs where none were asked for, which is nearly always."""
+    found = "" if cached is None else cached.pack()
+    return (found, pack_logprobs(logprobs)) if logprobs else (found,)
 
 
 class Calls:
@@ -217,8 +219,12 @@ class Calls:
         token_ids: Sequence[int],
         text: str,
         logprobs: Sequence[TokenLogprobs] = (),
+        cached: CachedPrompt | None = None,
     ) -> Call[Verdict]:
-        """Append tokens that follow the first `offset` ones, with one of `logprobs` each if there are any."""
+        """Append tokens that follow the first `offset` ones, with one of `logprobs` each if there are any.
+
+        `cached` is kept with the first tokens alone.
+        """
         k = self.keys
         args: tuple[Arg, ...] = (
             incarnation,
@@ -227,7 +233,7 @@ class Calls:
             len(token_ids),
             pack_ids(token_ids),
             text,
-            *_packed(logprobs),
+            *_told(cached, logprobs),
         )
         return Call("emit", (k.request(request_id), k.output(request_id)), args, parse_verdict)
 
@@ -242,12 +248,13 @@ class Calls:
         text: str,
         outcome: Outcome,
         logprobs: Sequence[TokenLogprobs] = (),
+        cached: CachedPrompt | None = None,
     ) -> Call[Verdict]:
         """Write the outcome together with the last tokens and the text held back until now."""
         k = self.keys
         last = (offset, len(token_ids), pack_ids(token_ids), text)
         end = (outcome.held_text, outcome.state.value, outcome.finish_reason, outcome.error, outcome.field)
-        args: tuple[Arg, ...] = (request_id, incarnation, epoch, *last, *end, *_packed(logprobs))
+        args: tuple[Arg, ...] = (request_id, incarnation, epoch, *last, *end, *_told(cached, logprobs))
         return Call("settle", (k.request(request_id), k.output(request_id)), args, parse_verdict)
 
     def release(

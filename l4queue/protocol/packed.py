@@ -25,7 +25,8 @@ def entries_of(entry_id: bytes, values: Mapping[bytes, bytes]) -> list[OutputEnt
     pairs = list(zip(bounds[::2], bounds[1::2], strict=True))
     if sum(num for num, _ in pairs) != len(whole.token_ids) or sum(size for _, size in pairs) != len(text):
         raise ValueError("the bounds of a packed output are not those of its tokens and text")
-    entries, token, byte = [], 0, 0
+    entries: list[OutputEntry] = []
+    token = byte = 0
     first = whole.upto - len(whole.token_ids)
     for num, size in pairs:
         logprobs = whole.logprobs[token : token + num] if whole.logprobs is not None and num else None
@@ -34,6 +35,7 @@ def entries_of(entry_id: bytes, values: Mapping[bytes, bytes]) -> list[OutputEnt
             token_ids=whole.token_ids[token : token + num],
             text=text[byte : byte + size].decode(),
             logprobs=logprobs,
+            cached=None if entries else whole.cached,
         )
         entries.append(entry)
         token, byte = token + num, byte + size

@@ -86,6 +86,7 @@ class FinishedRequest:
     finished_ms: int
     stage: str
     worker: str
+    cached_tokens: int | None = None  # prompt tokens found in a prefix cache
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,6 +149,7 @@ def finished_one(_: bytes, v: Mapping[bytes, bytes]) -> FinishedRequest:
         finished_ms=times_ms[3] or 0,
         stage=v.get(b"g", b"").decode(),
         worker=v.get(b"w", b"").decode(),
+        cached_tokens=whole(v[b"k"]) if v.get(b"k") else None,
     )
 
 
@@ -186,7 +188,7 @@ def body(row: list[Any]) -> InboxBody | None:
 
 
 # readers of the first release fail at unknown names in `load`
-_NEW_FIELDS = ("is_emptying", "can_empty", "max_model_len", "models")
+_NEW_FIELDS = ("is_emptying", "can_empty", "max_model_len", "models", "num_prompt_tokens", "num_cached_tokens")
 
 
 def load_to_json(load: WorkerLoad) -> dict[str, dict[str, Any]]:

@@ -15,6 +15,7 @@ from l4queue.models import UNBOUNDED_TOKENS, RequestState
 __all__ = (
     "NO_QUOTA",
     "BackgroundQuota",
+    "CachedPrompt",
     "Followed",
     "Grant",
     "NewsEntry",
@@ -89,6 +90,26 @@ def unpack_logprobs(data: bytes, num_tokens: int) -> tuple[TokenLogprobs, ...]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CachedPrompt:
+    """Prompt tokens that an engine found in its prefix cache, and that it put there; None: it does not say."""
+
+    found_tokens: int
+    made_tokens: int | None = None
+
+    def pack(self) -> str:
+        """As it is stored."""
+        return str(self.found_tokens) if self.made_tokens is None else f"{self.found_tokens} {self.made_tokens}"
+
+    @classmethod
+    def parse(cls, data: bytes | None) -> CachedPrompt | None:
+        """The inverse; None where nothing, or nothing readable, is told."""
+        parts = (data or b"").split()
+        if not 1 <= len(parts) <= 2 or not all(part.isdigit() and len(part) <= 15 for part in parts):
+            return None
+        return cls(found_tokens=int(parts[0]), made_tokens=int(parts[1]) if len(parts) == 2 else None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BackgroundQuota:
     """How `take` treats background requests.
 
@@ -160,13 +181,17 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputEntry:
-    """One entry of an output stream. `upto` tokens exist after it; `state` is set by the end marker."""
+    """One entry of an output stream. `upto` tokens exist after it; `state` is set by the end marker.
+
+    `cached` comes with the first tokens, where the engine told it by then.
+    """
 
     upto: int
     token_ids: tuple[int, ...] = ()
     text: str = ""
     state: RequestState | None = None
     logprobs: tuple[TokenLogprobs, ...] | None = None
+    cached: CachedPrompt | None = None
 
     @classmethod
     def parse(cls, entry_id: bytes, values: Mapping[bytes, bytes]) -> OutputEntry:
@@ -185,6 +210,7 @@ class OutputEntry:
             text=values.get(b"x", b"").decode(),
             state=RequestState(state.decode()) if state else None,
             logprobs=None if logprobs is None else unpack_logprobs(logprobs, len(token_ids)),
+            cached=CachedPrompt.parse(values.get(b"k")),
         )
 
 
@@ -263,6 +289,7 @@ class RequestRecord:
     plan: int | None = None
     worker: str | None = None
     prompt_tokens: int | None = None
+    cached_tokens: int | None = None  # of the prompt, found in the prefix cache of the engine that began it
     max_tokens: int | None = None
     submitted_ms: int = 0
     queued_ms: int | None = None

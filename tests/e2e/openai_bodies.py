@@ -68,6 +68,7 @@ BODIES: Mapping[str, tuple[str, dict[str, Any]]] = {
     "prompt": _prompted(),
     "prompt of ids": _prompted(prompt=[17, 300, 4000, 23]),
     "two prompts": _prompted(prompt=["The return", "A class"]),
+    "long prompt": _prompted(prompt="Of all that is known, the least is told. " * 30),
     "stop text": _prompted(stop="fruit", max_tokens=40),
     "stop list": _prompted(stop=["nowhere", "quitting"], max_tokens=40, include_stop_str_in_output=True),
     "stop ids and special tokens": _prompted(stop_token_ids=[5], min_tokens=2, skip_special_tokens=False),

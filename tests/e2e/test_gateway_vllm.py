@@ -29,6 +29,7 @@ from tests.services.processes import Processes, until
 
 pytestmark = [pytest.mark.vllm, pytest.mark.services, pytest.mark.timeout(1800)]
 MAX_MODEL_LEN = 512
+OPTIONS = (*TOOLS, "--enable-prompt-tokens-details")
 
 
 @contextmanager
@@ -64,7 +65,7 @@ def _answers(url: str) -> bool:
 def reference(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Answers of plain vLLM, which ends before the fleet begins."""
     folder = tmp_path_factory.mktemp("plain")
-    with plain_vllm(tiny_model, folder, *TOOLS) as url, httpx.Client(base_url=url, timeout=300) as client:
+    with plain_vllm(tiny_model, folder, *OPTIONS) as url, httpx.Client(base_url=url, timeout=300) as client:
         return whole_and_streamed(client, BODIES)
 
 
@@ -89,7 +90,7 @@ def gateways(
     try:
         processes.start("dispatcher", "-m", "dispatcher")
         processes.worker("worker-0")
-        started.start("gateway-0", *TOOLS)
+        started.start("gateway-0", *OPTIONS)
         started.answers("gateway-0")
         with started.queue() as client:
             until(lambda: len(client.overview().workers) == 1, "a worker", timeout_s=900)
@@ -108,14 +109,16 @@ def test_every_answer_equals_that_of_plain_vllm(reference: dict[str, Any], gatew
     assert {answer[0] for name, answer in found.items() if name.endswith("whole")} == {200}
     choice = found["stop text, whole"][1]["choices"][0]
     assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", "fruit")
+    assert found["long prompt, whole"][1]["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+    assert found["long prompt, streamed"][1][-1]["prompt_tokens_details"]["cached_tokens"] > 0
 
 
 LINES = {
     name: (path, {"model": MODEL, "temperature": 0, **body})
     for name, (path, body) in BODIES.items()
-    if "n" not in body and name != "two prompts"
+    if "n" not in body and name not in ("two prompts", "long prompt")
 }
-"""A line of a batch is one request."""
+"""A line of a batch is one request. A long prompt has found other blocks in the cache when it comes again."""
 CHATS = {name: body for name, (path, body) in LINES.items() if path == CHAT}
 
 

@@ -47,6 +47,7 @@ class SmallServer:
     token_ids: bool = True
     changes_prompts: bool = False
     tells_metrics: bool = True
+    cached_tokens: int | None = None
     key: str = ""
     health: int = 200
     fates: deque[Fate] = field(default_factory=deque)
@@ -132,6 +133,9 @@ class SmallServer:
             ids.append(token)
             await answer.write(f"data: {json.dumps({'choices': [choice]})}\n\n".encode())
             await asyncio.sleep(0)
+        if self.cached_tokens is not None:
+            usage = {"prompt_tokens": 3, "prompt_tokens_details": {"cached_tokens": self.cached_tokens}}
+            await answer.write(f"data: {json.dumps({'choices': [], 'usage': usage})}\n\n".encode())
         await answer.write(b"data: [DONE]\n\n")
 
 

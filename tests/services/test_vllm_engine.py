@@ -18,6 +18,7 @@ import pytest
 import pytest_asyncio
 
 from l4queue.models import SamplingParams
+from l4queue.protocol.records import CachedPrompt
 from tests.services.served import GREEDY, Served, reference, reference_logprobs
 from workers.engine.base import EngineDied, FinishReason
 from workers.engine.vllm.engine import VllmEngine
@@ -179,6 +180,25 @@ async def test_alone_or_in_a_batch_the_tokens_are_the_same(served: Served) -> No
     together = await served.collect(prompts)
 
     assert {name: tokens for name, (tokens, _) in together.items()} == alone
+
+
+async def test_cached_tokens_are_those_of_vllm(served: Served) -> None:
+    """Told with the first tokens, as vLLM tells them itself; the tokens are those of an engine without a cache."""
+    from vllm import SamplingParams as VllmParams
+    from vllm.inputs import tokens_input
+
+    ids = prompt(77, 600)
+    expected, last = await served.one(ids, 1)
+    assert last.cached is not None
+    assert last.cached.found_tokens == 0
+    assert 400 < (last.cached.made_tokens or 0) <= 600
+    tokens, last = await served.one(ids, 1)
+    asked = served.engine._llm.generate(tokens_input(ids), VllmParams(temperature=0.0, max_tokens=1), "plain")
+    plain = [output async for output in asked][-1]
+    found = CachedPrompt(found_tokens=plain.num_cached_tokens, made_tokens=plain.num_cache_creation_tokens)
+    assert last.cached == found
+    assert last.cached.found_tokens > 400
+    assert tokens == expected == reference(Path(served.info.model), ids, 1)
 
 
 async def test_a_long_prompt_is_computed_in_chunks_and_measured(served: Served) -> None:

@@ -8,7 +8,7 @@ from enum import StrEnum
 from typing import Protocol
 
 from l4queue.models import SamplingParams
-from l4queue.protocol.records import TokenLogprobs
+from l4queue.protocol.records import CachedPrompt, TokenLogprobs
 
 __all__ = (
     "MAX_STEP_RECORDS",
@@ -61,7 +61,8 @@ class EngineRequest:
 class EngineOutput:
     """New tokens of one request (possibly none, with a finish reason), with `logprobs` each when asked for.
 
-    `field` is the parameter at fault where `error` is about one.
+    `field` is the parameter at fault where `error` is about one. `cached` comes once, at the latest with the end,
+    from an engine that tells how much of the request's tokens it found in its prefix cache.
     """
 
     request_id: str
@@ -70,6 +71,7 @@ class EngineOutput:
     error: str | None = None
     field: str = ""
     logprobs: tuple[TokenLogprobs, ...] = ()
+    cached: CachedPrompt | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +89,7 @@ class EngineInfo:
     """Facts of an engine, fixed once it has started.
 
     `kv_bytes_per_token` is the size of the KV cache that a hand-over moves; 0 when it cannot be moved.
+    `has_prefix_cache`: what it has served is found again by prompts with the same beginning.
     """
 
     name: str
@@ -98,6 +101,7 @@ class EngineInfo:
     max_batched_tokens: int
     eos_token_ids: frozenset[int] = field(default_factory=frozenset)
     kv_bytes_per_token: int = 0
+    has_prefix_cache: bool = False
 
     @property
     def can_move_kv(self) -> bool:

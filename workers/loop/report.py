@@ -61,6 +61,8 @@ class WorkerReport:
             is_emptying=self._placement.is_emptying,
             can_empty=True,
             max_model_len=info.max_model_len if info else 0,
+            num_prompt_tokens=self._sessions.num_prompt_tokens,
+            num_cached_tokens=self._sessions.num_cached_tokens,
             models=self._models,
         )
 

@@ -9,7 +9,7 @@ from hashlib import blake2b
 from l4queue.errors import UnreadableValue
 from l4queue.models import RequestBody, RequestState, SamplingParams
 from l4queue.protocol.keys import SOLO_STAGE
-from l4queue.protocol.records import Grant, Outcome, OutputEntry, TokenLogprobs, unpack_ids
+from l4queue.protocol.records import CachedPrompt, Grant, Outcome, OutputEntry, TokenLogprobs, unpack_ids
 from l4queue.sampling import DEFAULT_MAX_TOKENS
 from workers.engine.base import EngineOutput, EngineRequest, FinishReason
 from workers.loop.text import TextStream
@@ -23,7 +23,10 @@ TextFactory = Callable[[SamplingParams], TextStream]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Write:
-    """Output to be written for a session: tokens from `offset` on, and the outcome when it has ended."""
+    """Output to be written for a session: tokens from `offset` on, and the outcome when it has ended.
+
+    `cached` is told once, by the lease that began the request.
+    """
 
     session: Session
     offset: int
@@ -31,6 +34,7 @@ class Write:
     text: str
     outcome: Outcome | None
     logprobs: tuple[TokenLogprobs, ...] = ()
+    cached: CachedPrompt | None = None
 
 
 def engine_id(grant: Grant) -> str:
@@ -86,6 +90,7 @@ class Session:
         self._text.prime(self.prompt_ids)
         self._pending_text: list[str] = []
         self._pending_logprobs: list[TokenLogprobs] = []
+        self._pending_cached: CachedPrompt | None = None
         self._outcome: Outcome | None = None
         self.ended_by_text = False
         self.text_preview = ""
@@ -196,6 +201,8 @@ class Session:
             error, field = output.error or "", output.field
             self._outcome = Outcome(state=RequestState.FAILED, finish_reason="error", error=error, field=field)
             return
+        if output.cached is not None and not self.grant.offset:
+            self._pending_cached = output.cached
         if output.token_ids:
             piece = self._text.feed(output.token_ids)
             self.output_ids.extend(output.token_ids[: piece.num_tokens])
@@ -220,9 +227,16 @@ class Session:
         logprobs: tuple[TokenLogprobs, ...] = ()
         if self._pending_logprobs:
             logprobs, self._pending_logprobs = tuple(self._pending_logprobs), []
+        cached, self._pending_cached = self._pending_cached, None
         offset, self.committed = self.committed, len(self.output_ids)
         return Write(
-            session=self, offset=offset, token_ids=new, text=text, outcome=self._outcome, logprobs=logprobs
+            session=self,
+            offset=offset,
+            token_ids=new,
+            text=text,
+            outcome=self._outcome,
+            logprobs=logprobs,
+            cached=cached,
         )
 
     def _end(self, reason: FinishReason) -> None:

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Iterator
 
 from l4queue.protocol.calls import MoveKind
+from l4queue.protocol.records import CachedPrompt
 from workers.loop.session import Session
 
 __all__ = ("Sessions",)
@@ -20,6 +21,8 @@ class Sessions:
         self._num_finished = 0
         self._num_stolen = 0
         self._num_handed_over = 0
+        self._num_prompt_tokens = 0
+        self._num_cached_tokens = 0
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -52,6 +55,16 @@ class Sessions:
     def num_handed_over(self) -> int:
         """Hand-overs and escapes begun."""
         return self._num_handed_over
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Prompt tokens of requests that began here, of those whose engine told of its prefix cache."""
+        return self._num_prompt_tokens
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Of these, the ones that were found there."""
+        return self._num_cached_tokens
 
     @property
     def prefills(self) -> list[int]:
@@ -96,6 +109,12 @@ class Sessions:
     def drop(self, session: Session) -> bool:
         """Forget this one, which goes on elsewhere or nowhere; False where it was gone already."""
         return self._by_id.pop(session.engine_id, None) is not None
+
+    def count_cached(self, session: Session, cached: CachedPrompt) -> None:
+        """Count the prompt of a request that began here, and how much of it was in the prefix cache."""
+        if not session.grant.offset:
+            self._num_prompt_tokens += len(session.prompt_ids)
+            self._num_cached_tokens += cached.found_tokens
 
     def count_stolen(self, num_requests: int) -> None:
         """Count waiting requests that were taken from other stages."""

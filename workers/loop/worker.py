@@ -329,6 +329,8 @@ class Worker:
             with self.context.work.on(session.engine_id, is_timed=False):
                 session.feed(output)
             touched.append(session)
+            if output.cached is not None:
+                self.sessions.count_cached(session, output.cached)
             if output.token_ids:
                 upto = session.length_tokens
                 self._growth.add(from_tokens=upto - len(output.token_ids), to_tokens=upto)

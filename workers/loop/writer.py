@@ -205,6 +205,7 @@ class Writer:
             token_ids=write.token_ids,
             text=write.text,
             logprobs=write.logprobs,
+            cached=write.cached,
         )
 
     def _settled(self, session: Session, outcome: Outcome) -> None:

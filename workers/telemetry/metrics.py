@@ -73,8 +73,14 @@ def _state(rows: _Rows) -> None:
     rows.gauge("context_tokens", "Context tokens of its requests", lambda one: one.load.context_tokens)
     rows.gauge("pending_prefill_tokens", "Of those without a token", lambda one: one.load.pending_prefill_tokens)
     rows.counter("requests_settled", "Requests that ended here", lambda one: one.load.num_finished)
+    rows.counter("prompt_tokens", "Of requests that began here and whose cache is told", _prompt_tokens)
+    rows.counter("cached_tokens", "Of these, found in the prefix cache", lambda one: one.load.num_cached_tokens)
     rows.counter("requests_stolen", "Waiting requests taken from other stages", lambda one: one.num_stolen)
     rows.counter("requests_handed_over", "Requests that left for the next stage", lambda one: one.num_handed_over)
+
+
+def _prompt_tokens(one: WorkerSnapshot) -> int:
+    return one.load.num_prompt_tokens
 
 
 def _free(load: WorkerLoad) -> int:

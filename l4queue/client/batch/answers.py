@@ -89,8 +89,16 @@ def _answer_body(record: RequestRecord, outputs: Sequence[OutputEntry], url: str
             "prompt_tokens": prompt_tokens,
             "completion_tokens": output_tokens,
             "total_tokens": prompt_tokens + output_tokens,
+            **_details(record),
         },
     }
+
+
+def _details(record: RequestRecord) -> dict[str, Any]:
+    """Of the prompt's tokens, as vLLM's server tells them; nothing where the engine told nothing."""
+    if record.cached_tokens is None:
+        return {}
+    return {"prompt_tokens_details": {"cached_tokens": record.cached_tokens}}
 
 
 def outcome_line(

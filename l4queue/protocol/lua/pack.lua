@@ -47,6 +47,8 @@ local function joined(rows)
   end
   local entry = {'t', table.concat(ids), 'x', table.concat(texts), 'c', table.concat(bounds)}
   if width > 0 then entry[7], entry[8] = 'l', table.concat(lows) .. table.concat(highs) end
+  local cached = values_of(rows[1]).k
+  if cached then entry[#entry + 1], entry[#entry + 2] = 'k', cached end
   return entry
 end
 

@@ -191,12 +191,19 @@ local function tell(followers, id, upto, ...)
   end
 end
 
--- Appends tokens to an output stream; the entry id is the offset after them. `logprobs` only where asked for. Followers
--- get the same, or only the offset where it is large: then they read the output stream.
--- False where the stream holds what no worker wrote, so that they cannot follow.
-local function append(out, upto, ids, text, logprobs, followers)
+-- The prompt tokens found in the prefix cache, of what a worker tells of that, as a field of the record; else nothing.
+local function cached_fact(cached)
+  local found = string.match(cached, '^%d+')
+  if found then return 'cached_tokens', found end
+end
+
+-- Appends tokens to an output stream; the entry id is the offset after them. `logprobs` only where asked for, `cached`
+-- with the first tokens, where known. Followers get the same, or only the offset where it is large: then they read
+-- the output stream. False where the stream holds what no worker wrote, so that they cannot follow.
+local function append(out, upto, ids, text, cached, logprobs, followers)
   local entry = {'t', ids, 'x', text}
   if logprobs then entry[5], entry[6] = 'l', logprobs end
+  if cached ~= '' then entry[#entry + 1], entry[#entry + 2] = 'k', cached end
   local reply = redis.pcall('XADD', out, int(upto) .. '-0', unpack(entry))
   local err = type(reply) == 'table' and reply.err
   if err then
@@ -254,7 +261,7 @@ local function settle(id, state, text, facts)
   local record = P .. 'req:' .. id
   local request = fields(record, {'state', 'owner', 'stage', 'client', 'worker', 'entry', 'followers', 'charge_tokens',
     'charge_bytes', 'offset', 'ttl_ms', 'prompt_tokens', 'submitted_ms', 'queued_ms', 'started_ms', 'first_token_ms',
-    'crashes', 'key_ttl_ms', 'deadline_ms'})
+    'crashes', 'key_ttl_ms', 'deadline_ms', 'cached_tokens'})
   for _, name in ipairs({'charge_tokens', 'charge_bytes', 'offset', 'ttl_ms', 'prompt_tokens', 'submitted_ms',
     'queued_ms', 'started_ms', 'first_token_ms', 'crashes', 'key_ttl_ms'}) do
     if not whole(request[name]) then request[name] = false end
@@ -288,7 +295,7 @@ local function settle(id, state, text, facts)
   redis.call('XADD', P .. 'finished', 'MAXLEN', '~', 20000, '*', 'i', id, 's', state,
     'p', request.prompt_tokens or 0, 'o', int(offset), 'a', request.submitted_ms or int(now),
     'q', request.queued_ms or '', 'b', request.started_ms or '', 'f', request.first_token_ms or '', 'd', int(now),
-    'g', request.stage or '', 'w', request.worker or '', 'c', request.crashes or 0)
+    'g', request.stage or '', 'w', request.worker or '', 'c', request.crashes or 0, 'k', request.cached_tokens or '')
   if request.client and request.client ~= '' then
     local mail = P .. 'mail:' .. request.client
     redis.call('XADD', mail, 'MAXLEN', '~', 20000, '*', 'i', id, 's', state)

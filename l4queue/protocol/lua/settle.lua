@@ -2,11 +2,12 @@
 -- KEYS  1 req:<id>  2 out:<id> (stream)
 -- ARGV  1 id  2 incarnation  3 epoch  4 offset before  5 number of last tokens  6 packed ids  7 text of these tokens
 --       8 text held back until now  9 state (done | failed)  10 finish reason  11 error ('' = none)  12 field ('' = none)
---       13 packed logprobs of the last tokens (only when asked for)
+--       13 cached prompt tokens: '<found>' or '<found> <made>', '' = told before, or not known
+--       14 packed logprobs of the last tokens (only when asked for)
 -- Returns 'OK' | 'DUP' | 'GAP:<offset>' | 'FENCED'
 local record, out = unpack(KEYS)
 local id, incarnation, epoch, ids, text, held_text = ARGV[1], ARGV[2], ARGV[3], ARGV[6], ARGV[7], ARGV[8]
-local state, reason, why, field, logprobs = unpack(ARGV, 9, 13)
+local state, reason, why, field, cached, logprobs = unpack(ARGV, 9, 14)
 local from, num = tonumber(ARGV[4]), tonumber(ARGV[5])
 local request = fields(record, {'state', 'owner', 'epoch', 'offset', 'first_token_ms', 'settled_epoch', 'moved_ms',
   'followers'})
@@ -21,13 +22,16 @@ if upto ~= have then
   if from ~= have then return 'GAP:' .. request.offset end
   -- needs no memory: a full server refuses a script whose first write does
   redis.call('SREM', P .. 'held:' .. incarnation, id)
-  if not append(out, upto, ids, text, logprobs, request.followers) then
+  if not append(out, upto, ids, text, from == 0 and cached or '', logprobs, request.followers) then
     condemn(id, 'output')
     return 'FENCED'
   end
-  redis.call('HSET', record, 'offset', int(upto))
+  redis.call('HSET', record, 'offset', int(upto), cached_fact(cached))
   resumed(record, request.moved_ms)
   if not request.first_token_ms then redis.call('HSET', record, 'first_token_ms', int(now_ms())) end
+elseif cached ~= '' then
+  redis.call('HDEL', record, '-')  -- needs no memory: as above
+  redis.call('HSET', record, cached_fact(cached))
 end
 settle(id, state, held_text, {'finish_reason', reason, 'error', why, 'field', field, 'settled_epoch', epoch})
 return 'OK'

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -54,6 +55,14 @@ def test_an_ordinary_life() -> None:
     )
     assert events[2].text == "taken by w2"
     assert events[-1].text == "done: 9 tokens, length"
+
+
+def test_the_first_token_tells_of_the_prefix_cache() -> None:
+    """Where the engine did."""
+    texts = [tell(replace(DONE, cached_tokens=tokens), why=None, ledger=[])[3] for tokens in (None, 4)]
+    assert texts[0].text == "first token, 10 ms after it was accepted"
+    assert texts[1].text == f"{texts[0].text}; 4 of 5 prompt tokens were in the prefix cache"
+    assert texts[1].facts == {"ttft_ms": 10, "cached_tokens": 4}
 
 
 def test_a_moved_request_names_its_first_worker_and_the_price() -> None:

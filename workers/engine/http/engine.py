@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable
-from contextlib import aclosing
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import aclosing, suppress
+from dataclasses import dataclass, replace
+from typing import Any
 
 from l4queue.engine_server import EngineServer
 from l4queue.errors import ConfigError, ServiceUnavailable
+from l4queue.protocol.records import CachedPrompt
 from workers.engine.base import (
     Cut,
     EngineDied,
@@ -30,7 +32,7 @@ from workers.engine.http.connection import (
 )
 from workers.engine.http.gauges import ServerGauges, read_gauges
 from workers.engine.http.probe import keeps_constraints
-from workers.engine.http.translate import BrokenEvent, completion_body, output_of, refused
+from workers.engine.http.translate import BrokenEvent, cached_of, completion_body, output_of, refused
 
 __all__ = ("HttpEngine",)
 
@@ -42,6 +44,7 @@ _SAY_S = 60.0  # between two log lines while there is no server
 _SILENT_S = 20.0
 """How long a server may give no answer before its requests go elsewhere, s. Chosen: twice the limit of one."""
 _BUSY_S = 0.5  # before a request that the server did not take is sent again
+_USAGE_S = 1.0  # longest wait for the event behind the last tokens. Chosen: vLLM sends it at once
 _FATAL = (401, 403, 404)  # the key, the model or the endpoint is gone: no request will do better
 _GAUGES = ServerGauges(
     kv_capacity_tokens=0,
@@ -278,7 +281,7 @@ class HttpEngine:
                 if output.finish_reason is FinishReason.LOST:
                     raise BrokenStream("the server has aborted it")
                 if output.finish_reason is not None:
-                    self._end(output)
+                    self._end(replace(output, cached=await _usage(events)))
                     return
                 self._put(output)
 
@@ -327,6 +330,15 @@ class HttpEngine:
     def _forget(self, request_id: str) -> _Stream:
         self._watch.left(request_id)
         return self._streams.pop(request_id)
+
+
+async def _usage(events: AsyncIterator[dict[str, Any]]) -> CachedPrompt | None:
+    """What the event behind the last tokens tells of the prefix cache; the request is whole without it."""
+    with suppress(BrokenStream, ServerBusy, ServerRefusal, TimeoutError):
+        async with asyncio.timeout(_USAGE_S):
+            async for event in events:
+                return cached_of(event)
+    return None
 
 
 def _ours(parameter: str) -> str:

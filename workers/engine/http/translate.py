@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from l4queue.protocol.records import TokenLogprobs
+from l4queue.protocol.records import CachedPrompt, TokenLogprobs
 from l4queue.sampling import StructuredOutputs
 from workers.engine.base import EngineOutput, EngineRequest, FinishReason
 
-__all__ = ("BrokenEvent", "completion_body", "output_of", "refused")
+__all__ = ("BrokenEvent", "cached_of", "completion_body", "output_of", "refused")
 
 _REASONS = {
     "stop": FinishReason.STOP,
@@ -33,6 +33,7 @@ def completion_body(request: EngineRequest, *, model: str) -> dict[str, Any]:
         "request_id": request.request_id,
         "priority": request.priority,
         "stream": True,
+        "stream_options": {"include_usage": True},
         "return_token_ids": True,
         "max_tokens": request.max_tokens,
         "min_tokens": request.min_tokens,
@@ -93,6 +94,18 @@ def output_of(request_id: str, event: Mapping[str, Any], *, num_top: int | None)
     return EngineOutput(
         request_id=request_id, token_ids=token_ids, finish_reason=ours, error=why, logprobs=logprobs
     )
+
+
+def cached_of(event: Mapping[str, Any]) -> CachedPrompt | None:
+    """The cached tokens that an event of usage tells; None without `--enable-prompt-tokens-details`."""
+    try:
+        told = event["usage"]["prompt_tokens_details"]
+        found, made = told["cached_tokens"], told.get("created_cache_tokens")
+    except (KeyError, TypeError, AttributeError):
+        return None
+    if type(found) is not int or found < 0:
+        return None
+    return CachedPrompt(found_tokens=found, made_tokens=made if type(made) is int and made >= 0 else None)
 
 
 def _logprobs(told: Mapping[str, Any], *, num_tokens: int, num_top: int) -> tuple[TokenLogprobs, ...]:

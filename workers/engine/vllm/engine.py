@@ -26,7 +26,7 @@ from workers.engine.vllm.prefill_gate import PrefillGate
 from workers.engine.vllm.rehearsal import rehearsals
 from workers.engine.vllm.stat_loggers import drop_metrics, step_logger
 from workers.engine.vllm.step_recorder import StepWatch
-from workers.engine.vllm.translate import engine_output, failed, prompt, sampling_params
+from workers.engine.vllm.translate import cached_prompt, engine_output, failed, prompt, sampling_params
 from workers.kv.frontend import KVFrontend, model_fingerprint
 from workers.kv.movable import kv_bytes_per_token
 from workers.kv.store import SegmentStore
@@ -50,6 +50,7 @@ class _Running:
 
     length_tokens: int
     num_top: int | None
+    is_prefilled: bool = False
     examined: Any = None
     collector: Any = None
 
@@ -158,6 +159,7 @@ class VllmEngine:
             max_batched_tokens=int(budget),
             eos_token_ids=frozenset(self._eos_token_ids()),
             kv_bytes_per_token=self._kv_bytes_per_token,
+            has_prefix_cache=bool(cache.enable_prefix_caching),
         )
 
     async def _rehearse(self) -> None:
@@ -317,7 +319,9 @@ class VllmEngine:
             self._through(request_id)
             if self._kv_frontend is not None:
                 self._kv_frontend.started(request_id)
-            output = engine_output(request_id, done, num_top=running.num_top)
+            cached = None if running.is_prefilled else cached_prompt(out)
+            running.is_prefilled = True
+            output = engine_output(request_id, done, num_top=running.num_top, cached=cached)
             if output.finish_reason is None:
                 self._out.append(output)
             else:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from l4queue.protocol.records import CachedPrompt
 from workers.engine.base import EngineOutput, EngineRequest, FinishReason
 from workers.engine.vllm.logprobs import token_logprobs
 
 if TYPE_CHECKING:
     from l4queue.sampling import StructuredOutputs
 
-__all__ = ("engine_output", "failed", "prompt", "sampling_params")
+__all__ = ("cached_prompt", "engine_output", "failed", "prompt", "sampling_params")
 
 _REASONS = {
     "stop": FinishReason.STOP,
@@ -77,12 +78,23 @@ def failed(request_id: str, why: str, *, field: str) -> EngineOutput:
     return EngineOutput(request_id=request_id, token_ids=(), finish_reason=reason, error=why, field=field)
 
 
-def engine_output(request_id: str, done: Any, *, num_top: int | None) -> EngineOutput:
+def cached_prompt(out: Any) -> CachedPrompt | None:
+    """What vLLM's `RequestOutput` tells of its prefix cache, with the first tokens or later."""
+    if out.num_cached_tokens is None:
+        return None
+    return CachedPrompt(found_tokens=out.num_cached_tokens, made_tokens=out.num_cache_creation_tokens)
+
+
+def engine_output(
+    request_id: str, done: Any, *, num_top: int | None, cached: CachedPrompt | None = None
+) -> EngineOutput:
     """vLLM's `CompletionOutput` as ours, with this number of logprobs beside each token's; None: without any."""
     has_any = num_top is not None and done.logprobs
     logprobs = token_logprobs(done.logprobs, done.token_ids, num_top=num_top or 0) if has_any else ()
     if done.finish_reason is None:
-        return EngineOutput(request_id=request_id, token_ids=tuple(done.token_ids), logprobs=logprobs)
+        return EngineOutput(
+            request_id=request_id, token_ids=tuple(done.token_ids), logprobs=logprobs, cached=cached
+        )
     reason = _REASONS.get(done.finish_reason, FinishReason.ERROR)
     error = f"vLLM ended it: {done.finish_reason}" if reason is FinishReason.ERROR else None
     return EngineOutput(
@@ -91,4 +103,5 @@ def engine_output(request_id: str, done: Any, *, num_top: int | None) -> EngineO
         finish_reason=reason,
         error=error,
         logprobs=logprobs,
+        cached=cached,
     )

@@ -10,6 +10,7 @@ import pytest
 
 from l4queue.errors import ConfigError
 from l4queue.models import SamplingParams
+from l4queue.protocol.records import CachedPrompt
 from tests.services.small_server import BREAK, CAPACITY_TOKENS, Fate, SmallServer, small_server
 from workers.engine.base import EngineDied, EngineOutput, EngineRequest, FinishReason
 from workers.engine.emulated.scheduler import next_token
@@ -129,6 +130,20 @@ async def test_what_a_server_refuses_fails_alone(fate: Fate, says: str, field: s
         await engine.add(request())
         assert (await end_of(engine))[0] == whole()
         await engine.stop()
+
+
+@pytest.mark.parametrize("cached_tokens", [None, 0, 2])
+async def test_cached_tokens_come_with_the_end_where_the_server_tells_them(cached_tokens: int | None) -> None:
+    """A server without `--enable-prompt-tokens-details` ends as soon as its tokens do."""
+    async with small_server(cached_tokens=cached_tokens) as server:
+        engine = server.engine()
+        await engine.start()
+        await engine.add(request())
+        tokens, last = await end_of(engine)
+        await engine.stop()
+    assert tokens == whole()
+    assert last.cached == (None if cached_tokens is None else CachedPrompt(found_tokens=cached_tokens))
+    assert server.bodies[0]["stream_options"] == {"include_usage": True}
 
 
 @pytest.mark.parametrize("status", [429, 503])

@@ -55,6 +55,7 @@ def test_a_body_says_all_that_a_server_would_choose_by_itself() -> None:
         "request_id": "r:2",
         "priority": -3,
         "stream": True,
+        "stream_options": {"include_usage": True},
         "return_token_ids": True,
         "max_tokens": 9,
         "min_tokens": 2,
