@@ -171,6 +171,7 @@ class Settings(BaseSettings):
     emulated_kv_bytes_per_s: float = Field(
         0.0, ge=0, description="KV hand-over of the emulated engine, bytes/s; 0: prefill again"
     )
+    emulated_prefix_cache: bool = Field(False, description="the emulated engine has a prefix cache, as vLLM does")
 
     replan_interval_s: float = Field(10.0, gt=0, description="period of the planner, s")
     demand_half_life_s: float = Field(120.0, gt=0, description="traffic older than this has half its weight, s")

@@ -83,6 +83,7 @@ def _engine(settings: Settings, coefficients: CoefficientFile, work: LoopWork) -
             max_model_len=settings.max_model_len,
             name=f"{settings.emulated_model} on {settings.emulated_gpu}",
             kv_bytes_per_s=settings.emulated_kv_bytes_per_s,
+            has_prefix_cache=settings.emulated_prefix_cache,
             kv_bytes_per_token=coefficients.kv_bytes_per_token,
         )
         if not settings.tokenizer:

@@ -51,6 +51,7 @@ class EmulatedEngine:
         name: str = "",
         kv_bytes_per_s: float = 0.0,
         kv_bytes_per_token: int = 131_072,
+        has_prefix_cache: bool = False,
     ) -> None:
         self._cost = replace(cost, kv_capacity_tokens=cost.kv_capacity_tokens or _DEFAULT_KV_TOKENS)
         self._speed = speed
@@ -62,7 +63,8 @@ class EmulatedEngine:
         self._num_kv_loads = 0
         self._num_kv_misses = 0
         self._kv_loaded_bytes = 0
-        self._batch = EmulatedBatch(self._cost)
+        self._has_prefix_cache = has_prefix_cache
+        self._batch = EmulatedBatch(self._cost, has_prefix_cache=has_prefix_cache)
         self._out: list[EngineOutput] = []
         self._ready = asyncio.Event()
         self._work = asyncio.Event()
@@ -84,6 +86,7 @@ class EmulatedEngine:
             max_running=self._cost.max_num_seqs,
             max_batched_tokens=self._cost.max_batched_tokens,
             kv_bytes_per_token=self._kv_bytes_per_token if self._kv_bytes_per_s else 0,
+            has_prefix_cache=self._has_prefix_cache,
         )
 
     async def add(self, request: EngineRequest) -> None:

@@ -5,7 +5,7 @@ the two. In each step decodes go first, one token each, then begun prefills, the
 priority and arrival. Prefills go in chunks while the token budget lasts. With others there, no prompt gets all
 of it. A prompt is admitted only if the KV cache has blocks for all of it, and never in a step that had to
 preempt. When a decode finds no block, the request that comes last in that order loses its cache and waits to be
-computed again.
+computed again. With a prefix cache, blocks that are known are neither computed again nor kept twice.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from zlib import crc32
 
 from l4queue.cost.step import BLOCK_TOKENS, BatchShape, StepCost
 from l4queue.models import UNBOUNDED_TOKENS
+from l4queue.protocol.records import CachedPrompt
 from workers.engine.base import EngineOutput, EngineRequest, FinishReason
+from workers.engine.emulated.block_cache import BlockCache, next_key
 
 __all__ = ("BLOCK_TOKENS", "EmulatedBatch", "next_token")
 
@@ -39,7 +41,8 @@ class EmulatedBatch:
     Requests may be added and aborted in between. Each step costs time linear in the running requests.
     """
 
-    def __init__(self, cost: StepCost) -> None:
+    def __init__(self, cost: StepCost, *, has_prefix_cache: bool = False) -> None:
+        self._cache = BlockCache() if has_prefix_cache else None
         self._max_batched_tokens = cost.max_batched_tokens
         self._max_chunk_tokens = cost.max_chunk_tokens
         self._max_num_seqs = cost.max_num_seqs
@@ -101,6 +104,7 @@ class EmulatedBatch:
     def schedule(self) -> BatchShape:
         """Decide the next step; its shape is empty when there is nothing to compute."""
         has_preempted = self._make_room()
+        self._evict()
         running = self._running
         decodes = [entry for entry in running if not entry.to_prefill]
         budget = self._max_batched_tokens - len(decodes)
@@ -111,14 +115,18 @@ class EmulatedBatch:
                 if entry.to_prefill and budget > 0:
                     budget -= self._give(entry, min(budget, longest), chunks)
         while self._waiting and budget > 0 and not has_preempted and len(running) < self._max_num_seqs:
-            blocks = _blocks(self._waiting[0].length)
+            entry = self._waiting[0]
+            found = self._find(entry)
+            num_shared = self._cache.num_held(found) if self._cache is not None else 0
+            blocks = _blocks(entry.length) - num_shared
             if running and self._blocks_used + blocks > self._blocks_total:
                 break
-            entry = heappop(self._waiting)
+            heappop(self._waiting)
             running[entry] = None
-            entry.to_prefill = entry.length - entry.loaded
-            entry.blocks = blocks
+            entry.to_prefill = entry.length - max(entry.loaded, len(found) * BLOCK_TOKENS)
+            entry.blocks = blocks + num_shared
             self._blocks_used += blocks
+            self._hold(entry, found)
             budget -= self._give(entry, min(budget, longest), chunks)
         shape = _shape(decodes, chunks)
         self._chunks = [(entry, 0) for entry in decodes] + chunks
@@ -136,7 +144,12 @@ class EmulatedBatch:
             token = entry.grow()
             reason = entry.reason(token)
             outputs.append(
-                EngineOutput(request_id=entry.request.request_id, token_ids=(token,), finish_reason=reason)
+                EngineOutput(
+                    request_id=entry.request.request_id,
+                    token_ids=(token,),
+                    finish_reason=reason,
+                    cached=self._told(entry),
+                )
             )
             if reason is not None:
                 del self._known[entry.request.request_id]
@@ -162,18 +175,71 @@ class EmulatedBatch:
     def _leave(self, entry: _Entry) -> None:
         del self._running[entry]
         self._blocks_used -= entry.blocks
+        if self._cache is not None:
+            self._add(entry, entry.length - (entry.to_prefill or 1))
+            self._blocks_used += self._cache.release(entry.held)
+            entry.held = []
 
-    @staticmethod
-    def _give(entry: _Entry, most: int, chunks: list[tuple[_Entry, int]]) -> int:
+    def _give(self, entry: _Entry, most: int, chunks: list[tuple[_Entry, int]]) -> int:
         chunk = min(most, entry.to_prefill)
         chunks.append((entry, chunk))
+        self._add(entry, entry.length - entry.to_prefill + chunk)
         return chunk
+
+    def _find(self, entry: _Entry) -> Sequence[bytes]:
+        """Keys of the leading blocks that are known, without the block of the last token."""
+        if self._cache is None:
+            return ()
+        keys = entry.keys((entry.length - 1) // BLOCK_TOKENS)
+        return keys[: self._cache.num_leading(keys)]
+
+    def _hold(self, entry: _Entry, found: Sequence[bytes]) -> None:
+        """Let an admitted request hold what was found; of its own only as many free blocks are kept as fit."""
+        if self._cache is None:
+            return
+        if entry.found_tokens is None:
+            entry.found_tokens = len(found) * BLOCK_TOKENS
+        self._cache.take(found)
+        entry.held = list(found)
+        self._add(entry, entry.loaded)
+        self._evict()
+
+    def _add(self, entry: _Entry, computed_tokens: int) -> None:
+        """Make the full blocks of so many computed tokens known."""
+        upto = computed_tokens // BLOCK_TOKENS
+        if self._cache is not None and upto > len(entry.held):
+            entry.held += map(self._cache.add, entry.keys(upto)[len(entry.held) :])
+
+    def _evict(self) -> None:
+        if self._cache is not None:
+            self._cache.trim(self._blocks_total - self._blocks_used)
+
+    def _told(self, entry: _Entry) -> CachedPrompt | None:
+        """Once, with the first token: what of the prompt was known."""
+        if self._cache is None or entry.num_generated != 1 or entry.found_tokens is None:
+            return None
+        made = len(entry.request.token_ids) // BLOCK_TOKENS * BLOCK_TOKENS - entry.found_tokens
+        return CachedPrompt(found_tokens=entry.found_tokens, made_tokens=max(0, made))
 
 
 class _Entry:
     """One request in a batch."""
 
-    __slots__ = ("_hash", "_key", "blocks", "left", "length", "loaded", "num_generated", "request", "to_prefill")
+    __slots__ = (
+        "_generated",
+        "_hash",
+        "_key",
+        "_keys",
+        "blocks",
+        "found_tokens",
+        "held",
+        "left",
+        "length",
+        "loaded",
+        "num_generated",
+        "request",
+        "to_prefill",
+    )
 
     def __init__(self, request: EngineRequest, number: int) -> None:
         self.request = request
@@ -183,15 +249,29 @@ class _Entry:
         self.to_prefill = 0
         self.loaded = 0
         self.blocks = 0
+        self.found_tokens: int | None = None  # of the prompt, when it was first admitted
+        self.held: list[bytes] = []  # blocks of the prefix cache
+        self._keys: list[bytes] = []
+        self._generated = array("q")
         self._hash = crc32(array("q", request.token_ids).tobytes())
         self._key = (request.priority, number)
 
     def __lt__(self, other: _Entry) -> bool:
         return self._key < other._key
 
+    def keys(self, num_blocks: int) -> list[bytes]:
+        """Keys of the first blocks of prompt and output."""
+        if num_blocks > len(self._keys):
+            ids = array("q", self.request.token_ids) + self._generated
+            for start in range(len(self._keys) * BLOCK_TOKENS, num_blocks * BLOCK_TOKENS, BLOCK_TOKENS):
+                parent = self._keys[-1] if self._keys else b""
+                self._keys.append(next_key(parent, ids[start : start + BLOCK_TOKENS]))
+        return self._keys[:num_blocks]
+
     def grow(self) -> int:
         """The next token, taken in."""
         token = _token(self._hash)
+        self._generated.append(token)
         self._hash = crc32(_pack(token), self._hash)
         self.length += 1
         self.left -= 1

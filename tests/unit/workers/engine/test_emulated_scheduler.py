@@ -18,6 +18,7 @@ from l4queue.sim.policies.length_blind import RoundRobin
 from tests.sim.small_engine import COST as SMALL
 from tests.sim.small_engine import TICK_S
 from workers.engine.base import EngineRequest, FinishReason
+from workers.engine.emulated.block_cache import next_key
 from workers.engine.emulated.scheduler import BLOCK_TOKENS, EmulatedBatch, next_token
 
 COST = replace(SMALL, kv_capacity_tokens=1600)
@@ -73,6 +74,73 @@ def test_the_emulated_engine_and_the_simulator_batch_alike(
                 finish_s[int(out.request_id)] = now_s
 
     assert [first_s[i] for i in range(len(rows))] == pytest.approx([r.first_token_s for r in simulated], abs=1e-7)
+    assert [finish_s[i] for i in range(len(rows))] == pytest.approx([r.finish_s for r in simulated], abs=1e-7)
+    assert batch.num_preempted == sum(r.num_preemptions for r in simulated)
+    assert batch.kv_used_tokens == 0
+
+
+def texts(seed: int, *, count: int) -> list[list[int]]:
+    """Prompts of conversations: one common beginning, some go on from the prompt and output of an earlier one."""
+    rng = np.random.default_rng(seed)
+    made: list[list[int]] = []
+    for _ in range(count):
+        earlier = made[int(rng.integers(len(made)))] if made and rng.random() < 0.7 else list(range(40))
+        made.append([*earlier, *rng.integers(0, 8000, int(rng.choice([0, 1, 15, 16, 100, 300]))).tolist()][:700])
+    return made
+
+
+def whole(prompt: list[int], num_tokens: int) -> list[int]:
+    """Prompt and output."""
+    ids = list(prompt)
+    for _ in range(num_tokens):
+        ids.append(next_token(ids))
+    return ids
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    load=st.lists(st.tuples(st.integers(0, 2000), st.integers(1, 60)), min_size=1, max_size=12),
+    capacity=st.sampled_from([1120, 1600, 4096]),
+)
+def test_the_emulated_engine_finds_in_its_prefix_cache_what_the_simulator_does(
+    seed: int, load: list[tuple[int, int]], capacity: int
+) -> None:
+    """Cached tokens of each request, and so the times, where prompts share beginnings and blocks are evicted."""
+    cost = replace(COST, kv_capacity_tokens=capacity)
+    rows = [(ticks * TICK_S, output) for ticks, output in sorted(load)]
+    prompts = texts(seed, count=len(rows))
+    numbers: dict[bytes, int] = {}
+    simulated = []
+    for index, ((arrival_s, output), prompt) in enumerate(zip(rows, prompts, strict=True)):
+        ids, key, chain = whole(prompt, output), b"", []
+        for start in range(0, len(ids) - BLOCK_TOKENS + 1, BLOCK_TOKENS):
+            key = next_key(key, ids[start : start + BLOCK_TOKENS])
+            number = numbers.setdefault(key, len(numbers))
+            chain.append(range(number, number + 1))
+        simulated.append(
+            SimRequest(index, arrival_s, prompt_tokens=len(prompt), output_tokens=output, chain=tuple(chain))
+        )
+    Cluster(simulated, cost=cost, num_instances=1, policy=RoundRobin(), rng=np.random.default_rng(0)).run()
+
+    batch, left, now_s = EmulatedBatch(cost, has_prefix_cache=True), deque(enumerate(rows)), 0.0
+    found: dict[int, int | None] = {}
+    finish_s: dict[int, float] = {}
+    while left or batch:
+        if not batch:
+            now_s = max(now_s, left[0][1][0])
+        while left and left[0][1][0] <= now_s:
+            index, (_, output) = left.popleft()
+            batch.add(request(str(index), prompts[index], output))
+        now_s += cost.step_ms(batch.schedule()) / 1000
+        for out in batch.finish():
+            if out.cached is not None:
+                assert int(out.request_id) not in found
+                found[int(out.request_id)] = out.cached.found_tokens
+            if out.finish_reason is not None:
+                finish_s[int(out.request_id)] = now_s
+
+    assert [found[i] for i in range(len(rows))] == [r.cached_tokens for r in simulated]
     assert [finish_s[i] for i in range(len(rows))] == pytest.approx([r.finish_s for r in simulated], abs=1e-7)
     assert batch.num_preempted == sum(r.num_preemptions for r in simulated)
     assert batch.kv_used_tokens == 0
