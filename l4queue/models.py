@@ -298,7 +298,9 @@ class WorkerLoad:
     num_running: int = 0  # all requests that it has taken, also the ones that wait in its engine
     num_waiting_in_engine: int = 0
     context_tokens: int = 0  # of all of them
-    pending_prefill_tokens: int = 0  # of prompts that have no token yet
+    pending_prefill_tokens: int = 0  # of prompts that have no token yet, without what its prefix cache holds
+    longest_prefill_tokens: int = 0  # of one of them
+    prefill_due_ms: float = 0.0  # prefill of all of them, each by itself
     kv_used_tokens: int = 0
     kv_capacity_tokens: int = 0
     max_running: int = 0

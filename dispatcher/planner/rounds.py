@@ -154,7 +154,9 @@ async def _replan(executor: AsyncExecutor, settings: Settings) -> str:
     known = await _learn(executor, settings, overview)
     snapshot, learned = await _snapshot(executor, settings, overview, known), known.learned
     settled = why_settled(snapshot, _planner_settings(settings, known.price), learned)
-    if settled is not None:
+    if settings.prefix_affinity:
+        decision = _without_stages(overview)
+    elif settled is not None:
         decision = Decision(publish=False, plan=overview.plan, reason=settled)
     else:
         recent = await executor.run(reads.finished(count=MAX_ARRIVALS))
@@ -266,6 +268,15 @@ def _planner_settings(settings: Settings, price: MovePrice) -> PlannerSettings:
         moves_requests=settings.hand_over,
     )
     return PlannerSettings.of(settings, partition=partition)
+
+
+def _without_stages(overview: Overview) -> Decision:
+    """One stage: requests go by what workers hold of them (docs/prefix-affinity.md)."""
+    plan, reason = overview.plan, "prefix affinity: stages are left out"
+    if len(plan.stages) > 1:
+        num_workers, version = len(overview.workers), plan.version + 1
+        plan = Plan.one_stage(version=version, num_workers=num_workers, reason=reason)
+    return Decision(publish=plan is not overview.plan, plan=plan, reason=reason)
 
 
 def _decide(

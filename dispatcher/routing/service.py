@@ -21,6 +21,7 @@ from l4queue.model_config import trusts_remote_code
 from l4queue.models import Plan, RequestBody, RequestState
 from l4queue.observe.overview import longest_request_tokens, read_overview_async
 from l4queue.planning.histogram import Buckets
+from l4queue.policy.prefix_blocks import block_keys
 from l4queue.protocol.calls import Call, Calls, Verdict
 from l4queue.protocol.executor import AsyncExecutor
 from l4queue.protocol.inbox import Inbox
@@ -272,6 +273,7 @@ class Dispatcher:
             why=place.why,
             charge_tokens=fitted.charge_tokens,
             body=fitted.body,
+            blocks=block_keys(answer.token_ids) if self.settings.prefix_affinity else (),
         )
 
     async def _follow(self, version: int, body: str | None) -> None:

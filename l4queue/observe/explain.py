@@ -32,9 +32,7 @@ def tell(record: RequestRecord, *, why: str | None, ledger: Sequence[str]) -> tu
     if record.queued_ms is not None:
         events.append(_routed(record, record.queued_ms, json.loads(why) if why else {}))
     if record.started_ms is not None and not (head and head.event is LedgerEvent.STOLEN):
-        events.append(
-            Event(at_ms=record.started_ms, what="taken", text=f"taken by {first}", facts={"worker": first})
-        )
+        events.append(_taken(record, record.started_ms, first))
     if record.first_token_ms is not None:
         events.append(_first_token(record, record.first_token_ms))
     for line in lines:
@@ -72,6 +70,14 @@ def _routed(record: RequestRecord, at_ms: int, why: dict[str, Any]) -> Event:
 def _drain(stage: dict[str, Any]) -> str:
     drain_ms = stage.get("drain_ms")
     return f"{drain_ms:.0f} ms" if isinstance(drain_ms, int | float) else "load unknown"
+
+
+def _taken(record: RequestRecord, at_ms: int, worker: Any) -> Event:
+    facts, text = {"worker": worker}, f"taken by {worker}"
+    if record.placed is not None and not record.was_resumed:  # else it is the reason of a later lease
+        facts["reason"] = record.placed
+        text += f": {record.placed}"
+    return Event(at_ms=at_ms, what="taken", text=text, facts=facts)
 
 
 def _first_token(record: RequestRecord, at_ms: int) -> Event:

@@ -9,6 +9,8 @@ from typing import Any, Generic, TypeVar
 
 from l4queue.models import UNBOUNDED_TOKENS
 from l4queue.policy.admission import AdmissionBudget
+from l4queue.policy.prefix_affinity import OwnChoice
+from l4queue.policy.prefix_blocks import BLOCK_TOKENS, KEY_BYTES
 from l4queue.protocol.keys import Keys
 from l4queue.protocol.ledger import LedgerEvent
 from l4queue.protocol.records import (
@@ -154,16 +156,18 @@ class Calls:
         why: str = "",
         charge_tokens: int | None = None,
         body: str = "",
+        blocks: Sequence[bytes] = (),
     ) -> Call[Verdict]:
         """Queue a counted request in its stage and clear its inbox entry. `why` (JSON) is for `explain`.
 
         `charge_tokens` None is prompt and `max_tokens`. `body` replaces the one submitted, unless it is empty.
+        `blocks` are the keys of the prompt's blocks, where it is to be noted how much of it workers hold.
         """
         k = self.keys
         ids = pack_ids(token_ids)
         queued = (request_id, entry_id, stage, repr(score), len(token_ids), max_tokens, ids)
         charge = "" if charge_tokens is None else charge_tokens
-        args = (*queued, plan_version, bucket, why, charge, body)
+        args = (*queued, plan_version, bucket, why, charge, body, b"".join(blocks), KEY_BYTES, BLOCK_TOKENS)
         return Call("route", (k.inbox, k.request(request_id), k.hist), args, parse_verdict)
 
     def refuse(
@@ -193,12 +197,14 @@ class Calls:
         num_sharers: int = 1,
         benefit_ms: float = 0.0,
         cost_ms: float = 0.0,
+        named: Sequence[OwnChoice] = (),
     ) -> Call[Taken]:
         """Lease waiting requests of a queue while they fit the budget.
 
         The rule is that of `l4queue.policy.admission.admit`. Of several sharers each takes half its share of each
         class at a time. Requests of another stage than the taker's count as stolen, for the predicted benefit and
-        cost.
+        cost. `named` ones are taken, in this order, instead of those at the head; only what they would have to
+        compute counts as prefill.
         """
         k = self.keys
         keys = (k.queue(stage), k.worker(taker.incarnation), k.held(taker.incarnation), k.workers)
@@ -207,7 +213,8 @@ class Calls:
         sharing = (budget.prefill_tokens, int(budget.is_idle), num_sharers)
         price = (taker.stage, f"{benefit_ms:.3f}", f"{cost_ms:.3f}")
         held = (round(hold.for_ms), hold.max_requests, hold.longest_tokens, round(hold.overdue_ms))
-        return Call("take", keys, (*first, *sharing, *price, budget.longest_tokens, *held), parse_taken)
+        names = tuple(part for one in named for part in (one.request_id, one.held_tokens, one.reason))
+        return Call("take", keys, (*first, *sharing, *price, budget.longest_tokens, *held, *names), parse_taken)
 
     def emit(
         self,

@@ -127,6 +127,9 @@ class Keys:
     def held(self, incarnation: str) -> str:
         return f"{self.prefix}held:{incarnation}"
 
+    def blocks(self, incarnation: str) -> str:
+        return f"{self.prefix}blocks:{incarnation}"
+
     def lost(self, incarnation: str) -> str:
         return f"{self.prefix}lost:{incarnation}"
 

@@ -188,7 +188,16 @@ def body(row: list[Any]) -> InboxBody | None:
 
 
 # readers of the first release fail at unknown names in `load`
-_NEW_FIELDS = ("is_emptying", "can_empty", "max_model_len", "models", "num_prompt_tokens", "num_cached_tokens")
+_NEW_FIELDS = (
+    "is_emptying",
+    "can_empty",
+    "max_model_len",
+    "models",
+    "num_prompt_tokens",
+    "num_cached_tokens",
+    "longest_prefill_tokens",
+    "prefill_due_ms",
+)
 
 
 def load_to_json(load: WorkerLoad) -> dict[str, dict[str, Any]]:

@@ -300,6 +300,7 @@ class RequestRecord:
     finish_reason: str | None = None
     error: str | None = None
     field: str | None = None
+    placed: str | None = None  # why its worker took it, where workers choose
     dropped_ms: int | None = None  # when its output went early, for want of room
     body: str = "{}"
 
@@ -367,4 +368,4 @@ def in_order(*times_ms: int | None) -> tuple[int | None, ...]:
 
 
 _FIELD_NAMES = tuple(f.name for f in fields(RequestRecord) if f.name != "request_id")
-_TEXT_FIELDS = frozenset({"state", "stage", "worker", "finish_reason", "error", "field", "body"})
+_TEXT_FIELDS = frozenset({"state", "stage", "worker", "finish_reason", "error", "field", "placed", "body"})

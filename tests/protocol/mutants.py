@@ -48,6 +48,8 @@ _MODULES = (
     "bounds",
     "batches",
     "batching",
+    "cached",
+    "holders",
 )
 _NUMBERS = itertools.count()
 

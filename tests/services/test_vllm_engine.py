@@ -90,6 +90,7 @@ async def test_the_engine_says_what_it_is(served: Served) -> None:
         MAX_BATCHED_TOKENS,
     )
     assert info.kv_capacity_tokens > 10 * MAX_MODEL_LEN
+    assert info.has_prefix_cache
     assert served.engine._llm.model_config.seed == 7
     assert served.engine.stats().num_running == 0
     assert served.engine.step_records() == [], "of the rehearsals"

@@ -45,7 +45,7 @@ COST = StepCost(
     max_num_seqs=8,
 )
 CALLERS = {
-    "admission_budget": {"workers/loop/intake.py", "l4queue/sim/policies/pool.py"},
+    "admission_budget": {"workers/loop/intake.py", "workers/loop/chooser.py", "l4queue/sim/policies/pool.py"},
     "still_awaited": {"workers/loop/intake.py", "l4queue/sim/policies/pool.py"},
     "first_watch": {"workers/loop/intake.py", "l4queue/sim/policies/l4.py"},
     "backlog_ms": {"workers/loop/intake.py", "workers/loop/fleet_view.py", "l4queue/sim/wake.py"},

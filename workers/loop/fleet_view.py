@@ -132,6 +132,11 @@ class FleetView:
         queue = self.overview.in_play(str(stage), quiet_ms=self._quiet_ms) if self.overview else None
         return queue.num_requests if queue else 0
 
+    def has_background(self, stage: int) -> bool:
+        """Whether background requests wait in the queue of a stage."""
+        queue = self.overview.queues.get(str(stage)) if self.overview else None
+        return queue is not None and queue.num_requests > queue.num_foreground
+
     def stage_loads(self, *, cost: StepCost) -> list[StageLoad]:
         """The load of every stage of the plan, by what its workers published and what waits for it."""
         if self.overview is None:

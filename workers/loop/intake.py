@@ -20,12 +20,14 @@ from l4queue.policy.admission import (
 from l4queue.policy.escape import has_prefill
 from l4queue.policy.handover import first_watch
 from l4queue.policy.loads import backlog_ms
+from l4queue.policy.prefix_affinity import OwnChoice
 from l4queue.policy.steal import Steal, steal_waiting
 from l4queue.protocol.calls import Taker, Verdict
 from l4queue.protocol.foreign import finding
 from l4queue.protocol.keys import SOLO_STAGE, private_queue
 from l4queue.protocol.records import BackgroundQuota, Grant, Outcome, OutputEntry
 from workers.loop.background import BackgroundWork
+from workers.loop.chooser import Chooser
 from workers.loop.context import WorkerContext
 from workers.loop.engine_profile import EngineProfile
 from workers.loop.fleet_view import FleetView
@@ -41,6 +43,9 @@ from workers.loop.writer import Writer
 __all__ = ("Intake",)
 
 log = logging.getLogger("l4queue.worker")
+_IDLE_S = 1.0  # between two looks for work, since a wake-up may be missed
+_WAITING_S = 0.1
+"""The same while requests wait that this worker may come to take. Chosen: a tenth of the shortest such wait."""
 _SOLO_ROOM = unbounded_budget(1, reason="runs alone")
 
 
@@ -78,6 +83,25 @@ class Intake:
         self._escape_before_prefill = escape_before_prefill
         self._awaited: frozenset[str] | None = None  # what ran when the queue began to wait, and still runs
         self._private_due = True  # something may wait for this worker alone
+        self._chooser = Chooser(
+            context,
+            sessions=sessions,
+            placement=placement,
+            profile=profile,
+            fleet_view=fleet_view,
+            lease=lease,
+            report=report,
+        )
+
+    async def keep_up(self) -> None:
+        """What is to be done with each look at the fleet: a wake-up may have been missed."""
+        self.expect_private()
+        await self._chooser.tell()
+
+    @property
+    def idle_s(self) -> float:
+        """How long to wait for a wake-up when nothing was taken."""
+        return _WAITING_S if self._chooser.has_waiting else _IDLE_S
 
     def expect_private(self) -> None:
         """Look into the queue of this worker alone with the next round: something may have come."""
@@ -105,10 +129,21 @@ class Intake:
             return 0
         room = self._without_newcomers(room)
         hold = self._background.hold(room)
-        if taken := await self._take(str(self._placement.stage), room, hold=hold):
+        if taken := await self._take_queued(room, hold):
             self._awaited = None
             return taken
         return await self._steal(room, hold)
+
+    async def _take_queued(self, room: AdmissionBudget, hold: BackgroundQuota) -> int:
+        """From the stage's queue: by choice where that is on, else, and of the background, in order."""
+        stage = str(self._placement.stage)
+        if not self._chooser.is_on:
+            return await self._take(stage, room, hold=hold)
+        if named := await self._chooser.choose(room):
+            return await self._take(stage, room, hold=hold, num_sharers=1, named=named)
+        if self._chooser.has_waiting or not self._fleet_view.has_background(self._placement.stage):
+            return 0
+        return await self._take(stage, room, hold=hold)
 
     def _without_newcomers(self, room: AdmissionBudget) -> AdmissionBudget:
         if not self._fleet_view.num_queued(self._placement.stage):
@@ -130,7 +165,7 @@ class Intake:
 
     def pull_delay_s(self) -> float:
         """How long to let other workers of the stage go first; what waits for this one alone waits no longer."""
-        if self._private_due or self._placement.num_sharers < 2:
+        if self._private_due or self._placement.num_sharers < 2 or self._chooser.is_on:
             return 0.0
         cost, load = self._profile.cost, self._report.load()
         own_ms = backlog_ms(
@@ -164,6 +199,7 @@ class Intake:
         hold: BackgroundQuota | None = None,
         num_sharers: int | None = None,
         price: tuple[float, float] = (0.0, 0.0),
+        named: Sequence[OwnChoice] = (),
     ) -> int:
         context, placement = self._context, self._placement
         taker = Taker(worker_id=context.worker_id, incarnation=self._lease.incarnation, stage=str(placement.stage))
@@ -176,6 +212,7 @@ class Intake:
             num_sharers=placement.num_sharers if num_sharers is None else num_sharers,
             benefit_ms=price[0],
             cost_ms=price[1],
+            named=named,
         )
         taken = await context.executor.run(call)
         if taken.verdict is Verdict.LOST:  # the next heartbeat begins a new incarnation
@@ -244,7 +281,7 @@ class Intake:
             if session.has_ended:
                 ended.append(session)
                 continue
-            if not grant.kv and has_prefill(session.length_tokens, self._profile.cost):
+            if not grant.kv and has_prefill(session.prefill_tokens, self._profile.cost):
                 await self._escape_before_prefill()
             if session.engine_id in self._sessions:  # it may have been cancelled meanwhile
                 await context.work.steps(session.engine_id, context.engine.add(session.engine_request()))

@@ -50,6 +50,8 @@ class WorkerReport:
             num_waiting_in_engine=stats.num_waiting,
             context_tokens=sum(session.length_tokens for session in self._sessions),
             pending_prefill_tokens=self._sessions.pending_prefill_tokens,
+            longest_prefill_tokens=max(self._sessions.prefills, default=0),
+            prefill_due_ms=round(self._prefill_due_ms(), 3),
             kv_used_tokens=stats.kv_used_tokens,
             kv_capacity_tokens=info.kv_capacity_tokens if info else 0,
             max_running=self._profile.max_running,
@@ -65,6 +67,11 @@ class WorkerReport:
             num_cached_tokens=self._sessions.num_cached_tokens,
             models=self._models,
         )
+
+    def _prefill_due_ms(self) -> float:
+        """Prefill of the prompts without a token, each by itself and without what the cache holds."""
+        cost = self._profile.cost
+        return sum(cost.prefill_ms(s.length_tokens, s.found_tokens) for s in self._sessions.unfilled)
 
     def snapshots(self) -> list[WorkerSnapshot]:
         """The worker for its metrics; none before the engine has started."""

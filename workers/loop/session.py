@@ -79,6 +79,7 @@ class Session:
         self.priority = body.priority
         self.is_traced = body.traceparent is not None
         self.came_from = grant.came_from
+        self._found_tokens = 0
         self._is_moving = False
         self._watch_tokens: int | None = None
         self.params: SamplingParams = body.params
@@ -103,6 +104,20 @@ class Session:
     def length_tokens(self) -> int:
         """Current length: prompt and generated."""
         return len(self.prompt_ids) + len(self.output_ids)
+
+    @property
+    def prefill_tokens(self) -> int:
+        """Tokens that its prefill here has to compute: the last one always."""
+        return max(1, self.length_tokens - self._found_tokens)
+
+    @property
+    def found_tokens(self) -> int:
+        """Leading tokens that the engine was believed to hold when it took it."""
+        return self._found_tokens
+
+    def expect_found(self, tokens: int) -> None:
+        """Believe the engine to hold these leading tokens of it."""
+        self._found_tokens = tokens
 
     @property
     def remaining_tokens(self) -> int:

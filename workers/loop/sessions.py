@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 
+from l4queue.policy.prefix_blocks import BLOCK_TOKENS, block_keys
 from l4queue.protocol.calls import MoveKind
 from l4queue.protocol.records import CachedPrompt
+from workers.loop.held_blocks import HeldBlocks
 from workers.loop.session import Session
 
 __all__ = ("Sessions",)
@@ -21,6 +23,7 @@ class Sessions:
         self._num_finished = 0
         self._num_stolen = 0
         self._num_handed_over = 0
+        self._blocks: HeldBlocks | None = None
         self._num_prompt_tokens = 0
         self._num_cached_tokens = 0
 
@@ -68,16 +71,40 @@ class Sessions:
 
     @property
     def prefills(self) -> list[int]:
-        """Lengths, tokens, of the requests here without a token yet, except where they bring their KV cache."""
-        return [s.length_tokens for s in self if s.awaits_first_token and not s.grant.kv]
+        """Tokens to compute of the requests here without a token yet, except where they bring their KV cache."""
+        return [session.prefill_tokens for session in self.unfilled]
+
+    @property
+    def unfilled(self) -> list[Session]:
+        """The requests here that have no token yet and do not bring their KV cache."""
+        return [s for s in self if s.awaits_first_token and not s.grant.kv]
 
     @property
     def pending_prefill_tokens(self) -> int:
         """All of these together."""
         return sum(self.prefills)
 
+    @property
+    def blocks(self) -> HeldBlocks | None:
+        """What the engine's prefix cache is believed to hold; None where nobody asks."""
+        return self._blocks
+
+    def keep_blocks(self, capacity: int) -> None:
+        """Keep account of what the engine's prefix cache holds, from now on: so many blocks."""
+        self._blocks = HeldBlocks(capacity)
+
+    def _use_blocks(self, session: Session) -> int:
+        """Note that the engine has this one's blocks; how many of them it had before."""
+        if self._blocks is None:
+            return 0
+        keys = block_keys(session.prompt_ids + session.output_ids)
+        found = self._blocks.num_leading(keys)
+        self._blocks.use(keys)
+        return found
+
     def add(self, session: Session, *, watch_tokens: int | None) -> None:
         """Run this one from now on; its move is considered from `watch_tokens` on, never where that is None."""
+        session.expect_found(self._use_blocks(session) * BLOCK_TOKENS)
         self._by_id[session.engine_id] = session
         session.watch_from(watch_tokens)
 
@@ -103,6 +130,7 @@ class Sessions:
     def settle(self, session: Session) -> None:
         """This one has its outcome: count it and wake the intake."""
         self._by_id.pop(session.engine_id, None)
+        self._use_blocks(session)
         self._num_finished += 1
         self.wake()
 

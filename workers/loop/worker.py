@@ -45,7 +45,6 @@ log = logging.getLogger("l4queue.worker")
 placements = logging.getLogger("l4queue.placement")
 _LAST_TRY_S = 1.0
 """A drain that Redis held up asks this long whether it serves again."""
-_IDLE_S = 1.0  # between two looks of an idle worker for work, since a wake-up may be missed
 
 
 class Worker:
@@ -288,7 +287,7 @@ class Worker:
             try:
                 # Not wait_for: in Python 3.11 it swallows a cancellation that meets a wake-up, and the drain
                 # would wait for this loop for ever.
-                async with asyncio.timeout(self._intake.pull_delay_s() if has_taken else _IDLE_S):
+                async with asyncio.timeout(self._intake.pull_delay_s() if has_taken else self._intake.idle_s):
                     await self.sessions.woken()
             except TimeoutError:
                 continue
@@ -355,7 +354,7 @@ class Worker:
             overview = await fleet_view.refresh()
             self._adopt(overview.plan)  # the listener may have begun just after it was published
             await self._mover.ask_once()
-            self._intake.expect_private()  # a wake-up may have been missed
+            await self._intake.keep_up()
             if fleet_view.num_waiting:
                 self.sessions.wake()  # perhaps there is something to steal
 

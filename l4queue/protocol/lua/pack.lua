@@ -11,7 +11,7 @@ local finished, packed, results = unpack(KEYS)
 local grace_ms, most, room = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
 local PAGE, SMALL = 500, 40000
 local UNUSED = {kind = 1, charge_tokens = 1, charge_bytes = 1, client = 1, solo_crashes = 1, score = 1, kv = 1,
-  from = 1, moved_ms = 1, ttl_ms = 1, owner = 1, followers = 1, cancel = 1, bounds = 1}
+  from = 1, moved_ms = 1, ttl_ms = 1, owner = 1, followers = 1, cancel = 1, bounds = 1, held = 1}
 local LONG = {why = 1, ledger = 1}
 
 -- A number as a varint.

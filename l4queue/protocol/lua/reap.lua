@@ -70,7 +70,7 @@ for _, incarnation in ipairs(redis.call('ZRANGEBYSCORE', workers, '-inf', int(no
   end
   if redis.call('SCARD', held) == 0 then
     redis.call('ZREM', workers, incarnation)
-    redis.call('DEL', P .. 'w:' .. incarnation, P .. 'ctl:' .. incarnation, held)
+    redis.call('DEL', P .. 'w:' .. incarnation, P .. 'ctl:' .. incarnation, P .. 'blocks:' .. incarnation, held)
   end
 end
 return {num_requeued, num_dead, graced}

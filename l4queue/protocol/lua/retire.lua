@@ -11,5 +11,5 @@ for _, id in ipairs(redis.call('SMEMBERS', held)) do
   if request.state == 'running' and request.owner == incarnation then requeue(id, '', '', {what = 'left'}) end
 end
 redis.call('ZREM', workers, incarnation)
-redis.call('DEL', P .. 'w:' .. incarnation, P .. 'ctl:' .. incarnation, held)
+redis.call('DEL', P .. 'w:' .. incarnation, P .. 'ctl:' .. incarnation, P .. 'blocks:' .. incarnation, held)
 return 'OK'

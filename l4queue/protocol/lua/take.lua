@@ -12,6 +12,8 @@
 --       15 ms since the last other request came to the own stage for which background requests are held back
 --       16 most of them while they are  17 longest of them while they are (tokens), but for the first of an idle worker
 --       18 ms after its place in the order at which a background request counts as any other
+--       19.. requests that are taken instead of those at the head, each: id, tokens of it that need no prefill here,
+--       why this worker
 -- Background requests (score from BACKGROUND on) have the place of their score less BACKGROUND. Where they may not
 -- be taken they are passed over, and hold up nobody.
 -- A request whose deadline has passed ends as expired instead of being computed.
@@ -32,7 +34,8 @@ local FIELDS = {'state', 'owner', 'epoch', 'body', 'ids', 'offset', 'prompt_toke
 local is_solo, is_private = stage == 'solo', string.sub(stage, 1, 1) == '@'
 local is_stolen = not is_solo and not is_private and own_stage ~= stage
 if is_solo then most = math.min(1, most) end
-local reply, taken, shares = {'OK'}, {}, {}
+local reply, taken, shares, named = {'OK'}, {}, {}, {}
+for i = 19, #ARGV, 3 do named[#named + 1] = {ARGV[i], tonumber(ARGV[i + 1]), ARGV[i + 2]} end
 
 -- == Order: which requests come next ==
 
@@ -54,8 +57,19 @@ local function set_limits()
   end
 end
 
+-- Those of the named ones that wait here, in the same form, and what was said of each.
+local function named_ones()
+  local found = {}
+  for _, one in ipairs(named) do
+    local score = redis.call('ZSCORE', queue, one[1])
+    if score then found[#found + 1] = {one[1], 1, is_background(score), one[2], one[3]} end
+  end
+  return found
+end
+
 -- The next `n` that may be taken, in order: {id, class (1 others, 2 background), whether it counts as background}.
 local function next_in_order(n)
+  if #named > 0 then return named_ones() end
   local upto = background > 0 and '+inf' or int(BACKGROUND + overdue)
   local a = redis.call('ZRANGEBYSCORE', queue, '-inf', '(' .. int(BACKGROUND), 'WITHSCORES',
     'LIMIT', 0, math.min(n, shares[1]))
@@ -111,15 +125,16 @@ local function grant(id, request)
     request.from or '', request.kv or '', is_background(request.score) and '1' or ''}
 end
 
--- Moves a request from the queue to the worker, under the next epoch.
-local function lease(id, request, tokens)
+-- Moves a request from the queue to the worker, under the next epoch. `found` tokens of it need no prefill there.
+local function lease(id, request, tokens, found, why)
   local record = P .. 'req:' .. id
-  room, prefill = room - tokens - reserve, prefill - tokens
+  room, prefill = room - tokens - reserve, prefill - math.max(1, tokens - (found or 0))
   dequeue(id, stage, tokens)
   redis.call('SADD', held, id)
   request.epoch = int(request.epoch + 1)
   redis.call('HSET', record, 'state', 'running', 'owner', incarnation, 'worker', worker_id, 'epoch', request.epoch)
   redis.call('HSETNX', record, 'started_ms', int(now))
+  if why then redis.call('HSET', record, 'placed', why) end
   if is_private then
     redis.call('HSET', record, 'stage', own_stage)
     request.stage = own_stage
@@ -157,7 +172,7 @@ local passes, is_full = 0, false
 repeat  -- again for those that were only dropped; bounded, as nobody else is served meanwhile
   local gone, left = 0, most - #taken
   for _, entry in ipairs(next_in_order(left)) do
-    local id, class, is_back = unpack(entry)
+    local id, class, is_back, found, why = unpack(entry)
     if left <= 0 then break end
     if not is_back or background > 0 then
       local request = fields(P .. 'req:' .. id, FIELDS)
@@ -165,7 +180,7 @@ repeat  -- again for those that were only dropped; bounded, as nobody else is se
       if drop(id, request) then
         gone, left = gone + 1, left - 1
       elseif fits(tokens, is_back) then
-        lease(id, request, tokens)
+        lease(id, request, tokens, found, why)
         left, shares[class] = left - 1, shares[class] - 1
         if is_back then background = background - 1 end
       elseif is_back then

@@ -57,6 +57,14 @@ def test_an_ordinary_life() -> None:
     assert events[-1].text == "done: 9 tokens, length"
 
 
+def test_a_choice_has_its_reason() -> None:
+    """Of the first lease; that of a later one would be told at the wrong place."""
+    placed = replace(DONE, placed="holds most of its prefix", epoch=1)
+    taken = tell(placed, why=None, ledger=[])[2]
+    assert (taken.text, taken.facts["reason"]) == ("taken by w2: holds most of its prefix", placed.placed)
+    assert tell(replace(placed, epoch=2), why=None, ledger=[])[2].text == "taken by w2"
+
+
 def test_the_first_token_tells_of_the_prefix_cache() -> None:
     """Where the engine did."""
     texts = [tell(replace(DONE, cached_tokens=tokens), why=None, ledger=[])[3] for tokens in (None, 4)]

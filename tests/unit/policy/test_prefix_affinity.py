@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 from l4queue.cost.coefficients import load_coefficients
 from l4queue.cost.step import BatchShape
 from l4queue.policy.admission import AdmissionBudget, unbounded_budget
-from l4queue.policy.prefix_affinity import CandidateWorker, QueuedPrompt, cost_ms, patience_ms, place, saved_weight
+from l4queue.policy.prefix_affinity import (
+    CandidateWorker,
+    Choice,
+    QueuedPrompt,
+    cost_ms,
+    own_choices,
+    patience_ms,
+    place,
+    saved_weight,
+)
 
 COST = load_coefficients("h100", "llama-3.1-8b")
 OUTPUT = 300.0
@@ -210,3 +219,37 @@ def test_what_is_found_in_a_cache_is_not_charged_to_the_budget_of_prefill() -> N
 
     assert chosen(queue, [worker("a", budget=room)]) == ["a"] * 8 + [None]
     assert chosen([prompt(str(i)) for i in range(9)], [worker("a", budget=room)]) == ["a", None]
+
+
+def taken(choices: list[Choice], budget: AdmissionBudget = ROOM, **left_ms: float) -> list[tuple[str, int, str]]:
+    """What worker `a` takes of choices for prompts of which it holds 100 tokens."""
+    queue = [prompt(choice.request_id, tokens=1_000, a=100) for choice in choices]
+    found = own_choices(choices, queue, worker_id="a", budget=budget, left_ms=left_ms)
+    return [(one.request_id, one.held_tokens, one.reason) for one in found]
+
+
+def choice(name: str, worker_id: str | None, reason: str = "has room") -> Choice:
+    return Choice(request_id=name, worker_id=worker_id, reason=reason)
+
+
+def test_a_worker_takes_its_own_and_leaves_what_waits_or_goes_to_others() -> None:
+    choices = [choice("r", "b"), choice("s", "a"), choice("t", None), choice("u", "a", "nobody holds its prefix")]
+    assert taken(choices) == [("s", 100, "has room"), ("u", 100, "nobody holds its prefix")]
+
+
+def test_what_others_leave_lying_is_taken_after_a_second() -> None:
+    """As far as there is room. What waits for a worker does not count as left."""
+    choices = [choice("r", "b"), choice("s", None), choice("t", "b")]
+    assert taken(choices, r=999.0, s=9e9) == []
+    assert taken(choices, r=1000.0, s=9e9, t=1000.0) == [
+        ("r", 100, "left lying by others"),
+        ("t", 100, "left lying by others"),
+    ]
+    assert [name for name, _, _ in taken(choices, replace(ROOM, num_requests=1), r=1e4, t=1e4)] == ["r"]
+    assert taken(choices, FULL, r=1e4) == []
+
+
+def test_own_choices_leave_less_room_for_what_lies_there() -> None:
+    choices = [choice("r", "a"), choice("s", "b")]
+    budget = replace(ROOM, prefill_tokens=900)
+    assert [name for name, _, _ in taken(choices, budget, s=1e4)] == ["r"]

@@ -22,7 +22,7 @@ from l4queue.protocol.records import CachedPrompt
 from workers.engine.base import EngineOutput, EngineRequest, FinishReason
 from workers.engine.emulated.block_cache import BlockCache, next_key
 
-__all__ = ("BLOCK_TOKENS", "EmulatedBatch", "next_token")
+__all__ = ("BLOCK_TOKENS", "EmulatedBatch", "next_token", "next_tokens")
 
 _VOCABULARY = 8000  # token ids; those of the tiny model end at 8,192
 _FIRST_TOKEN = 100  # below lie special tokens in most vocabularies; a batch never says "end" by itself
@@ -32,6 +32,15 @@ _pack = Struct("<q").pack
 def next_token(token_ids: Sequence[int]) -> int:
     """The token that follows: a hash of all of the ids, so that one lost or changed id shows for ever."""
     return _token(crc32(array("q", token_ids).tobytes()))
+
+
+def next_tokens(token_ids: Sequence[int], num_tokens: int) -> list[int]:
+    """The tokens that follow, one after the other."""
+    state, found = crc32(array("q", token_ids).tobytes()), list[int]()
+    for _ in range(num_tokens):
+        found.append(_token(state))
+        state = crc32(_pack(found[-1]), state)
+    return found
 
 
 class EmulatedBatch:

@@ -130,6 +130,7 @@ class HttpEngine:
             max_running=self._max_running,
             max_batched_tokens=self._max_batched_tokens,
             eos_token_ids=await asyncio.to_thread(self._eos_token_ids),
+            has_prefix_cache=self._gauges.has_prefix_cache,
         )
 
     async def _first_gauges(self) -> ServerGauges:

@@ -22,16 +22,19 @@ class ServerGauges:
     num_steps: int
     num_preemptions: int
     is_speculating: bool
+    has_prefix_cache: bool = False
 
 
 def read_gauges(text: str) -> ServerGauges:
     """Read an exposition. What a server does not tell is 0; its KV cache is the sum of those of its engines."""
     sums: dict[str, float] = {}
     counts: dict[str, int] = {}
-    capacity_tokens = 0
+    capacity_tokens, has_prefix_cache = 0, False
     for name, labels, value in _SAMPLE.findall(text):
         if name == "cache_config_info":
-            capacity_tokens += _capacity_tokens(dict(_LABEL.findall(labels)))
+            facts = dict(_LABEL.findall(labels))
+            capacity_tokens += _capacity_tokens(facts)
+            has_prefix_cache |= facts.get("enable_prefix_caching") == "True"
         elif name in _FAMILIES or name.startswith("spec_decode_"):
             sums[name] = sums.get(name, 0.0) + float(value)
             counts[name] = counts.get(name, 0) + 1
@@ -44,6 +47,7 @@ def read_gauges(text: str) -> ServerGauges:
         num_steps=round(sums.get("iteration_tokens_total_count", 0.0)),
         num_preemptions=round(sums.get("num_preemptions_total", 0.0)),
         is_speculating=any(name.startswith("spec_decode_") for name in sums),
+        has_prefix_cache=has_prefix_cache,
     )
 
 

@@ -14,9 +14,12 @@ vllm:kv_cache_usage_perc{engine="0",model_name="m"} 0.25
 vllm:num_preemptions_total{engine="0",model_name="m"} 4.0
 vllm:iteration_tokens_total_bucket{engine="0",le="1.0",model_name="m"} 7.0
 vllm:iteration_tokens_total_count{engine="0",model_name="m"} 1.7e+03
-vllm:cache_config_info{block_size="128",engine="0",kv_cache_size_tokens="262144",num_gpu_blocks="2048"} 1.0
+vllm:cache_config_info{CONFIG} 1.0
 process_start_time_seconds 1.79600773784e+09
-"""
+""".replace(
+    "CONFIG",
+    'block_size="128",enable_prefix_caching="True",engine="0",kv_cache_size_tokens="262144",num_gpu_blocks="2048"',
+)
 
 
 def test_the_state_of_one_engine_is_read() -> None:
@@ -28,7 +31,9 @@ def test_the_state_of_one_engine_is_read() -> None:
         num_steps=1700,
         num_preemptions=4,
         is_speculating=False,
+        has_prefix_cache=True,
     )
+    assert not read_gauges(ONE.replace('"True"', '"False"')).has_prefix_cache
 
 
 def test_engines_of_one_server_are_summed() -> None:

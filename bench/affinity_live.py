@@ -1,0 +1,320 @@
+"""Prefix affinity live beside the simulator: conversations on emulated workers with prefix caches.
+
+    python bench/affinity_live.py [--policies affinity,l4,least-loaded,round-robin] [--workers 16] [--rate 40]
+        [--requests 1500] [--warmup 300] [--speed 5] [--seed 0] [--simulate-only] [--json]
+
+Conversations go on from what the engine answered, and share system prompts. The emulated engine's tokens hang on
+those before them alone, so every prompt is known beforehand, and the simulator plays the very same blocks. Live
+engines take `--speed` times as long as simulated ones, and requests arrive as much slower; times are divided by
+it. Requests of the first `--warmup` are served and not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from l4queue.cli.stack.stack import Stack, StackOptions
+from l4queue.client import AsyncClient
+from l4queue.cost.coefficients import read_coefficients
+from l4queue.cost.step import BLOCK_TOKENS, StepCost
+from l4queue.models import Plan, Routing, StagePlan
+from l4queue.plan_json import plan_to_json
+from l4queue.protocol.calls import Calls
+from l4queue.protocol.executor import AsyncExecutor
+from l4queue.protocol.keys import Keys
+from l4queue.sim.cluster import Cluster
+from l4queue.sim.engine.request import SimRequest
+from l4queue.sim.policies.affinity import CacheAware, LlmD, SessionSticky
+from l4queue.sim.policies.l4 import L4, L4Options
+from l4queue.sim.policies.l4_prefixes import PrefixL4
+from l4queue.sim.policies.length_blind import LeastTokens, RoundRobin
+from l4queue.sim.policy import Policy
+from workers.engine.emulated.block_cache import next_key
+from workers.engine.emulated.scheduler import next_tokens
+
+LIVE = {
+    "affinity": Routing.L4,
+    "l4": Routing.L4,
+    "least-loaded": Routing.LEAST_LOADED,
+    "round-robin": Routing.ROUND_ROBIN,
+}
+SIMULATED: dict[str, Any] = {
+    "affinity": lambda: PrefixL4(L4Options()),
+    "l4": lambda: L4(L4Options()),
+    "least-loaded": LeastTokens,
+    "round-robin": RoundRobin,
+    "session-sticky": SessionSticky,
+    "cache-aware": CacheAware,
+    "llm-d": LlmD,
+}
+SYSTEM_TOKENS = (1_000, 2_500)
+USER_TOKENS = (100, 1_500)
+OUTPUT_TOKENS = (30, 300)
+MEAN_TURNS = 5.0
+MEAN_THINK_S = 4.0
+NUM_SYSTEMS = 12
+MAX_MODEL_LEN = 32_768
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn:
+    """One request: when it comes, whose it is, its prompt, how much it generates."""
+
+    arrival_s: float
+    session: int
+    prompt: tuple[int, ...]
+    output_tokens: int
+    chain: tuple[range, ...]
+
+
+def conversations(*, count: int, rate: float, seed: int) -> list[Turn]:
+    """`count` turns of conversations that begin at random moments."""
+    rng = np.random.default_rng(seed)
+    systems = [_some(rng, *SYSTEM_TOKENS) for _ in range(NUM_SYSTEMS)]
+    popularity = 1.0 / np.arange(1, NUM_SYSTEMS + 1)
+    numbers: dict[bytes, int] = {}
+    turns: list[Turn] = []
+    begin_s, session = 0.0, 0
+    ramp = int(rate * 2 * MEAN_TURNS * (MEAN_THINK_S + 1))  # conversations of all ages are there by then
+    while len(turns) < ramp + 2 * count:
+        begin_s += float(rng.exponential(MEAN_TURNS / rate))
+        ids = list(systems[int(rng.choice(NUM_SYSTEMS, p=popularity / popularity.sum()))])
+        at_s = begin_s
+        for _ in range(int(rng.geometric(1 / MEAN_TURNS))):
+            ids += _some(rng, *USER_TOKENS)
+            output = _between(rng, *OUTPUT_TOKENS)
+            if len(ids) + output > MAX_MODEL_LEN - 512:
+                break
+            prompt = tuple(ids)
+            ids += next_tokens(ids, output)
+            turns.append(
+                Turn(
+                    arrival_s=at_s,
+                    session=session,
+                    prompt=prompt,
+                    output_tokens=output,
+                    chain=_chain(ids, numbers),
+                )
+            )
+            at_s += output * 0.012 + float(rng.exponential(MEAN_THINK_S))
+        session += 1
+    turns.sort(key=lambda turn: turn.arrival_s)
+    chosen = turns[ramp : ramp + count]
+    first_s = chosen[0].arrival_s
+    return [replace(turn, arrival_s=turn.arrival_s - first_s) for turn in chosen]
+
+
+def _some(rng: np.random.Generator, low: int, high: int) -> list[int]:
+    return [int(token) for token in rng.integers(100, 8000, _between(rng, low, high))]
+
+
+def _between(rng: np.random.Generator, low: int, high: int) -> int:
+    return int(np.exp(rng.uniform(np.log(low), np.log(high))))
+
+
+def _chain(ids: Sequence[int], numbers: dict[bytes, int]) -> tuple[range, ...]:
+    key, chain = b"", []
+    for start in range(0, len(ids) - BLOCK_TOKENS + 1, BLOCK_TOKENS):
+        key = next_key(key, ids[start : start + BLOCK_TOKENS])
+        number = numbers.setdefault(key, len(numbers))
+        chain.append(range(number, number + 1))
+    return tuple(chain)
+
+
+def simulate(
+    policy: Policy, turns: Sequence[Turn], *, cost: StepCost, num_workers: int, jitter_ms: float
+) -> dict[str, Any]:
+    """The figures of one policy by the simulator."""
+    requests = [
+        SimRequest(
+            index,
+            turn.arrival_s,
+            prompt_tokens=len(turn.prompt),
+            output_tokens=turn.output_tokens,
+            chain=turn.chain,
+            session=turn.session,
+        )
+        for index, turn in enumerate(turns)
+    ]
+    cluster = Cluster(
+        requests,
+        cost=cost,
+        num_instances=num_workers,
+        policy=policy,
+        rng=np.random.default_rng(0),
+        wake_jitter_ms=jitter_ms,
+    )
+    cluster.run()
+    return {
+        "e2e_s": [(r.finish_s or 0) - r.arrival_s for r in requests],
+        "ttft_s": [(r.first_token_s or 0) - r.arrival_s for r in requests],
+        "cached": [r.cached_tokens or 0 for r in requests],
+    }
+
+
+async def serve(
+    policy: str, turns: Sequence[Turn], *, num_workers: int, speed: float, folder: Path
+) -> dict[str, Any]:
+    """The figures of one policy by a deployment of its own."""
+    os.environ |= {
+        "L4_EMULATED_SPEED": str(speed),
+        "L4_EMULATED_PREFIX_CACHE": "true",
+        "L4_PREFIX_AFFINITY": str(policy == "affinity").lower(),
+        "L4_MAX_MODEL_LEN": str(MAX_MODEL_LEN),
+    }
+    options = StackOptions(
+        workers=num_workers,
+        workers_per_process=8,
+        engine="emulated",
+        model="tiny",
+        data_dir=folder / policy,
+        flower=False,
+    )
+    stack = Stack(options)
+    async with stack:
+        await stack.ready()
+        async with AsyncClient(stack.redis_url, settings=stack.settings) as client:
+            await _publish(stack, client, LIVE[policy])
+            cpu = _cpu_s(stack)
+            begun_s = time.monotonic()
+            sending = []
+            late_s = 0.0
+            for turn in turns:
+                wait_s = begun_s + turn.arrival_s * speed - time.monotonic()
+                if wait_s > 0:
+                    await asyncio.sleep(wait_s)
+                late_s = max(late_s, -wait_s)
+                asked = client.enqueue(
+                    token_ids=list(turn.prompt), max_tokens=turn.output_tokens, ignore_eos=True, temperature=0.0
+                )
+                sending.append(asyncio.create_task(asked))
+            handles = await asyncio.gather(*sending)
+            async for _ in client.as_completed(handles):
+                pass
+            found = [await handle.status() for handle in handles]
+            reasons: dict[str, int] = {}
+            for handle in handles[::7] if policy == "affinity" else ():
+                for event in await handle.explain():
+                    if event.what == "taken":
+                        reason = str(event.facts.get("reason"))
+                        reasons[reason] = reasons.get(reason, 0) + 1
+            counts = (await client.overview()).counts
+            took_s = time.monotonic() - begun_s
+            used = {name: (s - cpu.get(name, 0.0)) / took_s for name, s in _cpu_s(stack).items()}
+    return {
+        "e2e_s": [(one.e2e_s or 0) / speed for one in found],
+        "ttft_s": [(one.ttft_s or 0) / speed for one in found],
+        "cached": [one.cached_tokens or 0 for one in found],
+        "late_s": late_s,
+        "reasons": reasons,
+        "cpu_cores": {name: round(share, 2) for name, share in used.items()},
+        "moves": {
+            name: counts.get(name, 0) for name in ("handovers", "escapes", "steals_waiting", "steals_running")
+        },
+    }
+
+
+async def _publish(stack: Stack, client: AsyncClient, routing: Routing) -> None:
+    if routing is Routing.L4:
+        return
+    executor = AsyncExecutor(stack.settings.redis_url)
+    try:
+        overview = await client.overview()
+        ids = tuple(sorted(load.worker_id for load in overview.workers))
+        stage = StagePlan(low_tokens=0, high_tokens=None, num_workers=len(ids), worker_ids=ids)
+        version = overview.plan.version
+        plan = Plan(
+            version=version + 1, stages=(stage,), routing=routing, reason="bench", created_ms=overview.now_ms
+        )
+        call = Calls(Keys(stack.settings.namespace)).publish(
+            expected_version=version, version=plan.version, body=plan_to_json(plan)
+        )
+        await executor.run(call)
+    finally:
+        await executor.close()
+    await asyncio.sleep(2)
+
+
+def _cpu_s(stack: Stack) -> dict[str, float]:
+    from l4queue.cli.bench.cpu_time import cpu_seconds
+
+    return cpu_seconds({"bench": os.getpid(), **{n: c.pid for n, c in stack.supervisor.children.items()}})
+
+
+def figures(run: dict[str, Any], turns: Sequence[Turn], *, warmup: int) -> dict[str, Any]:
+    """Means and tails of what counts."""
+    e2e, ttft, cached = (np.array(run[name])[warmup:] for name in ("e2e_s", "ttft_s", "cached"))
+    prompts = np.array([len(turn.prompt) for turn in turns])[warmup:]
+    longest = prompts >= np.quantile(prompts, 0.95)
+    return {
+        "mean_e2e_s": float(e2e.mean()),
+        "p99_e2e_s": float(np.quantile(e2e, 0.99)),
+        "longest_5_e2e_s": float(e2e[longest].mean()),
+        "mean_ttft_s": float(ttft.mean()),
+        "p99_ttft_s": float(np.quantile(ttft, 0.99)),
+        "cached_share": float(cached.sum() / prompts.sum()),
+        **{name: run[name] for name in ("late_s", "reasons", "cpu_cores", "moves") if name in run},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--policies", default="affinity,l4,least-loaded,round-robin")
+    parser.add_argument("--workers", type=int, default=16)
+    parser.add_argument("--rate", type=float, default=40.0)
+    parser.add_argument("--requests", type=int, default=1500)
+    parser.add_argument("--warmup", type=int, default=300)
+    parser.add_argument("--speed", type=float, default=5.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jitter-ms", type=float, default=0.0)
+    parser.add_argument("--simulate-only", action="store_true")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    coefficients = read_coefficients("h100", "llama-3.1-8b")
+    turns = conversations(count=args.requests, rate=args.rate, seed=args.seed)
+    prompts = [len(turn.prompt) for turn in turns]
+    rate = len(turns) / turns[-1].arrival_s
+    print(f"{len(turns)} requests, {rate:.1f}/s, prompts mean {np.mean(prompts):.0f} max {max(prompts)}")
+    results: dict[str, Any] = {}
+    for name in args.policies.split(","):
+        simulated = simulate(
+            SIMULATED[name](), turns, cost=coefficients.cost, num_workers=args.workers, jitter_ms=args.jitter_ms
+        )
+        results[name] = {"simulated": figures(simulated, turns, warmup=args.warmup)}
+        print(name, "simulated", _line(results[name]["simulated"]), flush=True)
+    if not args.simulate_only:
+        with tempfile.TemporaryDirectory() as folder:
+            for name in args.policies.split(","):
+                if name not in LIVE:
+                    continue
+                run = asyncio.run(
+                    serve(name, turns, num_workers=args.workers, speed=args.speed, folder=Path(folder))
+                )
+                results[name]["live"] = figures(run, turns, warmup=args.warmup)
+                print(name, "live     ", _line(results[name]["live"]), flush=True)
+                print(
+                    "   ",
+                    {k: results[name]["live"][k] for k in ("late_s", "reasons", "cpu_cores", "moves")},
+                    flush=True,
+                )
+    if args.json:
+        args.json.write_text(json.dumps({"arguments": {**vars(args), "json": None}, "results": results}, indent=1))
+
+
+def _line(found: dict[str, Any]) -> str:
+    return "  ".join(f"{name} {value:.3f}" for name, value in found.items() if isinstance(value, float))
+
+
+if __name__ == "__main__":
+    main()
