@@ -1,7 +1,8 @@
 """Prefix affinity live beside the simulator: conversations on emulated workers with prefix caches.
 
-    python bench/affinity_live.py [--policies affinity,l4,least-loaded,round-robin] [--workers 16] [--rate 40]
-        [--requests 1500] [--warmup 300] [--speed 5] [--seed 0] [--simulate-only] [--json]
+    python bench/affinity_live.py [--policies affinity,l4,least-loaded,round-robin] [--workers 16] [--rate 120]
+        [--requests 1200] [--warmup 300] [--speed 6] [--think-s 4] [--most-tokens 1500] [--seed 0]
+        [--simulate-only] [--json FILE]
 
 Conversations go on from what the engine answered, and share system prompts. The emulated engine's tokens hang on
 those before them alone, so every prompt is known beforehand, and the simulator plays the very same blocks. Live
@@ -59,10 +60,8 @@ SIMULATED: dict[str, Any] = {
     "llm-d": LlmD,
 }
 SYSTEM_TOKENS = (1_000, 2_500)
-USER_TOKENS = (100, 1_500)
 OUTPUT_TOKENS = (30, 300)
 MEAN_TURNS = 5.0
-MEAN_THINK_S = 4.0
 NUM_SYSTEMS = 12
 MAX_MODEL_LEN = 32_768
 
@@ -78,21 +77,21 @@ class Turn:
     chain: tuple[range, ...]
 
 
-def conversations(*, count: int, rate: float, seed: int) -> list[Turn]:
-    """`count` turns of conversations that begin at random moments."""
+def conversations(*, count: int, rate: float, think_s: float, most_tokens: int, seed: int) -> list[Turn]:
+    """`count` turns of conversations that begin at random moments; messages have 100 to `most_tokens` tokens."""
     rng = np.random.default_rng(seed)
     systems = [_some(rng, *SYSTEM_TOKENS) for _ in range(NUM_SYSTEMS)]
     popularity = 1.0 / np.arange(1, NUM_SYSTEMS + 1)
     numbers: dict[bytes, int] = {}
     turns: list[Turn] = []
     begin_s, session = 0.0, 0
-    ramp = int(rate * 2 * MEAN_TURNS * (MEAN_THINK_S + 1))  # conversations of all ages are there by then
+    ramp = int(rate * 2 * MEAN_TURNS * (think_s + 1))  # conversations of all ages are there by then
     while len(turns) < ramp + 2 * count:
         begin_s += float(rng.exponential(MEAN_TURNS / rate))
         ids = list(systems[int(rng.choice(NUM_SYSTEMS, p=popularity / popularity.sum()))])
         at_s = begin_s
         for _ in range(int(rng.geometric(1 / MEAN_TURNS))):
-            ids += _some(rng, *USER_TOKENS)
+            ids += _some(rng, 100, most_tokens)
             output = _between(rng, *OUTPUT_TOKENS)
             if len(ids) + output > MAX_MODEL_LEN - 512:
                 break
@@ -107,7 +106,7 @@ def conversations(*, count: int, rate: float, seed: int) -> list[Turn]:
                     chain=_chain(ids, numbers),
                 )
             )
-            at_s += output * 0.012 + float(rng.exponential(MEAN_THINK_S))
+            at_s += output * 0.012 + float(rng.exponential(think_s))
         session += 1
     turns.sort(key=lambda turn: turn.arrival_s)
     chosen = turns[ramp : ramp + count]
@@ -272,17 +271,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--policies", default="affinity,l4,least-loaded,round-robin")
     parser.add_argument("--workers", type=int, default=16)
-    parser.add_argument("--rate", type=float, default=40.0)
-    parser.add_argument("--requests", type=int, default=1500)
+    parser.add_argument("--rate", type=float, default=120.0)
+    parser.add_argument("--requests", type=int, default=1200)
     parser.add_argument("--warmup", type=int, default=300)
-    parser.add_argument("--speed", type=float, default=5.0)
+    parser.add_argument("--speed", type=float, default=6.0)
+    parser.add_argument("--think-s", type=float, default=4.0, help="mean pause of a user, s")
+    parser.add_argument("--most-tokens", type=int, default=1500, help="longest message of a user")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jitter-ms", type=float, default=0.0)
     parser.add_argument("--simulate-only", action="store_true")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     coefficients = read_coefficients("h100", "llama-3.1-8b")
-    turns = conversations(count=args.requests, rate=args.rate, seed=args.seed)
+    turns = conversations(
+        count=args.requests,
+        rate=args.rate,
+        think_s=args.think_s,
+        most_tokens=args.most_tokens,
+        seed=args.seed,
+    )
     prompts = [len(turn.prompt) for turn in turns]
     rate = len(turns) / turns[-1].arrival_s
     print(f"{len(turns)} requests, {rate:.1f}/s, prompts mean {np.mean(prompts):.0f} max {max(prompts)}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Iterator, Sequence
 
 from l4queue.models import WorkerLoad
@@ -30,7 +29,6 @@ from workers.loop.sessions import Sessions
 
 __all__ = ("Chooser",)
 
-log = logging.getLogger("l4queue.worker")
 _LONGEST_PAUSE_S = 60.0  # between two news of blocks, so that the others do not forget them
 
 

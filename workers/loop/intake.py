@@ -45,7 +45,7 @@ __all__ = ("Intake",)
 log = logging.getLogger("l4queue.worker")
 _IDLE_S = 1.0  # between two looks for work, since a wake-up may be missed
 _WAITING_S = 0.1
-"""The same while requests wait that this worker may come to take. Chosen: a tenth of the shortest such wait."""
+"""The same while requests wait that this worker may come to take. Chosen: such waits last for seconds."""
 _SOLO_ROOM = unbounded_budget(1, reason="runs alone")
 
 
