@@ -30,9 +30,13 @@ def hold(
     return Call("hold", (keys.workers, keys.blocks(incarnation)), args, parse_verdict)
 
 
-def look(keys: Keys, stage: str, *, limit: int) -> Call[list[QueuedPrompt]]:
-    """The first waiting requests of a stage in serving order, without background ones. Changes nothing."""
-    return Call("look", (keys.queue(stage),), (limit,), lambda rows: [_waiting(row) for row in rows])
+def look(keys: Keys, stage: str, *, limit: int, overdue_ms: float) -> Call[list[QueuedPrompt]]:
+    """The first waiting requests of a stage in serving order. Changes nothing.
+
+    Without background ones, but for those that have waited `overdue_ms` longer than their place in the order says.
+    """
+    args = (limit, round(overdue_ms))
+    return Call("look", (keys.queue(stage),), args, lambda rows: [_waiting(row) for row in rows])
 
 
 def _waiting(row: Sequence[bytes]) -> QueuedPrompt:

@@ -14,6 +14,7 @@ from l4queue.policy.queue_order import BACKGROUND
 from l4queue.protocol.calls import Verdict
 from l4queue.protocol.executor import Executor
 from l4queue.protocol.holders import BLOCKS_TTL_MS, hold, look
+from l4queue.protocol.records import BackgroundQuota
 from tests.protocol.consistency import check
 from tests.protocol.scene import Scene
 from workers.loop.held_blocks import BlockNews, HeldBlocks
@@ -38,8 +39,8 @@ def known(scene: Scene, worker: str = "w1") -> set[bytes]:
     return set(scene.raw.smembers(scene.keys.blocks(worker)))
 
 
-def waiting(scene: Scene, limit: int = 9) -> list[QueuedPrompt]:
-    return scene.executor.run(look(scene.keys, "0", limit=limit))
+def waiting(scene: Scene, limit: int = 9, overdue_ms: float = 60_000.0) -> list[QueuedPrompt]:
+    return scene.executor.run(look(scene.keys, "0", limit=limit, overdue_ms=overdue_ms))
 
 
 def test_a_worker_tells_what_it_holds(scene: Scene) -> None:
@@ -146,7 +147,7 @@ def test_without_blocks_nothing_is_noted(scene: Scene) -> None:
 
 def test_the_head_of_a_queue_is_read_in_serving_order(scene: Scene) -> None:
     """Without the background; what nobody of ours wrote holds nothing. Reading changes nothing."""
-    for name, score in (("a", 3.0), ("b", 1.0), ("c", 2.0), ("d", BACKGROUND + 1.0)):
+    for name, score in (("a", 3.0), ("b", 1.0), ("c", 2.0), ("d", BACKGROUND + 9e12)):
         scene.submit(name)
         scene.route(name, score=score, token_ids=[7] * 5)
     scene.raw.hset(scene.keys.request("b"), "held", '{"w1": 128, "w2": "x", "w3": -1}')
@@ -159,6 +160,25 @@ def test_the_head_of_a_queue_is_read_in_serving_order(scene: Scene) -> None:
     assert all(0 <= one.waited_ms < 60_000 for one in found)
     assert [one.request_id for one in waiting(scene, limit=2)] == ["b", "c"]
     assert scene.dump() == before
+
+
+def test_a_background_request_that_is_overdue_is_looked_at_in_its_place(scene: Scene) -> None:
+    """And taken by name like any other, whatever the quota of the background."""
+    now_ms = scene.executor.run(scene.reads.server_time_ms())
+    scene.register()
+    for name, score in (
+        ("a", now_ms - 9e6),
+        ("b", BACKGROUND + now_ms - 8e6),
+        ("c", now_ms - 7e6),
+        ("d", BACKGROUND + now_ms),
+    ):
+        scene.submit(name)
+        scene.route(name, score=score)
+    assert [one.request_id for one in waiting(scene)] == ["a", "b", "c"]
+    assert [one.request_id for one in waiting(scene, limit=2)] == ["a", "b"]
+    hold_back = BackgroundQuota(for_ms=1e15, max_requests=0, overdue_ms=60_000.0)
+    taken = scene.take(named=[own("b"), own("a")], hold=hold_back)
+    assert [grant.request_id for grant in taken.grants] == ["b", "a"]
 
 
 def own(request_id: str, held_tokens: int = 0) -> OwnChoice:

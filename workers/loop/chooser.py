@@ -16,6 +16,7 @@ from l4queue.policy.prefix_affinity import (
     place,
 )
 from l4queue.policy.prefix_blocks import BLOCK_TOKENS
+from l4queue.policy.queue_order import background_overdue_ms
 from l4queue.protocol.calls import Verdict
 from l4queue.protocol.holders import hold, look
 from workers.loop.context import WorkerContext
@@ -75,7 +76,9 @@ class Chooser:
     async def choose(self, room: AdmissionBudget) -> tuple[OwnChoice, ...]:
         """Requests of the stage's queue for this worker, in serving order."""
         context, stage = self._context, self._placement.stage
-        queue = await context.executor.run(look(context.keys, str(stage), limit=MAX_LOOKED_AT))
+        overdue_ms = background_overdue_ms(context.settings.starvation_bound_s)
+        call = look(context.keys, str(stage), limit=MAX_LOOKED_AT, overdue_ms=overdue_ms)
+        queue = await context.executor.run(call)
         self.has_waiting = bool(queue)
         if not queue:
             self._left_s = {}
