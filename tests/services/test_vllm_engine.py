@@ -188,7 +188,7 @@ async def test_cached_tokens_are_those_of_vllm(served: Served) -> None:
     from vllm import SamplingParams as VllmParams
     from vllm.inputs import tokens_input
 
-    ids = prompt(77, 600)
+    ids = prompt(78, 600)
     expected, last = await served.one(ids, 1)
     assert last.cached is not None
     assert last.cached.found_tokens == 0
