@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import logging
+import os
 import shlex
 from argparse import Namespace
 from collections.abc import Callable, Sequence
@@ -115,6 +116,7 @@ async def serve(settings: Settings, options: Sequence[str]) -> None:
             access_log=False,
             log_config=None,
             timeout_graceful_shutdown=_GRACE_S,
+            timeout_keep_alive=int(os.environ.get("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", _KEEP_ALIVE_S)),
         )
         try:
             await ending
@@ -129,6 +131,9 @@ async def serve(settings: Settings, options: Sequence[str]) -> None:
 
 _GRACE_S = 1
 """How long open streams are waited for at the end, s: their requests go on, and clients come back for them."""
+_KEEP_ALIVE_S = 75
+"""How long an idle connection stays open. Chosen: longer than clients and load balancers keep theirs (5 to 60 s).
+After vLLM's 5 s one that is used again in that moment is reset, and its request lost."""
 
 
 def _vllm_config(args: Namespace) -> Any:

