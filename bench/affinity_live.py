@@ -31,6 +31,7 @@ from l4queue.cost.coefficients import read_coefficients
 from l4queue.cost.step import BLOCK_TOKENS, StepCost
 from l4queue.models import Plan, Routing, StagePlan
 from l4queue.plan_json import plan_to_json
+from l4queue.policy.prefix_blocks import next_key
 from l4queue.protocol.calls import Calls
 from l4queue.protocol.executor import AsyncExecutor
 from l4queue.protocol.keys import Keys
@@ -41,7 +42,6 @@ from l4queue.sim.policies.l4 import L4, L4Options
 from l4queue.sim.policies.l4_prefixes import PrefixL4
 from l4queue.sim.policies.length_blind import LeastTokens, RoundRobin
 from l4queue.sim.policy import Policy
-from workers.engine.emulated.block_cache import next_key
 from workers.engine.emulated.scheduler import next_tokens
 
 LIVE = {

@@ -4,7 +4,7 @@
 
 A redis-server of its own (AOF once a second). Requests of a text and 16 output tokens go through their life in
 groups of `--at-once` calls of one round trip, by the scripts of client, dispatcher and worker. There is no
-engine, and nobody follows them. Commands are those that Redis counts, inside scripts too. Medians of the rounds.
+engine, and nobody follows them. Redis counts the commands, inside scripts too. Medians of the rounds.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ def export(
     *,
     last_s: Annotated[
         float | None,
-        typer.Option("--last", min=0.001, metavar="S", help="Only requests accepted in the last so many seconds."),
+        typer.Option("--last", min=0.001, metavar="S", help="Only requests accepted in the last S seconds."),
     ] = None,
     follow: Annotated[
         bool, typer.Option("--follow", "-f", help="Go on until Ctrl-C; then the file is complete.")
@@ -37,7 +37,7 @@ def export(
     """Write the requests that have ended as a trace.
 
     Arrivals and lengths, no text. Redis keeps about 20,000 ended requests; --follow records more. Requests that
-    have not ended yet are missing, and those that no engine ever ran.
+    have not ended yet are missing, and so are requests that no engine ever ran.
     """
     from l4queue.errors import ConfigError
 
@@ -61,7 +61,7 @@ def export(
 
 def register(app: typer.Typer) -> None:
     """Add these commands to the application."""
-    group = typer.Typer(no_args_is_help=True, help="One's own traffic as a trace.")
+    group = typer.Typer(no_args_is_help=True)
     group.command()(export)
     app.add_typer(group, name="trace")
     group.callback()(_group)

@@ -47,7 +47,7 @@ look at a long queue."""
 
 MAX_LOOKED_AT = 64
 """Most requests at the head of a queue for which a worker asks. Chosen: a worker has room for few at a time, and
-those that wait for holders are eight at most."""
+at most eight requests wait for holders."""
 _MISSED_MS = 1000.0
 """After so long a request that others have room for is taken by any worker that looks. Chosen: two rounds of news,
 after which the others see the same as this worker."""

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import sys
 from array import array
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from hashlib import blake2b
 
-__all__ = ("BLOCK_TOKENS", "KEY_BYTES", "block_keys")
+__all__ = ("BLOCK_TOKENS", "KEY_BYTES", "block_keys", "next_key", "num_leading")
 
 BLOCK_TOKENS = 128
 """Tokens of a block. Chosen: vLLM's blocks have 16 on CUDA and 128 on CPUs, and all between divide it. Of
@@ -24,13 +24,24 @@ KEY_BYTES = 8
 
 def block_keys(token_ids: Sequence[int]) -> list[bytes]:
     """Keys of the full blocks, in order."""
+    key, keys = b"", []
+    for start in range(0, len(token_ids) - BLOCK_TOKENS + 1, BLOCK_TOKENS):
+        key = next_key(key, token_ids[start : start + BLOCK_TOKENS])
+        keys.append(key)
+    return keys
+
+
+def next_key(before: bytes, token_ids: Sequence[int]) -> bytes:
+    """The key of a block with these tokens behind the block `before`; b"" is before the first one."""
     packed = array("I", token_ids)
     if sys.byteorder == "big":
         packed.byteswap()
-    data, size, key, keys = memoryview(packed.tobytes()), BLOCK_TOKENS * packed.itemsize, b"", []
-    for start in range(0, len(data) - size + 1, size):
-        digest = blake2b(key, digest_size=KEY_BYTES)
-        digest.update(data[start : start + size])
-        key = digest.digest()
-        keys.append(key)
-    return keys
+    return blake2b(before + packed.tobytes(), digest_size=KEY_BYTES).digest()
+
+
+def num_leading(keys: Sequence[bytes], *known: Container[bytes]) -> int:
+    """How many of these blocks are in one of the containers, up to the first that is not."""
+    for number, key in enumerate(keys):
+        if not any(key in some for some in known):
+            return number
+    return len(keys)

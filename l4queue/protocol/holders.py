@@ -33,7 +33,7 @@ def hold(
 def look(keys: Keys, stage: str, *, limit: int, overdue_ms: float) -> Call[list[QueuedPrompt]]:
     """The first waiting requests of a stage in serving order. Changes nothing.
 
-    Without background ones, but for those that have waited `overdue_ms` longer than their place in the order says.
+    A background request is among them once it has waited `overdue_ms` longer than its place in the order says.
     """
     args = (limit, round(overdue_ms))
     return Call("look", (keys.queue(stage),), args, lambda rows: [_waiting(row) for row in rows])

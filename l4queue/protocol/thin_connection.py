@@ -93,7 +93,7 @@ class ThinConnection(asyncio.Protocol):
             raise _told(self.error)
 
     def give_up(self, error: Exception) -> None:
-        """Break the connection: whoever waits is told this error."""
+        """Break the connection: all senders that wait get this error."""
         if self.error is not None:
             return
         self.error = error
@@ -203,7 +203,7 @@ class ThinConnection(asyncio.Protocol):
             raise rx.ConnectionError(reason) from reply
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The end, whoever wanted it."""
+        """The connection has ended, here or there."""
         error = rx.ConnectionError(_CLOSED)
         if exc is not None:
             error = rx.ConnectionError(f"Error while reading from {self._where()} : {exc.args}")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from l4queue.policy.prefix_blocks import num_leading
+
 __all__ = ("BlockNews", "HeldBlocks")
 
 
@@ -33,10 +35,7 @@ class HeldBlocks:
 
     def num_leading(self, keys: Sequence[bytes]) -> int:
         """How many of these blocks are here, up to the first that is not."""
-        for number, key in enumerate(keys):
-            if key not in self._blocks:
-                return number
-        return len(keys)
+        return num_leading(keys, self._blocks)
 
     def use(self, keys: Sequence[bytes]) -> None:
         """These are computed, or read, now."""

@@ -90,7 +90,7 @@ class Sessions:
         return self._blocks
 
     def keep_blocks(self, capacity: int) -> None:
-        """Keep account of what the engine's prefix cache holds, from now on: so many blocks."""
+        """Keep account from now on of the blocks in the engine's prefix cache, at most `capacity`."""
         self._blocks = HeldBlocks(capacity)
 
     def _use_blocks(self, session: Session) -> int:

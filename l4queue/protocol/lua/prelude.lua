@@ -100,7 +100,7 @@ local function counted(name, stored)
   return (whole(stored) or 0) + ((sums[P .. 'counts'] or {})[name] or 0)
 end
 
--- Lets a key go so many ms after the last call that says so.
+-- Lets a key expire `for_ms` after the last call that names it.
 local function live(key, for_ms)
   lives[key] = for_ms
 end

@@ -1,4 +1,4 @@
-"""Traffic as a trace: which requests, and that `simulate` reads what is written."""
+"""Traffic as a trace: its rows, and the way back through the reader of `simulate`."""
 
 from __future__ import annotations
 

@@ -1,21 +1,16 @@
 """Prefix cache of an emulated engine: full blocks by content, the least recently freed evicted first.
 
 The rules are those of `l4queue.sim.engine.prefix_cache`, which knows the blocks of a trace by number. Here a block
-is known by a digest of its tokens and everything before them.
+is known by the key of its tokens and everything before them (`l4queue.policy.prefix_blocks.next_key`).
 """
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Iterable, Sequence
-from hashlib import blake2b
 
-__all__ = ("BlockCache", "next_key")
+from l4queue.policy.prefix_blocks import num_leading
 
-
-def next_key(parent: bytes, token_ids: Sequence[int]) -> bytes:
-    """The key of a block with these tokens behind the block `parent`; b"" is before the first one."""
-    return blake2b(parent + array("q", token_ids).tobytes(), digest_size=8).digest()
+__all__ = ("BlockCache",)
 
 
 class BlockCache:
@@ -28,10 +23,7 @@ class BlockCache:
 
     def num_leading(self, keys: Sequence[bytes]) -> int:
         """How many of these blocks are known, up to the first that is not."""
-        for number, key in enumerate(keys):
-            if key not in self._holders and key not in self._free:
-                return number
-        return len(keys)
+        return num_leading(keys, self._holders, self._free)
 
     def num_held(self, keys: Iterable[bytes]) -> int:
         """How many of these others hold: they need no space."""

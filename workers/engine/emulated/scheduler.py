@@ -18,9 +18,10 @@ from zlib import crc32
 
 from l4queue.cost.step import BLOCK_TOKENS, BatchShape, StepCost
 from l4queue.models import UNBOUNDED_TOKENS
+from l4queue.policy.prefix_blocks import next_key
 from l4queue.protocol.records import CachedPrompt
 from workers.engine.base import EngineOutput, EngineRequest, FinishReason
-from workers.engine.emulated.block_cache import BlockCache, next_key
+from workers.engine.emulated.block_cache import BlockCache
 
 __all__ = ("BLOCK_TOKENS", "EmulatedBatch", "next_token", "next_tokens")
 
@@ -214,7 +215,7 @@ class EmulatedBatch:
         self._evict()
 
     def _add(self, entry: _Entry, computed_tokens: int) -> None:
-        """Make the full blocks of so many computed tokens known."""
+        """Make the full blocks of the first `computed_tokens` known."""
         upto = computed_tokens // BLOCK_TOKENS
         if self._cache is not None and upto > len(entry.held):
             entry.held += map(self._cache.add, entry.keys(upto)[len(entry.held) :])

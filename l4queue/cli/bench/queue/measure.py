@@ -14,7 +14,7 @@ __all__ = ("QueueLoad", "QueueRound", "measure")
 
 _FIRST_REQUESTS = 50  # of a warm-up: they tell how many more it may have
 _WARM_S, _WARM_REQUESTS = 1.5, 1000  # connections, code and caches are warm after them
-_WARM_SHARE = 5  # at most one in so many of the requests of a round
+_WARM_SHARE = 5  # one in five requests of a round, at most, warms it up
 _MOST_RUSH_S = 8.0  # chosen: a slow machine has fewer requests in a round, not a longer one
 _MOST_BYTES = 100_000_000  # of prompts at once; the client has them in memory
 _COUNTED_REQUESTS = 1000  # under MONITOR; commands a request vary by a hundredth from one such stretch to the next

@@ -37,7 +37,7 @@ class StudyWatcher:
     running: Entrant | None = None
 
     def kill(self) -> None:
-        """End what runs at once."""
+        """End the running entrant at once."""
         if self.running is not None:
             self.running.kill()
 

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 
 from l4queue.cost.step import StepCost
 from l4queue.models import SamplingParams
+from l4queue.policy.prefix_blocks import next_key
 from l4queue.sim.cluster import Cluster
 from l4queue.sim.engine.request import SimRequest
 from l4queue.sim.policies.length_blind import RoundRobin
 from tests.sim.small_engine import COST as SMALL
 from tests.sim.small_engine import TICK_S
 from workers.engine.base import EngineRequest, FinishReason
-from workers.engine.emulated.block_cache import next_key
 from workers.engine.emulated.scheduler import BLOCK_TOKENS, EmulatedBatch, next_token
 
 COST = replace(SMALL, kv_capacity_tokens=1600)

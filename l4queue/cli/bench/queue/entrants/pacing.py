@@ -61,7 +61,7 @@ class Sender(ABC):
 
 
 async def gathered(one: Callable[[Any], Awaitable[Any]], items: Iterable[Any], *, at_once: int = _AT_ONCE) -> None:
-    """Await `one` for all items in order, so many at a time; each must come to `RESULT`."""
+    """Await `one` for all items in order, a bounded number at a time; each must come to `RESULT`."""
     left = iter(items)
 
     async def work() -> None:
