@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right, insort
 from collections import deque
 from collections.abc import Iterable
+from itertools import accumulate
 
 from l4queue.sampling import DEFAULT_MAX_TOKENS
 
@@ -24,7 +25,7 @@ class OutputLengths:
         self._recent: deque[int] = deque()
         self._sorted: list[int] = []
         self._total = 0
-        self._sums: list[float] | None = None
+        self._sums: list[int] | None = None
         self._size = size
 
     def __len__(self) -> int:
@@ -56,17 +57,12 @@ class OutputLengths:
         if not self._sorted:
             expected = FIRST_GUESS_TOKENS
         else:
-            index = bisect_right(self._sorted, generated)
-            longer = len(self._sorted) - index
-            expected = self._upwards()[index] / longer - generated if longer else 0.0
+            longer = len(self._sorted) - bisect_right(self._sorted, generated)
+            expected = self._longest_together()[longer - 1] / longer - generated if longer else 0.0
         return expected if limit is None else min(expected, float(limit))
 
-    def _upwards(self) -> list[float]:
-        """Sum of the sorted lengths from each index to the end."""
+    def _longest_together(self) -> list[int]:
+        """Sum of the longest output, of the two longest, and so on."""
         if self._sums is None:
-            sums, total = [0.0] * (len(self._sorted) + 1), 0.0
-            for index in range(len(self._sorted) - 1, -1, -1):
-                total += self._sorted[index]
-                sums[index] = total
-            self._sums = sums
+            self._sums = list(accumulate(reversed(self._sorted)))
         return self._sums

@@ -208,11 +208,12 @@ def _choose(
         (*cost_ms(request, w, saved_weight=weight, expected_output_tokens=output_tokens, cost=cost), w)
         for w in workers
     ]
-    able = [entry for entry in costs if entry[2].budget.refusal(request.length_tokens) is None]
-    if not able:
+    costs.sort(key=_by_cost)
+    able = (entry for entry in costs if entry[2].budget.refusal(request.length_tokens) is None)
+    found = next(able, None)
+    if found is None:
         return Choice(request_id=request.request_id, worker_id=None, reason="no room anywhere")
-    _, best_prefill_ms, best = min(costs, key=_by_cost)
-    _, prefill_ms, taker = min(able, key=_by_cost)
+    (_, best_prefill_ms, best), (_, prefill_ms, taker) = costs[0], found
     if taker is not best and request.waited_ms < patience_ms(prefill_ms - best_prefill_ms, saved_weight=weight):
         best.due_ms += best_prefill_ms
         reason = "waits for a worker that holds more of it"
