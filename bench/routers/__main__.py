@@ -13,12 +13,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -28,22 +26,16 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from cpu_use import cpu_between, cpu_now
-from entrants import L4QUEUE, ROUTERS, VERSIONS, Entrant, engine_spec, router_specs
+from deployment import MODEL, Deployment, deployed
+from entrants import L4QUEUE, ROUTERS, VERSIONS
 from figures import Run, figures_of, report, table
 from load import prompts_of, saturate, serve
+from plans import plans_since
 from told import machine
 
 from l4queue.cli.bench.cpu_time import fixed_work_ms
 from l4queue.cli.bench.traffic import bench_trace
-from l4queue.cli.stack.embedded import free_port
-from l4queue.cli.stack.logs import FileLog
-from l4queue.cli.stack.stack import Stack, StackOptions
-from l4queue.cli.stack.supervisor import Supervisor
-from l4queue.model_cache import cache_directory
-from workers.tiny import build_tiny_model
 
-MODEL = "tiny"
-MAX_MODEL_LEN, MAX_SEQS, MAX_BATCHED_TOKENS = 8192, 128, 2048  # the last two: vLLM's own for a server on CPUs
 REHEARSAL_S = 60.0  # l4queue's planner learns from what it has seen
 SATURATION_S, SATURATION_RPS, NUM_AT_ONCE = 40.0, 10.0, 32
 BEST = ("vllm-router:power_of_two", "vllm-router:cache_aware", "sglang-router:power_of_two", "smg:least_load")
@@ -63,45 +55,14 @@ class Race:
     rate_rps: float | None
 
 
-@asynccontextmanager
-async def deployment(race: Race, folder: Path) -> AsyncIterator[tuple[list[Entrant], Any]]:
-    """All entrants, up; and the tokenizer of their model."""
-    from transformers import AutoTokenizer
-
-    model = build_tiny_model(cache_directory())
-    ports = [free_port(), free_port()]
-    options = ["--served-model-name", MODEL, "--max-model-len", str(MAX_MODEL_LEN)]
-    options += ["--max-num-seqs", str(MAX_SEQS), "--max-num-batched-tokens", str(MAX_BATCHED_TOKENS)]
-    peers = Supervisor(log=FileLog(folder / "peers", notes=sys.stderr))
-    limits = {"MAX_MODEL_LEN": MAX_MODEL_LEN, "MAX_RUNNING": MAX_SEQS, "MAX_BATCHED_TOKENS": MAX_BATCHED_TOKENS}
-    os.environ |= {f"L4_{name}": str(value) for name, value in limits.items()} | {"L4_DTYPE": "float32"}
-    stack = Stack(
-        StackOptions(workers=2, engine="vllm", model=MODEL, flower=False, http=True, data_dir=folder / "l4queue")
-    )
-    try:
-        for index, port in enumerate(ports):
-            peers.add(engine_spec(index, model=model, port=port, options=options))
-        await peers.ready()
-        engines = [f"http://127.0.0.1:{port}" for port in ports]
-        specs, entrants = router_specs(engines, list(race.entrants), cache=cache_directory())
-        for spec in specs:
-            peers.add(spec)
-        await peers.ready()
-        async with stack:
-            await stack.ready()
-            ours = Entrant(name=L4QUEUE, url=str(stack.openai_url).removesuffix("/v1"))
-            yield [*entrants, ours], AutoTokenizer.from_pretrained(model)
-    finally:
-        await peers.stop()
-
-
 class Racing:
     """Runs of a race, one after the other."""
 
-    def __init__(self, race: Race, entrants: list[Entrant], tokenizer: Any) -> None:
+    def __init__(self, race: Race, deployment: Deployment) -> None:
         self._race = race
-        self._entrants = entrants
-        self._tokenizer = tokenizer
+        self._entrants = deployment.entrants
+        self._redis_urls = deployment.redis_urls
+        self._tokenizer = deployment.tokenizer
         self._num_runs = 0
         self.runs: list[Run] = []
 
@@ -127,9 +88,10 @@ class Racing:
         for turn in range(count):
             entrant = self._entrants[(number + turn) % count]
             prompts, before_ms, began_s = self._prompts(trace), fixed_work_ms(), time.monotonic()
-            cpu_before = cpu_now()
+            cpu_before, began_ms = cpu_now(), time.time() * 1000
             measured, late_s = await serve(entrant, trace, prompts, model=MODEL)
             cpu_s = cpu_between(cpu_before, cpu_now())
+            redis_url = self._redis_urls.get(entrant.name)
             run = Run(
                 entrant=entrant.name,
                 load=load,
@@ -137,6 +99,7 @@ class Racing:
                 figures=figures_of(measured, warmup_s=race.warmup_s) | cpu_s,
                 late_s=round(late_s, 4),
                 fixed_work_ms=round((before_ms + fixed_work_ms()) / 2, 4),
+                plans=await plans_since(redis_url, began_ms) if redis_url else None,
             )
             self.runs.append(run)
             told = "  ".join(f"{name} {run.figures[name]:.3f}" for name in ("mean_s", "p99_s", "ttft_s", "long_s"))
@@ -150,8 +113,8 @@ class Racing:
 
 async def run_race(race: Race, folder: Path, *, keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """Every load and round. `keep` gets what there is after each of them: an end amid them loses little."""
-    async with deployment(race, folder) as (entrants, tokenizer):
-        racing = Racing(race, entrants, tokenizer)
+    async with deployed(race.entrants, {L4QUEUE: {}}, folder) as deployment:
+        racing = Racing(race, deployment)
         capacity_rps = race.rate_rps or await racing.capacity_rps()
         print(f"two engines sustain {capacity_rps:.2f} requests/s", file=sys.stderr)
         await racing.rehearse(0.8 * capacity_rps)

@@ -20,7 +20,10 @@ NAMES = ("mean_s", "p50_s", "p99_s", "ttft_s", "tpot_s", "short_s", "long_s", "c
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """One entrant under one draw of arrivals. `fixed_work_ms` tells how slow the machine was."""
+    """One entrant under one draw of arrivals.
+
+    `fixed_work_ms` tells how slow the machine was, `plans` which plans l4queue followed: the one in force first.
+    """
 
     entrant: str
     load: float
@@ -28,6 +31,7 @@ class Run:
     figures: dict[str, float]
     late_s: float
     fixed_work_ms: float
+    plans: list[dict[str, Any]] | None = None
 
 
 def figures_of(measured: Measured, *, warmup_s: float) -> dict[str, float]:
@@ -46,11 +50,11 @@ def figures_of(measured: Measured, *, warmup_s: float) -> dict[str, float]:
     }
 
 
-def report(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """By load and entrant: medians over the rounds, and l4queue's ratio in the same round with its spread."""
+def report(runs: Sequence[Run], *, of: str = L4QUEUE, names: Sequence[str] = NAMES) -> list[dict[str, Any]]:
+    """By load and entrant: medians over the rounds, and the ratio of `of` in the same round with its spread."""
     found = []
     for load in dict.fromkeys(run.load for run in runs):
-        ours = {run.number: run for run in runs if (run.load, run.entrant) == (load, L4QUEUE)}
+        ours = {run.number: run for run in runs if (run.load, run.entrant) == (load, of)}
         for entrant in dict.fromkeys(run.entrant for run in runs if run.load == load):
             own = [run for run in runs if (run.load, run.entrant) == (load, entrant)]
             pairs = [(ours[run.number], run) for run in own if run.number in ours]
@@ -59,8 +63,8 @@ def report(runs: Sequence[Run]) -> list[dict[str, Any]]:
                     "load": load,
                     "entrant": entrant,
                     "rounds": len(own),
-                    "median": {name: float(np.median([run.figures[name] for run in own])) for name in NAMES},
-                    "l4queue_to_it": {name: _spread(pairs, name) for name in NAMES} if pairs else None,
+                    "median": {name: float(np.median([run.figures[name] for run in own])) for name in names},
+                    "l4queue_to_it": {name: _spread(pairs, name) for name in names} if pairs else None,
                     "late_s": max(run.late_s for run in own),
                     "fixed_work_ms": float(np.median([run.fixed_work_ms for run in own])),
                 }
@@ -73,18 +77,18 @@ def _spread(pairs: Sequence[tuple[Run, Run]], name: str) -> dict[str, float]:
     return {"median": float(np.median(ratios)), "least": min(ratios), "most": max(ratios)}
 
 
-def table(entries: Sequence[Mapping[str, Any]]) -> str:
-    """Medians in seconds, TPOT in ms; in brackets l4queue's in ratio to it."""
+def table(entries: Sequence[Mapping[str, Any]], *, of: str = L4QUEUE, names: Sequence[str] = NAMES) -> str:
+    """Medians in seconds, TPOT in ms; in brackets the ratio of `of` to it."""
     lines = []
     for load in dict.fromkeys(entry["load"] for entry in entries):
-        lines.append(f"load {load:.0%}".ljust(34) + "".join(name.removesuffix("_s").rjust(15) for name in NAMES))
+        lines.append(f"load {load:.0%}".ljust(34) + "".join(name.removesuffix("_s").rjust(15) for name in names))
         of_load = [entry for entry in entries if entry["load"] == load]
         for entry in sorted(of_load, key=lambda e: e["median"]["mean_s"]):
             cells = []
-            for name in NAMES:
+            for name in names:
                 value = entry["median"][name] * (1000 if name == "tpot_s" else 1)
                 ratio = entry["l4queue_to_it"]
-                told = f" ({ratio[name]['median']:.2f})" if ratio and entry["entrant"] != L4QUEUE else ""
+                told = f" ({ratio[name]['median']:.2f})" if ratio and entry["entrant"] != of else ""
                 cells.append(f"{value:.1f}{told}" if name == "tpot_s" else f"{value:.2f}{told}")
             lines.append(entry["entrant"].ljust(34) + "".join(cell.rjust(15) for cell in cells))
     return "\n".join(lines)
