@@ -103,7 +103,7 @@ def conversations(*, count: int, rate: float, think_s: float, most_tokens: int, 
                     session=session,
                     prompt=prompt,
                     output_tokens=output,
-                    chain=_chain(ids, numbers),
+                    chain=chain_of(ids, numbers),
                 )
             )
             at_s += output * 0.012 + float(rng.exponential(think_s))
@@ -122,7 +122,8 @@ def _between(rng: np.random.Generator, low: int, high: int) -> int:
     return int(np.exp(rng.uniform(np.log(low), np.log(high))))
 
 
-def _chain(ids: Sequence[int], numbers: dict[bytes, int]) -> tuple[range, ...]:
+def chain_of(ids: Sequence[int], numbers: dict[bytes, int]) -> tuple[range, ...]:
+    """Numbers of the full blocks, equal for equal content; `numbers` is what is known of them so far."""
     key, chain = b"", []
     for start in range(0, len(ids) - BLOCK_TOKENS + 1, BLOCK_TOKENS):
         key = next_key(key, ids[start : start + BLOCK_TOKENS])
