@@ -57,10 +57,10 @@ class Worker:
             budget = unbounded_budget(1000, reason="benchmark")
             self._executor.run(self._calls.take("0", taker=taker, nonce=str(number), budget=budget))
 
-    def write(self, ids: Sequence[str], *, offset: int, num: int) -> None:
+    def write(self, ids: Sequence[str], *, offset: int, num: int, text: str | None = None) -> None:
         """Tokens for all of them."""
-        tokens, text = range(offset, offset + num), " token" * num
-        more: dict[str, Any] = {**self._owner, "offset": offset, "token_ids": tokens, "text": text}
+        tokens, told = range(offset, offset + num), " token" * num if text is None else text
+        more: dict[str, Any] = {**self._owner, "offset": offset, "token_ids": tokens, "text": told}
         self._send([self._calls.emit(i, **more) for i in ids])
 
     def settle(self, ids: Sequence[str], *, offset: int) -> None:
