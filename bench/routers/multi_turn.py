@@ -52,7 +52,7 @@ NAMES = (
     "other_cpu_s",
 )
 POLICIES = {"round_robin": "round-robin", "power_of_two": "least-loaded", "cache_aware": "cache-aware"}
-REHEARSAL_S = 60.0  # l4queue's planner and cost model learn from it
+REHEARSAL_S, BRIEF_S = 45.0, 10.0  # of l4queue, whose cost model learns from it; of a router
 REHEARSED = 998  # a number that no round has
 
 
@@ -72,7 +72,8 @@ async def run_all(setting: Setting, folder: Path) -> dict[str, Any]:
     """Every round, then what the simulator makes of it."""
     async with deployed(setting.routers, OURS, folder) as deployment:
         for entrant in deployment.entrants:
-            await _drive(setting, deployment, entrant, number=REHEARSED, until_s=REHEARSAL_S)
+            until_s = REHEARSAL_S if entrant.name in OURS else BRIEF_S
+            await _drive(setting, deployment, entrant, number=REHEARSED, until_s=until_s)
         runs, sent = [], {}
         for number in range(setting.rounds):
             for turn in range(len(deployment.entrants)):
