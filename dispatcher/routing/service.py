@@ -6,7 +6,7 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from dispatcher.constraints.checker import ConstraintChecker
@@ -14,7 +14,7 @@ from dispatcher.constraints.pending import PendingChecks
 from dispatcher.routing.metrics import RouterCounters
 from dispatcher.routing.request_fit import Fitted, field_of, fit, read_body
 from dispatcher.routing.router import Router
-from dispatcher.routing.tokenizer import Counted, PromptTokenizer, Refusal
+from dispatcher.routing.tokenizer import Counted, PromptTokenizer, Refusal, stored_ids
 from l4queue.config import Settings
 from l4queue.errors import L4QueueError
 from l4queue.model_config import trusts_remote_code
@@ -26,6 +26,7 @@ from l4queue.protocol.calls import Call, Calls, Verdict
 from l4queue.protocol.executor import AsyncExecutor
 from l4queue.protocol.inbox import Inbox
 from l4queue.protocol.keys import Keys
+from l4queue.protocol.parsing import body_told
 from l4queue.protocol.plans import read_plan
 from l4queue.protocol.reads import InboxBody, Reads, StreamEntry
 
@@ -37,6 +38,12 @@ _LOOK_S = 0.25
 """Age at which the loads of the workers are read again, s. Chosen: half of the interval in which workers
 publish."""
 _NAME = re.compile(r"[!-+\--~]{1,200}")  # what an id may look like: the same as the scripts have it, and short
+_SHORT_BYTES = 1024
+"""Prompts of a round that are counted on the event loop, bytes: half a millisecond at 2 MB/s. Longer ones go to a
+thread, which takes a tenth of that to begin and to come back."""
+_MOST_BYTES = 4 * 2**20
+"""Long prompts that are read and counted together, bytes. Chosen: more of them at once save nothing."""
+_MOST_DIGITS = 12  # of a number of bytes; an entry with more was written by nobody of us
 _MAX_DELIVERIES = 3  # dispatchers that may end while they work on an entry; the next one refuses it
 
 
@@ -115,8 +122,13 @@ class Dispatcher:
 
     async def run_once(self, *, block_s: float) -> int:
         """One round: read, count, route."""
-        entries = await self._inbox.read(count=self.settings.dispatcher_batch, block_s=block_s)
-        return await self._handle_all(entries) if entries else 0
+        look = self._reads.plan()
+        found = await self._inbox.read(count=self.settings.dispatcher_batch, block_s=block_s, then=look)
+        entries, plan = found
+        if not entries:
+            return 0
+        await self._follow(*(await self._executor.run(look) if plan is None else plan))
+        return sum([await self._handle_all(part) for part in _parts(entries)])
 
     async def look_at_engines(self) -> None:
         """Refuse from now on what their KV caches cannot hold, where L4_MAX_MODEL_LEN does not say it.
@@ -150,6 +162,7 @@ class Dispatcher:
         if claimed is None:
             return
         entry, num_deliveries = claimed
+        await self._follow(*await self._executor.run(self._reads.plan()))
         if num_deliveries > _MAX_DELIVERIES:
             await self._refuse_poison(entry)
         else:
@@ -187,14 +200,13 @@ class Dispatcher:
         An entry whose constraint is not known yet is set aside; the others do not wait for it.
         """
         begun_s = time.monotonic()
-        readable = [(e.decode(), v[b"i"].decode()) for e, v in entries if _is_readable(v)]
+        readable = [(e, v) for e, v in entries if _is_readable(v)]
         calls: list[Call[Verdict]] = [
             self._refuse_unreadable((e, v), "unreadable inbox entry") for e, v in entries if not _is_readable(v)
         ]
-        replies = await self._executor.run_many([self._reads.plan(), *(self._reads.body(i) for _, i in readable)])
-        await self._follow(*replies[0])
         arrivals = []
-        for (entry_id, request_id), body in zip(readable, replies[1:], strict=True):
+        for (entry, values), body in zip(readable, await self._bodies(readable), strict=True):
+            entry_id, request_id = entry.decode(), values[b"i"].decode()
             if body is None or body.state != RequestState.SUBMITTED:  # gone, cancelled, or routed by another
                 calls.append(self._calls.refuse(request_id, entry_id=entry_id, error="no longer waiting"))
             elif body.fault:
@@ -208,14 +220,36 @@ class Dispatcher:
                     calls.append(self._refuse(request_id, entry_id, examined))
                 elif examined is not None:
                     arrivals.append(_Arrival(entry_id=entry_id, request_id=request_id, body=body, wire=examined))
-        prompts = [(arrival.body.kind, arrival.body.prompt) for arrival in arrivals]
-        counted_s = time.monotonic()
-        counted = await asyncio.to_thread(self._tokenizer.count, prompts) if prompts else []
-        self.counters.counting.add(time.monotonic() - counted_s)
+        counted = await self._count([arrival.body for arrival in arrivals])
         calls.extend(self._decide(arrival, answer) for arrival, answer in zip(arrivals, counted, strict=True))
         await self._executor.run_many(calls)
         self.counters.rounds.add(time.monotonic() - begun_s)
         return len(calls)
+
+    async def _bodies(self, entries: Sequence[StreamEntry]) -> list[InboxBody | None]:
+        """What the entries tell, or else the records say; None where a record has gone."""
+        told = [body_told(values) for _, values in entries]
+        if self.settings.prefix_affinity:  # it looks into all prompts
+            told = [None if body is None or body.num_ids is not None else body for body in told]
+        unknown = [values[b"i"].decode() for (_, values), body in zip(entries, told, strict=True) if body is None]
+        found = iter(await self._executor.run_many([self._reads.body(request_id) for request_id in unknown]))
+        return [next(found) if body is None else body for body in told]
+
+    async def _count(self, bodies: Sequence[InboxBody]) -> list[Counted | Refusal]:
+        """The length of each prompt, or why it has none. Ids have been counted; much text is read off the loop."""
+        prompts = [(body.kind, body.prompt) for body in bodies if body.num_ids is None]
+        answers: Iterator[Counted | Refusal] = iter(())
+        if prompts:
+            began_s = time.monotonic()
+            is_short = sum(len(prompt) for _, prompt in prompts) <= _SHORT_BYTES
+            count = self._tokenizer.count
+            answers = iter(count(prompts) if is_short else await asyncio.to_thread(count, prompts))
+            self.counters.counting.add(time.monotonic() - began_s)
+        return [next(answers) if body.num_ids is None else self._stored(body) for body in bodies]
+
+    def _stored(self, body: InboxBody) -> Counted | Refusal:
+        size = self._tokenizer.vocabulary_size
+        return stored_ids(body.num_ids or 0, body.greatest_id, vocabulary_size=size)
 
     def _examine(self, entry_id: str, body: InboxBody) -> RequestBody | Refusal | None:
         """The fields of a body; None when its constraint has to be checked first."""
@@ -235,7 +269,7 @@ class Dispatcher:
             fitted = fit(
                 arrival.wire,
                 arrival.body,
-                len(answer.token_ids),
+                answer.num_tokens,
                 limit_tokens=self._told_tokens or self._tokenizer.max_model_len,
                 vocabulary_size=self._tokenizer.vocabulary_size,
             )
@@ -256,7 +290,7 @@ class Dispatcher:
         )
 
     def _route(self, arrival: _Arrival, answer: Counted, fitted: Fitted) -> Call[Verdict]:
-        prompt_tokens = len(answer.token_ids)
+        prompt_tokens = answer.num_tokens
         place = self._router.place(
             prompt_tokens, submitted_ms=arrival.body.submitted_ms, priority=arrival.wire.priority
         )
@@ -266,7 +300,8 @@ class Dispatcher:
             entry_id=arrival.entry_id,
             stage=place.stage,
             score=place.score,
-            token_ids=answer.token_ids,
+            token_ids=() if answer.num_stored else answer.token_ids,
+            num_stored=answer.num_stored,
             max_tokens=fitted.max_tokens,
             plan_version=self.plan.version,
             bucket=self._buckets.index(prompt_tokens),
@@ -294,6 +329,22 @@ class Dispatcher:
         held = await self._executor.run_many([self._reads.num_held(name) for name in names])
         self._router.see(overview, held=dict(zip(names, held, strict=True)))
         self._looked_s = time.monotonic()
+
+
+def _parts(entries: Sequence[StreamEntry]) -> Iterator[list[StreamEntry]]:
+    """The same in order, so that no part has more long prompts than are to be in memory, and in one reply."""
+    part: list[StreamEntry] = []
+    part_bytes = 0
+    for entry in entries:
+        told = entry[1].get(b"b", b"")
+        num_bytes = int(told) if told.isdigit() and len(told) < _MOST_DIGITS else 0
+        if part and part_bytes + num_bytes > _MOST_BYTES:
+            yield part
+            part, part_bytes = [], 0
+        part.append(entry)
+        part_bytes += num_bytes
+    if part:
+        yield part
 
 
 def _is_readable(values: dict[bytes, bytes]) -> bool:

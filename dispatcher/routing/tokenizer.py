@@ -9,10 +9,12 @@ from typing import Any
 
 from l4queue.errors import ConfigError
 from l4queue.pretrained import load_tokenizer
-from l4queue.protocol.records import unpack_ids
+from l4queue.protocol.records import id_array
 
-__all__ = ("Counted", "PromptTokenizer", "Refusal")
+__all__ = ("Counted", "PromptTokenizer", "Refusal", "stored_ids")
 
+_PROBES = ("a", "", " two  words\n\n\tand. ", "naïve ﬁ 日本語 🙂 e\u0301", "0123456789 " * 40, "</s><s>[INST]")
+"""Texts in which tokenizers differ: spaces, Unicode, digits, length, and what looks like a special token."""
 _FALLBACK_TOKEN_BYTES = 512
 """Longest token of a tokenizer that tells no vocabulary, bytes. Chosen: above all known; a bound too low would
 refuse prompts that fit."""
@@ -29,9 +31,15 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Counted:
-    """A prompt as the model reads it."""
+    """A prompt as the model reads it. `num_stored`: the record has as many ids, which may be unread here."""
 
-    token_ids: tuple[int, ...]
+    token_ids: Sequence[int] = ()
+    num_stored: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Its length."""
+        return self.num_stored or len(self.token_ids)
 
 
 class PromptTokenizer:
@@ -49,6 +57,7 @@ class PromptTokenizer:
         except (OSError, ValueError) as error:
             raise ConfigError(f"no tokenizer at {path!r}: set L4_MODEL or L4_TOKENIZER ({error})") from error
         self.max_model_len = max_model_len
+        self._backend = _fast_backend(self._tokenizer)
         self._added_bos, self._added_bos_id = _added_bos(self._tokenizer)
         vocabulary = self._tokenizer.get_vocab()
         self.vocabulary_size = max(vocabulary.values(), default=-1) + 1
@@ -94,21 +103,17 @@ class PromptTokenizer:
 
     def _check_ids(self, data: bytes) -> Counted | Refusal:
         try:
-            token_ids = tuple(unpack_ids(data))
+            token_ids = id_array(data)
         except ValueError:
             return Refusal(field="token_ids", error="not a list of 32-bit token ids")
-        if token_ids and max(token_ids) >= self.vocabulary_size:
-            error = f"token id {max(token_ids)} is outside the vocabulary of {self.vocabulary_size}"
-            return Refusal(field="token_ids", error=error)
-        return Counted(token_ids=token_ids) if token_ids else _EMPTY
+        greatest_id = max(token_ids, default=0)
+        return stored_ids(len(token_ids), greatest_id, vocabulary_size=self.vocabulary_size, token_ids=token_ids)
 
     def _encode(self, texts: dict[int, str], answers: list[Counted | Refusal | None], *, specials: bool) -> None:
         if not texts:
             return
         try:
-            encoded = self._tokenizer(list(texts.values()), add_special_tokens=specials, verbose=False)[
-                "input_ids"
-            ]
+            encoded = self._ids_of(list(texts.values()), specials=specials)
         except Exception as error:  # a tokenizer is foreign code; one bad text must not fail its neighbours
             if len(texts) == 1:
                 (index,) = texts
@@ -120,12 +125,58 @@ class PromptTokenizer:
         for (index, text), token_ids in zip(texts.items(), encoded, strict=True):
             if specials and self._begins_twice(text, token_ids):
                 del token_ids[0]
-            answers[index] = Counted(token_ids=tuple(token_ids)) if token_ids else _EMPTY
+            answers[index] = Counted(token_ids=token_ids) if token_ids else _EMPTY
+
+    def _ids_of(self, texts: list[str], *, specials: bool) -> list[list[int]]:
+        if self._backend is None:
+            return _usual_ids(self._tokenizer, texts, specials=specials)
+        return _fast_ids(self._backend, texts, specials=specials)
 
     def _begins_twice(self, text: str, token_ids: Sequence[int]) -> bool:
         """Whether the beginning of sequence stands in the text already, as in one that a template has rendered."""
         has_own = bool(self._added_bos) and text.startswith(self._added_bos)
         return has_own and len(token_ids) > 1 and token_ids[0] == token_ids[1] == self._added_bos_id
+
+
+def stored_ids(
+    num_ids: int, greatest_id: int, *, vocabulary_size: int, token_ids: Sequence[int] = ()
+) -> Counted | Refusal:
+    """The answer to a prompt of ids, by their number and the greatest; `token_ids` where they have been read."""
+    if greatest_id >= vocabulary_size:
+        error = f"token id {greatest_id} is outside the vocabulary of {vocabulary_size}"
+        return Refusal(field="token_ids", error=error)
+    return Counted(num_stored=num_ids, token_ids=token_ids) if num_ids else _EMPTY
+
+
+def _usual_ids(tokenizer: Any, texts: list[str], *, specials: bool) -> list[list[int]]:
+    """As transformers has them."""
+    ids: list[list[int]] = tokenizer(texts, add_special_tokens=specials, verbose=False)["input_ids"]
+    return ids
+
+
+def _fast_ids(backend: Any, texts: list[str], *, specials: bool) -> list[list[int]]:
+    """The same of the tokenizers library: without offsets and masks, which cost a short text ten times its ids."""
+    return [found.ids for found in backend.encode_batch_fast(texts, add_special_tokens=specials)]
+
+
+def _fast_backend(tokenizer: Any) -> Any:
+    """The tokenizer of the tokenizers library behind this one; None where there is none that gives the same ids.
+
+    A class of a model's own may do more than its backend. So both are tried, on texts in which tokenizers differ.
+    """
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    if not hasattr(backend, "encode_batch_fast"):
+        return None
+    specials = map(str, getattr(tokenizer, "all_special_tokens", ())[:8])
+    texts = [*_PROBES, *(f"{special} a{special}" for special in specials)]
+    try:
+        usual = [_usual_ids(tokenizer, texts, specials=with_them) for with_them in (True, False)]
+        backend.no_truncation()
+        backend.no_padding()
+        fast = [_fast_ids(backend, texts, specials=with_them) for with_them in (True, False)]
+    except Exception:  # foreign code, which then works as transformers has it or refuses each text with its reason
+        return None
+    return backend if fast == usual else None
 
 
 def _added_bos(tokenizer: Any) -> tuple[str, int]:

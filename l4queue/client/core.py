@@ -139,6 +139,7 @@ class ClientCore:
         """
         try:
             kind, prompt = _encode_prompt(spec)
+            greatest_id = None if spec.token_ids is None else max(spec.token_ids)
             body = spec.model_dump_json(include=_DIGEST_FIELDS, exclude_defaults=True)
         except ValueError as error:  # changed behind its checks: by model_copy, or in a dictionary that it holds
             raise InvalidRequest(f"is not what was checked: {error}", field="request") from None
@@ -174,6 +175,7 @@ class ClientCore:
             canonical=canonical,
             key_ttl_ms=key_ttl_ms,
             has_open_end=spec.params.max_tokens is None,
+            greatest_id=greatest_id,
         )
         return Prepared(
             request_id=request_id, call=call, charge_tokens=charge_tokens, span=span, has_key=bool(digest)

@@ -128,18 +128,20 @@ class Calls:
         canonical: str = "",
         key_ttl_ms: int | None = None,
         has_open_end: bool = False,
+        greatest_id: int | None = None,
     ) -> Call[SubmitReply]:
         """Accept a request. `charge_tokens` is an estimate until the dispatcher has counted.
 
         `canonical` is a second digest, of the same request whatever the order of its keys. `key_ttl_ms` says that
         `request_id` was made of an idempotency key, and how long the key is known after the end. With
-        `has_open_end` the dispatcher decides `max_tokens`: what still fits.
+        `has_open_end` the dispatcher decides `max_tokens`: what still fits. `greatest_id` is that of a `prompt` of
+        token ids: with it no dispatcher reads them.
         """
         k = self.keys
         args = (request_id, digest, body, kind, prompt, charge_tokens, waiting_bytes(body, prompt))
         known_ms = "" if key_ttl_ms is None else key_ttl_ms
         limits = (max_live_tokens, max_live_bytes, deadline_ms, ttl_ms, client_id)
-        more = (canonical, known_ms, int(has_open_end))
+        more = (canonical, known_ms, int(has_open_end), "" if greatest_id is None else greatest_id)
         return Call("submit", (k.counts, k.inbox, k.request(request_id)), args + limits + more, parse_submitted)
 
     def route(
@@ -157,15 +159,18 @@ class Calls:
         charge_tokens: int | None = None,
         body: str = "",
         blocks: Sequence[bytes] = (),
+        num_stored: int = 0,
     ) -> Call[Verdict]:
         """Queue a counted request in its stage and clear its inbox entry. `why` (JSON) is for `explain`.
 
-        `charge_tokens` None is prompt and `max_tokens`. `body` replaces the one submitted, unless it is empty.
+        A request that was submitted with token ids keeps them: then `num_stored` is their number, and `token_ids`
+        is empty. `charge_tokens` None is prompt and `max_tokens`. `body` replaces the one submitted, unless it is
+        empty.
         `blocks` are the keys of the prompt's blocks, where it is to be noted how much of it workers hold.
         """
         k = self.keys
-        ids = pack_ids(token_ids)
-        queued = (request_id, entry_id, stage, repr(score), len(token_ids), max_tokens, ids)
+        num_tokens = num_stored or len(token_ids)
+        queued = (request_id, entry_id, stage, repr(score), num_tokens, max_tokens, pack_ids(token_ids))
         charge = "" if charge_tokens is None else charge_tokens
         args = (*queued, plan_version, bucket, why, charge, body, b"".join(blocks), KEY_BYTES, BLOCK_TOKENS)
         return Call("route", (k.inbox, k.request(request_id), k.hist), args, parse_verdict)

@@ -5,18 +5,20 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from redis.exceptions import ResponseError
 
+from l4queue.protocol.calls import Call
 from l4queue.protocol.executor import AsyncExecutor
 from l4queue.protocol.keys import Keys
 from l4queue.protocol.reads import StreamEntry, parse_entries
 from l4queue.protocol.trouble import FAILURES
-from l4queue.protocol.wire import is_foreign
+from l4queue.protocol.wire import first_error, is_foreign
 
 __all__ = ("Inbox",)
 
+T = TypeVar("T")
 _GROUP = "d"
 
 
@@ -29,18 +31,23 @@ class Inbox:
         self._consumer = consumer
         self._others: dict[bytes, tuple[bytes, int, float]] = {}  # (consumer, deliveries, since when, s)
 
-    async def read(self, *, count: int, block_s: float) -> list[StreamEntry]:
-        """New entries, waiting at most `block_s` for the first; [] when there are none or Redis is away."""
+    async def read(self, *, count: int, block_s: float, then: Call[T]) -> tuple[list[StreamEntry], T | None]:
+        """New entries, waiting at most `block_s` for the first, and the value of a plain command right after that.
+
+        There are none while Redis is away, and no value where its command fails.
+        """
         block_ms = max(1, int(block_s * 1000))
+        group = ("XREADGROUP", "GROUP", _GROUP, self._consumer)
+        words = (*group, "COUNT", count, "BLOCK", block_ms, "STREAMS", self._key, ">")
         try:
-            reply: Any = await self._executor.client.xreadgroup(
-                _GROUP, self._consumer, {self._key: ">"}, count=count, block=block_ms
-            )
+            reply, more = await self._executor.client.run((words, then.args))
+            first_error([reply])
         except FAILURES as error:
             await self._mend(error, "XREADGROUP")
-            return []
+            return [], None
         self._executor.waits.passed("XREADGROUP")
-        return parse_entries(reply[0][1]) if reply else []
+        value = None if isinstance(more, Exception) else then.parse(more)
+        return parse_entries(reply[0][1]) if reply else [], value
 
     async def adopt(self, *, min_idle_s: float, count: int) -> list[bytes]:
         """Ids of entries that another dispatcher read and did not clear within `min_idle_s`; they are ours now.

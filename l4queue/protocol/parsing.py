@@ -10,7 +10,7 @@ from l4queue.compat import MAX_NUMBER, object_of, value_of
 from l4queue.cost.move import MovePrice
 from l4queue.cost.step import StepCost
 from l4queue.errors import UnreadableValue
-from l4queue.models import WorkerLoad
+from l4queue.models import RequestState, WorkerLoad
 from l4queue.protocol.foreign import each, or_else, text
 from l4queue.protocol.records import in_order
 
@@ -22,6 +22,7 @@ __all__ = (
     "StreamEntry",
     "WorkerView",
     "body",
+    "body_told",
     "dead_letter",
     "figures",
     "finished_one",
@@ -47,7 +48,10 @@ _KINDS = (b"p", b"m", b"t")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InboxBody:
-    """A submitted request as a dispatcher reads it."""
+    """A submitted request as a dispatcher reads it.
+
+    Of token ids it may know no more than their number and the greatest of them; then `prompt` is empty.
+    """
 
     state: str
     kind: str
@@ -55,6 +59,8 @@ class InboxBody:
     body: bytes
     submitted_ms: int
     has_open_end: bool = False  # max_tokens was left out
+    num_ids: int | None = None
+    greatest_id: int = 0
     fault: str = ""  # why it cannot be read; `raw` is what there is
     raw: bytes = b""
 
@@ -185,6 +191,26 @@ def body(row: list[Any]) -> InboxBody | None:
         fault=fault,
         raw=repr(dict(zip(BODY_FIELDS, row, strict=True))).encode() if fault else b"",
     )
+
+
+def body_told(values: Mapping[bytes, bytes]) -> InboxBody | None:
+    """The same as an inbox entry tells it; None where the record is to be read."""
+    kind, prompt, num_ids = values.get(b"k", b""), values.get(b"p"), values.get(b"n")
+    if kind not in _KINDS or b"y" not in values or (prompt is None and num_ids is None):
+        return None
+    try:
+        return InboxBody(
+            state=RequestState.SUBMITTED,
+            kind=kind.decode(),
+            prompt=prompt or b"",
+            body=values[b"y"],
+            submitted_ms=whole(values.get(b"s")),
+            has_open_end=values.get(b"o") == b"1",
+            num_ids=None if num_ids is None else whole(num_ids),
+            greatest_id=0 if num_ids is None else whole(values.get(b"g")),
+        )
+    except UnreadableValue:
+        return None
 
 
 # readers of the first release fail at unknown names in `load`

@@ -23,6 +23,7 @@ __all__ = (
     "OutputEntry",
     "RequestRecord",
     "TokenLogprobs",
+    "id_array",
     "pack_ids",
     "pack_logprobs",
     "unpack_ids",
@@ -40,13 +41,18 @@ def pack_ids(token_ids: Sequence[int]) -> bytes:
     return packed.tobytes()
 
 
-def unpack_ids(data: bytes) -> list[int]:
-    """The inverse of `pack_ids`. ValueError when the length is no multiple of 4 bytes."""
+def id_array(data: bytes) -> array[int]:
+    """The inverse of `pack_ids`, in memory as small. ValueError when the length is no multiple of 4 bytes."""
     unpacked = array(_ID_TYPE)
     unpacked.frombytes(data)
     if sys.byteorder == "big":
         unpacked.byteswap()
-    return unpacked.tolist()
+    return unpacked
+
+
+def unpack_ids(data: bytes) -> list[int]:
+    """The same as a list."""
+    return id_array(data).tolist()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

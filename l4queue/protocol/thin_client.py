@@ -44,7 +44,7 @@ class ThinClient(aredis.Redis):
 
     async def run(self, commands: Sequence[Sequence[Arg]], **options: Any) -> list[Any]:
         """The replies to commands of one round trip as redis-py reads them, errors among them."""
-        is_holding = commands[-1][0] in _HOLDING
+        is_holding = commands[0][0] in _HOLDING or commands[-1][0] in _HOLDING
         replies = await (self._send_alone(commands) if is_holding else self._send(commands))
         options.pop("keys", None)  # for redis-py's cache
         for index, words in enumerate(commands):

@@ -169,7 +169,7 @@ async def test_entries_of_a_dead_dispatcher_are_adopted_in_spite_of_the_clock(
 
     assert adopted == [scene.entry().encode()]
     assert claimed is not None
-    assert (claimed[0][1], claimed[1]) == ({b"i": b"a"}, 2)
+    assert (claimed[0][1][b"i"], claimed[1]) == (b"a", 2)
 
 
 def _deliver_in_the_future(scene: Scene) -> None:

@@ -42,6 +42,12 @@ local ahead = (tonumber(request.submitted_ms) or 0) - now_ms()
 if ahead > 1000 then move_back(ahead) end
 
 if request.state == 'submitted' then
+  if ahead > 1000 and request.entry then  -- the old one tells the time that was
+    redis.pcall('XACK', inbox, 'd', request.entry)
+    redis.call('XDEL', inbox, request.entry)
+    redis.call('HSET', record, 'entry', redis.call('XADD', inbox, '*', 'i', id))
+    return 'FINE'
+  end
   if now_ms() - (tonumber(request.submitted_ms) or 0) < forgotten_ms then return 'FINE' end
   if request.entry and #redis.pcall('XRANGE', inbox, request.entry, request.entry) > 0 then return 'FINE' end
   redis.call('HDEL', record, 'entry')  -- needs no memory

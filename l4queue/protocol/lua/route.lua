@@ -2,7 +2,7 @@
 -- Safe to repeat and safe for two dispatchers: the second one only clears the inbox entry.
 -- KEYS  1 in (stream)  2 req:<id>  3 hist
 -- ARGV  1 id  2 inbox entry id  3 stage  4 score (lower is served first)  5 prompt_tokens  6 max_tokens
---       7 packed token ids  8 plan version  9 length bucket  10 why this stage (JSON, '' = nothing to say)
+--       7 packed token ids ('' = the prompt is those, and stays)  8 plan version  9 length bucket  10 why this stage (JSON, '' = nothing to say)
 --       11 charge_tokens ('' = prompt and max_tokens)  12 body (JSON, '' = as submitted)
 --       13 keys of the prompt's blocks, packed ('' = not told)  14 bytes of a key  15 tokens of a block
 -- Notes when a request that is not background last came to the stage: workers then hold back the others.
@@ -40,6 +40,13 @@ local what = fault(id)
 if what then
   condemn(id, what)
   return 'DUP'
+end
+if ids == '' then
+  ids = redis.call('HGET', record, 'prompt') or ''
+  if #ids ~= 4 * prompt_tokens then
+    condemn(id, 'prompt')
+    return 'DUP'
+  end
 end
 local tokens = charge_tokens or prompt_tokens + max_tokens
 redis.call('HDEL', record, 'prompt', 'entry')

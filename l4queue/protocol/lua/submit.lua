@@ -8,13 +8,29 @@
 --       12 client id ('' = no mailbox)  13 digest without the order of keys ('' = the same as 2)
 --       14 how long the key is known after the end (ms, '' = no key)
 --       15 1 = max_tokens was left out: the dispatcher decides what still fits
+--       16 greatest of the packed ids ('' = no ids): who routes them need not read them
+-- The inbox entry has what a dispatcher has to know, where that is short: it reads the record only of long texts.
 -- Returns {'OK', ms, id} | {'DUP', state, id} | {'CONFLICT', state, id} | {'FULL', live tokens, drained tokens/s}
 local counts, inbox, first_record = unpack(KEYS)
 local first_id, digest, body, kind, prompt = unpack(ARGV, 1, 5)
 local charge_tokens, charge_bytes = tonumber(ARGV[6]), tonumber(ARGV[7])
 local max_tokens, max_bytes, deadline_ms = tonumber(ARGV[8]), tonumber(ARGV[9]), tonumber(ARGV[10])
 local ttl_ms, client, canonical, key_ttl_ms, has_open_end = ARGV[11], ARGV[12], ARGV[13], ARGV[14], ARGV[15] == '1'
+local greatest = ARGV[16] or ''
+local SHORT = 2048  -- bytes of body and text. Chosen: what a round trip for them would cost is more than their copy
 local is_keyed = key_ttl_ms ~= ''
+
+-- What the inbox entry tells beside the id, and its bytes: all, or where that is long only how long it is.
+local function facts(now)
+  local told, bytes = {'k', kind, 'y', body, 's', int(now), 'o', ARGV[15]}, #body + 100
+  if greatest ~= '' then
+    told[9], told[10], told[11], told[12] = 'n', int(#prompt / 4), 'g', greatest
+  else
+    told[9], told[10], bytes = 'p', prompt, bytes + #prompt
+  end
+  if bytes > SHORT then return {'b', int(#body + #prompt)}, 20 end
+  return told, bytes
+end
 
 -- The answer to a request whose record is there; nil where it is not.
 local function look(id, record)
@@ -45,7 +61,8 @@ if is_keyed and given(id) then
   record = P .. 'req:' .. id
   redis.call('SET', P .. 'key:' .. first_id, id, 'PX', 2592000000)  -- from the end on as long as the record
 end
-local entry = redis.call('XADD', inbox, '*', 'i', id)
+local told, told_bytes = facts(now)
+local entry = redis.call('XADD', inbox, '*', 'i', id, unpack(told))
 redis.call('HSET', record, 'state', 'submitted', 'entry', entry, 'digest', digest, 'body', body, 'kind', kind,
   'prompt', prompt, 'charge_tokens', charge_tokens, 'charge_bytes', 0, 'ttl_ms', ttl_ms,
   'client', client, 'submitted_ms', int(now), 'epoch', 0, 'offset', 0, 'crashes', 0, 'solo_crashes', 0,
@@ -57,7 +74,7 @@ if deadline_ms ~= 0 then
   redis.call('HSET', record, 'deadline_ms', int(now + deadline_ms))
   redis.call('ZADD', P .. 'deadlines', int(now + deadline_ms), id)
 end
-charge(record, footprint(record))
+charge(record, footprint(record) + told_bytes)
 count('live', 1)
 count('live_tokens', charge_tokens)
 return {'OK', int(now), id}
