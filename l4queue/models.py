@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import json
+import sys
+from array import array
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, JsonValue, field_validator, model_validator
+from pydantic import (
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    field_validator,
+    model_validator,
+)
 
 from l4queue.compat import MAX_NUMBER
-from l4queue.plain_values import plain_values
+from l4queue.plain_values import plain_value, plain_values
 from l4queue.sampling import LIST_AS_TUPLE, SamplingParams, Strict
 from l4queue.strict_json import MAX_NESTING, check_json, check_text
 
@@ -146,6 +156,13 @@ _NUMBERS = ("priority", "deadline_s")
 _TOKEN_ID = Field(json_schema_extra={"minimum": 0, "maximum": 2**31 - 1})
 
 
+def _ids_at_once(value: object, check: ValidatorFunctionWrapHandler) -> object:
+    """Whole numbers in a list or a tuple as they are: looked at one by one, 100,000 of them take milliseconds."""
+    if isinstance(value, list | tuple) and {*map(type, value)} == {int}:
+        return tuple(value)
+    return check(plain_value(value))
+
+
 class RequestSpec(RequestBody):
     """One request as its user wrote it. Exactly one of `prompt`, `messages`, `token_ids` is set."""
 
@@ -153,7 +170,7 @@ class RequestSpec(RequestBody):
         default=None, description=f"text of at most {MAX_PROMPT_BYTES} bytes"
     )
     messages: Annotated[tuple[ChatMessage, ...] | None, LIST_AS_TUPLE] = Field(default=None, max_length=10_000)
-    token_ids: Annotated[tuple[Annotated[int, _TOKEN_ID], ...] | None, LIST_AS_TUPLE] = Field(
+    token_ids: Annotated[tuple[Annotated[int, _TOKEN_ID], ...] | None, WrapValidator(_ids_at_once)] = Field(
         default=None, max_length=2_000_000
     )
     deadline_s: float | None = Field(default=None, gt=0.0, le=30 * 86_400.0)
@@ -191,7 +208,7 @@ class RequestSpec(RequestBody):
     def _token_ids_are_ids(cls, value: tuple[int, ...] | None) -> tuple[int, ...] | None:
         if value is not None and not value:
             raise ValueError("the prompt is empty")
-        if value is not None and (min(value) < 0 or max(value) >= 2**31):
+        if value is not None and not _are_ids(value):
             raise ValueError("token ids must lie in [0, 2^31)")
         return value
 
@@ -210,6 +227,15 @@ class RequestSpec(RequestBody):
         if len(given) != 1:
             raise ValueError(f"give exactly one of prompt, messages, token_ids (got {given or 'none'})")
         return self
+
+
+def _are_ids(values: tuple[int, ...]) -> bool:
+    """Whether all lie in [0, 2^31): by their highest bytes, a quarter of the time of two comparisons each."""
+    try:
+        packed = array("I", values).tobytes()
+    except OverflowError:
+        return False
+    return packed[3 if sys.byteorder == "little" else 0 :: 4].isascii()
 
 
 def _encoded_bytes(messages: tuple[ChatMessage, ...]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -9,7 +10,7 @@ from hashlib import blake2b
 from l4queue.errors import UnreadableValue
 from l4queue.models import RequestBody, RequestState, SamplingParams
 from l4queue.protocol.keys import SOLO_STAGE
-from l4queue.protocol.records import CachedPrompt, Grant, Outcome, OutputEntry, TokenLogprobs, unpack_ids
+from l4queue.protocol.records import CachedPrompt, Grant, Outcome, OutputEntry, TokenLogprobs, id_array
 from l4queue.sampling import DEFAULT_MAX_TOKENS
 from workers.engine.base import EngineOutput, EngineRequest, FinishReason
 from workers.loop.text import TextStream
@@ -84,7 +85,7 @@ class Session:
         self._watch_tokens: int | None = None
         self.params: SamplingParams = body.params
         self.max_tokens = body.params.max_tokens or DEFAULT_MAX_TOKENS
-        self.prompt_ids: list[int] = unpack_ids(grant.packed_ids)
+        self.prompt_ids = id_array(grant.packed_ids)
         self.output_ids: list[int] = []
         self.committed = 0
         self._text = make_text(body.params)
@@ -99,6 +100,11 @@ class Session:
     @property
     def request_id(self) -> str:
         return self.grant.request_id
+
+    @property
+    def token_ids(self) -> Sequence[int]:
+        """Prompt and generated. Not to be changed: of a long prompt a copy costs more than all else here."""
+        return self.prompt_ids + array("I", self.output_ids) if self.output_ids else self.prompt_ids
 
     @property
     def length_tokens(self) -> int:
@@ -199,7 +205,7 @@ class Session:
             params = params.model_copy(update={"seed": resumed_seed(params.seed, num_resumed)})
         return EngineRequest(
             request_id=self.engine_id,
-            token_ids=self.prompt_ids + self.output_ids,
+            token_ids=self.token_ids,
             max_tokens=self.remaining_tokens,
             min_tokens=max(0, self.params.min_tokens - num_resumed),
             params=params,

@@ -97,7 +97,7 @@ class Sessions:
         """Note that the engine has this one's blocks; how many of them it had before."""
         if self._blocks is None:
             return 0
-        keys = block_keys(session.prompt_ids + session.output_ids)
+        keys = block_keys(session.token_ids)
         found = self._blocks.num_leading(keys)
         self._blocks.use(keys)
         return found

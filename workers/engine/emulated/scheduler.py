@@ -10,6 +10,7 @@ computed again. With a prefix cache, blocks that are known are neither computed 
 
 from __future__ import annotations
 
+import sys
 from array import array
 from collections.abc import Iterable, Sequence
 from heapq import heapify, heappop, heappush
@@ -25,6 +26,7 @@ from workers.engine.emulated.block_cache import BlockCache
 
 __all__ = ("BLOCK_TOKENS", "EmulatedBatch", "next_token", "next_tokens")
 
+_SHORT_BYTES = 4  # of an id of a prompt as it travels
 _VOCABULARY = 8000  # token ids; those of the tiny model end at 8,192
 _FIRST_TOKEN = 100  # below lie special tokens in most vocabularies; a batch never says "end" by itself
 _pack = Struct("<q").pack
@@ -32,12 +34,12 @@ _pack = Struct("<q").pack
 
 def next_token(token_ids: Sequence[int]) -> int:
     """The token that follows: a hash of all of the ids, so that one lost or changed id shows for ever."""
-    return _token(crc32(array("q", token_ids).tobytes()))
+    return _token(_hash(token_ids))
 
 
 def next_tokens(token_ids: Sequence[int], num_tokens: int) -> list[int]:
     """The tokens that follow, one after the other."""
-    state, found = crc32(array("q", token_ids).tobytes()), list[int]()
+    state, found = _hash(token_ids), list[int]()
     for _ in range(num_tokens):
         found.append(_token(state))
         state = crc32(_pack(found[-1]), state)
@@ -263,7 +265,7 @@ class _Entry:
         self.held: list[bytes] = []  # blocks of the prefix cache
         self._keys: list[bytes] = []
         self._generated = array("q")
-        self._hash = crc32(array("q", request.token_ids).tobytes())
+        self._hash = _hash(request.token_ids)
         self._key = (request.priority, number)
 
     def __lt__(self, other: _Entry) -> bool:
@@ -293,6 +295,16 @@ class _Entry:
         if token in self.request.params.stop_token_ids and self.num_generated >= self.request.min_tokens:
             return FinishReason.STOP
         return FinishReason.LENGTH if self.left <= 0 else None
+
+
+def _hash(token_ids: Sequence[int]) -> int:
+    """The state after all of these: a CRC of 64 bits for each, wherever they are held."""
+    if not isinstance(token_ids, array) or token_ids.itemsize != _SHORT_BYTES or sys.byteorder != "little":
+        return crc32(array("q", token_ids).tobytes())
+    narrow, wide = token_ids.tobytes(), bytearray(2 * _SHORT_BYTES * len(token_ids))
+    for byte in range(_SHORT_BYTES):  # a hundred times as fast as a number of Python for each
+        wide[byte :: 2 * _SHORT_BYTES] = narrow[byte::_SHORT_BYTES]
+    return crc32(wide)
 
 
 def _token(state: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import selectors
+from array import array
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 
 from l4queue.cost.step import BatchShape, StepCost
 from l4queue.models import SamplingParams
+from l4queue.protocol.records import id_array, pack_ids
 from workers.engine.base import EngineDied, EngineOutput, EngineRequest, FinishReason
 from workers.engine.emulated.engine import EmulatedEngine
 from workers.engine.emulated.scheduler import next_token
@@ -180,6 +182,15 @@ async def test_abort_takes_back_what_was_not_handed_out() -> None:
     assert len(out["b"]) == 5
     assert out["a"][0].token_ids == (next_token([3]),)
     assert len(out["a"]) == 4
+
+
+@pytest.mark.parametrize("token_ids", [[], [1], [0, 255, 256, 65_536, 2**31 - 1] * 3])
+def test_tokens_depend_on_the_ids_alone(token_ids: list[int]) -> None:
+    """Not on how they are held: workers of two releases go on with each other's requests."""
+    wide, packed = array("q", token_ids), id_array(pack_ids(token_ids))
+
+    assert next_token(token_ids) == next_token(tuple(token_ids)) == next_token(wide) == next_token(packed)
+    assert next_token([1, 2, 3]) == 6102
 
 
 async def test_stats_follow_the_batch_and_steps_count_progress() -> None:
