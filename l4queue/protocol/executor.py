@@ -1,4 +1,4 @@
-"""Executors of calls: one blocking, one for asyncio. Batches in one round trip, retried as a whole.
+"""Executors of calls: one blocking, one for asyncio. Batches in a round trip of bounded size, retried as a whole.
 
 Both run the same coroutines. Those of the blocking executor never suspend: they end in the step that begins them.
 """
@@ -16,12 +16,13 @@ from typing import Any, TypeVar
 
 import redis
 
-from l4queue.protocol.batching import Commands
+from l4queue.protocol.batching import Commands, round_trips
 from l4queue.protocol.calls import Arg, Call
 from l4queue.protocol.connect import Address, async_pool, connect, parse_url
 from l4queue.protocol.foreign import Finding, burial, gathered, set_aside
 from l4queue.protocol.reads import StreamEntry, parse_entries
 from l4queue.protocol.scripts import all_scripts
+from l4queue.protocol.shared_wait import SharedWait
 from l4queue.protocol.thin_client import ThinClient
 from l4queue.protocol.trouble import FAILURES, outage_of
 from l4queue.protocol.wire import (
@@ -90,6 +91,10 @@ class _Exchange(ABC):
     async def _pipeline(self, commands: Sequence[Sequence[Arg]]) -> list[Any]:
         """The replies to commands of one round trip, errors among them."""
 
+    async def _write(self, commands: Sequence[Sequence[Arg]], wait: Sequence[Arg]) -> list[Any]:
+        """The replies to commands, and to the one that waits until replicas have what they wrote."""
+        return await self._pipeline([*commands, wait])
+
     @abstractmethod
     async def _read(self, streams: Mapping[str, str], *, count: int, block_ms: int) -> Any:
         """The reply to a blocking read."""
@@ -99,12 +104,15 @@ class _Exchange(ABC):
         """Wait so long; whether the executor was closed meanwhile."""
 
     async def _run_many(self, calls: Sequence[Call[Any]]) -> list[Any]:
-        found, error = await self._try(calls, retry_s=self.retry_s)
-        if error is not None:
-            if len(calls) > 1:
-                error = await self._cause(error)
-            raise explain(error, self.url) from error
-        return found
+        values: list[Any] = []
+        for part in round_trips(calls) if len(calls) > 1 else (calls,):
+            found, error = await self._try(part, retry_s=self.retry_s)
+            if error is not None:
+                if len(calls) > 1:
+                    error = await self._cause(error)
+                raise explain(error, self.url) from error
+            values += found
+        return values
 
     async def _cause(self, error: Exception) -> Exception:
         """The error itself, or what a short command is told by a server that hangs up on a long one.
@@ -195,7 +203,7 @@ class _Exchange(ABC):
                 return commands.replies([error])
         if wait is None:
             return commands.replies(await self._pipeline(commands.words))
-        return commands.replies(confirmed(await self._pipeline([*commands.words, wait]), self._replicas))
+        return commands.replies(confirmed(await self._write(commands.words, wait), self._replicas))
 
 
 class Executor(_Exchange):
@@ -219,7 +227,10 @@ class Executor(_Exchange):
         return value
 
     def run_many(self, calls: Sequence[Call[Any]]) -> list[Any]:
-        """Execute calls in one round trip, in order; all are repeated together when the connection breaks."""
+        """Execute calls in one round trip, in order; all are repeated together when the connection breaks.
+
+        Calls of many megabytes take several round trips, one after the other.
+        """
         return _at_once(self._run_many(calls))
 
     def offer(self, call: Call[T]) -> T | None:
@@ -260,6 +271,7 @@ class AsyncExecutor(_Exchange):
 
     def _open(self, address: Address, *, most: int, socket_s: float) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._turn = SharedWait(self._pipeline)
         wait_s = self.longest_read_s + _SOCKET_TIMEOUT_S
         self.client: Any = ThinClient(
             async_pool(address, timeout_s=socket_s, most=most, connect_timeout_s=socket_s)
@@ -322,6 +334,9 @@ class AsyncExecutor(_Exchange):
     async def _pipeline(self, commands: Sequence[Sequence[Arg]]) -> list[Any]:
         replies: list[Any] = await self.client.run(commands)
         return replies
+
+    async def _write(self, commands: Sequence[Sequence[Arg]], wait: Sequence[Arg]) -> list[Any]:
+        return await self._turn.write(commands, wait)
 
     async def _read(self, streams: Mapping[str, str], *, count: int, block_ms: int) -> Any:
         return await self._waiter.xread(dict(streams), count=count, block=block_ms)

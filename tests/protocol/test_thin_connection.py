@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from l4queue.errors import ServiceUnavailable
-from l4queue.protocol.calls import Call
+from l4queue.protocol.calls import Call, Verdict
 from l4queue.protocol.executor import AsyncExecutor, Executor
 from l4queue.protocol.foreign import text
 from tests.protocol.scene import Scene
@@ -357,10 +357,12 @@ async def test_writes_are_confirmed_by_the_replica(redis_executable: str, tmp_pa
     try:
         asks = [scene.calls.cancel(f"none{index}", reason="x") for index in range(40)]
         callers = Callers(executor)
-        await asyncio.gather(*(executor.run(ask) for ask in asks), *(callers.ask() for _ in range(40)))
+        await executor.run(asks[0])
+        waits = await asyncio.to_thread(_num_waits, raw)
+        found = await asyncio.gather(*(executor.run(ask) for ask in asks), *(callers.ask() for _ in range(40)))
+        assert found[:40] == [(Verdict.UNKNOWN, None)] * 40
         assert callers.num_right == 40
-        waits = (await asyncio.to_thread(raw.run, plain("INFO", "commandstats")))["cmdstat_wait"]["calls"]
-        assert waits >= 40
+        assert await asyncio.to_thread(_num_waits, raw) == waits + 1, "those of one turn share it"
         replica.kill()
         await asyncio.to_thread(raw.run, plain("INCR", "{confirmed}:more"))
         with pytest.raises(ServiceUnavailable, match="0 of 1 replicas have what was written"):
@@ -372,3 +374,7 @@ async def test_writes_are_confirmed_by_the_replica(redis_executable: str, tmp_pa
         raw.close()
         for server in (replica, primary):
             server.kill()
+
+
+def _num_waits(executor: Executor) -> int:
+    return int(executor.run(plain("INFO", "commandstats"))["cmdstat_wait"]["calls"])
