@@ -21,7 +21,7 @@ from l4queue.client.listener import AsyncListener
 from l4queue.client.options import EnqueueOptions, Messages, Params, RequestFields, TokenIds, with_options
 from l4queue.client.read_marks import ReadMarks
 from l4queue.client.status import RequestStatus
-from l4queue.client.waiting import Ends, deadline_after, time_left_s, wait_async
+from l4queue.client.waiting import Ends, deadline_after, is_patient, time_left_s, wait_async
 from l4queue.errors import L4QueueError
 from l4queue.models import TERMINAL, Plan, RequestSpec, RequestState
 from l4queue.observe.explain import Event, tell
@@ -184,8 +184,9 @@ class AsyncClient:
         A handle that is given twice comes once. Other clients' handles and earlier ones may be among them.
         """
         event = asyncio.Event()
-        ends = Ends(handles, has_mail=lambda h: h._has_mail and h._client is self, event=event)
         deadline = deadline_after(timeout)
+        asks = not is_patient(deadline)
+        ends = Ends(handles, has_mail=lambda h: h._has_mail and h._client is self, event=event, asks=asks)
         try:
             await self._listener.begin(ends.watches)
             while ends.num_pending:
@@ -344,8 +345,9 @@ class AsyncHandle(HandleBase):
         """
         deadline = deadline_after(timeout)
         while True:
-            async for _ in self._chunks(after=None, deadline=deadline):
-                pass
+            if self._seen_end is None:
+                async for _ in self._chunks(after=None, deadline=deadline):
+                    pass
             found, entries = await self._client._listener.output(self.id)
             record = known(self.id, found)
             self._noted(record)
@@ -358,8 +360,8 @@ class AsyncHandle(HandleBase):
         """The events of this request with their reasons, in order: routing, steals, hand-overs, crashes."""
         record = await self._record()
         reads = self._client._core.reads
-        found = await self._client._executor.run_many([reads.routed_because(self.id), reads.ledger(self.id)])
-        why, ledger = found
+        calls = (reads.routed_because(self.id), reads.ledger(self.id))
+        why, ledger = await self._client._executor.run_many(calls)
         return tell(record, why=why, ledger=ledger)
 
     async def cancel(self, *, reason: str = "cancelled by its client") -> bool:
@@ -373,7 +375,8 @@ class AsyncHandle(HandleBase):
     async def _chunks(self, *, after: int | None, deadline: float | None) -> AsyncIterator[Chunk]:
         """Chunks after the first `after` tokens until the end; with None only the end is awaited."""
         event, listener = asyncio.Event(), self._client._listener
-        watch = RequestWatch(self.id, wake=event.set, after=after, has_mail=self._has_mail)
+        asks = self._must_ask(deadline)
+        watch = RequestWatch(self.id, wake=event.set, after=after, has_mail=self._has_mail, asks=asks)
         try:
             await listener.begin([watch])
             while True:

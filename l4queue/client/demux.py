@@ -30,6 +30,7 @@ _BLOCK_S = 1.0  # a wait that begins meanwhile is looked at by then
 _SCAN_S = 0.25  # least time between two searches for silent requests
 _FOLLOW_AGAIN_S = 15.0  # keeps the news stream alive where no request is silent
 _MOST_IDS = 256  # of one query
+_MOST_ENDED = 20_000  # ends remembered, for waits that begin later; as many as a mailbox has
 _MOST_BUFFERED = 64  # chunks that nobody takes; a slow reader reads the output stream instead
 
 
@@ -45,17 +46,24 @@ class RequestWatch:
     """One wait for a request: for its end alone, or for its output after `after` tokens.
 
     `wake` is called when there is something to do: take chunks, read the output stream (`must_read`), stop
-    (`is_over`) or raise `error`.
+    (`is_over`) or raise `error`. Where mail tells of the end, the server is asked at once only if `asks`.
     """
 
     def __init__(
-        self, request_id: str, *, wake: Callable[[], None], after: int | None = None, has_mail: bool = False
+        self,
+        request_id: str,
+        *,
+        wake: Callable[[], None],
+        after: int | None = None,
+        has_mail: bool = False,
+        asks: bool = True,
     ) -> None:
         if after is not None and (type(after) is not int or not 0 <= after < MAX_NUMBER):
             raise InvalidRequest("must be a number of tokens, not negative", field="after")
         self.request_id = request_id
         self.after = after
         self.is_followed = after is not None or not has_mail
+        self.must_ask = asks or self.is_followed
         self.offset = after or 0
         self.must_read = False
         self.state: RequestState | None = None
@@ -202,6 +210,7 @@ class Demultiplexer:
         self._removed: deque[RequestWatch] = deque()
         self._suspects: dict[RequestWatch, tuple[RequestState | None, int, float]] = {}
         self._unwanted: set[str] = set()
+        self._ended: dict[str, RequestState] = {}
         self._next_scan_s = 0.0
         self._followed_s = 0.0
 
@@ -226,9 +235,11 @@ class Demultiplexer:
         return 0.0 if self._suspects else min(_BLOCK_S, max(0.01, self._next_scan_s - now_s))
 
     def add(self, watch: RequestWatch, *, now_s: float) -> None:
-        """Begin a wait. After that the server has to be asked once where the request is: `opened`."""
+        """Begin a wait. After that `first_queries` has what the server is to be asked once, for `opened`."""
         self._purge()
         self._watches.setdefault(watch.request_id, []).append(watch)
+        if not watch.must_ask and watch.request_id in self._ended:
+            watch.see(self._ended[watch.request_id], 0)
         watch.due_s = now_s + watch.pause_s
         self._next_scan_s = min(self._next_scan_s, watch.due_s)
 
@@ -239,7 +250,11 @@ class Demultiplexer:
     def first_queries(
         self, watches: Sequence[RequestWatch]
     ) -> Iterator[tuple[Sequence[RequestWatch], StatusQuery]]:
-        """Questions for new waits, of bounded size."""
+        """Questions for new waits, of bounded size. The others are asked about once they are silent."""
+        return self._queries([watch for watch in watches if watch.must_ask])
+
+    @staticmethod
+    def _queries(watches: Sequence[RequestWatch]) -> Iterator[tuple[Sequence[RequestWatch], StatusQuery]]:
         for start in range(0, len(watches), _MOST_IDS):
             some = watches[start : start + _MOST_IDS]
             ordered = [w for w in some if w.is_followed] + [w for w in some if not w.is_followed]
@@ -257,13 +272,16 @@ class Demultiplexer:
         for entry_id, values in found.get(self._mail_key, ()):
             self._last[self._mail_key] = entry_id.decode()
             ended = NewsEntry.parse_mail(values)
-            if ended is None:
+            if ended is None or ended.state is None:
                 continue
+            self._ended[ended.request_id] = ended.state
             for watch in self._watches.get(ended.request_id, ()):
                 if watch.after is None:
                     watch.hear(ended)
                 else:  # news of the same end may be on their way
                     self._suspects[watch] = (ended.state, 0, now_s)
+        while len(self._ended) > _MOST_ENDED:
+            del self._ended[next(iter(self._ended))]
         news = found.get(self._news_key, ())
         for entry_id, values in news:
             self._last[self._news_key] = entry_id.decode()
@@ -303,7 +321,7 @@ class Demultiplexer:
             silent[follows.request_id] = follows
         if any(watch.is_followed for watch in silent.values()):
             self._followed_s = now_s
-        return [query for _, query in self.first_queries(list(silent.values()))]
+        return [query for _, query in self._queries(list(silent.values()))]
 
     def answered(self, query: StatusQuery, reply: Followed, *, now_s: float) -> None:
         """The answer to a query. News of the same may be on their way: they are fed first."""

@@ -11,6 +11,7 @@ from weakref import WeakSet
 
 from l4queue.client.core import unknown
 from l4queue.client.status import RequestStatus
+from l4queue.client.waiting import is_patient
 from l4queue.models import RequestState
 from l4queue.protocol.calls import Verdict
 from l4queue.protocol.records import RequestRecord
@@ -132,6 +133,13 @@ class HandleBase:
         if verdict is Verdict.OK:
             self._ended(RequestState.CANCELLED)
         return verdict is Verdict.OK
+
+    def _must_ask(self, deadline: float | None) -> bool:
+        """Whether a wait asks the server at once. Once its record was seen, mail is not believed without that.
+
+        Mail may have told of an end that a server has lost since.
+        """
+        return self._seen is not None or not is_patient(deadline)
 
     def _ended(self, state: RequestState | None) -> None:
         """This handle was told of the end of its request."""

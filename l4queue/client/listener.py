@@ -53,13 +53,13 @@ class AsyncListener:
         self._sender: asyncio.Task[None] | None = None
 
     async def begin(self, watches: Sequence[RequestWatch]) -> None:
-        """Begin waits: on return each knows where its request is."""
+        """Begin waits: on return each knows where its request is, but for those that mail will tell."""
         self._executor.check_loop()
         now_s = time.monotonic()
         for watch in watches:
             self._demux.add(watch, now_s=now_s)
         queries = list(self._demux.first_queries(watches))
-        replies = await self._run([self._core.follow(query) for _, query in queries])
+        replies = await self._run([self._core.follow(query) for _, query in queries]) if queries else []
         for (asked, _), reply in zip(queries, replies, strict=True):
             self._demux.opened(asked, reply)
         if (self._reader is None or self._reader.done()) and any(watch.is_waiting for watch in watches):
@@ -171,7 +171,7 @@ class Listener:
         self._is_closed = False
 
     def begin(self, watches: Sequence[RequestWatch]) -> None:
-        """Begin waits: on return each knows where its request is."""
+        """Begin waits: on return each knows where its request is, but for those that mail will tell."""
         if (
             self._pid != os.getpid()
         ):  # a fork has neither the thread nor the waits, and maybe a lock that stays held

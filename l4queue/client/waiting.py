@@ -15,11 +15,13 @@ from typing import Any, Generic, TypeVar
 from l4queue.client.demux import RequestWatch
 from l4queue.errors import InvalidRequest, ResultTimeout
 
-__all__ = ("Ends", "deadline_after", "time_left_s", "wait_async")
+__all__ = ("Ends", "deadline_after", "is_patient", "time_left_s", "wait_async")
 
 H = TypeVar("H", bound=Any)
 
 _LONGEST_S = 1e9  # 30 years; operating systems refuse an infinite wait
+_PATIENT_S = 2.0
+"""Chosen: the first look at a silent request comes after one second, and takes less than another."""
 _IT_GOES_ON, _THEY_GO_ON = "it goes on: wait again or cancel it", "they go on: wait again or cancel them"
 
 
@@ -37,6 +39,11 @@ def deadline_after(timeout: float | None) -> float | None:
     if math.isnan(seconds):
         raise InvalidRequest("must be a number of seconds, or None", field="timeout")
     return time.monotonic() + seconds
+
+
+def is_patient(deadline: float | None) -> bool:
+    """Whether a wait may learn a second late of an end that mail has not told."""
+    return deadline is None or deadline - time.monotonic() > _PATIENT_S
 
 
 def time_left_s(deadline: float | None, what: str, *, rest: str = _IT_GOES_ON) -> float | None:
@@ -66,9 +73,16 @@ class Ends(Generic[H]):
     """
 
     def __init__(
-        self, handles: Iterable[H], *, has_mail: Callable[[H], bool], event: asyncio.Event | threading.Event
+        self,
+        handles: Iterable[H],
+        *,
+        has_mail: Callable[[H], bool],
+        event: asyncio.Event | threading.Event,
+        asks: bool = True,
     ) -> None:
+        """`asks` is as for `RequestWatch`."""
         self._event = event
+        self._asks = asks
         self._pending: dict[str, dict[int, H]] = {}
         for handle in handles:
             if not isinstance(getattr(handle, "id", None), str):
@@ -100,7 +114,7 @@ class Ends(Generic[H]):
                     yield handle
 
     def _watch(self, same: list[H], has_mail: Callable[[H], bool]) -> RequestWatch:
-        watch = RequestWatch(same[0].id, wake=self._event.set, has_mail=any(map(has_mail, same)))
+        watch = RequestWatch(same[0].id, wake=self._event.set, has_mail=any(map(has_mail, same)), asks=self._asks)
         watch.wake = partial(self._wake, watch)
         return watch
 
