@@ -193,5 +193,6 @@ repeat  -- again for those that were only dropped; bounded, as nobody else is se
   end
   passes = passes + 1
 until gone == 0 or is_full or #taken >= most or passes == 16
-redis.call('HSET', worker, 'nonce', nonce, 'grants', table.concat(taken, ' '))
+-- a take that found nothing writes nothing, which a durable server would have to bring to its disk
+if #taken > 0 then redis.call('HSET', worker, 'nonce', nonce, 'grants', table.concat(taken, ' ')) end
 return reply
