@@ -50,6 +50,7 @@ _MODULES = (
     "batching",
     "cached",
     "holders",
+    "inbox_facts",
 )
 _NUMBERS = itertools.count()
 

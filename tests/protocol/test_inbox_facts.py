@@ -60,13 +60,14 @@ def test_ids_stay_where_they_are(scene: Scene) -> None:
     check(scene)
 
 
-@pytest.mark.parametrize("num_stored", [3, 5])
-def test_ids_of_another_number_are_no_prompt(scene: Scene, num_stored: int) -> None:
+def test_ids_of_another_number_are_no_prompt(scene: Scene) -> None:
     """Somebody else has written the record, or the inbox."""
-    scene.submit(kind="t", prompt=pack_ids(IDS), greatest_id=max(IDS))
+    for num_stored in (3, 5):
+        name = f"r{num_stored}"
+        scene.submit(name, kind="t", prompt=pack_ids(IDS), greatest_id=max(IDS))
 
-    assert scene.route(token_ids=(), num_stored=num_stored) is Verdict.DUP
-    assert scene.record("a").state is RequestState.FAILED
+        assert scene.route(name, token_ids=(), num_stored=num_stored) is Verdict.DUP
+        assert scene.record(name).state is RequestState.FAILED
     check(scene)
 
 
