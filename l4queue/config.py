@@ -102,7 +102,12 @@ class Settings(BaseSettings):
     constraint_check_s: float = Field(
         5.0, gt=0, description="longest check of a request's structured_outputs before it is refused, s"
     )
-    ageing_tokens_per_s: float = Field(2000.0, gt=0, description="tokens that a second of waiting counts as")
+    ageing_tokens_per_s: float | None = Field(
+        None,
+        gt=0,
+        description="tokens that a second of waiting counts as; not set: a thirtieth of an engine's "
+        "measured prefill rate (docs/planner.md)",
+    )
     priority_step_s: float = Field(30.0, ge=0, description="head start that one priority class is worth, s")
 
     starvation_bound_s: float = Field(
@@ -263,6 +268,12 @@ class Settings(BaseSettings):
             near = get_close_matches(name, cls.model_fields, n=1)
             raise ConfigError(f"{name} is no setting of l4queue{f'; did you mean {near[0]}?' if near else ''}")
         return init_settings, env_settings, dotenv_settings, file_secret_settings
+
+    @field_validator("ageing_tokens_per_s", mode="before")
+    @classmethod
+    def _empty_is_not_set(cls, value: object) -> object:
+        """A line without a value, as .env.example has it."""
+        return None if value == "" else value
 
     @field_validator("*")
     @classmethod

@@ -171,6 +171,8 @@ def example() -> str:
 
 
 def _written(default: object) -> str:
+    if default is None:
+        return ""
     return str(default).lower() if isinstance(default, bool) else str(default)
 
 

@@ -313,6 +313,7 @@ def _scorer(
             slo_tpot_ms=settings.slo_tpot_ms,
             without=_left_out(settings),
             steal=StealLimits(steal_from=StealFrom(settings.steal_from)),
+            ageing_tokens_per_s=settings.ageing_tokens_per_s,
         ),
         changed=Changed(begun_s=known.learned.begun_s, demand=snapshot.demand, buckets=snapshot.buckets),
     )

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from l4queue.config import Settings
+from l4queue.cost.coefficients import load_coefficients
+from l4queue.cost.step import StepCost
 from l4queue.models import Plan, Routing
 from l4queue.observe.overview import Overview, cost_in_force, stage_loads
 from l4queue.policy import queue_order
@@ -41,6 +43,7 @@ class Router:
         self._workers: dict[str, Outstanding] = {}
         self._turn = 0
         self.plan = Plan.one_stage()
+        self.measured(load_coefficients(settings.emulated_gpu, settings.emulated_model))
 
     @property
     def wants_loads(self) -> bool:
@@ -56,9 +59,15 @@ class Router:
         """Route by this plan from now on."""
         self.plan, self._loads = plan, None
 
+    def measured(self, cost: StepCost) -> None:
+        """The cost model in force: later arrivals age by its prefill rate. At first it is that of the settings' file."""
+        given = self._settings.ageing_tokens_per_s
+        self.ageing_tokens_per_s = queue_order.ageing_tokens_per_s(cost, given=given)
+
     def see(self, overview: Overview, *, held: Mapping[str, int]) -> None:
         """Take in what the workers have to do now; `held` has the requests that each incarnation runs by now."""
         cost, counts = cost_in_force(overview, self._settings), overview.counts
+        self.measured(cost)
         done = counts.get("done", 0)
         expected = counts.get("output_tokens", 0) / done if done else FIRST_GUESS_TOKENS
         if overview.plan.version == self.plan.version:
@@ -86,7 +95,7 @@ class Router:
             submitted_ms,
             prompt_tokens,
             priority=priority,
-            ageing_tokens_per_s=settings.ageing_tokens_per_s,
+            ageing_tokens_per_s=self.ageing_tokens_per_s,
             priority_step_s=settings.priority_step_s,
             starvation_bound_s=settings.starvation_bound_s,
         )

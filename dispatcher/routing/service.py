@@ -19,7 +19,7 @@ from l4queue.config import Settings
 from l4queue.errors import L4QueueError
 from l4queue.model_config import trusts_remote_code
 from l4queue.models import Plan, RequestBody, RequestState
-from l4queue.observe.overview import longest_request_tokens, read_overview_async
+from l4queue.observe.overview import cost_in_force, longest_request_tokens, read_overview_async
 from l4queue.planning.histogram import Buckets
 from l4queue.policy.prefix_blocks import block_keys
 from l4queue.protocol.calls import Call, Calls, Verdict
@@ -131,13 +131,16 @@ class Dispatcher:
         return sum([await self._handle_all(part) for part in _parts(entries)])
 
     async def look_at_engines(self) -> None:
-        """Refuse from now on what their KV caches cannot hold, where L4_MAX_MODEL_LEN does not say it.
+        """Order by their prefill rate from now on, and refuse what their KV caches cannot hold.
+
+        The latter only where L4_MAX_MODEL_LEN does not say it.
 
         Where there is a vLLM, constraints may come: the process that checks them loads.
         """
         overview = await read_overview_async(self._executor, self.settings.namespace)
         if any(load.engine in ("vllm", "http") for load in overview.workers):
             await self._checker.prepare()
+        self._router.measured(cost_in_force(overview, self.settings))
         told_tokens = longest_request_tokens(overview, self.settings)
         if told_tokens != (self._told_tokens or self._tokenizer.max_model_len):
             log.info("limit %d tokens: what the workers hold", told_tokens)

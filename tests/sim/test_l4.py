@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from dispatcher.routing.router import Router
 from l4queue.cli.bench.traffic import bench_trace
+from l4queue.config import Settings
 from l4queue.cost.coefficients import load_coefficients
 from l4queue.cost.move import MovePrice
 from l4queue.errors import ConfigError
@@ -316,3 +318,19 @@ def test_unknown_options_are_refused_by_name(objective: str, without: frozenset[
     """The message lists what is known."""
     with pytest.raises(ConfigError, match="choose from"):
         L4Options.checked(objective=objective, without=without)
+
+
+@pytest.mark.parametrize("given", [None, 700.0])
+@pytest.mark.parametrize("gpu", ["h100", "a100"])
+def test_a_queue_is_in_the_order_that_a_dispatcher_gives_it(gpu: str, given: float | None) -> None:
+    """By the cost model that its workers measured, or by the number in its settings."""
+    cost = load_coefficients(gpu, "llama-3.1-8b")
+    policy = L4(L4Options(ageing_tokens_per_s=given))
+    requests = traffic("mixed", num_requests=20, rate_rps=30.0).requests()
+    Cluster(requests, cost=cost, num_instances=2, policy=policy, rng=np.random.default_rng(0)).run()
+    router = Router(Settings(ageing_tokens_per_s=given))
+    router.measured(cost)
+
+    for request in requests:
+        place = router.place(request.prompt_tokens, submitted_ms=round(request.arrival_s * 1000), priority=0)
+        assert policy.score_of(request) == pytest.approx(place.score, abs=1.0)

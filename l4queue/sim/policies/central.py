@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from l4queue.policy.queue_order import ageing_tokens_per_s
 from l4queue.sim.engine.instance import Instance
 from l4queue.sim.engine.request import SimRequest
 from l4queue.sim.policies.pool import Pool
-from l4queue.sim.policies.views import AGEING_TOKENS_PER_S
 from l4queue.sim.policy import Fleet, Policy
 
 __all__ = ("Central", "CentralSjf", "Clairvoyant", "TwoPool")
@@ -18,6 +18,7 @@ class Central(Policy):
 
     def attach(self, cluster: Fleet) -> None:
         super().attach(cluster)
+        self._ageing_tokens_per_s = ageing_tokens_per_s(cluster.cost)
         self._pools = self._make_pools()
         self._pool_of = {i.index: pool for pool in self._pools for i in pool.instances}
 
@@ -50,7 +51,7 @@ class CentralSjf(Central):
     name = "central-sjf"
 
     def _score(self, request: SimRequest) -> float:
-        return request.arrival_s + request.prompt_tokens / AGEING_TOKENS_PER_S
+        return request.arrival_s + request.prompt_tokens / self._ageing_tokens_per_s
 
 
 class Clairvoyant(Central):
@@ -64,7 +65,7 @@ class Clairvoyant(Central):
         decode_ms = request.output_tokens * (cost.beta_ms + cost.gamma_ms * mean_length)
         per_token_ms = cost.pi_ms or 1.0
         work_tokens = (cost.prefill_ms(request.prompt_tokens) + decode_ms) / per_token_ms
-        return request.arrival_s + work_tokens / AGEING_TOKENS_PER_S
+        return request.arrival_s + work_tokens / self._ageing_tokens_per_s
 
 
 class TwoPool(Central):

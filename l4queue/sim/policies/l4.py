@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from l4queue.config import default_of
 from l4queue.errors import ConfigError
@@ -15,6 +16,7 @@ from l4queue.planning.steady_state import Objective, PartitionSettings
 from l4queue.policy.admission import AdmissionBudget
 from l4queue.policy.handover import decide_handover, first_watch, least_loaded, look_again_at, next_stage
 from l4queue.policy.loads import EARLY_NEWS_FRACTION, NEWS_INTERVAL_S, StageLoad, prefill_ahead_ms, stage_load
+from l4queue.policy.queue_order import ageing_tokens_per_s
 from l4queue.policy.route import route
 from l4queue.policy.steal import Steal, StealLimits, steal_waiting
 from l4queue.sim.engine.instance import Instance
@@ -24,7 +26,7 @@ from l4queue.sim.policies.l4_running_steals import PendingMove, RunningSteals
 from l4queue.sim.policies.l4_traffic import Traffic
 from l4queue.sim.policies.pool import Pool
 from l4queue.sim.policies.prefixes import Prefixes
-from l4queue.sim.policies.views import load_of, score_of, worker_id
+from l4queue.sim.policies.views import load_of, score_of, with_engines, worker_id
 from l4queue.sim.policy import Fleet, Policy
 from l4queue.sim.wake import backlog_of
 
@@ -52,6 +54,7 @@ class L4Options:
     min_life_s: float = default_of("plan_min_life_s")
     min_gain: float = default_of("plan_min_gain")
     steal: StealLimits = field(default_factory=StealLimits)
+    ageing_tokens_per_s: float | None = None
 
     @classmethod
     def checked(cls, *, objective: str, without: frozenset[str]) -> L4Options:
@@ -94,6 +97,8 @@ class L4(Policy):
         """Begin with one stage for everybody."""
         super().attach(cluster)
         price = self._price = cluster.price
+        rate = ageing_tokens_per_s(cluster.cost, given=self.options.ageing_tokens_per_s)
+        self.score_of = partial(score_of, ageing_tokens_per_s=rate)
         knows_skew = self._has["skew-in-planner"]
         self._planner_cost = cluster.cost if knows_skew else replace(cluster.cost, sigma_ms=0.0)
         self._running = RunningSteals(cost=cluster.cost, price=price, limits=self.options.steal)
@@ -119,7 +124,7 @@ class L4(Policy):
                 moves_requests=self._has["hand-over"],
             ),
         )
-        self._adopt(_with_ids(self._fixed or Plan.one_stage(), cluster.instances))
+        self._adopt(with_engines(self._fixed or Plan.one_stage(), cluster.instances))
 
     @property
     def num_queued(self) -> int:
@@ -385,16 +390,4 @@ class L4(Policy):
     def _make_pool(self, members: Sequence[Instance]) -> Pool:
         outputs = self.traffic.outputs
         remaining_tokens = (lambda: outputs.mean_tokens) if self._has["finish-first"] else None
-        return Pool(members, score=score_of, race=self.cluster.race, remaining_tokens=remaining_tokens)
-
-
-def _with_ids(plan: Plan, instances: Sequence[Instance]) -> Plan:
-    """The plan with engines assigned in order; one stage takes all."""
-    ids = [worker_id(instance) for instance in instances]
-    if len(plan.stages) == 1:
-        return replace(plan, stages=(replace(plan.stages[0], num_workers=len(ids), worker_ids=tuple(ids)),))
-    stages = []
-    for stage in plan.stages:
-        mine, ids = ids[: stage.num_workers], ids[stage.num_workers :]
-        stages.append(replace(stage, worker_ids=tuple(mine)))
-    return replace(plan, stages=tuple(stages))
+        return Pool(members, score=self.score_of, race=self.cluster.race, remaining_tokens=remaining_tokens)

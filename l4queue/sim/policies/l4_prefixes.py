@@ -16,7 +16,7 @@ from l4queue.sim.engine.request import SimRequest
 from l4queue.sim.policies.l4 import L4, L4Options
 from l4queue.sim.policies.pool import budget_of
 from l4queue.sim.policies.prefixes import Prefixes
-from l4queue.sim.policies.views import score_of, worker_id
+from l4queue.sim.policies.views import worker_id
 from l4queue.sim.policy import Fleet
 
 __all__ = ("PrefixL4",)
@@ -45,7 +45,7 @@ class PrefixL4(L4):
     def on_arrival(self, request: SimRequest, now_s: float) -> None:
         """Queue it, and see who takes what waits."""
         self.traffic.arrived(request)
-        self._waiting.append((score_of(request), request.index, request))
+        self._waiting.append((self.score_of(request), request.index, request))
         self._waiting.sort()
         self._place(now_s)
 

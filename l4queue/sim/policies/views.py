@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
-from l4queue.config import default_of
-from l4queue.models import WorkerLoad
+from l4queue.models import Plan, WorkerLoad
 from l4queue.policy import queue_order
 from l4queue.policy.steal import RunningRequest
 from l4queue.sim.engine.instance import Instance
 from l4queue.sim.engine.request import SimRequest
 
-__all__ = ("AGEING_TOKENS_PER_S", "load_of", "running_request", "score_of", "worker_id")
-
-AGEING_TOKENS_PER_S: float = default_of("ageing_tokens_per_s")
-"""Prompt tokens that a second of waiting counts as, as in the live system."""
+__all__ = ("load_of", "running_request", "score_of", "with_engines", "worker_id")
 
 
 def worker_id(instance: Instance) -> str:
@@ -53,8 +50,20 @@ def running_request(
     )
 
 
-def score_of(request: SimRequest) -> float:
+def score_of(request: SimRequest, *, ageing_tokens_per_s: float) -> float:
     """Place of a request in its stage's queue."""
     return queue_order.score(
-        request.arrival_s * 1000.0, request.prompt_tokens, ageing_tokens_per_s=AGEING_TOKENS_PER_S
+        request.arrival_s * 1000.0, request.prompt_tokens, ageing_tokens_per_s=ageing_tokens_per_s
     )
+
+
+def with_engines(plan: Plan, instances: Sequence[Instance]) -> Plan:
+    """The plan with engines assigned in order; one stage takes all."""
+    ids = [worker_id(instance) for instance in instances]
+    if len(plan.stages) == 1:
+        return replace(plan, stages=(replace(plan.stages[0], num_workers=len(ids), worker_ids=tuple(ids)),))
+    stages = []
+    for stage in plan.stages:
+        mine, ids = ids[: stage.num_workers], ids[stage.num_workers :]
+        stages.append(replace(stage, worker_ids=tuple(mine)))
+    return replace(plan, stages=tuple(stages))

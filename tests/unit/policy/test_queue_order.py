@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from l4queue.cost.coefficients import load_coefficients
+from l4queue.cost.step import StepCost
 from l4queue.policy.queue_order import (
     BACKGROUND,
+    ageing_tokens_per_s,
     background_overdue_ms,
     in_class,
     score,
@@ -15,6 +21,7 @@ from l4queue.policy.queue_order import (
 TIMES = st.integers(0, 10**7)
 PROMPTS = st.integers(0, 200_000)
 RATE = 2000.0
+RATES = st.floats(1.0, 1e6)
 
 
 @given(TIMES, PROMPTS, TIMES, PROMPTS, st.integers(0, 10**7))
@@ -60,6 +67,40 @@ def test_no_class_and_no_prompt_is_overtaken_beyond_the_starvation_bound(arrival
     late = score(arrival + 60_001, other, ageing_tokens_per_s=RATE, priority=q, starvation_bound_s=60.0)
 
     assert late > mine
+
+
+@given(TIMES, PROMPTS, PROMPTS, RATES, RATES)
+def test_the_bound_holds_whatever_the_rate_was_at_each_arrival(arrival, prompt, other, early, late) -> None:
+    """Rates are measured anew all the time, and dispatchers may not have the same."""
+    mine = score(arrival, prompt, ageing_tokens_per_s=early, priority=100, starvation_bound_s=60.0)
+    other_ms = score(arrival + 60_001, other, ageing_tokens_per_s=late, priority=-100, starvation_bound_s=60.0)
+
+    assert other_ms > mine
+
+
+@given(TIMES, PROMPTS, PROMPTS, RATES, RATES, st.integers(1, 10**6))
+def test_a_later_rate_overtakes_nobody_beyond_the_set_back_that_it_arrived_with(
+    arrival, prompt, other, early, late, after
+) -> None:
+    """The set-back of its own arrival is what others may make use of, whatever the rate is by then."""
+    mine = score(arrival, prompt, ageing_tokens_per_s=early)
+
+    assert score(mine + after, other, ageing_tokens_per_s=late) > mine
+
+
+def test_a_prompt_is_set_back_by_thirty_times_its_prefill_on_any_machine() -> None:
+    """An engine four times as slow ages four times as slowly; one without prices has a rate, too."""
+    cost = StepCost(alpha_ms=0.0, beta_ms=0.1, gamma_ms=0.0, pi_ms=0.02, psi_ms=1e-6)
+    slow = StepCost(alpha_ms=0.0, beta_ms=0.1, gamma_ms=0.0, pi_ms=0.08, psi_ms=1e-6)
+    free = StepCost(alpha_ms=0.0, beta_ms=0.0, gamma_ms=0.0, pi_ms=0.0, psi_ms=0.0)
+
+    rate = ageing_tokens_per_s(cost)
+
+    assert score(0, 1000, ageing_tokens_per_s=rate) == pytest.approx(30 * 20.0)
+    assert ageing_tokens_per_s(slow) == pytest.approx(rate / 4)
+    assert ageing_tokens_per_s(cost, given=5.0) == 5.0
+    assert 0.0 < ageing_tokens_per_s(free) < math.inf
+    assert ageing_tokens_per_s(load_coefficients("h100", "llama-3.1-8b")) == pytest.approx(1900, rel=0.05)
 
 
 @given(st.integers(0, 4 * 10**12), PROMPTS, st.integers(-100, 100), st.integers(-100, 101))
