@@ -341,6 +341,7 @@ class WorkerLoad:
     can_empty: bool = False  # tells `is_emptying`; workers of an older release do not
     num_prompt_tokens: int = 0  # of requests that began here and whose engine told of its prefix cache
     num_cached_tokens: int = 0  # of these, found in it
+    kv_budget_bytes: int | None = None  # room on its host for KV caches on their way; None: it tells of no bound
     models: tuple[str, ...] = ()  # names of the model that it serves, the usual one first; empty: it does not tell
 
     @property

@@ -136,6 +136,9 @@ def simulate(
     handover_gb_per_s: Annotated[
         float, typer.Option(min=0, help="Hand-over by KV transfer at this bandwidth; 0: by prefilling again.")
     ] = 0.0,
+    handover_room_gib: Annotated[
+        float, typer.Option(min=0, help="Room for KV caches on their way, in all, GiB; 0: without bound.")
+    ] = 0.0,
     wake_jitter_ms: Annotated[
         float, typer.Option(min=0, help="How late workers wake, on average; 0: the lightest is always the first.")
     ] = 1.0,
@@ -191,6 +194,7 @@ def simulate(
         objective=objective,
         without=frozenset(without or ()),
         handover_gb_per_s=handover_gb_per_s,
+        handover_room_gib=handover_room_gib,
         wake_jitter_ms=wake_jitter_ms,
         warmup_share=warmup_share,
         seed=seed,
@@ -223,6 +227,7 @@ def _make_study(
     objective: str,
     without: frozenset[str],
     handover_gb_per_s: float,
+    handover_room_gib: float,
     wake_jitter_ms: float,
     warmup_share: float,
     seed: int,
@@ -250,6 +255,7 @@ def _make_study(
     price = MovePrice(
         bandwidth_bytes_per_s=handover_gb_per_s * 1e9 or None,
         kv_bytes_per_token=costs.kv_bytes_per_token,
+        room_bytes=round(handover_room_gib * 2**30) or None,
     )
     setting = RunConfig(
         cost=cost,

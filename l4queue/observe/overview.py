@@ -134,9 +134,13 @@ def longest_request_tokens(overview: Overview, settings: Settings) -> int:
 
 
 def price_in_force(overview: Overview) -> MovePrice:
-    """Price of moving a running request: a second prefill if any worker cannot move KV caches."""
-    slowest = sorted(overview.prices, key=lambda price: price.bandwidth_bytes_per_s or 0.0)
-    return slowest[0] if slowest else MovePrice()
+    """Price of moving a running request: a second prefill if any worker cannot move KV caches.
+
+    Of workers that can, the slowest one's, with the least room of any.
+    """
+    slowest = min(overview.prices, key=lambda price: price.bandwidth_bytes_per_s or 0.0, default=MovePrice())
+    rooms = [price.room_bytes for price in overview.prices if price.room_bytes is not None]
+    return replace(slowest, room_bytes=min(rooms, default=None))
 
 
 def _first(keys: Keys) -> list[Call[Any]]:

@@ -89,7 +89,8 @@ def escapes(
     `ahead_ms` is the prefill before what runs here. With less than `MIN_PREFILL_MS` in the engine nothing moves.
     A move must win more than the prefill that its request is going to meet there (`_PREFILL_SHARE`). At most
     `max_moves` are in motion from here; each move counts in the loads by which the next is weighed
-    (`handover.decide_handover`). Ties by request id, and by worker id.
+    (`handover.decide_handover`), and takes from the room for KV caches. A request whose KV cache finds none stays.
+    Ties by request id, and by worker id.
 
     `reuse_share` is the share of prompt tokens that is found in prefix caches: what a request brings to its target
     displaces blocks that would be found again as often.
@@ -107,6 +108,8 @@ def escapes(
         step_ms = _step_ms(there.load, cost)
         weighed = []
         for item in able:
+            if not price.is_sent(item.length_tokens):
+                continue
             held = item.held_by(there.load.worker_id)
             displaced_ms = 0.0
             if reuse_share:
@@ -140,6 +143,7 @@ def escapes(
             )
         )
         able.remove(item)
+        price = price.after(item.length_tokens)
         here = _with(here, -1, -item.length_tokens)
         places[target_id] = replace(there, load=_with(there.load, 1, item.length_tokens))
     return tuple(found)

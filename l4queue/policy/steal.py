@@ -272,7 +272,7 @@ def bid(
     Moving a request of length l with r tokens to go gains r·(step here - step there) for itself and r·(β+γl) for
     each other request here, and costs the same to each there, the move's delay and its prefill for those there.
     A request is not offered to where it came from, if pinned, if it does not fit, or if the asking worker's step
-    would become longer than the victim's.
+    would become longer than the victim's. An offer takes from the room for KV caches of those after it.
     """
     limits = limits or StealLimits()
     cooling = last_move_ms is not None and now_ms - last_move_ms < limits.cool_down_ms
@@ -282,6 +282,23 @@ def bid(
     idle_ms = decode_step_ms(max(1, request.num_running), request.context_tokens, cost=cost)
     if victim.num_running < 2 or here_ms < limits.overload_ratio * idle_ms:
         return ()
+    chosen: list[Bid] = []
+    offers = _offers(victim, running, request, cost=cost, price=price)
+    while offers and len(chosen) < limits.max_moves - moves_in_flight:
+        chosen.append(offers.pop(0))
+        rest = price.after(chosen[-1].length_tokens)
+        if rest is not price:
+            price, taken = rest, {offer.request_id for offer in chosen}
+            others = [item for item in running if item.request_id not in taken]
+            offers = _offers(victim, others, request, cost=cost, price=price)
+    return tuple(chosen)
+
+
+def _offers(
+    victim: WorkerLoad, running: Sequence[RunningRequest], request: Ask, *, cost: StepCost, price: MovePrice
+) -> list[Bid]:
+    """All moves that pay, each by itself, best net gain first."""
+    here_ms = decode_step_ms(victim.num_running, victim.context_tokens, cost=cost)
     offers = []
     for item in running:
         if item.came_from == request.worker_id or item.expected_remaining_tokens <= 0.0:
@@ -307,7 +324,7 @@ def bid(
                 )
             )
     offers.sort(key=lambda b: (b.cost_ms - b.benefit_ms, b.request_id))
-    return tuple(offers[: limits.max_moves - moves_in_flight])
+    return offers
 
 
 def match(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
 from l4queue.compat import MAX_NUMBER, object_of, value_of
@@ -223,6 +223,7 @@ _NEW_FIELDS = (
     "num_cached_tokens",
     "longest_prefill_tokens",
     "prefill_due_ms",
+    "kv_budget_bytes",
 )
 
 
@@ -230,6 +231,13 @@ def load_to_json(load: WorkerLoad) -> dict[str, dict[str, Any]]:
     """`load` and `more` of what a worker publishes: all that release 1 knows, and what came after it."""
     told = asdict(load)
     return {"more": {name: told.pop(name) for name in _NEW_FIELDS}, "load": told}
+
+
+def price_to_json(price: MovePrice) -> dict[str, Any]:
+    """`price` of what a worker publishes: all that release 1 knows. The room stands in its load."""
+    told = asdict(price)
+    del told["room_bytes"]
+    return told
 
 
 def load_from_json(told: Mapping[str, Any]) -> WorkerLoad:
@@ -243,14 +251,16 @@ def worker(incarnation: str, expires_ms: int, key: str, row: list[Any]) -> Worke
     if row[0] is None:
         return None
     told = object_of(row[1], what="load")
+    load = load_from_json(told)
+    price = _part(key, told.get("price"), _price)  # workers of an older release do not tell
     return WorkerView(
         incarnation=incarnation,
         worker_id=row[0].decode(),
         expires_ms=expires_ms,
         seen_ms=whole(row[2]),
-        load=load_from_json(told),
+        load=load,
         cost=_part(key, told.get("cost"), _cost),
-        price=_part(key, told.get("price"), _price),  # workers of an older release do not tell
+        price=price and replace(price, room_bytes=load.kv_budget_bytes),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from enum import IntEnum
 from heapq import heappop, heappush
 
@@ -70,8 +71,9 @@ class Cluster:
         self.policy = policy
         self.rng = rng
         self.race = WakeRace(rng, jitter_ms=wake_jitter_ms)
-        self.price = price or MovePrice()
-        self._links = Links(self.price, cost=cost) if has_content else None
+        self._price = price or MovePrice()
+        self._on_the_way_bytes: dict[SimRequest, int] = {}  # of KV caches, where the room for them is bounded
+        self._links = Links(self._price, cost=cost) if has_content else None
         self._released_by: Instance | None = None
         self.now_s = 0.0
         self.num_arrived = 0
@@ -108,6 +110,13 @@ class Cluster:
             if observe is not None:
                 observe(self)
 
+    @property
+    def price(self) -> MovePrice:
+        """See `Fleet`."""
+        if self._price.room_bytes is None:
+            return self._price
+        return replace(self._price, room_bytes=self._price.room_bytes - sum(self._on_the_way_bytes.values()))
+
     # ---------------------------------------------------------------- verbs for policies
 
     def push(self, request: SimRequest, instance: Instance) -> None:
@@ -141,11 +150,14 @@ class Cluster:
         request.num_steals += 1
 
     def _transfer(self, request: SimRequest, target: Instance) -> None:
-        request.has_kv = self.price.bandwidth_bytes_per_s is not None
+        price = self.price
+        request.has_kv = price.is_sent(request.length)
+        if request.has_kv and price.room_bytes is not None:
+            self._on_the_way_bytes[request] = request.length * price.kv_bytes_per_token
         self.num_in_transit += 1
         source = self._released_by
-        if self._links is None or source is None:
-            landed_s = self.now_s + self.price.transit_ms(request.length) / 1000.0
+        if self._links is None or source is None or not request.has_kv:
+            landed_s = self.now_s + price.transit_ms(request.length) / 1000.0
         else:
             landed_s = self._links.landed_s(self.now_s, request.length, source=source, target=target)
         self._put(landed_s, EventKind.LANDED, request, target)
@@ -171,6 +183,7 @@ class Cluster:
             assert isinstance(subject, SimRequest)
             assert isinstance(detail, Instance)
             self.num_in_transit -= 1
+            self._on_the_way_bytes.pop(subject, None)
             self.push(subject, detail)
         elif kind == EventKind.START:
             assert isinstance(subject, Instance)

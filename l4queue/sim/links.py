@@ -22,9 +22,7 @@ class Links:
         self._free_s: dict[int, float] = {}
 
     def landed_s(self, now_s: float, length_tokens: int, *, source: Instance, target: Instance) -> float:
-        """When a request that leaves now is at its target, with its KV cache where that is sent."""
-        if self._price.bandwidth_bytes_per_s is None:
-            return now_s + self._price.transit_ms(length_tokens) / 1000.0
+        """When a request that leaves now is at its target with its KV cache."""
         ends = (source.index, target.index)
         begin_s = max(now_s, *(self._free_s.get(end, 0.0) for end in ends))
         copied_s = begin_s + self._price.transit_ms(length_tokens) / 1000.0 - self._price.fixed_ms / 1000.0

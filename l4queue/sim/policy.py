@@ -29,7 +29,7 @@ class Fleet(Protocol):
 
     @property
     def price(self) -> MovePrice:
-        """Price of moving a running request."""
+        """Price of moving a running request now."""
 
     @property
     def rng(self) -> np.random.Generator:

@@ -29,7 +29,7 @@ def prove_recent(policy: L4, snapshot: Snapshot, settings: PlannerSettings) -> t
         recent,
         cost=cluster.cost,
         num_instances=len(cluster.instances),
-        price=cluster.price,
+        price=settings.partition.move_price,
         options=policy.options,
         changed=Changed(begun_s=traffic.learned.begun_s, demand=snapshot.demand, buckets=snapshot.buckets),
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -148,6 +150,28 @@ def test_what_runs_leaves_before_a_long_prefill() -> None:
     latest = [float(run.measured.e2e_s[:20].max()) for run in found]
     assert [run.result.num_handovers for run in found] == [10, 0]
     assert latest[1] - latest[0] > 0.5 * prefill_s
+
+
+@pytest.mark.parametrize(("room_tokens", "least", "most"), [(None, 10, 10), (500, 1, 9), (10, 0, 0)])
+def test_no_more_leave_than_have_room_for_their_kv_caches(room_tokens: int | None, least: int, most: int) -> None:
+    """Ten want to leave before a long prompt, each with 200 tokens and more: never more on their way than fit."""
+    trace = Trace(
+        name="one long",
+        arrival_s=np.array([0.0] * 20 + [1.0]),
+        input_tokens=np.array([200] * 20 + [40_000]),
+        output_tokens=np.array([400] * 20 + [10]),
+    )
+    price = MovePrice(bandwidth_bytes_per_s=50e9)
+    if room_tokens is not None:
+        price = replace(price, room_bytes=room_tokens * price.kv_bytes_per_token)
+
+    def there_is_room(cluster: Cluster) -> None:
+        assert cluster.price.room_bytes is None or cluster.price.room_bytes >= 0
+
+    setting = RunConfig(cost=COST, num_instances=2, price=price)
+    run = run_policy(L4(L4Options(), fixed=Plan.one_stage()), trace, setting, observe=there_is_room)
+
+    assert least <= run.result.num_handovers <= most
 
 
 def test_the_planner_may_ignore_a_skew_that_the_engine_has() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import pytest
@@ -107,6 +107,16 @@ def test_a_worker_of_a_newer_release_is_known_by_what_both_know() -> None:
     assert (view.cost, view.price) == (COST, MovePrice())
     del told["load"]["is_draining"]
     assert _worker(told | {"more": {"is_draining": True}}).load.is_draining  # type: ignore[union-attr]
+
+
+def test_the_room_for_kv_caches_is_told_beside_the_price_and_read_with_it() -> None:
+    """A worker of the first release would not read a price that has it."""
+    price, load = MovePrice(bandwidth_bytes_per_s=1e9, room_bytes=5), replace(LOAD, kv_budget_bytes=5)
+
+    view = _worker({**views.load_to_json(load), "price": views.price_to_json(price)})
+
+    assert view is not None
+    assert (view.load, view.price) == (load, price)
 
 
 @pytest.mark.parametrize("part", ["cost", "price"])

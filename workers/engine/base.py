@@ -126,6 +126,7 @@ class EngineStats:
     num_kv_loads: int = 0
     num_kv_misses: int = 0
     kv_loaded_bytes: int = 0
+    kv_budget_bytes: int | None = None  # room for KV caches on their way while there are none; None: without bound
 
 
 MAX_STEP_RECORDS = 4096
@@ -181,6 +182,9 @@ class Engine(Protocol):
 
     def stats(self) -> EngineStats:
         """Load now; cheap."""
+
+    def kv_room_bytes(self) -> int | None:
+        """Room that is left for what `cut` keeps for other engines; None: without bound, or it keeps nothing."""
 
     def step_records(self) -> list[StepRecord]:
         """Steps measured since the last call, oldest first; bounded, the oldest are dropped."""

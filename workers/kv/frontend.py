@@ -40,6 +40,19 @@ class KVFrontend:
         self.num_misses = 0
         self.loaded_bytes = 0
 
+    @property
+    def budget_bytes(self) -> int:
+        """Most bytes of segments of all engines of the host."""
+        return self._store.limit_bytes
+
+    def room_bytes(self) -> int:
+        """Room that segments leave; 0 where the directory cannot be read."""
+        try:
+            return self._store.room_bytes()
+        except OSError as error:
+            log.warning("%s cannot be read: %s", self._store.directory, error)
+            return 0
+
     def open(self) -> None:
         """Use the directory from now on; what engines that were killed have left there goes."""
         try:

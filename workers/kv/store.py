@@ -80,6 +80,11 @@ class SegmentStore:
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
             raise ConfigError(f"KV hand-over: {directory} is not a directory of this user alone; remove it")
 
+    def room_bytes(self) -> int:
+        """Room for one more segment beside those that nobody has fetched yet. OSError as the file system has it."""
+        used = sum(found.st_size for path, found in self._entries() if path.suffix != ".cut")
+        return max(0, self.limit_bytes - used)
+
     def path(self, ticket: str) -> Path:
         """Where the finished segment of a ticket lies."""
         return self.directory / f"{ticket}.kv"

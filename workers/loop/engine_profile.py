@@ -74,7 +74,10 @@ class EngineProfile:
 
     @property
     def move_price(self) -> MovePrice:
-        """Price of a move of a running request: its target prefills it again, or reads its KV cache."""
+        """Price of a move of a running request: its target prefills it again, or reads its KV cache.
+
+        Its room is that of a host whose other requests stay where they are.
+        """
         if not self.info.can_move_kv:
             return MovePrice()
         kv_bytes_per_token = self.info.kv_bytes_per_token
@@ -82,5 +85,15 @@ class EngineProfile:
             bandwidth = self._settings.emulated_kv_bytes_per_s
             return MovePrice(bandwidth_bytes_per_s=bandwidth, kv_bytes_per_token=kv_bytes_per_token)
         return MovePrice(
-            bandwidth_bytes_per_s=KV_BYTES_PER_S, kv_bytes_per_token=kv_bytes_per_token, fixed_ms=KV_FIXED_MS
+            bandwidth_bytes_per_s=KV_BYTES_PER_S,
+            kv_bytes_per_token=kv_bytes_per_token,
+            fixed_ms=KV_FIXED_MS,
+            room_bytes=self._engine.stats().kv_budget_bytes,
         )
+
+    def price_now(self) -> MovePrice:
+        """The same with the room that is left at the moment."""
+        price = self.move_price
+        if price.room_bytes is None:
+            return price
+        return replace(price, room_bytes=self._engine.kv_room_bytes())

@@ -12,7 +12,6 @@ import logging
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import asdict
 
 from l4queue.compat import FORMAT
 from l4queue.cost.move import MovePrice
@@ -21,7 +20,7 @@ from l4queue.errors import ServiceUnavailable
 from l4queue.models import WorkerLoad
 from l4queue.policy.loads import NEWS_INTERVAL_S
 from l4queue.protocol.calls import Verdict
-from l4queue.protocol.parsing import load_to_json
+from l4queue.protocol.parsing import load_to_json, price_to_json
 from workers.engine.base import EngineDied
 from workers.engine.loop_work import lease_of
 from workers.loop.context import WorkerContext
@@ -145,7 +144,7 @@ class Lease:
             "v": FORMAT,
             **load_to_json(load),
             "cost": None if cost is None else cost.to_dict(),
-            "price": asdict(self._price()),
+            "price": price_to_json(self._price()),
         }
         verdict = await self._executor.run(
             self._calls.renew(

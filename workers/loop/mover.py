@@ -11,6 +11,7 @@ from dataclasses import asdict, replace
 from typing import NoReturn
 
 from l4queue.compat import FORMAT, object_of, value_of
+from l4queue.cost.move import MovePrice
 from l4queue.models import WorkerLoad
 from l4queue.policy.escape import (
     MIN_PREFILL_MS,
@@ -67,6 +68,7 @@ class Mover:
         self._report = report
         self._writer = writer
         self._moves = TaskSet()
+        self._uncopied: set[Session] = set()  # on their way out, and their KV caches take no room yet
         self._last_steal_ms: int | None = None
         self._last_ask_ms: int | None = None
         self._is_due = asyncio.Event()
@@ -136,7 +138,7 @@ class Mover:
             targets=[EscapeTarget(load=load, ahead_ms=self._ahead_ms(load)) for load in siblings],
             moves_in_flight=len(self._moves),
             cost=self._profile.cost,
-            price=self._profile.move_price,
+            price=self._price_now(),
             limits=context.steal_limits,
         ):
             move = Move(kind=MoveKind.ESCAPE, benefit_ms=escape.benefit_ms, cost_ms=escape.cost_ms)
@@ -182,7 +184,7 @@ class Mover:
             last_move_ms=self._last_steal_ms,
             now_ms=_now_ms(),
             cost=self._profile.cost,
-            price=self._profile.move_price,
+            price=self._price_now(),
             limits=context.steal_limits,
         )
         by_id = {session.request_id: session for session in self._sessions}
@@ -214,7 +216,7 @@ class Mover:
             here=here,
             there=there,
             cost=self._profile.cost,
-            price=self._profile.move_price,
+            price=self._price_now(),
             ahead_here_ms=self._ahead_ms(here),
             ahead_there_ms=self._ahead_ms(there) if there else 0.0,
         )
@@ -229,14 +231,23 @@ class Mover:
         fleet_view = self._fleet_view
         return fleet_view.ahead_ms(load.pending_prefill_tokens, fleet_view.stage_of(load), cost=self._profile.cost)
 
+    def _price_now(self) -> MovePrice:
+        """Price of a move that begins now, beside those that have begun."""
+        price = self._profile.price_now()
+        for session in self._uncopied:
+            price = price.after(session.length_tokens)
+        return price
+
     def _begin(self, session: Session, target_id: str, move: Move) -> None:
         self._sessions.begin_move(session, move.kind)
+        self._uncopied.add(session)
         self._moves.start(self._move(session, target_id, move))
 
     async def _move(self, session: Session, target_id: str, move: Move) -> None:
         """Cut, write, release. What fails on the way ends the worker, which gives the request back."""
         context = self._context
         cut = await self._writer.cut(session)
+        self._uncopied.discard(session)
         if cut is None:  # its end is on the way, or the engine's
             self._sessions.end_move(session)
             return

@@ -66,6 +66,7 @@ class WorkerReport:
             num_prompt_tokens=self._sessions.num_prompt_tokens,
             num_cached_tokens=self._sessions.num_cached_tokens,
             models=self._models,
+            kv_budget_bytes=stats.kv_budget_bytes,
         )
 
     def _prefill_due_ms(self) -> float:

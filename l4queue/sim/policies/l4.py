@@ -96,16 +96,15 @@ class L4(Policy):
     def attach(self, cluster: Fleet) -> None:
         """Begin with one stage for everybody."""
         super().attach(cluster)
-        price = self._price = cluster.price
         rate = ageing_tokens_per_s(cluster.cost, given=self.options.ageing_tokens_per_s)
         self.score_of = partial(score_of, ageing_tokens_per_s=rate)
         knows_skew = self._has["skew-in-planner"]
         self._planner_cost = cluster.cost if knows_skew else replace(cluster.cost, sigma_ms=0.0)
-        self._running = RunningSteals(cost=cluster.cost, price=price, limits=self.options.steal)
+        self._running = RunningSteals(cost=cluster.cost, price=lambda: cluster.price, limits=self.options.steal)
         self._escapes = Escapes(
             cluster.instances,
             cost=cluster.cost,
-            price=price,
+            price=lambda: cluster.price,
             limits=self.options.steal,
             ahead_ms=self._ahead_ms,
             expected_remaining=self.traffic.outputs.expected_remaining,
@@ -120,7 +119,7 @@ class L4(Policy):
                 slo_ttft_ms=self.options.slo_ttft_ms,
                 slo_tpot_ms=self.options.slo_tpot_ms,
                 max_stages=4 if self._has["classes"] else 1,
-                move_price=price,
+                move_price=cluster.price,
                 moves_requests=self._has["hand-over"],
             ),
         )
@@ -189,7 +188,7 @@ class L4(Policy):
             here=here,
             there=there,
             cost=self.cluster.cost,
-            price=self._price,
+            price=self.cluster.price,
             ahead_here_ms=self._ahead_ms(instance.pending_tokens, instance.stage),
             ahead_there_ms=self._ahead_ms(there.pending_prefill_tokens if there else 0, stage),
         )

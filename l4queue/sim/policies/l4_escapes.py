@@ -28,7 +28,7 @@ class Escapes:
         instances: Sequence[Instance],
         *,
         cost: StepCost,
-        price: MovePrice,
+        price: Callable[[], MovePrice],
         limits: StealLimits,
         ahead_ms: Callable[[int, int], float],
         expected_remaining: Callable[[int], float],
@@ -53,7 +53,8 @@ class Escapes:
             return []
         in_flight = len(instance.removals)
         here = self._load_of(instance)
-        can_pay = may_escape(here.pending_prefill_tokens, cost=self._cost, price=self._price)
+        price = self._price()
+        can_pay = may_escape(here.pending_prefill_tokens, cost=self._cost, price=price)
         if not can_pay or in_flight >= self._limits.max_moves:
             return []
         ahead_ms = self._before_ms(instance)
@@ -68,7 +69,7 @@ class Escapes:
             targets=[target for target, _ in targets],
             moves_in_flight=in_flight,
             cost=self._cost,
-            price=self._price,
+            price=price,
             limits=self._limits,
             reuse_share=self._prefixes.hit_share if self._prefixes is not None else 0.0,
         )

@@ -27,7 +27,7 @@ class PendingMove:
 class RunningSteals:
     """Who has moved what, and what may move now."""
 
-    def __init__(self, *, cost: StepCost, price: MovePrice, limits: StealLimits) -> None:
+    def __init__(self, *, cost: StepCost, price: Callable[[], MovePrice], limits: StealLimits) -> None:
         self._cost, self._price, self._limits = cost, price, limits
         self._last_ask_ms: dict[str, int] = {}
         self._last_move_ms: dict[str, int] = {}
@@ -108,7 +108,7 @@ class RunningSteals:
                 last_move_ms=self._last_move_ms.get(victim.worker_id),
                 now_ms=now_ms,
                 cost=self._cost,
-                price=self._price,
+                price=self._price(),
                 limits=self._limits,
             )
         return bids, asks, running

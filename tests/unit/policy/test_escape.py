@@ -201,3 +201,13 @@ def test_a_second_prefill_leaves_out_what_the_target_holds() -> None:
 
     saved_ms = COST.prefill_ms(8_000) - COST.prefill_ms(8_000, 6_000)
     assert loss_ms(0) - loss_ms(6_000) == pytest.approx(10 * saved_ms)
+
+
+def test_what_finds_no_room_for_its_kv_cache_stays_and_each_takes_room_from_the_next() -> None:
+    """Two of 4,000 tokens, then room for both, for one and for none."""
+    two = [replace(ITEM, request_id=name, length_tokens=4_000) for name in ("a", "b")]
+    size = 4_000 * TRANSFER.kv_bytes_per_token
+
+    for room_bytes, names in ((2 * size, ["a", "b"]), (2 * size - 1, ["a"]), (size - 1, [])):
+        found = _escapes(two, [CALM], price=replace(TRANSFER, room_bytes=room_bytes))
+        assert [escape.request_id for escape in found] == names

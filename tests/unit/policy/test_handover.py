@@ -105,3 +105,11 @@ def test_prefilling_again_costs_more_than_sending_the_cache(length: int) -> None
     assert RECOMPUTE.delay_ms(length, COST) > TRANSFER.delay_ms(length, COST)
     assert TRANSFER.work_ms(length, COST) == 0.0
     assert RECOMPUTE.work_ms(length, COST) == pytest.approx(COST.prefill_ms(length))
+
+
+@pytest.mark.parametrize(("room_bytes", "as_if"), [(3000 * 131_072, TRANSFER), (3000 * 131_072 - 1, RECOMPUTE)])
+def test_a_cache_without_room_is_weighed_as_the_prefill_it_will_be(room_bytes: int, as_if: MovePrice) -> None:
+    """One byte decides."""
+    found = [_decide(3000, price=price) for price in (replace(TRANSFER, room_bytes=room_bytes), as_if)]
+
+    assert found[0] == found[1]

@@ -215,6 +215,16 @@ def test_a_victim_offers_nothing_when_it_may_not_or_need_not(changes: dict[str, 
     assert _bid(**changes) == ()
 
 
+def test_an_offer_takes_room_for_its_kv_cache_from_those_after_it() -> None:
+    """Equal requests: the first two have room, the third one is to be prefilled again, and then stays."""
+    room_bytes = 2 * 4000 * FAST.kv_bytes_per_token
+    offers = _bid(price=replace(FAST, room_bytes=room_bytes))
+    again = _bid(price=MovePrice())
+
+    assert offers[:2] == _bid()[:2]
+    assert [offer.cost_ms for offer in offers[2:]] == [offer.cost_ms for offer in again[:1]]
+
+
 BIDS = st.lists(
     st.tuples(st.integers(0, 3), st.integers(0, 3), st.integers(0, 8), st.integers(1, 400), st.floats(1, 100)),
     max_size=25,

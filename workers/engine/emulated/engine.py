@@ -142,6 +142,9 @@ class EmulatedEngine:
             kv_loaded_bytes=self._kv_loaded_bytes,
         )
 
+    def kv_room_bytes(self) -> None:
+        """Its tickets take no memory."""
+
     def step_records(self) -> list[StepRecord]:
         """Steps since the last call, with their predicted time."""
         records = list(self._records)

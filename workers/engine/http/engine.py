@@ -225,6 +225,9 @@ class HttpEngine:
             num_preemptions=gauges.num_preemptions,
         )
 
+    def kv_room_bytes(self) -> None:
+        """Its requests move without KV."""
+
     def step_records(self) -> list[StepRecord]:
         """Steps since the last call, as far as tokens tell of them."""
         return self._watch.take_records()

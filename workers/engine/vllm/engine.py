@@ -279,7 +279,12 @@ class VllmEngine:
             num_kv_loads=kv.num_loads if kv else 0,
             num_kv_misses=kv.num_misses if kv else 0,
             kv_loaded_bytes=kv.loaded_bytes if kv else 0,
+            kv_budget_bytes=kv.budget_bytes if kv else None,
         )
+
+    def kv_room_bytes(self) -> int | None:
+        """Room left in the segment directory of the host."""
+        return self._kv_frontend.room_bytes() if self._kv_frontend is not None else None
 
     def step_records(self) -> list[StepRecord]:
         """Steps since the last call."""
