@@ -147,8 +147,11 @@ class Settings(BaseSettings):
     )
     cpu_cores_per_worker: int = Field(1, ge=1, description="cores that a CPU engine takes by devices_dir")
     gpu_memory_share: float = Field(0.9, gt=0, le=1, description="share of the GPU's memory that vLLM takes")
-    kv_handover_bytes: int = Field(
-        1 << 30, ge=0, description="most shared memory for the KV of handed-over requests, bytes; 0: prefill again"
+    kv_handover_bytes: int | None = Field(
+        None,
+        ge=0,
+        description="most shared memory for the KV of moving requests, bytes; not set: by model, workers and "
+        "memory (docs/kv-handover.md); 0: prefill again",
     )
     dtype: str = Field(
         "auto",
@@ -269,7 +272,7 @@ class Settings(BaseSettings):
             raise ConfigError(f"{name} is no setting of l4queue{f'; did you mean {near[0]}?' if near else ''}")
         return init_settings, env_settings, dotenv_settings, file_secret_settings
 
-    @field_validator("ageing_tokens_per_s", mode="before")
+    @field_validator("ageing_tokens_per_s", "kv_handover_bytes", mode="before")
     @classmethod
     def _empty_is_not_set(cls, value: object) -> object:
         """A line without a value, as .env.example has it."""

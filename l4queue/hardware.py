@@ -22,6 +22,7 @@ __all__ = (
     "cpu_flags",
     "engine_build",
     "list_gpus",
+    "memory_limit_bytes",
     "missing_library",
     "view_gpus",
     "whole_cores",
@@ -29,6 +30,7 @@ __all__ = (
 
 _TOPOLOGY = Path("/sys/devices/system/cpu")
 _CPUINFO = Path("/proc/cpuinfo")
+_CGROUP_MEMORY = Path("/sys/fs/cgroup/memory.max")
 _BFLOAT16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16", "svebf16"})
 """Instructions for bfloat16, as Linux names them on x86 and on ARM."""
 
@@ -110,6 +112,16 @@ def cpu_dtype(dtype: str, *, flags: Collection[str]) -> str:
     """
     is_slow = bool(flags) and _BFLOAT16_FLAGS.isdisjoint(flags)
     return "float32" if dtype == "auto" and is_slow else dtype
+
+
+def memory_limit_bytes(cgroup: Path = _CGROUP_MEMORY) -> int:
+    """Memory of this machine, or less where its container is held to less."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        limit = cgroup.read_text("ascii").strip()
+    except OSError:  # no container, or none of version 2
+        return total
+    return min(total, int(limit)) if limit.isdigit() else total
 
 
 def available_memory_bytes() -> int:

@@ -63,7 +63,7 @@ def kv_directory(settings: Settings) -> Path | None:
 
     A directory that cannot be used is said once and costs nothing but that.
     """
-    if not settings.kv_handover_bytes:
+    if settings.kv_handover_bytes == 0:
         return None
     directory = default_directory(settings.namespace)
     try:

@@ -60,7 +60,7 @@ class Router:
         self.plan, self._loads = plan, None
 
     def measured(self, cost: StepCost) -> None:
-        """The cost model in force: later arrivals age by its prefill rate. At first it is that of the settings' file."""
+        """The cost model in force: later arrivals age by its prefill rate. At first that of the settings' file."""
         given = self._settings.ageing_tokens_per_s
         self.ageing_tokens_per_s = queue_order.ageing_tokens_per_s(cost, given=given)
 

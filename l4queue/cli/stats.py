@@ -78,7 +78,7 @@ def tables(overview: Overview) -> list[Any]:
         *(str(counts.get(name, 0)) for name in ("live", "inbox", "done", "failed")),
         *(str(counts.get(name, 0)) for name in ("cancelled", "expired", "dead")),
     )
-    return [stages, workers, totals, _results(counts), _moves(counts)]
+    return [stages, workers, totals, _results(counts), _moves(counts), *_kv_moves(overview)]
 
 
 def _results(counts: dict[str, int]) -> Any:
@@ -106,6 +106,25 @@ def _moves(counts: dict[str, int]) -> Any:
     gap = f"{counts.get(ResumeCounter.GAP_MS, 0) / resumes:.0f}" if resumes else "–"
     table.add_row(*map(str, moved), str(resumes), gap)
     return table
+
+
+def _kv_moves(overview: Overview) -> list[Any]:
+    """Room and speed of KV caches on their way, where any worker moves them."""
+    from rich.table import Table
+
+    from l4queue.observe.overview import price_in_force
+
+    price = price_in_force(overview)
+    if price.bandwidth_bytes_per_s is None:
+        return []
+    table = Table(title="KV caches on their way", title_justify="left")
+    for name in ("GB/s", "room GiB", "room tokens"):
+        table.add_column(name, justify="right")
+    room = price.room_bytes
+    tokens = "no bound" if room is None else str(room // max(1, price.kv_bytes_per_token))
+    gib = "no bound" if room is None else f"{room / 2**30:.1f}"
+    table.add_row(f"{price.bandwidth_bytes_per_s / 1e9:.2f}", gib, tokens)
+    return [table]
 
 
 def register(app: typer.Typer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = (
     "Overview",
     "QueueView",
+    "common_bytes_per_s",
     "cost_in_force",
     "longest_request_tokens",
     "price_in_force",
@@ -136,11 +138,20 @@ def longest_request_tokens(overview: Overview, settings: Settings) -> int:
 def price_in_force(overview: Overview) -> MovePrice:
     """Price of moving a running request: a second prefill if any worker cannot move KV caches.
 
-    Of workers that can, the slowest one's, with the least room of any.
+    Else at the median speed, with the least room of any.
     """
     slowest = min(overview.prices, key=lambda price: price.bandwidth_bytes_per_s or 0.0, default=MovePrice())
+    if slowest.bandwidth_bytes_per_s is None:
+        return slowest
     rooms = [price.room_bytes for price in overview.prices if price.room_bytes is not None]
-    return replace(slowest, room_bytes=min(rooms, default=None))
+    speed = common_bytes_per_s(overview.prices)
+    return replace(slowest, bandwidth_bytes_per_s=speed, room_bytes=min(rooms, default=None))
+
+
+def common_bytes_per_s(prices: Iterable[MovePrice]) -> float | None:
+    """The median speed of the workers that move KV caches; None of none."""
+    known = sorted(price.bandwidth_bytes_per_s for price in prices if price.bandwidth_bytes_per_s is not None)
+    return known[len(known) // 2] if known else None
 
 
 def _first(keys: Keys) -> list[Call[Any]]:

@@ -126,6 +126,7 @@ class EngineStats:
     num_kv_loads: int = 0
     num_kv_misses: int = 0
     kv_loaded_bytes: int = 0
+    kv_bytes_per_s: float = 0.0  # of a KV cache on its way, out and in, as measured here; 0: not yet
     kv_budget_bytes: int | None = None  # room for KV caches on their way while there are none; None: without bound
 
 

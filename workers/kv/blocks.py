@@ -22,6 +22,7 @@ class BlockRows(Protocol):
     """The KV cache of an engine, block by block. Blocks are copied as they lie: same engine, same layout."""
 
     num_layers: int
+    num_blocks: int
     block_bytes: int
     num_threads: int  # that may copy at once
 
@@ -60,7 +61,7 @@ class HostRows:
         # dimension 0 counts blocks; a block's bytes lie together, blocks need not
         self._layers = [layer.view(word).flatten(1).numpy() for layer in layers]
         self._word = self._layers[0].dtype
-        self.num_layers = len(layers)
+        self.num_layers, self.num_blocks = len(layers), len(layers[0])
         self.block_bytes = self._layers[0].shape[1] * self._word.itemsize
         self.num_threads = 1  # the model computes on these cores
 
@@ -86,7 +87,7 @@ class TensorRows:
     def __init__(self, layers: Sequence[torch.Tensor]) -> None:
         word = _WORDS[layers[0].element_size()]
         self._layers = [layer.view(word) for layer in layers]  # not every operation knows every float
-        self.num_layers = len(layers)
+        self.num_layers, self.num_blocks = len(layers), len(layers[0])
         self.block_bytes = layers[0][0].numel() * layers[0].element_size()
         self._stream = torch.cuda.Stream(layers[0].device) if layers[0].is_cuda else None
         self.num_threads = 1 if self._stream is None else min(_MAX_THREADS, len(os.sched_getaffinity(0)))

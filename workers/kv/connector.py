@@ -16,6 +16,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorMetadata,
     KVConnectorRole,
     KVConnectorTransferResults,
+    KVConnectorWorkerMetadata,
     SupportsHMA,
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
@@ -38,6 +39,17 @@ class _Jobs(KVConnectorMetadata):  # type: ignore[misc] # vLLM is untyped here
 
     jobs: list[SaveJob | LoadJob] = field(default_factory=list)
     is_idle: bool = False
+
+
+@dataclass
+class _Speed(KVConnectorWorkerMetadata):  # type: ignore[misc]
+    """Speed of a move as measured by the worker's connector, on its way to the scheduler's."""
+
+    bytes_per_s: float
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
+        """There is one worker process."""
+        return other
 
 
 class _Stats(KVConnectorStats):  # type: ignore[misc]
@@ -66,7 +78,7 @@ class HandoverConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._fingerprint: str = extra["fingerprint"]
         self._block_tokens = int(vllm_config.cache_config.block_size)
         self._store = SegmentStore(
-            Path(extra["directory"]), limit_bytes=int(extra["limit_bytes"]), ttl_s=float(extra["ttl_s"])
+            Path(extra["directory"]), limit_bytes=extra["limit_bytes"], ttl_s=float(extra["ttl_s"])
         )
         self._can_move = has_movable_groups(kv_cache_config) and vllm_config.parallel_config.world_size == 1
         self._carrier: KVCopier | None = None
@@ -88,6 +100,7 @@ class HandoverConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
                 fingerprint=self._fingerprint,
                 block_tokens=self._block_tokens,
             )
+            self._carrier.measure()
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Hand this step's jobs to the thread; nothing waits for them."""
@@ -113,6 +126,11 @@ class HandoverConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         return KVConnectorTransferResults(
             finished_sending=results.saved, finished_recving=results.loaded, failed_recving=results.failed
         )
+
+    def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
+        """The speed of copies, when it has changed."""
+        bytes_per_s = self._carrier.new_bytes_per_s() if self._carrier is not None else 0.0
+        return _Speed(bytes_per_s=bytes_per_s) if bytes_per_s else None
 
     def shutdown(self) -> None:
         """End the thread."""
@@ -157,6 +175,8 @@ class HandoverConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             loaded=connector_output.finished_recving or (),
             failed=connector_output.failed_recving or (),
         )
+        if isinstance(connector_output.kv_connector_worker_meta, _Speed):
+            self._planning.measured(connector_output.kv_connector_worker_meta.bytes_per_s)
 
     def request_finished_all_groups(
         self, request: Any, block_ids: tuple[list[int], ...]

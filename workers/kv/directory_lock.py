@@ -11,7 +11,7 @@ from pathlib import Path
 __all__ = ("DirectoryLock", "enter")
 
 _FILE = "tenants"
-_LEFT_OVER = (".kv", ".part", ".cut")
+_LEFT_OVER = (".kv", ".part", ".cut", ".need")
 _WAIT_S = 2.0  # while another process clears the directory
 _RETRY_S = 0.01  # between two tries
 

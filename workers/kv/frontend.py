@@ -6,10 +6,12 @@ import asyncio
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from workers.kv.budget import needed_bytes
 from workers.kv.directory_lock import DirectoryLock, enter
 from workers.kv.store import SegmentStore, new_ticket
 
@@ -36,14 +38,12 @@ class KVFrontend:
         self._started: set[str] = set()
         self._waiting: dict[str, asyncio.Future[bool]] = {}
         self._swept_s = 0.0
+        self._declared_fd = -1
+        self.budget_bytes = store.budget_bytes()  # most bytes of segments of all engines of the host
         self.num_loads = 0
         self.num_misses = 0
         self.loaded_bytes = 0
-
-    @property
-    def budget_bytes(self) -> int:
-        """Most bytes of segments of all engines of the host."""
-        return self._store.limit_bytes
+        self.bytes_per_s = 0.0  # of a move, out and in, as last measured; 0: not yet
 
     def room_bytes(self) -> int:
         """Room that segments leave; 0 where the directory cannot be read."""
@@ -60,8 +60,27 @@ class KVFrontend:
         except OSError as error:
             log.warning("KV that killed engines have left in %s stays there: %s", self._store.directory, error)
 
+    def declare(self, *, longest_tokens: int, kv_bytes_per_token: int) -> None:
+        """The engine runs: its moves count in the budget of the host, unless that is set."""
+        try:
+            if self._store.limit_bytes is None:
+                needed = needed_bytes(longest_tokens=longest_tokens, kv_bytes_per_token=kv_bytes_per_token)
+                self._declared_fd = self._store.declare(needed)
+            self.budget_bytes = self._store.budget_bytes()
+        except OSError as error:
+            log.warning("%s cannot be used: %s", self._store.directory, error)
+        log.info(
+            "KV caches of moving requests: room for %.1f GiB on this host, %s tokens in all; longest request %s",
+            self.budget_bytes / 2**30,
+            f"{self.budget_bytes // kv_bytes_per_token:,}",
+            f"{longest_tokens:,}",
+        )
+
     def close(self) -> None:
         """The engine is gone: so is the directory, when no other uses it."""
+        if self._declared_fd >= 0:
+            os.close(self._declared_fd)
+            self._declared_fd = -1
         try:
             if self._tenancy is not None:
                 self._tenancy.leave()
@@ -140,6 +159,7 @@ class KVFrontend:
         self.num_loads += transfers["num_loads"]
         self.num_misses += sum(transfers["misses"].values())
         self.loaded_bytes += transfers["loaded_bytes"]
+        self.bytes_per_s = transfers["bytes_per_s"] or self.bytes_per_s
 
     def engine_died(self) -> None:
         """Nobody will copy any more."""
@@ -153,6 +173,7 @@ class KVFrontend:
             self._swept_s = now_s
             try:
                 self._store.sweep()
+                self.budget_bytes = self._store.budget_bytes()
             except OSError as error:  # removed by somebody: cuts go without KV, everything else goes on
                 log.warning("%s cannot be swept: %s", self._store.directory, error)
 

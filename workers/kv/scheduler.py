@@ -24,9 +24,10 @@ class TransferLog:
     num_loads: int = 0
     loaded_bytes: int = 0
     misses: dict[str, int] = field(default_factory=dict)
+    bytes_per_s: float = 0.0  # of a move, as last measured; 0: as before
 
     def __bool__(self) -> bool:
-        return bool(self.kept or self.dropped or self.num_loads or self.misses)
+        return bool(self.kept or self.dropped or self.num_loads or self.misses or self.bytes_per_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,6 +152,10 @@ class KVScheduler:
                 self._settled.add(request_id)
                 self._transfers.num_loads += 1
                 self._transfers.loaded_bytes += num_bytes
+
+    def measured(self, bytes_per_s: float) -> None:
+        """Take in the carrier's speed."""
+        self._transfers.bytes_per_s = bytes_per_s
 
     def take_log(self) -> TransferLog:
         """Transfers since the last call."""

@@ -1,7 +1,8 @@
 """The segment directory that the engines of one host share: bounded, self-cleaning, safe against crashes.
 
 `<ticket>.kv` is a finished segment, `<ticket>.part` one that is being written. Its writer holds a lock on it, so a
-sweep recognises the part of a dead writer. `<ticket>.cut` marks a request whose KV is to be kept.
+sweep recognises the part of a dead writer. `<ticket>.cut` marks a request whose KV is to be kept. `<ticket>.need`
+says how many bytes the moves of one engine need; that engine holds a lock on it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from l4queue.errors import ConfigError
+from workers.kv.budget import affordable_bytes
 
 __all__ = ("PartFile", "SegmentStore", "default_directory", "is_ticket", "new_ticket")
 
@@ -57,19 +59,21 @@ class PartFile:
 class SegmentStore:
     """One directory of segments. Any number of processes may use it at once.
 
-    At most `limit_bytes` lie in it: the oldest segments go first. Nothing lies longer than `ttl_s`.
+    At most `limit_bytes` lie in it: the oldest segments go first. Without that, as many as the engines of the host
+    need and its memory affords. Nothing lies longer than `ttl_s`.
     """
 
     def __init__(
         self,
         directory: Path,
         *,
-        limit_bytes: int,
+        limit_bytes: int | None,
         ttl_s: float = 60.0,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.directory = directory
         self.limit_bytes = limit_bytes
+        self._affordable_bytes = 0
         self.ttl_s = ttl_s
         self._clock = clock
         try:
@@ -79,11 +83,34 @@ class SegmentStore:
             raise ConfigError(f"KV hand-over: {directory} cannot be used: {error.strerror}") from error
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
             raise ConfigError(f"KV hand-over: {directory} is not a directory of this user alone; remove it")
+        if limit_bytes is None:
+            self._affordable_bytes = affordable_bytes(directory)
+
+    def declare(self, needed_bytes: int) -> int:
+        """Say what the moves of one more engine need; it counts while this file descriptor is open.
+
+        OSError when the file system refuses, or when others hold the directory for too long.
+        """
+        with self._locked() as has_lock:
+            if not has_lock:
+                raise OSError("others hold its lock")
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+            fd = os.open(self.directory / f"{new_ticket()}.need", flags, 0o600)
+            _lock(fd, wait_s=_LOCK_WAIT_S)  # somebody may just be looking whether it is abandoned
+            os.write(fd, str(needed_bytes).encode())
+        return fd
+
+    def budget_bytes(self) -> int:
+        """Most bytes of segments. OSError: the file system's."""
+        if self.limit_bytes is not None:
+            return self.limit_bytes
+        needed = sum(map(_declared_bytes, self._needs()))
+        return min(needed, self._affordable_bytes) if needed else self._affordable_bytes
 
     def room_bytes(self) -> int:
-        """Room for one more segment beside those that nobody has fetched yet. OSError as the file system has it."""
+        """Room for one more segment beside those that nobody has fetched yet. OSError: the file system's."""
         used = sum(found.st_size for path, found in self._entries() if path.suffix != ".cut")
-        return max(0, self.limit_bytes - used)
+        return max(0, self.budget_bytes() - used)
 
     def path(self, ticket: str) -> Path:
         """Where the finished segment of a ticket lies."""
@@ -94,13 +121,11 @@ class SegmentStore:
 
         OSError when the file system refuses.
         """
-        if total_bytes > self.limit_bytes:
-            return None
         with self._locked() as has_lock:
-            if not has_lock:
+            if not has_lock or total_bytes > (budget_bytes := self.budget_bytes()):
                 return None
             self._sweep()
-            self._make_room(total_bytes)
+            self._make_room(total_bytes, budget_bytes=budget_bytes)
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
             fd = os.open(self._part(ticket), flags, 0o600)
             try:
@@ -163,17 +188,25 @@ class SegmentStore:
             is_old = age_s > (_MARK_TTL_S if path.suffix == ".cut" else self.ttl_s)
             if is_old or (path.suffix == ".part" and _is_abandoned(path)):
                 _unlink(path)
+        for path in self._needs():
+            if _is_abandoned(path):
+                _unlink(path)
 
-    def _make_room(self, total_bytes: int) -> None:
+    def _needs(self) -> list[Path]:
+        with os.scandir(self.directory) as entries:
+            found = [Path(entry.path) for entry in entries]
+        return [path for path in found if path.suffix == ".need" and is_ticket(path.stem)]
+
+    def _make_room(self, total_bytes: int, *, budget_bytes: int) -> None:
         entries = [(path, found) for path, found in self._entries() if path.suffix != ".cut"]
         used = sum(found.st_size for _, found in entries)
         finished = [(path, found) for path, found in entries if path.suffix == ".kv"]
         for path, found in sorted(finished, key=lambda entry: entry[1].st_mtime_ns):
-            if used + total_bytes <= self.limit_bytes:
+            if used + total_bytes <= budget_bytes:
                 return
             _unlink(path)
             used -= found.st_size
-        if used + total_bytes > self.limit_bytes:
+        if used + total_bytes > budget_bytes:
             raise OSError(f"{used} bytes are being written, no room for {total_bytes}")
 
     def _entries(self) -> Iterator[tuple[Path, os.stat_result]]:
@@ -210,6 +243,16 @@ def _is_abandoned(path: Path) -> bool:
         return _lock(fd, wait_s=0.0)
     finally:
         os.close(fd)
+
+
+def _declared_bytes(path: Path) -> int:
+    """What an engine that still runs needs; 0 of one that has ended."""
+    if _is_abandoned(path):
+        return 0
+    try:
+        return int(path.read_text("ascii"))
+    except (OSError, ValueError):  # just written, or just gone
+        return 0
 
 
 def _unlink(path: Path) -> bool:

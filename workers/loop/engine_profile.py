@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 from l4queue.config import Settings
 from l4queue.cost.calibrate import Calibrator
 from l4queue.cost.move import MovePrice
 from l4queue.cost.step import StepCost
+from l4queue.observe.overview import common_bytes_per_s
 from workers.engine.base import Engine, EngineInfo
 from workers.telemetry.snapshot import StepMeter
 
 __all__ = ("KV_BYTES_PER_S", "KV_FIXED_MS", "EngineProfile")
 
-# measured on two CPU engines under load, writing and reading together: docs/kv-handover.md
-KV_BYTES_PER_S = 0.75e9
+# measured on two CPU engines under load: docs/kv-handover.md
+KV_BYTES_PER_S = 0.75e9  # writing and reading together, until this engine has measured its own
 KV_FIXED_MS = 50.0  # of one transfer, whatever its size
 
 
@@ -84,16 +86,22 @@ class EngineProfile:
         if self._settings.engine == "emulated":  # as the simulator has it
             bandwidth = self._settings.emulated_kv_bytes_per_s
             return MovePrice(bandwidth_bytes_per_s=bandwidth, kv_bytes_per_token=kv_bytes_per_token)
+        stats = self._engine.stats()
         return MovePrice(
-            bandwidth_bytes_per_s=KV_BYTES_PER_S,
+            bandwidth_bytes_per_s=stats.kv_bytes_per_s or KV_BYTES_PER_S,
             kv_bytes_per_token=kv_bytes_per_token,
             fixed_ms=KV_FIXED_MS,
-            room_bytes=self._engine.stats().kv_budget_bytes,
+            room_bytes=stats.kv_budget_bytes,
         )
 
-    def price_now(self) -> MovePrice:
-        """The same with the room that is left at the moment."""
+    def price_now(self, others: Iterable[MovePrice] = ()) -> MovePrice:
+        """The price of a move that begins now: with the room that is left, and at the speed of the whole fleet.
+
+        `others` are the prices that workers publish: the median one holds, so that all price alike.
+        """
         price = self.move_price
-        if price.room_bytes is None:
+        if price.bandwidth_bytes_per_s is None:
             return price
-        return replace(price, room_bytes=self._engine.kv_room_bytes())
+        room_bytes = None if price.room_bytes is None else self._engine.kv_room_bytes()
+        speed = common_bytes_per_s(others) or price.bandwidth_bytes_per_s
+        return replace(price, bandwidth_bytes_per_s=speed, room_bytes=room_bytes)

@@ -233,7 +233,8 @@ class Mover:
 
     def _price_now(self) -> MovePrice:
         """Price of a move that begins now, beside those that have begun."""
-        price = self._profile.price_now()
+        overview = self._fleet_view.overview
+        price = self._profile.price_now(overview.prices if overview else ())
         for session in self._uncopied:
             price = price.after(session.length_tokens)
         return price

@@ -59,8 +59,9 @@ class VllmEngine:
     """`AsyncLLM` with chunked prefill, prefix caching and priority scheduling.
 
     `cpu_kv_cache_gib` sizes the cache of the CPU build; on a GPU `gpu_memory_share` does. With a `kv_directory`,
-    requests are handed over with their KV through segments there, at most `kv_handover_bytes` of them; all
-    engines of the host that name the same directory exchange with each other. Without, vLLM gets no connector.
+    requests are handed over with their KV through segments there, at most `kv_handover_bytes` of them. None: as many
+    as they need and memory affords. All engines of the host that name the same directory exchange with each other.
+    Without, vLLM gets no connector.
     vLLM has `constraint_limit_s` to accept a request with structured outputs; it does so in a thread.
     Without `keep_metrics` vLLM does not keep its own for Prometheus, which cost it time at every token.
 
@@ -82,7 +83,7 @@ class VllmEngine:
         cpu_cores: str = "",
         cpu_kv_cache_gib: int = 1,
         kv_directory: Path | None = None,
-        kv_handover_bytes: int = 1 << 30,
+        kv_handover_bytes: int | None = None,
         keep_metrics: bool = True,
         work: LoopWork | None = None,
         constraint_limit_s: float = 20.0,
@@ -100,7 +101,7 @@ class VllmEngine:
         self._cpu_cores = cpu_cores
         self._cpu_kv_cache_gib = cpu_kv_cache_gib
         self._kv_frontend: KVFrontend | None = None
-        if kv_directory is not None and kv_handover_bytes > 0 and tensor_parallel == 1:
+        if kv_directory is not None and kv_handover_bytes != 0 and tensor_parallel == 1:
             self._kv_frontend = KVFrontend(SegmentStore(kv_directory, limit_bytes=kv_handover_bytes))
         self._keep_metrics = keep_metrics
         self._work = work or LoopWork()
@@ -147,6 +148,9 @@ class VllmEngine:
         cache = config.cache_config
         self._kv_capacity_tokens = int(cache.num_gpu_blocks or 0) * int(cache.block_size or 0)
         self._kv_bytes_per_token = kv_bytes_per_token(config) if self._kv_frontend is not None else 0
+        if self._kv_frontend is not None and self._kv_bytes_per_token:
+            held = min(int(config.model_config.max_model_len), self._kv_capacity_tokens)
+            self._kv_frontend.declare(longest_tokens=held, kv_bytes_per_token=self._kv_bytes_per_token)
         check_length(options, wanted_tokens=wanted, held_tokens=int(config.model_config.max_model_len))
         await self._rehearse()
         return EngineInfo(
@@ -280,6 +284,7 @@ class VllmEngine:
             num_kv_misses=kv.num_misses if kv else 0,
             kv_loaded_bytes=kv.loaded_bytes if kv else 0,
             kv_budget_bytes=kv.budget_bytes if kv else None,
+            kv_bytes_per_s=kv.bytes_per_s if kv else 0.0,
         )
 
     def kv_room_bytes(self) -> int | None:

@@ -110,6 +110,25 @@ def test_blocks_arrive_and_no_other_changes(bench: Bench, kind: str, dtype: str)
     assert not bench.store.path(ticket).exists()
 
 
+def test_the_speed_is_known_before_the_first_move_and_the_cache_is_as_before(bench: Bench) -> None:
+    """4 MiB out and in, nothing is left in the directory; it is told once, and again after a move."""
+    torch.manual_seed(1)
+    kv_caches = {f"layer{i}": torch.randn(NUM_BLOCKS, 2, BLOCK_TOKENS, 256) for i in range(2)}
+    before = {name: tensor.clone() for name, tensor in kv_caches.items()}
+    carrier = bench.carrier(kv_caches)
+
+    carrier.measure()
+
+    first = carrier.new_bytes_per_s()
+    assert 1e6 < first < 1e12
+    assert carrier.new_bytes_per_s() == 0.0
+    assert {path.name for path in bench.store.directory.iterdir()} == {"lock"}
+    assert all(torch.equal(kv_caches[name], tensor) for name, tensor in before.items())
+    blocks = list(range(NUM_BLOCKS))
+    assert bench.load(carrier, bench.save(carrier, blocks, NUM_BLOCKS * BLOCK_TOKENS), 0, blocks)
+    assert carrier.new_bytes_per_s() not in (0.0, first)
+
+
 def flip(path: Path) -> None:
     """A bit in the last block."""
     data = bytearray(path.read_bytes())
