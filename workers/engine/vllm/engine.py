@@ -59,8 +59,8 @@ class VllmEngine:
     """`AsyncLLM` with chunked prefill, prefix caching and priority scheduling.
 
     `cpu_kv_cache_gib` sizes the cache of the CPU build; on a GPU `gpu_memory_share` does. With a `kv_directory`,
-    requests are handed over with their KV through segments there, at most `kv_handover_bytes` of them. None: as many
-    as they need and memory affords. All engines of the host that name the same directory exchange with each other.
+    requests are handed over with their KV through segments there, at most `kv_handover_bytes` of them. None: what
+    they need and memory affords. All engines of the host that name the same directory exchange with each other.
     Without, vLLM gets no connector.
     vLLM has `constraint_limit_s` to accept a request with structured outputs; it does so in a thread.
     Without `keep_metrics` vLLM does not keep its own for Prometheus, which cost it time at every token.
