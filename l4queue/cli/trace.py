@@ -36,8 +36,9 @@ def export(
 ) -> None:
     """Write the requests that have ended as a trace.
 
-    Arrivals and lengths, no text. Redis keeps about 20,000 ended requests; --follow records more. Requests that
-    have not ended yet are missing, and so are requests that no engine ever ran.
+    Arrivals and lengths, no text. With L4_PREFIX_AFFINITY also a column hash_ids: equal numbers for blocks of 128
+    tokens with which prompts begin alike. Redis keeps about 20,000 ended requests; --follow records more. Requests
+    that have not ended yet are missing, and so are requests that no engine ever ran.
     """
     from l4queue.errors import ConfigError
 
@@ -56,7 +57,11 @@ def export(
     left_out = f"; {num_left_out} that no engine ran are left out" if num_left_out else ""
     print(f"{len(found)} requests, accepted within {span_s:.0f} s{left_out}", file=sys.stderr)
     if out is not None:
-        print(f"try: l4queue simulate {out} --coefficients live", file=sys.stderr)
+        from l4queue.observe.traffic import tells_content
+        from l4queue.policy.prefix_blocks import BLOCK_TOKENS
+
+        content = f" --hash-block-tokens {BLOCK_TOKENS}" if tells_content(found) else ""
+        print(f"try: l4queue simulate {out} --coefficients live{content}", file=sys.stderr)
 
 
 def register(app: typer.Typer) -> None:

@@ -1,4 +1,4 @@
-"""Traffic of a deployment as a trace: arrivals and lengths of the requests that have ended, no text."""
+"""Traffic of a deployment as a trace: arrivals, lengths and equal beginnings of ended requests, no text."""
 
 from __future__ import annotations
 
@@ -6,16 +6,20 @@ import csv
 import gzip
 import io
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
+from l4queue.policy.prefix_blocks import BLOCK_TOKENS, KEY_BYTES
 from l4queue.protocol.reads import FinishedRequest
 
-__all__ = ("COLUMNS", "RecordedRequest", "recorded", "trace_text", "write_trace")
+__all__ = ("COLUMNS", "HASH_IDS", "RecordedRequest", "recorded", "tells_content", "trace_text", "write_trace")
 
 COLUMNS = ("arrival_s", "input_tokens", "output_tokens")
 """What `l4queue simulate` and `l4queue plan solve` read (`l4queue.sim.traces.rows.COLUMNS`)."""
+HASH_IDS = "hash_ids"
+"""The column of a trace that tells content, as Mooncake's do: a number for each block of the prompt."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
@@ -25,6 +29,7 @@ class RecordedRequest:
     submitted_ms: int
     input_tokens: int
     output_tokens: int
+    blocks: bytes = b""
 
 
 def recorded(request: FinishedRequest) -> RecordedRequest | None:
@@ -35,19 +40,41 @@ def recorded(request: FinishedRequest) -> RecordedRequest | None:
         submitted_ms=request.submitted_ms,
         input_tokens=max(1, request.prompt_tokens),
         output_tokens=max(1, request.output_tokens),
+        blocks=request.blocks,
     )
 
 
+def tells_content(requests: Iterable[RecordedRequest]) -> bool:
+    """Whether dispatchers told the blocks of any prompt, as they do with prefix affinity."""
+    return any(request.blocks for request in requests)
+
+
 def trace_text(requests: Iterable[RecordedRequest]) -> str:
-    """CSV with `COLUMNS`, sorted by arrival; the first request arrives at 0 s, times to the ms."""
+    """CSV with `COLUMNS`, sorted by arrival; the first request arrives at 0 s, times to the ms.
+
+    Where blocks are known, also `HASH_IDS`, one for each `BLOCK_TOKENS` of a prompt: numbers in order of appearance,
+    which tell nothing of the text. Blocks that nobody has told, as those filled in part, are like no others.
+    """
     rows = sorted(requests)
+    has_content = tells_content(rows)
     out = io.StringIO(newline="")
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(COLUMNS)
+    writer.writerow((*COLUMNS, HASH_IDS) if has_content else COLUMNS)
+    known: dict[bytes, int] = {}
+    numbers = count()
     for row in rows:
         arrival_s = (row.submitted_ms - rows[0].submitted_ms) / 1000
-        writer.writerow((f"{arrival_s:.3f}", row.input_tokens, row.output_tokens))
+        cells = (f"{arrival_s:.3f}", row.input_tokens, row.output_tokens)
+        writer.writerow((*cells, _ids(row, known, numbers)) if has_content else cells)
     return out.getvalue()
+
+
+def _ids(row: RecordedRequest, known: dict[bytes, int], numbers: Iterator[int]) -> str:
+    keys = [row.blocks[at : at + KEY_BYTES] for at in range(0, len(row.blocks), KEY_BYTES)]
+    full = row.input_tokens // BLOCK_TOKENS
+    ids = [known[key] if key in known else known.setdefault(key, next(numbers)) for key in keys[:full]]
+    ids += [next(numbers) for _ in range(-(-row.input_tokens // BLOCK_TOKENS) - len(ids))]
+    return " ".join(map(str, ids))
 
 
 def write_trace(path: Path, requests: Iterable[RecordedRequest]) -> None:

@@ -93,6 +93,7 @@ class FinishedRequest:
     stage: str
     worker: str
     cached_tokens: int | None = None  # prompt tokens found in a prefix cache
+    blocks: bytes = b""  # keys of the prompt's full blocks, packed (`policy.prefix_blocks`); empty: not told
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,6 +157,7 @@ def finished_one(_: bytes, v: Mapping[bytes, bytes]) -> FinishedRequest:
         stage=v.get(b"g", b"").decode(),
         worker=v.get(b"w", b"").decode(),
         cached_tokens=whole(v[b"k"]) if v.get(b"k") else None,
+        blocks=v.get(b"h", b""),
     )
 
 

@@ -5,16 +5,19 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from l4queue.policy.prefix_blocks import BLOCK_TOKENS
 from l4queue.sim.traces.trace import read_trace
 from tests.protocol.server import RedisServer
 from tests.services.pipeline import COST, Pipeline, open_pipeline, true, until
 from tests.services.terminal import Terminal
 from tests.services.test_stats_watch import environment
+from workers.engine.emulated.engine import EmulatedEngine
 
 pytestmark = [pytest.mark.services, pytest.mark.timeout(600)]
 
@@ -78,6 +81,30 @@ async def test_traffic_becomes_a_trace_to_simulate_and_plan_with(
                 assert cost["kv_capacity_tokens"] == COST.kv_capacity_tokens
                 assert cost["alpha_ms"] == pytest.approx(COST.alpha_ms, rel=0.05)
                 assert told["setting"]["costs"] == "measured by 1 live workers"
+
+
+async def test_reuse_of_prefixes_is_replayed_from_ones_own_traffic(
+    durable_server: RedisServer, namespace: str, tmp_path: Path
+) -> None:
+    """Follow-ups of a conversation: as many cached tokens in simulation as the engine found, to a block."""
+    url, path, said = durable_server.url, tmp_path / "traffic.csv", "All that was said before. " * 20
+    async with open_pipeline(url, namespace, prefix_affinity=True) as pipeline:
+        pipeline.start("w-0", make_engine=partial(EmulatedEngine, has_prefix_cache=True))
+        found = []
+        for turn in ("", "And then?", "And after that, what else was there to be said of it?"):
+            handle = await pipeline.client.enqueue(said + turn, max_tokens=4, ignore_eos=True)
+            found.append(await handle.result())
+        code, _, error = await command(url, namespace, "trace", "export", str(path))
+        assert (code, "--hash-block-tokens 128" in error) == (0, True), error
+    arguments = ("--hash-block-tokens", "128", "--instances", "1", "--policy", "round-robin", "--json")
+    code, out, error = await command(url, namespace, "simulate", str(path), *arguments)
+    assert code == 0, out + error
+    (result,) = json.loads(out)["results"]
+    prompts = sum(one.prompt_tokens for one in found)
+    cached = sum(one.cached_tokens or 0 for one in found)
+    assert cached > prompts / 2
+    assert result["cached_share"] * prompts == pytest.approx(cached, abs=3 * BLOCK_TOKENS)
+    assert said[:20] not in path.read_text()
 
 
 async def test_following_goes_on_until_it_is_stopped(

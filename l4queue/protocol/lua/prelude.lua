@@ -261,7 +261,7 @@ local function settle(id, state, text, facts)
   local record = P .. 'req:' .. id
   local request = fields(record, {'state', 'owner', 'stage', 'client', 'worker', 'entry', 'followers', 'charge_tokens',
     'charge_bytes', 'offset', 'ttl_ms', 'prompt_tokens', 'submitted_ms', 'queued_ms', 'started_ms', 'first_token_ms',
-    'crashes', 'key_ttl_ms', 'deadline_ms', 'cached_tokens'})
+    'crashes', 'key_ttl_ms', 'deadline_ms', 'cached_tokens', 'blocks'})
   for _, name in ipairs({'charge_tokens', 'charge_bytes', 'offset', 'ttl_ms', 'prompt_tokens', 'submitted_ms',
     'queued_ms', 'started_ms', 'first_token_ms', 'crashes', 'key_ttl_ms'}) do
     if not whole(request[name]) then request[name] = false end
@@ -279,7 +279,7 @@ local function settle(id, state, text, facts)
   if request.state == 'running' and request.owner and state ~= 'done' and state ~= 'failed' then
     hint(request.owner, id)
   end
-  redis.call('HDEL', record, 'owner', 'prompt', 'ids', 'entry', 'followers')
+  redis.call('HDEL', record, 'owner', 'prompt', 'ids', 'entry', 'followers', 'blocks')
   redis.call('HSET', record, 'state', state, 'finished_ms', int(now), unpack(facts))
   redis.call('XADD', P .. 'out:' .. id, int(offset) .. '-1', 'e', state, 'x', text)
   redis.call('PEXPIRE', P .. 'out:' .. id, ttl)
@@ -295,7 +295,8 @@ local function settle(id, state, text, facts)
   redis.call('XADD', P .. 'finished', 'MAXLEN', '~', 20000, '*', 'i', id, 's', state,
     'p', request.prompt_tokens or 0, 'o', int(offset), 'a', request.submitted_ms or int(now),
     'q', request.queued_ms or '', 'b', request.started_ms or '', 'f', request.first_token_ms or '', 'd', int(now),
-    'g', request.stage or '', 'w', request.worker or '', 'c', request.crashes or 0, 'k', request.cached_tokens or '')
+    'g', request.stage or '', 'w', request.worker or '', 'c', request.crashes or 0, 'k', request.cached_tokens or '',
+    unpack(request.blocks and {'h', request.blocks} or {}))
   if request.client and request.client ~= '' then
     local mail = P .. 'mail:' .. request.client
     redis.call('XADD', mail, 'MAXLEN', '~', 20000, '*', 'i', id, 's', state)

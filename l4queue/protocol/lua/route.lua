@@ -62,6 +62,7 @@ end
 if why ~= '' then redis.call('HSET', record, 'why', why) end
 if body ~= '' then redis.call('HSET', record, 'body', body) end
 if ARGV[13] ~= '' then
+  redis.call('HSET', record, 'blocks', ARGV[13])
   local held = holders(ARGV[13], tonumber(ARGV[14]), tonumber(ARGV[15]))
   if held ~= '' then redis.call('HSET', record, 'held', held) end
 end

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from l4queue.observe.traffic import RecordedRequest, recorded, trace_text, write_trace
+from l4queue.policy.prefix_blocks import BLOCK_TOKENS
 from l4queue.protocol.reads import FinishedRequest
 from l4queue.sim.traces.rows import COLUMNS as READ_COLUMNS
 from l4queue.sim.traces.trace import read_trace
@@ -70,6 +71,30 @@ def test_a_written_trace_is_read_as_it_was(name: str, requests: list[RecordedReq
     assert trace.arrival_s == pytest.approx([(row.submitted_ms - first_ms) / 1000 for row in rows])
     assert trace.input_tokens.tolist() == [row.input_tokens for row in rows]
     assert trace.output_tokens.tolist() == [row.output_tokens for row in rows]
+
+
+def test_prompts_that_begin_alike_have_the_same_numbers(tmp_path: Path) -> None:
+    """Full blocks by their keys. The rest of a prompt, and what nothing is told of, are like no others."""
+    a, b, c = (bytes([number]) * 8 for number in (7, 8, 9))
+    rows = [
+        RecordedRequest(submitted_ms=at, input_tokens=tokens, output_tokens=1, blocks=blocks)
+        for at, tokens, blocks in (
+            (0, 300, a + b),
+            (1, 256, a + c),
+            (2, 200, b""),
+            (3, 384, a + b + c),
+            (4, 5, b""),
+        )
+    ]
+    write_trace(tmp_path / "t.csv", rows)
+
+    lines = (tmp_path / "t.csv").read_text().splitlines()
+    assert lines[0] == "arrival_s,input_tokens,output_tokens,hash_ids"
+    assert [line.rpartition(",")[2] for line in lines[1:]] == ["0 1 2", "0 3", "4 5", "0 1 3", "6"]
+    chains = read_trace(tmp_path / "t.csv", hash_block_tokens=BLOCK_TOKENS).chains
+    assert chains is not None
+    firsts = [chain[0].start if chain else None for chain in chains]
+    assert firsts[0] == firsts[1] == firsts[3] != firsts[2]
 
 
 def test_the_header_is_what_simulate_reads(tmp_path: Path) -> None:
