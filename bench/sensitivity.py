@@ -1,6 +1,6 @@
 """What each constant of the policy decides: the simulated change with half of it and with twice as much.
 
-    python bench/sensitivity.py [--only NAME,...] [--requests 1200] [--gb-per-s 50] [--write]
+    python bench/sensitivity.py [--only NAME,...] [--requests 1500] [--gb-per-s 50] [--write]
 
 `l4` on 16 × h100 at 85 % load, with prefix caches, on the two shared traces that know their content (the folder in
 L4_SHARED_DIR, default ../shared, below `traces`). Constants of stages are tried with `--without affinity`, where
@@ -12,12 +12,13 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 from l4queue.cli.progress import progress_bars
@@ -27,6 +28,7 @@ from l4queue.sim.capacity import capacity_rps
 from l4queue.sim.policies.l4 import L4Options
 from l4queue.sim.registry import make_policy
 from l4queue.sim.runner import RunConfig, run_policy
+from l4queue.sim.traces.content import HASH_BLOCK_TOKENS
 from l4queue.sim.traces.trace import Trace, read_trace
 
 TRACES = {"conversation": "mooncake_conversation.w0", "synthetic": "mooncake_synthetic"}
@@ -195,7 +197,9 @@ class Tried:
 def traffic(name: str, num_requests: int) -> Trace:
     """The first requests of a shared trace, at 85 % load."""
     folder = Path(os.environ.get("L4_SHARED_DIR", "../shared")) / "traces"
-    trace = read_trace(folder / f"{TRACES[name]}.csv.gz").select(slice(0, num_requests))
+    trace = read_trace(folder / f"{TRACES[name]}.csv.gz", hash_block_tokens=HASH_BLOCK_TOKENS).select(
+        slice(0, num_requests)
+    )
     cost = read_coefficients("h100", "llama-3.1-8b").cost
     return trace.scaled(LOAD * capacity_rps(trace, cost, num_instances=NUM_INSTANCES) / trace.rate_rps)
 
@@ -222,23 +226,27 @@ def _simulate(tried: Tried, num_requests: int, gb_per_s: float) -> tuple[float, 
 
 
 def all_runs(constants: Sequence[Constant]) -> list[Tried]:
-    """The runs as they are, with three seeds, and each constant halved and doubled."""
-    runs = [
+    """The runs as they are, and each constant halved and doubled, with three seeds each."""
+    plain = [
         Tried(trace=trace, is_of_stages=is_of_stages, seed=seed)
         for trace in TRACES
         for is_of_stages in {constant.is_of_stages for constant in constants}
         for seed in SEEDS
     ]
-    return runs + [
-        Tried(trace=trace, name=constant.title, factor=factor, is_of_stages=constant.is_of_stages)
+    return plain + [
+        Tried(trace=trace, name=constant.title, factor=factor, is_of_stages=constant.is_of_stages, seed=seed)
         for constant in constants
         for trace in TRACES
         for factor in (0.5, 2.0)
+        for seed in SEEDS
     ]
 
 
-def table(constants: Sequence[Constant], found: dict[Tried, tuple[float, float]]) -> str:
-    """Changes against the run as it is, half / twice; the last rows tell how far seeds differ."""
+Found = dict[Tried, tuple[float, float]]
+
+
+def table(constants: Sequence[Constant], found: Found) -> str:
+    """Changes against the runs as they are, half / twice; the last rows tell how far seeds differ."""
     heads = [f"{trace}: {what}" for trace in TRACES for what in ("mean", "p99")]
     lines = [
         "| constant | value | unit | source | " + " | ".join(heads) + " |",
@@ -248,26 +256,31 @@ def table(constants: Sequence[Constant], found: dict[Tried, tuple[float, float]]
         cells = [constant.title, f"{constant.value:.4g}", constant.unit, constant.source]
         for trace in TRACES:
             at = partial(Tried, trace=trace, is_of_stages=constant.is_of_stages)
-            base = found[at()]
             for index in range(2):
-                changes = [found[at(name=constant.title, factor=factor)][index] for factor in (0.5, 2.0)]
-                cells.append(" / ".join(f"{change / base[index] - 1:+.1%}" for change in changes))
+                base = sum(_by_seed(found, at, index))
+                tried = [partial(at, name=constant.title, factor=factor) for factor in (0.5, 2.0)]
+                cells.append(" / ".join(f"{sum(_by_seed(found, one, index)) / base - 1:+.1%}" for one in tried))
         lines.append("| " + " | ".join(cells) + " |")
     for is_of_stages in sorted({constant.is_of_stages for constant in constants}):
-        cells = [f"seeds, {'stages' if is_of_stages else 'affinity'}", "", "", "chance alone"]
+        cells = [f"chance, {'stages' if is_of_stages else 'affinity'}", "", "", "standard error over the seeds"]
         for trace in TRACES:
-            runs = [found[Tried(trace=trace, is_of_stages=is_of_stages, seed=seed)] for seed in SEEDS]
+            at = partial(Tried, trace=trace, is_of_stages=is_of_stages)
             for index in range(2):
-                cells.append(" / ".join(f"{other[index] / runs[0][index] - 1:+.1%}" for other in runs[1:]))
+                values = _by_seed(found, at, index)
+                cells.append(f"± {stdev(values) / len(values) ** 0.5 / fmean(values):.1%}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _by_seed(found: Found, at: Callable[..., Tried], index: int) -> list[float]:
+    return [found[at(seed=seed)][index] for seed in SEEDS]
 
 
 def main() -> None:
     """Run, print, and write the page if that is asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="Names of constants, by commas.")
-    parser.add_argument("--requests", type=int, default=1200)
+    parser.add_argument("--requests", type=int, default=1500)
     parser.add_argument("--gb-per-s", type=float, default=50.0)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--write", action="store_true")

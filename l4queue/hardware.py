@@ -23,6 +23,7 @@ __all__ = (
     "engine_build",
     "list_gpus",
     "memory_limit_bytes",
+    "memory_text",
     "missing_library",
     "view_gpus",
     "whole_cores",
@@ -122,6 +123,11 @@ def memory_limit_bytes(cgroup: Path = _CGROUP_MEMORY) -> int:
     except OSError:  # no container, or none of version 2
         return total
     return min(total, int(limit)) if limit.isdigit() else total
+
+
+def memory_text(num_bytes: int) -> str:
+    """An amount of memory for people: 192 MiB, 15.6 GiB."""
+    return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.0f} MiB"
 
 
 def available_memory_bytes() -> int:

@@ -112,18 +112,19 @@ def _kv_moves(overview: Overview) -> list[Any]:
     """Room and speed of KV caches on their way, where any worker moves them."""
     from rich.table import Table
 
+    from l4queue.hardware import memory_text
     from l4queue.observe.overview import price_in_force
 
     price = price_in_force(overview)
     if price.bandwidth_bytes_per_s is None:
         return []
     table = Table(title="KV caches on their way", title_justify="left")
-    for name in ("GB/s", "room GiB", "room tokens"):
+    for name in ("GB/s", "room", "in tokens"):
         table.add_column(name, justify="right")
     room = price.room_bytes
     tokens = "no bound" if room is None else str(room // max(1, price.kv_bytes_per_token))
-    gib = "no bound" if room is None else f"{room / 2**30:.1f}"
-    table.add_row(f"{price.bandwidth_bytes_per_s / 1e9:.2f}", gib, tokens)
+    size = "no bound" if room is None else memory_text(room)
+    table.add_row(f"{price.bandwidth_bytes_per_s / 1e9:.2f}", size, tokens)
     return [table]
 
 

@@ -52,7 +52,7 @@ def tells_content(requests: Iterable[RecordedRequest]) -> bool:
 def trace_text(requests: Iterable[RecordedRequest]) -> str:
     """CSV with `COLUMNS`, sorted by arrival; the first request arrives at 0 s, times to the ms.
 
-    Where blocks are known, also `HASH_IDS`, one for each `BLOCK_TOKENS` of a prompt: numbers in order of appearance,
+    Where blocks are known, also `HASH_IDS`, one for each `BLOCK_TOKENS` of a prompt: numbers by appearance,
     which tell nothing of the text. Blocks that nobody has told, as those filled in part, are like no others.
     """
     rows = sorted(requests)

@@ -139,6 +139,26 @@ async def test_both_can_move_kv_and_say_how_much(pair: Pair) -> None:
         assert each.info.kv_bytes_per_token == 4096
 
 
+async def test_speed_and_room_are_known_from_the_start_and_follow_each_move(pair: Pair) -> None:
+    """Both engines see the segment of one as room that is taken, until the other has loaded it."""
+    engines = (pair.source.engine, pair.target.engine)
+    before = [engine.stats().kv_bytes_per_s for engine in engines]
+    assert all(1e6 < speed < 1e12 for speed in before)
+    assert [engine.stats().kv_budget_bytes for engine in engines] == [LIMIT_BYTES] * 2
+    assert [engine.kv_room_bytes() for engine in engines] == [LIMIT_BYTES] * 2
+
+    ids = prompt(30, 2000)
+    output, kv = await pair.source.begin_and_cut("cut", ids, at=3)
+    size = (pair.directory / f"{kv}.kv").stat().st_size
+    assert [engine.kv_room_bytes() for engine in engines] == [LIMIT_BYTES - size] * 2
+    await pair.target.add("cut", ids + output, NUM_TOKENS - len(output), kv=kv)
+    await pair.target.end("cut")
+    assert [engine.kv_room_bytes() for engine in engines] == [LIMIT_BYTES] * 2
+    for each in (pair.source, pair.target):
+        await each.whole(prompt(31, 20))  # what was measured comes with a step
+    assert all(engine.stats().kv_bytes_per_s != speed for engine, speed in zip(engines, before, strict=True))
+
+
 @pytest.mark.parametrize("length", [5, 127, 128, 129, 700, 3000])
 async def test_a_request_goes_on_elsewhere_as_if_never_cut(pair: Pair, length: int) -> None:
     """Around a block's end, and beyond one step's budget; the target prefills next to nothing."""

@@ -88,9 +88,10 @@ class KVCopier:
 
     def measure(self) -> None:
         """Copy some blocks out and into their places again, while nobody uses the cache."""
-        layer_bytes = self._rows.num_layers * self._rows.block_bytes
-        most = max(1, min(self._rows.num_blocks, _MEASURED_BYTES // layer_bytes))
+        block_bytes = self._rows.num_layers * self._rows.block_bytes
         try:
+            num_bytes = min(_MEASURED_BYTES, self._store.room_bytes() // 2)
+            most = max(1, min(self._rows.num_blocks, num_bytes // block_bytes))
             for num_blocks in (1, most):  # the first copy of all pays for what is made once
                 self._speed = CopySpeed()
                 ticket, blocks = new_ticket(), range(num_blocks)

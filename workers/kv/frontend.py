@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from l4queue.hardware import memory_text
 from workers.kv.budget import needed_bytes
 from workers.kv.directory_lock import DirectoryLock, enter
 from workers.kv.store import SegmentStore, new_ticket
@@ -70,8 +71,8 @@ class KVFrontend:
         except OSError as error:
             log.warning("%s cannot be used: %s", self._store.directory, error)
         log.info(
-            "KV caches of moving requests: room for %.1f GiB on this host, %s tokens in all; longest request %s",
-            self.budget_bytes / 2**30,
+            "KV caches of moving requests: room for %s on this host, %s tokens in all; longest request %s",
+            memory_text(self.budget_bytes),
             f"{self.budget_bytes // kv_bytes_per_token:,}",
             f"{longest_tokens:,}",
         )
