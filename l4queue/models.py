@@ -327,6 +327,7 @@ class WorkerLoad:
     pending_prefill_tokens: int = 0  # of prompts that have no token yet, without what its prefix cache holds
     longest_prefill_tokens: int = 0  # of one of them
     prefill_due_ms: float = 0.0  # prefill of all of them, each by itself
+    copies_due_ms: float = 0.0  # KV caches on their way out of its engine and into it, one after the other
     kv_used_tokens: int = 0
     kv_capacity_tokens: int = 0
     max_running: int = 0

@@ -43,9 +43,13 @@ class MovePrice:
 
     def transit_ms(self, length_tokens: float) -> float:
         """Time on the way: until the target has its KV cache, or knows of it at all, ms."""
+        return self.fixed_ms + self.copy_ms(length_tokens)
+
+    def copy_ms(self, length_tokens: float) -> float:
+        """Time that the links of both ends are taken, ms; 0 where no KV cache is sent."""
         if self.bandwidth_bytes_per_s is None or not self.is_sent(length_tokens):
-            return self.fixed_ms
-        return self.fixed_ms + 1000.0 * length_tokens * self.kv_bytes_per_token / self.bandwidth_bytes_per_s
+            return 0.0
+        return 1000.0 * length_tokens * self.kv_bytes_per_token / self.bandwidth_bytes_per_s
 
     def delay_ms(self, length_tokens: float, cost: StepCost, *, held_tokens: float = 0) -> float:
         """Time for which the moved request itself makes no token, on an idle target, ms."""

@@ -143,9 +143,10 @@ def escapes(
             )
         )
         able.remove(item)
+        copy_ms = price.copy_ms(item.length_tokens)
+        here = _with(here, -1, -item.length_tokens, copy_ms)
+        places[target_id] = replace(there, load=_with(there.load, 1, item.length_tokens, copy_ms))
         price = price.after(item.length_tokens)
-        here = _with(here, -1, -item.length_tokens)
-        places[target_id] = replace(there, load=_with(there.load, 1, item.length_tokens))
     return tuple(found)
 
 
@@ -174,18 +175,19 @@ def may_escape(pending_tokens: int, *, cost: StepCost, price: MovePrice) -> bool
 
 
 def _before_ms(place: EscapeTarget, cost: StepCost) -> float:
-    return place.ahead_ms + _STEPS * _step_ms(place.load, cost)
+    return place.ahead_ms + place.load.copies_due_ms + _STEPS * _step_ms(place.load, cost)
 
 
 def _step_ms(load: WorkerLoad, cost: StepCost) -> float:
     return decode_step_ms(load.num_running, load.context_tokens, cost=cost)
 
 
-def _with(load: WorkerLoad, num_requests: int, tokens: int) -> WorkerLoad:
-    """The load with these requests and tokens added."""
+def _with(load: WorkerLoad, num_requests: int, tokens: int, copy_ms: float) -> WorkerLoad:
+    """The load with these requests and tokens added, and with their copy."""
     return replace(
         load,
         num_running=max(0, load.num_running + num_requests),
         context_tokens=max(0, load.context_tokens + tokens),
         kv_used_tokens=max(0, load.kv_used_tokens + tokens),
+        copies_due_ms=load.copies_due_ms + copy_ms,
     )

@@ -51,6 +51,8 @@ def decide_handover(
         benefit = remaining · (step_here - step_there + δ·(n_here - 1 - n_there)) + held up here
         cost    = delay of the move + prefill work · requests there + held up there + displaced there
 
+    Where a KV cache is sent, the delay begins with the copies due at either end (`WorkerLoad.copies_due_ms`).
+
     Held up: `ahead_here_ms` and `ahead_there_ms` are prefill that comes before what the engines run
     (`loads.prefill_ahead_ms`). A step with a chunk of it still gives a token, so the request loses no more than
     remaining · time of a full chunk. What waits for the request's end instead loses as much by it.
@@ -80,6 +82,8 @@ def decide_handover(
     benefit = expected_remaining_tokens * (step_here - step_there + delta * (others_here - running_there))
     work_ms = price.work_ms(length_tokens, cost, held_tokens=held_there_tokens)
     delay_ms = price.delay_ms(length_tokens, cost, held_tokens=held_there_tokens)
+    if price.is_sent(length_tokens):
+        delay_ms += max(here.copies_due_ms, there.copies_due_ms)
     loss = delay_ms + work_ms * running_there + displaced_ms
     most_ms = expected_remaining_tokens * cost.prefill_ms(cost.max_batched_tokens)
     benefit += min(ahead_here_ms, most_ms)

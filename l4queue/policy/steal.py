@@ -312,6 +312,7 @@ def _offers(
         held = item.held_by(request.worker_id)
         work_ms = price.work_ms(length, cost, held_tokens=held)
         loss = price.delay_ms(length, cost, held_tokens=held) + work_ms * request.num_running
+        loss += victim.copies_due_ms if price.is_sent(length) else 0.0
         if benefit > loss:
             offers.append(
                 Bid(

@@ -226,6 +226,7 @@ _NEW_FIELDS = (
     "longest_prefill_tokens",
     "prefill_due_ms",
     "kv_budget_bytes",
+    "copies_due_ms",
 )
 
 

@@ -117,6 +117,10 @@ class Cluster:
             return self._price
         return replace(self._price, room_bytes=self._price.room_bytes - sum(self._on_the_way_bytes.values()))
 
+    def copies_due_ms(self, instance: Instance) -> float:
+        """See `Fleet`."""
+        return self._links.wait_ms(instance, self.now_s) if self._links is not None else 0.0
+
     # ---------------------------------------------------------------- verbs for policies
 
     def push(self, request: SimRequest, instance: Instance) -> None:

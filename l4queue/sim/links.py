@@ -21,6 +21,10 @@ class Links:
         self._cost = cost
         self._free_s: dict[int, float] = {}
 
+    def wait_ms(self, instance: Instance, now_s: float) -> float:
+        """How long the link of an engine is taken from now on, ms."""
+        return max(0.0, self._free_s.get(instance.index, 0.0) - now_s) * 1000.0
+
     def landed_s(self, now_s: float, length_tokens: int, *, source: Instance, target: Instance) -> float:
         """When a request that leaves now is at its target with its KV cache."""
         ends = (source.index, target.index)

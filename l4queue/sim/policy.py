@@ -43,6 +43,9 @@ class Fleet(Protocol):
     def now_s(self) -> float:
         """Time of the present event, s."""
 
+    def copies_due_ms(self, instance: Instance) -> float:
+        """KV caches on their way out of an engine and into it, as `WorkerLoad` has it, ms."""
+
     def push(self, request: SimRequest, instance: Instance) -> None:
         """Give a request to an engine now; a decode run there ends at its next boundary."""
 

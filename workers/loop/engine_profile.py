@@ -75,6 +75,11 @@ class EngineProfile:
         return self._calibrator.is_identified
 
     @property
+    def copies_wait(self) -> bool:
+        """Whether copies of KV caches in this engine wait for each other; those of emulated ones do not."""
+        return self.info.can_move_kv and self._settings.engine != "emulated"
+
+    @property
     def move_price(self) -> MovePrice:
         """Price of a move of a running request: its target prefills it again, or reads its KV cache.
 

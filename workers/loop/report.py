@@ -66,6 +66,7 @@ class WorkerReport:
             num_prompt_tokens=self._sessions.num_prompt_tokens,
             num_cached_tokens=self._sessions.num_cached_tokens,
             models=self._models,
+            copies_due_ms=round(self._copies_due_ms(), 3),
             kv_budget_bytes=stats.kv_budget_bytes,
         )
 
@@ -73,6 +74,14 @@ class WorkerReport:
         """Prefill of the prompts without a token, each by itself and without what the cache holds."""
         cost = self._profile.cost
         return sum(cost.prefill_ms(s.length_tokens, s.found_tokens) for s in self._sessions.unfilled)
+
+    def _copies_due_ms(self) -> float:
+        """KV caches of requests that leave, and of those that have come and have no token here yet."""
+        if not self._profile.is_started or not self._profile.copies_wait:
+            return 0.0
+        price = self._profile.move_price
+        moving = (s for s in self._sessions if s.is_moving or (s.awaits_first_token and s.grant.kv))
+        return sum(price.copy_ms(session.length_tokens) for session in moving)
 
     def snapshots(self) -> list[WorkerSnapshot]:
         """The worker for its metrics; none before the engine has started."""

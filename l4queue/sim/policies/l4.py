@@ -26,7 +26,7 @@ from l4queue.sim.policies.l4_running_steals import PendingMove, RunningSteals
 from l4queue.sim.policies.l4_traffic import Traffic
 from l4queue.sim.policies.pool import Pool
 from l4queue.sim.policies.prefixes import Prefixes
-from l4queue.sim.policies.views import load_of, score_of, with_engines, worker_id
+from l4queue.sim.policies.views import load_of, score_of, with_copies, with_engines, worker_id
 from l4queue.sim.policy import Fleet, Policy
 from l4queue.sim.wake import backlog_of
 
@@ -100,12 +100,18 @@ class L4(Policy):
         self.score_of = partial(score_of, ageing_tokens_per_s=rate)
         knows_skew = self._has["skew-in-planner"]
         self._planner_cost = cluster.cost if knows_skew else replace(cluster.cost, sigma_ms=0.0)
-        self._running = RunningSteals(cost=cluster.cost, price=lambda: cluster.price, limits=self.options.steal)
+        self._running = RunningSteals(
+            cost=cluster.cost,
+            price=lambda: cluster.price,
+            limits=self.options.steal,
+            copies_due_ms=cluster.copies_due_ms,
+        )
         self._escapes = Escapes(
             cluster.instances,
             cost=cluster.cost,
             price=lambda: cluster.price,
             limits=self.options.steal,
+            copies_due_ms=cluster.copies_due_ms,
             ahead_ms=self._ahead_ms,
             expected_remaining=self.traffic.outputs.expected_remaining,
             rng=cluster.rng,
@@ -179,8 +185,10 @@ class L4(Policy):
         length = instance.length_of(request)
         stage = next_stage(instance.stage, length, self.plan)
         others = {worker_id(i): i for i in self._pools[stage].instances}
-        here = load_of(instance)
-        there = least_loaded([load_of(i) for i in others.values()], cost=self.cluster.cost)
+        copies_due_ms = self.cluster.copies_due_ms
+        here = with_copies(load_of(instance), copies_due_ms(instance))
+        loads = [with_copies(load_of(i), copies_due_ms(i)) for i in others.values()]
+        there = least_loaded(loads, cost=self.cluster.cost)
         decision = decide_handover(
             length,
             high_tokens=self.plan.stages[instance.stage].high_tokens,

@@ -15,7 +15,7 @@ from l4queue.policy.steal import RunningRequest, StealLimits
 from l4queue.sim.engine.instance import Instance
 from l4queue.sim.engine.request import SimRequest
 from l4queue.sim.policies.prefixes import Prefixes
-from l4queue.sim.policies.views import load_of, running_request
+from l4queue.sim.policies.views import load_of, running_request, with_copies
 
 __all__ = ("Escapes",)
 
@@ -30,6 +30,7 @@ class Escapes:
         cost: StepCost,
         price: Callable[[], MovePrice],
         limits: StealLimits,
+        copies_due_ms: Callable[[Instance], float],
         ahead_ms: Callable[[int, int], float],
         expected_remaining: Callable[[int], float],
         rng: np.random.Generator,
@@ -37,6 +38,7 @@ class Escapes:
     ) -> None:
         self._instances = instances
         self._cost, self._price, self._limits = cost, price, limits
+        self._copies_due_ms = copies_due_ms
         self._ahead_ms, self._expected_remaining = ahead_ms, expected_remaining
         self._rng = rng
         self._prefixes = prefixes
@@ -103,7 +105,8 @@ class Escapes:
         ]
 
     def _load_of(self, instance: Instance) -> WorkerLoad:
-        return load_of(instance) if self._prefixes is None else self._prefixes.load_of(instance)
+        load = load_of(instance) if self._prefixes is None else self._prefixes.load_of(instance)
+        return with_copies(load, self._copies_due_ms(instance))
 
     def _before_ms(self, instance: Instance) -> float:
         """Prefill before what an engine runs: where prefixes are known, by what each prompt did not find."""

@@ -11,7 +11,7 @@ from l4queue.cost.step import StepCost
 from l4queue.policy.steal import Ask, Bid, RunningRequest, StealLimits, ask, bid, choose_victim, match
 from l4queue.sim.engine.instance import Instance
 from l4queue.sim.engine.request import SimRequest
-from l4queue.sim.policies.views import load_of, running_request, worker_id
+from l4queue.sim.policies.views import load_of, running_request, with_copies, worker_id
 
 __all__ = ("PendingMove", "RunningSteals")
 
@@ -27,7 +27,15 @@ class PendingMove:
 class RunningSteals:
     """Who has moved what, and what may move now."""
 
-    def __init__(self, *, cost: StepCost, price: Callable[[], MovePrice], limits: StealLimits) -> None:
+    def __init__(
+        self,
+        *,
+        cost: StepCost,
+        price: Callable[[], MovePrice],
+        limits: StealLimits,
+        copies_due_ms: Callable[[Instance], float],
+    ) -> None:
+        self._copies_due_ms = copies_due_ms
         self._cost, self._price, self._limits = cost, price, limits
         self._last_ask_ms: dict[str, int] = {}
         self._last_move_ms: dict[str, int] = {}
@@ -75,7 +83,7 @@ class RunningSteals:
         expected_remaining: Callable[[int], float],
     ) -> tuple[list[Bid], list[Ask], dict[str, SimRequest]]:
         """Offer of the sibling that each idle engine asks."""
-        loads = {name: load_of(instance) for name, instance in by_id.items()}
+        loads = {name: with_copies(load_of(i), self._copies_due_ms(i)) for name, i in by_id.items()}
         items: dict[str, list[RunningRequest]] = {}
         running: dict[str, SimRequest] = {}
         bids: list[Bid] = []

@@ -11,7 +11,7 @@ from l4queue.policy.steal import RunningRequest
 from l4queue.sim.engine.instance import Instance
 from l4queue.sim.engine.request import SimRequest
 
-__all__ = ("load_of", "running_request", "score_of", "with_engines", "worker_id")
+__all__ = ("load_of", "running_request", "score_of", "with_copies", "with_engines", "worker_id")
 
 
 def worker_id(instance: Instance) -> str:
@@ -32,6 +32,11 @@ def load_of(instance: Instance) -> WorkerLoad:
         kv_capacity_tokens=instance.cost.kv_capacity_tokens,
         max_running=instance.cost.max_num_seqs,
     )
+
+
+def with_copies(load: WorkerLoad, copies_due_ms: float) -> WorkerLoad:
+    """The load with the copies of KV caches that are due in its engine."""
+    return replace(load, copies_due_ms=copies_due_ms) if copies_due_ms else load
 
 
 def running_request(

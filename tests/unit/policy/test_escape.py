@@ -211,3 +211,16 @@ def test_what_finds_no_room_for_its_kv_cache_stays_and_each_takes_room_from_the_
     for room_bytes, names in ((2 * size, ["a", "b"]), (2 * size - 1, ["a"]), (size - 1, [])):
         found = _escapes(two, [CALM], price=replace(TRANSFER, room_bytes=room_bytes))
         assert [escape.request_id for escape in found] == names
+
+
+def test_each_copy_delays_the_next_from_here() -> None:
+    """Three of 4,000 tokens at 1 GB/s, 524 ms each: the second waits for one, the third for two."""
+    slow = MovePrice(bandwidth_bytes_per_s=1e9)
+    items = [replace(ITEM, request_id=name, length_tokens=4_000) for name in ("a", "b", "c")]
+    others = [replace(CALM, load=replace(CALM.load, worker_id=name)) for name in ("x", "y", "z")]
+
+    found = _escapes(items, others, ahead_ms=60_000.0, price=slow)
+
+    assert len({escape.target_id for escape in found}) == 3
+    waits = [escape.cost_ms - found[0].cost_ms for escape in found]
+    assert waits == pytest.approx([0.0, slow.copy_ms(4_000), 2 * slow.copy_ms(4_000)])

@@ -113,3 +113,13 @@ def test_a_cache_without_room_is_weighed_as_the_prefill_it_will_be(room_bytes: i
     found = [_decide(3000, price=price) for price in (replace(TRANSFER, room_bytes=room_bytes), as_if)]
 
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("end", ["here", "there"])
+def test_a_move_waits_for_the_copies_before_it_at_the_busier_end(end: str) -> None:
+    """So much later; a second prefill waits for no copy."""
+    ends = {"here": replace(BUSY, copies_due_ms=30.0), "there": replace(CALM, copies_due_ms=30.0)}
+    ends[end] = replace(ends[end], copies_due_ms=500.0)
+
+    assert _decide(**ends).cost_ms == pytest.approx(_decide().cost_ms + 500.0)
+    assert _decide(price=RECOMPUTE, **ends) == _decide(price=RECOMPUTE)
