@@ -132,9 +132,7 @@ def chain_of(ids: Sequence[int], numbers: dict[bytes, int]) -> tuple[range, ...]
     return tuple(chain)
 
 
-def simulate(
-    policy: Policy, turns: Sequence[Turn], *, cost: StepCost, num_workers: int, jitter_ms: float
-) -> dict[str, Any]:
+def simulate(policy: Policy, turns: Sequence[Turn], *, cost: StepCost, num_workers: int) -> dict[str, Any]:
     """The figures of one policy by the simulator."""
     requests = [
         SimRequest(
@@ -153,7 +151,6 @@ def simulate(
         num_instances=num_workers,
         policy=policy,
         rng=np.random.default_rng(0),
-        wake_jitter_ms=jitter_ms,
     )
     cluster.run()
     return {
@@ -279,7 +276,6 @@ def main() -> None:
     parser.add_argument("--think-s", type=float, default=4.0, help="mean pause of a user, s")
     parser.add_argument("--most-tokens", type=int, default=1500, help="longest message of a user")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--jitter-ms", type=float, default=0.0)
     parser.add_argument("--simulate-only", action="store_true")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -296,9 +292,7 @@ def main() -> None:
     print(f"{len(turns)} requests, {rate:.1f}/s, prompts mean {np.mean(prompts):.0f} max {max(prompts)}")
     results: dict[str, Any] = {}
     for name in args.policies.split(","):
-        simulated = simulate(
-            SIMULATED[name](), turns, cost=coefficients.cost, num_workers=args.workers, jitter_ms=args.jitter_ms
-        )
+        simulated = simulate(SIMULATED[name](), turns, cost=coefficients.cost, num_workers=args.workers)
         results[name] = {"simulated": figures(simulated, turns, warmup=args.warmup)}
         print(name, "simulated", _line(results[name]["simulated"]), flush=True)
     if not args.simulate_only:

@@ -7,11 +7,9 @@
 
 `compare` reads rate, warm-up, workers, engine and planner periods from the run, simulates every policy that it
 has, prints both with the deviation of the live figure from the simulated one, and can write the plot and the block
-between the `live` marks of a document. Policies whose workers take from queues are simulated twice: with workers
-that wake as late as sixteen on two cores do (`--wake-jitter-ms`), and as punctual as the simulator has them by
-default. Live, requests that arrive at one instant reach the queue in any order: `--orders N` simulates N of them
-and tells the least and the greatest figure. A run of vLLM is simulated with its own limits and the coefficients
-that `--gpu` names.
+between the `live` marks of a document. Live, requests that arrive at one instant reach the queue in any order:
+`--orders N` simulates N of them and tells the least and the greatest figure. A run of vLLM is simulated with its
+own limits and the coefficients that `--gpu` names.
 """
 
 from __future__ import annotations
@@ -43,7 +41,6 @@ from l4queue.sim.replay import MAX_ARRIVALS
 from l4queue.sim.results import Measured, SimResult, summarize
 from l4queue.sim.runner import RunConfig, run_policy
 from l4queue.sim.traces.trace import Trace, read_trace
-from l4queue.sim.wake import WAKE_JITTER_MS
 
 BEGIN, END = "<!-- live: begin -->", "<!-- live: end -->"
 FIGURES = (
@@ -59,8 +56,6 @@ FIGURES = (
     ("long 5 %, s", "long.mean_e2e_s", 2),
 )
 MOVES = ("num_handovers", "num_steals", "num_preemptions")
-CROWDED_JITTER_MS = 10.0
-"""Sixteen workers on two cores: of 0, 1, 3, 10, 30, 100 and 1000 what brings the runs of 2026-11-24 nearest."""
 _TIMES = ("arrival_s", "finish_s", "e2e_s", "ttft_s", "tpot_s")
 
 
@@ -87,7 +82,7 @@ class Pushed(Policy):
 
 @dataclass(frozen=True)
 class Case:
-    """One policy: figures by dotted key, live, simulated, and with punctual workers where workers take.
+    """One policy: figures by dotted key, live and simulated.
 
     `orders` has what is simulated for other orders of simultaneous arrivals.
     """
@@ -95,7 +90,6 @@ class Case:
     policy: str
     live: Mapping[str, Any]
     simulated: Mapping[str, Any]
-    punctual: Mapping[str, Any] | None
     orders: tuple[Mapping[str, Any], ...]
 
 
@@ -111,9 +105,7 @@ def merge(out: Path, paths: Sequence[Path]) -> None:
     out.write_text("arrival_s,input_tokens,output_tokens\n" + "".join(rows))
 
 
-def compare(
-    trace_file: Path, run: Mapping[str, Any], *, num_orders: int = 0, jitter_ms: float = CROWDED_JITTER_MS
-) -> list[Case]:
+def compare(trace_file: Path, run: Mapping[str, Any], *, num_orders: int = 0) -> list[Case]:
     """Every policy of the run beside its simulations."""
     setting = run["setting"]
     speed = setting["settings"]["emulated_speed"] or 1.0
@@ -122,16 +114,15 @@ def compare(
         trace_file, "", rate=None, rate_scale=setting["rate_scale"], duration_s=seconds, seed=setting["seed"]
     )
 
-    def simulated(live: Mapping[str, Any], wake_ms: float, played: Trace = trace) -> dict[str, Any]:
-        return _simulate(_policy(live, setting, speed=speed), played, setting, speed=speed, jitter_ms=wake_ms)
+    def simulated(live: Mapping[str, Any], played: Trace = trace) -> dict[str, Any]:
+        return _simulate(_policy(live, setting, speed=speed), played, setting, speed=speed)
 
     return [
         Case(
             policy=live["policy"],
             live=live,
-            simulated=simulated(live, jitter_ms),
-            punctual=None if live["policy"] in PUSHING else simulated(live, WAKE_JITTER_MS),
-            orders=tuple(simulated(live, jitter_ms, _reordered(trace, seed=n)) for n in range(num_orders)),
+            simulated=simulated(live),
+            orders=tuple(simulated(live, _reordered(trace, seed=n)) for n in range(num_orders)),
         )
         for live in run["results"]
     ]
@@ -175,9 +166,7 @@ def _plan(routing: Routing, split: Mapping[str, Any], *, num_workers: int) -> Pl
     return Plan(version=1, stages=tuple(stages), routing=routing)
 
 
-def _simulate(
-    policy: Policy, trace: Trace, setting: Mapping[str, Any], *, speed: float, jitter_ms: float
-) -> dict[str, Any]:
+def _simulate(policy: Policy, trace: Trace, setting: Mapping[str, Any], *, speed: float) -> dict[str, Any]:
     """The run's figures by the simulator; engines that take `speed` times as long are the same in slow motion."""
     settings = setting["settings"]
     coefficients = read_coefficients(settings["emulated_gpu"], settings["emulated_model"])
@@ -198,7 +187,6 @@ def _simulate(
             num_instances=setting["num_workers"],
             seed=setting["seed"],
             price=price,
-            wake_jitter_ms=jitter_ms / speed,
         ),
     )
     is_counted = trace.arrival_s >= setting["warmup_s"]
@@ -221,14 +209,11 @@ def _figure(entry: Mapping[str, Any], key: str) -> float:
 
 
 def table(cases: Sequence[Case]) -> str:
-    """Markdown: live, simulated, punctual for each policy; in brackets by how much live exceeds that, in %."""
+    """Markdown: live and simulated for each policy; in brackets by how much live exceeds that, in %."""
     lines = ["| policy | | " + " | ".join(name for name, _, _ in FIGURES) + " | moves | requests |"]
     lines.append("|---" * (len(FIGURES) + 4) + "|")
     for case in cases:
-        rows = (("live", case.live), ("simulated", case.simulated), ("punctual", case.punctual))
-        for label, entry in rows:
-            if entry is None:
-                continue
+        for label, entry in (("live", case.live), ("simulated", case.simulated)):
             cells = [_cell(entry, case.live, key, digits) for _, key, digits in FIGURES]
             moves = "+".join(str(entry[key]) for key in MOVES)
             first = case.policy if entry is case.live else ""
@@ -285,7 +270,6 @@ def main() -> None:
     comparing.add_argument("--doc", type=Path, help="document whose `live` block is written anew")
     comparing.add_argument("--orders", type=int, default=0, help="orders of simultaneous arrivals to simulate")
     comparing.add_argument("--plans", action="store_true", help="print how the plans of l4 changed")
-    comparing.add_argument("--wake-jitter-ms", type=float, default=CROWDED_JITTER_MS, help="how late workers wake")
     comparing.add_argument("--gpu", help="simulate with this GPU's coefficients")
     given = parser.parse_args()
     if given.command == "merge":
@@ -294,11 +278,7 @@ def main() -> None:
     runs = [json.loads(file.read_text()) for file in given.runs]
     for run in runs:
         run["setting"]["settings"]["emulated_gpu"] = given.gpu or run["setting"]["settings"]["emulated_gpu"]
-    cases = [
-        case
-        for run in runs
-        for case in compare(given.trace, run, num_orders=given.orders, jitter_ms=given.wake_jitter_ms)
-    ]
+    cases = [case for run in runs for case in compare(given.trace, run, num_orders=given.orders)]
     text = table(cases)
     print(text)
     if given.plans:

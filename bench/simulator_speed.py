@@ -83,7 +83,6 @@ def measure(trace: Trace, policy: str, *, num_instances: int, rate_scale: float)
         policy=made,
         rng=np.random.default_rng(0),
         price=price,
-        wake_jitter_ms=setting.wake_jitter_ms,
     )
     started_s, started_cpu_s = time.perf_counter(), time.process_time()
     cluster.run()

@@ -43,7 +43,6 @@ DURATION_S, WARMUP_SHARE = 180.0, 0.15
 PRICE = MovePrice(  # the tiny model's KV in float32
     bandwidth_bytes_per_s=KV_BYTES_PER_S, kv_bytes_per_token=4096, fixed_ms=KV_FIXED_MS
 )
-WAKE_JITTER_MS = 10.0  # on two busy cores
 
 Figures = dict[str, float]
 
@@ -52,9 +51,7 @@ def simulate(job: tuple[StepCost, float, int]) -> dict[str, Figures]:
     """Every policy under one draw of arrivals."""
     cost, rate, draw = job
     trace = bench_trace(None, "mixed", rate=rate, duration_s=DURATION_S, seed=500 + draw)
-    setting = RunConfig(
-        cost=cost, num_instances=2, warmup_share=WARMUP_SHARE, wake_jitter_ms=WAKE_JITTER_MS, price=PRICE
-    )
+    setting = RunConfig(cost=cost, num_instances=2, warmup_share=WARMUP_SHARE, price=PRICE)
     found = {}
     for name, simulated in SIMULATED.items():
         run = run_policy(make_policy(simulated, trace=trace, setting=setting), trace, setting)

@@ -73,7 +73,6 @@ class Study:
             "rate_scale": self.rate_scale,
             "capacity_rps": self.capacity_rps,
             "num_instances": self.setting.num_instances,
-            "wake_jitter_ms": self.setting.wake_jitter_ms,
             "has_prefix_caches": self.trace.chains is not None,
             "seed": self.setting.seed,
             "objective": self.options.objective,
@@ -139,9 +138,6 @@ def simulate(
     handover_room_gib: Annotated[
         float, typer.Option(min=0, help="Room for KV caches on their way, in all, GiB; 0: without bound.")
     ] = 0.0,
-    wake_jitter_ms: Annotated[
-        float, typer.Option(min=0, help="How late workers wake, on average; 0: the lightest is always the first.")
-    ] = 1.0,
     prefix_cache: Annotated[
         bool, typer.Option(help="Engines keep KV blocks of what they served, where the trace knows the content.")
     ] = True,
@@ -195,7 +191,6 @@ def simulate(
         without=frozenset(without or ()),
         handover_gb_per_s=handover_gb_per_s,
         handover_room_gib=handover_room_gib,
-        wake_jitter_ms=wake_jitter_ms,
         warmup_share=warmup_share,
         seed=seed,
     )
@@ -228,7 +223,6 @@ def _make_study(
     without: frozenset[str],
     handover_gb_per_s: float,
     handover_room_gib: float,
-    wake_jitter_ms: float,
     warmup_share: float,
     seed: int,
 ) -> Study:
@@ -263,7 +257,6 @@ def _make_study(
         seed=seed,
         warmup_share=warmup_share,
         price=price,
-        wake_jitter_ms=wake_jitter_ms,
     )
     return Study(
         trace=trace.scaled(scale),

@@ -222,11 +222,11 @@ def max_prefill_ms(
 
 
 def pull_delay_ms(backlog_ms: float, *, lightest_ms: float) -> float:
-    """How long to let others go first when something arrives in a shared queue: by how much more is before us.
+    """How long to let others go first with what a take has left in a shared queue: by how much more is before us.
 
-    All workers with room are woken at once. The one that gets through its batch soonest should take the request,
-    and with these pauses it does as far as wake-ups are punctual, though the others' loads (`lightest_ms` is the
-    least of them) are known as of a while ago only: an error there shifts all pauses alike.
+    An arrival wakes the lightest worker with room, and nobody else. Where several have come, and more wait than a
+    worker takes at a time, all that were woken go on. The others' loads (`lightest_ms` is the least of them) are known
+    as of a while ago only: an error there shifts all pauses alike.
     """
     return min(max(0.0, backlog_ms - lightest_ms), _GIVE_WAY_MOST_MS)
 

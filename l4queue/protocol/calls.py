@@ -13,6 +13,7 @@ from l4queue.policy.prefix_affinity import OwnChoice
 from l4queue.policy.prefix_blocks import BLOCK_TOKENS, KEY_BYTES
 from l4queue.protocol.keys import Keys
 from l4queue.protocol.ledger import LedgerEvent
+from l4queue.protocol.readiness import Readiness
 from l4queue.protocol.records import (
     NO_QUOTA,
     BackgroundQuota,
@@ -203,13 +204,14 @@ class Calls:
         benefit_ms: float = 0.0,
         cost_ms: float = 0.0,
         named: Sequence[OwnChoice] = (),
+        readiness: Readiness | None = None,
     ) -> Call[Taken]:
         """Lease waiting requests of a queue while they fit the budget.
 
         The rule is that of `l4queue.policy.admission.admit`. Of several sharers each takes half its share of each
         class at a time. Requests of another stage than the taker's count as stolen, for the predicted benefit and
-        cost. `named` ones are taken, in this order, instead of those at the head; only what they would have to
-        compute counts as prefill.
+        cost. By choice `named` ones are taken, in this order, instead of those at the head; only what they would
+        have to compute counts as prefill. With `readiness` the next arrival may wake the taker.
         """
         k = self.keys
         keys = (k.queue(stage), k.worker(taker.incarnation), k.held(taker.incarnation), k.workers)
@@ -219,7 +221,9 @@ class Calls:
         price = (taker.stage, f"{benefit_ms:.3f}", f"{cost_ms:.3f}")
         held = (round(hold.for_ms), hold.max_requests, hold.longest_tokens, round(hold.overdue_ms))
         names = tuple(part for one in named for part in (one.request_id, one.held_tokens, one.reason))
-        return Call("take", keys, (*first, *sharing, *price, budget.longest_tokens, *held, *names), parse_taken)
+        wait = ("", "", "", 0, int(bool(named))) if readiness is None else readiness.args()
+        args = (*first, *sharing, *price, budget.longest_tokens, *held, *wait, *names)
+        return Call("take", keys, args, parse_taken)
 
     def emit(
         self,
@@ -307,12 +311,21 @@ class Calls:
         sequence: int,
         register: bool = False,
         histogram: Mapping[str, int] | None = None,
+        backlog_ms: float | None = None,
     ) -> Call[Verdict]:
-        """Renew (or begin) a lease, publish the load and add to the histograms."""
+        """Renew (or begin) a lease, publish the load and add to the histograms.
+
+        Work of `backlog_ms` is before it; without, no arrival wakes it any more.
+        """
         k = self.keys
         pairs = tuple(part for item in (histogram or {}).items() for part in item)
-        args = (incarnation, lease_ms, worker_id, load, int(register), sequence, *pairs)
+        backlog = "" if backlog_ms is None else f"{backlog_ms:.3f}"
+        args = (incarnation, lease_ms, worker_id, load, int(register), sequence, backlog, *pairs)
         return Call("renew", (k.workers, k.worker(incarnation), k.hist), args, parse_verdict)
+
+    def ring(self, stage: str, *, incarnations: Sequence[str] = ()) -> Call[Verdict]:
+        """Wake these workers, or else the lightest that is ready, if anything waits in the queue of a stage."""
+        return Call("ring", (self.keys.queue(stage),), (stage, *incarnations), parse_verdict)
 
     def extend(self, incarnation: str, *, lease_ms: int) -> Call[Verdict]:
         """Renew a lease without news; LOST when it was reaped."""

@@ -56,6 +56,10 @@ class Keys:
         return self.prefix + "workers"
 
     @property
+    def thieves(self) -> str:
+        return self.prefix + "thieves"
+
+    @property
     def deadlines(self) -> str:
         return self.prefix + "deadlines"
 
@@ -111,6 +115,9 @@ class Keys:
 
     def queue(self, stage: str) -> str:
         return f"{self.prefix}q:{stage}"
+
+    def ready(self, stage: str) -> str:
+        return f"{self.prefix}ready:{stage}"
 
     def wake(self, stage: str) -> str:
         return f"{self.prefix}wake:{stage}"

@@ -22,6 +22,8 @@ __all__ = (
     "parse_verdict",
 )
 
+_READY = b"READY"
+
 
 class Verdict(StrEnum):
     """Answer of a script to a writer."""
@@ -56,10 +58,11 @@ class SubmitReply:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Taken:
-    """Answer to `take`: OK with grants, or LOST."""
+    """Answer to `take`: OK with grants, or LOST. A taker that is ready is woken when something comes."""
 
     verdict: Verdict
     grants: tuple[Grant, ...] = ()
+    is_ready: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +105,8 @@ def parse_submitted(reply: list[bytes]) -> SubmitReply:
 
 def parse_taken(reply: list[Any]) -> Taken:
     """The reply of `take`."""
-    return Taken(verdict=Verdict(reply[0].decode()), grants=tuple(Grant.parse(row) for row in reply[1:]))
+    grants, is_ready = tuple(Grant.parse(row) for row in reply[1:]), reply[0] == _READY
+    return Taken(verdict=Verdict.OK if is_ready else Verdict(reply[0].decode()), grants=grants, is_ready=is_ready)
 
 
 def parse_migrated(reply: list[int]) -> Migrated:

@@ -39,6 +39,7 @@ _NAMES = (
     "renew",
     "repair",
     "retire",
+    "ring",
     "route",
     "settle",
     "submit",

@@ -16,7 +16,6 @@ from l4queue.sim.engine.prefix_cache import PrefixCache
 from l4queue.sim.engine.request import SimRequest
 from l4queue.sim.links import Links
 from l4queue.sim.policy import Policy
-from l4queue.sim.wake import WakeRace
 
 __all__ = ("Cluster", "Event", "EventKind")
 
@@ -57,7 +56,6 @@ class Cluster:
         policy: Policy,
         rng: np.random.Generator,
         price: MovePrice | None = None,
-        wake_jitter_ms: float = 0.0,
         block_tokens: int = BLOCK_TOKENS,
         observe: Callable[[Cluster], None] | None = None,
     ) -> None:
@@ -70,7 +68,6 @@ class Cluster:
         ]
         self.policy = policy
         self.rng = rng
-        self.race = WakeRace(rng, jitter_ms=wake_jitter_ms)
         self._price = price or MovePrice()
         self._on_the_way_bytes: dict[SimRequest, int] = {}  # of KV caches, where the room for them is bounded
         self._links = Links(self._price, cost=cost) if has_content else None

@@ -11,7 +11,6 @@ from l4queue.cost.move import MovePrice
 from l4queue.cost.step import StepCost
 from l4queue.sim.engine.instance import Instance
 from l4queue.sim.engine.request import SimRequest
-from l4queue.sim.wake import WakeRace
 
 __all__ = ("Fleet", "Policy")
 
@@ -34,10 +33,6 @@ class Fleet(Protocol):
     @property
     def rng(self) -> np.random.Generator:
         """The only source of chance."""
-
-    @property
-    def race(self) -> WakeRace:
-        """Which of several engines with room takes a request."""
 
     @property
     def now_s(self) -> float:

@@ -94,9 +94,7 @@ def make_scorer(
         input_tokens=np.array([max(1, a.input_tokens) for a in record], dtype=np.int64),
         output_tokens=np.array([max(1, a.output_tokens) for a in record], dtype=np.int64),
     )
-    setting = RunConfig(  # plans differ by what they are, not by who wakes first
-        cost=cost, num_instances=num_instances, price=price or MovePrice(), wake_jitter_ms=0.0
-    )
+    setting = RunConfig(cost=cost, num_instances=num_instances, price=price or MovePrice())
     return _Replays(trace, setting, options or L4Options()).score
 
 

@@ -14,24 +14,19 @@ from l4queue.sim.cluster import Cluster
 from l4queue.sim.policy import Policy
 from l4queue.sim.results import Measured, SimResult, cached_share, measure, summarize
 from l4queue.sim.traces.trace import Trace
-from l4queue.sim.wake import WAKE_JITTER_MS
 
 __all__ = ("Run", "RunConfig", "check_fits", "run_policy")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig:
-    """Everything of a run but policy and trace. `warmup_share` of the arrivals are simulated, not counted.
-
-    `wake_jitter_ms` is how late a worker is that was woken, on average (`wake.WakeRace`).
-    """
+    """Everything of a run but policy and trace. `warmup_share` of the arrivals are simulated, not counted."""
 
     cost: StepCost
     num_instances: int
     seed: int = 0
     warmup_share: float = 0.0
     price: MovePrice = field(default_factory=MovePrice)
-    wake_jitter_ms: float = WAKE_JITTER_MS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +66,6 @@ def run_policy(
         policy=policy,
         rng=np.random.default_rng(setting.seed),
         price=setting.price,
-        wake_jitter_ms=setting.wake_jitter_ms,
         observe=observe,
     )
     cluster.run()

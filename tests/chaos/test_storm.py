@@ -65,4 +65,5 @@ def test_every_script_is_struck_by_somebody() -> None:
         "cancel_batch",
         "hold",
         "look",
+        "ring",
     }

@@ -266,7 +266,7 @@ def test_a_replay_scores_by_the_objective(objective: str) -> None:
     options = L4Options(objective=objective, slo_ttft_ms=400.0, slo_tpot_ms=15.0)
     score = make_scorer(recent, cost=COST, num_instances=16, options=options)
     assert score is not None
-    setting = RunConfig(cost=COST, num_instances=16, price=MovePrice(), wake_jitter_ms=0.0)
+    setting = RunConfig(cost=COST, num_instances=16, price=MovePrice())
     for plan in (Plan.one_stage(num_workers=16), two_stages(4096, 7, 9), two_stages(2048, 6, 10)):
         measured = run_policy(L4(options, fixed=plan), trace, setting).measured
         told = {

@@ -154,7 +154,7 @@ def test_traces_without_content_run_as_they_did_before_there_were_caches(
 ) -> None:
     """Sums of finish times to the last digit, of commit 3afdb7e; these runs compute sums and roots alone."""
     trace = traffic(400, seed=4).without_content()
-    setting = RunConfig(cost=replace(BIG, kv_capacity_tokens=8_192), num_instances=3, wake_jitter_ms=0.0)
+    setting = RunConfig(cost=replace(BIG, kv_capacity_tokens=8_192), num_instances=3)
 
     run = run_policy(make_policy(name, trace=trace, setting=setting), trace, setting)
 

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,7 +24,6 @@ from l4queue.sim.engine.instance import Instance
 from l4queue.sim.engine.request import SimRequest
 from l4queue.sim.policies.pool import Pool
 from l4queue.sim.policies.views import load_of
-from l4queue.sim.wake import WakeRace
 from workers.engine.base import EngineOutput
 from workers.engine.emulated.engine import EmulatedEngine
 from workers.loop.session import Session
@@ -48,8 +46,7 @@ CALLERS = {
     "admission_budget": {"workers/loop/intake.py", "workers/loop/chooser.py", "l4queue/sim/policies/pool.py"},
     "still_awaited": {"workers/loop/intake.py", "l4queue/sim/policies/pool.py"},
     "first_watch": {"workers/loop/intake.py", "l4queue/sim/policies/l4.py"},
-    "backlog_ms": {"workers/loop/intake.py", "workers/loop/fleet_view.py", "l4queue/sim/wake.py"},
-    "pull_delay_ms": {"workers/loop/intake.py", "l4queue/sim/wake.py"},
+    "backlog_ms": {"workers/loop/report.py", "workers/loop/fleet_view.py", "l4queue/sim/wake.py"},
     "sample_siblings": {"workers/loop/mover.py", "l4queue/sim/policies/l4_escapes.py"},
     "request_work_ms": {"l4queue/policy/loads.py", "l4queue/policy/steal.py", "l4queue/sim/capacity.py"},
     "max_prefill_ms": {"l4queue/policy/admission.py"},
@@ -139,8 +136,7 @@ def _simulated(
         engine.finish_segment()
     for request in requests[len(decoding) :]:
         engine.push(request)
-    race = WakeRace(np.random.default_rng(0), jitter_ms=0.0)
-    pool = Pool([engine], score=lambda r: r.arrival_s, race=race, remaining_tokens=lambda: outputs.mean_tokens)
+    pool = Pool([engine], score=lambda r: r.arrival_s, remaining_tokens=lambda: outputs.mean_tokens)
     return pool.budget(engine), load_of(engine)
 
 

@@ -90,6 +90,7 @@ class Chooser:
             expected_output_tokens=self._fleet_view.outputs.mean_tokens,
             cost=self._profile.cost,
         )
+        await self._ring(choices)
         left_ms = self._note_left(choices)
         return own_choices(choices, queue, worker_id=context.worker_id, budget=room, left_ms=left_ms)
 
@@ -115,6 +116,14 @@ class Chooser:
             self._told_s = now_s
         else:  # a new lease, or nobody knows anything any more
             blocks.forgotten()
+
+    async def _ring(self, choices: Sequence[Choice]) -> None:
+        """Wake the workers for which requests seen for the first time are left."""
+        context, stage = self._context, self._placement.stage
+        chosen = {one.worker_id for one in choices if one.request_id not in self._left_s} - {context.worker_id}
+        found = [load.incarnation for load in self._fleet_view.others(stage=stage) if load.worker_id in chosen]
+        if found:
+            await context.executor.run(context.calls.ring(str(stage), incarnations=found))
 
     def _note_left(self, choices: Sequence[Choice]) -> dict[str, float]:
         """For how long each request was seen here that others have room for, ms."""

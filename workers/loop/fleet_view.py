@@ -132,6 +132,11 @@ class FleetView:
         queue = self.overview.in_play(str(stage), quiet_ms=self._quiet_ms) if self.overview else None
         return queue.num_requests if queue else 0
 
+    def has_waiting(self, stage: int) -> bool:
+        """Whether anything waits in the queue of a stage, the background included."""
+        queue = self.overview.queues.get(str(stage)) if self.overview else None
+        return queue is not None and queue.num_requests > 0
+
     def has_background(self, stage: int) -> bool:
         """Whether background requests wait in the queue of a stage."""
         queue = self.overview.queues.get(str(stage)) if self.overview else None

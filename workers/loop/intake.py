@@ -19,12 +19,12 @@ from l4queue.policy.admission import (
 )
 from l4queue.policy.escape import has_prefill
 from l4queue.policy.handover import first_watch
-from l4queue.policy.loads import backlog_ms
 from l4queue.policy.prefix_affinity import OwnChoice
 from l4queue.policy.steal import Steal, steal_waiting
 from l4queue.protocol.calls import Taker, Verdict
 from l4queue.protocol.foreign import finding
 from l4queue.protocol.keys import SOLO_STAGE, private_queue
+from l4queue.protocol.readiness import Readiness
 from l4queue.protocol.records import BackgroundQuota, Grant, Outcome, OutputEntry
 from workers.loop.background import BackgroundWork
 from workers.loop.chooser import Chooser
@@ -38,12 +38,16 @@ from workers.loop.rollback import Rollback
 from workers.loop.session import Session, engine_id
 from workers.loop.sessions import Sessions
 from workers.loop.solo import SoloTurn
+from workers.loop.wakeups import Wakeup
 from workers.loop.writer import Writer
 
 __all__ = ("Intake",)
 
 log = logging.getLogger("l4queue.worker")
-_IDLE_S = 1.0  # between two looks for work, since a wake-up may be missed
+_IDLE_S = 1.0  # between two looks of a worker that nothing wakes
+_READY_S = 5.0
+"""The same of one that an arrival wakes. Chosen: only a Redis that lost data forgets it. What waits then is seen
+with the next look at the fleet."""
 _WAITING_S = 0.1
 """The same while requests wait that this worker may come to take. Chosen: such waits last for seconds."""
 _SOLO_ROOM = unbounded_budget(1, reason="runs alone")
@@ -83,6 +87,10 @@ class Intake:
         self._escape_before_prefill = escape_before_prefill
         self._awaited: frozenset[str] | None = None  # what ran when the queue began to wait, and still runs
         self._private_due = True  # something may wait for this worker alone
+        self._solo_due = True  # the same of the solo queue
+        self._is_rung = False  # woken for an arrival that nobody else was woken for
+        self._is_ready = False  # the next arrival may wake this worker: until then nothing waits in its stage
+        self._num_doubts = 0
         self._chooser = Chooser(
             context,
             sessions=sessions,
@@ -95,17 +103,32 @@ class Intake:
 
     async def keep_up(self) -> None:
         """What is to be done with each look at the fleet: a wake-up may have been missed."""
-        self.expect_private()
+        self._private_due = True
         await self._chooser.tell()
 
     @property
     def idle_s(self) -> float:
         """How long to wait for a wake-up when nothing was taken."""
-        return _WAITING_S if self._chooser.has_waiting else _IDLE_S
+        if self._chooser.has_waiting:
+            return _WAITING_S
+        return _READY_S if self._is_ready else _IDLE_S
 
-    def expect_private(self) -> None:
-        """Look into the queue of this worker alone with the next round: something may have come."""
-        self._private_due = True
+    @property
+    def is_ready(self) -> bool:
+        """Whether an arrival in the own stage wakes this worker: until then it need not look."""
+        return self._is_ready
+
+    def look_again(self) -> None:
+        """Look into the stage's queue with the next round: more may wait there than is known."""
+        self._is_ready, self._num_doubts = False, self._num_doubts + 1
+
+    def heed(self, wakeup: Wakeup) -> None:
+        """Look with the next round where something may have come."""
+        self._private_due |= wakeup in (Wakeup.PRIVATE, Wakeup.ANY)
+        self._solo_due |= wakeup in (Wakeup.SOLO, Wakeup.ANY)
+        self._is_rung |= wakeup is Wakeup.STAGE
+        if wakeup in (Wakeup.STAGE, Wakeup.ANY):
+            self.look_again()
 
     async def pull_once(self) -> int:
         """One round: our own queue, the solo queue when idle, the stage's queue, or else a sibling's.
@@ -113,6 +136,8 @@ class Intake:
         While this worker is to be empty for a request of the solo queue, nothing but that.
         """
         if await self._solo.look():
+            self._is_ready = False
+            await self._pass_on()
             if self._private_due:
                 self._private_due = await self._solo.send_on()
             return await self._take_solo()
@@ -126,6 +151,8 @@ class Intake:
         await self._background.preempt_background()
         room = self.room()
         if room.num_requests == 0:
+            self._is_ready = False
+            await self._pass_on()
             return 0
         room = self._without_newcomers(room)
         hold = self._background.hold(room)
@@ -134,16 +161,43 @@ class Intake:
             return taken
         return await self._steal(room, hold)
 
+    async def _pass_on(self) -> None:
+        """Wake another worker for an arrival that this one cannot take."""
+        if self._is_rung:
+            self._is_rung = False
+            await self._context.executor.run(self._context.calls.ring(str(self._placement.stage)))
+
     async def _take_queued(self, room: AdmissionBudget, hold: BackgroundQuota) -> int:
         """From the stage's queue: by choice where that is on, else, and of the background, in order."""
-        stage = str(self._placement.stage)
-        if not self._chooser.is_on:
-            return await self._take(stage, room, hold=hold)
-        if named := await self._chooser.choose(room):
-            return await self._take(stage, room, hold=hold, num_sharers=1, named=named)
-        if self._chooser.has_waiting or not self._fleet_view.has_background(self._placement.stage):
+        has_background = self._fleet_view.has_background(self._placement.stage)
+        if self._is_ready and not (self._chooser.has_waiting or has_background):
             return 0
-        return await self._take(stage, room, hold=hold)
+        self._is_rung = False
+        if not self._chooser.is_on:
+            return await self._take_own(room, hold)
+        named = await self._chooser.choose(room)
+        if not named and not self._chooser.has_waiting and has_background:
+            return await self._take_own(room, hold)
+        if not named and self._is_ready:
+            return 0
+        return await self._take_own(room, hold, named=named)
+
+    async def _take_own(
+        self, room: AdmissionBudget, hold: BackgroundQuota, *, named: Sequence[OwnChoice] | None = None
+    ) -> int:
+        """From the stage's queue, where the next arrival may wake this worker from then on; `named`: by choice."""
+        stage, cost = str(self._placement.stage), self._profile.cost
+        readiness = Readiness(
+            backlog_ms=self._report.work_before_ms(),
+            request_ms=cost.beta_ms,
+            token_ms=cost.gamma_ms + cost.pi_ms,
+            may_steal=bool(self._placement.sibling_stages),
+            is_by_choice=named is not None,
+        )
+        num_sharers = None if named is None else 1
+        return await self._take(
+            stage, room, hold=hold, num_sharers=num_sharers, named=named or (), readiness=readiness
+        )
 
     def _without_newcomers(self, room: AdmissionBudget) -> AdmissionBudget:
         if not self._fleet_view.num_queued(self._placement.stage):
@@ -164,20 +218,20 @@ class Intake:
         return admission_budget(state, cost=self._profile.cost)
 
     def pull_delay_s(self) -> float:
-        """How long to let other workers of the stage go first; what waits for this one alone waits no longer."""
+        """How long to let lighter workers of the stage take what this one has left there.
+
+        What waits for this one alone waits no longer.
+        """
         if self._private_due or self._placement.num_sharers < 2 or self._chooser.is_on:
             return 0.0
-        cost, load = self._profile.cost, self._report.load()
-        own_ms = backlog_ms(
-            load.num_running, load.context_tokens, pending_prefill_tokens=load.pending_prefill_tokens, cost=cost
-        )
-        lightest_ms = self._fleet_view.lightest_ms(self._placement.stage, cost=cost)
-        return pull_delay_ms(own_ms, lightest_ms=lightest_ms) / 1000
+        lightest_ms = self._fleet_view.lightest_ms(self._placement.stage, cost=self._profile.cost)
+        return pull_delay_ms(self._report.work_before_ms(), lightest_ms=lightest_ms) / 1000
 
     async def _take_solo(self) -> int:
         """One request that is to run alone, where nothing runs here."""
-        if self._sessions:
+        if self._sessions or not (self._solo_due or self._fleet_view.num_solo):
             return 0
+        self._solo_due = False
         taken = await self._take(SOLO_STAGE, _SOLO_ROOM)
         self._solo.taken()
         return taken
@@ -200,6 +254,7 @@ class Intake:
         num_sharers: int | None = None,
         price: tuple[float, float] = (0.0, 0.0),
         named: Sequence[OwnChoice] = (),
+        readiness: Readiness | None = None,
     ) -> int:
         context, placement = self._context, self._placement
         taker = Taker(worker_id=context.worker_id, incarnation=self._lease.incarnation, stage=str(placement.stage))
@@ -213,8 +268,12 @@ class Intake:
             benefit_ms=price[0],
             cost_ms=price[1],
             named=named,
+            readiness=readiness,
         )
+        doubts = self._num_doubts
         taken = await context.executor.run(call)
+        if readiness is not None:  # it may have been woken since, though the reply comes only now
+            self._is_ready = taken.is_ready and doubts == self._num_doubts
         if taken.verdict is Verdict.LOST:  # the next heartbeat begins a new incarnation
             return 0
         self._background.began(taken.grants)

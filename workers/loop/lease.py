@@ -26,6 +26,7 @@ from workers.engine.loop_work import lease_of
 from workers.loop.context import WorkerContext
 from workers.loop.growth import GrowthCounts
 from workers.loop.lease_thread import LeaseThread
+from workers.loop.report import WorkerReport
 
 __all__ = ("Lease",)
 
@@ -41,7 +42,7 @@ class Lease:
         self,
         context: WorkerContext,
         *,
-        load: Callable[[], WorkerLoad],
+        report: WorkerReport,
         cost: Callable[[], StepCost | None],
         price: Callable[[], MovePrice],
         growth: GrowthCounts,
@@ -52,7 +53,7 @@ class Lease:
         self._worker_id = context.worker_id
         self._engine = context.engine
         self._work = work = context.work
-        self._load = load
+        self._report = report
         self._cost = cost
         self._price = price
         self._growth = growth
@@ -130,7 +131,7 @@ class Lease:
         now_s, steps = asyncio.get_running_loop().time(), self._engine.stats().num_steps
         self._progress_s += max(0.0, now_s - self._checked_s - 2 * NEWS_INTERVAL_S)
         self._checked_s = now_s
-        if steps != self._seen_steps or self._load().num_running == 0:
+        if steps != self._seen_steps or self._report.load().num_running == 0:
             self._seen_steps, self._progress_s = steps, now_s
         stalled_s = now_s - self._progress_s
         if stalled_s > self._settings.stall_limit_s:
@@ -139,7 +140,7 @@ class Lease:
     async def _send(self, *, register: bool) -> Verdict:
         sequence, histogram = self._growth.batch()
         cost = self._cost()
-        load = self.last_published = self._load()
+        load = self.last_published = self._report.load()
         news = {
             "v": FORMAT,
             **load_to_json(load),
@@ -155,6 +156,7 @@ class Lease:
                 sequence=sequence,
                 register=register,
                 histogram=histogram,
+                backlog_ms=self._report.work_before_ms() if load.is_open else None,
             )
         )
         self._growth.answered(is_counted=verdict is Verdict.OK)

@@ -8,6 +8,7 @@ from pydantic import JsonValue
 
 from l4queue.model_config import served_names
 from l4queue.models import WorkerLoad
+from l4queue.policy.loads import backlog_ms
 from workers.loop.context import WorkerContext
 from workers.loop.engine_profile import EngineProfile
 from workers.loop.placement import Placement
@@ -82,6 +83,15 @@ class WorkerReport:
         price = self._profile.move_price
         moving = (s for s in self._sessions if s.is_moving or (s.awaits_first_token and s.grant.kv))
         return sum(price.copy_ms(session.length_tokens) for session in moving)
+
+    def work_before_ms(self) -> float:
+        """Work before the engine now, ms: of workers that wait the one with the least takes an arrival."""
+        return backlog_ms(
+            len(self._sessions),
+            sum(session.length_tokens for session in self._sessions),
+            pending_prefill_tokens=self._sessions.pending_prefill_tokens,
+            cost=self._profile.cost,
+        )
 
     def snapshots(self) -> list[WorkerSnapshot]:
         """The worker for its metrics; none before the engine has started."""

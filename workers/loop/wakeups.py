@@ -1,22 +1,31 @@
-"""One blocking read for every wake-up of a worker: work in its queue, cancels, a new plan."""
+"""One blocking read for every wake-up of a worker: work for it, cancels, a new plan."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from enum import Enum, auto
 
+from l4queue.protocol.calls import Calls
 from l4queue.protocol.executor import AsyncExecutor
 from l4queue.protocol.foreign import Finding, finding, text
 from l4queue.protocol.keys import SOLO_STAGE, Keys, private_queue
 from l4queue.protocol.reads import Reads
 
-__all__ = ("WakeupListener",)
+__all__ = ("Wakeup", "WakeupListener")
+
+
+class Wakeup(Enum):
+    """Why a worker is woken."""
+
+    STAGE = auto()  # for what has come to the queue of its stage: nobody else was
+    PRIVATE = auto()  # something has come for it alone
+    SOLO = auto()  # something is to be run alone by somebody
+    OTHER = auto()  # something waits in another stage, where nobody is ready for it
+    ANY = auto()  # whatever has come before it began to listen is unknown
 
 
 class WakeupListener:
-    """Reads wake-up, control and plan streams. Reading is harmless to repeat: nothing is handed over here.
-
-    `on_wake` is told whether it was this worker's own queue, `on_other` hears of the queues of other stages.
-    """
+    """Reads wake-up, control and plan streams. Reading is harmless to repeat: nothing is handed over here."""
 
     def __init__(
         self,
@@ -24,8 +33,7 @@ class WakeupListener:
         executor: AsyncExecutor,
         keys: Keys,
         worker_id: str,
-        on_wake: Callable[[bool], None],
-        on_other: Callable[[], None],
+        on_wake: Callable[[Wakeup], None],
         on_cancel: Callable[[Sequence[str]], None],
         on_message: Callable[[str], None],
         on_plan: Callable[[str], None],
@@ -34,24 +42,21 @@ class WakeupListener:
         self._keys = keys
         self._personal = keys.wake(private_queue(worker_id))
         self._on_wake = on_wake
-        self._on_other = on_other
         self._on_cancel = on_cancel
         self._on_message = on_message
         self._on_plan = on_plan
         self._last: dict[str, str] = {}
 
-    async def run(self, streams: Callable[[], tuple[str, Sequence[str], str]]) -> None:
-        """Listen for ever; `streams` gives stage, other stages to hear of, and incarnation as they are now."""
+    async def run(self, place: Callable[[], tuple[str, str]]) -> None:
+        """Listen for ever; `place` gives stage and incarnation as they are now."""
         start_id = f"{await self._executor.run(Reads(self._keys).server_time_ms()) - 1}-0"
+        solo = self._keys.wake(SOLO_STAGE)
         while True:
-            stage, others, incarnation = streams()
-            control = self._keys.control(incarnation)
-            wakes = (self._keys.wake(stage), self._keys.wake(SOLO_STAGE), self._personal)
-            other = {self._keys.wake(name) for name in others}
-            names = (*wakes, *sorted(other), self._keys.plans, control)
+            control = self._keys.control(place()[1])
+            names = (self._personal, solo, self._keys.plans, control)
             if set(names) != set(self._last):
                 self._last = {name: self._last.get(name, start_id) for name in names}
-                self._on_wake(True)
+                self._on_wake(Wakeup.ANY)
             found = await self._executor.wait(self._last, block_s=1.0)
             for name, entries in found.items():
                 self._last[name] = entries[-1][0].decode()
@@ -60,10 +65,19 @@ class WakeupListener:
                     await self._executor.bury([self._hear(control, values) for _, values in entries])
                 elif name == self._keys.plans:
                     self._on_plan(text(entries[-1][1].get(b"body", b"")))
-                elif name in other:
-                    self._on_other()
                 else:
-                    self._on_wake(name == self._personal)
+                    await self._wake([values for _, values in entries], place()[0], is_solo=name == solo)
+
+    async def _wake(self, told: Sequence[Mapping[bytes, bytes]], stage: str, *, is_solo: bool) -> None:
+        """Tell a worker of this stage what its entries say; what it is no longer the one for wakes another."""
+        stages = {text(values[b"s"]) for values in told if b"s" in values}
+        why = {Wakeup.OTHER if b"t" in values else Wakeup.PRIVATE for values in told if b"s" not in values}
+        if stage in stages:
+            why.add(Wakeup.STAGE)
+        for wakeup in {Wakeup.SOLO} if is_solo else why:
+            self._on_wake(wakeup)
+        for other in stages - {stage}:
+            await self._executor.run(Calls(self._keys).ring(other))
 
     def _hear(self, control: str, values: Mapping[bytes, bytes]) -> Finding | None:
         """Heed the message of an entry, if it has one; what cannot be read of it."""

@@ -34,7 +34,7 @@ from workers.loop.session import Session, TextFactory
 from workers.loop.sessions import Sessions
 from workers.loop.solo import SoloTurn
 from workers.loop.task_set import TaskSet, cancel_all
-from workers.loop.wakeups import WakeupListener
+from workers.loop.wakeups import Wakeup, WakeupListener
 from workers.loop.writer import Writer
 from workers.telemetry.observer import Observer, RequestView
 from workers.telemetry.snapshot import WorkerSnapshot
@@ -88,7 +88,7 @@ class Worker:
         )
         self._growth = GrowthCounts(max_model_len=settings.max_model_len)
         self.lease = Lease(
-            context, load=report.load, cost=profile.measure, price=lambda: profile.move_price, growth=self._growth
+            context, report=report, cost=profile.measure, price=lambda: profile.move_price, growth=self._growth
         )
         self._engine = engine
         self._connect()
@@ -249,7 +249,6 @@ class Worker:
             keys=context.keys,
             worker_id=context.worker_id,
             on_wake=self._on_wake,
-            on_other=self._on_other,
             on_cancel=self._on_cancel,
             on_message=self._mover.answer,
             on_plan=self._on_plan,
@@ -258,9 +257,7 @@ class Worker:
             self._take_for_ever(),
             self._write_for_ever(),
             self.lease.keep(self._on_lost),
-            listener.run(
-                lambda: (str(self.placement.stage), self.placement.sibling_stages, self.lease.incarnation)
-            ),
+            listener.run(lambda: (str(self.placement.stage), self.lease.incarnation)),
             self._keep_up(),
             self._look_around(),
             self._mover.failure(),
@@ -290,7 +287,8 @@ class Worker:
                 async with asyncio.timeout(self._intake.pull_delay_s() if has_taken else self._intake.idle_s):
                     await self.sessions.woken()
             except TimeoutError:
-                continue
+                if not has_taken:
+                    self._intake.look_again()
 
     async def _write_for_ever(self) -> None:
         """Write what comes out: first tokens and ends at once, everything else once in the emit interval."""
@@ -325,9 +323,12 @@ class Worker:
             if output.finish_reason is FinishReason.LOST:
                 lost.append(session)
                 continue
+            awaited_token = session.awaits_first_token
             with self.context.work.on(session.engine_id, is_timed=False):
                 session.feed(output)
             touched.append(session)
+            if awaited_token and not session.awaits_first_token and not self._intake.is_ready:
+                self.sessions.wake()  # with less prefill before it the engine has room
             if output.cached is not None:
                 self.sessions.count_cached(session, output.cached)
             if output.token_ids:
@@ -355,19 +356,16 @@ class Worker:
             self._adopt(overview.plan)  # the listener may have begun just after it was published
             await self._mover.ask_once()
             await self._intake.keep_up()
+            if fleet_view.has_waiting(self.placement.stage):
+                self._intake.look_again()  # who was woken for it may have died
             if fleet_view.num_waiting:
                 self.sessions.wake()  # perhaps there is something to steal
 
-    def _on_wake(self, is_private_queue: bool) -> None:
-        if is_private_queue:
-            self._intake.expect_private()
+    def _on_wake(self, wakeup: Wakeup) -> None:
+        if wakeup is not Wakeup.OTHER:
+            self._intake.heed(wakeup)
             self.sessions.wake()
-        else:
-            asyncio.get_running_loop().call_later(self._intake.pull_delay_s(), self.sessions.wake)
-
-    def _on_other(self) -> None:
-        """Something waits in another stage: a worker with nothing to wait for looks whether to steal it."""
-        if not self.sessions or self._intake.room().num_requests:
+        elif not self.sessions or self._intake.room().num_requests:  # it looks whether to steal that
             self._early_refresh.set()
 
     def _on_cancel(self, request_ids: Sequence[str]) -> None:
@@ -383,10 +381,12 @@ class Worker:
         if not self.placement.follow(plan):
             return
         self._mover.watch_anew()
+        self._intake.look_again()
         placements.info("plan %d: %s serves stage %d", plan.version, self.context.worker_id, self.placement.stage)
         self.sessions.wake()
 
     def _on_lost(self) -> None:
+        self._intake.look_again()
         self._tasks_set.start(self._writer.drop(list(self.sessions)))
 
     def _cancel(self, request_id: str) -> None:

@@ -32,7 +32,7 @@ local function set_aside(key, is_full)
     news = 'stream', plans = 'stream', decisions = 'stream', finished = 'stream', dead = 'stream', req = 'hash',
     w = 'hash', counts = 'hash', hist = 'hash', backlog = 'hash', foreground = 'hash', plan = 'hash', lost = 'hash',
     limit = 'hash', charged = 'hash',
-    q = 'zset', workers = 'zset', deadlines = 'zset', results = 'zset', read = 'zset', keyed = 'zset', held = 'set', blocks = 'set', tick = 'string',
+    q = 'zset', ready = 'zset', thieves = 'set', workers = 'zset', deadlines = 'zset', results = 'zset', read = 'zset', keyed = 'zset', held = 'set', blocks = 'set', tick = 'string',
     packed = 'string', given = 'string', key = 'string', memory = 'string', d = 'string',
     name = 'string', batch = 'hash', parts = 'hash',
     file = 'hash', batches = 'zset', files = 'zset', open = 'zset', files_due = 'zset'}
@@ -82,7 +82,7 @@ end
 -- == Sums and wake-ups ==
 
 -- Calls of one batch share them: they are written once, by `finish` at its end (epilogue.lua).
-local sums, wakes, lives = {}, {}, {}
+local sums, arrivals, lives = {}, {}, {}
 
 -- Adds to a field of a hash.
 local function add(key, field, by)
@@ -105,14 +105,61 @@ local function live(key, for_ms)
   lives[key] = for_ms
 end
 
+-- Adds an entry to a stream of wake-ups.
+local function add_wakeup(name, id, ...)
+  redis.call('XADD', P .. 'wake:' .. name, 'MAXLEN', '~', 64, '*', 'i', id, ...)
+  live(P .. 'wake:' .. name, 3600000)
+end
+
+-- Tells a worker, if its lease is valid, that something waits in the queue of a stage; whether it is. `as` is 's' where
+-- nobody else is told, 't' where it may steal that.
+local function ring(incarnation, as, stage, id)
+  local expiry = redis.call('ZSCORE', P .. 'workers', incarnation)
+  if not expiry or tonumber(expiry) <= now_ms() then return false end
+  add_wakeup('@' .. (string.match(incarnation, '^(.*):') or incarnation), id, as, stage)
+  return true
+end
+
+-- Takes a worker off those that are ready for a stage; false where it was not among them.
+local function leave_ready(incarnation, stage)
+  redis.call('SREM', P .. 'thieves', incarnation)
+  return redis.call('ZREM', P .. 'ready:' .. stage, incarnation) == 1
+end
+
+-- Wakes the lightest of a stage's ready workers, one for each of `num` requests; how many there were too few.
+local function wake_ready(stage, id, num)
+  while num > 0 do
+    local lightest = redis.call('ZPOPMIN', P .. 'ready:' .. stage)[1]
+    if not lightest then break end
+    redis.call('SREM', P .. 'thieves', lightest)
+    if ring(lightest, 's', stage, id) then num = num - 1 end
+  end
+  return num
+end
+
+-- Takes a worker that takes nothing any more off those that are ready. If it has been woken already, another one is.
+local function stop_waiting(incarnation, stage)
+  if leave_ready(incarnation, stage) or redis.call('EXISTS', P .. 'q:' .. stage) == 0 then return end
+  wake_ready(stage, '', 1)
+end
+
+-- Wakes one worker for each new request of a queue. Where too few of the stage are ready, two that may steal it
+-- are drawn, and all of an earlier release are told.
+local function wake(stage, arrival)
+  if string.find(stage, '^%d') then
+    if wake_ready(stage, arrival.id, arrival.num) == 0 then return end
+    for _, thief in ipairs(redis.call('SRANDMEMBER', P .. 'thieves', 2)) do
+      if not ring(thief, 't', stage, arrival.id) then redis.call('SREM', P .. 'thieves', thief) end
+    end
+  end
+  add_wakeup(stage, arrival.id)
+end
+
 local function finish()
   for key, sum in pairs(sums) do
     for field, by in pairs(sum) do redis.call('HINCRBY', key, field, int(by)) end
   end
-  for stage, id in pairs(wakes) do
-    redis.call('XADD', P .. 'wake:' .. stage, 'MAXLEN', '~', 64, '*', 'i', id)
-    redis.call('PEXPIRE', P .. 'wake:' .. stage, 3600000)
-  end
+  for stage, arrival in pairs(arrivals) do wake(stage, arrival) end
   for key, for_ms in pairs(lives) do redis.call('PEXPIRE', key, for_ms) end
 end
 
@@ -225,12 +272,13 @@ end
 -- Scores from here on are those of background requests: l4queue/policy/queue_order.py.
 local BACKGROUND = 2 ^ 50
 
--- Puts a request into a stage queue and wakes its waiting workers. `tokens` is its current length.
+-- Puts a request into a stage queue and wakes a worker for it. `tokens` is its current length.
 local function enqueue(id, stage, score, tokens)
   if redis.call('ZADD', P .. 'q:' .. stage, score, id) == 1 then
     redis.call('HINCRBY', P .. 'backlog', stage, tokens)
   end
-  wakes[stage] = id
+  local arrival = arrivals[stage] or {num = 0}
+  arrivals[stage], arrival.id, arrival.num = arrival, id, arrival.num + 1
 end
 
 -- Takes a request out of a stage queue; nothing happens when it is not there. An empty queue has no backlog,

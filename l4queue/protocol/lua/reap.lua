@@ -70,6 +70,8 @@ for _, incarnation in ipairs(redis.call('ZRANGEBYSCORE', workers, '-inf', int(no
   end
   if redis.call('SCARD', held) == 0 then
     redis.call('ZREM', workers, incarnation)
+    local stage = redis.call('HGET', P .. 'w:' .. incarnation, 'ready')
+    if stage then stop_waiting(incarnation, stage) end
     redis.call('DEL', P .. 'w:' .. incarnation, P .. 'ctl:' .. incarnation, P .. 'blocks:' .. incarnation, held)
   end
 end

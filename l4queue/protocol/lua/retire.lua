@@ -11,5 +11,7 @@ for _, id in ipairs(redis.call('SMEMBERS', held)) do
   if request.state == 'running' and request.owner == incarnation then requeue(id, '', '', {what = 'left'}) end
 end
 redis.call('ZREM', workers, incarnation)
+local stage = redis.call('HGET', P .. 'w:' .. incarnation, 'ready')
+if stage then stop_waiting(incarnation, stage) end
 redis.call('DEL', P .. 'w:' .. incarnation, P .. 'ctl:' .. incarnation, P .. 'blocks:' .. incarnation, held)
 return 'OK'

@@ -12,13 +12,18 @@
 --       15 ms since the last other request came to the own stage for which background requests are held back
 --       16 most of them while they are  17 longest of them while they are (tokens), but for the first of an idle worker
 --       18 ms after its place in the order at which a background request counts as any other
---       19.. requests that are taken instead of those at the head, each: id, tokens of it that need no prefill here,
+--       19 work before the worker (ms): where nothing is left here for it, it is ready from now on and the next
+--       arrival wakes the one with the least ('' = it does not wait for that)
+--       20 what a request and 21 a token of it add to that (ms)  22 '1' where it may steal from other stages
+--       23 '1' = by choice: only those named are taken, and the others are for others
+--       24.. requests that are taken instead of those at the head, each: id, tokens of it that need no prefill here,
 --       why this worker
 -- Background requests (score from BACKGROUND on) have the place of their score less BACKGROUND. Where they may not
 -- be taken they are passed over, and hold up nobody.
 -- A request whose deadline has passed ends as expired instead of being computed.
+-- What a worker with no room for it leaves at the head wakes another that is ready.
 -- Returns {'LOST'} when the incarnation is not registered or its lease has run out (what it takes then would
---         be reaped and blamed at once; a replay is answered all the same), else {'OK', grant...} where a grant is
+--         be reaped and blamed at once; a replay is answered all the same), else {'OK' | 'READY', grant...} where a grant is
 --         {id, epoch, body, packed ids, offset, prompt_tokens, crashes, score, submitted_ms, deadline_ms, stage, from, kv,
 --         '1' for background}
 local queue, worker, held, workers = unpack(KEYS)
@@ -27,6 +32,8 @@ local most, room, reserve, prefill = tonumber(ARGV[3]), tonumber(ARGV[4]), tonum
 local is_idle, sharers, longest = ARGV[9] == '1', tonumber(ARGV[10]), tonumber(ARGV[14])
 local benefit_ms, cost_ms = tonumber(ARGV[12]), tonumber(ARGV[13])
 local held_back_ms, background, longest_background = tonumber(ARGV[15]), tonumber(ARGV[16]), tonumber(ARGV[17])
+local backlog_ms, request_ms, token_ms = tonumber(ARGV[19]), tonumber(ARGV[20]), tonumber(ARGV[21])
+local may_steal, is_by_choice = ARGV[22] == '1', ARGV[23] == '1'
 local now = now_ms()
 local overdue = now - tonumber(ARGV[18])
 local FIELDS = {'state', 'owner', 'epoch', 'body', 'ids', 'offset', 'prompt_tokens', 'crashes', 'score',
@@ -35,7 +42,7 @@ local is_solo, is_private = stage == 'solo', string.sub(stage, 1, 1) == '@'
 local is_stolen = not is_solo and not is_private and own_stage ~= stage
 if is_solo then most = math.min(1, most) end
 local reply, taken, shares, named = {'OK'}, {}, {}, {}
-for i = 19, #ARGV, 3 do named[#named + 1] = {ARGV[i], tonumber(ARGV[i + 1]), ARGV[i + 2]} end
+for i = 24, #ARGV, 3 do named[#named + 1] = {ARGV[i], tonumber(ARGV[i + 1]), ARGV[i + 2]} end
 
 -- == Order: which requests come next ==
 
@@ -69,7 +76,7 @@ end
 
 -- The next `n` that may be taken, in order: {id, class (1 others, 2 background), whether it counts as background}.
 local function next_in_order(n)
-  if #named > 0 then return named_ones() end
+  if is_by_choice then return named_ones() end
   local upto = background > 0 and '+inf' or int(BACKGROUND + overdue)
   local a = redis.call('ZRANGEBYSCORE', queue, '-inf', '(' .. int(BACKGROUND), 'WITHSCORES',
     'LIMIT', 0, math.min(n, shares[1]))
@@ -129,6 +136,7 @@ end
 local function lease(id, request, tokens, found, why)
   local record = P .. 'req:' .. id
   room, prefill = room - tokens - reserve, prefill - math.max(1, tokens - (found or 0))
+  if backlog_ms then backlog_ms = backlog_ms + request_ms + token_ms * tokens end
   dequeue(id, stage, tokens)
   redis.call('SADD', held, id)
   request.epoch = int(request.epoch + 1)
@@ -151,11 +159,36 @@ local function lease(id, request, tokens, found, why)
   grant(id, request)
 end
 
+-- == Ready: the next arrival wakes the worker ==
+
+-- Whether it is ready from now on: with room, and with nothing left here that it may take.
+local function become_ready(num_left)
+  local has_room = #taken < most and (#taken == 0 or prefill > 0)
+  if not has_room or num_left > 0 and not is_by_choice then return false end
+  redis.call('ZADD', P .. 'ready:' .. own_stage, string.format('%.3f', backlog_ms), incarnation)
+  if may_steal then redis.call('SADD', P .. 'thieves', incarnation) end
+  return true
+end
+
+-- Ends the take of a stage's queue by its own worker: that is ready, or wakes another for what it leaves.
+local function wait_for_more(was_ready_for)
+  if was_ready_for and was_ready_for ~= own_stage then stop_waiting(incarnation, was_ready_for) end
+  local upto = background > 0 and '+inf' or int(BACKGROUND + overdue)
+  local num_left = redis.call('ZCOUNT', queue, '-inf', upto)
+  if become_ready(num_left) then
+    reply[1] = 'READY'
+    if was_ready_for ~= own_stage then redis.call('HSET', worker, 'ready', own_stage) end
+    return
+  end
+  leave_ready(incarnation, own_stage)
+  if not is_by_choice then wake_ready(own_stage, '', math.min(1, num_left)) end
+end
+
 -- == The take ==
 
 local expiry = redis.call('ZSCORE', workers, incarnation)
 if not expiry then return {'LOST'} end
-local last = fields(worker, {'nonce', 'grants', 'alone'})
+local last = fields(worker, {'nonce', 'grants', 'alone', 'ready'})
 if last.nonce == nonce then  -- a repeat: the same grants, as far as they are still the worker's
   for id, epoch in string.gmatch(last.grants or '', '([^ ,]+),(%d+)') do
     local request = fields(P .. 'req:' .. id, FIELDS)
@@ -195,4 +228,5 @@ repeat  -- again for those that were only dropped; bounded, as nobody else is se
 until gone == 0 or is_full or #taken >= most or passes == 16
 -- a take that found nothing writes nothing, which a durable server would have to bring to its disk
 if #taken > 0 then redis.call('HSET', worker, 'nonce', nonce, 'grants', table.concat(taken, ' ')) end
+if backlog_ms then wait_for_more(last.ready) end
 return reply

@@ -23,7 +23,7 @@ class Central(Policy):
         self._pool_of = {i.index: pool for pool in self._pools for i in pool.instances}
 
     def _make_pools(self) -> list[Pool]:
-        return [Pool(self.cluster.instances, score=self._score, race=self.cluster.race)]
+        return [Pool(self.cluster.instances, score=self._score)]
 
     def _score(self, request: SimRequest) -> float:
         return request.arrival_s
@@ -80,7 +80,7 @@ class TwoPool(Central):
     def _make_pools(self) -> list[Pool]:
         instances = self.cluster.instances
         short, long = instances[: self.num_short], instances[self.num_short :]
-        return [Pool(part, score=self._score, race=self.cluster.race) for part in (short, long)]
+        return [Pool(part, score=self._score) for part in (short, long)]
 
     def _pool_for(self, request: SimRequest) -> Pool:
         return self._pools[0 if request.prompt_tokens < self.threshold_tokens else 1]

@@ -397,4 +397,4 @@ class L4(Policy):
     def _make_pool(self, members: Sequence[Instance]) -> Pool:
         outputs = self.traffic.outputs
         remaining_tokens = (lambda: outputs.mean_tokens) if self._has["finish-first"] else None
-        return Pool(members, score=self.score_of, race=self.cluster.race, remaining_tokens=remaining_tokens)
+        return Pool(members, score=self.score_of, remaining_tokens=remaining_tokens)

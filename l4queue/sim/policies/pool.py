@@ -14,7 +14,7 @@ from l4queue.policy.admission import (
 )
 from l4queue.sim.engine.instance import Instance
 from l4queue.sim.engine.request import SimRequest
-from l4queue.sim.wake import WakeRace
+from l4queue.sim.wake import woken_of
 
 __all__ = ("Pool", "budget_of")
 
@@ -47,24 +47,22 @@ def budget_of(
 class Pool:
     """A queue in serving order and the engines that pull from it.
 
-    What an engine may pull is decided by `l4queue.policy.admission`. Of several engines with room `race` says
-    which takes the request. `remaining_tokens`, where it is given, says what a running request still generates
-    on average: then a long prompt waits for requests that end before it would.
+    What an engine may pull is decided by `l4queue.policy.admission`. `remaining_tokens`, where it is given, says
+    what a running request still generates on average: then a long prompt waits for requests that end before it
+    would.
     """
 
-    __slots__ = ("_awaited", "_heap", "_race", "_remaining_tokens", "_score", "_sequence", "instances")
+    __slots__ = ("_awaited", "_heap", "_remaining_tokens", "_score", "_sequence", "instances")
 
     def __init__(
         self,
         instances: Sequence[Instance],
         *,
         score: Callable[[SimRequest], float],
-        race: WakeRace,
         remaining_tokens: Callable[[], float] | None = None,
     ) -> None:
         self.instances = list(instances)
         self._score = score
-        self._race = race
         self._remaining_tokens = remaining_tokens
         self._heap: list[tuple[float, int, SimRequest]] = []
         self._sequence = 0
@@ -124,7 +122,7 @@ class Pool:
     def place(self, push: Push) -> None:
         """Hand out the head of the queue while some engine has room for it."""
         while self._heap:
-            first = self._race.first(self.instances, has_room=self.has_room)
+            first = woken_of(self.instances, has_room=self.has_room)
             if first is None:
                 return
             self._give(first, push)
