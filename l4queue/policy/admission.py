@@ -225,8 +225,8 @@ def pull_delay_ms(backlog_ms: float, *, lightest_ms: float) -> float:
     """How long to let others go first with what a take has left in a shared queue: by how much more is before us.
 
     An arrival wakes the lightest worker with room, and nobody else. Where several have come, and more wait than a
-    worker takes at a time, all that were woken go on. The others' loads (`lightest_ms` is the least of them) are known
-    as of a while ago only: an error there shifts all pauses alike.
+    worker takes at a time, all that were woken go on. The others' loads (`lightest_ms` is the least of them) are
+    known as of a while ago only: an error there shifts all pauses alike.
     """
     return min(max(0.0, backlog_ms - lightest_ms), _GIVE_WAY_MOST_MS)
 

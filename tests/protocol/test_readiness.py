@@ -1,4 +1,4 @@
-"""Who is woken: for each arrival one worker, the lightest with room; and nothing is stranded if it does not come."""
+"""Who is woken: for each arrival one worker, the lightest with room; nothing is stranded if it does not come."""
 
 from __future__ import annotations
 
