@@ -67,6 +67,7 @@ class Overview:
     queues: dict[str, QueueView]
     inbox: int
     counts: dict[str, int]
+    share: float = 1.0  # of the workers there are, the part that `workers` has
     plan_version: int = 0  # of the plan in force, 0 where that is no number
     has_unreadable_plan: bool = False
     has_newer_plan: bool = False  # unreadable because only a newer release understands it
@@ -100,7 +101,8 @@ def stage_loads(
 
     Background counts only where no other request came for `quiet_ms`: until then it is held back.
 
-    A worker counts for the stage that the plan gives it, even if its latest news is older than the plan.
+    A worker counts for the stage that the plan gives it, even if its latest news is older than the plan. Where
+    only some were drawn, each stands for as many as there are to one of them.
     """
     loads = []
     known = {i: index for index, stage in enumerate(overview.plan.stages) for i in stage.worker_ids}
@@ -114,6 +116,8 @@ def stage_loads(
                 queued_tokens=queue.tokens if queue else 0,
                 expected_output_tokens=expected_output_tokens,
                 cost=cost,
+                share=overview.share,
+                least_workers=len(overview.plan.stages[index].worker_ids) if overview.share < 1.0 else 0,
             )
         )
     return loads

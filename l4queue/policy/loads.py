@@ -9,7 +9,7 @@ from l4queue.cost.step import StepCost
 from l4queue.models import WorkerLoad
 
 __all__ = (
-    "EARLY_NEWS_FRACTION",
+    "EARLY_NEWS_S",
     "NEWS_INTERVAL_S",
     "StageLoad",
     "backlog_ms",
@@ -23,8 +23,9 @@ __all__ = (
 NEWS_INTERVAL_S = 0.5
 """A worker publishes its load, and looks at the others', at least this often. Chosen: news of this
 age costs 1 to 4 % of the mean (docs/simulator.md); younger news costs every worker more calls."""
-EARLY_NEWS_FRACTION = 10
-"""News of other stages' queues bring the next look forward to this part of the interval: 50 ms."""
+EARLY_NEWS_S = 0.05
+"""News of other stages' queues bring the next look forward to so long after the last one. Chosen: a tenth of the
+interval."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,14 +90,18 @@ def stage_load(
     queued_tokens: int,
     expected_output_tokens: float,
     cost: StepCost,
+    share: float = 1.0,
+    least_workers: int = 0,
 ) -> StageLoad:
     """Load of a stage from its queue and from the workers that take work.
 
-    Of a running request half of the expected output is taken to be left.
+    Of a running request half of the expected output is taken to be left. `share` is the part of the fleet of which
+    loads are known; where none of this stage is among them, it has `least_workers`.
     """
     able = [w for w in workers if w.is_open]
-    num_running = sum(w.num_running for w in able)
-    context = sum(w.context_tokens for w in able)
+    num_running = sum(w.num_running for w in able) / share
+    context = sum(w.context_tokens for w in able) / share
+    num_workers = len(able) / share or least_workers
     mean = queued_tokens / queued_requests if queued_requests else 0.0
     waiting_ms = queued_requests * request_work_ms(mean, expected_output_tokens=expected_output_tokens, cost=cost)
     running_ms = running_work_ms(
@@ -104,10 +109,10 @@ def stage_load(
     )
     return StageLoad(
         stage=stage,
-        num_workers=len(able),
+        num_workers=round(num_workers),
         queued_requests=queued_requests,
         queued_tokens=queued_tokens,
-        num_running=num_running,
-        context_tokens=context,
-        drain_ms=(waiting_ms + running_ms) / len(able) if able else None,
+        num_running=round(num_running),
+        context_tokens=round(context),
+        drain_ms=(waiting_ms + running_ms) / num_workers if num_workers else None,
     )

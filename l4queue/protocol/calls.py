@@ -312,6 +312,7 @@ class Calls:
         register: bool = False,
         histogram: Mapping[str, int] | None = None,
         backlog_ms: float | None = None,
+        brief: str = "",
     ) -> Call[Verdict]:
         """Renew (or begin) a lease, publish the load and add to the histograms.
 
@@ -320,7 +321,7 @@ class Calls:
         k = self.keys
         pairs = tuple(part for item in (histogram or {}).items() for part in item)
         backlog = "" if backlog_ms is None else f"{backlog_ms:.3f}"
-        args = (incarnation, lease_ms, worker_id, load, int(register), sequence, backlog, *pairs)
+        args = (incarnation, lease_ms, worker_id, load, int(register), sequence, backlog, brief, *pairs)
         return Call("renew", (k.workers, k.worker(incarnation), k.hist), args, parse_verdict)
 
     def ring(self, stage: str, *, incarnations: Sequence[str] = ()) -> Call[Verdict]:

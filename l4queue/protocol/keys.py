@@ -60,6 +60,10 @@ class Keys:
         return self.prefix + "thieves"
 
     @property
+    def survey(self) -> str:
+        return self.prefix + "survey"
+
+    @property
     def deadlines(self) -> str:
         return self.prefix + "deadlines"
 

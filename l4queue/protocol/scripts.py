@@ -43,6 +43,7 @@ _NAMES = (
     "route",
     "settle",
     "submit",
+    "survey",
     "take",
     "unfollow",
 )

@@ -39,6 +39,7 @@ SCRIPTS: dict[str, dict[str, int]] = {
         "expire": 10,
         "migrate": 1,
         "retire": 1,
+        "survey": 10,
         "pack": 10,
         "evict": 10,
     },

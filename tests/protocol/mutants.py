@@ -51,6 +51,8 @@ _MODULES = (
     "cached",
     "holders",
     "inbox_facts",
+    "readiness",
+    "survey",
 )
 _NUMBERS = itertools.count()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -10,18 +11,18 @@ from collections.abc import Sequence
 from l4queue.config import Settings
 from l4queue.cost.step import StepCost
 from l4queue.models import Plan, WorkerLoad
-from l4queue.observe.overview import Overview, read_overview_async, stage_loads
-from l4queue.policy.loads import NEWS_INTERVAL_S, StageLoad, backlog_ms, prefill_ahead_ms
+from l4queue.observe.overview import Overview, QueueView, read_overview_async, stage_loads
+from l4queue.policy.loads import EARLY_NEWS_S, NEWS_INTERVAL_S, StageLoad, backlog_ms, prefill_ahead_ms
 from l4queue.policy.newcomer import stage_for_newcomer
 from l4queue.policy.output_lengths import OutputLengths
 from l4queue.protocol.executor import AsyncExecutor
 from l4queue.protocol.keys import SOLO_STAGE, Keys
+from l4queue.protocol.parsing import order
 from l4queue.protocol.reads import Reads
+from l4queue.protocol.survey import KEPT_MS, Survey, SurveyedQueue, kept_survey, survey
 from workers.loop.session import Session
 
 __all__ = ("FleetView",)
-
-_WORKERS_PER_S = 64  # in a large fleet everybody looks at everybody less often
 
 
 class FleetView:
@@ -31,32 +32,83 @@ class FleetView:
         self._namespace = settings.namespace
         self._quiet_ms = settings.background_quiet_s * 1000
         self._executor = executor
-        self._reads = Reads(Keys(settings.namespace))
+        self._keys = keys = Keys(settings.namespace)
+        self._reads = Reads(keys)
         self._worker_id = worker_id
-        self._finished_id: str | None = None
+        self._last_ending: tuple[int, int] | None = None
         self._lightest: tuple[Overview | None, int, float] = (None, -1, math.inf)
         self._newcomer: tuple[int, int] | None = None
         self._looking = asyncio.Lock()  # what finished is counted once
+        self._is_due = asyncio.Event()
         self._num_able: Counter[int] = Counter()
+        self.num_workers = 1
         self.overview: Overview | None = None
         self.outputs = OutputLengths()
 
-    @property
-    def interval_s(self) -> float:
-        """Pause between two looks, s."""
-        num_workers = len(self.overview.workers) if self.overview else 0
-        return max(NEWS_INTERVAL_S, num_workers / _WORKERS_PER_S)
+    def look_soon(self) -> None:
+        """Look again before its time: something waits in another stage."""
+        self._is_due.set()
 
-    async def refresh(self) -> Overview:
-        """Look at plan, workers and queues, and at what has finished since the last look."""
+    async def next_look(self) -> Overview:
+        """Look when it is time, or sooner where that is due."""
+        self._is_due.clear()
+        await asyncio.sleep(EARLY_NEWS_S)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(NEWS_INTERVAL_S - EARLY_NEWS_S):
+                await self._is_due.wait()
+        is_soon = self._is_due.is_set()
+        return await self.refresh(max_age_ms=round(EARLY_NEWS_S * 1000) if is_soon else KEPT_MS)
+
+    async def refresh(self, *, max_age_ms: int = 0) -> Overview:
+        """Look at plan, workers and queues, and at what has finished since the last look.
+
+        What another worker saw within `max_age_ms` will do.
+        """
         async with self._looking:
-            self.overview = overview = await read_overview_async(self._executor, self._namespace)
-            self._num_able = Counter(self.stage_of(w) for w in overview.workers if w.is_open)
-            self._finished_id, lengths = await self._executor.run(
-                self._reads.output_lengths(after=self._finished_id)
+            seen = await self._survey(max_age_ms)
+            self.num_workers = seen.num_workers
+            self.overview = overview = Overview(
+                now_ms=seen.at_ms,
+                plan=await self._plan(seen.plan_version),
+                plan_version=seen.plan_version,
+                workers=seen.workers,
+                share=seen.share,
+                costs=(),
+                prices=(),
+                queues={queue.stage: _view_of(queue) for queue in seen.queues if _is_shown(queue)},
+                inbox=seen.inbox,
+                counts={},
             )
-            self.outputs.add(lengths)
+            self._num_able = Counter(self.stage_of(w) for w in overview.workers if w.is_open)
+            await self._learn(seen)
         return overview
+
+    async def _survey(self, max_age_ms: int) -> Survey:
+        """Another worker's survey if it is young enough, else an own one."""
+        seen = await self._executor.run(kept_survey(self._keys)) if max_age_ms >= KEPT_MS else None
+        if seen is None and max_age_ms:
+            seen = await self._executor.run(survey(self._keys, max_age_ms=max_age_ms))
+        seen = seen or await self._executor.run(survey(self._keys))
+        assert seen is not None, "what no other worker wrote can be read"
+        return seen
+
+    async def _plan(self, version: int) -> Plan:
+        """The plan in force, read where it is not the one of the last look."""
+        if self.overview is not None and self.overview.plan_version == version:
+            return self.overview.plan
+        return (await read_overview_async(self._executor, self._namespace)).plan
+
+    async def _learn(self, seen: Survey) -> None:
+        """Add the output lengths that are new; first those of the latest requests, more than a survey has."""
+        if self._last_ending is None:
+            ending, lengths = await self._executor.run(self._reads.output_lengths(after=None))
+            self._last_ending = order((ending or "0-0").encode())
+        else:
+            last = self._last_ending
+            new = [(at, tokens) for ending, tokens in seen.outputs if (at := order(ending.encode())) > last]
+            self._last_ending = max((at for at, _ in new), default=last)
+            lengths = [tokens for _, tokens in new]
+        self.outputs.add(lengths)
 
     def others(self, *, stage: int | None = None) -> list[WorkerLoad]:
         """The other workers, of one stage or of all."""
@@ -95,7 +147,7 @@ class FleetView:
             pending_tokens,
             queued_requests=queue.num_requests if queue else 0,
             queued_tokens=queue.tokens if queue else 0,
-            num_workers=self._num_able[stage],
+            num_workers=round(self._num_able[stage] / self.overview.share),
             cost=cost,
         )
 
@@ -160,3 +212,16 @@ class FleetView:
         """By the plan, even if the worker's latest news is older than that."""
         known = self.overview.plan.stage_of_worker(worker.worker_id) if self.overview else None
         return worker.stage if known is None else known
+
+
+def _is_shown(queue: SurveyedQueue) -> bool:
+    return queue.num_requests > 0 or queue.stage != SOLO_STAGE
+
+
+def _view_of(queue: SurveyedQueue) -> QueueView:
+    return QueueView(
+        num_requests=queue.num_requests,
+        tokens=queue.tokens,
+        num_foreground=queue.num_foreground,
+        foreground_ms=queue.foreground_ms,
+    )

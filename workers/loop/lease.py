@@ -21,6 +21,7 @@ from l4queue.models import WorkerLoad
 from l4queue.policy.loads import NEWS_INTERVAL_S
 from l4queue.protocol.calls import Verdict
 from l4queue.protocol.parsing import load_to_json, price_to_json
+from l4queue.protocol.survey import brief_of
 from workers.engine.base import EngineDied
 from workers.engine.loop_work import lease_of
 from workers.loop.context import WorkerContext
@@ -156,6 +157,7 @@ class Lease:
                 sequence=sequence,
                 register=register,
                 histogram=histogram,
+                brief=brief_of(load),
                 backlog_ms=self._report.work_before_ms() if load.is_open else None,
             )
         )

@@ -21,7 +21,7 @@ class Wakeup(Enum):
     PRIVATE = auto()  # something has come for it alone
     SOLO = auto()  # something is to be run alone by somebody
     OTHER = auto()  # something waits in another stage, where nobody is ready for it
-    ANY = auto()  # whatever has come before it began to listen is unknown
+    ANY = auto()  # something may have come unheard
 
 
 class WakeupListener:

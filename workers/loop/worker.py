@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
+import random
 from collections.abc import Coroutine, Sequence
 from typing import Any
 
@@ -14,7 +14,6 @@ from l4queue.config import Settings
 from l4queue.cost.step import StepCost
 from l4queue.errors import ServiceUnavailable
 from l4queue.models import Plan
-from l4queue.policy.loads import EARLY_NEWS_FRACTION
 from l4queue.protocol.plans import read_plan
 from l4queue.protocol.upkeep import Upkeep
 from workers.engine.base import Engine, EngineDied, EngineOutput, FinishReason
@@ -43,6 +42,9 @@ __all__ = ("Worker",)
 
 log = logging.getLogger("l4queue.worker")
 placements = logging.getLogger("l4queue.placement")
+_UPKEEPERS = 4.0
+"""So many workers of a fleet do the upkeep of a round, drawn anew each time. Chosen: one that hangs holds nothing
+up."""
 _LAST_TRY_S = 1.0
 """A drain that Redis held up asks this long whether it serves again."""
 
@@ -94,7 +96,6 @@ class Worker:
         self._connect()
         self._tasks_set = TaskSet()
         self._stopping = asyncio.Event()
-        self._early_refresh = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def _connect(self) -> None:
@@ -288,7 +289,7 @@ class Worker:
                     await self.sessions.woken()
             except TimeoutError:
                 if not has_taken:
-                    self._intake.look_again()
+                    self._intake.heed(Wakeup.ANY)
 
     async def _write_for_ever(self) -> None:
         """Write what comes out: first tokens and ends at once, everything else once in the emit interval."""
@@ -341,18 +342,14 @@ class Worker:
     async def _keep_up(self) -> None:
         upkeep = Upkeep(settings=self.settings, executor=self.context.executor)
         while True:
-            await upkeep.run_once(self.placement.plan)
+            if random.random() * self.fleet_view.num_workers < _UPKEEPERS:
+                await upkeep.run_once(self.placement.plan)
             await asyncio.sleep(upkeep.interval_s)
 
     async def _look_around(self) -> None:
         fleet_view = self.fleet_view
         while True:
-            self._early_refresh.clear()
-            await asyncio.sleep(fleet_view.interval_s / EARLY_NEWS_FRACTION)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(fleet_view.interval_s * (1.0 - 1.0 / EARLY_NEWS_FRACTION)):
-                    await self._early_refresh.wait()
-            overview = await fleet_view.refresh()
+            overview = await fleet_view.next_look()
             self._adopt(overview.plan)  # the listener may have begun just after it was published
             await self._mover.ask_once()
             await self._intake.keep_up()
@@ -366,7 +363,7 @@ class Worker:
             self._intake.heed(wakeup)
             self.sessions.wake()
         elif not self.sessions or self._intake.room().num_requests:  # it looks whether to steal that
-            self._early_refresh.set()
+            self.fleet_view.look_soon()
 
     def _on_cancel(self, request_ids: Sequence[str]) -> None:
         wanted = set(request_ids)

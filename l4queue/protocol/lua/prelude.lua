@@ -33,7 +33,7 @@ local function set_aside(key, is_full)
     w = 'hash', counts = 'hash', hist = 'hash', backlog = 'hash', foreground = 'hash', plan = 'hash', lost = 'hash',
     limit = 'hash', charged = 'hash',
     q = 'zset', ready = 'zset', thieves = 'set', workers = 'zset', deadlines = 'zset', results = 'zset', read = 'zset', keyed = 'zset', held = 'set', blocks = 'set', tick = 'string',
-    packed = 'string', given = 'string', key = 'string', memory = 'string', d = 'string',
+    packed = 'string', survey = 'string', given = 'string', key = 'string', memory = 'string', d = 'string',
     name = 'string', batch = 'hash', parts = 'hash',
     file = 'hash', batches = 'zset', files = 'zset', open = 'zset', files_due = 'zset'}
   local name = string.sub(key, #P + 1)

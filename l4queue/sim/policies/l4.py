@@ -15,7 +15,7 @@ from l4queue.planning.refine import refine
 from l4queue.planning.steady_state import Objective, PartitionSettings
 from l4queue.policy.admission import AdmissionBudget
 from l4queue.policy.handover import decide_handover, first_watch, least_loaded, look_again_at, next_stage
-from l4queue.policy.loads import EARLY_NEWS_FRACTION, NEWS_INTERVAL_S, StageLoad, prefill_ahead_ms, stage_load
+from l4queue.policy.loads import EARLY_NEWS_S, StageLoad, prefill_ahead_ms, stage_load
 from l4queue.policy.queue_order import ageing_tokens_per_s
 from l4queue.policy.route import route
 from l4queue.policy.steal import Steal, StealLimits, steal_waiting
@@ -32,7 +32,7 @@ from l4queue.sim.wake import backlog_of
 
 __all__ = ("INGREDIENTS", "L4", "L4Options")
 
-_NEWS_S = NEWS_INTERVAL_S / EARLY_NEWS_FRACTION  # age of a worker's news when something comes to another stage
+_NEWS_S = EARLY_NEWS_S  # age of a worker's news when something comes to another stage
 INGREDIENTS = (
     *("hand-over", "stealing", "running-steals", "escape"),
     *("classes", "refinement", "shadow", "skew", "skew-in-planner"),
