@@ -46,13 +46,14 @@ _BRIEF = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SurveyedQueue:
-    """A stage's queue: requests and tokens that wait, how many are not background, and when one of these came."""
+    """A queue: what waits, how much of it is not background, when some of that came last, and who is first."""
 
     stage: str
     tokens: int
     num_requests: int
     num_foreground: int
     foreground_ms: int | None
+    head_id: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,8 +117,9 @@ def _parse(keys: Keys, reply: bytes) -> Survey:
                 num_requests=num,
                 num_foreground=others,
                 foreground_ms=_number(came_ms) if came_ms else None,
+                head_id=head_id,
             )
-            for stage, tokens, num, others, came_ms in _rows(found["queues"], 5)
+            for stage, tokens, num, others, came_ms, head_id in _rows(found["queues"], 6)
         ),
         inbox=found["inbox"],
         outputs=tuple((ending, int(tokens)) for ending, tokens in _rows(found["outputs"], 2)),

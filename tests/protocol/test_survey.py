@@ -73,6 +73,7 @@ def test_workers_and_queues_are_those_of_an_overview(scene: Scene) -> None:
     }
     assert views == known.queues
     assert (views["0"].num_requests, views["0"].num_foreground) == (2, 1)
+    assert [q.head_id for q in found.queues if q.stage == "0"] == ["a"]
 
 
 def test_a_brief_has_all_that_siblings_decide_by(scene: Scene) -> None:

@@ -40,6 +40,7 @@ class FleetView:
         self._newcomer: tuple[int, int] | None = None
         self._looking = asyncio.Lock()  # what finished is counted once
         self._is_due = asyncio.Event()
+        self._heads: dict[str, tuple[str, int]] = {}  # the first of each queue, and when it was first seen so, ms
         self._num_able: Counter[int] = Counter()
         self.num_workers = 1
         self.overview: Overview | None = None
@@ -79,6 +80,13 @@ class FleetView:
                 inbox=seen.inbox,
                 counts={},
             )
+            self._heads = {
+                queue.stage: self._heads[queue.stage]
+                if self._heads.get(queue.stage, ("", 0))[0] == queue.head_id
+                else (queue.head_id, seen.at_ms)
+                for queue in seen.queues
+                if queue.num_requests
+            }
             self._num_able = Counter(self.stage_of(w) for w in overview.workers if w.is_open)
             await self._learn(seen)
         return overview
@@ -184,10 +192,14 @@ class FleetView:
         queue = self.overview.in_play(str(stage), quiet_ms=self._quiet_ms) if self.overview else None
         return queue.num_requests if queue else 0
 
-    def has_waiting(self, stage: int) -> bool:
-        """Whether anything waits in the queue of a stage, the background included."""
-        queue = self.overview.queues.get(str(stage)) if self.overview else None
-        return queue is not None and queue.num_requests > 0
+    def has_waiting(self, stage: str) -> bool:
+        """Whether anything waits in a queue, the background included."""
+        return stage in self._heads
+
+    def is_stuck(self, stage: str) -> bool:
+        """Whether a queue had the same request at its head for a while: whoever was woken for it may have died."""
+        _, since_ms = self._heads.get(stage, ("", math.inf))
+        return self.overview is not None and self.overview.now_ms - since_ms >= KEPT_MS
 
     def has_background(self, stage: int) -> bool:
         """Whether background requests wait in the queue of a stage."""

@@ -103,7 +103,9 @@ class Intake:
 
     async def keep_up(self) -> None:
         """What is to be done with each look at the fleet: a wake-up may have been missed."""
-        self._private_due = True
+        self._private_due |= self._fleet_view.has_waiting(private_queue(self._context.worker_id))
+        if self._fleet_view.is_stuck(str(self._placement.stage)):
+            self.look_again()
         await self._chooser.tell()
 
     @property

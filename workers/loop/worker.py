@@ -353,8 +353,6 @@ class Worker:
             self._adopt(overview.plan)  # the listener may have begun just after it was published
             await self._mover.ask_once()
             await self._intake.keep_up()
-            if fleet_view.has_waiting(self.placement.stage):
-                self._intake.look_again()  # who was woken for it may have died
             if fleet_view.num_waiting:
                 self.sessions.wake()  # perhaps there is something to steal
 

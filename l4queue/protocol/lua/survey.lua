@@ -4,8 +4,8 @@
 -- ARGV  1 greatest age of one that will do (ms, 0 = none does)  2 for how long others may read this one (ms)
 --       3 most workers: of more, so many are drawn  4 most outputs
 -- Returns its moment (ms), a space and JSON: num_workers, workers (incarnation, brief or load, ...), plan, inbox,
--- queues (stage, waiting tokens, requests, of these not background, when one of these came (ms), ...), outputs (id of
--- the ending, tokens, ...); lists, since Lua has one kind of table
+-- queues (stage, waiting tokens, requests, of these not background, when one of these came (ms), id of the first, ...),
+-- outputs (id of the ending, tokens, ...); lists, since Lua has one kind of table
 local workers, kept = unpack(KEYS)
 local max_age_ms, keep_ms, most, num_outputs = tonumber(ARGV[1]), ARGV[2], tonumber(ARGV[3]), ARGV[4]
 local now = now_ms()
@@ -33,7 +33,8 @@ for i = 1, #backlog, 2 do
   local stage = backlog[i]
   local queue = P .. 'q:' .. stage
   add_to(found.queues, stage, backlog[i + 1], redis.call('ZCARD', queue),
-    redis.call('ZCOUNT', queue, '-inf', '(' .. int(BACKGROUND)), came_ms[stage] or '')
+    redis.call('ZCOUNT', queue, '-inf', '(' .. int(BACKGROUND)), came_ms[stage] or '',
+    redis.call('ZRANGE', queue, 0, 0)[1] or '')
 end
 for _, entry in ipairs(redis.call('XREVRANGE', P .. 'finished', '+', '-', 'COUNT', num_outputs)) do
   local facts = {}
