@@ -97,6 +97,15 @@ def test_a_worker_without_room_is_not_woken(scene: Scene) -> None:
     assert _ready(scene) == {}
 
 
+def test_a_worker_that_fills_up_is_ready_no_more(scene: Scene) -> None:
+    """Though nothing has woken it: it looked of its own accord."""
+    scene.register()
+    _arrive(scene, "a")
+    assert _look(scene, "w1", is_by_choice=True).is_ready
+    assert len(_look(scene, "w1", max_requests=1).grants) == 1
+    assert _ready(scene) == {}
+
+
 def test_a_worker_that_leaves_something_wakes_another(scene: Scene) -> None:
     """Two were ready when one request came; the one that is woken finds it too long."""
     for name in ("w1", "w2"):

@@ -8,7 +8,7 @@ import pytest
 import redis
 
 from l4queue.models import RequestState
-from l4queue.protocol.keys import Keys
+from l4queue.protocol.keys import Keys, private_queue
 from tests.chaos.wishes import expected
 from tests.services.pipeline import COST, open_pipeline, until
 
@@ -36,7 +36,7 @@ async def test_a_lease_that_was_undone_and_had_again_is_given_back(redis_url: st
             undo.hdel(keys.worker(incarnation), "nonce", "grants")
             undo.zadd(keys.queue("0"), {handle.id: score})
             undo.hincrby(keys.backlog, "0", len(PROMPT))
-            undo.xadd(keys.wake("0"), {"w": "1"})
+            undo.xadd(keys.wake(private_queue("w")), {"s": "0"})
             undo.execute()
 
         async def is_third() -> bool:
