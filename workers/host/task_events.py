@@ -33,6 +33,7 @@ _REPEAT_S = 5.0  # for a Flower that has just begun
 _FLUSH_S = 0.1  # in which events gather for one message
 _BATCH = 200  # events of one message
 _RETRY_S = 1.0  # between two tries to reach the broker
+_LISTEN_S = 1.0  # between two looks whether anybody listens; a Flower that begins misses so much
 
 Event = dict[str, Any]
 
@@ -62,7 +63,7 @@ class EventSender:
 
     It has its own broker connection, so neither a lost broker nor a restart of Celery's consumer is felt by
     the engine, and nothing piles up beyond `capacity`. Outcome events repeat what the start said: they are
-    complete when the start was dropped or left out.
+    complete when the start was dropped or left out. Nothing is made or sent while nobody listens.
     """
 
     def __init__(
@@ -89,6 +90,8 @@ class EventSender:
         self._told: Counter[str] = Counter()
         self._told_s = float("-inf")
         self._is_away = False
+        self._is_heard = True  # until the first look
+        self._looked_s = float("-inf")
         self._wake = threading.Event()
         self._urgent = threading.Event()
         self._stopping = threading.Event()
@@ -104,6 +107,8 @@ class EventSender:
     def request_started(self, view: RequestView) -> None:
         """task-received and task-started, within the detail budget."""
         self._count("task-received")
+        if not self._is_heard:
+            return
         if not self._detail.take():
             self._num_left_out += 2
             return
@@ -120,6 +125,8 @@ class EventSender:
         """
         self._count("task-succeeded")
         is_shown = self._forget(view)
+        if not self._is_heard:
+            return
         if not self._outcomes.take() and not is_shown:
             self._num_left_out += 1
             return
@@ -219,12 +226,16 @@ class EventSender:
         }
 
     def _put_outcome(self, type_: str, view: RequestView, *, runtime_s: float, **fields: Any) -> None:
+        if not self._is_heard:
+            return
         now_s = time.time()
         started_s = now_s - runtime_s
         began = {"received": _accepted_s(view, started_s), "started": started_s}
         self._put(type_, view, at_s=now_s, **began, **self._about(view, started_s=started_s), **fields)
 
     def _put(self, type_: str, view: RequestView, *, at_s: float | None = None, **fields: Any) -> None:
+        if not self._is_heard:
+            return
         if len(self._waiting) == self._waiting.maxlen:
             self._num_dropped += 1
         stamp = time.time() if at_s is None else at_s
@@ -242,6 +253,9 @@ class EventSender:
             self._wake.clear()
             self._urgent.clear()
             try:
+                if time.monotonic() - self._looked_s > _LISTEN_S:
+                    dispatcher = dispatcher or self._connect()
+                    self._listen(dispatcher)
                 while self._unsent or self._waiting:
                     self._unsent = self._unsent or self._next_batch()
                     dispatcher = dispatcher or self._connect()
@@ -265,9 +279,22 @@ class EventSender:
 
     def _must_tell(self) -> bool:
         """Totals are told when they have changed, at the end, and now and then."""
+        if not self._is_heard:
+            return False
         age_s = time.monotonic() - self._told_s
         has_changed = self._totals != self._told
         return age_s > _REPEAT_S or (has_changed and (age_s > _TOTALS_S or self._stopping.is_set()))
+
+    def _listen(self, dispatcher: EventDispatcher) -> None:
+        """See whether anybody listens. Who has just begun is told the totals at once."""
+        is_heard, self._looked_s = _has_listeners(dispatcher), time.monotonic()
+        if is_heard and not self._is_heard:
+            self._told_s = float("-inf")
+        elif not is_heard:
+            self._waiting.clear()
+            self._unsent = []
+            self._shown.clear()
+        self._is_heard = is_heard
 
     def _tell(self, dispatcher: EventDispatcher) -> None:
         totals = Counter(self._totals)
@@ -302,6 +329,17 @@ class EventSender:
 def _accepted_s(view: RequestView, started_s: float) -> float:
     """When a request was accepted, for Flower's "received"; not after its start, as two clocks may have it."""
     return min(started_s, view.submitted_ms / 1000)
+
+
+def _has_listeners(dispatcher: EventDispatcher) -> bool:
+    """Whether a queue is bound to the exchange of events, where the broker's transport knows that."""
+    channel = dispatcher.connection.default_channel
+    if not hasattr(channel, "get_table"):
+        return True
+    try:
+        return bool(channel.get_table(dispatcher.exchange.name))
+    except KeyError:  # nobody has declared it
+        return False
 
 
 def _close(dispatcher: EventDispatcher | None) -> None:

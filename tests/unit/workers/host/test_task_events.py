@@ -321,3 +321,24 @@ def test_a_budget_refills_with_time_up_to_one_second(clock: Clock) -> None:
     assert num_taken() == 5
     clock.now_s = 100.0
     assert num_taken() == 10
+
+
+def test_nothing_is_sent_while_nobody_listens(app: Celery, make_sender: Callable[..., EventSender]) -> None:
+    """Who begins to listen hears of what begins then, and how many there were before."""
+    sender = make_sender()
+    sender.start()
+    deaf = threading.Event()
+    while sender._is_heard:
+        deaf.wait(0.01)
+    for name in ("a", "b"):
+        sender.request_started(view(name))
+    sender.request_succeeded(view("a"), output_tokens=3, runtime_s=0.5, text="")
+    assert sender.stats()["events_waiting"] == 0
+
+    receiver = Receiver(app)
+    receiver.wait(lambda: receiver.totals() == {"task-received": 2, "task-succeeded": 1})
+    sender.request_succeeded(view("b"), output_tokens=3, runtime_s=0.5, text="")
+    sender.request_started(view("c"))
+    receiver.wait(lambda: receiver.types("c") == ["task-received", "task-started"])
+    assert (receiver.types("a"), receiver.types("b")) == ([], ["task-succeeded"])
+    receiver.close()

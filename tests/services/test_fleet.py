@@ -1,0 +1,55 @@
+"""Fleets: a request costs the same however many workers wait for one, and a lost wake-up strands nothing."""
+
+from __future__ import annotations
+
+import pytest
+import redis
+
+from l4queue.models import RequestState
+from l4queue.protocol.keys import Keys, private_queue
+from tests.services.pipeline import open_pipeline, until
+
+pytestmark = [pytest.mark.services, pytest.mark.timeout(600)]
+NUM_REQUESTS = 8
+
+
+@pytest.mark.parametrize("num_workers", [2, 9])
+async def test_a_request_wakes_one_worker_of_however_many(
+    redis_url: str, namespace: str, num_workers: int
+) -> None:
+    """By one wake-up for each."""
+    keys, names = Keys(namespace), [f"w{number}" for number in range(num_workers)]
+    async with open_pipeline(redis_url, namespace, lease_s=30.0) as pipeline:
+        with redis.Redis.from_url(redis_url) as raw:
+            for name in names:
+                pipeline.start(name)
+            for _ in range(NUM_REQUESTS):
+
+                async def are_ready() -> bool:
+                    return raw.zcard(keys.ready("0")) == num_workers
+
+                await until(are_ready)
+                handle = await pipeline.client.enqueue("hello", max_tokens=2, ignore_eos=True)
+                await handle.result(timeout=120)
+            told = [entry for name in names for entry in raw.xrange(keys.wake(private_queue(name)))]
+            assert [values[b"s"] for _, values in told] == [b"0"] * NUM_REQUESTS
+            assert raw.xlen(keys.wake("0")) == 0
+
+
+async def test_a_request_that_nobody_was_woken_for_is_found(redis_url: str, namespace: str) -> None:
+    """The wake-up was lost: whoever was woken has died, or Redis has lost it."""
+    keys = Keys(namespace)
+    async with open_pipeline(redis_url, namespace, lease_s=30.0) as pipeline:
+        with redis.Redis.from_url(redis_url) as raw:
+            for name in ("w0", "w1"):
+                pipeline.start(name)
+
+            async def are_ready() -> bool:
+                return raw.zcard(keys.ready("0")) == 2
+
+            await until(are_ready)
+            raw.delete(keys.ready("0"))  # they believe that an arrival will wake them
+            handle = await pipeline.client.enqueue("hello", max_tokens=2, ignore_eos=True)
+            await handle.result(timeout=120)
+            assert (await handle.status()).state is RequestState.DONE
+            assert [raw.xlen(keys.wake(private_queue(name))) for name in ("w0", "w1")] == [0, 0]
