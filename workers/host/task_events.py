@@ -63,7 +63,7 @@ class EventSender:
 
     It has its own broker connection, so neither a lost broker nor a restart of Celery's consumer is felt by
     the engine, and nothing piles up beyond `capacity`. Outcome events repeat what the start said: they are
-    complete when the start was dropped or left out. Nothing is made or sent while nobody listens.
+    complete when the start was dropped or left out. While nobody listens, starts and successes are not made.
     """
 
     def __init__(
@@ -226,16 +226,12 @@ class EventSender:
         }
 
     def _put_outcome(self, type_: str, view: RequestView, *, runtime_s: float, **fields: Any) -> None:
-        if not self._is_heard:
-            return
         now_s = time.time()
         started_s = now_s - runtime_s
         began = {"received": _accepted_s(view, started_s), "started": started_s}
         self._put(type_, view, at_s=now_s, **began, **self._about(view, started_s=started_s), **fields)
 
     def _put(self, type_: str, view: RequestView, *, at_s: float | None = None, **fields: Any) -> None:
-        if not self._is_heard:
-            return
         if len(self._waiting) == self._waiting.maxlen:
             self._num_dropped += 1
         stamp = time.time() if at_s is None else at_s
@@ -290,10 +286,6 @@ class EventSender:
         is_heard, self._looked_s = _has_listeners(dispatcher), time.monotonic()
         if is_heard and not self._is_heard:
             self._told_s = float("-inf")
-        elif not is_heard:
-            self._waiting.clear()
-            self._unsent = []
-            self._shown.clear()
         self._is_heard = is_heard
 
     def _tell(self, dispatcher: EventDispatcher) -> None:

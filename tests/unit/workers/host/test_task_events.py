@@ -323,7 +323,9 @@ def test_a_budget_refills_with_time_up_to_one_second(clock: Clock) -> None:
     assert num_taken() == 10
 
 
-def test_nothing_is_sent_while_nobody_listens(app: Celery, make_sender: Callable[..., EventSender]) -> None:
+def test_starts_and_successes_are_not_made_while_nobody_listens(
+    app: Celery, make_sender: Callable[..., EventSender]
+) -> None:
     """Who begins to listen hears of what begins then, and how many there were before."""
     sender = make_sender()
     sender.start()
