@@ -105,6 +105,16 @@ def test_a_look_shares_what_another_one_saw_a_moment_ago(scene: Scene) -> None:
     assert scene.raw.pttl(scene.keys.survey) != -1
 
 
+def test_a_survey_serves_no_longer_than_its_reader_says(scene: Scene) -> None:
+    """Nor one of a moment to come: a clock went back."""
+    at_ms = _survey(scene).at_ms
+    told = scene.raw.get(scene.keys.survey) or f"{at_ms} {{}}".encode()
+    _register(scene, LOAD)
+    for moment_ms in (at_ms - 3_600_000, at_ms + 3_600_000):
+        scene.raw.set(scene.keys.survey, told.replace(str(at_ms).encode(), str(moment_ms).encode(), 1))
+        assert _survey(scene, max_age_ms=1_800_000).workers == (LOAD,)
+
+
 def test_what_nobody_of_ours_kept_is_surveyed_anew(scene: Scene) -> None:
     _register(scene, LOAD)
     scene.raw.set(scene.keys.survey, b"9 {\xff")
