@@ -70,6 +70,7 @@ class Survey:
     queues: tuple[SurveyedQueue, ...]
     inbox: int
     outputs: tuple[tuple[str, int], ...]
+    has_older: bool = False  # a worker of a release that tells no brief: nobody wakes it by name
 
     @property
     def share(self) -> float:
@@ -122,6 +123,7 @@ def _parse(keys: Keys, reply: bytes) -> Survey:
             for stage, tokens, num, others, came_ms, head_id in _rows(found["queues"], 6)
         ),
         inbox=found["inbox"],
+        has_older=any(brief.startswith("{") for _, brief in _rows(found["workers"], 2)),
         outputs=tuple((ending, int(tokens)) for ending, tokens in _rows(found["outputs"], 2)),
     )
 

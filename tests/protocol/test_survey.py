@@ -60,7 +60,7 @@ def test_workers_and_queues_are_those_of_an_overview(scene: Scene) -> None:
     found, known = _survey(scene), read_overview(scene.executor, scene.keys.namespace)
 
     assert found.workers == known.workers == (LOAD, *others)
-    assert (found.num_workers, found.share, found.inbox) == (3, 1.0, 1)
+    assert (found.num_workers, found.share, found.inbox, found.has_older) == (3, 1.0, 1, True)
     assert abs(found.at_ms - known.now_ms) < 60_000
     views = {
         q.stage: QueueView(
@@ -102,6 +102,7 @@ def test_a_look_shares_what_another_one_saw_a_moment_ago(scene: Scene) -> None:
     assert kept is None or kept == first  # on a slow machine its moment is over
     assert _survey(scene, max_age_ms=3_600_000).workers in ((), (LOAD,))
     assert _survey(scene).workers == (LOAD,)
+    assert not _survey(scene).has_older
     assert scene.raw.pttl(scene.keys.survey) != -1
 
 

@@ -43,6 +43,7 @@ class FleetView:
         self._heads: dict[str, tuple[str, int]] = {}  # the first of each queue, and when it was first seen so, ms
         self._num_able: Counter[int] = Counter()
         self.num_workers = 1
+        self.has_older = False  # workers of a release in which an arrival wakes all: so may its dispatchers be
         self.overview: Overview | None = None
         self.outputs = OutputLengths()
 
@@ -67,7 +68,7 @@ class FleetView:
         """
         async with self._looking:
             seen = await self._survey(max_age_ms)
-            self.num_workers = seen.num_workers
+            self.num_workers, self.has_older = seen.num_workers, seen.has_older
             self.overview = overview = Overview(
                 now_ms=seen.at_ms,
                 plan=await self._plan(seen.plan_version),

@@ -21,7 +21,7 @@ class Wakeup(Enum):
     PRIVATE = auto()  # something has come for it alone
     SOLO = auto()  # something is to be run alone by somebody
     OTHER = auto()  # something waits in another stage, where nobody is ready for it
-    ANY = auto()  # something may have come unheard
+    ANY = auto()  # something may have come, also unheard
 
 
 class WakeupListener:
@@ -47,13 +47,17 @@ class WakeupListener:
         self._on_plan = on_plan
         self._last: dict[str, str] = {}
 
-    async def run(self, place: Callable[[], tuple[str, str]]) -> None:
-        """Listen for ever; `place` gives stage and incarnation as they are now."""
+    async def run(self, place: Callable[[], tuple[str, str, bool]]) -> None:
+        """Listen for ever; `place` gives stage, incarnation, and whether older releases serve, as they are now.
+
+        Older releases tell arrivals to all workers of a stage.
+        """
         start_id = f"{await self._executor.run(Reads(self._keys).server_time_ms()) - 1}-0"
         solo = self._keys.wake(SOLO_STAGE)
         while True:
-            control = self._keys.control(place()[1])
-            names = (self._personal, solo, self._keys.plans, control)
+            stage, incarnation, has_older = place()
+            control, everybody = self._keys.control(incarnation), self._keys.wake(stage)
+            names = (self._personal, solo, self._keys.plans, control, *([everybody] * has_older))
             if set(names) != set(self._last):
                 self._last = {name: self._last.get(name, start_id) for name in names}
                 self._on_wake(Wakeup.ANY)
@@ -65,6 +69,8 @@ class WakeupListener:
                     await self._executor.bury([self._hear(control, values) for _, values in entries])
                 elif name == self._keys.plans:
                     self._on_plan(text(entries[-1][1].get(b"body", b"")))
+                elif name == everybody:
+                    self._on_wake(Wakeup.ANY)
                 else:
                     await self._wake([values for _, values in entries], place()[0], is_solo=name == solo)
 

@@ -258,7 +258,7 @@ class Worker:
             self._take_for_ever(),
             self._write_for_ever(),
             self.lease.keep(self._on_lost),
-            listener.run(lambda: (str(self.placement.stage), self.lease.incarnation)),
+            listener.run(lambda: (str(self.placement.stage), self.lease.incarnation, self.fleet_view.has_older)),
             self._keep_up(),
             self._look_around(),
             self._mover.failure(),
