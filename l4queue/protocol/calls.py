@@ -222,8 +222,9 @@ class Calls:
         held = (round(hold.for_ms), hold.max_requests, hold.longest_tokens, round(hold.overdue_ms))
         names = tuple(part for one in named for part in (one.request_id, one.held_tokens, one.reason))
         wait = ("", "", "", 0, int(bool(named))) if readiness is None else readiness.args()
-        args = (*first, *sharing, *price, budget.longest_tokens, *held, *wait, *names)
-        return Call("take", keys, args, parse_taken)
+        return Call(
+            "take", keys, (*first, *sharing, *price, budget.longest_tokens, *held, *wait, *names), parse_taken
+        )
 
     def emit(
         self,
@@ -242,15 +243,8 @@ class Calls:
         `cached` is kept with the first tokens alone.
         """
         k = self.keys
-        args: tuple[Arg, ...] = (
-            incarnation,
-            epoch,
-            offset,
-            len(token_ids),
-            pack_ids(token_ids),
-            text,
-            *_told(cached, logprobs),
-        )
+        written = (incarnation, epoch, offset, len(token_ids), pack_ids(token_ids), text)
+        args: tuple[Arg, ...] = (*written, *_told(cached, logprobs))
         return Call("emit", (k.request(request_id), k.output(request_id)), args, parse_verdict)
 
     def settle(
@@ -314,10 +308,7 @@ class Calls:
         backlog_ms: float | None = None,
         brief: str = "",
     ) -> Call[Verdict]:
-        """Renew (or begin) a lease, publish the load and add to the histograms.
-
-        Work of `backlog_ms` is before it; without, no arrival wakes it any more.
-        """
+        """Renew (or begin) a lease, publish load and histograms. Without `backlog_ms` no arrival wakes it."""
         k = self.keys
         pairs = tuple(part for item in (histogram or {}).items() for part in item)
         backlog = "" if backlog_ms is None else f"{backlog_ms:.3f}"
