@@ -155,7 +155,7 @@ def _simulated(
         )
     first_s = turns[0].arrival_s
     turns = [replace(turn, arrival_s=turn.arrival_s - first_s) for turn in turns]
-    found = simulate(SIMULATED[policy](), turns, cost=cost, num_workers=2, jitter_ms=0.0)
+    found = simulate(SIMULATED[policy](), turns, cost=cost, num_workers=2)
     kept = [number for number, one in enumerate(exchanges) if one.sent_s >= setting.warmup_s]
     prompt_tokens = sum(exchanges[number].prompt_tokens for number in kept)
     return {
