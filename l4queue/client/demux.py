@@ -230,6 +230,11 @@ class Demultiplexer:
         self._purge()
         return not self._watches
 
+    @property
+    def num_waits(self) -> int:
+        """Requests that are waited for."""
+        return len(self._watches)
+
     def block_s(self, now_s: float) -> float:
         """How long to wait for entries at most: not at all to see whether some are there already."""
         return 0.0 if self._suspects else min(_BLOCK_S, max(0.01, self._next_scan_s - now_s))

@@ -7,6 +7,7 @@ import multiprocessing
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
@@ -26,6 +27,27 @@ from tests.services.pipeline import true, until
 from tests.services.played_worker import emit_all, finished, follows, start, tokens_of
 
 pytestmark = pytest.mark.services
+
+
+async def test_a_client_with_many_streams_reads_seldom(scene: Scene, client: AsyncClient) -> None:
+    """However often it is told something: several news come with one reply then."""
+    handles = await client.enqueue_many(["x"] * 100, max_tokens=9)
+    start(scene, *handles)
+    reading = [asyncio.create_task(tokens_of(handle)) for handle in handles]
+    await follows(scene, handles[0], handles[-1])
+    scene.raw.config_resetstat()
+    began_s = time.monotonic()
+    for turn in range(6):
+        for handle in handles:
+            emit_all(scene, [handle], offset=turn, num=1)
+            await asyncio.sleep(0)
+    took_s = time.monotonic() - began_s
+    num_reads = scene.raw.info("commandstats")["cmdstat_xread"]["calls"]
+    for handle in handles:
+        scene.settle(handle.id, offset=6, num=1)
+
+    assert await asyncio.gather(*reading) == [scene.tokens(1, 0, 7)] * 100
+    assert num_reads <= took_s / 0.01 + 2
 
 
 async def test_2000_streams_share_one_blocking_connection(scene: Scene, client: AsyncClient) -> None:
