@@ -32,9 +32,9 @@ _BATCH = 128  # calls of one round trip
 _CLOSED = "the client was closed"
 _MANY_WAITS = 64
 _PAUSE_S = 0.01
-"""A reader for `_MANY_WAITS` or more pauses so long between two reads, s. Chosen: a reply has several news then. With
-1,000 streams a chunk costs Redis 26 us instead of 30, and comes 5 ms later (bench/many_streams.py). Pauses of 15 ms
-save no more."""
+"""A reader for `_MANY_WAITS` or more pauses so long between two reads, s. Chosen: a reply has several news then.
+With 1,000 streams a chunk costs Redis 26 us instead of 30, and comes 5 ms later (bench/many_streams.py). Pauses of
+15 ms save no more."""
 
 
 def _demultiplexer(core: ClientCore) -> Demultiplexer:
