@@ -117,6 +117,7 @@ KEYS: dict[str, dict[str, str]] = {
         "queues": "by stage: waiting requests and their tokens",
         "inbox": "requests that are not yet routed",
         "counts": "totals since the beginning: live, done, failed, cancelled, expired, dead, moves, ...",
+        "share": "of the workers there are, the part that `workers` has: all, 1.0",
         "plan_version": "of the plan in force, 0 where that is no number",
         "has_unreadable_plan": "whether `plan` is an older one because this release cannot read the one in force",
         "has_newer_plan": "whether only a newer release can read it",

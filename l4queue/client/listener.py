@@ -30,7 +30,7 @@ _COUNT = 1000  # entries of one stream in one reply
 _TRIM_EVERY = 4096  # news
 _BATCH = 128  # calls of one round trip
 _CLOSED = "the client was closed"
-_MANY_WAITS = 64
+_MANY_WAITS = 64  # chosen: fewer streams are read in good time, chunk by chunk
 _PAUSE_S = 0.01
 """A reader for `_MANY_WAITS` or more pauses so long between two reads, s. Chosen: a reply has several news then.
 With 1,000 streams a chunk costs Redis 26 us instead of 30, and comes 5 ms later (bench/many_streams.py). Pauses of

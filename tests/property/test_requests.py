@@ -43,7 +43,11 @@ def prepared(spec: RequestSpec) -> tuple[Prepared, dict[str, Any]]:
         "deadline_ms",
     )
     sent = dict(
-        zip((*names, "ttl_ms", "client", "canonical", "key_ttl_ms", "open_end"), found.call.args, strict=True)
+        zip(
+            (*names, "ttl_ms", "client", "canonical", "key_ttl_ms", "open_end", "greatest_id"),
+            found.call.args,
+            strict=True,
+        )
     )
     return found, sent
 

@@ -221,14 +221,13 @@ class Model:
         held = self.held(worker)
         if lease.alone in held or (stage == SOLO_STAGE and held):
             return []
-        lease.alone = None
-        lease.nonce, lease.granted = nonce, []
+        lease.alone, granted = None, list[tuple[str, int]]()
         most = min(most, 1) if stage == SOLO_STAGE else most
         is_holding = hold.for_ms == ALWAYS_MS or (hold.for_ms > 0 and home in self.foreground)
         background = hold.max_requests if is_holding else most
         for request_id in self.in_order(stage):
             is_background = hold.overdue_ms > 0 and self.reqs[request_id].score >= BACKGROUND
-            if len(lease.granted) >= most:
+            if len(granted) >= most:
                 break
             if is_background and background <= 0:
                 continue
@@ -236,9 +235,11 @@ class Model:
                 self.end(request_id, S.EXPIRED)
                 continue
             background -= is_background
-            lease.granted.append((request_id, self._grant(request_id, worker, stage, home)))
+            granted.append((request_id, self._grant(request_id, worker, stage, home)))
             lease.alone = request_id if stage == SOLO_STAGE else None
-        return lease.granted
+        if granted:  # the repeat of a take that found nothing is another take
+            lease.nonce, lease.granted = nonce, granted
+        return granted
 
     def _grant(self, request_id: str, worker: str, stage: str, home: str) -> int:
         req = self.reqs[request_id]
