@@ -92,7 +92,7 @@ def conversations(*, count: int, rate: float, think_s: float, most_tokens: int, 
         at_s = begin_s
         for _ in range(int(rng.geometric(1 / MEAN_TURNS))):
             ids += _some(rng, 100, most_tokens)
-            output = _between(rng, *OUTPUT_TOKENS)
+            output = between(rng, *OUTPUT_TOKENS)
             if len(ids) + output > MAX_MODEL_LEN - 512:
                 break
             prompt = tuple(ids)
@@ -115,10 +115,11 @@ def conversations(*, count: int, rate: float, think_s: float, most_tokens: int, 
 
 
 def _some(rng: np.random.Generator, low: int, high: int) -> list[int]:
-    return [int(token) for token in rng.integers(100, 8000, _between(rng, low, high))]
+    return [int(token) for token in rng.integers(100, 8000, between(rng, low, high))]
 
 
-def _between(rng: np.random.Generator, low: int, high: int) -> int:
+def between(rng: np.random.Generator, low: int, high: int) -> int:
+    """A whole number, log-uniform between two."""
     return int(np.exp(rng.uniform(np.log(low), np.log(high))))
 
 

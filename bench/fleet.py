@@ -113,7 +113,7 @@ async def measure(num_workers: int, given: argparse.Namespace) -> dict[str, Any]
 
 
 async def until_registered(executor: AsyncExecutor, reads: Reads, num_workers: int) -> None:
-    """Wait until so many workers have a lease."""
+    """Wait until this number of workers has a lease."""
     while len(await executor.run(reads.incarnations())) < num_workers:  # noqa: ASYNC110 - Redis tells nobody
         await asyncio.sleep(0.5)
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import aiohttp
 import numpy as np
+from affinity_live import between
 from entrants import Entrant
 from transformers import PreTrainedTokenizerBase
 
@@ -71,7 +72,7 @@ def draw(
     rng, words = np.random.default_rng(seed), np.random.default_rng(text_seed)
 
     def text(bounds: tuple[int, int]) -> str:
-        return str(tokenizer.decode(words.integers(_FIRST_ID, len(tokenizer), _between(rng, bounds)).tolist()))
+        return str(tokenizer.decode(words.integers(_FIRST_ID, len(tokenizer), between(rng, *bounds)).tolist()))
 
     systems = [text(SYSTEM_TOKENS) for _ in range(NUM_SYSTEMS)]
     popularity = 1.0 / np.arange(1, NUM_SYSTEMS + 1)
@@ -83,7 +84,7 @@ def draw(
             turns=tuple(
                 _Turn(
                     message=text(MESSAGE_TOKENS),
-                    output_tokens=_between(rng, OUTPUT_TOKENS),
+                    output_tokens=between(rng, *OUTPUT_TOKENS),
                     think_s=float(rng.exponential(MEAN_THINK_S)),
                 )
                 for _ in range(int(rng.geometric(1 / MEAN_TURNS)))
@@ -91,10 +92,6 @@ def draw(
         )
         for begin_s in np.sort(rng.uniform(0.0, duration_s, count))
     ]
-
-
-def _between(rng: np.random.Generator, bounds: tuple[int, int]) -> int:
-    return int(np.exp(rng.uniform(*np.log(bounds))))
 
 
 async def converse(

@@ -22,7 +22,7 @@ __all__ = ("KEPT_MS", "MOST_WORKERS", "Survey", "SurveyedQueue", "brief_of", "ke
 KEPT_MS = round(NEWS_INTERVAL_S * 500)
 """A survey serves every look within half the interval between two, ms: loads are as old as that anyway."""
 MOST_WORKERS = 128
-"""Of more workers so many are drawn anew with each survey. Chosen: 12 kB a look, and the best of so many is nearly
+"""Of more workers this number is drawn anew with each survey. Chosen: 12 kB a look, and the best of them is nearly
 as good as the best of all."""
 _MOST_OUTPUTS = 64
 """Latest outputs of a survey. Chosen: workers learn from thousands, and one that looks twice a second misses some

@@ -46,7 +46,7 @@ def _ready(scene: Scene, stage: str = "0") -> dict[str, float]:
 
 @pytest.mark.parametrize("num_workers", [1, 3, 200])
 def test_an_arrival_wakes_one_worker_of_however_many(scene: Scene, num_workers: int) -> None:
-    """The lightest of those that wait."""
+    """The lightest waiting worker."""
     names = [f"w{number}" for number in range(num_workers)]
     for number, name in enumerate(names):
         scene.register(name)

@@ -37,7 +37,7 @@ async def test_a_request_wakes_one_worker_of_however_many(
 
 
 async def test_a_request_that_nobody_was_woken_for_is_found(redis_url: str, namespace: str) -> None:
-    """The wake-up was lost: whoever was woken has died, or Redis has lost it."""
+    """The wake-up was lost: the worker that was woken has died, or Redis has lost it."""
     keys = Keys(namespace)
     async with open_pipeline(redis_url, namespace, lease_s=30.0) as pipeline:
         with redis.Redis.from_url(redis_url) as raw:

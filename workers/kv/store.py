@@ -108,7 +108,7 @@ class SegmentStore:
         return min(needed, self._affordable_bytes) if needed else self._affordable_bytes
 
     def room_bytes(self) -> int:
-        """Room for one more segment beside those that nobody has fetched yet. OSError: the file system's."""
+        """Room for one more segment beside all segments that wait to be fetched. OSError: the file system's."""
         used = sum(found.st_size for path, found in self._entries() if path.suffix != ".cut")
         return max(0, self.budget_bytes() - used)
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 
 from l4queue.config import Settings
 from l4queue.cost.calibrate import Calibrator
 from l4queue.cost.move import MovePrice
 from l4queue.cost.step import StepCost
-from l4queue.observe.overview import common_bytes_per_s
 from workers.engine.base import Engine, EngineInfo
 from workers.telemetry.snapshot import StepMeter
 
@@ -99,14 +97,9 @@ class EngineProfile:
             room_bytes=stats.kv_budget_bytes,
         )
 
-    def price_now(self, others: Iterable[MovePrice] = ()) -> MovePrice:
-        """The price of a move that begins now: with the room that is left, and at the speed of the whole fleet.
-
-        `others` are the prices that workers publish: the median one holds, so that all price alike.
-        """
+    def price_now(self) -> MovePrice:
+        """The price of a move that begins now: with the room that is left."""
         price = self.move_price
-        if price.bandwidth_bytes_per_s is None:
+        if price.bandwidth_bytes_per_s is None or price.room_bytes is None:
             return price
-        room_bytes = None if price.room_bytes is None else self._engine.kv_room_bytes()
-        speed = common_bytes_per_s(others) or price.bandwidth_bytes_per_s
-        return replace(price, bandwidth_bytes_per_s=speed, room_bytes=room_bytes)
+        return replace(price, room_bytes=self._engine.kv_room_bytes())

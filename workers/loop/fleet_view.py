@@ -198,7 +198,7 @@ class FleetView:
         return stage in self._heads
 
     def is_stuck(self, stage: str) -> bool:
-        """Whether a queue had the same request at its head for a while: whoever was woken for it may have died."""
+        """Whether a queue had the same request at its head for a while: the worker woken for it may have died."""
         _, since_ms = self._heads.get(stage, ("", math.inf))
         return self.overview is not None and self.overview.now_ms - since_ms >= KEPT_MS
 

@@ -233,8 +233,7 @@ class Mover:
 
     def _price_now(self) -> MovePrice:
         """Price of a move that begins now, beside those that have begun."""
-        overview = self._fleet_view.overview
-        price = self._profile.price_now(overview.prices if overview else ())
+        price = self._profile.price_now()
         for session in self._uncopied:
             price = price.after(session.length_tokens)
         return price

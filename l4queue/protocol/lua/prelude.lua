@@ -120,7 +120,7 @@ local function ring(incarnation, as, stage, id)
   return true
 end
 
--- Takes a worker off those that are ready for a stage; false where it was not among them.
+-- Takes a worker off the ready ones of a stage; false where it was not among them.
 local function leave_ready(incarnation, stage)
   redis.call('SREM', P .. 'thieves', incarnation)
   return redis.call('ZREM', P .. 'ready:' .. stage, incarnation) == 1
@@ -137,7 +137,7 @@ local function wake_ready(stage, id, num)
   return num
 end
 
--- Takes a worker that takes nothing any more off those that are ready. If it has been woken already, another one is.
+-- Takes a worker off the ready ones because it takes nothing any more. If it was woken already, another one is.
 local function stop_waiting(incarnation, stage)
   if leave_ready(incarnation, stage) or redis.call('EXISTS', P .. 'q:' .. stage) == 0 then return end
   wake_ready(stage, '', 1)

@@ -2,7 +2,7 @@
 -- It is kept for a moment, so that most looks of a large fleet read what another worker had surveyed.
 -- KEYS  1 workers (zset)  2 survey (string)
 -- ARGV  1 greatest age of one that will do (ms, 0 = none does)  2 for how long others may read this one (ms)
---       3 most workers: of more, so many are drawn  4 most outputs
+--       3 most workers: that number is drawn from more  4 most outputs
 -- Returns its moment (ms), a space and JSON: num_workers, workers (incarnation, brief or load, ...), plan, inbox,
 -- queues (stage, waiting tokens, requests, of these not background, when one of these came (ms), id of the first, ...),
 -- outputs (id of the ending, tokens, ...); lists, since Lua has one kind of table
