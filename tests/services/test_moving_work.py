@@ -280,7 +280,7 @@ async def test_a_newcomer_with_nothing_to_do_gets_running_requests(pipeline: Pip
 
 
 async def test_a_newcomer_joins_the_stage_that_lacks_workers(pipeline: Pipeline) -> None:
-    """The plan knows of a worker that is not there. Its stage's request may be stolen before the newcomer looks."""
+    """The plan knows of an absent worker. Its stage's request may be stolen before the newcomer looks."""
     pipeline.start("w0")
     assert (await (await pipeline.client.enqueue("y", max_tokens=1)).result(timeout=120)).output_tokens == 1
     await pipeline.publish(*_stages((0, 40, ("w0",)), (40, None, ("gone",))))
