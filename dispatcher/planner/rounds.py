@@ -24,7 +24,7 @@ from l4queue.observe.overview import (
 from l4queue.plan_json import plan_to_json, split_of
 from l4queue.planning.histogram import Buckets, Counts, difference, merge
 from l4queue.planning.partition import PartitionProblem
-from l4queue.planning.planner import Decision, PlannerSettings, Snapshot, expected_demand
+from l4queue.planning.planner import Decision, PlannerSettings, Replay, Snapshot, expected_demand
 from l4queue.planning.refine import refine
 from l4queue.planning.shadow import decide, why_settled
 from l4queue.planning.steady_state import Objective, PartitionSettings
@@ -37,7 +37,7 @@ from l4queue.protocol.keys import Keys
 from l4queue.protocol.reads import FinishedRequest, Reads
 from l4queue.protocol.upkeep import Upkeep
 from l4queue.sim.policies.l4 import L4Options
-from l4queue.sim.replay import MAX_ARRIVALS, Changed, RecordedArrival, make_scorer
+from l4queue.sim.replay import MAX_ARRIVALS, Changed, RecordedArrival, make_replay
 
 __all__ = ("refine_once", "replan_once")
 
@@ -65,6 +65,7 @@ class _Memory:
     decided_s: float
     noise: tuple[float, float]
     begun_s: float
+    mix_begun_s: float
 
     @classmethod
     def parse(cls, text: str | None, *, key: str = "") -> _Memory | None:
@@ -91,6 +92,7 @@ class _Memory:
             decided_s=0.0 if decided is None else decided.observed_s,
             noise=(learned.noise.statistic, learned.noise.degrees),
             begun_s=learned.begun_s,
+            mix_begun_s=learned.mix_begun_s,
         )
 
     def learned(self, buckets: Buckets) -> Learned:
@@ -103,6 +105,7 @@ class _Memory:
             decided=None if self.decided is None else read(buckets, self.decided, observed_s=self.decided_s),
             noise=Noise(statistic=statistic, degrees=degrees),
             begun_s=self.begun_s,
+            mix_begun_s=self.mix_begun_s,
         )
 
 
@@ -230,7 +233,8 @@ async def _learn(executor: AsyncExecutor, settings: Settings, overview: Overview
         elapsed_s = max(0.0, (overview.now_ms - memory.at_ms) / 1000)
         then = Counts.from_fields(buckets, memory.raw)
         before = memory.learned(buckets)
-        before = replace(before, begun_s=min(before.begun_s, now_s))  # the clock may have gone back
+        begun_s, mix_begun_s = (min(at_s, now_s) for at_s in (before.begun_s, before.mix_begun_s))
+        before = replace(before, begun_s=begun_s, mix_begun_s=mix_begun_s)  # the clock may have gone back
         gained = difference(Counts.from_fields(buckets, raw), then, elapsed_s=elapsed_s)
     num_unfinished = sum(load.num_running for load in overview.workers)
     num_unfinished += sum(queue.num_requests for queue in overview.queues.values())
@@ -283,14 +287,14 @@ def _decide(
     snapshot: Snapshot, settings: Settings, finished: Sequence[FinishedRequest], known: _Known
 ) -> tuple[Decision, Learned]:
     """By the closed form; what it proposes is published only if a replay of recent traffic agrees."""
-    learned, score = known.learned, _scorer(snapshot, settings, finished, known)
-    decision = decide(snapshot, _planner_settings(settings, known.price), score, learned=learned)
-    return decision, learned if score is None else with_decision(learned)
+    learned, replay = known.learned, _replay(snapshot, settings, finished, known)
+    decision = decide(snapshot, _planner_settings(settings, known.price), replay, learned=learned)
+    return decision, learned if replay is None else with_decision(learned)
 
 
-def _scorer(
+def _replay(
     snapshot: Snapshot, settings: Settings, finished: Sequence[FinishedRequest], known: _Known
-) -> Callable[[Plan], float] | None:
+) -> Replay | None:
     """Traffic on which plans are replayed; None where too little has finished since it changed."""
     arrivals = [
         RecordedArrival(
@@ -302,7 +306,7 @@ def _scorer(
         for request in finished
         if request.state == RequestState.DONE
     ]
-    return make_scorer(
+    return make_replay(
         arrivals,
         cost=snapshot.cost,
         num_instances=len(snapshot.loads),
@@ -315,7 +319,12 @@ def _scorer(
             steal=StealLimits(steal_from=StealFrom(settings.steal_from)),
             ageing_tokens_per_s=settings.ageing_tokens_per_s,
         ),
-        changed=Changed(begun_s=known.learned.begun_s, demand=snapshot.demand, buckets=snapshot.buckets),
+        changed=Changed(
+            begun_s=known.learned.begun_s,
+            mix_begun_s=known.learned.mix_begun_s,
+            demand=snapshot.demand,
+            buckets=snapshot.buckets,
+        ),
     )
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from l4queue.config import Settings, default_of
 from l4queue.cost.step import StepCost
@@ -20,14 +21,22 @@ __all__ = (
     "Candidate",
     "Decision",
     "PlannerSettings",
+    "Replay",
     "Snapshot",
     "expected_demand",
     "is_young",
     "plan",
 )
 
-Score = Callable[[Plan], float]
-"""Predicted objective of a plan, lower is better; for shadow scoring."""
+
+class Replay(Protocol):
+    """Replays of recent traffic under a plan, for shadow scoring."""
+
+    def score(self, plan: Plan, /) -> float:
+        """Predicted objective; less is better."""
+
+    def sure_gain(self, plan: Plan, against: Plan, /) -> float:
+        """Share of the objective of `against` that `plan` saves beyond chance; negative where that is unsure."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -103,11 +112,11 @@ class Decision:
     candidates: tuple[Candidate, ...] = ()
 
 
-def plan(snapshot: Snapshot, settings: PlannerSettings, *, score: Score | None = None) -> Decision:
+def plan(snapshot: Snapshot, settings: PlannerSettings, *, replay: Replay | None = None) -> Decision:
     """Decide. The same snapshot gives the same decision, byte for byte.
 
     Candidates are the best partition for each number of stages and the present plan, with its workers in their
-    old proportions where some came or went. The least objective wins, by `score` if given, else by the closed
+    old proportions where some came or went. The least objective wins, by `replay` if given, else by the closed
     form; one stage wins unless classes save `min_class_gain`. It is published if it saves enough against
     the present plan and that has lived its time; at once if workers came or went, or if there is no plan yet.
 
@@ -124,26 +133,36 @@ def plan(snapshot: Snapshot, settings: PlannerSettings, *, score: Score | None =
     problem = PartitionProblem(
         demand, len(workers), buckets=snapshot.buckets, cost=snapshot.cost, settings=settings.partition
     )
-    current = _current(snapshot, problem, workers, settings=settings, score=score)
-    parts = _partitions(problem, is_replayed=score is not None)
-    fresh = [_candidate(p, present, workers, score=score) for p in parts]
+    current = _current(snapshot, problem, workers, settings=settings, replay=replay)
+    parts = _partitions(problem, is_replayed=replay is not None)
+    fresh = [_candidate(p, present, workers, replay=replay) for p in parts]
     best = _best(fresh, settings=settings)
     candidates = tuple(fresh) if current is None else (*fresh, current)
     if has_changed or current is None:
         chosen, reason = _after_change(best, current, settings=settings)
         return _publish(snapshot, chosen, candidates, problem, reason=reason)
-    needed = settings.min_gain + settings.move_gain * best.num_moves / len(workers)
-    gain = _gain(best, current)
+    why_kept = _why_kept(best, current, snapshot, settings, replay=replay)
+    if why_kept is not None:
+        return Decision(publish=False, plan=present, reason=why_kept, candidates=candidates)
+    return _publish(snapshot, best, candidates, problem, reason=f"gain {_gain(best, current):.1%}")
+
+
+def _why_kept(
+    best: Candidate, current: Candidate, snapshot: Snapshot, settings: PlannerSettings, *, replay: Replay | None
+) -> str | None:
+    """Why the present plan stays; None where `best` should replace it."""
+    present, gain = snapshot.plan, _gain(best, current)
     if _same_split(best.stages, present.stages):
-        return Decision(publish=False, plan=present, reason="the present plan is best", candidates=candidates)
+        return "the present plan is best"
+    needed = settings.min_gain + settings.move_gain * best.num_moves / len(snapshot.loads)
     if gain <= needed:
-        reason = f"gain {gain:.1%} does not exceed {needed:.1%}"
-        return Decision(publish=False, plan=present, reason=reason, candidates=candidates)
+        return f"gain {gain:.1%} does not exceed {needed:.1%}"
     if is_young(snapshot, settings):
-        age_ms = snapshot.now_ms - present.created_ms
-        reason = f"gain {gain:.1%}, but the plan is only {age_ms} ms old"
-        return Decision(publish=False, plan=present, reason=reason, candidates=candidates)
-    return _publish(snapshot, best, candidates, problem, reason=f"gain {gain:.1%}")
+        return f"gain {gain:.1%}, but the plan is only {snapshot.now_ms - present.created_ms} ms old"
+    if replay is None or not present.details.get("is_replayed"):
+        return None
+    sure = replay.sure_gain(_plan_of(best.stages, present), _plan_of(current.stages, present))
+    return None if sure > 0.0 else f"gain {gain:.1%} may be chance"
 
 
 def is_young(snapshot: Snapshot, settings: PlannerSettings) -> bool:
@@ -197,7 +216,7 @@ def _current(
     workers: tuple[WorkerLoad, ...],
     *,
     settings: PlannerSettings,
-    score: Score | None,
+    replay: Replay | None,
 ) -> Candidate | None:
     """The present plan as a candidate, judged with patience; None when it cannot go on as it is."""
     present = snapshot.plan
@@ -216,7 +235,7 @@ def _current(
         max_rho=1.0 - (1.0 - old.max_rho) / settings.patience,
     )
     judged = problem.under(patient).judge([s.low_tokens for s in present.stages[1:]], counts)
-    return _candidate(judged, present, workers, score=score, keep_bounds=True)
+    return _candidate(judged, present, workers, replay=replay, keep_bounds=True)
 
 
 def _candidate(
@@ -224,7 +243,7 @@ def _candidate(
     present: Plan,
     workers: tuple[WorkerLoad, ...],
     *,
-    score: Score | None,
+    replay: Replay | None,
     keep_bounds: bool = False,
 ) -> Candidate:
     stages = [
@@ -234,9 +253,7 @@ def _candidate(
     if keep_bounds:
         stages = [replace(p, num_workers=s.num_workers) for p, s in zip(present.stages, stages, strict=True)]
     assignment = assign(stages, workers, current=present)
-    scored = None
-    if score is not None:
-        scored = score(replace(present, stages=assignment.stages, objective=partition.objective, details={}))
+    scored = None if replay is None else replay.score(_plan_of(assignment.stages, present))
     return Candidate(
         stages=assignment.stages,
         objective=partition.objective,
@@ -281,6 +298,10 @@ def _gain(best: Candidate, against: Candidate) -> float:
     return 1.0 - best.value / against.value if against.value > 0.0 else -float("inf")
 
 
+def _plan_of(stages: tuple[StagePlan, ...], present: Plan) -> Plan:
+    return replace(present, stages=stages, objective=None, details={})
+
+
 def _same_split(a: Sequence[StagePlan], b: Sequence[StagePlan]) -> bool:
     return [(s.low_tokens, s.num_workers) for s in a] == [(s.low_tokens, s.num_workers) for s in b]
 
@@ -305,6 +326,7 @@ def _publish(
         details={
             "demand_scale": round(problem.demand_scale, 6),
             "num_moves": chosen.num_moves,
+            "is_replayed": chosen.scored is not None,
             # the closed form would refuse it: a replay found it good, and only a replay may take it back
             "is_proven": chosen.scored is not None and chosen.objective == float("inf"),
             "stages": [

@@ -1,12 +1,10 @@
-"""Shadow scoring: a replay of recent traffic proves a plan before it is published. The replay is a function."""
+"""Shadow scoring: a replay of recent traffic proves a plan before it is published."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
-from l4queue.models import Plan
-from l4queue.planning.planner import Decision, PlannerSettings, Snapshot, is_young, plan
+from l4queue.planning.planner import Decision, PlannerSettings, Replay, Snapshot, is_young, plan
 from l4queue.planning.traffic_change import Learned, is_due, work_ms
 
 __all__ = ("decide", "why_settled")
@@ -29,16 +27,14 @@ def why_settled(snapshot: Snapshot, settings: PlannerSettings, learned: Learned)
     return None if is_due(learned, work=work) else "nothing new since the last replay"
 
 
-def decide(
-    snapshot: Snapshot, settings: PlannerSettings, score: Callable[[Plan], float] | None, *, learned: Learned
-) -> Decision:
+def decide(snapshot: Snapshot, settings: PlannerSettings, replay: Replay | None, *, learned: Learned) -> Decision:
     """The planner's decision, proved by replay; without one, classes must promise MIN_UNPROVEN_GAIN.
 
     The first replay since the traffic changed may replace a young plan: that one was made without any.
     """
-    if score is not None:
+    if replay is not None:
         is_first = learned.decided is None
-        return plan(snapshot, replace(settings, min_life_ms=0) if is_first else settings, score=score)
+        return plan(snapshot, replace(settings, min_life_ms=0) if is_first else settings, replay=replay)
     has_changed = _has_changed(snapshot)
     if snapshot.plan.details.get("is_proven") and not has_changed:
         return Decision(publish=False, plan=snapshot.plan, reason="proven by replay: kept until the next one")

@@ -11,6 +11,10 @@ how many times more they vary (at least once). The ratio of the two is compared 
 
 A change must also matter. The share of the work that is not common to both has to exceed a bound: Σ w·|λ₁-λ₀| /
 Σ w·(λ₁+λ₀) over octaves, with w the engine time of a request. And a handful of requests proves nothing.
+
+Rate and mix of lengths change separately. G of all arrivals together tells of the rate, and the rest of G, of one
+degree less, of the mix. Where the mix has not changed, its lengths stay known and only their rate is learned anew.
+A pause says nothing of either: what is known fades, and stays as it is.
 """
 
 from __future__ import annotations
@@ -35,6 +39,9 @@ _PRIOR_DEGREES = 10.0
 """Before anything is known arrivals are taken to be Poisson, as firmly as if that had been seen in five rounds."""
 CHANGE_SIGMAS, CHANGE_SHARE = 4.0, 0.15
 """A change: as unlikely as four standard deviations of a normal law, and 15 % of the work not common to both."""
+MIX_SIGMAS = 1.5
+"""Enough to forget the lengths of traffic that has changed. Chosen: with two a turn of the mix is often seen late,
+with one a change of rate costs what is known of the lengths."""
 FEWEST = 10.0
 """Bursts that a round has or should have had: with fewer a single one would look like a change."""
 DRIFT_SIGMAS, DRIFT_SHARE = 3.0, 0.05
@@ -65,10 +72,10 @@ class Noise:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Learned:
-    """Remembered traffic: `counts` decayed, and without all before the last change, at `begun_s`.
+    """Remembered traffic: `counts` decayed, at the rate since the last change of rate or mix, at `begun_s`.
 
-    `since` is what came after the last decision, undecayed; `decided` what the counts were then, None before the
-    first and after a change.
+    Lengths since `mix_begun_s` are examples of the traffic. `since` is what came after the last decision,
+    undecayed; `decided` what the counts were then, None before the first and after a change.
     """
 
     counts: Counts
@@ -76,39 +83,43 @@ class Learned:
     decided: Counts | None = None
     noise: Noise = field(default_factory=Noise)
     begun_s: float = 0.0
+    mix_begun_s: float = 0.0
 
     @classmethod
     def nothing(cls, buckets: Buckets, *, now_s: float) -> Learned:
         """Before the first round."""
         zero = Counts.zero(buckets)
-        return cls(counts=zero, since=zero, begun_s=now_s)
+        return cls(counts=zero, since=zero, begun_s=now_s, mix_begun_s=now_s)
 
 
 def learn(before: Learned, gained: Counts, *, now_s: float, half_life_s: float, work: Floats) -> Learned:
-    """Add what the latest round gained, after forgetting some of what was known, or all of it on a change.
+    """Add what the latest round gained, after forgetting some of what was known, or on a change all of it.
 
-    `work` is the engine time of a request in each bucket. The first arrivals end a silence that is forgotten. The
-    next round is never a change: how much the traffic varies is not known before.
+    `work` is the engine time of a request in each bucket. Where only the rate has changed, the mix stays known.
+    The first arrivals end a silence that is forgotten. The next round is never a change: how much the traffic
+    varies is not known before.
     """
     if gained.observed_s <= 0.0:
         return replace(before, counts=merge(before.counts, gained), since=merge(before.since, gained))
+    begun_s = now_s - gained.observed_s
     if _is_silence(before.counts) and float(gained.arrivals.sum()) > 0.0:
-        return Learned(counts=gained, since=gained, begun_s=now_s - gained.observed_s)
+        return Learned(counts=gained, since=gained, begun_s=begun_s, mix_begun_s=begun_s)
     factor = 0.5 ** (gained.observed_s / half_life_s)
     noise = Noise(statistic=before.noise.statistic * factor, degrees=before.noise.degrees * factor)
+    faded = before.counts.decay(gained.observed_s, half_life_s=half_life_s)
     if before.counts.observed_s > 0.0:
         statistic, degrees = _likelihood_ratio(gained, before.counts, work=work)
         if before.noise.degrees > 0.0 and _differs(
             gained, before.counts, before.noise, work=work, sigmas=CHANGE_SIGMAS, share=CHANGE_SHARE
         ):
-            return Learned(counts=gained, since=gained, noise=noise, begun_s=now_s - gained.observed_s)
+            if float(gained.arrivals.sum()) == 0.0:
+                return replace(before, counts=faded)
+            if _has_another_mix(gained, before.counts, before.noise, work=work):
+                return Learned(counts=gained, since=gained, noise=noise, begun_s=begun_s, mix_begun_s=begun_s)
+            known = _at_rate_of(gained, merge(faded, gained))
+            return replace(before, counts=known, since=gained, decided=None, noise=noise, begun_s=begun_s)
         noise = Noise(statistic=noise.statistic + statistic, degrees=noise.degrees + degrees)
-    return replace(
-        before,
-        counts=merge(before.counts.decay(gained.observed_s, half_life_s=half_life_s), gained),
-        since=merge(before.since, gained),
-        noise=noise,
-    )
+    return replace(before, counts=merge(faded, gained), since=merge(before.since, gained), noise=noise)
 
 
 def is_due(learned: Learned, *, work: Floats) -> bool:
@@ -174,11 +185,27 @@ def _differs(a: Counts, b: Counts, noise: Noise, *, work: Floats, sigmas: float,
     return degrees > 0 and _sigmas(statistic / degrees / noise.factor, degrees, noise.known_degrees) > sigmas
 
 
-def _likelihood_ratio(a: Counts, b: Counts, *, work: Floats) -> tuple[float, int]:
-    """G and its degrees of freedom, for counts seen for some time each."""
+def _has_another_mix(a: Counts, b: Counts, noise: Noise, *, work: Floats) -> bool:
+    """Whether the lengths of changed traffic differ, whatever the rates."""
+    if difference_of(a, _at_rate_of(a, b), work=work) <= CHANGE_SHARE:
+        return False
+    statistic, degrees = _likelihood_ratio(a, b, work=work)
+    of_rate, _ = _likelihood_ratio(a, b, work=work, parts=1)
+    value = max(0.0, statistic - of_rate) / noise.factor
+    return degrees > 1 and _sigmas(value, degrees - 1, noise.known_degrees) > MIX_SIGMAS
+
+
+def _at_rate_of(a: Counts, b: Counts) -> Counts:
+    """The lengths of `b`, as many as `a` in its time."""
+    share = float(a.arrivals.sum()) / float(b.arrivals.sum())
+    return Counts._of_table(b._table() * share, a.observed_s)
+
+
+def _likelihood_ratio(a: Counts, b: Counts, *, work: Floats, parts: int = 2) -> tuple[float, int]:
+    """G and its degrees of freedom, for counts seen for some time each; of all arrivals together as one part."""
     below = np.cumsum((a.arrivals / a.observed_s + b.arrivals / b.observed_s) * work)
     halves = [0, int(np.searchsorted(below, below[-1] / 2)) + 1]
-    if halves[1] >= len(below):
+    if parts == 1 or halves[1] >= len(below):
         halves = [0]
     n, m = np.add.reduceat(a.arrivals, halves), np.add.reduceat(b.arrivals, halves)
     rate = (n + m) / (a.observed_s + b.observed_s)

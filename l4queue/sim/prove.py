@@ -5,7 +5,7 @@ from __future__ import annotations
 from l4queue.planning.planner import Decision, PlannerSettings, Snapshot
 from l4queue.planning.shadow import decide, why_settled
 from l4queue.sim.policies.l4 import L4
-from l4queue.sim.replay import Changed, RecordedArrival, make_scorer
+from l4queue.sim.replay import Changed, RecordedArrival, make_replay
 
 __all__ = ("prove_recent",)
 
@@ -25,12 +25,17 @@ def prove_recent(policy: L4, snapshot: Snapshot, settings: PlannerSettings) -> t
         )
         for r in traffic.recent
     ]
-    score = make_scorer(
+    replay = make_replay(
         recent,
         cost=cluster.cost,
         num_instances=len(cluster.instances),
         price=settings.partition.move_price,
         options=policy.options,
-        changed=Changed(begun_s=traffic.learned.begun_s, demand=snapshot.demand, buckets=snapshot.buckets),
+        changed=Changed(
+            begun_s=traffic.learned.begun_s,
+            mix_begun_s=traffic.learned.mix_begun_s,
+            demand=snapshot.demand,
+            buckets=snapshot.buckets,
+        ),
     )
-    return decide(snapshot, settings, score, learned=traffic.learned), score is not None
+    return decide(snapshot, settings, replay, learned=traffic.learned), replay is not None

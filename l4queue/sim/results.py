@@ -19,7 +19,6 @@ __all__ = (
     "SimResult",
     "cached_share",
     "measure",
-    "missed_share",
     "summarize",
 )
 
@@ -84,13 +83,9 @@ class Measured:
         total = self.prompt_tokens + self.output_tokens
         return np.asarray(total >= np.quantile(total, 1.0 - LONG_SHARE, method="higher"))
 
-
-def missed_share(measured: Measured, *, ttft_ms: float, tpot_ms: float) -> float:
-    """Share of requests that miss a service level: their first token, or the mean of the others, came too late."""
-    if not measured.ttft_s.size:
-        return 0.0
-    is_late = (measured.ttft_s > ttft_ms / 1000) | (np.nan_to_num(measured.tpot_s) > tpot_ms / 1000)
-    return float(is_late.mean())
+    def missed(self, *, ttft_ms: float, tpot_ms: float) -> NDArray[np.bool_]:
+        """Which requests miss a service level: their first token, or the mean of the others, came too late."""
+        return np.asarray((self.ttft_s > ttft_ms / 1000) | (np.nan_to_num(self.tpot_s) > tpot_ms / 1000))
 
 
 def measure(requests: Sequence[SimRequest], *, warmup_share: float = 0.0) -> Measured:

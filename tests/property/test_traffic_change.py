@@ -51,6 +51,11 @@ def alarms(known: list[Learned]) -> int:
     return len({k.begun_s for k in known}) - 1
 
 
+def turns(known: list[Learned]) -> int:
+    """How often the lengths were forgotten, too."""
+    return len({k.mix_begun_s for k in known}) - 1
+
+
 @pytest.mark.parametrize("rate", [0.5, 3.0, 30.0, 300.0])
 @pytest.mark.parametrize("burst", [1.0, 5.0])
 @pytest.mark.parametrize("share_long", [0.03, 0.1, 0.5])
@@ -72,9 +77,47 @@ def test_a_turn_of_the_mix_is_seen_in_two_rounds_and_the_old_is_forgotten(rate: 
     for seed in range(10):
         rng = np.random.default_rng(seed)
         known = fed([round_of(rng, rate=r, share_long=s, burst=bursts) for r, s in parts for _ in range(8)])
-        late += sum(known[t + 1].begun_s not in (t * PERIOD_S, (t + 1) * PERIOD_S) for t in (8, 16))
+        late += sum(known[t + 1].mix_begun_s not in (t * PERIOD_S, (t + 1) * PERIOD_S) for t in (8, 16))
 
     assert late <= (1 if bursts == 1.0 else 3)
+
+
+@pytest.mark.parametrize("burst", [1.0, 5.0])
+@pytest.mark.parametrize("share_long", [0.03, 0.1, 0.5])
+def test_another_rate_leaves_the_lengths_known(burst: float, share_long: float) -> None:
+    """The rate triples and falls back, six times: it is known after two rounds, and the mix is forgotten once."""
+    forgotten = 0
+    for seed in range(6):
+        rng = np.random.default_rng(seed)
+        parts = [(30.0, 8), (100.0, 8), (30.0, 8)]
+        known = fed(
+            [
+                round_of(rng, rate=r, share_long=share_long, burst=burst)
+                for r, number in parts
+                for _ in range(number)
+            ]
+        )
+        forgotten += turns(known)
+        rates = [k.counts.demand().arrivals_per_s.sum() for k in (known[9], known[17])]
+        assert rates == pytest.approx([100.0, 30.0], rel=0.1 * burst)
+
+    assert forgotten <= 1
+
+
+def test_a_pause_says_nothing_of_the_traffic() -> None:
+    """A minute without requests: rate and lengths stay known, fade by half in two minutes, and nothing is new."""
+    rng = np.random.default_rng(0)
+    before = [round_of(rng, rate=30.0, share_long=0.1) for _ in range(8)]
+    pause = [counts_of(BUCKETS, [], [], observed_s=PERIOD_S) for _ in range(6)]
+
+    known = fed([*before, *pause, round_of(rng, rate=30.0, share_long=0.1)])
+
+    last, paused = known[7], known[13]
+    rates = [k.counts.demand().arrivals_per_s.sum() for k in (last, paused, known[14])]
+    assert rates == pytest.approx([30.0] * 3, rel=0.1)
+    assert paused.counts.arrivals.sum() == pytest.approx(last.counts.arrivals.sum() * 0.5**0.5)
+    assert alarms(known) == 0
+    assert not is_due(with_decision(paused), work=work_ms(before[0], buckets=BUCKETS, cost=COST))
 
 
 @given(st.integers(0, 10_000), st.floats(0.1, 500.0), st.floats(0.0, 1.0))

@@ -63,6 +63,7 @@ MEMORY = {
     "decided_s",
     "noise",
     "begun_s",
+    "mix_begun_s",
 }
 BODY = {"params", "priority", "metadata", "traceparent"}
 

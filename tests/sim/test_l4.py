@@ -14,13 +14,10 @@ from l4queue.cost.coefficients import load_coefficients
 from l4queue.cost.move import MovePrice
 from l4queue.errors import ConfigError
 from l4queue.models import Plan, StagePlan
-from l4queue.planning.histogram import Buckets, Demand
-from l4queue.sim import replay
 from l4queue.sim.cluster import Cluster
 from l4queue.sim.policies.l4 import INGREDIENTS, L4, L4Options
 from l4queue.sim.prove import prove_recent
 from l4queue.sim.registry import make_policy
-from l4queue.sim.replay import Changed, RecordedArrival, make_scorer
 from l4queue.sim.runner import RunConfig, run_policy
 from l4queue.sim.traces.trace import Trace
 from l4queue.sim.traces.workload import make_workload
@@ -192,120 +189,6 @@ def test_the_planner_may_ignore_a_skew_that_the_engine_has() -> None:
     assert cluster.instances[0].cost.sigma_ms == COST.sigma_ms
 
 
-def test_a_replay_refuses_a_plan_that_starves_the_long() -> None:
-    """Fifteen of sixteen workers for the short: the bound on the longest 5 % makes it infinitely bad."""
-    trace = traffic("mixed", num_requests=500, rate_rps=60.0)
-    recent = [
-        RecordedArrival(arrival_s=float(a), input_tokens=int(i), output_tokens=int(o))
-        for a, i, o in zip(trace.arrival_s, trace.input_tokens, trace.output_tokens, strict=True)
-    ]
-    score = make_scorer(recent, cost=COST, num_instances=16)
-    assert score is not None
-    stages = (
-        StagePlan(low_tokens=0, high_tokens=4096, num_workers=15),
-        StagePlan(low_tokens=4096, high_tokens=None, num_workers=1),
-    )
-
-    one = score(Plan.one_stage(num_workers=16))
-
-    assert 0.0 < one < float("inf")
-    assert score(Plan(version=1, stages=stages)) > one
-
-
-def two_stages(boundary_tokens: int, num_short: int, num_long: int) -> Plan:
-    """A plan as the planner proposes it."""
-    return Plan(
-        version=1,
-        stages=(
-            StagePlan(low_tokens=0, high_tokens=boundary_tokens, num_workers=num_short),
-            StagePlan(low_tokens=boundary_tokens, high_tokens=None, num_workers=num_long),
-        ),
-    )
-
-
-@pytest.mark.parametrize("objective", ["balanced", "mean"])
-def test_a_replay_that_is_broken_off_was_much_worse_and_says_so(
-    objective: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Scored after others, a plan that starves many is stopped early; its true score is far above the best too."""
-    trace = traffic("mixed", num_requests=1500, rate_rps=60.0)
-    recent = [
-        RecordedArrival(arrival_s=float(a), input_tokens=int(i), output_tokens=int(o))
-        for a, i, o in zip(trace.arrival_s, trace.input_tokens, trace.output_tokens, strict=True)
-    ]
-    plans = [two_stages(4096, 7, 9), two_stages(512, 1, 15), two_stages(4096, 15, 1), two_stages(2048, 6, 10)]
-    options = L4Options(objective=objective, without=frozenset({"stealing", "running-steals", "escape"}))
-
-    def make():  # type: ignore[no-untyped-def]
-        score = make_scorer(recent, cost=COST, num_instances=16, options=options)
-        assert score is not None
-        return score
-
-    together = make()
-    found = [together(plan) for plan in plans]
-    monkeypatch.setattr(replay, "_CLEARLY_WORSE", float("inf"))
-    whole = make()
-    true = [whole(plan) for plan in plans]
-
-    best = min(true)
-    assert found.index(min(found)) == true.index(best)
-    assert max(true) > 2.0 * best
-    for seen, value in zip(found, true, strict=True):
-        assert seen == value or (seen > 1.25 * best and value > 1.1 * best)
-    assert found != true
-
-
-@pytest.mark.parametrize("objective", ["mean", "normalized", "goodput"])
-def test_a_replay_scores_by_the_objective(objective: str) -> None:
-    """Held against the latencies of such a run: mean, per output token, or the share beyond the service level."""
-    trace = traffic("mixed", num_requests=600, rate_rps=60.0)
-    recent = [
-        RecordedArrival(arrival_s=float(a), input_tokens=int(i), output_tokens=int(o))
-        for a, i, o in zip(trace.arrival_s, trace.input_tokens, trace.output_tokens, strict=True)
-    ]
-    options = L4Options(objective=objective, slo_ttft_ms=400.0, slo_tpot_ms=15.0)
-    score = make_scorer(recent, cost=COST, num_instances=16, options=options)
-    assert score is not None
-    setting = RunConfig(cost=COST, num_instances=16, price=MovePrice())
-    for plan in (Plan.one_stage(num_workers=16), two_stages(4096, 7, 9), two_stages(2048, 6, 10)):
-        measured = run_policy(L4(options, fixed=plan), trace, setting).measured
-        told = {
-            "mean": measured.e2e_s.mean(),
-            "normalized": (measured.e2e_s / measured.output_tokens).mean(),
-            "goodput": np.mean(
-                [t > 0.4 or p > 0.015 for t, p in zip(measured.ttft_s, measured.tpot_s, strict=True)]
-            ),
-        }
-        assert score(plan) == pytest.approx(told[objective])
-        assert objective != "goodput" or 0.0 < score(plan) < 1.0
-
-
-def test_after_a_change_a_replay_is_of_what_came_since() -> None:
-    """Short prompts, then long ones: few of these are known, so as many are drawn as a replay needs."""
-    buckets = Buckets.log_spaced(131_072)
-    rng = np.random.default_rng(0)
-    before = [
-        RecordedArrival(arrival_s=0.1 * i, input_tokens=100, output_tokens=20, e2e_s=0.5) for i in range(400)
-    ]
-    since = [
-        RecordedArrival(arrival_s=40.0 + i, input_tokens=20_000, output_tokens=20, e2e_s=2.0) for i in range(20)
-    ]
-    demand = Demand.of_requests(buckets, rng.integers(19_000, 22_000, 40), np.full(40, 20), duration_s=20.0)
-    changed = Changed(begun_s=40.0, demand=demand, buckets=buckets)
-    one = Plan.one_stage(num_workers=2)
-
-    known = make_scorer([*before, *since], cost=COST, num_instances=2)
-    drawn = make_scorer([*before, *since], cost=COST, num_instances=2, changed=changed)
-    again = make_scorer([*before, *since], cost=COST, num_instances=2, changed=changed)
-
-    assert known is not None
-    assert drawn is not None
-    assert again is not None
-    assert drawn(one) > 3.0 * known(one)
-    assert drawn(one) == again(one)
-    assert make_scorer(before[:50], cost=COST, num_instances=2, changed=changed) is None
-
-
 @pytest.mark.parametrize("seed", range(3))
 def test_what_is_known_follows_a_turn_of_the_mix_within_two_rounds(seed: int) -> None:
     """3, 25 and 3 % long prompts: two periods after each turn the planner's demand is that of the new mix."""
@@ -326,13 +209,6 @@ def test_what_is_known_follows_a_turn_of_the_mix_within_two_rounds(seed: int) ->
     assert max(share for at_s, share in known.items() if 20 <= at_s <= 100) < 0.08
     assert min(share for at_s, share in known.items() if 121 <= at_s <= 200) > 0.12
     assert max(share for at_s, share in known.items() if 221 <= at_s <= 300) < 0.08
-
-
-def test_few_arrivals_give_no_score() -> None:
-    """What a handful of requests would have seen says nothing."""
-    few = [RecordedArrival(arrival_s=float(i), input_tokens=10, output_tokens=10) for i in range(20)]
-
-    assert make_scorer(few, cost=COST, num_instances=4) is None
 
 
 @pytest.mark.parametrize(

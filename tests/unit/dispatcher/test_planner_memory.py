@@ -19,7 +19,7 @@ def _learned() -> Learned:
     counts = counts_of(BUCKETS, [100, 3000, 40], [20, 60, 5], observed_s=12.5)
     since = counts_of(BUCKETS, [70], [3], observed_s=2.0)
     noise = Noise(statistic=7.25, degrees=4.0)
-    return Learned(counts=counts, since=since, noise=noise, begun_s=1_700_000_000.25)
+    return Learned(counts=counts, since=since, noise=noise, begun_s=1_700_000_000.25, mix_begun_s=1_690_000_000.5)
 
 
 @pytest.mark.parametrize("learned", [_learned(), with_decision(_learned()), Learned.nothing(BUCKETS, now_s=3.0)])
@@ -37,7 +37,7 @@ def test_what_was_learned_is_read_back_as_it_was(learned: Learned) -> None:
     assert (found.decided is None) == (learned.decided is None)
     if found.decided is not None and learned.decided is not None:
         _same(found.decided, learned.decided)
-    assert (found.noise, found.begun_s) == (learned.noise, learned.begun_s)
+    assert (found.noise, found.begun_s, found.mix_begun_s) == (learned.noise, learned.begun_s, learned.mix_begun_s)
 
 
 @pytest.mark.parametrize("text", [None, '{"at_ms": 1, "raw": {}, "learned": {}, "observed_s": 3.0}'])

@@ -19,6 +19,7 @@ from l4queue.planning.histogram import Buckets, Demand
 from l4queue.planning.partition import PartitionProblem
 from l4queue.planning.planner import Decision, PlannerSettings, Snapshot, expected_demand, is_young, plan
 from l4queue.planning.steady_state import Objective, PartitionSettings
+from tests.unit.planning.told_replay import ToldReplay
 
 COST = load_coefficients("h100", "llama-3.1-8b")
 BUCKETS = Buckets.log_spaced(131_072)
@@ -226,7 +227,7 @@ def test_the_score_decides_when_there_is_one_and_every_candidate_is_on_record() 
         assert all(s.worker_ids for s in candidate.stages)
         return 1.0 + len(candidate.stages)
 
-    decision = plan(_snapshot(), SETTINGS, score=score)
+    decision = plan(_snapshot(), SETTINGS, replay=ToldReplay(score))
 
     assert sorted(asked) == [1, 2, 3, 4]
     assert len(decision.plan.stages) == 1

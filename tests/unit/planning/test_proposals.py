@@ -17,6 +17,7 @@ from l4queue.planning.refine import refine
 from l4queue.planning.shadow import decide
 from l4queue.planning.steady_state import PartitionSettings
 from l4queue.planning.traffic_change import Learned, with_decision
+from tests.unit.planning.told_replay import ToldReplay
 
 BUCKETS = Buckets.log_spaced(16_384)
 COST = StepCost(alpha_ms=3.0, beta_ms=0.6, gamma_ms=2.2e-4, pi_ms=0.33, psi_ms=1e-4, kv_capacity_tokens=524_288)
@@ -64,7 +65,7 @@ def test_a_replay_may_publish_what_the_closed_form_refuses() -> None:
     """The long stage is more than full, yet the replay says that it is best: published, and marked as proven."""
     snapshot = _snapshot(demand=_bimodal(3.2))
 
-    decision = plan(snapshot, PlannerSettings(), score=lambda p: 1.0 if len(p.stages) == 2 else 2.0)
+    decision = plan(snapshot, PlannerSettings(), replay=ToldReplay.by_stages(2.0, 1.0))
 
     assert decision.publish
     assert len(decision.plan.stages) == 2
@@ -74,13 +75,11 @@ def test_a_replay_may_publish_what_the_closed_form_refuses() -> None:
 
 def test_what_a_replay_has_proven_only_a_replay_takes_back() -> None:
     """Without a record the plan stays and is not refined; a replay that finds it bad replaces it."""
-    proven = plan(
-        _snapshot(demand=_bimodal(3.2)), PlannerSettings(), score=lambda p: 1.0 if len(p.stages) == 2 else 2.0
-    ).plan
+    proven = plan(_snapshot(demand=_bimodal(3.2)), PlannerSettings(), replay=ToldReplay.by_stages(2.0, 1.0)).plan
     later = _snapshot(demand=_bimodal(3.2), plan=proven, now_ms=2 * 10**6)
 
     kept = decide(later, PlannerSettings(), None, learned=NOTHING)
-    judged = decide(later, PlannerSettings(), lambda p: 2.0 if len(p.stages) == 2 else 1.0, learned=NOTHING)
+    judged = decide(later, PlannerSettings(), ToldReplay.by_stages(1.0, 2.0), learned=NOTHING)
 
     assert not kept.publish
     assert refine(proven, _problem(2, rate=3.2)).plan is None
@@ -92,17 +91,32 @@ def test_the_first_replay_may_replace_a_young_plan_and_no_later_one_may() -> Non
     """A plan of a second ago was made without a replay; after one it lives its time."""
     young = replace(_snapshot().plan, created_ms=10**6 - 1000)
     snapshot = _snapshot(demand=_bimodal(3.2), plan=young)
+    replay = ToldReplay.by_stages(2.0, 1.0)
 
-    def score(candidate: Plan) -> float:
-        return 1.0 if len(candidate.stages) == 2 else 2.0
-
-    first = decide(snapshot, PlannerSettings(), score, learned=NOTHING)
-    later = decide(snapshot, PlannerSettings(), score, learned=with_decision(NOTHING))
+    first = decide(snapshot, PlannerSettings(), replay, learned=NOTHING)
+    later = decide(snapshot, PlannerSettings(), replay, learned=with_decision(NOTHING))
 
     assert first.publish
     assert len(first.plan.stages) == 2
     assert not later.publish
     assert "1000 ms old" in later.reason
+
+
+@pytest.mark.parametrize(
+    ("chance", "is_replayed", "is_published"), [(0.49, True, True), (0.5, True, False), (0.5, False, True)]
+)
+def test_a_gain_that_may_be_chance_changes_no_plan_that_a_replay_chose(
+    chance: float, is_replayed: bool, is_published: bool
+) -> None:
+    """Half of the latency saved, by the record: such a plan stays unless some of it is beyond chance."""
+    replay = ToldReplay.by_stages(2.0, 1.0, chance=chance)
+    present = replace(_snapshot().plan, details={"is_replayed": is_replayed})
+
+    decision = decide(_snapshot(demand=_bimodal(3.2), plan=present), PlannerSettings(), replay, learned=NOTHING)
+
+    assert decision.publish == is_published
+    assert decision.plan.details["is_replayed"]
+    assert is_published or decision.reason == "gain 50.0% may be chance"
 
 
 def test_a_proven_plan_does_not_outlive_its_workers() -> None:
