@@ -51,7 +51,13 @@ NAMES = (
     "cached_later",
     "other_cpu_s",
 )
-POLICIES = {"round_robin": "round-robin", "power_of_two": "least-loaded", "cache_aware": "cache-aware"}
+POLICIES = {
+    "round_robin": "round-robin",
+    "power_of_two": "least-loaded",
+    "least_load": "least-loaded",
+    "cache_aware": "cache-aware",
+}
+"""The simulator's policy for that of a router."""
 REHEARSAL_S, BRIEF_S = 45.0, 10.0  # of l4queue, whose cost model learns from it; of a router
 REHEARSED = 998  # a number that no round has
 
@@ -139,7 +145,7 @@ def _simulated(
     name: str, exchanges: list[Exchange], setting: Setting, *, tokenizer: Any, cost: StepCost
 ) -> dict[str, Any]:
     """Shares of cached tokens and means, by the simulator and live, of the turns after the warm-up."""
-    policy = {"l4queue": "l4", AFFINITY: "affinity"}.get(name) or POLICIES[name.partition(":")[2]]
+    policy = {"l4queue": "l4", AFFINITY: "affinity"}.get(name) or _policy_of(name)
     numbers: dict[bytes, int] = {}
     turns = []
     for one in exchanges:
@@ -167,6 +173,22 @@ def _simulated(
     }
 
 
+def _policy_of(router: str) -> str:
+    """The simulator's policy for that of a router; ArgumentTypeError where it has none."""
+    policy = router.partition(":")[2]
+    if policy not in POLICIES:
+        raise argparse.ArgumentTypeError(f"{router}: the simulator knows {', '.join(POLICIES)}")
+    return POLICIES[policy]
+
+
+def _routers(text: str) -> tuple[str, ...]:
+    """Routers by comma, each of a policy that can be simulated."""
+    routers = tuple(text.split(","))
+    for router in routers:
+        _policy_of(router)
+    return routers
+
+
 def _blocks_of_answer(one: Exchange, numbers: dict[bytes, int]) -> tuple[range, ...]:
     """Blocks that nothing else has: the text of noise has other tokens when it comes back in a prompt."""
     begun = one.prompt_tokens // BLOCK_TOKENS
@@ -185,7 +207,7 @@ def main() -> None:
     parser.add_argument("--duration-s", type=float, default=40.0)
     parser.add_argument("--warmup-s", type=float, default=20.0)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--routers", default=ROUTERS, help="ROUTER:POLICY, by comma")
+    parser.add_argument("--routers", type=_routers, default=ROUTERS, help="ROUTER:POLICY, by comma")
     parser.add_argument("--json", type=Path, help="write all figures into this file")
     given = parser.parse_args()
     setting = Setting(
@@ -194,7 +216,7 @@ def main() -> None:
         duration_s=given.duration_s,
         warmup_s=given.warmup_s,
         seed=given.seed,
-        routers=tuple(given.routers.split(",")),
+        routers=given.routers,
     )
     with tempfile.TemporaryDirectory() as folder:
         found = asyncio.run(run_all(setting, Path(folder)))
