@@ -140,14 +140,14 @@ class _Replays:
         """Share of the other's objective that `candidate` saves at least, in 99 of 100 records like this one.
 
         Such records are drawn from blocks of consecutive arrivals, with replacement: a block bootstrap (Künsch,
-        1989). Both plans are judged on the same ones. A block lasts as long as a slow request (p99), at least:
+        1989). Both plans are judged on the same ones. A block lasts as long as the slowest request, at least:
         latencies of an episode belong together. With fewer than `_FEWEST_BLOCKS` nothing is sure. Records are as
         long as what has been seen since the last change: one drawn from a few requests proves no more than these.
         """
         one = self._whole(Plan.one_stage(num_workers=self._setting.num_instances))
         ours, theirs = self._whole(candidate), self._whole(against)
-        slow_s = max(float(np.quantile(plan.e2e_s, 0.99)) for plan in (ours, theirs))
-        num_blocks = min(_MOST_BLOCKS, int(self._trace.arrival_s[-1] / slow_s))
+        slowest_s = max(float(plan.e2e_s.max()) for plan in (ours, theirs))
+        num_blocks = min(_MOST_BLOCKS, int(self._trace.arrival_s[-1] / slowest_s))
         num_drawn = round(self._evidence * num_blocks)
         if num_drawn < _FEWEST_BLOCKS:
             return -float("inf")
