@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from hypothesis import strategies as st
@@ -10,10 +9,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from l4queue.models import TERMINAL, RequestState
 from l4queue.policy.queue_order import BACKGROUND
-from l4queue.protocol.calls import Call, Move, MoveKind, Verdict
+from l4queue.protocol.calls import Move, MoveKind, Verdict
 from l4queue.protocol.executor import Executor
 from l4queue.protocol.keys import SOLO_STAGE, private_queue
 from l4queue.protocol.records import BackgroundQuota, Outcome
+from tests.protocol.agreement import agree
 from tests.protocol.consistency import check
 from tests.protocol.model import ALWAYS_MS, HISTORY_MS, MAX_CRASHES, Held, Lease, Model, Req
 from tests.protocol.scene import Scene
@@ -365,58 +365,4 @@ class ProtocolMachine(RuleBasedStateMachine):
     @invariant()
     def the_server_agrees_with_the_model(self) -> None:
         check(self.scene)
-        reads, queues = self.scene.reads, ("0", "1", SOLO_STAGE, *PERSONAL)
-        ids, leases = list(self.reqs), list(self.model.leases)
-        answers: list[Any] = self.scene.executor.run_many(
-            [
-                *(reads.record(i) for i in ids),
-                *(reads.output(i) for i in ids),
-                *(_story(self.scene, i) for i in ids),
-                *(reads.queue_ids(stage, limit=1000) for stage in queues),
-                *(_members(self.scene, worker) for worker in leases),
-                reads.incarnations(),
-                reads.counts(),
-            ]
-        )
-        found = iter(answers)
-        for request_id in ids:
-            self._record_agrees(request_id, next(found))
-        for request_id in ids:
-            shown = [entry.token_ids for entry in next(found)]
-            before = self.seen.get(request_id, [])
-            assert shown[: len(before)] == before, "what a client has read never changes"
-            self.seen[request_id] = shown
-        for request_id in ids:
-            req, (ledger, is_moved, kv, came_from, score) = self.reqs[request_id], next(found)
-            assert ledger == req.ledger, request_id
-            assert (is_moved, kv, came_from, score) == (req.is_moved, req.kv, req.came_from, req.score), request_id
-        for stage in queues:
-            assert next(found) == self.model.waiting(stage)
-        for worker in leases:
-            assert next(found) == self.model.held(worker)
-        assert {worker for worker, _ in next(found)} == set(leases)
-        counts = next(found)
-        for name in ("handovers", "steals_running", "steals_waiting", "resumes", "pardoned"):
-            assert int(counts.get(name, 0)) == self.model.counts[name], name
-
-    def _record_agrees(self, request_id: str, record: Any) -> None:
-        req = self.reqs[request_id]
-        found = (record.state, record.epoch, record.offset, record.crashes, record.stage or "")
-        assert found == (req.state, req.epoch, req.offset, req.crashes, req.stage), request_id
-
-
-def _story(scene: Scene, request_id: str) -> Call[tuple[list[str], bool, str, str, float]]:
-    """What the ledger tells, whether a move still lacks its first token, ticket, the worker before, place."""
-    args = ("HMGET", scene.keys.request(request_id), "ledger", "moved_ms", "kv", "from", "score")
-
-    def parse(row: list[bytes | None]) -> tuple[list[str], bool, str, str, float]:
-        lines = [json.loads(line)["what"] for line in (row[0] or b"").splitlines()]
-        kv, came_from, score = (value or b"" for value in row[2:])
-        return lines, row[1] is not None, kv.decode(), came_from.decode(), float(score or 0)
-
-    return Call(None, (), args, parse)
-
-
-def _members(scene: Scene, worker: str) -> Call[set[str]]:
-    """Ids under the lease of a worker."""
-    return Call(None, (), ("SMEMBERS", scene.keys.held(worker)), lambda reply: {m.decode() for m in reply})
+        agree(self.scene, self.model, self.seen, stages=("0", "1", SOLO_STAGE, *PERSONAL))

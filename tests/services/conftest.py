@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -11,6 +13,8 @@ from l4queue import AsyncClient, Client, Settings
 from tests.services.batches import Files
 from tests.services.foreign_place import Place, open_place
 from tests.services.pipeline import Pipeline, open_pipeline
+
+COMPILER = re.compile(r"(^|-)(cc|c\+\+|g\+\+|gcc|clang|clang\+\+)(-[0-9.]+)?$")
 
 
 @pytest.fixture(scope="session")
@@ -60,3 +64,19 @@ async def place(redis_url: str, namespace: str) -> AsyncIterator[Place]:
     """One that serves already, for foreign entries."""
     async with open_place(redis_url, namespace) as opened:
         yield opened
+
+
+@pytest.fixture(scope="module")
+def without_compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A PATH with every program but compilers, as in a container image, and nothing compiled earlier."""
+    programs = tmp_path_factory.mktemp("bin")
+    for folder in reversed(os.environ["PATH"].split(os.pathsep)):
+        for path in Path(folder).glob("*"):
+            if path.is_file() and not COMPILER.search(path.name):
+                (programs / path.name).unlink(missing_ok=True)
+                (programs / path.name).symlink_to(path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", str(programs))
+        patch.delenv("CXX", raising=False)
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
+        yield

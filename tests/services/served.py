@@ -2,18 +2,39 @@
 
 from __future__ import annotations
 
+import asyncio
+import signal
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+import psutil
+import pytest
+
 from l4queue.models import SamplingParams
 from l4queue.protocol.records import TokenLogprobs
-from workers.engine.base import EngineInfo, EngineOutput, EngineRequest
+from workers.engine.base import EngineDied, EngineInfo, EngineOutput, EngineRequest
 from workers.engine.vllm.engine import VllmEngine
 
-__all__ = ("GREEDY", "Served", "reference", "reference_logprobs")
+__all__ = (
+    "EOS_PROMPT",
+    "GREEDY",
+    "Served",
+    "expect_death",
+    "prompt",
+    "reference",
+    "reference_logprobs",
+    "signal_core",
+)
 
+EOS_PROMPT = list(range(300, 340))
 GREEDY = SamplingParams(temperature=0.0, ignore_eos=True)
+
+
+def prompt(seed: int, num_tokens: int) -> list[int]:
+    """Token ids that no other seed gives."""
+    return [int(token) for token in np.random.default_rng(seed).integers(10, 8000, num_tokens)]
 
 
 def reference(model: Path, ids: list[int], num_tokens: int) -> list[int]:
@@ -89,3 +110,27 @@ class Served:
         """A request alone."""
         await self.add("one", ids, max_tokens, **more)  # type: ignore[arg-type]
         return (await self.collect(["one"]))["one"]
+
+
+def signal_core(number: signal.Signals) -> None:
+    """Send a signal to vLLM's engine core, a child of this process."""
+    cores = [child for child in psutil.Process().children(recursive=True) if "EngineCore" in child.name()]
+    assert cores
+    for core in cores:
+        core.send_signal(number)
+
+
+async def expect_death(served: Served) -> None:
+    """Running requests get no outcome: they are the worker's to give back. It stays dead."""
+
+    async def until_death() -> None:
+        while True:
+            assert all(output.finish_reason is None for output in await served.engine.outputs())
+
+    with pytest.raises(EngineDied):
+        async with asyncio.timeout(300):
+            await until_death()
+    with pytest.raises(EngineDied):
+        await served.engine.outputs()
+    with pytest.raises(EngineDied):
+        await served.add("late", [1], 1)

@@ -1,26 +1,30 @@
-"""The vLLM engine behind the seam, on the tiny model: one start for all but the last test."""
+"""The vLLM engine behind the seam, on the tiny model: one start for all. Constraints have a module of theirs."""
 
 from __future__ import annotations
 
-import asyncio
 import json
-import os
-import re
 import shutil
 import signal
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 import pytest_asyncio
 
 from l4queue.models import SamplingParams
 from l4queue.protocol.records import CachedPrompt
-from tests.services.served import GREEDY, Served, reference, reference_logprobs
-from workers.engine.base import EngineDied, FinishReason
+from tests.services.served import (
+    EOS_PROMPT,
+    GREEDY,
+    Served,
+    expect_death,
+    prompt,
+    reference,
+    reference_logprobs,
+    signal_core,
+)
+from workers.engine.base import FinishReason
 from workers.engine.vllm.engine import VllmEngine
 from workers.loop.session import resumed_seed
 from workers.loop.text import text_factory
@@ -31,30 +35,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600), pytest.mark.asyncio(lo
 MAX_MODEL_LEN = 4096
 MAX_BATCHED_TOKENS = 512
 MAX_RUNNING = 16
-EOS_PROMPT = list(range(300, 340))
 EOS_AT = 10
-COMPILER = re.compile(r"(^|-)(cc|c\+\+|g\+\+|gcc|clang|clang\+\+)(-[0-9.]+)?$")
-
-
-def prompt(seed: int, num_tokens: int) -> list[int]:
-    """Token ids that no other seed gives."""
-    return [int(token) for token in np.random.default_rng(seed).integers(10, 8000, num_tokens)]
-
-
-@pytest.fixture(scope="module")
-def without_compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A PATH with every program but compilers, as in a container image, and nothing compiled earlier."""
-    programs = tmp_path_factory.mktemp("bin")
-    for folder in reversed(os.environ["PATH"].split(os.pathsep)):
-        for path in Path(folder).glob("*"):
-            if path.is_file() and not COMPILER.search(path.name):
-                (programs / path.name).unlink(missing_ok=True)
-                (programs / path.name).symlink_to(path)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PATH", str(programs))
-        patch.delenv("CXX", raising=False)
-        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
-        yield
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -295,102 +276,6 @@ async def test_an_urgent_request_overtakes_those_that_wait(served: Served) -> No
     assert order.index("urgent") < min(order.index(f"waits-{index}") for index in range(4))
 
 
-WARM = {
-    "type": "object",
-    "properties": {"is_warm": {"type": "boolean"}},
-    "required": ["is_warm"],
-    "additionalProperties": False,
-}
-
-
-def is_warm_or_not(text: str) -> bool:
-    """Whether a text is JSON of that schema."""
-    return json.loads(text) in ({"is_warm": True}, {"is_warm": False})
-
-
-async def test_structured_outputs_are_what_was_asked_for(served: Served) -> None:
-    """Of a model that writes noise otherwise (much space in JSON too); a free neighbour is not touched."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(served.info.model)
-    asked: dict[str, tuple[dict[str, Any], Any]] = {
-        "choice": ({"choice": ["yes", "no", "perhaps"]}, lambda text: text in ("yes", "no", "perhaps")),
-        "regex": ({"regex": "[0-9]{4}-[a-c]+z"}, re.compile("[0-9]{4}-[a-c]+z").fullmatch),
-        "json": ({"json": WARM}, is_warm_or_not),
-        "text": ({"json": json.dumps(WARM)}, is_warm_or_not),
-    }
-    await served.add("free", EOS_PROMPT, 8)
-    for name, (constraint, _) in asked.items():
-        for seed in range(4):
-            params = SamplingParams.model_validate({"structured_outputs": constraint, "seed": seed})
-            await served.add(f"{name}-{seed}", EOS_PROMPT, 2000, params=params)
-    ended = await served.collect(["free", *(f"{name}-{seed}" for name in asked for seed in range(4))])
-
-    assert ended.pop("free")[0] == served.expected[:8]
-    for name, (tokens, last) in ended.items():
-        *kept, end = tokens
-        assert (last.finish_reason, end in served.info.eos_token_ids) == (FinishReason.STOP, True), name
-        text = tokenizer.decode(kept)
-        assert asked[name.partition("-")[0]][1](text), (name, text)
-    assert len({tuple(tokens) for tokens, _ in ended.values()}) > 4
-
-
-@pytest.mark.parametrize(
-    ("constraint", "words"),
-    [
-        ({"regex": "[a-z"}, "unclosed"),
-        ({"json": {"type": "nonsense"}}, "nonsense"),
-        ({"regex": "(?<=a)b"}, "look-around"),
-    ],
-)
-async def test_a_constraint_that_cannot_be_kept_is_refused_alone(
-    served: Served, constraint: dict[str, Any], words: str
-) -> None:
-    """It says why; the engine goes on, and the next constraint is kept."""
-    await served.add("good", EOS_PROMPT, 8)
-    params = SamplingParams.model_validate({"structured_outputs": constraint})
-    await served.add("bad", EOS_PROMPT, 8, params=params)
-    ended = await served.collect(["good", "bad"])
-
-    assert ended["good"][0] == served.expected[:8]
-    tokens, last = ended["bad"]
-    assert (tokens, last.finish_reason) == ([], FinishReason.ERROR)
-    assert words in (last.error or "")
-    assert last.field == "structured_outputs"
-    params = SamplingParams.model_validate({"structured_outputs": {"choice": ["a"]}})
-    assert (await served.one(EOS_PROMPT, 8, params=params))[1].finish_reason is FinishReason.STOP
-
-
-async def test_what_this_model_does_not_have_is_refused_for_the_field(served: Served) -> None:
-    """Token ids beyond its vocabulary: only vLLM knows the model."""
-    params = SamplingParams(stop_token_ids=(2**31 - 1,))
-    _, last = await served.one(EOS_PROMPT, 8, params=params)
-    assert last.finish_reason is FinishReason.ERROR
-    assert last.field == "stop_token_ids"
-    assert "out-of-vocab" in (last.error or "")
-
-
-async def test_a_constraint_that_takes_too_long_fails_alone_and_others_do_not_wait(
-    served: Served, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Dispatchers refuse it before; older ones do not. vLLM looks at it in a thread of its own."""
-    monkeypatch.setattr(served.engine._examiner, "_limit_s", 0.01)
-    pattern = "^(([a-z]{0,200}){0,200}-){0,200}$"
-    schema = {"type": "object", "properties": {f"p{i}": {"type": "string", "pattern": pattern} for i in range(6)}}
-    params = SamplingParams.model_validate({"structured_outputs": {"json": schema}})
-    await served.add("slow", EOS_PROMPT, 8, params=params)
-    assert served.engine._running["slow"].examined is None  # accepted, and nothing was waited for
-    _, last = (await served.collect(["slow"]))["slow"]
-    assert last.error == "vLLM takes longer than 0.01 s to accept it: use a smaller one"
-    assert last.field == "structured_outputs"
-    assert (await served.one(EOS_PROMPT, 8))[0] == served.expected[:8]
-
-    for name in ("slow", "again"):  # forgotten before they begin
-        await served.add(name, EOS_PROMPT, 8, params=params)
-    await served.engine.abort(["slow", "again"])
-    assert (await served.one(EOS_PROMPT, 8))[0] == served.expected[:8]
-
-
 @pytest.mark.parametrize("cut", [1, 9])
 async def test_a_seeded_request_goes_on_with_other_random_numbers(served: Served, cut: int) -> None:
     """The same seed, and the same cut, give the same tokens; the rest does not draw as the beginning did."""
@@ -459,30 +344,6 @@ async def test_without_a_compiler_logprobs_are_served_beside_others(served: Serv
     ]
 
 
-def signal_core(number: signal.Signals) -> None:
-    """Send a signal to vLLM's engine core, a child of this process."""
-    cores = [child for child in psutil.Process().children(recursive=True) if "EngineCore" in child.name()]
-    assert cores
-    for core in cores:
-        core.send_signal(number)
-
-
-async def expect_death(served: Served) -> None:
-    """Running requests get no outcome: they are the worker's to give back. It stays dead."""
-
-    async def until_death() -> None:
-        while True:
-            assert all(output.finish_reason is None for output in await served.engine.outputs())
-
-    with pytest.raises(EngineDied):
-        async with asyncio.timeout(300):
-            await until_death()
-    with pytest.raises(EngineDied):
-        await served.engine.outputs()
-    with pytest.raises(EngineDied):
-        await served.add("late", [1], 1)
-
-
 async def test_a_core_that_is_told_to_end_ends_no_request(served: Served) -> None:
     """vLLM then aborts whatever runs; cut short is not done. Last to use the shared engine: it ends it."""
     for name in ("a", "b"):
@@ -491,21 +352,3 @@ async def test_a_core_that_is_told_to_end_ends_no_request(served: Served) -> Non
     signal_core(signal.SIGTERM)
 
     await expect_death(served)
-
-
-async def test_a_core_that_is_killed_ends_no_request(tmp_path: Path) -> None:
-    """SIGKILL in the middle of generation, on an engine of its own, whose KV cache is shorter than its model."""
-    model = build_tiny_model(tmp_path)
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 300_000}))
-    engine = VllmEngine(str(model), max_running=2, dtype="float32")
-    served = Served(engine=engine, info=await engine.start(), expected=[])
-    try:
-        assert 200_000 < served.info.max_model_len <= served.info.kv_capacity_tokens < 300_000
-        await served.add("a", prompt(2, 30), 200)
-        await engine.outputs()
-        signal_core(signal.SIGKILL)
-
-        await expect_death(served)
-    finally:
-        await engine.stop()
