@@ -13,7 +13,7 @@ from dispatcher.constraints.checker import ConstraintChecker
 from dispatcher.constraints.pending import PendingChecks
 from dispatcher.routing.metrics import RouterCounters
 from dispatcher.routing.request_fit import Fitted, field_of, fit, read_body
-from dispatcher.routing.router import Router
+from dispatcher.routing.router import Place, Router
 from dispatcher.routing.tokenizer import Counted, PromptTokenizer, Refusal, stored_ids
 from l4queue.config import Settings
 from l4queue.errors import L4QueueError
@@ -57,6 +57,15 @@ class _Arrival:
     wire: RequestBody
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Countable:
+    """One that can be served: with its length and what of it fits. Its place is decided by the plan in force."""
+
+    arrival: _Arrival
+    counted: Counted
+    fitted: Fitted
+
+
 class Dispatcher:
     """Routes what arrives. `run_once` does one round and returns how many entries it cleared."""
 
@@ -93,6 +102,7 @@ class Dispatcher:
         self._stopping = asyncio.Event()
         self._rounded_s = time.monotonic()
         self._router = Router(settings)
+        self._plan_seen = self._router.plan.version
         self._looked_s = 0.0
         self.counters = RouterCounters()
 
@@ -122,12 +132,9 @@ class Dispatcher:
 
     async def run_once(self, *, block_s: float) -> int:
         """One round: read, count, route."""
-        look = self._reads.plan()
-        found = await self._inbox.read(count=self.settings.dispatcher_batch, block_s=block_s, then=look)
-        entries, plan = found
-        if not entries:
-            return 0
-        await self._follow(*(await self._executor.run(look) if plan is None else plan))
+        entries = await self._inbox.read(count=self.settings.dispatcher_batch, block_s=block_s)
+        if entries:
+            await self._look_if_due()
         return sum([await self._handle_all(part) for part in _parts(entries)])
 
     async def look_at_engines(self) -> None:
@@ -165,7 +172,7 @@ class Dispatcher:
         if claimed is None:
             return
         entry, num_deliveries = claimed
-        await self._follow(*await self._executor.run(self._reads.plan()))
+        await self._look_if_due()
         if num_deliveries > _MAX_DELIVERIES:
             await self._refuse_poison(entry)
         else:
@@ -224,10 +231,36 @@ class Dispatcher:
                 elif examined is not None:
                     arrivals.append(_Arrival(entry_id=entry_id, request_id=request_id, body=body, wire=examined))
         counted = await self._count([arrival.body for arrival in arrivals])
-        calls.extend(self._decide(arrival, answer) for arrival, answer in zip(arrivals, counted, strict=True))
-        await self._executor.run_many(calls)
+        decided = [self._decide(arrival, answer) for arrival, answer in zip(arrivals, counted, strict=True)]
+        calls.extend(one for one in decided if isinstance(one, Call))
+        countable = [one for one in decided if isinstance(one, _Countable)]
+        if stale := await self._send(calls, countable, plan_seen=self._plan_seen):
+            await self._follow()
+            await self._send((), stale, plan_seen=None)
         self.counters.rounds.add(time.monotonic() - begun_s)
-        return len(calls)
+        return len(calls) + len(countable)
+
+    async def _send(
+        self, calls: Sequence[Call[Verdict]], countable: Sequence[_Countable], *, plan_seen: int | None
+    ) -> list[_Countable]:
+        """Send refusals, and place and route the others; those that were not, as another plan is in force."""
+        places = [
+            self._router.place(
+                one.counted.num_tokens,
+                submitted_ms=one.arrival.body.submitted_ms,
+                priority=one.arrival.wire.priority,
+            )
+            for one in countable
+        ]
+        routes = [self._route(one, place, plan_seen) for one, place in zip(countable, places, strict=True)]
+        verdicts = (await self._executor.run_many([*calls, *routes]))[len(calls) :]
+        stale = []
+        for one, place, verdict in zip(countable, places, verdicts, strict=True):
+            if verdict is Verdict.STALE:
+                stale.append(one)
+            else:
+                self.counters.count_routed(place.stage)
+        return stale
 
     async def _bodies(self, entries: Sequence[StreamEntry]) -> list[InboxBody | None]:
         """What the entries tell, or else the records say; None where a record has gone."""
@@ -267,7 +300,7 @@ class Dispatcher:
             return Refusal(field=field_of(wire.params.structured_outputs), error=verdict.error)
         return wire
 
-    def _decide(self, arrival: _Arrival, answer: Counted | Refusal) -> Call[Verdict]:
+    def _decide(self, arrival: _Arrival, answer: Counted | Refusal) -> Call[Verdict] | _Countable:
         if isinstance(answer, Counted):
             fitted = fit(
                 arrival.wire,
@@ -277,7 +310,7 @@ class Dispatcher:
                 vocabulary_size=self._tokenizer.vocabulary_size,
             )
             if not isinstance(fitted, Refusal):
-                return self._route(arrival, answer, fitted)
+                return _Countable(arrival=arrival, counted=answer, fitted=fitted)
             answer = fitted
         return self._refuse(arrival.request_id, arrival.entry_id, answer)
 
@@ -292,12 +325,8 @@ class Dispatcher:
             reason=answer.reason,
         )
 
-    def _route(self, arrival: _Arrival, answer: Counted, fitted: Fitted) -> Call[Verdict]:
-        prompt_tokens = answer.num_tokens
-        place = self._router.place(
-            prompt_tokens, submitted_ms=arrival.body.submitted_ms, priority=arrival.wire.priority
-        )
-        self.counters.count_routed(place.stage)
+    def _route(self, one: _Countable, place: Place, plan_seen: int | None) -> Call[Verdict]:
+        arrival, answer, fitted = one.arrival, one.counted, one.fitted
         return self._calls.route(
             arrival.request_id,
             entry_id=arrival.entry_id,
@@ -307,20 +336,27 @@ class Dispatcher:
             num_stored=answer.num_stored,
             max_tokens=fitted.max_tokens,
             plan_version=self.plan.version,
-            bucket=self._buckets.index(prompt_tokens),
+            bucket=self._buckets.index(answer.num_tokens),
             why=place.why,
             charge_tokens=fitted.charge_tokens,
             body=fitted.body,
             blocks=block_keys(answer.token_ids) if self.settings.prefix_affinity else (),
+            plan_seen=plan_seen,
         )
 
-    async def _follow(self, version: int, body: str | None) -> None:
-        """Route by the plan in force, and by loads that are not much older than a worker's heartbeat."""
+    async def _follow(self) -> None:
+        """Route by the plan in force from now on; by the one before where that cannot be read."""
+        version, body = await self._executor.run(self._reads.plan())
+        self._plan_seen = version
         plan = read_plan(body, key=self.keys.plan) if version != self.plan.version else None
         if plan is not None and plan.version != self.plan.version:
             self._router.follow(plan)
             self._looked_s = 0.0
             placements.info("plan", extra={"plan_version": version, "num_stages": len(self.plan.stages)})
+        await self._look_if_due()
+
+    async def _look_if_due(self) -> None:
+        """Look at loads, where they count, that are much older than a worker's heartbeat."""
         is_old = time.monotonic() - self._looked_s >= _LOOK_S
         if self._router.wants_fresh_loads or (self._router.wants_loads and is_old):
             await self._look()

@@ -161,6 +161,7 @@ class Calls:
         body: str = "",
         blocks: Sequence[bytes] = (),
         num_stored: int = 0,
+        plan_seen: int | None = None,
     ) -> Call[Verdict]:
         """Queue a counted request in its stage and clear its inbox entry. `why` (JSON) is for `explain`.
 
@@ -168,12 +169,14 @@ class Calls:
         is empty. `charge_tokens` None is prompt and `max_tokens`. `body` replaces the one submitted, unless it is
         empty.
         `blocks` are the keys of the prompt's blocks, where it is to be noted how much of it workers hold.
+        STALE, and nothing is done, where another version than `plan_seen` is in force.
         """
         k = self.keys
         num_tokens = num_stored or len(token_ids)
         queued = (request_id, entry_id, stage, repr(score), num_tokens, max_tokens, pack_ids(token_ids))
         charge = "" if charge_tokens is None else charge_tokens
-        args = (*queued, plan_version, bucket, why, charge, body, b"".join(blocks), KEY_BYTES, BLOCK_TOKENS)
+        more = (b"".join(blocks), KEY_BYTES, BLOCK_TOKENS, "" if plan_seen is None else plan_seen)
+        args = (*queued, plan_version, bucket, why, charge, body, *more)
         return Call("route", (k.inbox, k.request(request_id), k.hist), args, parse_verdict)
 
     def refuse(

@@ -5,20 +5,18 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from redis.exceptions import ResponseError
 
-from l4queue.protocol.calls import Call
 from l4queue.protocol.executor import AsyncExecutor
 from l4queue.protocol.keys import Keys
 from l4queue.protocol.reads import StreamEntry, parse_entries
 from l4queue.protocol.trouble import FAILURES
-from l4queue.protocol.wire import first_error, is_foreign
+from l4queue.protocol.wire import is_foreign
 
 __all__ = ("Inbox",)
 
-T = TypeVar("T")
 _GROUP = "d"
 
 
@@ -31,23 +29,18 @@ class Inbox:
         self._consumer = consumer
         self._others: dict[bytes, tuple[bytes, int, float]] = {}  # (consumer, deliveries, since when, s)
 
-    async def read(self, *, count: int, block_s: float, then: Call[T]) -> tuple[list[StreamEntry], T | None]:
-        """New entries, waiting at most `block_s` for the first, and the value of a plain command right after that.
-
-        There are none while Redis is away, and no value where its command fails.
-        """
+    async def read(self, *, count: int, block_s: float) -> list[StreamEntry]:
+        """New entries, waiting at most `block_s` for the first; none while Redis is away."""
         block_ms = max(1, int(block_s * 1000))
         group = ("XREADGROUP", "GROUP", _GROUP, self._consumer)
         words = (*group, "COUNT", count, "BLOCK", block_ms, "STREAMS", self._key, ">")
         try:
-            reply, more = await self._executor.client.run((words, then.args))
-            first_error([reply])
+            reply = await self._executor.client.execute_command(*words)
         except FAILURES as error:
             await self._mend(error, "XREADGROUP")
-            return [], None
+            return []
         self._executor.waits.passed("XREADGROUP")
-        value = None if isinstance(more, Exception) else then.parse(more)
-        return parse_entries(reply[0][1]) if reply else [], value
+        return parse_entries(reply[0][1]) if reply else []
 
     async def adopt(self, *, min_idle_s: float, count: int) -> list[bytes]:
         """Ids of entries that another dispatcher read and did not clear within `min_idle_s`; they are ours now.

@@ -135,6 +135,21 @@ def test_a_repeat_after_a_lost_reply_changes_nothing(scene: Scene, edge: Edge) -
         assert second == (Verdict.IS, "cancelled")
 
 
+def test_another_plan_than_the_one_seen_is_told_and_nothing_done(scene: Scene) -> None:
+    """It decides anew. What is routed already only leaves the inbox."""
+    scene.submit()
+    entry, before = scene.entry(), scene.dump()
+    assert scene.route(plan_seen=3) is Verdict.STALE
+    assert scene.dump() == before
+    assert scene.route(plan_seen=0) is Verdict.OK
+    assert scene.publish(0, 1) is Verdict.OK
+    assert scene.route(entry=entry, plan_seen=0) is Verdict.DUP
+    scene.submit("b")
+    assert scene.route("b", plan_seen=0) is Verdict.STALE
+    assert scene.route("b", plan_seen=1) is Verdict.OK
+    check(scene)
+
+
 def test_a_repeated_cancel_is_answered_like_the_first(scene: Scene) -> None:
     """Its reply was lost. Another cancel, or one without a nonce, came too late."""
     scene.bring(S.RUNNING)

@@ -23,7 +23,6 @@ from l4queue.protocol.executor import AsyncExecutor
 from l4queue.protocol.inbox import Inbox
 from l4queue.protocol.keys import Keys
 from l4queue.protocol.parsing import load_to_json
-from l4queue.protocol.reads import Reads
 from tests.services.pipeline import ByteTokenizer, until
 
 pytestmark = [pytest.mark.services]
@@ -200,9 +199,9 @@ async def test_an_entry_that_waits_is_not_adopted_by_others(settings: Settings, 
     keys = Keys(settings.namespace)
     own = Inbox(executor, keys, consumer="own")
     async with AsyncClient(settings=settings) as client:
-        await own.read(count=1, block_s=0.01, then=Reads(keys).plan())
+        await own.read(count=1, block_s=0.01)
         await client.enqueue("hello")
-        (((entry_id, _),), _) = await own.read(count=1, block_s=1.0, then=Reads(keys).plan())
+        ((entry_id, _),) = await own.read(count=1, block_s=1.0)
 
         async def pending() -> dict[str, Any]:
             (row,) = await executor.client.xpending_range(keys.inbox, "d", "-", "+", 1)

@@ -11,6 +11,8 @@ import pytest
 from dispatcher.routing.service import Dispatcher
 from l4queue import AsyncClient, Settings
 from l4queue.cli.bench.queue.counts import commands_of
+from l4queue.models import Plan, StagePlan
+from l4queue.plan_json import plan_to_json
 from l4queue.protocol.calls import Call
 from l4queue.protocol.executor import AsyncExecutor, Executor
 from tests.protocol.scene import Scene
@@ -34,7 +36,7 @@ def _end(scene: Scene, request_id: str) -> None:
 
 
 async def test_a_round_of_the_dispatcher_is_two_round_trips(redis_url: str, namespace: str) -> None:
-    """The inbox with the plan, then the queues: no record is read of short prompts, nor of ids of any number."""
+    """The inbox, then the queues: no record is read of short prompts, nor of ids of any number, and no plan."""
     settings = Settings(redis_url=redis_url, namespace=namespace, max_model_len=2 * NUM_IDS, engine="emulated")
     executor, tokenizer = AsyncExecutor(redis_url), ByteTokenizer()
     tokenizer.max_model_len = 2 * NUM_IDS
@@ -45,7 +47,7 @@ async def test_a_round_of_the_dispatcher_is_two_round_trips(redis_url: str, name
             prompts = [{"prompt": "hello"}, {"token_ids": [5] * NUM_IDS}, {"messages": [_says("hi")]}]
             handles = await client.enqueue_many(prompts, max_tokens=9)
             sent = await _sent(redis_url, dispatcher.run_once(block_s=1.0))
-            assert sent == {"xreadgroup": 1, "hmget": 1, "evalsha": 1}
+            assert sent == {"xreadgroup": 1, "evalsha": 1}
             assert [(await handle.status()).prompt_tokens for handle in handles][:2] == [5, NUM_IDS]
 
             await client.enqueue_many(prompts, max_tokens=9)
@@ -55,10 +57,43 @@ async def test_a_round_of_the_dispatcher_is_two_round_trips(redis_url: str, name
 
             (handle,) = await client.enqueue_many(["a long text " * 1000], max_tokens=9)
             sent = await _sent(redis_url, dispatcher.run_once(block_s=1.0))
-            assert sent == {"xreadgroup": 1, "hmget": 2, "evalsha": 1}
+            assert sent == {"xreadgroup": 1, "hmget": 1, "evalsha": 1}
             assert (await handle.status()).prompt_tokens == 12_000
         finally:
             await executor.close()
+
+
+async def test_a_plan_that_has_changed_is_read_before_anything_is_queued(
+    redis_url: str, namespace: str, scene: Scene
+) -> None:
+    """However long nothing came: the first to be routed by the plan before is routed anew, and counts once."""
+    settings = Settings(redis_url=redis_url, namespace=namespace, max_model_len=1000, engine="emulated")
+    executor = AsyncExecutor(redis_url)
+    dispatcher = Dispatcher(settings=settings, executor=executor, tokenizer=ByteTokenizer(), name="d")  # type: ignore[arg-type]
+    async with AsyncClient(settings=settings) as client:
+        try:
+            for version, low in enumerate((40, 10), start=1):
+                await dispatcher.run_once(block_s=0.01)
+                plan = _two_stages(version, low)
+                scene.publish(version - 1, version, plan_to_json(plan))
+                handles = await client.enqueue_many(["x" * 20, "x" * 60], max_tokens=9)
+                assert await dispatcher.run_once(block_s=1.0) == 2
+                stages = [(await handle.status()).stage for handle in handles]
+                assert (stages, dispatcher.plan) == ([str(int(low == 10)), "1"], plan)
+                assert [(await handle.status()).plan for handle in handles] == [version] * 2
+            assert sum(dispatcher.counters.routed.values()) == 4
+        finally:
+            await executor.close()
+
+
+def _two_stages(version: int, low_tokens: int) -> Plan:
+    return Plan(
+        version=version,
+        stages=(
+            StagePlan(low_tokens=0, high_tokens=low_tokens, num_workers=1),
+            StagePlan(low_tokens=low_tokens, high_tokens=None, num_workers=1),
+        ),
+    )
 
 
 def _says(text: str) -> dict[str, str]:

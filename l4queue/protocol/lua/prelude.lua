@@ -59,7 +59,7 @@ function heal(err, command, key, field)
   end
 end
 
--- == Clock and numbers ==
+-- == Clock, plan and numbers ==
 
 local clock_ms  -- one moment for all that an EVALSHA does
 local function now_ms()
@@ -72,6 +72,12 @@ end
 
 local function int(n)
   return string.format('%.0f', n)
+end
+
+local plan_version  -- one for all that an EVALSHA does
+local function plan_in_force()
+  plan_version = plan_version or redis.call('HGET', P .. 'plan', 'version') or '0'
+  return plan_version
 end
 
 -- A record's number as a script may use it: a whole one that a double holds; nil else.

@@ -5,8 +5,9 @@
 --       7 packed token ids ('' = the prompt is those, and stays)  8 plan version  9 length bucket  10 why this stage (JSON, '' = nothing to say)
 --       11 charge_tokens ('' = prompt and max_tokens)  12 body (JSON, '' = as submitted)
 --       13 keys of the prompt's blocks, packed ('' = not told)  14 bytes of a key  15 tokens of a block
+--       16 version of the plan that its caller has seen ('' = any): where another is in force, nothing is done
 -- Notes when a request that is not background last came to the stage: workers then hold back the others.
--- Returns 'OK' | 'DUP'
+-- Returns 'OK' | 'DUP' | 'STALE:<version>' (of the plan in force: decide anew)
 local inbox, record, hist = unpack(KEYS)
 local id, entry, stage, score = unpack(ARGV, 1, 4)
 local prompt_tokens, max_tokens, charge_tokens = tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[11])
@@ -32,9 +33,12 @@ local function holders(keys, size, block_tokens)
   return #found > 0 and cjson.encode(told) or ''
 end
 
+local request = fields(record, {'state', 'charge_tokens', 'charge_bytes'})
+if request.state == 'submitted' and ARGV[16] ~= '' and plan_in_force() ~= ARGV[16] then
+  return 'STALE:' .. plan_in_force()
+end
 redis.call('XACK', inbox, 'd', entry)
 redis.call('XDEL', inbox, entry)
-local request = fields(record, {'state', 'charge_tokens', 'charge_bytes'})
 if request.state ~= 'submitted' then return 'DUP' end
 local what = fault(id)
 if what then
