@@ -141,7 +141,8 @@ def _bounded(scene: Scene, records: dict[str, dict[str, str]]) -> list[str]:
     """What is kept for ever is of fixed number and capped; the rest has a TTL. Nobody is left."""
     raw, keys = scene.raw, scene.keys
     names = [k.decode().removeprefix(keys.prefix) for k in raw.scan_iter(match=keys.prefix + "*", count=1000)]
-    eternal = [n for n in names if n not in _FOR_EVER and raw.pttl(keys.prefix + n) < 0]
+    lasting = [name for name in names if raw.pttl(keys.prefix + name) == -1]  # -2: it has just gone
+    eternal = [name for name in lasting if name not in _FOR_EVER]
     errors = [f"{name} would stay for ever" for name in eternal]
     errors += [f"{name} is left" for name in names if name.startswith(("held:", "w:", "q:"))]
     for name in names:
