@@ -31,11 +31,12 @@ from l4queue.client import AsyncClient
 from l4queue.protocol.executor import AsyncExecutor
 from l4queue.protocol.keys import Keys
 from l4queue.protocol.reads import Reads
+from l4queue.protocol.scripts import all_scripts
 
 MOST_IN_PROCESS = 64
 """Workers of one process. Chosen: a process for each would need more memory than two cores usually have."""
 SETTLING_S = 5.0  # after the last worker has registered: the planner's first plan, first looks
-MOST_SHOWN = 12  # kinds of commands in the answer, the most frequent first
+MOST_SHOWN = 16  # kinds of commands in the answer, the most frequent first
 
 
 class Load:
@@ -124,7 +125,8 @@ async def stretch(redis: RawConnection, pids: Any, url: Any, work: Any, duration
     await work(duration_s)
     found = spent(before, await look(redis, pids))
     began_s = time.monotonic()
-    sent, inside, num_requests = await commands_of(url, work(duration_s))
+    scripts = {one.sha: one.name for one in all_scripts()}
+    sent, inside, num_requests = await commands_of(url, work(duration_s), scripts=scripts)
     wall_s = time.monotonic() - began_s
     return {
         "commands_per_s": sent.total() / wall_s,

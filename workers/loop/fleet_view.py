@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import random
 from collections import Counter
 from collections.abc import Sequence
 
@@ -23,6 +24,9 @@ from l4queue.protocol.survey import KEPT_MS, Survey, SurveyedQueue, kept_survey,
 from workers.loop.session import Session
 
 __all__ = ("FleetView",)
+
+_SPREAD = (0.8, 1.2)
+"""Of the time between two looks. Chosen: workers that began together do not all make the same survey."""
 
 
 class FleetView:
@@ -56,7 +60,7 @@ class FleetView:
         self._is_due.clear()
         await asyncio.sleep(EARLY_NEWS_S)
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(NEWS_INTERVAL_S - EARLY_NEWS_S):
+            async with asyncio.timeout((NEWS_INTERVAL_S - EARLY_NEWS_S) * random.uniform(*_SPREAD)):
                 await self._is_due.wait()
         is_soon = self._is_due.is_set()
         return await self.refresh(max_age_ms=round(EARLY_NEWS_S * 1000) if is_soon else KEPT_MS)

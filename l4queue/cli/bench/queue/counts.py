@@ -21,7 +21,7 @@ __all__ = ("ResourceCounts", "ResourcesSpent", "commands_of", "look", "spent", "
 T = TypeVar("T")
 _OWN = frozenset({"info", "monitor", "auth", "hello", "client", "ping", "select", "config", "command"})
 """Commands of this benchmark, and of connections that are being made: not counted."""
-_SEEN = re.compile(rb'[\d.]+ \[\d+ (lua|[^\]]*)\] "([^"]*)"')
+_SEEN = re.compile(rb'[\d.]+ \[\d+ (lua|[^\]]*)\] "([^"]*)"(?: "([^"]*)")?')
 _LAST_WORD = "l4queue-bench-is-done"
 
 
@@ -81,9 +81,12 @@ def spent(before: ResourceCounts, after: ResourceCounts) -> ResourcesSpent:
     )
 
 
-async def commands_of(url: SecretUrl, work: Awaitable[T]) -> tuple[Counter[str], Counter[str], T]:
+async def commands_of(
+    url: SecretUrl, work: Awaitable[T], *, scripts: Mapping[str, str] | None = None
+) -> tuple[Counter[str], Counter[str], T]:
     """Commands that clients send while this work is done, those inside scripts, and the work's own result.
 
+    `scripts` has names by digests: an EVALSHA of these counts as `script <name>`.
     By MONITOR, which names the scripts' commands as such; it slows Redis down, so nothing is timed meanwhile.
     """
     watch, last = await RawConnection.open(url), await RawConnection.open(url)
@@ -97,7 +100,8 @@ async def commands_of(url: SecretUrl, work: Awaitable[T]) -> tuple[Counter[str],
                 return
             found = _SEEN.match(line)
             if found is not None and (name := found[2].decode().lower()) not in _OWN:
-                (inside if found[1] == b"lua" else sent)[name] += 1
+                script = (scripts or {}).get((found[3] or b"").decode(errors="replace"))
+                (inside if found[1] == b"lua" else sent)[f"script {script}" if script else name] += 1
 
     counting = asyncio.create_task(count())
     try:
