@@ -363,8 +363,8 @@ class Intake:
                 session.resume(entries, eos_token_ids=self._profile.info.eos_token_ids)
         except ValueError as error:
             outcome = Outcome(state=RequestState.FAILED, finish_reason="invalid", error=str(error), field="body")
-            await self._writer.refuse(grant, outcome)
-            unreadable = finding(context.keys.request(grant.request_id), error, (grant, entries))
-            await context.executor.bury([unreadable])
+            if await self._writer.refuse(grant, outcome):
+                unreadable = finding(context.keys.request(grant.request_id), error, (grant, entries))
+                await context.executor.bury([unreadable])
             return None
         return session

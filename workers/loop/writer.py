@@ -115,8 +115,8 @@ class Writer:
         await self.give_back([s for s in left if s not in stuck], why="the engine lost it")
         await self.give_back(stuck, why="the engine lost it before its first token", blame=True)
 
-    async def refuse(self, grant: Grant, outcome: Outcome) -> None:
-        """Settle a request that cannot even start."""
+    async def refuse(self, grant: Grant, outcome: Outcome) -> bool:
+        """Settle a request that cannot even start; False where its lease is lost: others have gone on with it."""
         context = self._context
         call = context.calls.settle(
             grant.request_id,
@@ -127,7 +127,7 @@ class Writer:
             text="",
             outcome=outcome,
         )
-        await context.executor.run(call)
+        return await context.executor.run(call) is not Verdict.FENCED
 
     async def cut(self, session: Session) -> Cut | None:
         """Stop computing this one at a token boundary; None when it does not run any more."""
