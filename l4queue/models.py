@@ -97,6 +97,7 @@ _S = RequestState
 TRANSITIONS: tuple[Transition, ...] = (
     Transition(source=None, target=_S.SUBMITTED, script="submit", why="a client enqueues"),
     Transition(source=_S.SUBMITTED, target=_S.QUEUED, script="route", why="a dispatcher counts and routes"),
+    Transition(source=_S.SUBMITTED, target=_S.RUNNING, script="route", why="a ready worker runs nothing"),
     Transition(source=_S.SUBMITTED, target=_S.FAILED, script="refuse", why="it can never run"),
     Transition(source=_S.QUEUED, target=_S.RUNNING, script="take", why="a worker with room takes it"),
     Transition(source=_S.RUNNING, target=_S.QUEUED, script="release", why="a worker gives it back or moves it"),

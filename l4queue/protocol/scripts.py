@@ -1,4 +1,4 @@
-"""The Lua scripts, read once: each file is one transition, between the shared prelude and epilogue."""
+"""The Lua scripts, read once: each file is one transition, between the shared parts."""
 
 from __future__ import annotations
 
@@ -59,8 +59,9 @@ class Script:
 
 
 def assembled(name: str, text_of: Callable[[str], str]) -> Script:
-    """A script from its parts: the prelude, its own text as the function `run`, and the epilogue that calls it."""
-    source = f"{text_of('prelude')}local function run(KEYS, ARGV)\n{text_of(name)}end\n{text_of('epilogue')}"
+    """A script from its parts: what all share, its own text as the function `run`, the epilogue that calls it."""
+    shared = "".join(map(text_of, ("prelude", "endings", "wakeups")))
+    source = f"{shared}local function run(KEYS, ARGV)\n{text_of(name)}end\n{text_of('epilogue')}"
     return Script(name, source, hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest())
 
 

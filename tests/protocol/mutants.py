@@ -52,6 +52,7 @@ _MODULES = (
     "holders",
     "inbox_facts",
     "readiness",
+    "leased_arrivals",
     "survey",
 )
 _NUMBERS = itertools.count()
@@ -59,7 +60,7 @@ _NUMBERS = itertools.count()
 
 @dataclass(frozen=True, slots=True)
 class Mutant:
-    """One mistake: in this script (or the prelude, which all share) `old` reads `new`."""
+    """One mistake: in this script (or a part that all share) `old` reads `new`."""
 
     name: str
     script: str

@@ -12,6 +12,7 @@ from l4queue.policy.admission import unbounded_budget
 from l4queue.protocol.calls import Calls, Reaped, SubmitReply, Taken, Taker, Verdict
 from l4queue.protocol.executor import Executor
 from l4queue.protocol.keys import SOLO_STAGE, Keys
+from l4queue.protocol.readiness import Readiness
 from l4queue.protocol.reads import Reads
 from l4queue.protocol.records import Grant, Outcome, OutputEntry, RequestRecord
 from l4queue.protocol.retention import Evicted, Packed, Retention
@@ -109,6 +110,19 @@ class Scene:
         taker = Taker(worker_id=worker, incarnation=worker, stage=stage if own_stage is None else own_stage)
         call = self.calls.take(stage, taker=taker, nonce=nonce, **({"budget": budget} | over))
         return self.executor.run(call)
+
+    def be_ready(self, worker: str = "w1", *, is_by_choice: bool = False, **over: Any) -> Taken:
+        """Register, unless it did, and look: nothing runs there, and the next arrival may come with a wake-up."""
+        if self.raw.zscore(self.keys.workers, worker) is None:
+            self.register(worker)
+        readiness = Readiness(
+            backlog_ms=over.pop("backlog_ms", 0.0),
+            request_ms=1.0,
+            token_ms=0.5,
+            may_steal=True,
+            is_by_choice=is_by_choice,
+        )
+        return self.take(worker, readiness=readiness, **over)
 
     def grant(self, worker: str = "w1", stage: str = "0", **over: Any) -> Grant:
         """Take exactly one request."""

@@ -10,14 +10,15 @@ import pytest
 
 from l4queue.protocol.calls import Taken, Verdict
 from l4queue.protocol.keys import SOLO_STAGE, private_queue
-from l4queue.protocol.readiness import Readiness
+from l4queue.protocol.readiness import LeasedArrival, Readiness
 from tests.conftest import SEED
 from tests.protocol.consistency import check
 from tests.protocol.scene import PROMPT_TOKENS, Scene
 
 
 def _look(scene: Scene, worker: str, *, backlog_ms: float = 0.0, stage: str = "0", **over: Any) -> Taken:
-    """Take from its stage, to be woken for the next arrival there."""
+    """Take from its stage, to be woken for the next arrival there; that has to be taken, unless it looks idle."""
+    over.setdefault("is_idle", False)
     given: dict[str, Any] = {"request_ms": 1.0, "token_ms": 0.5, "may_steal": False}
     given |= {name: over.pop(name) for name in list(over) if name in (*given, "is_by_choice")}
     return scene.take(worker, stage, readiness=Readiness(backlog_ms=backlog_ms, **given), **over)
@@ -265,7 +266,7 @@ class _Fleet:
     def look(self, worker: _Worker) -> None:
         """Rounds until nothing is taken or the worker is ready."""
         worker.is_ready = False
-        while not worker.is_ready and (room := worker.slots - len(worker.held)):
+        while not worker.is_ready and (room := worker.slots - len(worker.held)) > 0:
             taken = _look(
                 self.scene,
                 worker.incarnation,
@@ -273,6 +274,7 @@ class _Fleet:
                 backlog_ms=float(len(worker.held)),
                 max_requests=room,
                 num_sharers=2,
+                is_idle=not worker.held,
             )
             worker.held += [(grant.request_id, grant.epoch) for grant in taken.grants]
             worker.is_ready = taken.is_ready
@@ -285,7 +287,12 @@ class _Fleet:
         if not entries:
             return False
         worker.heard = entries[-1][0].decode()
-        stages = {values[b"s"].decode() for _, values in entries}
+        leased = [LeasedArrival.parse(values) for _, values in entries if b"e" in values]
+        for arrival in [one for one in leased if one.incarnation == worker.incarnation]:
+            worker.held.append((arrival.grant.request_id, arrival.grant.epoch))
+            if not arrival.is_ready:
+                self.look(worker)
+        stages = {values[b"s"].decode() for _, values in entries if b"e" not in values}
         if worker.stage in stages and len(worker.held) < worker.slots:
             stages.remove(worker.stage)
             self.look(worker)

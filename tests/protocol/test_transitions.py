@@ -50,6 +50,7 @@ def _repair(scene: Scene) -> Any:
 ACTS: dict[Edge, Act] = {
     (None, S.SUBMITTED, "submit"): lambda s: s.submit(),
     (S.SUBMITTED, S.QUEUED, "route"): lambda s: s.route(),
+    (S.SUBMITTED, S.RUNNING, "route"): lambda s: s.route(),
     (S.SUBMITTED, S.FAILED, "refuse"): lambda s: s.refuse(raw=b"\xff"),
     (S.QUEUED, S.RUNNING, "take"): lambda s: s.take(nonce="same"),
     (S.RUNNING, S.QUEUED, "release"): lambda s: s.release(),
@@ -82,6 +83,8 @@ def _start(scene: Scene, edge: Edge) -> None:
         scene.bring(source)
         if source is S.QUEUED:
             scene.register()
+        if edge == (S.SUBMITTED, S.RUNNING, "route"):
+            scene.be_ready()
 
 
 def test_the_acts_cover_the_table_exactly() -> None:

@@ -24,7 +24,7 @@ from l4queue.policy.steal import Steal, steal_waiting
 from l4queue.protocol.calls import Taker, Verdict
 from l4queue.protocol.foreign import finding
 from l4queue.protocol.keys import SOLO_STAGE, private_queue
-from l4queue.protocol.readiness import Readiness
+from l4queue.protocol.readiness import LeasedArrival, Readiness
 from l4queue.protocol.records import BackgroundQuota, Grant, Outcome, OutputEntry
 from workers.loop.background import BackgroundWork
 from workers.loop.chooser import Chooser
@@ -91,6 +91,7 @@ class Intake:
         self._is_rung = False  # woken for an arrival that nobody else was woken for
         self._is_ready = False  # the next arrival may wake this worker: until then nothing waits in its stage
         self._num_doubts = 0
+        self._leased: list[LeasedArrival] = []  # what came with wake-ups and has not begun
         self._chooser = Chooser(
             context,
             sessions=sessions,
@@ -120,6 +121,11 @@ class Intake:
         """Whether an arrival in the own stage wakes this worker: until then it need not look."""
         return self._is_ready
 
+    @property
+    def has_leased(self) -> bool:
+        """Whether something came with a wake-up that has not begun."""
+        return bool(self._leased)
+
     def look_again(self) -> None:
         """Look into the stage's queue with the next round: more may wait there than is known."""
         self._is_ready, self._num_doubts = False, self._num_doubts + 1
@@ -132,11 +138,23 @@ class Intake:
         if wakeup in (Wakeup.STAGE, Wakeup.ANY):
             self.look_again()
 
+    def begin(self, arrival: LeasedArrival) -> None:
+        """Begin with the next round a request that is leased to this worker already."""
+        self._leased.append(arrival)
+        if not arrival.is_ready:
+            self.look_again()
+        self._sessions.wake()
+
     async def pull_once(self) -> int:
         """One round: our own queue, the solo queue when idle, the stage's queue, or else a sibling's.
 
-        While this worker is to be empty for a request of the solo queue, nothing but that.
+        Before all, what is leased to this worker already. While it is to be empty for a request of the solo queue,
+        nothing but that.
         """
+        if self._leased:
+            arrivals, self._leased, self._awaited = self._leased, [], None
+            incarnation = self._lease.incarnation  # what another one had went back to its queue with that lease
+            return await self._start_all([one.grant for one in arrivals if one.incarnation == incarnation])
         if await self._solo.look():
             self._is_ready = False
             await self._pass_on()
@@ -278,9 +296,12 @@ class Intake:
             self._is_ready = taken.is_ready and doubts == self._num_doubts
         if taken.verdict is Verdict.LOST:  # the next heartbeat begins a new incarnation
             return 0
-        self._background.began(taken.grants)
-        await self.start(taken.grants)
-        return len(taken.grants)
+        return await self._start_all(taken.grants)
+
+    async def _start_all(self, grants: Sequence[Grant]) -> int:
+        self._background.began(grants)
+        await self.start(grants)
+        return len(grants)
 
     async def _steal(self, room: AdmissionBudget, hold: BackgroundQuota) -> int:
         """Take waiting requests of a sibling stage if the policy says that it pays."""

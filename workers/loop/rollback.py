@@ -19,10 +19,15 @@ from workers.loop.writer import Writer
 __all__ = ("Rollback",)
 
 log = logging.getLogger("l4queue.worker")
+_AGAIN_S = 0.5
+"""Time until the second look, s. Chosen: a wake-up comes within milliseconds of its lease."""
 
 
 class Rollback:
-    """Compares leases with sessions. Only between two takes: what is being started is in neither."""
+    """Compares leases with sessions. Only between two takes: what is being started is in neither.
+
+    A request that comes with a wake-up may be on its way: what is strange counts with the second look.
+    """
 
     def __init__(
         self,
@@ -36,19 +41,23 @@ class Rollback:
         self._sessions = sessions
         self._lease = lease
         self._writer = writer
-        self._looked_s = 0.0
+        self._due_s = 0.0
+        self._strange: set[tuple[str, int]] = set()  # ids and epochs of the last look
 
     async def look(self) -> int:
-        """Once a lease: give back what Redis holds for this worker and it does not run; how many."""
+        """Once a lease: give back what Redis holds for this worker, as before, and it does not run; how many."""
         context, now_s = self._context, asyncio.get_running_loop().time()
-        if now_s - self._looked_s < context.settings.lease_s:
+        if now_s < self._due_s:
             return 0
-        self._looked_s = now_s
         incarnation = self._lease.incarnation
         held = await context.executor.run(context.reads.held(incarnation))
         strange = sorted(held - {session.request_id for session in self._sessions})
         records = await context.executor.run_many([context.reads.record(request_id) for request_id in strange])
         running = [r for r in records if r is not None and r.state is RequestState.RUNNING]
+        before, self._strange = self._strange, {(r.request_id, r.epoch) for r in running}
+        running = [r for r in running if (r.request_id, r.epoch) in before]
+        lease_s = context.settings.lease_s
+        self._due_s = now_s + (min(_AGAIN_S, lease_s) if self._strange else lease_s)
         calls = [context.calls.release(r.request_id, incarnation=incarnation, epoch=r.epoch) for r in running]
         await context.executor.run_many(calls)
         if running:

@@ -1,4 +1,4 @@
-"""One blocking read for every wake-up of a worker: work for it, cancels, a new plan."""
+"""One blocking read for every wake-up of a worker: work for it, or that there is some, cancels, a new plan."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from enum import Enum, auto
 
 from l4queue.protocol.calls import Calls
 from l4queue.protocol.executor import AsyncExecutor
-from l4queue.protocol.foreign import Finding, finding, text
+from l4queue.protocol.foreign import UNREADABLE, Finding, finding, text
 from l4queue.protocol.keys import SOLO_STAGE, Keys, private_queue
+from l4queue.protocol.readiness import LeasedArrival
 from l4queue.protocol.reads import Reads
 
 __all__ = ("Wakeup", "WakeupListener")
@@ -25,7 +26,7 @@ class Wakeup(Enum):
 
 
 class WakeupListener:
-    """Reads wake-up, control and plan streams. Reading is harmless to repeat: nothing is handed over here."""
+    """Reads wake-up, control and plan streams. Reading is harmless to repeat: what comes is leased before."""
 
     def __init__(
         self,
@@ -34,6 +35,7 @@ class WakeupListener:
         keys: Keys,
         worker_id: str,
         on_wake: Callable[[Wakeup], None],
+        on_lease: Callable[[LeasedArrival], None],
         on_cancel: Callable[[Sequence[str]], None],
         on_message: Callable[[str], None],
         on_plan: Callable[[str], None],
@@ -42,6 +44,7 @@ class WakeupListener:
         self._keys = keys
         self._personal = keys.wake(private_queue(worker_id))
         self._on_wake = on_wake
+        self._on_lease = on_lease
         self._on_cancel = on_cancel
         self._on_message = on_message
         self._on_plan = on_plan
@@ -76,6 +79,8 @@ class WakeupListener:
 
     async def _wake(self, told: Sequence[Mapping[bytes, bytes]], stage: str, *, is_solo: bool) -> None:
         """Tell a worker of this stage what its entries say; what it is no longer the one for wakes another."""
+        await self._executor.bury([self._lease(values) for values in told if b"e" in values])
+        told = [values for values in told if b"e" not in values]
         stages = {text(values[b"s"]) for values in told if b"s" in values}
         why = {Wakeup.OTHER if b"t" in values else Wakeup.PRIVATE for values in told if b"s" not in values}
         if stage in stages:
@@ -84,6 +89,14 @@ class WakeupListener:
             self._on_wake(wakeup)
         for other in stages - {stage}:
             await self._executor.run(Calls(self._keys).ring(other))
+
+    def _lease(self, values: Mapping[bytes, bytes]) -> Finding | None:
+        """Hand on the request that an entry brings; what cannot be read of it."""
+        try:
+            self._on_lease(LeasedArrival.parse(values))
+        except UNREADABLE as error:
+            return finding(self._personal, error, values)
+        return None
 
     def _hear(self, control: str, values: Mapping[bytes, bytes]) -> Finding | None:
         """Heed the message of an entry, if it has one; what cannot be read of it."""

@@ -250,6 +250,7 @@ class Worker:
             keys=context.keys,
             worker_id=context.worker_id,
             on_wake=self._on_wake,
+            on_lease=self._intake.begin,
             on_cancel=self._on_cancel,
             on_message=self._mover.answer,
             on_plan=self._on_plan,
@@ -280,7 +281,8 @@ class Worker:
     async def _take_for_ever(self) -> None:
         while True:
             self.sessions.begin_round()
-            await self._rollback.look()
+            if not self._intake.has_leased:  # that would look strange
+                await self._rollback.look()
             has_taken = await self._intake.pull_once() > 0
             try:
                 # Not wait_for: in Python 3.11 it swallows a cancellation that meets a wake-up, and the drain

@@ -68,11 +68,6 @@ for _, incarnation in ipairs(redis.call('ZRANGEBYSCORE', workers, '-inf', int(no
     room = room - 1
     take_back(id, incarnation)
   end
-  if redis.call('SCARD', held) == 0 then
-    redis.call('ZREM', workers, incarnation)
-    local stage = redis.call('HGET', P .. 'w:' .. incarnation, 'ready')
-    if stage then stop_waiting(incarnation, stage) end
-    redis.call('DEL', P .. 'w:' .. incarnation, P .. 'ctl:' .. incarnation, P .. 'blocks:' .. incarnation, held)
-  end
+  if redis.call('SCARD', held) == 0 then remove_worker(incarnation) end
 end
 return {num_requeued, num_dead, graced}

@@ -137,11 +137,7 @@ local function lease(id, request, tokens, found, why)
   local record = P .. 'req:' .. id
   room, prefill = room - tokens - reserve, prefill - math.max(1, tokens - (found or 0))
   if backlog_ms then backlog_ms = backlog_ms + request_ms + token_ms * tokens end
-  dequeue(id, stage, tokens)
-  redis.call('SADD', held, id)
-  request.epoch = int(request.epoch + 1)
-  redis.call('HSET', record, 'state', 'running', 'owner', incarnation, 'worker', worker_id, 'epoch', request.epoch)
-  redis.call('HSETNX', record, 'started_ms', int(now))
+  begin_lease(id, request, stage, tokens, incarnation, worker_id)
   if why then redis.call('HSET', record, 'placed', why) end
   if is_private then
     redis.call('HSET', record, 'stage', own_stage)
@@ -170,13 +166,21 @@ local function become_ready(num_left)
   return true
 end
 
+-- Notes what a worker that runs nothing has room for: whenever it runs nothing, a request may come with the wake-up.
+local function become_eager(was_eager)
+  if not is_idle or #taken > 0 or is_by_choice then return end
+  local told = string.format('%.0f %.0f %.6f %.6f', most, prefill, request_ms, token_ms)
+  if was_eager ~= told then redis.call('HSET', worker, 'eager', told) end
+end
+
 -- Ends the take of a stage's queue by its own worker: that is ready, or wakes another for what it leaves.
-local function wait_for_more(was_ready_for)
+local function wait_for_more(was_ready_for, was_eager)
   if was_ready_for and was_ready_for ~= own_stage then stop_waiting(incarnation, was_ready_for) end
   local upto = background > 0 and '+inf' or int(BACKGROUND + overdue)
   local num_left = redis.call('ZCOUNT', queue, '-inf', upto)
   if become_ready(num_left) then
     reply[1] = 'READY'
+    become_eager(was_eager)
     if was_ready_for ~= own_stage then redis.call('HSET', worker, 'ready', own_stage) end
     return
   end
@@ -188,7 +192,7 @@ end
 
 local expiry = redis.call('ZSCORE', workers, incarnation)
 if not expiry then return {'LOST'} end
-local last = fields(worker, {'nonce', 'grants', 'alone', 'ready'})
+local last = fields(worker, {'nonce', 'grants', 'alone', 'ready', 'eager'})
 if last.nonce == nonce then  -- a repeat: the same grants, as far as they are still the worker's
   for id, epoch in string.gmatch(last.grants or '', '([^ ,]+),(%d+)') do
     local request = fields(P .. 'req:' .. id, FIELDS)
@@ -228,5 +232,5 @@ repeat  -- again for those that were only dropped; bounded, as nobody else is se
 until gone == 0 or is_full or #taken >= most or passes == 16
 -- a take that found nothing writes nothing, which a durable server would have to bring to its disk
 if #taken > 0 then redis.call('HSET', worker, 'nonce', nonce, 'grants', table.concat(taken, ' ')) end
-if backlog_ms then wait_for_more(last.ready) end
+if backlog_ms then wait_for_more(last.ready, last.eager) end
 return reply

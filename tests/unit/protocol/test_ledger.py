@@ -59,8 +59,8 @@ def test_every_word_is_in_one_group() -> None:
 
 
 def test_scripts_count_under_the_known_names() -> None:
-    """Requeues by their word, as `requeue` in the prelude builds them."""
-    assert "'requeued_' .. line.what" in SCRIPTS["prelude.lua"]
+    """Requeues by their word, as `requeue` builds them."""
+    assert "'requeued_' .. line.what" in SCRIPTS["endings.lua"]
     assert requeue_counter(LedgerEvent.LOST) == "requeued_lost"
     for name in (*MoveCounter, *ResumeCounter):
         assert f"'{name}'" in SOURCE

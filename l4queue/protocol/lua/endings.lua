@@ -1,0 +1,141 @@
+-- Endings, moves and blame, shared by every script (behind the prelude): the ways of a request out of its state.
+
+-- Removes the wake-up with which a worker got a request: it has the prompt.
+local function forget_wakeup(request)
+  if request.wakeup then redis.pcall('XDEL', P .. 'wake:@' .. (request.worker or ''), request.wakeup) end
+end
+
+-- == Endings ==
+
+-- Ends a request: the only place that writes a terminal state. The caller has checked that it is live.
+-- `text` is text held back until the end; `facts` is a flat list of record fields to store.
+local function settle(id, state, text, facts)
+  local record = P .. 'req:' .. id
+  local request = fields(record, {'state', 'owner', 'stage', 'client', 'worker', 'entry', 'followers', 'charge_tokens',
+    'charge_bytes', 'offset', 'ttl_ms', 'prompt_tokens', 'submitted_ms', 'queued_ms', 'started_ms', 'first_token_ms',
+    'crashes', 'key_ttl_ms', 'deadline_ms', 'cached_tokens', 'blocks', 'wakeup'})
+  for _, name in ipairs({'charge_tokens', 'charge_bytes', 'offset', 'ttl_ms', 'prompt_tokens', 'submitted_ms',
+    'queued_ms', 'started_ms', 'first_token_ms', 'crashes', 'key_ttl_ms'}) do
+    if not whole(request[name]) then request[name] = false end
+  end
+  local now, offset, ttl = now_ms(), tonumber(request.offset or 0), tonumber(request.ttl_ms or 86400000)
+  if request.deadline_ms then redis.call('ZREM', P .. 'deadlines', id) end
+  if request.state == 'queued' and request.stage then
+    dequeue(id, request.stage, (request.prompt_tokens or 0) + offset)
+  end
+  if request.state == 'submitted' and request.entry then
+    redis.pcall('XACK', P .. 'in', 'd', request.entry)
+    redis.pcall('XDEL', P .. 'in', request.entry)
+  end
+  if request.owner then redis.call('SREM', P .. 'held:' .. request.owner, id) end
+  if request.state == 'running' and request.owner and state ~= 'done' and state ~= 'failed' then
+    hint(request.owner, id)
+  end
+  forget_wakeup(request)
+  redis.call('HDEL', record, 'owner', 'prompt', 'ids', 'entry', 'followers', 'blocks', 'wakeup')
+  redis.call('HSET', record, 'state', state, 'finished_ms', int(now), unpack(facts))
+  redis.call('XADD', P .. 'out:' .. id, int(offset) .. '-1', 'e', state, 'x', text)
+  redis.call('PEXPIRE', P .. 'out:' .. id, ttl)
+  ttl = math.max(ttl, tonumber(request.key_ttl_ms or 0))
+  redis.call('PEXPIRE', record, ttl)
+  local key = string.match(id, '^(k%x+)%-%d+$')
+  if key then redis.call('PEXPIRE', P .. 'key:' .. key, ttl) end
+  count('live', -1)
+  count('live_tokens', 0 - (request.charge_tokens or 0))
+  count('live_bytes', 0 - (request.charge_bytes or 0))
+  count(state, 1)
+  count('output_tokens', offset)
+  redis.call('XADD', P .. 'finished', 'MAXLEN', '~', 20000, '*', 'i', id, 's', state,
+    'p', request.prompt_tokens or 0, 'o', int(offset), 'a', request.submitted_ms or int(now),
+    'q', request.queued_ms or '', 'b', request.started_ms or '', 'f', request.first_token_ms or '', 'd', int(now),
+    'g', request.stage or '', 'w', request.worker or '', 'c', request.crashes or 0, 'k', request.cached_tokens or '',
+    unpack(request.blocks and {'h', request.blocks} or {}))
+  if request.client and request.client ~= '' then
+    local mail = P .. 'mail:' .. request.client
+    redis.call('XADD', mail, 'MAXLEN', '~', 20000, '*', 'i', id, 's', state)
+    live(mail, 3600000)
+  end
+  if #text > 1024 then
+    tell(request.followers, id, offset, 'e', state)
+  else
+    tell(request.followers, id, offset, 'e', state, 'x', text)
+  end
+end
+
+-- Ends a live request whose record no script can work on: its bytes, shortened, are a dead letter.
+local function condemn(id, what)
+  local record, parts = P .. 'req:' .. id, {}
+  redis.call('ZREM', P .. 'deadlines', id)
+  for i, part in ipairs(redis.call('HGETALL', record)) do
+    parts[i] = string.sub(part, 1, 1000) .. (i % 2 == 1 and '=' or '\n')
+  end
+  local why = 'its record cannot be read: ' .. what
+  bury(id, why, table.concat(parts))
+  settle(id, 'failed', '', {'error', why, 'field', what, 'finish_reason', 'invalid'})
+end
+
+-- == Ledger and moves ==
+
+-- Adds a line to a request's ledger, which `l4queue explain` tells. Ordinary steps leave none: the record has
+-- their times. A request that is moved without end fills its ledger, not the server.
+local function note(record, line)
+  local had = redis.call('HGET', record, 'ledger') or ''
+  if #had > 8000 then return end
+  line.at_ms = now_ms()
+  local text = cjson.encode(line) .. '\n'
+  redis.call('HSET', record, 'ledger', had .. text)
+  charge(record, #text)
+end
+
+-- Returns a running request to a queue, and says why in its ledger. With two crashes to its name it waits to be
+-- run alone, and remembers its stage as `home`; with fewer it does not. `line` has what is to be said besides.
+local function requeue(id, stage, score, line)
+  local record, what = P .. 'req:' .. id, fault(id)
+  if what then return condemn(id, what) end
+  local request = fields(record, {'owner', 'crashes', 'prompt_tokens', 'offset', 'stage', 'score', 'worker', 'home',
+    'wakeup'})
+  if request.owner then redis.call('SREM', P .. 'held:' .. request.owner, id) end
+  if stage == '' then stage = request.stage end
+  if tonumber(request.crashes) >= 2 then
+    stage = 'solo'
+    if request.stage ~= 'solo' then redis.call('HSET', record, 'home', request.stage) end
+  elseif stage == 'solo' then
+    stage = request.home or '0'
+  end
+  if score == '' then score = request.score end
+  forget_wakeup(request)
+  redis.call('HDEL', record, 'owner', 'kv', 'wakeup')
+  redis.call('HSET', record, 'state', 'queued', 'stage', stage, 'score', score, 'moved_ms', int(now_ms()),
+    'from', request.worker or '')
+  count('requeued_' .. line.what, 1)
+  line.worker, line.to, line.offset = request.worker or '', stage, tonumber(request.offset)
+  note(record, line)
+  enqueue(id, stage, score, tonumber(request.prompt_tokens) + tonumber(request.offset))
+end
+
+-- Notes for how long a moved request made no token, with the first one that its new worker writes.
+local function resumed(record, moved_ms)
+  if not moved_ms then return end
+  redis.call('HDEL', record, 'moved_ms')
+  if not whole(moved_ms) then return end
+  local gap = math.max(0, now_ms() - moved_ms)  -- a clock may go back
+  count('resumes', 1)
+  count('resume_gap_ms', gap)
+  note(record, {what = 'resumed', gap_ms = gap})
+end
+
+-- == Blame ==
+
+-- Blames the loss of its worker on a running request. True when it has died alone `limit` times: then it is
+-- dead; else the caller requeues it.
+local function crashed(id, limit)
+  local record = P .. 'req:' .. id
+  local crashes = redis.call('HINCRBY', record, 'crashes', 1)
+  if redis.call('HGET', record, 'stage') ~= 'solo' then return false end
+  if redis.call('HINCRBY', record, 'solo_crashes', 1) < tonumber(limit) then return false end
+  local why = 'worker lost ' .. crashes .. ' times while computing it, the last ' .. limit .. ' times alone'
+  bury(id, why, '')
+  settle(id, 'dead', '', {'error', why})
+  return true
+end
+
