@@ -348,7 +348,7 @@ class AsyncHandle(HandleBase):
             if self._seen_end is None:
                 async for _ in self._chunks(after=None, deadline=deadline):
                     pass
-            found, entries = await self._client._listener.output(self.id)
+            found, entries = await self._client._listener.outcome(self.id, is_first=self._seen is None)
             record = known(self.id, found)
             self._noted(record)
             if record.state in TERMINAL:  # mail may tell of an end that a server has forgotten

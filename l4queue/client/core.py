@@ -242,6 +242,10 @@ class ClientCore:
         """The record and the output beyond `after` tokens, to be read in this order."""
         return self.reads.record(request_id), self.reads.output(request_id, after=after)
 
+    def ended(self, request_id: str) -> Call[tuple[RequestRecord | None, list[OutputEntry]]]:
+        """Both of a request that ended well a moment ago; no record where its output does not tell it."""
+        return self.reads.ended(request_id)
+
     def follow(self, query: StatusQuery) -> Call[Followed]:
         """The call that asks where requests are, and has this client told of the followed ones."""
         return self.calls.follow(

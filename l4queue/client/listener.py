@@ -84,6 +84,14 @@ class AsyncListener:
         record, entries = await self._run(self._core.output(request_id, after=after))
         return record, entries
 
+    async def outcome(self, request_id: str, *, is_first: bool) -> tuple[RequestRecord | None, list[OutputEntry]]:
+        """The record and the whole output; read for the first time, the output may tell both."""
+        if is_first:
+            ((record, entries),) = await self._run([self._core.ended(request_id)])
+            if record is not None:
+                return record, entries
+        return await self.output(request_id)
+
     async def close(self) -> None:
         """End the reader; what still waits fails. The next wait begins anew."""
         tasks = [task for task in (self._reader, self._sender) if task is not None]
@@ -109,8 +117,8 @@ class AsyncListener:
                 if num_news >= _TRIM_EVERY:
                     num_news = 0
                     await self._executor.run(self._core.trim_news(self._demux.last_news))
-                if self._demux.num_waits >= _MANY_WAITS:
-                    await asyncio.sleep(_PAUSE_S)
+                # waits that have ended leave meanwhile: nothing is read for them any more
+                await asyncio.sleep(_PAUSE_S if self._demux.num_waits >= _MANY_WAITS else 0)
         except L4QueueError as error:
             self._demux.fail(error)
         except Exception as error:
@@ -218,6 +226,14 @@ class Listener:
         """The record and the output beyond `after` tokens."""
         record, entries = self._executor.run_many(self._core.output(request_id, after=after))
         return record, entries
+
+    def outcome(self, request_id: str, *, is_first: bool) -> tuple[RequestRecord | None, list[OutputEntry]]:
+        """The record and the whole output; read for the first time, the output may tell both."""
+        if is_first:
+            record, entries = self._executor.run(self._core.ended(request_id))
+            if record is not None:
+                return record, entries
+        return self.output(request_id)
 
     def close(self) -> None:
         """Fail all waits and end the reader. The next wait begins anew."""

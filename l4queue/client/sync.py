@@ -331,7 +331,7 @@ class Handle(HandleBase):
             if self._seen_end is None:
                 for _ in self._chunks(after=None, deadline=deadline):
                     pass
-            found, entries = self._client._listener.output(self.id)
+            found, entries = self._client._listener.outcome(self.id, is_first=self._seen is None)
             record = known(self.id, found)
             self._noted(record)
             if record.state in TERMINAL:  # mail may tell of an end that a server has forgotten

@@ -5,7 +5,7 @@ What cannot be read is left out and reported (`l4queue.protocol.foreign`); no re
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, TypeVar
 
@@ -86,6 +86,27 @@ class Reads:
             return [entry for entry in entries if entry.upto > after or entry.state is not None]
 
         return Call(None, (), args, read)
+
+    def ended(self, request_id: str) -> Call[tuple[RequestRecord | None, list[OutputEntry]]]:
+        """The record and the output of a request that ended well a moment ago, by one command.
+
+        The end of an output tells what the record says, until it is packed; None where it does not.
+        """
+        output = self.output(request_id)
+        names = RequestRecord.field_names()
+
+        def told(values: Mapping[bytes, bytes]) -> RequestRecord | None:
+            if b"finished_ms" not in values:
+                return None
+            row = [values.get(b"e" if name == "state" else name.encode()) for name in names]
+            return RequestRecord.parse(request_id, row)
+
+        def read(reply: Any) -> tuple[RequestRecord | None, list[OutputEntry]]:
+            rows = parse_entries(reply)
+            record = or_else(output.args[1], told, _none)(rows[-1][1]) if rows else None
+            return record, output.parse(reply)
+
+        return Call(None, (), output.args, read)
 
     def plan(self) -> Call[tuple[int, str | None]]:
         """Version and JSON of the current plan; (0, None) when none was published, (0, "") for none of ours."""

@@ -53,6 +53,7 @@ _MODULES = (
     "inbox_facts",
     "readiness",
     "leased_arrivals",
+    "ended",
     "survey",
 )
 _NUMBERS = itertools.count()

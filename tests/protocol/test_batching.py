@@ -102,6 +102,8 @@ def _facts(scene: Scene) -> dict[str, Any]:
         else:
             found[name] = value
     for name, value in found.items():
+        if name.startswith("out:"):  # the end tells times of the record
+            found[name] = [(entry, _without_times(fields)) for entry, fields in value]
         if name.startswith("req:"):
             value.pop(b"entry", None)
             value.pop(b"ledger", None)

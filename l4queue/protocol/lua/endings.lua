@@ -7,6 +7,19 @@ end
 
 -- == Endings ==
 
+-- Adds to the end of an output what the record says, until it is packed: whoever reads it then needs nothing else.
+-- Not with a long body, to which many settings or metadata belong.
+local function add_facts(record, entry)
+  local names = {'body', 'epoch', 'offset', 'crashes', 'stage', 'plan', 'worker', 'prompt_tokens', 'cached_tokens',
+    'max_tokens', 'submitted_ms', 'queued_ms', 'started_ms', 'first_token_ms', 'finished_ms', 'deadline_ms',
+    'finish_reason', 'error', 'field', 'placed'}
+  local values = redis.call('HMGET', record, unpack(names))
+  if #(values[1] or '') > 512 then return end
+  for i, name in ipairs(names) do
+    if values[i] and values[i] ~= '' then entry[#entry + 1], entry[#entry + 2] = name, values[i] end
+  end
+end
+
 -- Ends a request: the only place that writes a terminal state. The caller has checked that it is live.
 -- `text` is text held back until the end; `facts` is a flat list of record fields to store.
 local function settle(id, state, text, facts)
@@ -34,7 +47,9 @@ local function settle(id, state, text, facts)
   forget_wakeup(request)
   redis.call('HDEL', record, 'owner', 'prompt', 'ids', 'entry', 'followers', 'blocks', 'wakeup')
   redis.call('HSET', record, 'state', state, 'finished_ms', int(now), unpack(facts))
-  redis.call('XADD', P .. 'out:' .. id, int(offset) .. '-1', 'e', state, 'x', text)
+  local last = {'e', state, 'x', text}
+  if state == 'done' then add_facts(record, last) end
+  redis.call('XADD', P .. 'out:' .. id, int(offset) .. '-1', unpack(last))
   redis.call('PEXPIRE', P .. 'out:' .. id, ttl)
   ttl = math.max(ttl, tonumber(request.key_ttl_ms or 0))
   redis.call('PEXPIRE', record, ttl)

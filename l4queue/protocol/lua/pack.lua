@@ -67,7 +67,10 @@ local function pack_output(out, made)
     end
     redis.call('XADD', made, rows[#rows][1], unpack(entry))
   end
-  if ended then redis.call('XADD', made, ended[1], unpack(ended[2])) end
+  if ended then
+    local v = values_of(ended)  -- what it tells of the record stands there
+    redis.call('XADD', made, ended[1], 'e', v.e, 'x', v.x or '')
+  end
   redis.call('PEXPIRE', made, 60000)
   return ended or num_read < PAGE, num_read
 end
