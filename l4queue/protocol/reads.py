@@ -92,7 +92,7 @@ class Reads:
 
         The end of an output tells what the record says, until it is packed; None where it does not.
         """
-        output = self.output(request_id)
+        output, key = self.output(request_id), self.keys.output(request_id)
         names = RequestRecord.field_names()
 
         def told(values: Mapping[bytes, bytes]) -> RequestRecord | None:
@@ -103,7 +103,7 @@ class Reads:
 
         def read(reply: Any) -> tuple[RequestRecord | None, list[OutputEntry]]:
             rows = parse_entries(reply)
-            record = or_else(output.args[1], told, _none)(rows[-1][1]) if rows else None
+            record = or_else(key, told, _none)(rows[-1][1]) if rows else None
             return record, output.parse(reply)
 
         return Call(None, (), output.args, read)
