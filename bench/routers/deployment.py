@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import signal
 import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -45,6 +47,9 @@ async def deployed(
     """
     from transformers import AutoTokenizer
 
+    task = asyncio.current_task()
+    assert task is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)  # no engine stays behind
     model = build_tiny_model(cache_directory())
     ports = [free_port(), free_port()]
     options = ["--served-model-name", MODEL, "--max-model-len", str(MAX_MODEL_LEN), _TELL_CACHED]
