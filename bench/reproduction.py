@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from reproduction_cases import MODEL, Results, Spec, code_version
+from reproduction_cases import MODEL, Results, Spec, code_version, shared
 from reproduction_figures import Compared
 from reproduction_grid import Grid
 from reproduction_text import LongTables, Tables
@@ -50,9 +50,19 @@ def read(path: Path) -> tuple[str, dict[Spec, dict[str, Any]]]:
     return on_record["made"], {Spec.of(one["spec"]): one["figures"] for one in on_record["runs"]}
 
 
+def short(value: Any) -> Any:
+    """A number to five digits."""
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
 def write(path: Path, made: str, found: dict[Spec, dict[str, Any]]) -> None:
     """Figures by run, a line for each."""
-    runs = [json.dumps({"spec": spec.told, "figures": figures}) for spec, figures in found.items()]
+    runs = [
+        json.dumps(
+            {"spec": spec.told, "figures": {name: short(figures[name]) for name in figures if name != "spec"}}
+        )
+        for spec, figures in found.items()
+    ]
     path.write_text(f'{{"made": {json.dumps(made)}, "runs": [\n' + ",\n".join(runs) + "\n]}\n", "utf-8")
 
 
@@ -69,7 +79,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.small:
         given.out, given.page = given.results, given.results / "page.md"
-    grid = Grid()
+    grid = Grid(has_traces=bool(given.record) or shared().is_dir())
     if given.record:
         made, found = read(given.record)
     else:

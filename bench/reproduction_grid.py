@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 
-from reproduction_cases import KNOWN, MIXED, PAPER, SESSIONS, UNKNOWN, Spec, shared
+from reproduction_cases import KNOWN, MIXED, PAPER, SESSIONS, UNKNOWN, Spec
 
 from l4queue.cost.move import DEFAULT_LINK_GB_PER_S
 from l4queue.sim.registry import AFFINITY, LENGTH_BLIND
@@ -21,7 +21,7 @@ ROUTERS = ("round-robin", "least-requests", "power-of-two", "llumnix", *AFFINITY
 QUEUES = ("central", "central-sjf")
 RIVALS = ("least-requests", *AFFINITY)
 """Routers that are run where all would take too long."""
-SERVED = ("round-robin", "least-requests", "session-sticky", "cache-aware", "llm-d")
+SERVED = ("round-robin", "least-requests", "session-sticky", "cache-aware", "llm-d", "central")
 DRAWING = ("l4", "random", "power-of-two", "llm-d", "dynamo-kv")
 """Policies that draw lots: others give the same run of a recorded trace with every seed."""
 MOVING = ("l4", "llumnix", "split")
@@ -37,12 +37,11 @@ SHARE, SERVED_REQUESTS = 0.95, 3000
 
 
 class Grid:
-    """Traffic that is there. Without the shared traces only what is made here is run."""
+    """All traffic; without the shared traces only what is made here."""
 
-    def __init__(self) -> None:
-        is_there = shared().is_dir()
-        self.known = (*(KNOWN if is_there else ()), *SESSIONS)
-        self.unknown = (PAPER, *((MIXED, *UNKNOWN) if is_there else ()))
+    def __init__(self, *, has_traces: bool) -> None:
+        self.known = (*(KNOWN if has_traces else ()), *SESSIONS)
+        self.unknown = (PAPER, *((MIXED, *UNKNOWN) if has_traces else ()))
         self.fleets = tuple(case for case in ("conversation", "agent") if case in self.known)
 
     def specs(self) -> Iterator[Spec]:
@@ -52,14 +51,19 @@ class Grid:
             self.lengths(SEEDS[:1]),
             self.first(SEEDS[1:]),
             self.splits(),
-            self.ingredients((FAST_LINK,)),
-            self.measured(),
-            self.fleet_sizes(),
-            self.other_loads(),
+            self.ingredients((FAST_LINK,), SEEDS[:1]),
+            self.measured(SEEDS[:1]),
+            self.fleet_sizes(SEEDS[:1]),
+            self.other_loads(SEEDS[:1]),
             self.served(),
-            self.ingredients(ENDS),
+            self.ingredients(ENDS, SEEDS[:1]),
             self.lengths(SEEDS[1:]),
             self.pools(),
+            self.measured(SEEDS[1:]),
+            self.ingredients((FAST_LINK,), SEEDS[1:]),
+            self.fleet_sizes(SEEDS[1:]),
+            self.other_loads(SEEDS[1:]),
+            (replace(spec, policy="split") for spec in self.served() if spec.gb_per_s == FAST_LINK),
         )
         yield from dict.fromkeys(spec for group in groups for spec in group)
 
@@ -79,27 +83,28 @@ class Grid:
         """Two pools by length, tuned on the trace."""
         yield from (run(case, policy="two-pool") for case in self.known)
 
-    def ingredients(self, links: tuple[float, ...]) -> Iterator[Spec]:
+    def ingredients(self, links: tuple[float, ...], seeds: tuple[int, ...]) -> Iterator[Spec]:
         """`l4` without each of its ingredients; those of stages, where affinity is left out."""
-        for link, case in product(links, self.known):
-            yield from (run(case, without=(name,), gb_per_s=link) for name in BY_AFFINITY)
-            yield from (run(case, without=("affinity", name), gb_per_s=link) for name in BY_STAGES)
+        for seed, link, case in product(seeds, links, self.known):
+            whole = run(case, seed=seed, gb_per_s=link)
+            yield from (replace(whole, without=(name,)) for name in BY_AFFINITY)
+            yield from (replace(whole, without=("affinity", name)) for name in BY_STAGES)
 
-    def measured(self) -> Iterator[Spec]:
+    def measured(self, seeds: tuple[int, ...]) -> Iterator[Spec]:
         """With step costs measured on an H100."""
-        for case in self.known:
-            yield from self.rivalry(run(case, gpu="h100-vllm"))
-            yield run(case, gpu="h100-vllm", policy="split", gb_per_s=FAST_LINK)
+        for seed, case in product(seeds, self.known):
+            yield from self.rivalry(run(case, seed=seed, gpu="h100-vllm"))
+            yield run(case, seed=seed, gpu="h100-vllm", policy="split", gb_per_s=FAST_LINK)
 
-    def fleet_sizes(self) -> Iterator[Spec]:
+    def fleet_sizes(self, seeds: tuple[int, ...]) -> Iterator[Spec]:
         """Smaller fleets and a larger one, at the same load."""
-        for case, number in product(self.fleets, FLEETS):
-            yield from self.rivalry(run(case, num_instances=number))
+        for seed, case, number in product(seeds, self.fleets, FLEETS):
+            yield from self.rivalry(run(case, seed=seed, num_instances=number))
 
-    def other_loads(self) -> Iterator[Spec]:
+    def other_loads(self, seeds: tuple[int, ...]) -> Iterator[Spec]:
         """Below and at the capacity."""
-        for case, load in product(self.known, LOADS):
-            yield from self.rivalry(run(case, load=load))
+        for seed, case, load in product(seeds, self.known, LOADS):
+            yield from self.rivalry(run(case, seed=seed, load=load))
 
     def served(self) -> Iterator[Spec]:
         """The search for the largest load within the service level."""

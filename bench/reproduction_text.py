@@ -140,7 +140,7 @@ class Tables:
                     missed.append(f"mean of `{spec.case}` above {MOST_MEAN}")
             listed = ", ".join(missed) or "none"
             met = f"{total - len(missed)} of {total} floors are met"
-            yield f"- {told(link).capitalize()}: {met}. Missed: {listed}."
+            yield f"- {told(link)}: {met}. Missed: {listed}."
 
     def _ingredients(self, names: Sequence[str], *, base: tuple[str, ...] = ()) -> Iterator[str]:
         title = "no affinity: mean, s" if base else "whole: mean, s"
@@ -151,12 +151,16 @@ class Tables:
                 less = [replace(whole, without=(*base, name)) for name in names]
                 if not self.runs.has(whole) or not any(map(self.runs.has, less)):
                     continue
-                of_whole = self.runs.found[whole]
-                cells = [
-                    f"{it[MEAN] / of_whole[MEAN]:.2f} ({it[P99] / of_whole[P99]:.2f})" if it else ""
-                    for it in map(self.runs.get, less)
-                ]
-                yield row(f"`{case}`", told(link), f"{of_whole[MEAN]:.2f}", *cells)
+                seeds = self.runs.seeds(whole, ())
+                cells = [self._without(one, whole) for one in less]
+                yield row(f"`{case}`", told(link), f"{self.runs.average(whole, MEAN, seeds):.2f}", *cells)
+
+    def _without(self, less: Spec, whole: Spec) -> str:
+        seeds = [seed for seed in self.runs.seeds(less, ()) if self.runs.has(replace(whole, seed=seed))]
+        if not seeds:
+            return ""
+        mean, p99 = (self.runs.ratio(less, whole, key, seeds) for key in (MEAN, P99))
+        return f"{replace(mean, margin=None)}; {p99.average:.2f}"
 
     def _measured(self) -> Iterator[str]:
         keys = (MEAN, P99, LONG, TTFT)
@@ -178,11 +182,10 @@ class Tables:
                     best = self.runs.best(spec)
                     if best is None:
                         break
-                    other = replace(spec, policy=best)
-                    ratios = [self.runs.ratio(spec, other, key, SEEDS[:1]) for key in keys]
-                    split = self.runs.get(replace(spec, policy="split")) if link else None
-                    cells += [f"`{best}`", *ratios]
-                    cells.append(f"{split[MEAN] / self.runs.average(other, MEAN, SEEDS[:1]):.2f}" if split else "")
+                    seeds = self.runs.seeds(spec, RIVALS)
+                    ratios = [self.runs.ratio(spec, replace(spec, policy=best), key, seeds) for key in keys]
+                    cells += [f"`{best}`", ratios[0], *(f"{one.average:.2f}" for one in ratios[1:])]
+                    cells.append(self._split(spec, best)[0])
                 else:
                     yield row(f"`{case}`", told(link), *cells)
 
@@ -199,17 +202,20 @@ class Tables:
                     if best is None:
                         cells.append("")
                         continue
-                    other = replace(spec, policy=best)
-                    mean, *tails = (self.runs.ratio(spec, other, key, SEEDS[:1]) for key in (MEAN, P99, LONG))
-                    cells.append(f"{mean} ({tails[0]}; {tails[1]}) of `{best}`")
+                    other, seeds = replace(spec, policy=best), self.runs.seeds(spec, RIVALS)
+                    mean, *tails = (self.runs.ratio(spec, other, key, seeds) for key in (MEAN, P99, LONG))
+                    told_tails = "; ".join(f"{one.average:.2f}" for one in tails)
+                    cells.append(f"{mean.average:.2f} ± {mean.margin:.2f}; {told_tails} of `{best}`")
                 yield row(f"`{case}`", told(link), *cells)
 
     def _served(self) -> Iterator[str]:
         yield from head(
             "trace",
             *(f"`{name}`" for name in SERVED),
+            "`split`, 50 GB/s",
             *(f"`l4`, {told(link)}" for link in ENDS),
             "of the best router",
+            "of `central`",
             "of round robin",
         )
         for case in self.grid.known:
@@ -218,10 +224,17 @@ class Tables:
             own = [self.runs.get(replace(level, gb_per_s=link)) for link in ENDS]
             if None in (*others, *own):
                 continue
-            loads = [found["load"] for found in (*others, *own) if found is not None]
-            most = max(loads[: len(SERVED)])
-            ratios = [[f"{load / of:.2f}×" if of else "-" for load in loads[-2:]] for of in (most, loads[0])]
-            yield row(f"`{case}`", *(f"{load:.2f}" for load in loads), *(", ".join(cells) for cells in ratios))
+            loads = dict(zip(SERVED, (it["load"] for it in others if it), strict=True))
+            most = max(load for name, load in loads.items() if name not in QUEUES)
+            served = [it["load"] for it in own if it]
+            split = self.runs.get(replace(level, policy="split", gb_per_s=FAST_LINK))
+            ratios = [
+                [f"{load / of:.2f}×" if of else "-" for load in served]
+                for of in (most, loads["central"], loads["round-robin"])
+            ]
+            shown = [f"{load:.2f}" for load in (*loads.values(), *served)]
+            shown.insert(len(loads), f"{split['load']:.2f}" if split else "")
+            yield row(f"`{case}`", *shown, *(", ".join(cells) for cells in ratios))
 
     def _lengths(self) -> Iterator[str]:
         yield from head(
