@@ -54,15 +54,15 @@ class Grid:
             self.ingredients((FAST_LINK,), SEEDS[:1]),
             self.measured(SEEDS[:1]),
             self.fleet_sizes(SEEDS[:1]),
-            self.other_loads(SEEDS[:1]),
             self.served(),
+            self.other_loads(SEEDS[:1]),
             self.ingredients(ENDS, SEEDS[:1]),
-            self.lengths(SEEDS[1:]),
-            self.pools(),
             self.measured(SEEDS[1:]),
             self.ingredients((FAST_LINK,), SEEDS[1:]),
+            self.pools(),
             self.fleet_sizes(SEEDS[1:]),
             self.other_loads(SEEDS[1:]),
+            self.lengths(SEEDS[1:]),
             (replace(spec, policy="split") for spec in self.served() if spec.gb_per_s == FAST_LINK),
         )
         yield from dict.fromkeys(spec for group in groups for spec in group)

@@ -29,6 +29,8 @@ from reproduction_grid import (
 
 from l4queue.sim.registry import LENGTH_BLIND
 
+MANY = 10.0
+"""A ratio from which on digits behind the point tell nothing."""
 NAMES = {MEAN: "mean", P99: "p99", LONG: "longest 5 %", TTFT: "TTFT mean", "hits": "hit share"}
 
 
@@ -87,9 +89,10 @@ class Tables:
             *(NAMES[key] for key in (MEAN, *OTHER_FLOORS)),
             "tokens cached",
             "of the most of a router",
-            "split: mean",
+            "mean, of round robin",
+            "`split`: mean",
             "p99",
-            "TTFT",
+            "TTFT mean",
         )
         floors = " / ".join(f"{floor:.2f}" for floor in MEAN_FLOORS.values())
         others = [f"{floor:.2f}" for floor in OTHER_FLOORS.values()]
@@ -101,7 +104,7 @@ class Tables:
             *others,
             "",
             LEAST_HITS,
-            *[""] * 3,
+            *[""] * 4,
         )
         for spec, best, seeds in self._windows(LINKS):
             ratios = self.runs.first_ratios(spec, best, seeds)
@@ -113,6 +116,7 @@ class Tables:
                 *(ratios[key] for key in (MEAN, *OTHER_FLOORS)),
                 f"{self.runs.average(spec, 'cached_share', seeds):.1%}".replace("%", " %"),
                 ratios["hits"],
+                f"{self.runs.ratio(spec, replace(spec, policy='round-robin'), MEAN, seeds).average:.2f}",
                 *self._split(spec, best),
             )
 
@@ -122,7 +126,7 @@ class Tables:
         if not seeds:
             return [""] * 3
         ratios = [self.runs.ratio(split, replace(spec, policy=best), key, seeds) for key in (MEAN, P99, TTFT)]
-        return [f"{ratio.average:.2f}" for ratio in ratios]
+        return [f"{ratio.average:.2f}" if ratio.average < MANY else f"{ratio.average:.0f}" for ratio in ratios]
 
     def _floors(self) -> Iterator[str]:
         """Which floors are met, link by link."""
