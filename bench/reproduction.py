@@ -1,6 +1,6 @@
 """Runs the reproduction and writes its tables: docs/reproduction.md, bench/results/reproduction.md and .json.
 
-    python bench/reproduction.py [--jobs 2] [--results DIR] [--small]
+    python bench/reproduction.py [--jobs 2] [--results DIR]
     python bench/reproduction.py --from bench/results/reproduction.json     # the tables again, from the record
 
 Traces are read from the folder in L4_SHARED_DIR (default ../shared), below `traces`; without it only what is made
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -29,9 +28,6 @@ Every policy on every window, in seconds. [docs/reproduction.md](../../docs/repr
 compares.
 """
 JSON, LONG, PAGE = (Path(name) for name in ("reproduction.json", "reproduction.md", "docs/reproduction.md"))
-
-SMALL = 60
-"""Requests of each run of a try. Chosen: the whole grid in a few minutes."""
 
 
 def written(page: str, blocks: dict[str, list[str]]) -> str:
@@ -74,21 +70,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder of the long tables")
     parser.add_argument("--page", type=Path, default=PAGE)
     parser.add_argument("--available", action="store_true", help="run nothing: report on the runs that are there")
-    parser.add_argument("--small", action="store_true", help=f"a try: {SMALL} requests a run, all files into DIR")
     parser.add_argument("--from", dest="record", type=Path, help="report on figures on record")
     given = parser.parse_args()
-    if given.small:
-        given.out, given.page = given.results, given.results / "page.md"
     grid = Grid(has_traces=bool(given.record) or shared().is_dir())
     if given.record:
         made, found = read(given.record)
     else:
         results = Results(given.results)
-        wanted = {spec: replace(spec, first=SMALL) if given.small else spec for spec in grid.specs()}
+        wanted = list(grid.specs())
         if not given.available:
-            results.fill(wanted.values(), jobs=given.jobs)
-        there = results.found(wanted.values())
-        found = {spec: there[sized] for spec, sized in wanted.items() if sized in there}
+            results.fill(wanted, jobs=given.jobs)
+        found = results.found(wanted)
         made = (
             f"{datetime.now(UTC):%Y-%m-%d}, Python {platform.python_version()}, code {code_version('l4')}, "
             f"{len(found)} of {len(wanted)} runs; {MODEL}, simulated"
@@ -96,6 +88,7 @@ def main() -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     if not given.record:
         write(given.out / JSON, made, found)
+        made, found = read(given.out / JSON)  # as rounded as the record
     compared = Compared(found)
     long = "\n".join(LongTables(grid, compared).lines())
     (given.out / LONG).write_text(

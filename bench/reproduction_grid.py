@@ -21,7 +21,7 @@ ROUTERS = ("round-robin", "least-requests", "power-of-two", "llumnix", *AFFINITY
 QUEUES = ("central", "central-sjf")
 RIVALS = ("least-requests", *AFFINITY)
 """Routers that are run where all would take too long."""
-SERVED = ("round-robin", "least-requests", "session-sticky", "cache-aware", "llm-d", "central")
+SERVED = ("round-robin", "session-sticky", "cache-aware", "llm-d", "central")
 DRAWING = ("l4", "random", "power-of-two", "llm-d", "dynamo-kv")
 """Policies that draw lots: others give the same run of a recorded trace with every seed."""
 MOVING = ("l4", "llumnix", "split")
@@ -54,8 +54,9 @@ class Grid:
             self.ingredients((FAST_LINK,), SEEDS[:1]),
             self.measured(SEEDS[:1]),
             self.fleet_sizes(SEEDS[:1]),
-            self.served(),
+            self.served(self.known[:1]),
             self.other_loads(SEEDS[:1]),
+            self.served(self.known[1:]),
             self.ingredients(ENDS, SEEDS[:1]),
             self.measured(SEEDS[1:]),
             self.ingredients((FAST_LINK,), SEEDS[1:]),
@@ -63,7 +64,7 @@ class Grid:
             self.fleet_sizes(SEEDS[1:]),
             self.other_loads(SEEDS[1:]),
             self.lengths(SEEDS[1:]),
-            (replace(spec, policy="split") for spec in self.served() if spec.gb_per_s == FAST_LINK),
+            (replace(spec, policy="split") for spec in self.served(self.known) if spec.gb_per_s == FAST_LINK),
         )
         yield from dict.fromkeys(spec for group in groups for spec in group)
 
@@ -106,9 +107,9 @@ class Grid:
         for seed, case, load in product(seeds, self.known, LOADS):
             yield from self.rivalry(run(case, seed=seed, load=load))
 
-    def served(self) -> Iterator[Spec]:
+    def served(self, cases: tuple[str, ...]) -> Iterator[Spec]:
         """The search for the largest load within the service level."""
-        for case in self.known:
+        for case in cases:
             level = run(case, share=SHARE, first=SERVED_REQUESTS)
             yield from (replace(level, gb_per_s=link) for link in ENDS)
             yield from (replace(level, policy=name) for name in SERVED)
@@ -118,6 +119,7 @@ class Grid:
         for case, seed in product(self.unknown, seeds):
             yield from (run(case, seed=seed, gb_per_s=link) for link in ENDS)
             yield from (run(case, seed=seed, policy=name) for name in LENGTH_BLIND)
+            yield run(case, seed=seed, policy="llumnix", gb_per_s=FAST_LINK)
 
     def rivalry(self, spec: Spec) -> Iterator[Spec]:
         """`l4` with and without a link, and the routers that are run everywhere."""

@@ -155,7 +155,7 @@ class Tables:
                 less = [replace(whole, without=(*base, name)) for name in names]
                 if not self.runs.has(whole) or not any(map(self.runs.has, less)):
                     continue
-                seeds = self.runs.seeds(whole, ())
+                seeds = sorted({seed for one in less for seed in self.runs.seeds(one, ())})
                 cells = [self._without(one, whole) for one in less]
                 yield row(f"`{case}`", told(link), f"{self.runs.average(whole, MEAN, seeds):.2f}", *cells)
 
