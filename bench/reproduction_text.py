@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from reproduction_cases import Spec
+from reproduction_cases import LEAST_STEP, LOAD_STEP, Spec
 from reproduction_figures import LEAST_HITS, LONG, MEAN, MEAN_FLOORS, MOST_MEAN, OTHER_FLOORS, P99, TTFT, Compared
 from reproduction_grid import (
     BY_AFFINITY,
@@ -29,6 +29,8 @@ from reproduction_grid import (
 
 from l4queue.sim.registry import LENGTH_BLIND
 
+LEAST_LOAD = 0.85 * LOAD_STEP**LEAST_STEP
+"""The least load that a search tries."""
 MANY = 10.0
 """A ratio from which on digits behind the point tell nothing."""
 NAMES = {MEAN: "mean", P99: "p99", LONG: "longest 5 %", TTFT: "TTFT mean", "hits": "hit share"}
@@ -37,6 +39,11 @@ NAMES = {MEAN: "mean", P99: "p99", LONG: "longest 5 %", TTFT: "TTFT mean", "hits
 def told(link: float) -> str:
     """A link in words."""
     return f"{link:g} GB/s" if link else "prefill again"
+
+
+def told_load(load: float) -> str:
+    """A load in digits; 0 where the least that was tried is too much."""
+    return f"{load:.2f}" if load else f"< {LEAST_LOAD:.2f}"
 
 
 def row(*cells: object) -> str:
@@ -233,11 +240,11 @@ class Tables:
             served = [it["load"] for it in own if it]
             split = self.runs.get(replace(level, policy="split", gb_per_s=FAST_LINK))
             ratios = [
-                [f"{load / of:.2f}×" if of else "-" for load in served]
+                [f"{load / of:.2f}×" if of else f"> {load / LEAST_LOAD:.1f}×" for load in served]
                 for of in (most, loads["central"], loads["round-robin"])
             ]
-            shown = [f"{load:.2f}" for load in (*loads.values(), *served)]
-            shown.insert(len(loads), f"{split['load']:.2f}" if split else "")
+            shown = [told_load(load) for load in (*loads.values(), *served)]
+            shown.insert(len(loads), told_load(split["load"]) if split else "not run")
             yield row(f"`{case}`", *shown, *(", ".join(cells) for cells in ratios))
 
     def _lengths(self) -> Iterator[str]:
