@@ -22,7 +22,7 @@ from l4queue.cost.move import DEFAULT_LINK_GB_PER_S, MovePrice
 from l4queue.cost.step import StepCost
 from l4queue.sim.capacity import capacity_rps
 from l4queue.sim.policies.l4 import L4Options
-from l4queue.sim.policies.split import Split
+from l4queue.sim.policies.split import PrefillSplit
 from l4queue.sim.registry import make_policy
 from l4queue.sim.results import Measured
 from l4queue.sim.runner import RunConfig, run_policy
@@ -180,7 +180,7 @@ def simulate(spec: Spec) -> dict[str, Any]:
     policy = make_policy(spec.policy, trace=trace, setting=setting, options=options)
     done = run_policy(policy, trace, setting)
     figures = {name: value for name, value in done.result.to_dict().items() if isinstance(value, int | float)}
-    told = {"num_prefill": policy.num_prefill} if isinstance(policy, Split) else {}
+    told = {"num_prefill": policy.num_prefill} if isinstance(policy, PrefillSplit) else {}
     return {
         **{name: value if isinstance(value, int) else float(f"{value:.6g}") for name, value in figures.items()},
         "short_mean_e2e_s": done.result.short.mean_e2e_s,

@@ -6,7 +6,7 @@ import numpy as np
 
 from l4queue.sim.capacity import trace_work_ms
 from l4queue.sim.policies.central import TwoPool
-from l4queue.sim.policies.split import Split
+from l4queue.sim.policies.split import PrefillSplit
 from l4queue.sim.runner import RunConfig, run_policy
 from l4queue.sim.traces.trace import Trace
 
@@ -39,7 +39,7 @@ def tune_two_pool(trace: Trace, setting: RunConfig, *, max_requests: int = 2500)
     return TwoPool(threshold_tokens=best[1], num_short=best[2])
 
 
-def tune_split(trace: Trace, setting: RunConfig, *, max_requests: int = 2500) -> Split:
+def tune_split(trace: Trace, setting: RunConfig, *, max_requests: int = 2500) -> PrefillSplit:
     """The number of prefilling engines with the least mean latency, found from the prefill's share of the work on.
 
     It goes down by ones while that pays, since cached prefixes spare prefill, and up if down never paid. Looks at
@@ -47,14 +47,14 @@ def tune_split(trace: Trace, setting: RunConfig, *, max_requests: int = 2500) ->
     """
     most = setting.num_instances - 1
     if most < 1:
-        return Split(num_prefill=0)
+        return PrefillSplit(num_prefill=0)
     sample = trace.select(slice(0, max_requests))
     prefill_ms = sum(setting.cost.prefill_ms(tokens) for tokens in sample.input_tokens.tolist())
     fair = round(prefill_ms / float(trace_work_ms(sample, setting.cost).sum()) * setting.num_instances)
     begin = min(most, max(1, fair))
 
     def mean_s(count: int) -> float:
-        return run_policy(Split(num_prefill=count), sample, setting).result.mean_e2e_s
+        return run_policy(PrefillSplit(num_prefill=count), sample, setting).result.mean_e2e_s
 
     best, best_s = begin, mean_s(begin)
     for step in (-1, 1):
@@ -62,4 +62,4 @@ def tune_split(trace: Trace, setting: RunConfig, *, max_requests: int = 2500) ->
             best, best_s = best + step, found_s
         if best != begin:
             break
-    return Split(num_prefill=best)
+    return PrefillSplit(num_prefill=best)

@@ -9,7 +9,7 @@ from l4queue.cost.move import MovePrice
 from l4queue.cost.step import StepCost
 from l4queue.sim.cluster import Cluster
 from l4queue.sim.engine.request import Chain, SimRequest
-from l4queue.sim.policies.split import Split
+from l4queue.sim.policies.split import PrefillSplit
 from l4queue.sim.runner import RunConfig, run_policy
 from l4queue.sim.traces.trace import Trace
 from l4queue.sim.tuning import tune_split
@@ -30,7 +30,7 @@ def pushed(requests: list[SimRequest], *, num_prefill: int, num_instances: int) 
         requests,
         cost=COST,
         num_instances=num_instances,
-        policy=Split(num_prefill=num_prefill),
+        policy=PrefillSplit(num_prefill=num_prefill),
         rng=np.random.default_rng(0),
         price=LINK,
     )
@@ -97,7 +97,7 @@ def test_the_tuned_split_is_no_worse_than_its_neighbours(prompt: int, output: in
     setting = RunConfig(cost=COST, num_instances=8, price=LINK)
 
     def mean_s(num_prefill: int) -> float:
-        return run_policy(Split(num_prefill=num_prefill), trace, setting).result.mean_e2e_s
+        return run_policy(PrefillSplit(num_prefill=num_prefill), trace, setting).result.mean_e2e_s
 
     tuned = tune_split(trace, setting).num_prefill
 

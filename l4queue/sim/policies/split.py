@@ -14,14 +14,14 @@ from l4queue.sim.engine.request import SimRequest
 from l4queue.sim.policies.prefixes import Prefixes
 from l4queue.sim.policy import Fleet, Policy
 
-__all__ = ("Split",)
+__all__ = ("PrefillSplit",)
 
 _OWN_WEIGHT = 8.0
 """A ms of a prompt's own prefill against one that is due before it. Simulated: of 1, 2, 4 and 8 the best on both
 traces of Mooncake, since prefixes that stay together spare later ones, too."""
 
 
-class Split(Policy):
+class PrefillSplit(Policy):
     """The first `num_prefill` engines prefill, the others decode. With no engine on one side all do both."""
 
     name = "split"
