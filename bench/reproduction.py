@@ -1,100 +1,105 @@
-"""Writes bench/results/reproduction.md and its figures: every policy on every trace, several loads, ablations.
+"""Runs the reproduction and writes its tables: docs/reproduction.md, bench/results/reproduction.md and .json.
 
-    python bench/reproduction.py [--jobs 2] [--results DIR] [--out FILE] [--img docs/img]
+    python bench/reproduction.py [--jobs 2] [--results DIR]
+    python bench/reproduction.py --from bench/results/reproduction.json     # the tables again, from the record
 
-Traces are read from the folder in L4_SHARED_DIR (default ../shared), below `traces`; without it only the synthetic
-workloads are run. Each run is kept in DIR under a hash of its settings and of the code, so that a report that is
-cut off goes on where it was, and nothing old is taken for new. L4_REPRODUCTION_GPU names other coefficients than
-those of "h100".
+Traces are read from the folder in L4_SHARED_DIR (default ../shared), below `traces`; without it only what is made
+here is run. Each run is kept in DIR under a hash of its settings and of the code, so that a report that is cut off
+goes on where it was, and nothing old is taken for new. `--available` runs nothing: it reports what is there.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
+import json
 import platform
-from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from reproduction_cases import GPU, MODEL, NUM_INSTANCES, PAPER, Results, Spec, capacity, code_version, shared
-from reproduction_grid import LOADS, SHOWN, SWEEP, Grid
-from reproduction_text import Report
-
-from l4queue.sim.plots import require_matplotlib
+from reproduction_cases import MODEL, Results, Spec, code_version, shared
+from reproduction_figures import Compared
+from reproduction_grid import Grid
+from reproduction_text import LongTables, Tables
 
 HEAD = """# Reproduction: the tables
 
-Every policy on every window, as `python bench/reproduction.py` measured it in the simulator.
-[docs/reproduction.md](../../docs/reproduction.md) explains the terms and discusses the results.
+Every policy on every window, in seconds. [docs/reproduction.md](../../docs/reproduction.md) explains the terms and
+compares.
 """
+JSON, LONG, PAGE = (Path(name) for name in ("reproduction.json", "reproduction.md", "docs/reproduction.md"))
 
 
-def plot(grid: Grid, results: Results, folder: Path) -> None:
-    """Mean latency against the rate in the paper's setting, and against the load on long-tailed traffic."""
-    plt = require_matplotlib()
-    folder.mkdir(parents=True, exist_ok=True)
-    rate = capacity(PAPER, 0.0)
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4))
-    for name in SHOWN:
-        runs = [results[Spec(case=PAPER, load=load, policy=name)] for load in SWEEP]
-        x = [load * rate for load in SWEEP]
-        axes[0].plot(x, [r.mean_e2e_s for r in runs], marker=".", label=name)
-        axes[1].plot(x, [r.p99_e2e_s for r in runs], marker=".", label=name)
-    for axis, what in zip(axes, ("mean", "p99"), strict=True):
-        axis.set(xlabel="requests per second on 16 engines", ylabel=f"{what} end to end, s")
-    finish(plt, figure, axes, folder / "reproduction-rate.png")
-    loads = sorted((0.85, *LOADS))
-    figure, drawn = plt.subplots(1, len(grid.tailed), figsize=(4.2 * len(grid.tailed), 4), squeeze=False)
-    for axis, window in zip(drawn[0], grid.tailed, strict=True):
-        for name in SHOWN:
-            runs = [results[Spec(case=window.case, load=load, policy=name)] for load in loads]
-            axis.plot(loads, [r.mean_e2e_s for r in runs], marker=".", label=name)
-        axis.set(xlabel="load", ylabel="mean end to end, s", title=window.case)
-    finish(plt, figure, drawn[0], folder / "reproduction-load.png")
+def written(page: str, blocks: dict[str, list[str]]) -> str:
+    """A page with its blocks made anew. Blocks stand between `<!-- NAME: begin -->` and `<!-- NAME: end -->`."""
+    for name, lines in blocks.items():
+        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+        before, found, rest = page.partition(begin)
+        if found:
+            page = f"{before}{begin}\n\n" + "\n".join(lines) + f"\n\n{end}{rest.partition(end)[2]}"
+    return page
 
 
-def finish(plt: Any, figure: Any, axes: Sequence[Any], path: Path) -> None:
-    """Grid, legend, file."""
-    for axis in axes:
-        axis.set_yscale("log")
-        axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=90)
-    plt.close(figure)
+def read(path: Path) -> tuple[str, dict[Spec, dict[str, Any]]]:
+    """Figures on record, and how they were made."""
+    on_record = json.loads(path.read_text("utf-8"))
+    return on_record["made"], {Spec.of(one["spec"]): one["figures"] for one in on_record["runs"]}
+
+
+def short(value: Any) -> Any:
+    """A number to five digits."""
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def write(path: Path, made: str, found: dict[Spec, dict[str, Any]]) -> None:
+    """Figures by run, a line for each."""
+    runs = [
+        json.dumps(
+            {"spec": spec.told, "figures": {name: short(figures[name]) for name in figures if name != "spec"}}
+        )
+        for spec, figures in found.items()
+    ]
+    path.write_text(f'{{"made": {json.dumps(made)}, "runs": [\n' + ",\n".join(runs) + "\n]}\n", "utf-8")
 
 
 def main() -> None:
-    """Run what is missing and write the report."""
+    """Run what is missing and write all tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--results", type=Path, default=Path("build/reproduction"))
-    parser.add_argument("--out", type=Path, default=Path("bench/results/reproduction.md"))
-    parser.add_argument("--img", type=Path, default=Path("docs/img"))
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--results", type=Path, default=Path("build/reproduction"), help="folder of the runs")
+    parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder of the long tables")
+    parser.add_argument("--page", type=Path, default=PAGE)
     parser.add_argument("--available", action="store_true", help="run nothing: report on the runs that are there")
+    parser.add_argument("--from", dest="record", type=Path, help="report on figures on record")
     given = parser.parse_args()
-    results = Results(given.results)
-    grid = Grid(is_real=shared().is_dir())
-    wanted = list(dict.fromkeys(grid.specs()))
-    if given.available:
-        grid.restricted(results)
+    grid = Grid(has_traces=bool(given.record) or shared().is_dir())
+    if given.record:
+        made, found = read(given.record)
     else:
-        results.fill(grid.specs(), jobs=given.jobs)
-        results.fill(grid.hindsight(results), jobs=given.jobs)
-    done = sum(results.has([spec]) for spec in wanted)
-    if done == len(wanted):
-        plot(grid, results, given.img)
-    made = (
-        f"Made by `python bench/reproduction.py` on {datetime.now(UTC):%Y-%m-%d}, Python "
-        f"{platform.python_version()}, code {code_version('l4')}, {done} of {len(wanted)} runs; "
-        f"{NUM_INSTANCES} × {GPU}, {MODEL}; hand-over by KV transfer at 50 GB/s unless it says otherwise. "
-        "All figures are simulated."
+        results = Results(given.results)
+        wanted = list(grid.specs())
+        if not given.available:
+            results.fill(wanted, jobs=given.jobs)
+        found = results.found(wanted)
+        made = (
+            f"{datetime.now(UTC):%Y-%m-%d}, Python {platform.python_version()}, code {code_version('l4')}, "
+            f"{len(found)} of {len(wanted)} runs; {MODEL}, simulated"
+        )
+    given.out.mkdir(parents=True, exist_ok=True)
+    if not given.record:
+        write(given.out / JSON, made, found)
+        made, found = read(given.out / JSON)  # as rounded as the record
+    compared = Compared(found)
+    long = "\n".join(LongTables(grid, compared).lines())
+    (given.out / LONG).write_text(
+        f"{HEAD}\nMade by `python bench/reproduction.py` on {made}.\n\n{long}\n", "utf-8"
     )
-    img = os.path.relpath(given.img, given.out.parent) if done == len(wanted) else None
-    body = "\n".join(Report(grid, results).lines(img))
-    given.out.write_text(f"{HEAD}\n{made}\n\n{body}\n", "utf-8")
+    if given.page.is_file():
+        blocks = {
+            "made": [f"Made by `python bench/reproduction.py` on {made}."],
+            **Tables(grid, compared).blocks(),
+        }
+        given.page.write_text(written(given.page.read_text("utf-8"), blocks), "utf-8")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,12 @@
-"""Traffic and runs of the reproduction report: a run is a value; its result is kept in a folder and used again."""
+"""Traffic and runs of the reproduction: a run is a value; its figures are kept in a folder and used again."""
 
 from __future__ import annotations
 
 import ast
-import csv
-import gzip
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache, partial
@@ -20,95 +18,80 @@ import numpy as np
 import l4queue
 from l4queue.cli.progress import progress_bars
 from l4queue.cost.coefficients import read_coefficients
-from l4queue.cost.move import MovePrice
-from l4queue.models import Plan, StagePlan
-from l4queue.sim.capacity import capacity_rps, meets, parse_slo
-from l4queue.sim.policies.l4 import L4, L4Options
+from l4queue.cost.move import DEFAULT_LINK_GB_PER_S, MovePrice
+from l4queue.cost.step import StepCost
+from l4queue.sim.capacity import capacity_rps
+from l4queue.sim.policies.l4 import L4Options
+from l4queue.sim.policies.split import PrefillSplit
 from l4queue.sim.registry import make_policy
-from l4queue.sim.results import ClassResult, SimResult
+from l4queue.sim.results import Measured
 from l4queue.sim.runner import RunConfig, run_policy
+from l4queue.sim.traces.content import HASH_BLOCK_TOKENS
+from l4queue.sim.traces.sessions import make_sessions
 from l4queue.sim.traces.trace import Trace, read_trace
 from l4queue.sim.traces.workload import make_workload
 
-NUM_INSTANCES = 16
-GPU, MODEL = os.environ.get("L4_REPRODUCTION_GPU", "h100"), "llama-3.1-8b"
-WINDOW = 5000
-FILES = {
-    "mooncake_conversation": "mooncake_conversation.w0",
-    "mooncake_synthetic": "mooncake_synthetic",
-    "servegen_r1": "servegen_deepseek_r1.h01",
-    "azure_conversation": "azure2023_conv.w0",
-    "azure_code": "azure2023_code.w0",
+MODEL = "llama-3.1-8b"
+PARTS = 20
+"""Consecutive parts of a window whose means are kept: their spread tells how sure a ratio of means is."""
+WITHIN = 5.0
+"""A request is served well within so many times its latency alone on an engine: the paper's level."""
+KNOWN = {"conversation": "mooncake_conversation.w0", "synthetic": "mooncake_synthetic"}
+"""Recorded traces that tell their content, by the name that tables have."""
+SESSIONS = {"agent": 5000, "multi-turn": 5000}
+"""Workloads of many turns and their requests: enough for each engine to serve three hundred."""
+UNKNOWN = {
+    "servegen_r1": ("servegen_deepseek_r1.h01", 20_000),
+    "azure_conversation": ("azure2023_conv.w0", 5000),
+    "azure_code": ("azure2023_code.w0", 5000),
 }
-LENGTH_SETS = {
-    "apex creation (lengths)": "lengths_apex_creation_llama",
-    "apex lmsys (lengths)": "lengths_apex_lmsys_llama",
-    "arxiv summaries (lengths)": "lengths_arxiv_summarization.p0",
-}
-PAPER = "sharegpt (synthetic)"
-MIXED_SYNTHETIC = "mixed (synthetic)"
-SYNTHETIC = {
-    PAPER: ("sharegpt", 5),
-    MIXED_SYNTHETIC: ("mixed", 5),
-    "mixed (synthetic, new seed)": ("mixed", 2026),
-    "chat (synthetic, new seed)": ("chat", 2026),
-    "long-context (synthetic, new seed)": ("long-context", 2026),
-    "reasoning (synthetic, new seed)": ("reasoning", 2026),
-}
-#: name → (arrivals and most lengths, offset, where the lengths of the rest come from, their share, seed)
-MIXES = {
-    "mixed": ("azure_conversation", None, "mooncake_conversation", 0.1, 11),
-    "code + 10 % mooncake_synthetic": ("azure_code", 0.0, "mooncake_synthetic", 0.1, 31),
-    "servegen_r1 + 5 % mooncake_conversation": ("servegen_r1", 0.85, "mooncake_conversation", 0.05, 32),
-    "mixed, next half hour": ("azure_conversation, next half hour", 0.0, "mooncake_conversation", 0.1, 33),
-}
-#: name → trace whose pairs of lengths are drawn anew, at Poisson arrivals
-DRAWN = {
-    "mooncake_conversation (drawn anew)": "mooncake_conversation",
-    "mooncake_synthetic (drawn anew)": "mooncake_synthetic",
-}
-#: Later windows of the same sources; they are read where the files are there.
-LATER = {
-    "azure_conversation, next half hour": "azure2023_conv.w1",
-    "azure_code, next half hour": "azure2023_code.w1",
-}
-SLO = "p99_ttft_s<5,p99_tpot_s<0.1"
-SLO_STEP = 0.02
-SLO_MOST = 1.6
+"""Recorded traces without content, and how many of their first requests are served."""
+PAPER, MIXED = "sharegpt", "mixed"
+LOAD_STEP, LEAST_STEP, MOST_STEP = 1.05, -12, 44
+"""Loads that a search for the service level tries: 0.85 times powers of the step, 0.47 to 7.3."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spec:
-    """One run. `sigma` multiplies the engine's skew term; `gb_per_s` None: hand-over by prefilling again."""
+    """One run. `gb_per_s` 0: what moves is prefilled again. A seed draws ties, and the traffic of `SESSIONS`."""
 
     case: str
-    offset: float = 0.0
+    seed: int = 0
     load: float = 0.85
     policy: str = "l4"
-    objective: str = "balanced"
     without: tuple[str, ...] = ()
-    gb_per_s: float | None = 50.0
-    sigma: float = 1.0
-    #: the largest load that keeps this service level is sought instead, up to `SLO_MOST`
-    slo: str | None = None
-    #: a plan of two stages that stays: boundary in tokens, workers below it
-    fixed: tuple[int, int] | None = None
-    #: the first share of the arrivals, served and not counted
-    warmup_share: float = 0.0
+    gb_per_s: float = DEFAULT_LINK_GB_PER_S
+    num_instances: int = 16
+    gpu: str = "h100"
+    #: only so many of the first requests
+    first: int | None = None
+    #: the largest load at which this share of the requests is served well is sought instead
+    share: float | None = None
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """What differs from the defaults."""
+        return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) != f.default}
 
     @property
     def key(self) -> str:
         """Name of the file that keeps the result: a hash of the settings and of the code that runs them."""
-        told = json.dumps([code_version(self.policy), WINDOW, asdict(self)], sort_keys=True)
+        told = json.dumps([code_version(self.policy), self.told], sort_keys=True)
         return hashlib.sha256(told.encode()).hexdigest()[:24]
+
+    @classmethod
+    def of(cls, told: Mapping[str, Any]) -> Spec:
+        """The spec that `told` tells, from JSON."""
+        return cls(**{**told, "without": tuple(told.get("without", ()))})
 
 
 @cache
 def code_version(policy: str) -> str:
-    """Hash of the coefficients, of this file and of all modules that a run of this policy imports."""
-    names = ["registry"] if policy == "l4" else ["policies.central", "policies.length_blind", "tuning"]
+    """Hash of this file, the coefficients, and all modules that a run of this policy imports."""
+    rest = ["policies.central", "policies.length_blind", "policies.affinity", "policies.split", "tuning"]
     package = Path(l4queue.__file__).parent
-    todo, seen = [f"l4queue.sim.{name}" for name in (*names, "traces.workload")], set()
+    todo = [f"l4queue.sim.{name}" for name in ("traces.workload", *(["registry"] if policy == "l4" else rest))]
+    seen: set[Path] = set()
     while todo:
         path = package.joinpath(*todo.pop().split(".")[1:]).with_suffix(".py")
         if path.is_file() and path not in seen:
@@ -117,9 +100,12 @@ def code_version(policy: str) -> str:
                 if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("l4queue."):
                     todo += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
     told = hashlib.sha256()
-    for path in sorted((*seen, package / "coefficients" / f"{MODEL}.{GPU}.json", Path(__file__))):
+    for path in (*sorted(seen), *sorted((package / "coefficients").glob("*.json")), Path(__file__)):
         told.update(path.name.encode() + path.read_bytes())
     return told.hexdigest()[:12]
+
+
+# ---------------------------------------------------------------- traffic
 
 
 def shared() -> Path:
@@ -128,119 +114,95 @@ def shared() -> Path:
 
 
 @cache
-def whole(name: str) -> Trace:
-    """A trace file."""
-    return read_trace(shared() / f"{(FILES | LATER)[name]}.csv.gz")
+def traffic(case: str, seed: int, first: int | None) -> Trace:
+    """A recorded trace, sessions or lengths drawn anew; the seed makes another trace of `SESSIONS` only."""
+    if case in SESSIONS:
+        return make_sessions(case, num_requests=first or SESSIONS[case], seed=seed)
+    if case == PAPER:
+        return make_workload(PAPER, num_requests=first or 5000, rng=np.random.default_rng(5))
+    if case == MIXED:
+        return mixed()
+    if case in KNOWN:
+        trace = read_trace(shared() / f"{KNOWN[case]}.csv.gz", hash_block_tokens=HASH_BLOCK_TOKENS)
+        return trace.select(slice(0, first))
+    name, size = UNKNOWN[case]
+    return read_trace(shared() / f"{name}.csv.gz").select(slice(0, first or size))
 
 
-def is_there(case: str) -> bool:
-    """Whether the files of a case are at hand."""
-    names = MIXES[case][0:3:2] if case in MIXES else (DRAWN.get(case, case),)
-    return all((shared() / f"{(FILES | LATER)[name]}.csv.gz").is_file() for name in names)
-
-
-@cache
-def traffic(case: str, offset: float) -> Trace:
-    """A window of a trace, a mix of two, Poisson arrivals of measured lengths, or a synthetic workload."""
-    if case in SYNTHETIC:
-        name, seed = SYNTHETIC[case]
-        return make_workload(name, num_requests=WINDOW, rng=np.random.default_rng(seed))
-    if case in LENGTH_SETS:
-        with gzip.open(shared() / f"{LENGTH_SETS[case]}.csv.gz", "rt", encoding="utf-8") as file:
-            rows = [(int(r["input_tokens"]), int(r["output_tokens"])) for r in csv.DictReader(file)]
-        return poisson(case, np.maximum(1, np.array(rows, dtype=np.int64)), seed=7)
-    if case in DRAWN:
-        source = whole(DRAWN[case])
-        return poisson(case, np.stack((source.input_tokens, source.output_tokens), axis=1), seed=2026)
-    if case in MIXES:
-        return mixed(case, offset)
-    return window(case, offset)
-
-
-def window(case: str, offset: float) -> Trace:
-    """`WINDOW` rows of a trace from a share of it on; four times as many of `servegen_r1`, whose requests last."""
-    trace = whole(case)
-    start = int(offset * len(trace))
-    size = WINDOW * 4 if case == "servegen_r1" else WINDOW
-    return trace.select(slice(start, min(len(trace), start + size)))
-
-
-def mixed(case: str, offset: float) -> Trace:
-    """Arrivals and lengths of one trace; a share of the requests has lengths drawn from another."""
-    base, at, other, share, seed = MIXES[case]
-    part, long = window(base, offset if at is None else at), whole(other)
-    rng = np.random.default_rng([seed, int(offset * 100)])
+def mixed() -> Trace:
+    """Arrivals and lengths of azure_conversation; a tenth of the requests has lengths drawn from Mooncake's."""
+    part = traffic("azure_conversation", 0, None)
+    long = read_trace(shared() / f"{KNOWN['conversation']}.csv.gz")
+    rng = np.random.default_rng([11, 0])
     inputs, outputs = part.input_tokens.copy(), part.output_tokens.copy()
-    chosen = np.flatnonzero(rng.random(len(part)) < share)
+    chosen = np.flatnonzero(rng.random(len(part)) < 0.1)
     picks = rng.integers(0, len(long), size=chosen.size)
     inputs[chosen], outputs[chosen] = long.input_tokens[picks], long.output_tokens[picks]
-    return Trace(name=case, arrival_s=part.arrival_s, input_tokens=inputs, output_tokens=outputs)
-
-
-def poisson(case: str, lengths: np.ndarray, *, seed: int) -> Trace:
-    """Pairs of lengths drawn with replacement, at Poisson arrivals."""
-    rng = np.random.default_rng(seed)
-    drawn = lengths[rng.integers(0, len(lengths), WINDOW)]
-    arrival = np.cumsum(rng.exponential(1.0, WINDOW))
-    return Trace(name=case, arrival_s=arrival, input_tokens=drawn[:, 0], output_tokens=drawn[:, 1])
+    return Trace(name=MIXED, arrival_s=part.arrival_s, input_tokens=inputs, output_tokens=outputs)
 
 
 @cache
-def capacity(case: str, offset: float) -> float:
-    """Request rate at which 16 engines saturate on this traffic, with the skew term as it was measured."""
-    return capacity_rps(traffic(case, offset), read_coefficients(GPU, MODEL).cost, num_instances=NUM_INSTANCES)
+def capacity(case: str, seed: int, first: int | None, gpu: str) -> float:
+    """Request rate at which one engine saturates on this traffic, without a prefix cache."""
+    return capacity_rps(traffic(case, seed, first), read_coefficients(gpu, MODEL).cost, num_instances=1)
+
+
+# ---------------------------------------------------------------- runs
 
 
 def run(spec: Spec) -> dict[str, Any]:
-    """The result of a run, or {"load": …} with the largest load of a service level."""
-    if spec.slo is not None:
-        return {"load": largest_load(spec, spec.slo)}
-    return simulate(spec).to_dict()
-
-
-def simulate(spec: Spec) -> SimResult:
-    """One policy on one window at one load."""
-    coefficients = read_coefficients(GPU, MODEL)
-    cost = replace(coefficients.cost, sigma_ms=coefficients.cost.sigma_ms * spec.sigma)
-    if "skew" in spec.without:
-        cost = replace(cost, sigma_ms=0.0)
-    trace = traffic(spec.case, spec.offset)
-    trace = trace.scaled(spec.load * capacity(spec.case, spec.offset) / trace.rate_rps)
-    price = MovePrice(
-        bandwidth_bytes_per_s=None if spec.gb_per_s is None else spec.gb_per_s * 1e9,
-        kv_bytes_per_token=coefficients.kv_bytes_per_token,
-    )
-    setting = RunConfig(cost=cost, num_instances=NUM_INSTANCES, price=price, warmup_share=spec.warmup_share)
-    options = L4Options(objective=spec.objective, without=frozenset(spec.without))
-    if spec.fixed is not None:
-        return run_policy(L4(options, fixed=two_stages(*spec.fixed)), trace, setting).result
-    return run_policy(
-        make_policy(spec.policy, trace=trace, setting=setting, options=options), trace, setting
-    ).result
-
-
-def two_stages(boundary_tokens: int, num_short: int) -> Plan:
-    """A plan that stays as it is."""
-    short = StagePlan(low_tokens=0, high_tokens=boundary_tokens, num_workers=num_short)
-    long = StagePlan(low_tokens=boundary_tokens, high_tokens=None, num_workers=NUM_INSTANCES - num_short)
-    return Plan(version=1, stages=(short, long))
-
-
-def largest_load(spec: Spec, slo: str) -> float:
-    """Bisection in steps of `SLO_STEP`; 0 where not even the least load keeps the level."""
-    bounds = parse_slo(slo)
-    low, high = 0, round(SLO_MOST / SLO_STEP)
+    """Figures of a run, or of the one with the largest load that keeps the service level."""
+    if spec.share is None:
+        return simulate(spec)
+    low, high, found = LEAST_STEP - 1, MOST_STEP + 1, None
     while high - low > 1:
         middle = (low + high) // 2
-        if meets(simulate(replace(spec, load=middle * SLO_STEP, slo=None)), bounds):
-            low = middle
+        tried = simulate(replace(spec, load=0.85 * LOAD_STEP**middle, share=None))
+        if tried["share_within"] >= spec.share:
+            low, found = middle, tried
         else:
             high = middle
-    return low * SLO_STEP
+    return {"load": 0.0} if found is None else {**found, "load": 0.85 * LOAD_STEP**low}
+
+
+def simulate(spec: Spec) -> dict[str, Any]:
+    """One policy on one window at one load."""
+    coefficients = read_coefficients(spec.gpu, MODEL)
+    seed = spec.seed if spec.case in SESSIONS else 0
+    trace = traffic(spec.case, seed, spec.first)
+    rate = spec.load * capacity(spec.case, seed, spec.first, spec.gpu) * spec.num_instances
+    trace = trace.scaled(rate / trace.rate_rps)
+    price = MovePrice(
+        bandwidth_bytes_per_s=spec.gb_per_s * 1e9 or None, kv_bytes_per_token=coefficients.kv_bytes_per_token
+    )
+    setting = RunConfig(cost=coefficients.cost, num_instances=spec.num_instances, price=price, seed=spec.seed)
+    options = L4Options(without=frozenset(spec.without))
+    policy = make_policy(spec.policy, trace=trace, setting=setting, options=options)
+    done = run_policy(policy, trace, setting)
+    figures = {name: value for name, value in done.result.to_dict().items() if isinstance(value, int | float)}
+    told = {"num_prefill": policy.num_prefill} if isinstance(policy, PrefillSplit) else {}
+    return {
+        **{name: value if isinstance(value, int) else float(f"{value:.6g}") for name, value in figures.items()},
+        "short_mean_e2e_s": done.result.short.mean_e2e_s,
+        "long_mean_e2e_s": done.result.long.mean_e2e_s,
+        "parts_e2e_s": [round(float(part.mean()), 4) for part in np.array_split(done.measured.e2e_s, PARTS)],
+        "share_within": round(share_within(done.measured, coefficients.cost), 5),
+        **told,
+    }
+
+
+def share_within(measured: Measured, cost: StepCost) -> float:
+    """Share of requests that took at most `WITHIN` times as long as alone on an engine that has nothing cached."""
+    prompt, output = measured.prompt_tokens, measured.output_tokens
+    steps = np.ceil(prompt / cost.max_batched_tokens)
+    alone_ms = cost.alpha_ms * steps + cost.pi_ms * prompt + cost.psi_ms * prompt * prompt / 2
+    rest = output - 1
+    alone_ms += rest * (cost.alpha_ms + cost.beta_ms + cost.gamma_ms * (prompt + 1 + (rest - 1) / 2))
+    return float((measured.e2e_s * 1000.0 <= WITHIN * alone_ms).mean())
 
 
 class Results:
-    """Results by run, from the folder where they are there; `fill` makes the rest."""
+    """Figures by run, from the folder where they are there; `fill` makes the rest."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -252,7 +214,7 @@ class Results:
         with progress_bars(False, width=40) as progress:
             task = progress.add_task("simulating", total=len(missing))
             for spec in self._made(missing, jobs=jobs):
-                progress.update(task, advance=1, description=f"{spec.case} {spec.load:.0%}")
+                progress.update(task, advance=1, description=f"{spec.case} {spec.policy}")
 
     def _made(self, missing: list[Spec], *, jobs: int) -> Iterator[Spec]:
         store = partial(_store, self._folder)
@@ -262,34 +224,18 @@ class Results:
         with ProcessPoolExecutor(jobs) as pool:
             yield from pool.map(store, missing)
 
-    def has(self, specs: Iterable[Spec]) -> bool:
-        """Whether all of these runs are there."""
-        return all(self._path(spec).is_file() for spec in specs)
-
-    def load(self, spec: Spec) -> float:
-        """The largest load of a service level."""
-        return float(self._read(spec)["load"])
-
-    def __getitem__(self, spec: Spec) -> SimResult:
-        data = self._read(spec)
-        classes = {name: ClassResult(**data[name]) for name in ("short", "long")}
-        return SimResult(**{f.name: data[f.name] for f in fields(SimResult)} | classes)
-
-    def of(self, spec: Spec, policies: Sequence[str]) -> dict[str, SimResult]:
-        """One run for each policy."""
-        return {name: self[replace(spec, policy=name)] for name in policies}
-
-    def _read(self, spec: Spec) -> dict[str, Any]:
-        data: dict[str, Any] = json.loads(self._path(spec).read_text("utf-8"))
-        return data
+    def found(self, specs: Iterable[Spec]) -> dict[Spec, dict[str, Any]]:
+        """Figures of the runs that are there."""
+        there = [spec for spec in dict.fromkeys(specs) if self._path(spec).is_file()]
+        return {spec: json.loads(self._path(spec).read_text("utf-8")) for spec in there}
 
     def _path(self, spec: Spec) -> Path:
         return self._folder / f"{spec.key}.json"
 
 
 def _store(folder: Path, spec: Spec) -> Spec:
-    """Run and keep the result at once: a report that is cut off goes on where it was."""
+    """Run and keep the figures at once: a report that is cut off goes on where it was."""
     path = folder / f"{spec.key}.json"
-    path.with_suffix(".part").write_text(json.dumps(run(spec)), "utf-8")
+    path.with_suffix(".part").write_text(json.dumps({"spec": asdict(spec), **run(spec)}), "utf-8")
     path.with_suffix(".part").rename(path)
     return spec

@@ -1,177 +1,141 @@
-"""Which runs the reproduction report is made of."""
+"""Which runs the reproduction is made of, group by group, the most telling first."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 
-from reproduction_cases import (
-    DRAWN,
-    LATER,
-    LENGTH_SETS,
-    MIXED_SYNTHETIC,
-    MIXES,
-    PAPER,
-    SLO,
-    SYNTHETIC,
-    Results,
-    Spec,
-    is_there,
-)
+from reproduction_cases import KNOWN, MIXED, PAPER, SESSIONS, UNKNOWN, Spec
 
-from l4queue.sim.registry import LENGTH_BLIND, POLICIES
-from l4queue.sim.results import SimResult
+from l4queue.cost.move import DEFAULT_LINK_GB_PER_S
+from l4queue.sim.registry import AFFINITY, LENGTH_BLIND
 
-OFFSETS = (0.0, 0.3, 0.6)
-LOADS = (0.5, 0.7, 0.95)
-SWEEP = (0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 1.0, 1.1)
-SHOWN = ("round-robin", "least-requests", "llumnix", "central", "central-sjf", "l4")
-ABLATED = (
-    "classes",
-    "hand-over",
-    "stealing",
-    "running-steals",
-    "refinement",
-    "late-binding",
-    "shadow",
-    "finish-first",
-    "escape",
-)
-SIGMAS = (0.0, 1.0, 10.0)
-BANDWIDTHS = (None, 5.0, 50.0)
-WARMUP_SHARE = 0.2
-HINDSIGHT_TOKENS = (1024, 2048, 4096, 5793, 8192, 11585, 13777, 16384, 23170, 32768)
-HINDSIGHT_WORKERS = tuple(range(1, 12))
-#: the project's own floors: against round robin, against the best length-blind policy
-FLOORS = {
-    "mixed": (0.50, 0.82),
-    "mooncake_conversation": (0.65, 0.93),
-    "mooncake_synthetic": (0.50, 0.80),
-    "servegen_r1": (None, 0.92),
-    "azure_conversation": (None, 1.02),
-    "azure_code": (None, 1.02),
-    **dict.fromkeys(LENGTH_SETS, (None, 1.02)),
-}
+SEEDS = (0, 1, 2)
+HOST_LINK, FAST_LINK = 1.5, 50.0
+"""GB/s: shared memory of a host with a GPU, as measured (docs/kv-handover.md), and a network of 400 Gbit/s."""
+LINKS = (DEFAULT_LINK_GB_PER_S, HOST_LINK, FAST_LINK)
+ENDS = (DEFAULT_LINK_GB_PER_S, FAST_LINK)
+ROUTERS = ("round-robin", "least-requests", "power-of-two", "llumnix", *AFFINITY)
+"""Routers as they are run (docs/routers.md): the best of them is what `l4` is compared with."""
+QUEUES = ("central", "central-sjf")
+RIVALS = ("least-requests", *AFFINITY)
+"""Routers that are run where all would take too long."""
+SERVED = ("round-robin", "session-sticky", "cache-aware", "llm-d", "central")
+DRAWING = ("l4", "random", "power-of-two", "llm-d", "dynamo-kv")
+"""Policies that draw lots: others give the same run of a recorded trace with every seed."""
+MOVING = ("l4", "llumnix", "split")
+"""Policies for which the link makes a difference."""
+BY_AFFINITY = ("affinity", "escape", "running-steals", "late-binding", "order")
+BY_STAGES = ("classes", "hand-over", "stealing", "escape", "order")
+FLEETS = (2, 4, 8, 32)
+"""Instances, beside the sixteen of all other tables."""
+LOADS = (0.7, 1.0)
+"""Shares of the capacity, beside 0.85."""
+SHARE, SERVED_REQUESTS = 0.95, 3000
+"""The paper's service level, and the first requests of a window that a search for it serves."""
 
 
 class Grid:
-    """Windows by what is asked of them. `is_real` says whether the traces are there."""
+    """All traffic; without the shared traces only what is made here."""
 
-    def __init__(self, *, is_real: bool) -> None:
-        names = [name for name in FLOORS if name not in LENGTH_SETS] if is_real else [MIXED_SYNTHETIC]
-        self.first = [Spec(case=PAPER), *(Spec(case=name) for name in names)]
-        self.windows = [
-            Spec(case=PAPER),
-            *(Spec(case=n, offset=o) for o in OFFSETS if o == 0 or is_real for n in names),
-        ]
-        self.fresh = [Spec(case=name) for name, (_, seed) in SYNTHETIC.items() if seed > 100]
-        if is_real:
-            self.windows += [Spec(case=name) for name in LENGTH_SETS]
-            real = [name for name in (*LATER, *MIXES, *DRAWN) if name != "mixed" and is_there(name)]
-            self.fresh = [Spec(case="servegen_r1", offset=0.85), *(Spec(case=name) for name in real), *self.fresh]
-        self.tailed = [w for w in self.first if w.case.startswith("m")]
-        ablated = ("mixed", "mooncake_synthetic", "servegen_r1")
-        self.ablated = [w for w in self.first if w.case in ablated] or self.tailed
-        self.skewed = self.tailed[:1]
-        self.served = [w for w in self.first if w.case in (PAPER, "mixed", MIXED_SYNTHETIC)]
-        self.warmed = [w for w in self.windows if w.case in ("mixed", MIXED_SYNTHETIC)]
-
-    def variants(self, window: Spec) -> dict[str, Spec]:
-        """Further runs of l4 that a table of this window shows."""
-        found = {"l4, re-prefill": replace(window, gb_per_s=None), "l4, mean": replace(window, objective="mean")}
-        if window not in self.windows or window.case == PAPER or window.case in LENGTH_SETS:
-            return {}
-        if window.offset:
-            return {"l4, mean": found["l4, mean"]} if window.case == "mixed" else {}
-        return found
+    def __init__(self, *, has_traces: bool) -> None:
+        self.known = (*(KNOWN if has_traces else ()), *SESSIONS)
+        self.unknown = (PAPER, *((MIXED, *UNKNOWN) if has_traces else ()))
+        self.fleets = tuple(case for case in ("conversation", "agent") if case in self.known)
 
     def specs(self) -> Iterator[Spec]:
-        """All runs that are known beforehand, the most telling first."""
-        for window in (*self.first, *self.fresh, *self.windows):
-            yield from self.compared(window)
-        for window in self.ablated:
-            yield from self.without(window)
-        for load in SWEEP:
-            yield from self.compared(Spec(case=PAPER, load=load))
-        for window in self.served:
-            yield from self.limits(window)
-        for window in self.skewed:
-            yield from self.skews(window)
-        for window in self.first:
-            for load in LOADS:
-                yield from self.compared(replace(window, load=load))
-        for window in self.windows:
-            yield from self.variants(window).values()
-            yield from self.speeds(window) if window in self.ablated else ()
-        for window in self.first:
-            yield replace(window, policy="two-pool")
-        for window in self.warmed:
-            yield from self.warm(window)
+        """All runs, in the order in which they are made, each once."""
+        groups = (
+            self.first(SEEDS[:1]),
+            self.lengths(SEEDS[:1]),
+            self.first(SEEDS[1:]),
+            self.splits(),
+            self.ingredients((FAST_LINK,), SEEDS[:1]),
+            self.measured(SEEDS[:1]),
+            self.fleet_sizes(SEEDS[:1]),
+            self.served(self.known[:1]),
+            self.other_loads(SEEDS[:1]),
+            self.served(self.known[1:]),
+            self.ingredients(ENDS, SEEDS[:1]),
+            self.measured(SEEDS[1:]),
+            self.ingredients((FAST_LINK,), SEEDS[1:]),
+            self.pools(),
+            self.fleet_sizes(SEEDS[1:]),
+            self.other_loads(SEEDS[1:]),
+            self.lengths(SEEDS[1:]),
+            (replace(spec, policy="split") for spec in self.served(self.known) if spec.gb_per_s == FAST_LINK),
+        )
+        yield from dict.fromkeys(spec for group in groups for spec in group)
 
-    def compared(self, window: Spec) -> list[Spec]:
-        """Every online policy."""
-        return [replace(window, policy=policy) for policy in POLICIES if policy != "two-pool"]
+    def first(self, seeds: tuple[int, ...]) -> Iterator[Spec]:
+        """`l4` with each link, and every router, where the content is known."""
+        for case, seed in product(self.known, seeds):
+            yield from (run(case, seed=seed, gb_per_s=link) for link in LINKS)
+            yield from (run(case, seed=seed, policy=name) for name in (*ROUTERS, *QUEUES))
+            yield from (run(case, seed=seed, policy="llumnix", gb_per_s=link) for link in LINKS)
 
-    def without(self, window: Spec) -> list[Spec]:
-        """l4 without each ingredient."""
-        return [replace(window, without=(name,)) for name in ABLATED]
+    def splits(self) -> Iterator[Spec]:
+        """Prefill apart from decode, with each link that there may be."""
+        for case, link, seed in product(self.known, (FAST_LINK, HOST_LINK), SEEDS):
+            yield run(case, seed=seed, policy="split", gb_per_s=link)
 
-    def speeds(self, window: Spec) -> list[Spec]:
-        """l4 with each way of hand-over."""
-        return [replace(window, gb_per_s=speed) for speed in BANDWIDTHS]
+    def pools(self) -> Iterator[Spec]:
+        """Two pools by length, tuned on the trace."""
+        yield from (run(case, policy="two-pool") for case in self.known)
 
-    def warm(self, window: Spec) -> list[Spec]:
-        """The same, not counted until l4 has had time for a plan; l4 with `--objective mean` last."""
-        late = replace(window, warmup_share=WARMUP_SHARE)
-        return [*(replace(late, policy=name) for name in (*LENGTH_BLIND, "l4")), replace(late, objective="mean")]
+    def ingredients(self, links: tuple[float, ...], seeds: tuple[int, ...]) -> Iterator[Spec]:
+        """`l4` without each of its ingredients; those of stages, where affinity is left out."""
+        for seed, link, case in product(seeds, links, self.known):
+            whole = run(case, seed=seed, gb_per_s=link)
+            yield from (replace(whole, without=(name,)) for name in BY_AFFINITY)
+            yield from (replace(whole, without=("affinity", name)) for name in BY_STAGES)
 
-    def limits(self, window: Spec) -> list[Spec]:
+    def measured(self, seeds: tuple[int, ...]) -> Iterator[Spec]:
+        """With step costs measured on an H100."""
+        for seed, case in product(seeds, self.known):
+            yield from self.rivalry(run(case, seed=seed, gpu="h100-vllm"))
+            yield run(case, seed=seed, gpu="h100-vllm", policy="split", gb_per_s=FAST_LINK)
+
+    def fleet_sizes(self, seeds: tuple[int, ...]) -> Iterator[Spec]:
+        """Smaller fleets and a larger one, at the same load."""
+        for seed, case, number in product(seeds, self.fleets, FLEETS):
+            yield from self.rivalry(run(case, seed=seed, num_instances=number))
+
+    def other_loads(self, seeds: tuple[int, ...]) -> Iterator[Spec]:
+        """Below and at the capacity."""
+        for seed, case, load in product(seeds, self.known, LOADS):
+            yield from self.rivalry(run(case, seed=seed, load=load))
+
+    def served(self, cases: tuple[str, ...]) -> Iterator[Spec]:
         """The search for the largest load within the service level."""
-        return [replace(window, policy=policy, slo=SLO) for policy in SHOWN]
+        for case in cases:
+            level = run(case, share=SHARE, first=SERVED_REQUESTS)
+            yield from (replace(level, gb_per_s=link) for link in ENDS)
+            yield from (replace(level, policy=name) for name in SERVED)
 
-    def skews(self, window: Spec) -> list[Spec]:
-        """Policies on engines with other skew terms, and l4 that does not know of it."""
-        found = [replace(window, sigma=sigma, policy=policy) for sigma in SIGMAS for policy in SHOWN]
-        return found + [replace(window, sigma=sigma, without=("skew-in-planner",)) for sigma in SIGMAS]
+    def lengths(self, seeds: tuple[int, ...]) -> Iterator[Spec]:
+        """Where nothing is known of the content: `l4` by stages, and length-blind policies."""
+        for case, seed in product(self.unknown, seeds):
+            yield from (run(case, seed=seed, gb_per_s=link) for link in ENDS)
+            yield from (run(case, seed=seed, policy=name) for name in LENGTH_BLIND)
+            yield run(case, seed=seed, policy="llumnix", gb_per_s=FAST_LINK)
 
-    def restricted(self, results: Results) -> None:
-        """Leave out what has not been run, for a report before the end."""
-        have = results.has
-        self.windows = [w for w in self.windows if have(self.compared(w))]
-        self.fresh = [w for w in self.fresh if have(self.compared(w))]
-        self.first = [w for w in self.first if w in self.windows]
-        self.tailed = [w for w in self.tailed if w in self.windows]
-        self.ablated = [w for w in self.ablated if w in self.windows and have(self.without(w))]
-        self.served = [w for w in self.served if w in self.windows and have(self.limits(w))]
-        self.warmed = [w for w in self.warmed if w in self.windows and have(self.warm(w))]
-        self.skewed = [w for w in self.skewed if w in self.windows and have(self.skews(w))]
-
-    def hindsight(self, results: Results) -> Iterator[Spec]:
-        """Fixed plans for every window on which the floor against the best length-blind policy is missed."""
-        for window in self.missed(results):
-            yield from plans(window)
-
-    def missed(self, results: Results) -> list[Spec]:
-        """These windows."""
-        missed = []
-        for window in self.windows:
-            floor = FLOORS.get(window.case, (None, None))[1]
-            best = blind(results.of(window, LENGTH_BLIND)).mean_e2e_s
-            if floor is not None and results[window].mean_e2e_s > floor * best:
-                missed.append(window)
-        return missed
+    def rivalry(self, spec: Spec) -> Iterator[Spec]:
+        """`l4` with and without a link, and the routers that are run everywhere."""
+        yield from (replace(spec, gb_per_s=link) for link in ENDS)
+        yield from (normal(replace(spec, policy=name)) for name in RIVALS)
 
 
-def plans(window: Spec) -> list[Spec]:
-    """The fixed plans of two stages that are tried in hindsight."""
-    return [replace(window, fixed=(edge, count)) for edge in HINDSIGHT_TOKENS for count in HINDSIGHT_WORKERS]
+def run(case: str, **told: object) -> Spec:
+    """A run, without the distinctions that make no difference."""
+    return normal(Spec.of({"case": case, **told}))
 
 
-def blind(found: dict[str, SimResult]) -> SimResult:
-    """The length-blind policy with the least mean latency."""
-    return min((found[name] for name in LENGTH_BLIND if name in found), key=lambda r: r.mean_e2e_s)
-
-
-def long_s(result: SimResult) -> float:
-    """Mean latency of the longest 5 %, s."""
-    return result.long.mean_e2e_s or 0.0
+def normal(spec: Spec) -> Spec:
+    """The run that is the same, with the least seed and the default link."""
+    if spec.policy not in MOVING:
+        spec = replace(spec, gb_per_s=DEFAULT_LINK_GB_PER_S)
+    if spec.policy not in DRAWING and spec.case not in SESSIONS:
+        spec = replace(spec, seed=0)
+    return spec

@@ -1,326 +1,343 @@
-"""The text of the reproduction report: tables of the runs."""
+"""The text of the reproduction: tables for docs/reproduction.md, long ones for bench/results/reproduction.md."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from reproduction_cases import PAPER, SLO, Results, Spec, capacity, traffic
+from reproduction_cases import LEAST_STEP, LOAD_STEP, Spec
+from reproduction_figures import LEAST_HITS, LONG, MEAN, MEAN_FLOORS, MOST_MEAN, OTHER_FLOORS, P99, TTFT, Compared
 from reproduction_grid import (
-    ABLATED,
-    BANDWIDTHS,
-    FLOORS,
+    BY_AFFINITY,
+    BY_STAGES,
+    ENDS,
+    FAST_LINK,
+    FLEETS,
+    HOST_LINK,
+    LINKS,
     LOADS,
-    SHOWN,
-    SIGMAS,
-    SWEEP,
-    WARMUP_SHARE,
+    QUEUES,
+    RIVALS,
+    ROUTERS,
+    SEEDS,
+    SERVED,
+    SERVED_REQUESTS,
+    SHARE,
     Grid,
-    blind,
-    long_s,
-    plans,
+    run,
 )
 
-from l4queue.planning.steady_state import LONG_BOUND, P99_BOUND
 from l4queue.sim.registry import LENGTH_BLIND
-from l4queue.sim.results import SimResult
+
+LEAST_LOAD = 0.85 * LOAD_STEP**LEAST_STEP
+"""The least load that a search tries."""
+MANY = 10.0
+"""A ratio from which on digits behind the point tell nothing."""
+NAMES = {MEAN: "mean", P99: "p99", LONG: "longest 5 %", TTFT: "TTFT mean", "hits": "hit share"}
 
 
-class Report:
-    """Tables of a grid whose runs are all there."""
+def told(link: float) -> str:
+    """A link in words."""
+    return f"{link:g} GB/s" if link else "prefill again"
 
-    def __init__(self, grid: Grid, results: Results) -> None:
-        self.grid = grid
-        self.results = results
 
-    def lines(self, img: str | None) -> Iterator[str]:
-        """The report below its head. What has not been run is left out."""
-        grid, have = self.grid, self.results.has
-        yield from self._paper()
-        title = "Floors: windows that were looked at while constants were chosen, 85 % load"
-        yield from self._summary(title, grid.windows)
-        yield from self._hindsight()
-        yield from self._warm() if grid.warmed else ()
-        yield from self._summary("Traffic that nothing was tuned on, 85 % load", grid.fresh)
-        if have(s for w in grid.first for load in LOADS for s in grid.compared(replace(w, load=load))):
-            yield from self._loads()
-        if have(spec for load in SWEEP for spec in grid.compared(Spec(case=PAPER, load=load))):
-            yield from self._sweep()
-        if img is not None:
-            yield from (f"![mean latency against the rate]({img}/reproduction-rate.png)", "")
-            yield from (f"![mean latency against the load on long-tailed mixes]({img}/reproduction-load.png)", "")
-        yield from self._service_level() if grid.served else ()
-        yield from self._ablation() if grid.ablated else ()
-        yield from self._bandwidth()
-        yield from self._skew() if grid.skewed else ()
-        yield from ("## Tables, 85 % load", "")
-        for window in (*grid.windows, *grid.fresh):
-            yield from self._table(window)
-        yield from ("## Tables, other loads (offset 0)", "")
-        for window in (replace(w, load=load) for w in grid.first for load in LOADS):
-            if have(grid.compared(window)):
-                yield from self._table(window)
+def told_load(load: float) -> str:
+    """A load in digits; 0 where the least that was tried is too much."""
+    return f"{load:.2f}" if load else f"< {LEAST_LOAD:.2f}"
 
-    def found(self, window: Spec) -> dict[str, SimResult]:
-        """Every policy on a window, and the variants of l4."""
-        specs = {spec.policy: spec for spec in self.grid.compared(window)}
-        specs |= {"two-pool": replace(window, policy="two-pool"), **self.grid.variants(window)}
-        return {name: self.results[spec] for name, spec in specs.items() if self.results.has([spec])}
 
-    def _paper(self) -> Iterator[str]:
-        yield from (
-            "## Beside the paper",
-            "",
-            "Mean and p99 end to end of `l4`, change against round robin and against the best length-blind "
-            "policy, 85 % load, offset 0. Throughput: of `l4` as a multiple, at the service level below.",
-            "",
-            "| | mean, round robin | mean, best length-blind | p99, round robin | p99, best length-blind "
-            "| throughput, round robin | throughput, best length-blind |",
-            "|---|---|---|---|---|---|---|",
-            "| the paper, against the best multi-instance scheduler it measured | | −67 % | | −69 % | | 2.89× |",
+def row(*cells: object) -> str:
+    """A row of a table."""
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def head(*cells: str) -> Iterator[str]:
+    """The head of a table."""
+    yield row(*cells)
+    yield "|" + "---|" * len(cells)
+
+
+class Tables:
+    """The blocks of docs/reproduction.md by name. What has not been run is left out."""
+
+    def __init__(self, grid: Grid, compared: Compared) -> None:
+        self.grid, self.runs = grid, compared
+
+    def blocks(self) -> dict[str, list[str]]:
+        """Lines of each."""
+        return {
+            "first": [*self._first(), "", *self._floors()],
+            "ingredients": [
+                *self._ingredients(BY_AFFINITY),
+                "",
+                *self._ingredients(BY_STAGES, base=("affinity",)),
+            ],
+            "measured": list(self._measured()),
+            "fleets": list(self._over("num_instances", sorted((16, *FLEETS)), "instances", self.grid.fleets)),
+            "loads": list(self._over("load", sorted((0.85, *LOADS)), "load", self.grid.known)),
+            "served": list(self._served()),
+            "lengths": list(self._lengths()),
+        }
+
+    def _windows(self, links: Sequence[float]) -> Iterator[tuple[Spec, str, tuple[int, ...]]]:
+        """`l4` with each link on each traffic, the best router there, and the seeds of both."""
+        for case in self.grid.known:
+            for link in links:
+                spec = run(case, gb_per_s=link)
+                best = self.runs.best(spec, ROUTERS)
+                if best is not None:
+                    yield spec, best, self.runs.seeds(spec, ROUTERS)
+
+    def _first(self) -> Iterator[str]:
+        yield from head(
+            "trace",
+            "link",
+            "best router, its mean",
+            *(NAMES[key] for key in (MEAN, *OTHER_FLOORS)),
+            "tokens cached",
+            "of the most of a router",
+            "mean, of round robin",
+            "`split`: mean",
+            "p99",
+            "TTFT mean",
         )
-        for window in self.grid.first:
-            found = self.found(window)
-            best, own, rr = blind(found), found["l4"], found["round-robin"]
-            cells = [
-                change(getattr(own, k), getattr(o, k)) for k in ("mean_e2e_s", "p99_e2e_s") for o in (rr, best)
+        floors = " / ".join(f"{floor:.2f}" for floor in MEAN_FLOORS.values())
+        others = [f"{floor:.2f}" for floor in OTHER_FLOORS.values()]
+        yield row(
+            "*floor*",
+            " / ".join(told(link) for link in MEAN_FLOORS),
+            "",
+            floors,
+            *others,
+            "",
+            LEAST_HITS,
+            *[""] * 4,
+        )
+        for spec, best, seeds in self._windows(LINKS):
+            ratios = self.runs.first_ratios(spec, best, seeds)
+            other = replace(spec, policy=best)
+            yield row(
+                f"`{spec.case}`" if spec.gb_per_s == LINKS[0] else "",
+                told(spec.gb_per_s),
+                f"`{best}`, {self.runs.average(other, MEAN, seeds):.2f} s",
+                *(ratios[key] for key in (MEAN, *OTHER_FLOORS)),
+                f"{self.runs.average(spec, 'cached_share', seeds):.1%}".replace("%", " %"),
+                ratios["hits"],
+                f"{self.runs.ratio(spec, replace(spec, policy='round-robin'), MEAN, seeds).average:.2f}",
+                *self._split(spec, best),
+            )
+
+    def _split(self, spec: Spec, best: str) -> list[str]:
+        split = replace(spec, policy="split")
+        seeds = [seed for seed in self.runs.seeds(split, (best,)) if spec.gb_per_s]
+        if not seeds:
+            return [""] * 3
+        ratios = [self.runs.ratio(split, replace(spec, policy=best), key, seeds) for key in (MEAN, P99, TTFT)]
+        return [f"{ratio.average:.2f}" if ratio.average < MANY else f"{ratio.average:.0f}" for ratio in ratios]
+
+    def _floors(self) -> Iterator[str]:
+        """Which floors are met, link by link."""
+        for link in MEAN_FLOORS:
+            missed, total = [], 0
+            for spec, best, seeds in self._windows((link,)):
+                ratios = self.runs.first_ratios(spec, best, seeds)
+                total += len(ratios) + 1
+                missed += [
+                    f"{NAMES[key]} of `{spec.case}` ({ratio.average:.2f})"
+                    for key, ratio in ratios.items()
+                    if ratio.is_missed
+                ]
+                if round(ratios[MEAN].average, 2) > MOST_MEAN:
+                    missed.append(f"mean of `{spec.case}` above {MOST_MEAN}")
+            listed = ", ".join(missed) or "none"
+            met = f"{total - len(missed)} of {total} floors are met"
+            yield f"- {told(link)}: {met}. Missed: {listed}."
+
+    def _ingredients(self, names: Sequence[str], *, base: tuple[str, ...] = ()) -> Iterator[str]:
+        title = "no affinity: mean, s" if base else "whole: mean, s"
+        yield from head("trace", "link", title, *(f"no {name}" for name in names))
+        for case in self.grid.known:
+            for link in (*ENDS, HOST_LINK):
+                whole = run(case, gb_per_s=link, without=base)
+                less = [replace(whole, without=(*base, name)) for name in names]
+                if not self.runs.has(whole) or not any(map(self.runs.has, less)):
+                    continue
+                seeds = sorted({seed for one in less for seed in self.runs.seeds(one, ())})
+                cells = [self._without(one, whole) for one in less]
+                yield row(f"`{case}`", told(link), f"{self.runs.average(whole, MEAN, seeds):.2f}", *cells)
+
+    def _without(self, less: Spec, whole: Spec) -> str:
+        seeds = [seed for seed in self.runs.seeds(less, ()) if self.runs.has(replace(whole, seed=seed))]
+        if not seeds:
+            return ""
+        mean, p99 = (self.runs.ratio(less, whole, key, seeds) for key in (MEAN, P99))
+        return f"{replace(mean, margin=None)}; {p99.average:.2f}"
+
+    def _measured(self) -> Iterator[str]:
+        keys = (MEAN, P99, LONG, TTFT)
+        yield from head(
+            "trace",
+            "link",
+            "best router, composed",
+            *(NAMES[key] for key in keys),
+            "split",
+            "best router, measured",
+            *(NAMES[key] for key in keys),
+            "split",
+        )
+        for case in self.grid.known:
+            for link in ENDS:
+                cells: list[object] = []
+                for gpu in ("h100", "h100-vllm"):
+                    spec = run(case, gb_per_s=link, gpu=gpu)
+                    best = self.runs.best(spec)
+                    if best is None:
+                        break
+                    seeds = self.runs.seeds(spec, RIVALS)
+                    ratios = [self.runs.ratio(spec, replace(spec, policy=best), key, seeds) for key in keys]
+                    cells += [f"`{best}`", ratios[0], *(f"{one.average:.2f}" for one in ratios[1:])]
+                    cells.append(self._split(spec, best)[0])
+                else:
+                    yield row(f"`{case}`", told(link), *cells)
+
+    def _over(self, name: str, values: Sequence[float], title: str, cases: Sequence[str]) -> Iterator[str]:
+        """Mean, p99 and longest 5 % to the best of a few routers, for several values of a setting."""
+        shown = [f"{value:.0%}".replace("%", " %") if value <= 1 else str(value) for value in values]
+        yield from head("trace", "link", *(f"{title} {value}" for value in shown))
+        for case in cases:
+            for link in ENDS:
+                cells = []
+                for value in values:
+                    spec = replace(run(case, gb_per_s=link), **{name: value})  # type: ignore[arg-type]
+                    best = self.runs.best(spec)
+                    if best is None:
+                        cells.append("")
+                        continue
+                    other, seeds = replace(spec, policy=best), self.runs.seeds(spec, RIVALS)
+                    mean, *tails = (self.runs.ratio(spec, other, key, seeds) for key in (MEAN, P99, LONG))
+                    told_tails = "; ".join(f"{one.average:.2f}" for one in tails)
+                    cells.append(f"{mean.average:.2f} ± {mean.margin:.2f}; {told_tails} of `{best}`")
+                yield row(f"`{case}`", told(link), *cells)
+
+    def _served(self) -> Iterator[str]:
+        yield from head(
+            "trace",
+            *(f"`{name}`" for name in SERVED),
+            "`split`, 50 GB/s",
+            *(f"`l4`, {told(link)}" for link in ENDS),
+            "of the best router",
+            "of `central`",
+            "of round robin",
+        )
+        for case in self.grid.known:
+            level = run(case, share=SHARE, first=SERVED_REQUESTS)
+            others = [self.runs.get(replace(level, policy=name)) for name in SERVED]
+            own = [self.runs.get(replace(level, gb_per_s=link)) for link in ENDS]
+            if None in (*others, *own):
+                continue
+            loads = dict(zip(SERVED, (it["load"] for it in others if it), strict=True))
+            most = max(load for name, load in loads.items() if name not in QUEUES)
+            served = [it["load"] for it in own if it]
+            split = self.runs.get(replace(level, policy="split", gb_per_s=FAST_LINK))
+            ratios = [
+                [f"{load / of:.2f}×" if of else f"> {load / LEAST_LOAD:.1f}×" for load in served]
+                for of in (most, loads["central"], loads["round-robin"])
             ]
-            if window in self.grid.served:
-                loads = self._served_loads(window)
-                cells += [f"{loads['l4'] / loads[n]:.2f}×" for n in ("round-robin", self._best_served(loads))]
-            else:
-                cells += ["", ""]
-            yield f"| {window.case} | " + " | ".join(cells) + " |"
-        yield ""
+            shown = [told_load(load) for load in (*loads.values(), *served)]
+            shown.insert(len(loads), told_load(split["load"]) if split else "not run")
+            yield row(f"`{case}`", *shown, *(", ".join(cells) for cells in ratios))
 
-    def _summary(self, title: str, windows: list[Spec]) -> Iterator[str]:
-        yield from (
-            f"## {title}",
-            "",
-            "`l4` as a multiple of the best length-blind policy (named), and of round robin. In brackets the "
-            "project's floor, bold where it is missed; p99 is to stay below 1.10, the longest 5 % below 1.25.",
-            "",
-            "| traffic | offset | requests | of round robin | of the best length-blind | which | p99 "
-            "| longest 5 % | `mean` objective | re-prefill | two-pool | clairvoyant |",
-            "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    def _lengths(self) -> Iterator[str]:
+        yield from head(
+            "traffic",
+            "link",
+            "best length-blind",
+            *(NAMES[key] for key in (MEAN, P99, LONG, TTFT)),
+            "mean, of round robin",
         )
-        for window in windows:
-            found = self.found(window)
-            best, own = blind(found), found["l4"]
-            of_rr, of_best = FLOORS.get(window.case, (None, None))
+        for case in self.grid.unknown:
+            for link in ENDS:
+                spec = run(case, gb_per_s=link)
+                best = self.runs.best(spec, LENGTH_BLIND)
+                if best is None:
+                    continue
+                seeds = self.runs.seeds(spec, LENGTH_BLIND)
+                other = replace(spec, policy=best)
+                mean = self.runs.ratio(spec, other, MEAN, seeds, floor=MOST_MEAN)
+                ratios = [self.runs.ratio(spec, other, key, seeds) for key in (P99, LONG, TTFT)]
+                in_turn = self.runs.ratio(spec, replace(spec, policy="round-robin"), MEAN, seeds)
+                yield row(f"`{case}`", told(link), f"`{best}`", mean, *ratios, f"{in_turn.average:.2f}")
 
-            def ratio(name: str, found: dict[str, SimResult] = found, best: SimResult = best) -> float | None:
-                return found[name].mean_e2e_s / best.mean_e2e_s if name in found else None
 
-            cells = (
-                marked(own.mean_e2e_s / found["round-robin"].mean_e2e_s, of_rr),
-                marked(ratio("l4"), of_best),
-                best.policy,
-                marked(own.p99_e2e_s / best.p99_e2e_s, P99_BOUND, is_shown=False),
-                marked(long_s(own) / long_s(best), LONG_BOUND, is_shown=False),
-                marked(ratio("l4, mean"), 0.72 if window.case == "mixed" else None),
-                marked(ratio("l4, re-prefill"), None),
-                marked(ratio("two-pool"), None),
-                marked(ratio("clairvoyant"), None),
+class LongTables:
+    """Every policy on every window, in seconds."""
+
+    def __init__(self, grid: Grid, compared: Compared) -> None:
+        self.grid, self.runs = grid, compared
+
+    def lines(self) -> Iterator[str]:
+        """The tables below their head."""
+        for case in (*self.grid.known, *self.grid.unknown):
+            yield from self._table(
+                f"{case}, 85 % load", run(case), (*ROUTERS, *QUEUES, "random", "least-tokens", "two-pool")
             )
-            yield f"| {window.case} | {window.offset:.2f} | {own.num_requests} | " + " | ".join(cells) + " |"
-        yield ""
+        for case in self.grid.known:
+            yield from self._table(f"{case}, step costs measured on an H100", run(case, gpu="h100-vllm"), RIVALS)
+        for case in self.grid.known:
+            for load in LOADS:
+                yield from self._table(f"{case}, {load:.0%} load".replace("%", " %"), run(case, load=load), RIVALS)
+        for case in self.grid.fleets:
+            for number in FLEETS:
+                yield from self._table(f"{case}, {number} instances", run(case, num_instances=number), RIVALS)
 
-    def _hindsight(self) -> Iterator[str]:
-        for window in self.grid.missed(self.results):
-            best = blind(self.results.of(window, LENGTH_BLIND))
-            if not self.results.has(plans(window)):
-                continue
-            tried = sorted(((self.results[s], s.fixed) for s in plans(window)), key=lambda row: row[0].mean_e2e_s)
-            yield from (
-                f"### The miss: {window.case}, offset {window.offset:.1f}",
-                "",
-                f"{len(tried)} fixed plans of two stages on this very window, each with all other ingredients; "
-                f"the five with the least mean, and `l4`, as multiples of {best.policy}.",
-                "",
-                "| plan | mean | p99 | longest 5 % |",
-                "|---|---|---|---|",
-            )
-            rows = [(f"fixed: {p[1]} of 16 workers below {p[0]} tokens" if p else "", r) for r, p in tried[:5]]
-            for name, r in (*rows, ("`l4`, which plans as it goes", self.results[window])):
-                yield (
-                    f"| {name} | {r.mean_e2e_s / best.mean_e2e_s:.3f} | {r.p99_e2e_s / best.p99_e2e_s:.3f} "
-                    f"| {long_s(r) / long_s(best):.3f} |"
-                )
-            yield ""
-
-    def _warm(self) -> Iterator[str]:
-        yield from (
-            "## What the time until the first plan costs",
-            "",
-            "Mean end to end as a multiple of the best length-blind policy, 85 % load: of all requests, and "
-            f"without the first {WARMUP_SHARE:.0%} of the arrivals, which are served and not counted. `l4` begins "
-            "each window without a plan; a deployment that was stopped and started keeps its last one.",
-            "",
-            "| traffic | offset | `balanced`, all | without the first | `mean`, all | without the first |",
-            "|---|---|---|---|---|---|",
+    def _table(self, title: str, spec: Spec, names: Sequence[str]) -> Iterator[str]:
+        links = sorted({*LINKS, FAST_LINK})
+        specs = {f"`{name}`": replace(spec, policy=name) for name in names}
+        specs |= {f"`split`, {told(link)}": replace(spec, policy="split", gb_per_s=link) for link in links[1:]}
+        specs |= {f"`l4`, {told(link)}": replace(spec, gb_per_s=link) for link in links}
+        for without in ("affinity", *(f"affinity, {name}" for name in BY_STAGES), *BY_AFFINITY[1:]):
+            less = replace(spec, without=tuple(without.split(", ")))
+            specs |= {f"`l4`, {told(link)}, no {without}": replace(less, gb_per_s=link) for link in ENDS}
+        there = {
+            name: tuple(s for s in SEEDS if self.runs.has(replace(one, seed=s))) for name, one in specs.items()
+        }
+        if not any(there.values()):
+            return
+        yield from (f"## {title}", "")
+        yield from head(
+            "policy",
+            "seeds",
+            "mean, s",
+            "least to most",
+            "p99",
+            "longest 5 %",
+            "TTFT mean",
+            "TTFT p99",
+            "ms a token",
+            "tokens cached",
+            "hand-overs",
+            "steals",
         )
-        for window in self.grid.warmed:
-            cells = []
-            for objective in ("balanced", "mean"):
-                for share in (0.0, WARMUP_SHARE):
-                    counted = replace(window, warmup_share=share)
-                    best = blind(self.results.of(counted, LENGTH_BLIND))
-                    own = self.results[replace(counted, objective=objective)]
-                    cells.append(f"{own.mean_e2e_s / best.mean_e2e_s:.3f}")
-            yield f"| {window.case} | {window.offset:.2f} | " + " | ".join(cells) + " |"
+        for name, seeds in there.items():
+            if seeds:
+                yield self._row(name, specs[name], seeds)
         yield ""
 
-    def _loads(self) -> Iterator[str]:
-        loads = sorted((0.85, *LOADS))
-        yield from (
-            "## Load, offset 0",
-            "",
-            "Mean end to end of `l4` as a multiple of the best length-blind policy (p99; longest 5 %).",
-            "",
-            "| traffic | " + " | ".join(f"{load:.0%}" for load in loads) + " |",
-            "|---|" + "---|" * len(loads),
+    def _row(self, name: str, spec: Spec, seeds: Sequence[int]) -> str:
+        means = [found[MEAN] for seed in seeds if (found := self.runs.get(replace(spec, seed=seed)))]
+        different = sorted(set(means))
+        cached = self.runs.get(replace(spec, seed=seeds[0])) or {}
+        count = cached.get("num_prefill")
+        return row(
+            name if count is None else f"{name} ({count} prefill)",
+            len(seeds),
+            f"{sum(means) / len(means):.3f}",
+            f"{different[0]:.3f} to {different[-1]:.3f}" if len(different) > 1 else "",
+            *(f"{self.runs.average(spec, key, seeds):.2f}" for key in (P99, LONG)),
+            *(f"{self.runs.average(spec, key, seeds):.3f}" for key in (TTFT, "p99_ttft_s")),
+            f"{self.runs.average(spec, 'mean_tpot_s', seeds) * 1000:.1f}",
+            f"{self.runs.average(spec, 'cached_share', seeds):.1%}".replace("%", " %")
+            if "cached_share" in cached
+            else "",
+            *(f"{self.runs.average(spec, key, seeds):.0f}" for key in ("num_handovers", "num_steals")),
         )
-        for window in self.grid.first:
-            cells = []
-            for load in loads:
-                found = self.results.of(replace(window, load=load), (*LENGTH_BLIND, "l4"))
-                best, own = blind(found), found["l4"]
-                tail = f"{own.p99_e2e_s / best.p99_e2e_s:.2f}; {long_s(own) / long_s(best):.2f}"
-                cells.append(f"{own.mean_e2e_s / best.mean_e2e_s:.2f} ({tail})")
-            yield f"| {window.case} | " + " | ".join(cells) + " |"
-        yield ""
-
-    def _sweep(self) -> Iterator[str]:
-        rate = capacity(PAPER, 0.0)
-        yield from (
-            "## The paper's setting: ShareGPT-like lengths, Poisson arrivals, the rate swept",
-            "",
-            f"16 engines saturate at {rate:.1f} requests/s. Mean end to end, s (p99).",
-            "",
-            "| requests/s | " + " | ".join(SHOWN) + " |",
-            "|---|" + "---|" * len(SHOWN),
-        )
-        for load in SWEEP:
-            found = self.results.of(Spec(case=PAPER, load=load), SHOWN)
-            cells = [f"{r.mean_e2e_s:.2f} ({r.p99_e2e_s:.1f})" for r in found.values()]
-            yield f"| {load * rate:.1f} | " + " | ".join(cells) + " |"
-        yield ""
-
-    def _served_loads(self, window: Spec) -> dict[str, float]:
-        return {name: self.results.load(replace(window, policy=name, slo=SLO)) for name in SHOWN}
-
-    def _best_served(self, loads: dict[str, float]) -> str:
-        return max((name for name in loads if name in LENGTH_BLIND), key=lambda name: loads[name])
-
-    def _service_level(self) -> Iterator[str]:
-        yield from (
-            "## Throughput at a service level",
-            "",
-            f"Largest rate, requests/s, at which `{SLO}` holds over the window (share of the capacity).",
-            "",
-            "| traffic | " + " | ".join(SHOWN) + " | l4 of the best other |",
-            "|---|" + "---|" * (len(SHOWN) + 1),
-        )
-        for window in self.grid.served:
-            loads = self._served_loads(window)
-            rate = capacity(window.case, window.offset)
-            cells = [f"{load * rate:.1f} ({load:.0%})" for load in loads.values()]
-            most = loads[self._best_served(loads)]
-            cells.append(f"{loads['l4'] / most:.2f}×" if most else "-")
-            yield f"| {window.case} | " + " | ".join(cells) + " |"
-        yield ""
-
-    def _ablation(self) -> Iterator[str]:
-        yield from (
-            "## Ablation: mean end to end without an ingredient, as a multiple of the whole (longest 5 %)",
-            "",
-            "| traffic | " + " | ".join(ABLATED) + " |",
-            "|---|" + "---|" * len(ABLATED),
-        )
-        for window in self.grid.ablated:
-            full = self.results[window]
-            less = [self.results[replace(window, without=(name,))] for name in ABLATED]
-            cells = [f"{r.mean_e2e_s / full.mean_e2e_s:.2f} ({long_s(r) / long_s(full):.2f})" for r in less]
-            yield f"| {window.case} | " + " | ".join(cells) + " |"
-        yield ""
-
-    def _bandwidth(self) -> Iterator[str]:
-        yield from (
-            "## Ways of hand-over: mean end to end of `l4` as a multiple of the best length-blind policy",
-            "",
-            "| traffic | re-prefill | KV at 5 GB/s | KV at 50 GB/s | hand-overs (re-prefill, 5, 50) |",
-            "|---|---|---|---|---|",
-        )
-        for window in self.grid.ablated:
-            if not self.results.has(self.grid.speeds(window)):
-                continue
-            best = blind(self.found(window)).mean_e2e_s
-            runs = [self.results[replace(window, gb_per_s=speed)] for speed in BANDWIDTHS]
-            counts = ", ".join(str(r.num_handovers) for r in runs)
-            cells = " | ".join(f"{r.mean_e2e_s / best:.2f}" for r in runs)
-            yield f"| {window.case} | {cells} | {counts} |"
-        yield ""
-
-    def _skew(self) -> Iterator[str]:
-        yield from (
-            "## Sensitivity to the skew term",
-            "",
-            "σ as a multiple of the measured one, in the engines of all policies. `l4` with a planner that knows "
-            "it, and with one that takes σ for zero; each against the best length-blind policy on these engines "
-            f"(of {', '.join(SHOWN[:-1])}). The rates are those of 85 % load at the measured σ. The last column: "
-            "what the term itself costs that policy, against σ = 0.",
-            "",
-            "| traffic | σ | planner knows it | planner ignores it | best length-blind, of σ = 0 |",
-            "|---|---|---|---|---|",
-        )
-        for window in self.grid.skewed:
-            none = blind(self.results.of(replace(window, sigma=0.0), SHOWN)).mean_e2e_s
-            for sigma in SIGMAS:
-                spec = replace(window, sigma=sigma)
-                best = blind(self.results.of(spec, SHOWN)).mean_e2e_s
-                knows = self.results[spec].mean_e2e_s / best
-                ignores = self.results[replace(spec, without=("skew-in-planner",))].mean_e2e_s / best
-                yield f"| {window.case} | {sigma:g}× | {knows:.2f} | {ignores:.2f} | {best / none:.2f} |"
-        yield ""
-
-    def _table(self, window: Spec) -> Iterator[str]:
-        trace = traffic(window.case, window.offset)
-        rate = window.load * capacity(window.case, window.offset)
-        yield from (
-            f"### {window.case}, offset {window.offset:.2f}, {window.load:.0%} load",
-            "",
-            f"{len(trace)} requests in {len(trace) / rate:.0f} s.",
-            "",
-            "| policy | mean e2e s | p95 | p99 | p50 TTFT s | p99 | mean TPOT ms | p99 | requests/s "
-            "| short mean s | p99 TPOT ms | long mean s | p99 TPOT ms | hand-overs | steals |",
-            "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
-        )
-        for name, r in self.found(window).items():
-            yield (
-                f"| {name} | {r.mean_e2e_s:.3f} | {r.p95_e2e_s:.2f} | {r.p99_e2e_s:.2f} | {r.p50_ttft_s:.3f} "
-                f"| {r.p99_ttft_s:.2f} | {ms(r.mean_tpot_s)} | {ms(r.p99_tpot_s)} | {r.throughput_rps:.1f} "
-                f"| {r.short.mean_e2e_s or 0:.2f} | {ms(r.short.p99_tpot_s)} | {long_s(r):.2f} "
-                f"| {ms(r.long.p99_tpot_s)} | {r.num_handovers} | {r.num_steals} |"
-            )
-        yield ""
-
-
-def ms(seconds: float | None) -> str:
-    """Milliseconds, or a dash where no request has the measure."""
-    return "-" if seconds is None else f"{seconds * 1000:.1f}"
-
-
-def change(value: float, reference: float) -> str:
-    """Relative change in percent with a true minus sign."""
-    return f"{100 * (value / reference - 1):+.0f} %".replace("-", "−")
-
-
-def marked(value: float | None, floor: float | None, *, is_shown: bool = True) -> str:
-    """A ratio, bold above its floor."""
-    if value is None:
-        return ""
-    if floor is None:
-        return f"{value:.2f}"
-    text = f"{value:.3f}" if value <= floor else f"**{value:.3f}**"
-    return f"{text} ({floor:.2f})" if is_shown else text

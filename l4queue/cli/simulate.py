@@ -12,6 +12,7 @@ import typer
 
 from l4queue.cli.cost_source import CoefficientsOption, CostSource, GpuOption, ModelOption, costs_from
 from l4queue.cli.simulation_table import ROWS, cells_of, print_table
+from l4queue.cost.move import DEFAULT_LINK_GB_PER_S
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -134,7 +135,7 @@ def simulate(
     ] = None,
     handover_gb_per_s: Annotated[
         float, typer.Option(min=0, help="Hand-over by KV transfer at this bandwidth; 0: by prefilling again.")
-    ] = 0.0,
+    ] = DEFAULT_LINK_GB_PER_S,
     handover_room_gib: Annotated[
         float, typer.Option(min=0, help="Room for KV caches on their way, in all, GiB; 0: without bound.")
     ] = 0.0,

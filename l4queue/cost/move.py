@@ -6,7 +6,11 @@ from dataclasses import dataclass, replace
 
 from l4queue.cost.step import StepCost
 
-__all__ = ("MovePrice",)
+__all__ = ("DEFAULT_LINK_GB_PER_S", "MovePrice")
+
+DEFAULT_LINK_GB_PER_S = 0.0
+"""Link of `l4queue simulate` and of the reproduction's tables unless they name one, GB/s; 0: prefill again.
+Chosen: it promises nothing that a fleet may not have."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

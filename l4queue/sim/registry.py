@@ -14,7 +14,7 @@ from l4queue.sim.policy import Policy
 from l4queue.sim.prove import prove_recent
 from l4queue.sim.runner import RunConfig
 from l4queue.sim.traces.trace import Trace
-from l4queue.sim.tuning import tune_two_pool
+from l4queue.sim.tuning import tune_split, tune_two_pool
 
 __all__ = ("AFFINITY", "LENGTH_BLIND", "POLICIES", "make_policy", "parse_policies")
 
@@ -41,6 +41,7 @@ POLICIES = (
     "least-tokens",
     "power-of-two",
     "two-pool",
+    "split",
     "llumnix",
     "session-sticky",
     "cache-aware",
@@ -82,9 +83,11 @@ def parse_policies(text: str) -> tuple[str, ...]:
 
 
 def make_policy(name: str, *, trace: Trace, setting: RunConfig, options: L4Options | None = None) -> Policy:
-    """A fresh policy for one run. `two-pool` is tuned on the trace by simulation (a few seconds)."""
+    """A fresh policy for one run. `two-pool` and `split` are tuned on the trace by simulation."""
     if name == "two-pool":
         return tune_two_pool(trace, setting)
+    if name == "split":
+        return tune_split(trace, setting)
     if name == "l4":
         options = options or L4Options()
         knows_prefixes = trace.chains is not None and "affinity" not in options.without

@@ -15,6 +15,7 @@ from l4queue.cost.move import MovePrice
 from l4queue.errors import ConfigError
 from l4queue.models import Plan, StagePlan
 from l4queue.sim.cluster import Cluster
+from l4queue.sim.engine.request import SimRequest
 from l4queue.sim.policies.l4 import INGREDIENTS, L4, L4Options
 from l4queue.sim.prove import prove_recent
 from l4queue.sim.registry import make_policy
@@ -234,3 +235,15 @@ def test_a_queue_is_in_the_order_that_a_dispatcher_gives_it(gpu: str, given: flo
     for request in requests:
         place = router.place(request.prompt_tokens, submitted_ms=round(request.arrival_s * 1000), priority=0)
         assert policy.score_of(request) == pytest.approx(place.score, abs=1.0)
+
+
+@pytest.mark.parametrize(("without", "is_in_turn"), [((), False), (("order",), True)])
+def test_without_order_a_queue_is_served_in_turn(without: tuple[str, ...], is_in_turn: bool) -> None:
+    policy = L4(L4Options(without=frozenset(without)))
+    requests = [
+        SimRequest(0, 0.0, prompt_tokens=30_000, output_tokens=2),
+        SimRequest(1, 0.001, prompt_tokens=10, output_tokens=2),
+    ]
+    Cluster(requests, cost=COST, num_instances=2, policy=policy, rng=np.random.default_rng(0)).run()
+
+    assert (policy.score_of(requests[0]) < policy.score_of(requests[1])) == is_in_turn

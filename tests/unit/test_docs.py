@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -103,6 +105,20 @@ def test_every_source_file_that_a_page_names_exists(page: Path) -> None:
     named = set(SOURCE_FILE.findall(page.read_text("utf-8")))
     missing = {name for name in named if not any(path.endswith("/" + name) for path in files_in_tree())}
     assert missing == set()
+
+
+def test_the_tables_of_the_reproduction_are_those_of_its_record(tmp_path: Path) -> None:
+    """Otherwise: python bench/reproduction.py --from bench/results/reproduction.json"""
+    page, record = ROOT / "docs" / "reproduction.md", ROOT / "bench" / "results" / "reproduction.json"
+    made = tmp_path / page.name
+    made.write_text(page.read_text("utf-8"), "utf-8")
+    command = [sys.executable, "bench/reproduction.py", "--from", str(record), "--out", str(tmp_path / "long")]
+
+    subprocess.run([*command, "--page", str(made)], cwd=ROOT, check=True)
+
+    assert made.read_text("utf-8") == page.read_text("utf-8")
+    long = "reproduction.md"
+    assert (tmp_path / "long" / long).read_text("utf-8") == (record.parent / long).read_text("utf-8")
 
 
 def test_readme_links_every_page_of_the_docs() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from math import inf
 
 from l4queue.config import default_of
 from l4queue.errors import ConfigError
@@ -36,7 +37,7 @@ _NEWS_S = EARLY_NEWS_S  # age of a worker's news when something comes to another
 INGREDIENTS = (
     *("hand-over", "stealing", "running-steals", "escape"),
     *("classes", "refinement", "shadow", "skew", "skew-in-planner"),
-    *("late-binding", "finish-first", "affinity"),
+    *("late-binding", "finish-first", "affinity", "order"),
 )
 
 
@@ -69,8 +70,7 @@ class L4Options:
 
 
 Prove = Callable[["L4", Snapshot, PlannerSettings], tuple[Decision, bool]]
-"""Decides with a replay of what the policy has seen finish lately, and says whether there was one
-(`l4queue.sim.prove.prove_recent`)."""
+"""`l4queue.sim.prove.prove_recent`: decides with a replay of recent requests, and says whether there was one."""
 
 
 class L4(Policy):
@@ -97,7 +97,7 @@ class L4(Policy):
         """Begin with one stage for everybody."""
         super().attach(cluster)
         rate = ageing_tokens_per_s(cluster.cost, given=self.options.ageing_tokens_per_s)
-        self.score_of = partial(score_of, ageing_tokens_per_s=rate)
+        self.score_of = partial(score_of, ageing_tokens_per_s=rate if self._has["order"] else inf)
         knows_skew = self._has["skew-in-planner"]
         self._planner_cost = cluster.cost if knows_skew else replace(cluster.cost, sigma_ms=0.0)
         self._running = RunningSteals(
