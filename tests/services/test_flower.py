@@ -208,7 +208,7 @@ def test_waiting_and_refused_requests_are_shown_though_no_worker_has_them(monito
     for name in WORKERS:
         monitored.processes.send(name, signal.SIGSTOP)
     try:
-        until(lambda: not monitored.client.overview().workers, "no lease is left: nothing is leased to them any more")
+        until(lambda: not monitored.client.overview().workers, "nothing is leased to them any more")
         waiting, cancelled = monitored.client.enqueue_many(["word"] * 2, max_tokens=1)
         refused = monitored.client.enqueue("word " * 20_000, max_tokens=1)
         for handle in (waiting, cancelled):
