@@ -35,7 +35,7 @@ MODEL = "llama-3.1-8b"
 PARTS = 20
 """Consecutive parts of a window whose means are kept: their spread tells how sure a ratio of means is."""
 WITHIN = 5.0
-"""A request is served well within so many times its latency alone on an engine: the paper's level."""
+"""A request is served well within this multiple of its latency alone on an engine: the paper's level."""
 KNOWN = {"conversation": "mooncake_conversation.w0", "synthetic": "mooncake_synthetic"}
 """Recorded traces that tell their content, by the name that tables have."""
 SESSIONS = {"agent": 5000, "multi-turn": 5000}
@@ -63,7 +63,7 @@ class Spec:
     gb_per_s: float = DEFAULT_LINK_GB_PER_S
     num_instances: int = 16
     gpu: str = "h100"
-    #: only so many of the first requests
+    #: the first requests, at most this many
     first: int | None = None
     #: the largest load at which this share of the requests is served well is sought instead
     share: float | None = None

@@ -319,12 +319,7 @@ def _replay(
             steal=StealLimits(steal_from=StealFrom(settings.steal_from)),
             ageing_tokens_per_s=settings.ageing_tokens_per_s,
         ),
-        changed=Changed(
-            begun_s=known.learned.begun_s,
-            mix_begun_s=known.learned.mix_begun_s,
-            demand=snapshot.demand,
-            buckets=snapshot.buckets,
-        ),
+        changed=Changed.of(known.learned, snapshot),
     )
 
 

@@ -243,7 +243,7 @@ class Dispatcher:
     async def _send(
         self, calls: Sequence[Call[Verdict]], countable: Sequence[_Countable], *, plan_seen: int | None
     ) -> list[_Countable]:
-        """Send refusals, and place and route the others; those that were not, as another plan is in force."""
+        """Send refusals, place and route the others; return those left unrouted, as another plan is in force."""
         places = [
             self._router.place(
                 one.counted.num_tokens,

@@ -31,11 +31,6 @@ def prove_recent(policy: L4, snapshot: Snapshot, settings: PlannerSettings) -> t
         num_instances=len(cluster.instances),
         price=settings.partition.move_price,
         options=policy.options,
-        changed=Changed(
-            begun_s=traffic.learned.begun_s,
-            mix_begun_s=traffic.learned.mix_begun_s,
-            demand=snapshot.demand,
-            buckets=snapshot.buckets,
-        ),
+        changed=Changed.of(traffic.learned, snapshot),
     )
     return decide(snapshot, settings, replay, learned=traffic.learned), replay is not None

@@ -13,8 +13,9 @@ from l4queue.cost.move import MovePrice
 from l4queue.cost.step import StepCost
 from l4queue.models import Plan
 from l4queue.planning.histogram import Buckets, Demand
-from l4queue.planning.planner import Replay
+from l4queue.planning.planner import Replay, Snapshot
 from l4queue.planning.steady_state import LONG_BOUND, P99_BOUND, Objective
+from l4queue.planning.traffic_change import Learned
 from l4queue.sim.engine.instance import Instance
 from l4queue.sim.engine.request import SimRequest
 from l4queue.sim.policies.l4 import L4, L4Options
@@ -71,6 +72,16 @@ class Changed:
     demand: Demand
     buckets: Buckets
 
+    @classmethod
+    def of(cls, learned: Learned, snapshot: Snapshot) -> Changed:
+        """As learned by the time of this snapshot."""
+        return cls(
+            begun_s=learned.begun_s,
+            mix_begun_s=learned.mix_begun_s,
+            demand=snapshot.demand,
+            buckets=snapshot.buckets,
+        )
+
 
 def make_replay(
     recent: Sequence[RecordedArrival],
@@ -122,6 +133,7 @@ class _Replays:
         self._known: dict[_Key, float] = {}
         self._measured: dict[_Key, Measured] = {}
         self._one: Measured | None = None
+        self._is_long: NDArray[np.bool_] = np.zeros(0, dtype=bool)
         self._best_s = self._best_mean_s = float("inf")
         self._limits: list[float] | None = None
         self._best_curve: list[float] = []
@@ -144,7 +156,7 @@ class _Replays:
         latencies of an episode belong together. With fewer than `_FEWEST_BLOCKS` nothing is sure. Records are as
         long as what has been seen since the last change: one drawn from a few requests proves no more than these.
         """
-        one = self._whole(Plan.one_stage(num_workers=self._setting.num_instances))
+        self.score(against)  # all are held against one stage, which is replayed first
         ours, theirs = self._whole(candidate), self._whole(against)
         slowest_s = max(float(plan.e2e_s.max()) for plan in (ours, theirs))
         num_blocks = min(_MOST_BLOCKS, int(self._trace.arrival_s[-1] / slowest_s))
@@ -155,7 +167,7 @@ class _Replays:
         gains = []
         for draw in np.random.default_rng(len(self._trace)).integers(num_blocks, size=(_NUM_RECORDS, num_drawn)):
             rows = np.concatenate([blocks[i] for i in draw])
-            gains.append(_saved(self._value(ours, one, rows), self._value(theirs, one, rows)))
+            gains.append(_saved(self._value(ours, rows), self._value(theirs, rows)))
         return float(np.quantile(gains, _CHANCE))
 
     def _replayed(self, candidate: Plan) -> float:
@@ -168,8 +180,8 @@ class _Replays:
             return max(heading_s, policy.spent_s / len(self._trace))
         self._measured[_key(candidate)] = found
         if self._one is None:
-            self._one = found
-        value = self._value(found, self._one)
+            self._one, self._is_long = found, found.is_long
+        value = self._value(found)
         if self._is_latency and value < self._best_s:
             mean_s = float(found.e2e_s.mean())
             self._best_s, self._best_mean_s, self._best_curve = value, mean_s, policy.curve
@@ -191,7 +203,7 @@ class _Replays:
         """Whether the score is a latency, by which a replay can be judged before its end."""
         return self._options.objective in (Objective.MEAN, Objective.BALANCED)
 
-    def _value(self, found: Measured, one: Measured, rows: Rows = slice(None)) -> float:
+    def _value(self, found: Measured, rows: Rows = slice(None)) -> float:
         """The objective over these rows of the record."""
         options, e2e_s = self._options, found.e2e_s[rows]
         if options.objective == Objective.NORMALIZED:
@@ -201,7 +213,8 @@ class _Replays:
             return float(is_missed[rows].mean())
         if options.objective == Objective.MEAN:
             return float(e2e_s.mean())
-        one_s, is_long = one.e2e_s[rows], one.is_long[rows]
+        assert self._one is not None
+        one_s, is_long = self._one.e2e_s[rows], self._is_long[rows]
         overrun = max(
             1.0,
             float(e2e_s[is_long].sum() / one_s[is_long].sum()) / LONG_BOUND if is_long.any() else 1.0,

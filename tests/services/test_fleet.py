@@ -15,6 +15,15 @@ pytestmark = [pytest.mark.services, pytest.mark.timeout(600)]
 NUM_REQUESTS = 8
 
 
+async def _all_ready(raw: redis.Redis, keys: Keys, num_workers: int) -> None:
+    """Wait until this number of workers waits for an arrival in the only stage."""
+
+    async def are_ready() -> bool:
+        return raw.zcard(keys.ready("0")) == num_workers
+
+    await until(are_ready)
+
+
 @pytest.mark.parametrize("num_workers", [2, 9])
 async def test_a_request_wakes_one_worker_of_however_many(
     redis_url: str, namespace: str, num_workers: int
@@ -26,11 +35,7 @@ async def test_a_request_wakes_one_worker_of_however_many(
             for name in names:
                 pipeline.start(name)
             for _ in range(NUM_REQUESTS):
-
-                async def are_ready() -> bool:
-                    return raw.zcard(keys.ready("0")) == num_workers
-
-                await until(are_ready)
+                await _all_ready(raw, keys, num_workers)
                 handle = await pipeline.client.enqueue("hello", max_tokens=2, ignore_eos=True)
                 await handle.result(timeout=120)
             streams = [keys.wake(private_queue(name)) for name in names]
@@ -48,15 +53,12 @@ async def test_a_request_by_itself_is_neither_taken_nor_looked_up(redis_url: str
             for name in ("w0", "w1"):
                 pipeline.start(name)
 
-            async def are_ready() -> bool:
-                return raw.zcard(keys.ready("0")) == 2
-
             async def work() -> None:
                 for _ in range(NUM_REQUESTS):
                     handle = await pipeline.client.enqueue("hello", max_tokens=1, ignore_eos=True)
                     await handle.result(timeout=120)
 
-            await until(are_ready)
+            await _all_ready(raw, keys, 2)
             sent, _, _ = await commands_of(pipeline.settings.redis_url, work(), scripts=scripts)
     once = ("script submit", "script route", "script settle", "xrange")
     assert {name: sent[name] for name in once} == dict.fromkeys(once, NUM_REQUESTS)
@@ -70,11 +72,7 @@ async def test_a_request_that_nobody_was_woken_for_is_found(redis_url: str, name
         with redis.Redis.from_url(redis_url) as raw:
             for name in ("w0", "w1"):
                 pipeline.start(name)
-
-            async def are_ready() -> bool:
-                return raw.zcard(keys.ready("0")) == 2
-
-            await until(are_ready)
+            await _all_ready(raw, keys, 2)
             raw.delete(keys.ready("0"))  # they believe that an arrival will wake them
             handle = await pipeline.client.enqueue("hello", max_tokens=2, ignore_eos=True)
             await handle.result(timeout=120)

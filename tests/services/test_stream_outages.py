@@ -54,7 +54,7 @@ def test_streams_survive_a_restart_of_redis(durable_server: RedisServer, namespa
 async def test_an_outage_ends_every_wait_and_the_next_one_goes_on(
     durable_server: RedisServer, namespace: str
 ) -> None:
-    """Those that wait are told by what they wait for; a stream goes on from its offset."""
+    """The error names what a caller waited for; a stream goes on from its offset."""
     scene = Scene(Executor(durable_server.url), namespace)
     async with AsyncClient(settings=Settings(redis_url=durable_server.url, namespace=namespace)) as client:
         client._executor.retry_s = 0.1

@@ -7,7 +7,7 @@ end
 
 -- == Endings ==
 
--- Adds to the end of an output what the record says, until it is packed: whoever reads it then needs nothing else.
+-- Adds to the end of an output what the record says, until it is packed: its reader then needs nothing else.
 -- Not with a long body, to which many settings or metadata belong.
 local function add_facts(record, entry)
   local names = {'body', 'epoch', 'offset', 'crashes', 'stage', 'plan', 'worker', 'prompt_tokens', 'cached_tokens',
