@@ -231,9 +231,7 @@ def test_refusals_rejections_and_redeliveries_are_counted(deployment: Deployment
         for _ in range(2):
             with pytest.raises(QueueFull):
                 narrow.enqueue("x" * 20, max_tokens=4)
-    until(
-        lambda: deployment.samples("w1")["l4queue_worker_running_requests", "w1"] > 0, "w1 runs some", timeout_s=30
-    )
+    until(lambda: deployment.samples("w1")["l4queue_worker_running_requests", "w1"] > 0, "w1 runs some")
     deployment.processes.stop("w1", signal.SIGKILL)
     until(lambda: growth("l4queue_requests_requeued_total", "lost") > 0, "its requests went back", timeout_s=120)
     assert growth("l4queue_requests_rejected_total") == 2
