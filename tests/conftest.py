@@ -30,6 +30,11 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background jo
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_configure() -> None:
+    """Draws of hypothesis begin with the printed seed, too."""
+    hypothesis.core.global_force_seed = SEED
+
+
 def pytest_report_header() -> str:
     """The seed, so that a failure can be repeated."""
     return f"seed: L4_TEST_SEED={SEED}, redis: {os.environ.get('L4_TEST_REDIS') or 'redis-server on PATH'}"
