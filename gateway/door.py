@@ -15,8 +15,9 @@ from typing import Any
 from gateway.exchange import CURRENT, Exchange, begin
 from gateway.fields import CHAT, COMPLETIONS, RESPONSES, BodyFields, check_fields
 from gateway.keys import ApiKeys
+from gateway.limits import Limiter
 from gateway.metrics import DoorMetrics, MeasuredExchange
-from gateway.refusals import HttpRefusal, refusal_of
+from gateway.refusals import HttpRefusal, OverLimit, refusal_of
 from gateway.serving_check import ServingCheck
 from l4queue.client import AsyncClient
 from l4queue.client.arguments import RESPONSE_PREFIX
@@ -35,10 +36,10 @@ FILES, BATCHES = "/v1/files", "/v1/batches"
 CALLER = "l4queue.caller"
 """Key of a scope under which the door leaves the name of the caller's API key."""
 _OPEN = frozenset({"/health", "/metrics"})
-_SERVED = frozenset(
-    {CHAT, COMPLETIONS, RESPONSES, "/v1/models", "/tokenize", "/detokenize", "/version", "/openapi.json", *_OPEN}
-)
-_POSTED = frozenset({CHAT, COMPLETIONS, RESPONSES, "/tokenize", "/detokenize"})
+_COUNTED = frozenset({"/tokenize", "/detokenize"})
+"""Paths that this process answers by itself, at the cost of its own CPU."""
+_SERVED = frozenset({CHAT, COMPLETIONS, RESPONSES, "/v1/models", *_COUNTED, "/version", "/openapi.json", *_OPEN})
+_POSTED = frozenset({CHAT, COMPLETIONS, RESPONSES, *_COUNTED})
 _READS = ("GET", "HEAD", "OPTIONS")
 _WRITES = ("POST", "DELETE")
 _OF_TEXT = ": this server generates text, and nothing else"
@@ -60,6 +61,7 @@ class DoorParts:
     """
 
     keys: ApiKeys
+    limiter: Limiter
     serving: ServingCheck
     client: AsyncClient
     fields: Mapping[str, BodyFields]
@@ -98,8 +100,26 @@ class Door:
         elif scope["method"] == "POST" and path in parts.fields:
             asked = _Told(headers=headers, path=path, caller=caller or "")
             await self._generate(parts, asked, scope, receive, send)
+        elif scope["method"] == "POST" and path in _COUNTED:
+            await self._count(parts, caller or "", scope, receive, send)
         else:
             await self._app({**scope, CALLER: caller}, receive, send)
+
+    async def _count(self, parts: DoorParts, caller: str, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve what this process computes by itself: it counts as a request, and against no other limit."""
+        try:
+            headers = _encoded(await parts.limiter.count(caller))
+        except OverLimit as error:
+            parts.metrics.refused(caller=caller, reason=error.refusal.reason)
+            await _refuse(send, error.refusal, headers=_encoded(error.headers))
+            return
+
+        async def send_headed(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message["headers"], *headers]}
+            await send(message)
+
+        await self._app({**scope, CALLER: caller}, receive, send_headed)
 
     async def _generate(self, parts: DoorParts, told: _Told, scope: Scope, receive: Receive, send: Send) -> None:
         if HALF_HEADER in told.headers:  # computes nothing that would be measured
@@ -210,7 +230,7 @@ class _Answer:
     def _headers(self) -> list[tuple[bytes, bytes]]:
         ids = ",".join(self._exchange.request_ids[number] for number in sorted(self._exchange.request_ids))
         told = [(b"x-l4-request-id", ids.encode())] if ids else []
-        return told + [(name.encode(), value.encode()) for name, value in self._exchange.limit_headers.items()]
+        return told + _encoded(self._exchange.limit_headers)
 
 
 def _output_of(body: bytes) -> int | None:
@@ -295,9 +315,12 @@ def body_first(data: bytes, receive: Receive) -> Receive:
     return give
 
 
+def _encoded(headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
+    return [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+
+
 async def _refuse(send: Send, refusal: HttpRefusal, *, headers: list[tuple[bytes, bytes]] | None = None) -> None:
-    told = [(name.lower().encode(), value.encode()) for name, value in refusal.headers.items()]
-    await _send_json(send, refusal.status, refusal.body, headers=[*told, *(headers or ())])
+    await _send_json(send, refusal.status, refusal.body, headers=[*_encoded(refusal.headers), *(headers or ())])
 
 
 async def _send_json(

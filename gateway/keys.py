@@ -42,7 +42,8 @@ class ApiKey:
 class ApiKeys:
     """The accepted keys of a setting and of a file. None: everybody is let in, under no name.
 
-    A file that changes is read again with the next request. While it is wrong, the keys of before are in force.
+    A file that changes is read again with the next request, and by batches that run. While it is wrong, the keys
+    of before are in force. Threads may share it.
     """
 
     def __init__(self, *, key: str, file: str) -> None:
@@ -69,7 +70,9 @@ class ApiKeys:
         return found.name if found is not None and is_good else None
 
     def allowance(self, caller: str) -> Allowance:
-        """How much this caller may ask for."""
+        """How much this caller may ask for at this moment; without bounds where it has no key, or no longer."""
+        if caller:
+            self._refresh()
         return self._keys[caller].allowance if caller in self._keys else Allowance()
 
     def _refresh(self) -> None:

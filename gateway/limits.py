@@ -17,14 +17,15 @@ from l4queue.protocol.keys import Keys
 from l4queue.protocol.limits import Allowance, Bucket, Charge, Limits
 from l4queue.sampling import DEFAULT_MAX_TOKENS
 
-__all__ = ("Limiter",)
+__all__ = ("WORDS", "Limiter")
 
 _RETRY_S = 1.0  # how long a charge is tried again; chosen: a client waits for it
-_WORDS = {
+WORDS = {
     "requests": "requests per minute",
     "tokens": "tokens per minute",
     "backlog": "tokens in the backlog",
 }
+"""Limits as refusals name them."""
 
 
 class Limiter:
@@ -48,11 +49,11 @@ class Limiter:
         most_tokens = spec.params.max_tokens or DEFAULT_MAX_TOKENS  # as admission counts a left-out length
         async with exchange.charging:  # the prompts of one request in turn: the last one knows what is left
             num_requests, exchange.is_counted = 0 if exchange.is_counted else 1, True
+            tokens_each = len(spec.token_ids or ()) + most_tokens
             call = self._limits.charge(
                 exchange.caller,
                 allowance,
-                request_ids=[_record_id(exchange, number) for number in wanted],
-                tokens_each=len(spec.token_ids or ()) + most_tokens,
+                tokens={_record_id(exchange, number): tokens_each for number in wanted},
                 num_requests=num_requests,
             )
             found = await self._executor.run(call)
@@ -66,18 +67,30 @@ class Limiter:
         charged = {number: exchange.charged[number] for number in numbers if number in exchange.charged}
         if not charged:
             return
-        used_tokens = sum(
-            prompt_tokens + exchange.places.get(number, (0, False))[0]
+        used_tokens = {
+            _record_id(exchange, number): prompt_tokens + exchange.places.get(number, (0, False))[0]
+            if number in exchange.request_ids
+            else 0  # it was not enqueued
             for number, prompt_tokens in charged.items()
-            if number in exchange.request_ids  # the others were not enqueued
-        )
-        call = self._limits.refund(
-            exchange.caller,
-            self._keys.allowance(exchange.caller),
-            request_ids=[_record_id(exchange, number) for number in charged],
-            used_tokens=used_tokens,
-        )
-        await self._executor.offer(call)
+        }
+        allowance = self._keys.allowance(exchange.caller)
+        await self._executor.offer(self._limits.refund(exchange.caller, allowance, used_tokens=used_tokens))
+
+    async def count(self, caller: str) -> dict[str, str]:
+        """Count a request that the gateway answers by itself; the headers that its answer has for it.
+
+        OverLimit where the limit of requests is reached. While Redis is away nothing is counted.
+        """
+        allowance = self._keys.allowance(caller)
+        if not allowance.requests_per_minute:
+            return {}
+        found = await self._executor.offer(self._limits.charge(caller, allowance, tokens={"": 0}))
+        if found is None:
+            return {}
+        headers = _headers(allowance, found)
+        if found.full:
+            raise OverLimit(_refusal(caller, found), headers=headers)
+        return headers
 
     async def close(self) -> None:
         """Close the connections."""
@@ -116,7 +129,7 @@ def _refusal(caller: str, found: Charge) -> HttpRefusal:
     retry_after_s = max(1, ceil(found.retry_after_ms / 1000))
     return HttpRefusal(
         status=HTTPStatus.TOO_MANY_REQUESTS,
-        message=f"key {caller} has reached its limit of {_WORDS[found.full]}; try again in {retry_after_s} s",
+        message=f"key {caller} has reached its limit of {WORDS[found.full]}; try again in {retry_after_s} s",
         retry_after_s=retry_after_s,
         limit=found.full,
     )

@@ -77,11 +77,12 @@ class HttpRefused(L4QueueError):
 
 
 class OverLimit(L4QueueError):
-    """A limit of a key is reached."""
+    """A limit of a key is reached. `headers` say which, where no exchange has them."""
 
-    def __init__(self, refusal: HttpRefusal) -> None:
+    def __init__(self, refusal: HttpRefusal, *, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(refusal.message)
         self.refusal = refusal
+        self.headers: Mapping[str, str] = headers or {}
 
 
 def refusal_of(error: L4QueueError) -> HttpRefusal:

@@ -100,9 +100,9 @@ async def serve(settings: Settings, options: Sequence[str]) -> None:
         engine = QueueEngine(config, client, serving, limiter)
         app = build_app(args, await engine.get_supported_tasks(), engine.model_config)
         await init_app_state(engine, app.state, args, await engine.get_supported_tasks())
-        app.state.door = _door(keys, serving, client, has_files=store is not None)
+        app.state.door = _door(keys, limiter, serving, client, has_files=store is not None)
         halves = OwnHalves(app, writes_all=bool(args.structured_outputs_config.reasoning_parser))
-        batches = None if store is None else BatchService(settings, store, app, halves=halves)
+        batches = None if store is None else BatchService(settings, store, app, keys=keys, halves=halves)
         app.openapi = _served_openapi(app.openapi, has_files=store is not None)
         _log_again(settings.log_format)
         who = f"{len(keys)} keys" if keys else "no key is set, so this machine only"
@@ -189,10 +189,13 @@ def _served_openapi(whole: Callable[[], dict[str, Any]], *, has_files: bool) -> 
     return told
 
 
-def _door(keys: ApiKeys, serving: ServingCheck, client: AsyncClient, *, has_files: bool) -> DoorParts:
+def _door(
+    keys: ApiKeys, limiter: Limiter, serving: ServingCheck, client: AsyncClient, *, has_files: bool
+) -> DoorParts:
     fields = {path: fields_of_vllm(path, kind) for path, kind in vllm_bodies().items()}
     return DoorParts(
         keys=keys,
+        limiter=limiter,
         serving=serving,
         client=client,
         fields=fields,

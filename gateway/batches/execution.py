@@ -15,9 +15,11 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from typing import Any
 
+from gateway.batches.owner_limits import OwnerLimits
 from gateway.batches.parts import ERRORS, OUTPUT, BatchLease, PartedAnswers, RecordedIdentity
 from gateway.batches.store import FileStore, batch_folder, file_name
 from gateway.batches.validation import InputError, validate
+from gateway.keys import ApiKeys
 from l4queue.client.batch import BatchProgress
 from l4queue.client.batch.files import InputFile
 from l4queue.client.batch.halves import Halves
@@ -67,12 +69,15 @@ class BatchExecution:
         executor: Executor,
         record: BatchRecord,
         control: BatchControl,
+        *,
         halves: Halves | None,
+        api_keys: ApiKeys,
     ) -> None:
         self._settings, self._store, self._executor, self._halves = settings, store, executor, halves
         self._record, self._control = record, control
         keys = Keys(settings.namespace)
         self._batches, self._files, self._reads = BatchCalls(keys), FileCalls(keys), Reads(keys)
+        self._limits = OwnerLimits(record.owner, keys=api_keys, names=keys, executor=executor)
         self._lease = BatchLease(record=record, token=control.token, executor=executor, calls=self._batches)
         now_ms = executor.run(self._reads.server_time_ms())
         self._ends_s = time.monotonic() + (record.expires_ms - now_ms) / 1000
@@ -121,6 +126,7 @@ class BatchExecution:
             places,
             url=self._settings.redis_url,
             halves=self._halves,
+            limits=self._limits,
             progress=self._progressed,
             stop=self._control.stop,
         )

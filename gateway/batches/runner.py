@@ -16,6 +16,7 @@ from gateway.batches.execution import BatchControl, BatchExecution
 from gateway.batches.metrics import BatchMetrics
 from gateway.batches.parts import LeaseLost
 from gateway.batches.store import FileStore, file_name
+from gateway.keys import ApiKeys
 from l4queue.client.batch.halves import Halves
 from l4queue.config import Settings
 from l4queue.errors import L4QueueError
@@ -62,9 +63,12 @@ class BatchRunner:
         store: FileStore,
         executor: AsyncExecutor,
         metrics: BatchMetrics,
+        *,
         halves: Halves | None,
+        api_keys: ApiKeys,
     ) -> None:
         self._settings, self._store, self._metrics, self._halves = settings, store, metrics, halves
+        self._api_keys = api_keys
         keys = Keys(settings.namespace)
         self._batches, self._files, self._reads = BatchCalls(keys), FileCalls(keys), Reads(keys)
         self._executor = executor
@@ -127,6 +131,8 @@ class BatchRunner:
                 await self._left(batch_id, one)
             else:
                 await self._keep(batch_id, one)
+        told = [one.control.progress for one in self._running.values()]
+        self._metrics.limited(Counter(progress.limited_by for progress in told if progress is not None))
         ids = await self._executor.run(self._batches.unfinished(store_id, limit=_LOOK_AT))
         reads: list[Call[Any]] = [self._batches.read(batch_id) for batch_id in ids]
         now_ms, *records = await self._executor.run_many([self._reads.server_time_ms(), *reads])
@@ -161,8 +167,8 @@ class BatchRunner:
         log.info("runs a batch", extra={"batch": record.batch_id, "state": current.shown_state.value})
 
         def execute() -> BatchState | None:
-            parts = (self._settings, self._store, self._of_threads)
-            return BatchExecution(*parts, current, control, self._halves).run()
+            parts = (self._settings, self._store, self._of_threads, current, control)
+            return BatchExecution(*parts, halves=self._halves, api_keys=self._api_keys).run()
 
         work = asyncio.get_running_loop().run_in_executor(self._threads, execute)
         work.add_done_callback(lambda _: self._wake.set())

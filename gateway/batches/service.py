@@ -10,6 +10,7 @@ from gateway.batches.metrics import BatchMetrics
 from gateway.batches.routes import build_routes
 from gateway.batches.runner import BatchRunner
 from gateway.batches.store import FileStore
+from gateway.keys import ApiKeys
 from l4queue.client.batch.halves import Halves
 from l4queue.config import Settings
 from l4queue.protocol.executor import AsyncExecutor
@@ -29,7 +30,8 @@ def open_store(settings: Settings) -> FileStore | None:
 class BatchService:
     """Serves from when it is made, in the running event loop, until `close`.
 
-    `halves` writes the requests that a batch cannot write by itself; without it these are refused.
+    A batch is bound by the limits of its owner among `keys`. `halves` writes the requests that a batch cannot
+    write by itself; without it these are refused.
     """
 
     def __init__(
@@ -38,11 +40,14 @@ class BatchService:
         store: FileStore,
         app: FastAPI,
         *,
+        keys: ApiKeys,
         halves: Halves | None = None,
         registry: CollectorRegistry = REGISTRY,
     ) -> None:
         self._executor = AsyncExecutor(settings.redis_url, retry_s=0.0)
-        self._runner = BatchRunner(settings, store, self._executor, BatchMetrics(registry), halves)
+        self._runner = BatchRunner(
+            settings, store, self._executor, BatchMetrics(registry), halves=halves, api_keys=keys
+        )
         catalogue = Catalogue(settings, store, self._executor, begun=self._runner.wake)
         app.include_router(build_routes(catalogue, max_file_bytes=settings.http_file_max_bytes))
         self._runner.start()

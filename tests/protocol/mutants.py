@@ -55,6 +55,8 @@ _MODULES = (
     "leased_arrivals",
     "ended",
     "survey",
+    "limits",
+    "line_limits",
 )
 _NUMBERS = itertools.count()
 

@@ -2,36 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from l4queue.protocol.limits import Allowance, Charge, Limits
+from tests.protocol.limits import MINUTE_MS, charge, charged, pass_ms, refund
 from tests.protocol.scene import Scene
-
-MINUTE_MS = 60_000
-
-
-def charge(scene: Scene, *ids: str, tokens: int = 10, num_requests: int = 1, **most: int) -> Charge:
-    """Of caller ann."""
-    limits = Limits(scene.keys)
-    call = limits.charge("ann", Allowance(**most), request_ids=ids, tokens_each=tokens, num_requests=num_requests)
-    return scene.executor.run(call)
-
-
-def refund(scene: Scene, *ids: str, used: int, **most: int) -> int:
-    """What it has used."""
-    call = Limits(scene.keys).refund("ann", Allowance(**most), request_ids=ids, used_tokens=used)
-    return scene.executor.run(call)
-
-
-def pass_ms(scene: Scene, ms: int) -> None:
-    """As if the levels were so much older."""
-    scene.raw.hincrby(scene.keys.limit("ann"), "at", -ms)
-
-
-def charged(scene: Scene) -> dict[str, int]:
-    """Tokens by id."""
-    found: dict[bytes, Any] = scene.raw.hgetall(scene.keys.charged("ann"))
-    return {name.decode(): int(value.split()[0]) for name, value in found.items()}
 
 
 def test_requests_are_counted_in_a_bucket_that_leaks(scene: Scene) -> None:
@@ -80,6 +52,14 @@ def test_a_refund_changes_nothing_but_tokens(scene: Scene) -> None:
     found = charge(scene, "c", tokens=100, **both)
     assert (found.full, found.tokens.room) == ("requests", 100)
     assert 14_000 < found.retry_after_ms <= 15_000
+
+
+def test_a_refund_lets_nothing_leak_twice(scene: Scene) -> None:
+    """A quarter of a minute has passed, and 40 of 100 tokens were not used."""
+    charge(scene, "a", tokens=100, tokens_per_minute=100)
+    pass_ms(scene, 15_000)
+    refund(scene, "a", used=60, tokens_per_minute=100)
+    assert charge(scene, "b", tokens=100, tokens_per_minute=100).tokens.room in (65, 66)
 
 
 def test_one_that_is_larger_than_a_limit_waits_for_an_empty_bucket(scene: Scene) -> None:

@@ -20,6 +20,7 @@ from gateway.batches.service import BatchService
 from gateway.batches.store import FileStore
 from gateway.door import Door, DoorParts
 from gateway.keys import ApiKeys
+from gateway.limits import Limiter
 from gateway.metrics import DoorMetrics
 from gateway.serving_check import ServingCheck
 from l4queue import Settings
@@ -96,15 +97,18 @@ async def open_gateway(
     settings: Settings = pipeline.settings.model_copy(update={"http_files": store, **more})
     app, registry = FastAPI(), CollectorRegistry()
     serving = ServingCheck(settings)
+    keys = ApiKeys(key="", file=keys_file)
+    limiter = Limiter(settings, keys)
     app.state.door = DoorParts(
-        keys=ApiKeys(key="", file=keys_file),
+        keys=keys,
+        limiter=limiter,
         serving=serving,
         client=pipeline.client,
         fields={},
         metrics=_METRICS,
         has_files=True,
     )
-    service = BatchService(settings, FileStore(store), app, registry=registry)
+    service = BatchService(settings, FileStore(store), app, keys=keys, registry=registry)
     app.add_middleware(Door)
     server = uvicorn.Server(uvicorn.Config(app, port=free_port(), log_level="warning", lifespan="off"))
     serving_task = asyncio.create_task(server._serve())  # `serve` would take the signals of the test run
@@ -121,6 +125,7 @@ async def open_gateway(
         await serving_task
         await service.close()
         await serving.close()
+        await limiter.close()
 
 
 async def _has_started(server: uvicorn.Server) -> bool:

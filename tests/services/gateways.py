@@ -46,6 +46,7 @@ class Gateways:
     settings: Settings
     model: Path
     ports: dict[str, int] = field(default_factory=dict)
+    api_key: str = "none"
 
     def start(self, name: str, *options: str, **settings: object) -> None:
         """Start a gateway; `answers` waits for it."""
@@ -71,7 +72,7 @@ class Gateways:
 
     def openai(self, name: str = "gateway-0", **more: Any) -> OpenAI:
         """OpenAI's own client of it."""
-        options = {"api_key": "none", "max_retries": 0, "timeout": 300, **more}
+        options = {"api_key": self.api_key, "max_retries": 0, "timeout": 300, **more}
         return OpenAI(base_url=f"{self.url(name)}/v1", **options)
 
     def queue(self) -> Client:
@@ -141,8 +142,8 @@ def refusals(gateways: Gateways) -> set[tuple[str, str]]:
 
 
 @contextmanager
-def two_gateways(redis_executable: str, folder: Path) -> Iterator[Gateways]:
-    """Redis, a dispatcher, two workers with the emulated engine, two gateways, one of them with keys."""
+def two_gateways(redis_executable: str, folder: Path, *, have_both_keys: bool = False) -> Iterator[Gateways]:
+    """Redis, a dispatcher, two workers with the emulated engine, two gateways, one of them with keys or both."""
     from l4queue.model_cache import cache_directory
     from workers.tiny import build_tiny_model
 
@@ -160,8 +161,9 @@ def two_gateways(redis_executable: str, folder: Path) -> Iterator[Gateways]:
     settings = Settings(**values)  # type: ignore[arg-type] # the same values, typed by pydantic
     started = Gateways(processes=processes, settings=settings, model=model)
     try:
-        started.start("gateway-0", max_backlog_tokens=20_000)
-        started.start("gateway-1", http_key=KEY, http_keys_file=write_keys(folder))
+        keyed: dict[str, object] = {"http_key": KEY, "http_keys_file": write_keys(folder)}
+        started.start("gateway-0", max_backlog_tokens=20_000, **(keyed if have_both_keys else {}))
+        started.start("gateway-1", **keyed)
         processes.start("dispatcher", "-m", "dispatcher")
         for number in range(2):
             processes.worker(f"worker-{number}")

@@ -32,9 +32,13 @@ _STOPPED = frozenset({RequestState.CANCELLED, RequestState.EXPIRED})  # not for 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ticket:
-    """One line in flight: where it stands in the file, and what its answer repeats."""
+    """One line in flight: where it stands in the file, and what its answer repeats.
+
+    `key_id` is made of its idempotency key. `request_id` is the same until the queue gives the key another one.
+    """
 
     request_id: str
+    key_id: str
     number: int
     offset: int
     size: int

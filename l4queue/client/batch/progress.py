@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
-__all__ = ("BatchProgress", "BatchSummary")
+__all__ = ("BatchProgress", "BatchSummary", "ThrottledProgress")
+
+_EVERY_S = 0.1  # fast enough for the eye
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -13,7 +17,8 @@ class BatchProgress:
 
     While the files are `checking`, `num_finished` counts lines read and `num_lines` is not known (0).
     `lines_per_s` is the rate of the last half minute, `left_s` the time that the rest takes at it: None while
-    nothing moves. `notice` says why it does not go on: a full backlog, Redis out of reach.
+    nothing moves. `notice` says why it does not go on: a full backlog, Redis out of reach. In a gateway
+    `limited_by` names the limit of its key that it waits for.
     """
 
     phase: str
@@ -24,6 +29,25 @@ class BatchProgress:
     lines_per_s: float = 0.0
     left_s: float | None = None
     notice: str = ""
+    limited_by: str = ""
+
+
+@dataclass(slots=True)
+class ThrottledProgress:
+    """Calls `show` ten times a second at most."""
+
+    show: Callable[[BatchProgress], None]
+    shown_s: float = field(default=0.0)
+
+    def is_due(self) -> bool:
+        """Whether it is time to show the progress again."""
+        return time.monotonic() - self.shown_s > _EVERY_S
+
+    def tell(self, progress: BatchProgress, *, now: bool = False) -> None:
+        """Show it, if it is time or has to be now."""
+        if now or self.is_due():
+            self.shown_s = time.monotonic()
+            self.show(progress)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

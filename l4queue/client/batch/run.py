@@ -5,9 +5,9 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import chain, islice
 
 from l4queue.client.batch.answers import outcome_line, stopped_line
@@ -15,16 +15,17 @@ from l4queue.client.batch.files import AnswerFile, BatchIdentity, IdentityFile, 
 from l4queue.client.batch.flight import Ended, Flight, Submission, Ticket
 from l4queue.client.batch.halves import Halves, HttpHalves, checked_gateway
 from l4queue.client.batch.index import LineIndex, LineState
+from l4queue.client.batch.line_limits import LineGate, LineLimits, NoLimits
 from l4queue.client.batch.line_rate import LineRate
 from l4queue.client.batch.options import BatchOptions, LineOptions
 from l4queue.client.batch.places import BatchEnding, BatchPlaces
-from l4queue.client.batch.progress import BatchProgress, BatchSummary
+from l4queue.client.batch.progress import BatchProgress, BatchSummary, ThrottledProgress
 from l4queue.client.batch.served import ServedModels
 from l4queue.client.batch.source import LineSource, check_files
 from l4queue.client.batch.totals import BatchTotals
 from l4queue.client.batch.window import SubmissionWindow
 from l4queue.config import Settings
-from l4queue.errors import ServiceUnavailable
+from l4queue.errors import QueueFull, ServiceUnavailable
 from l4queue.models import RequestState
 
 __all__ = ("run_batch", "run_lines")
@@ -35,7 +36,6 @@ _CHUNKS_PER_ROUND = 4  # sent before answers are looked at again
 _BLOCK_S = 0.25  # a stop is seen within this time
 _COMMIT_AT = 2048  # answers that are made durable together at most
 _IDENTITY_EVERY_S = 5.0  # the count of submitted lines on disk is at most this old
-_PROGRESS_EVERY_S = 0.1  # fast enough for the eye
 _REDIS_PATIENCE_S = 300.0  # longer than a failover or a restart with a large AOF takes
 
 
@@ -77,12 +77,13 @@ def run_lines(
     *,
     url: str,
     halves: Halves | None = None,
+    limits: LineLimits | None = None,
     progress: Callable[[BatchProgress], None] | None = None,
     stop: threading.Event | None = None,
 ) -> BatchSummary:
-    """The same over places that are open and held by this run alone."""
+    """The same over places that are open and held by this run alone, within the limits of its owner."""
     stop = stop or threading.Event()
-    show = _Throttled(progress or (lambda _: None))
+    show = ThrottledProgress(progress or (lambda _: None))
     started_s = time.monotonic()
 
     def checked(number: int) -> None:
@@ -101,24 +102,9 @@ def run_lines(
         stopped = BatchTotals()
         wall_s = _since(started_s)
         return stopped.summary(LineIndex(), places, is_complete=False, num_in_flight=0, wall_s=wall_s)
-    run = _Run(settings, options, places, url=url, halves=halves, show=show, stop=stop, index=index)
+    gate = LineGate(limits or NoLimits())
+    run = _Run(settings, options, places, url=url, halves=halves, gate=gate, show=show, stop=stop, index=index)
     return run.run(started_s=started_s)
-
-
-@dataclass(slots=True)
-class _Throttled:
-    """Calls `show` ten times a second at most."""
-
-    show: Callable[[BatchProgress], None]
-    shown_s: float = field(default=0.0)
-
-    def is_due(self) -> bool:
-        return time.monotonic() - self.shown_s > _PROGRESS_EVERY_S
-
-    def tell(self, progress: BatchProgress, *, now: bool = False) -> None:
-        if now or self.is_due():
-            self.shown_s = time.monotonic()
-            self.show(progress)
 
 
 class _Run:
@@ -132,12 +118,13 @@ class _Run:
         *,
         url: str,
         halves: Halves | None,
-        show: _Throttled,
+        gate: LineGate,
+        show: ThrottledProgress,
         stop: threading.Event,
         index: LineIndex,
     ) -> None:
         self._options = options
-        self._halves = halves
+        self._halves, self._gate = halves, gate
         self._places = places
         self._show = show
         self._stop = stop
@@ -227,7 +214,9 @@ class _Run:
         left = chain(self._flight.tickets(), held, (submission.ticket for submission in self._rest()))
         self._held.clear()
         while (tickets := list(islice(left, _CHUNK))) and not self._stop.is_set():
-            for ended in self._flight.end(tickets, reason=ending.message):
+            found = self._flight.end(tickets, reason=ending.message)
+            self._gate.settle(found, is_over=True)
+            for ended in found:
                 if ended.record is not None:
                     self._land(ended)
                     continue
@@ -259,7 +248,7 @@ class _Run:
 
     def _fill(self) -> None:
         """Send while the window has room, but a few chunks at most before results are looked at again."""
-        if time.monotonic() < self._not_before_s:
+        if time.monotonic() < max(self._not_before_s, self._gate.closed_until_s):
             return
         if self._served.is_due():
             self._served.seen(self._flight.workers())
@@ -268,17 +257,22 @@ class _Run:
             self._hold(room)
             if room <= 0 or not self._held:
                 return
-            chunk = [self._held[i] for i in range(min(room, len(self._held)))]
-            refused, full, known = self._flight.submit(chunk)
-            for _ in chunk:
-                self._held.popleft()
-            self._held.extendleft(reversed(refused))
-            self._count(chunk, refused, known)
-            self._notice = ""
+            full = self._send(self._gate.admit(list(islice(self._held, room))))
+            self._notice = self._gate.notice
             if full is not None:
                 self._not_before_s = time.monotonic() + full.retry_after_s
                 self._notice = str(full)
+            if full is not None or self._gate.limited_by:
                 return
+
+    def _send(self, chunk: Sequence[Submission]) -> QueueFull | None:
+        """Send the first of the lines that are held; why not all of them, where the backlog is full."""
+        refused, full, known = self._flight.submit(chunk)
+        for _ in chunk:
+            self._held.popleft()
+        self._held.extendleft(reversed(refused))
+        self._count(chunk, refused, known)
+        return full
 
     def _hold(self, room: int) -> None:
         """Have up to `room` lines ready, but not too many bytes of them."""
@@ -289,7 +283,7 @@ class _Run:
                 self._held.append(submission)
                 num_bytes += submission.ticket.size
 
-    def _count(self, chunk: list[Submission], refused: list[Submission], known: list[Ticket]) -> None:
+    def _count(self, chunk: Sequence[Submission], refused: list[Submission], known: list[Ticket]) -> None:
         waiting = {submission.ticket.request_id for submission in refused}
         found = {ticket.number for ticket in known}
         for submission in chunk:
@@ -300,13 +294,14 @@ class _Run:
                 self._totals.num_found += self._goes_on and not submission.is_again
             elif submission.is_again or (self._goes_on and ticket.number <= self._identity.num_submitted):
                 self._totals.num_recomputed += 1
-        if not refused:
+        if chunk and not refused:
             self._num_submitted = max(self._num_submitted, chunk[-1].ticket.number)
 
     def _collect(self) -> None:
         while ended := self._flight.fetch(limit=_CHUNK):
             if self._served.is_due(one.record.worker for one in ended if one.record):
                 self._served.seen(self._flight.workers())
+            self._gate.settle(ended)
             for one in ended:
                 self._land(one)
         self._out.flush()
@@ -364,7 +359,8 @@ class _Run:
         """How long to wait for results while nothing can be sent; not at all while something can."""
         has_lines = bool(self._held) or not self._source.is_exhausted
         if has_lines and len(self._flight) < self._window.size:
-            return min(_BLOCK_S, max(0.001, self._not_before_s - time.monotonic()))
+            next_s = max(self._not_before_s, self._gate.closed_until_s)
+            return min(_BLOCK_S, max(0.001, next_s - time.monotonic()))
         return _BLOCK_S
 
     def _num_finished(self) -> int:
@@ -385,6 +381,7 @@ class _Run:
             lines_per_s=self._line_rate.lines_per_s,
             left_s=self._line_rate.left_s(self._num_lines - num_finished),
             notice=self._notice,
+            limited_by=self._gate.limited_by,
         )
         self._show.tell(progress, now=True)
 

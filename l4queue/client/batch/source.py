@@ -290,6 +290,7 @@ class LineSource:
             return None
         ticket = Ticket(
             request_id=prepared.request_id,
+            key_id=prepared.request_id,
             number=line.number,
             offset=line.offset,
             size=len(line.data),
