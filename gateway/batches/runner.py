@@ -33,7 +33,8 @@ log = logging.getLogger("l4queue.gateway.batches")
 _EVERY_S = 1.0  # between two rounds: counts of a running batch are at most this old
 _LEASES = 3  # a worker's leases: an upload or a long prompt may hold up the event loop for seconds
 _MAX_RUNNING = 4  # batches of one gateway; chosen: each fills the fleet, more would only share it
-_LOOK_AT = 200  # of the oldest unfinished batches
+_MAX_HELD = 32  # with those that wait for a limit of their key; each is a thread that sleeps, and a connection
+_LOOK_AT = 200  # of the oldest unfinished batches, and as many of the others in turn
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0  # before a batch is tried again whose run has failed
 _SWEEP_EVERY_S = 60.0  # expired files may be that old
 _SWEEP_FILES = 100  # of one sweep
@@ -44,6 +45,11 @@ class _Running:
     record: BatchRecord
     control: BatchControl
     work: asyncio.Future[BatchState | None]
+
+    @property
+    def limited_by(self) -> str:
+        """The limit of its key that it waits for."""
+        return "" if self.control.progress is None else self.control.progress.limited_by
 
 
 @dataclass(slots=True, kw_only=True)
@@ -73,7 +79,7 @@ class BatchRunner:
         self._batches, self._files, self._reads = BatchCalls(keys), FileCalls(keys), Reads(keys)
         self._executor = executor
         self._of_threads = Executor(settings.redis_url)
-        self._threads = ThreadPoolExecutor(_MAX_RUNNING, thread_name_prefix="batch")
+        self._threads = ThreadPoolExecutor(_MAX_HELD, thread_name_prefix="batch")
         self._running: dict[str, _Running] = {}
         self._pauses: dict[str, _Pause] = {}
         self._wake = asyncio.Event()
@@ -81,6 +87,7 @@ class BatchRunner:
         self._rounds: asyncio.Task[None] | None = None
         self._trouble = ""
         self._swept_s = 0.0
+        self._next_page = _LOOK_AT
 
     @property
     def _lease_ms(self) -> int:
@@ -131,27 +138,47 @@ class BatchRunner:
                 await self._left(batch_id, one)
             else:
                 await self._keep(batch_id, one)
-        told = [one.control.progress for one in self._running.values()]
-        self._metrics.limited(Counter(progress.limited_by for progress in told if progress is not None))
-        ids = await self._executor.run(self._batches.unfinished(store_id, limit=_LOOK_AT))
+        self._metrics.limited(Counter(one.limited_by for one in self._running.values()))
+        ids = await self._unfinished(store_id)
         reads: list[Call[Any]] = [self._batches.read(batch_id) for batch_id in ids]
         now_ms, *records = await self._executor.run_many([self._reads.server_time_ms(), *reads])
-        self._pauses = {batch_id: pause for batch_id, pause in self._pauses.items() if batch_id in ids}
-        self._metrics.unfinished(Counter(r.shown_state for r in records if r is not None))
+        old_s = time.monotonic() - _LONGEST_PAUSE_S
+        self._pauses = {batch_id: pause for batch_id, pause in self._pauses.items() if pause.until_s > old_s}
+        self._metrics.unfinished(Counter(r.shown_state for r in records[:_LOOK_AT] if r is not None))
         for batch_id, record in zip(ids, records, strict=True):
             if record is None:  # somebody has deleted it
                 await self._executor.run(self._batches.forget(store_id, batch_id))
-            elif record.held_until_ms <= now_ms and self._may_take(batch_id):
+            elif record.held_until_ms <= now_ms and self._may_take(record, now_ms=now_ms):
                 await self._take(record)
         if time.monotonic() - self._swept_s > min(_SWEEP_EVERY_S, self._settings.http_files_ttl_s):
             await self._sweep(store_id, {r.input_file_id for r in records if r is not None})
             self._swept_s = time.monotonic()
 
-    def _may_take(self, batch_id: str) -> bool:
-        pause = self._pauses.get(batch_id)
+    async def _unfinished(self, store_id: str) -> list[str]:
+        """The oldest unfinished batches, and a page of the others: limits may hold up those of a key."""
+        ids = await self._executor.run(self._batches.unfinished(store_id, limit=_LOOK_AT))
+        if len(ids) < _LOOK_AT:
+            return ids
+        page = self._batches.unfinished(store_id, limit=_LOOK_AT, skip=self._next_page)
+        others = await self._executor.run(page)
+        self._next_page = self._next_page + _LOOK_AT if len(others) == _LOOK_AT else _LOOK_AT
+        return list(dict.fromkeys((*ids, *others)))
+
+    def _may_take(self, record: BatchRecord, *, now_ms: int) -> bool:
+        """Whether a batch that nobody runs can be taken now.
+
+        Batches that wait for a limit take no place from others. Of a key with limits one runs at a time, since
+        more would share the limits. One that is to end needs none.
+        """
+        pause = self._pauses.get(record.batch_id)
         is_waiting = pause is not None and time.monotonic() < pause.until_s
-        has_room = len(self._running) < _MAX_RUNNING and not self._is_stopping
-        return has_room and batch_id not in self._running and not is_waiting
+        num_busy = sum(not one.limited_by for one in self._running.values())
+        has_room = num_busy < _MAX_RUNNING and len(self._running) < _MAX_HELD and not self._is_stopping
+        if not has_room or is_waiting or record.batch_id in self._running:
+            return False
+        is_to_end = record.cancelling_ms is not None or record.expires_ms <= now_ms
+        has_another = any(one.record.owner == record.owner for one in self._running.values())
+        return is_to_end or not has_another or not self._api_keys.allowance(record.owner)
 
     async def _take(self, record: BatchRecord) -> None:
         """Run a batch, if nobody else does."""

@@ -139,9 +139,9 @@ class BatchCalls:
 
         return Call(None, (), ("HGETALL", key), or_else(key, parse, dict))
 
-    def unfinished(self, store: str, *, limit: int) -> Call[list[str]]:
-        """The oldest unfinished batches whose files lie in this store."""
-        args = ("ZRANGE", self.keys.open_batches(store), 0, limit - 1)
+    def unfinished(self, store: str, *, limit: int, skip: int = 0) -> Call[list[str]]:
+        """The oldest unfinished batches whose files lie in this store, behind the first `skip` ones."""
+        args = ("ZRANGE", self.keys.open_batches(store), skip, skip + limit - 1)
         return Call(None, (), args, lambda reply: [text(member) for member in reply])
 
     def num_unfinished(self, store: str) -> Call[int]:

@@ -192,6 +192,32 @@ async def test_the_batch_of_a_key_that_is_gone_goes_on(pipeline: Pipeline, tmp_p
         assert len(await ann.gateway.answers(ended.output_file_id)) == 30
 
 
+async def test_batches_that_wait_hold_up_no_others(pipeline: Pipeline, tmp_path: Path) -> None:
+    """Of ann one runs at a time, and bob's are served beside it. One that is cancelled ends before its turn."""
+    pipeline.start("w0")
+    async with owner(pipeline, tmp_path, f"tokens_per_minute=600\nbob {BOB}") as ann:
+        ann.fill(10**7)
+        waiting = [await ann.begin(5) for _ in range(6)]
+        await ann.waits("tokens")
+        bob = BatchGateway(client=ann.gateway.client_of(BOB), http=ann.gateway.http, registry=ann.gateway.registry)
+        theirs = [await bob.begin(lines_of_ids(5), endpoint="/v1/completions") for _ in range(6)]
+        assert {(await bob.ended(batch)).status for batch in theirs} == {"completed"}
+        states = [(await ann.gateway.client.batches.retrieve(batch.id)).status for batch in waiting]
+        assert states == ["in_progress", *["validating"] * 5]
+        await ann.gateway.client.batches.cancel(waiting[3].id)
+        assert (await ann.gateway.ended(waiting[3])).status == "cancelled"
+        ann.redis.delete(ann.limit)
+        assert {(await ann.gateway.ended(one)).status for one in waiting[:3]} == {"completed"}
+
+
+async def test_without_limits_nothing_is_counted(pipeline: Pipeline, tmp_path: Path) -> None:
+    """A key that has none costs no call."""
+    pipeline.start("w0")
+    async with owner(pipeline, tmp_path, "") as ann:
+        ended = await ann.gateway.ended(await ann.begin(20))
+        assert (ended.status, ann.redis.exists(ann.limit), ann.charged) == ("completed", 0, {})
+
+
 async def test_the_next_gateway_charges_no_line_again(pipeline: Pipeline, tmp_path: Path) -> None:
     """The first one stops while lines wait to be computed; the second one settles what ended meanwhile."""
     redis = Redis.from_url(pipeline.settings.redis_url)

@@ -87,6 +87,8 @@ def test_a_file_that_changes_is_read_again(tmp_path: Path, caplog: pytest.LogCap
     file.write_text(f"bob {BOB} requests_per_minute=7\n# and a line more\n")
     assert [keys.caller(f"Bearer {key}") for key in (ANN, BOB)] == [None, "bob"]
     assert keys.allowance("bob").requests_per_minute == 7
+    file.write_text(f"bob {BOB} requests_per_minute=70 # seen by a batch, without a request\n")
+    assert keys.allowance("bob").requests_per_minute == 70
     for breaking in (lambda: file.write_text("ann\n"), lambda: file.write_text("\n"), file.unlink):
         breaking()
         assert [keys.caller(f"Bearer {key}") for key in (ANN, BOB)] == [None, "bob"]
