@@ -7,26 +7,35 @@ end
 
 -- == Endings ==
 
--- Adds to the end of an output what the record says, until it is packed: its reader then needs nothing else.
--- Not with a long body, to which many settings or metadata belong.
-local function add_facts(record, entry)
-  local names = {'body', 'epoch', 'offset', 'crashes', 'stage', 'plan', 'worker', 'prompt_tokens', 'cached_tokens',
-    'max_tokens', 'submitted_ms', 'queued_ms', 'started_ms', 'first_token_ms', 'finished_ms', 'deadline_ms',
-    'finish_reason', 'error', 'field', 'placed'}
-  local values = redis.call('HMGET', record, unpack(names))
-  if #(values[1] or '') > 512 then return end
-  for i, name in ipairs(names) do
-    if values[i] and values[i] ~= '' then entry[#entry + 1], entry[#entry + 2] = name, values[i] end
+-- What the end of an output tells of the record, and what ending it needs.
+local TOLD = {'body', 'epoch', 'offset', 'crashes', 'stage', 'plan', 'worker', 'prompt_tokens', 'cached_tokens',
+  'max_tokens', 'submitted_ms', 'queued_ms', 'started_ms', 'first_token_ms', 'deadline_ms', 'placed'}
+local ENDED = {'state', 'owner', 'client', 'entry', 'followers', 'charge_tokens', 'charge_bytes', 'ttl_ms',
+  'key_ttl_ms', 'blocks', 'wakeup', unpack(TOLD)}
+
+-- The last entry of an output: state and text, and what the record says, with the facts that are stored now. Until it
+-- is packed its reader then needs nothing else. Not with a long body, to which many settings or metadata belong.
+local function last_entry(request, state, text, facts)
+  local entry = {'e', state, 'x', text}
+  if state ~= 'done' or #(request.body or '') > 512 then return entry end
+  for _, name in ipairs(TOLD) do
+    if request[name] and request[name] ~= '' then entry[#entry + 1], entry[#entry + 2] = name, request[name] end
   end
+  for i = 1, #facts, 2 do
+    local is_told = facts[i] == 'finish_reason' or facts[i] == 'error' or facts[i] == 'field'
+    if is_told and facts[i + 1] ~= '' then entry[#entry + 1], entry[#entry + 2] = facts[i], facts[i + 1] end
+  end
+  entry[#entry + 1], entry[#entry + 2] = 'finished_ms', int(now_ms())
+  return entry
 end
 
 -- Ends a request: the only place that writes a terminal state. The caller has checked that it is live.
--- `text` is text held back until the end; `facts` is a flat list of record fields to store.
-local function settle(id, state, text, facts)
+-- `text` is text held back until the end; `facts` is a flat list of record fields to store. `is_let_go`: its owner
+-- holds it no more.
+local function settle(id, state, text, facts, is_let_go)
   local record = P .. 'req:' .. id
-  local request = fields(record, {'state', 'owner', 'stage', 'client', 'worker', 'entry', 'followers', 'charge_tokens',
-    'charge_bytes', 'offset', 'ttl_ms', 'prompt_tokens', 'submitted_ms', 'queued_ms', 'started_ms', 'first_token_ms',
-    'crashes', 'key_ttl_ms', 'deadline_ms', 'cached_tokens', 'blocks', 'wakeup'})
+  local request = fields(record, ENDED)
+  local last = last_entry(request, state, text, facts)
   for _, name in ipairs({'charge_tokens', 'charge_bytes', 'offset', 'ttl_ms', 'prompt_tokens', 'submitted_ms',
     'queued_ms', 'started_ms', 'first_token_ms', 'crashes', 'key_ttl_ms'}) do
     if not whole(request[name]) then request[name] = false end
@@ -40,15 +49,13 @@ local function settle(id, state, text, facts)
     redis.pcall('XACK', P .. 'in', 'd', request.entry)
     redis.pcall('XDEL', P .. 'in', request.entry)
   end
-  if request.owner then redis.call('SREM', P .. 'held:' .. request.owner, id) end
+  if request.owner and not is_let_go then redis.call('SREM', P .. 'held:' .. request.owner, id) end
   if request.state == 'running' and request.owner and state ~= 'done' and state ~= 'failed' then
     hint(request.owner, id)
   end
   forget_wakeup(request)
   redis.call('HDEL', record, 'owner', 'prompt', 'ids', 'entry', 'followers', 'blocks', 'wakeup')
   redis.call('HSET', record, 'state', state, 'finished_ms', int(now), unpack(facts))
-  local last = {'e', state, 'x', text}
-  if state == 'done' then add_facts(record, last) end
   redis.call('XADD', P .. 'out:' .. id, int(offset) .. '-1', unpack(last))
   redis.call('PEXPIRE', P .. 'out:' .. id, ttl)
   ttl = math.max(ttl, tonumber(request.key_ttl_ms or 0))
@@ -105,10 +112,9 @@ end
 -- Returns a running request to a queue, and says why in its ledger. With two crashes to its name it waits to be
 -- run alone, and remembers its stage as `home`; with fewer it does not. `line` has what is to be said besides.
 local function requeue(id, stage, score, line)
-  local record, what = P .. 'req:' .. id, fault(id)
+  local record, request = P .. 'req:' .. id, checked(id, 'owner', 'worker', 'home', 'wakeup')
+  local what = fault(id, request)
   if what then return condemn(id, what) end
-  local request = fields(record, {'owner', 'crashes', 'prompt_tokens', 'offset', 'stage', 'score', 'worker', 'home',
-    'wakeup'})
   if request.owner then redis.call('SREM', P .. 'held:' .. request.owner, id) end
   if stage == '' then stage = request.stage end
   if tonumber(request.crashes) >= 2 then

@@ -21,7 +21,7 @@ for _, id in ipairs(ids) do
   local record = P .. 'req:' .. id
   local request = fields(record, {'state', 'stage', 'prompt_tokens', 'offset', 'score'})
   local is_here = request.state == 'queued' and request.stage == from
-  local what = is_here and fault(id)
+  local what = is_here and fault(id, checked(id))
   if what then
     condemn(id, what)
   elseif is_here then

@@ -14,7 +14,7 @@ for i = 1, #blamed, 2 do
   local record = P .. 'req:' .. id
   local request = fields(record, {'state', 'stage', 'crashes', 'score', 'prompt_tokens', 'offset', 'home'})
   local is_leased_or_waiting = request.state == 'queued' or request.state == 'running'
-  local what = is_leased_or_waiting and fault(id)
+  local what = is_leased_or_waiting and fault(id, checked(id))
   if what then
     condemn(id, what)
   elseif is_leased_or_waiting and not stands[id] and tonumber(request.crashes) > 0 then

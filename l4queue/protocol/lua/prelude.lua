@@ -88,7 +88,7 @@ end
 -- == Sums ==
 
 -- Calls of one batch share them: they are written once, by `finish` at its end (wakeups.lua, epilogue.lua).
-local sums, arrivals, lives = {}, {}, {}
+local sums, arrivals, lives, read = {}, {}, {}, {}
 
 -- Adds to a field of a hash.
 local function add(key, field, by)
@@ -136,18 +136,27 @@ local function given(id)
   return bits and redis.call('SETBIT', P .. 'given', tonumber(bits, 16), 1) == 1
 end
 
+-- Fields by which a record is judged. From `deadline_ms` on they need not be there.
+local CHECKED = {'state', 'stage', 'score', 'epoch', 'offset', 'crashes', 'charge_tokens', 'charge_bytes', 'ttl_ms',
+  'submitted_ms', 'prompt_tokens', 'deadline_ms', 'queued_ms', 'started_ms', 'first_token_ms', 'moved_ms'}
+
+-- Those, and more, of a record.
+local function checked(id, ...)
+  local names = {...}
+  for i = 1, #CHECKED do names[#names + 1] = CHECKED[i] end
+  return fields(P .. 'req:' .. id, names)
+end
+
 -- Name of the field that no script can work on in the record of a live request; nil where the record is sound.
-local function fault(id)
+-- `request` is what `checked` gave.
+local function fault(id, request)
   if not string.find(id, '^[!-+%-.-~]+$') then return 'id' end
-  local names = {'state', 'stage', 'score', 'epoch', 'offset', 'crashes', 'charge_tokens', 'charge_bytes', 'ttl_ms',
-    'submitted_ms', 'prompt_tokens', 'deadline_ms', 'queued_ms', 'started_ms', 'first_token_ms', 'moved_ms'}
-  local values = redis.call('HMGET', P .. 'req:' .. id, unpack(names))
-  local state, stage = values[1], values[2]
-  local score = string.find(values[3] or '', '^-?%d[%d.]*[eE]?[-+]?%d*$') and tonumber(values[3])
-  local is_routed = state ~= 'submitted'
-  for i = 4, #names do  -- the times from `deadline_ms` on need not be there
-    local is_needed = i < 11 or i == 11 and is_routed
-    if not whole(values[i]) and (values[i] or is_needed) then return names[i] end
+  local stage = request.stage
+  local score = string.find(request.score or '', '^-?%d[%d.]*[eE]?[-+]?%d*$') and tonumber(request.score)
+  local is_routed = request.state ~= 'submitted'
+  for i = 4, #CHECKED do
+    local value, is_needed = request[CHECKED[i]], i < 11 or i == 11 and is_routed
+    if not whole(value) and (value or is_needed) then return CHECKED[i] end
   end
   if not is_routed then return nil end
   if not stage or not string.find(stage, '^[!-~]') or string.find(stage, '^[^@].*[^!-~]') then return 'stage' end

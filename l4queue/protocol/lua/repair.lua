@@ -33,7 +33,7 @@ local function move_back(ahead)
 end
 
 if not is_live(request.state) then return 'FINE' end
-local what = fault(id)
+local what = fault(id, checked(id))
 if what then
   condemn(id, what)
   return mended('RECORD')

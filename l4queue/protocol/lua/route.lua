@@ -8,7 +8,7 @@
 --       16 version of the plan that its caller has seen ('' = any): where another is in force, nothing is done
 -- Notes when a request that is not background last came to the stage: workers then hold back the others.
 -- Returns 'OK' | 'DUP' | 'STALE:<version>' (of the plan in force: decide anew)
-local inbox, record, hist = unpack(KEYS)
+local record, hist = unpack(KEYS, 2, 3)
 local id, entry, stage, score = unpack(ARGV, 1, 4)
 local prompt_tokens, max_tokens, charge_tokens = tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[11])
 local ids, plan, bucket, why, body = ARGV[7], ARGV[8], ARGV[9], ARGV[10], ARGV[12]
@@ -33,14 +33,13 @@ local function holders(keys, size, block_tokens)
   return #found > 0 and cjson.encode(told) or ''
 end
 
-local request = fields(record, {'state', 'charge_tokens', 'charge_bytes'})
+local request = checked(id)
 if request.state == 'submitted' and ARGV[16] ~= '' and plan_in_force() ~= ARGV[16] then
   return 'STALE:' .. plan_in_force()
 end
-redis.call('XACK', inbox, 'd', entry)
-redis.call('XDEL', inbox, entry)
+read[#read + 1] = entry
 if request.state ~= 'submitted' then return 'DUP' end
-local what = fault(id)
+local what = fault(id, request)
 if what then
   condemn(id, what)
   return 'DUP'
@@ -60,9 +59,6 @@ count('live_tokens', tokens - request.charge_tokens)
 count('prompt_tokens', prompt_tokens)
 add(hist, 'a:' .. bucket, 1)
 add(hist, 'p:' .. bucket, prompt_tokens)
-if tonumber(score) < BACKGROUND and string.sub(stage, 1, 1) ~= '@' then
-  redis.call('HSET', P .. 'foreground', stage, int(now_ms()))
-end
 if why ~= '' then redis.call('HSET', record, 'why', why) end
 if body ~= '' then redis.call('HSET', record, 'body', body) end
 if ARGV[13] ~= '' then
@@ -72,4 +68,5 @@ if ARGV[13] ~= '' then
 end
 charge(record, footprint(record) - (request.charge_bytes or 0))
 enqueue(id, stage, score, prompt_tokens)
+if tonumber(score) < BACKGROUND and string.sub(stage, 1, 1) ~= '@' then arrivals[stage].is_foreground = true end
 return 'OK'

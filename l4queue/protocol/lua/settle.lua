@@ -18,20 +18,20 @@ if not have then
   condemn(id, 'offset')
   return 'FENCED'
 end
+if upto ~= have and from ~= have then return 'GAP:' .. request.offset end
+-- needs no memory: a full server refuses a script whose first write does
+redis.call('SREM', P .. 'held:' .. incarnation, id)
 if upto ~= have then
-  if from ~= have then return 'GAP:' .. request.offset end
-  -- needs no memory: a full server refuses a script whose first write does
-  redis.call('SREM', P .. 'held:' .. incarnation, id)
   if not append(out, upto, ids, text, from == 0 and cached or '', logprobs, request.followers) then
     condemn(id, 'output')
     return 'FENCED'
   end
-  redis.call('HSET', record, 'offset', int(upto), cached_fact(cached))
+  local made = {'offset', int(upto), cached_fact(cached)}
+  if not request.first_token_ms then made[#made + 1], made[#made + 2] = 'first_token_ms', int(now_ms()) end
+  redis.call('HSET', record, unpack(made))
   resumed(record, request.moved_ms)
-  if not request.first_token_ms then redis.call('HSET', record, 'first_token_ms', int(now_ms())) end
 elseif cached ~= '' then
-  redis.call('HDEL', record, '-')  -- needs no memory: as above
   redis.call('HSET', record, cached_fact(cached))
 end
-settle(id, state, held_text, {'finish_reason', reason, 'error', why, 'field', field, 'settled_epoch', epoch})
+settle(id, state, held_text, {'finish_reason', reason, 'error', why, 'field', field, 'settled_epoch', epoch}, true)
 return 'OK'

@@ -47,7 +47,8 @@ if not known and is_keyed then
 end
 if known then return known end
 
-local tokens, bytes, drained = unpack(redis.call('HMGET', counts, 'live_tokens', 'live_bytes', 'drain_tokens_per_s'))
+local tokens, bytes, drained, submitted = unpack(redis.call('HMGET', counts, 'live_tokens', 'live_bytes',
+  'drain_tokens_per_s', 'submitted'))
 tokens, bytes = counted('live_tokens', tokens), counted('live_bytes', bytes)
 if tokens > 0 and tokens + charge_tokens > max_tokens or bytes > 0 and bytes + charge_bytes > max_bytes then
   redis.pcall('HINCRBY', counts, 'rejected', 1)  -- pcall: a server out of memory may refuse to count, not to answer
@@ -55,9 +56,9 @@ if tokens > 0 and tokens + charge_tokens > max_tokens or bytes > 0 and bytes + c
 end
 
 local now, id, record = now_ms(), first_id, first_record
-local number = redis.call('HINCRBY', counts, 'submitted', 1)
+count('submitted', 1)
 if is_keyed and given(id) then
-  id = id .. '-' .. int(number)
+  id = id .. '-' .. int(counted('submitted', submitted))
   record = P .. 'req:' .. id
   redis.call('SET', P .. 'key:' .. first_id, id, 'PX', 2592000000)  -- from the end on as long as the record
 end

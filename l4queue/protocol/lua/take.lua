@@ -36,8 +36,6 @@ local backlog_ms, request_ms, token_ms = tonumber(ARGV[19]), tonumber(ARGV[20]),
 local may_steal, is_by_choice = ARGV[22] == '1', ARGV[23] == '1'
 local now = now_ms()
 local overdue = now - tonumber(ARGV[18])
-local FIELDS = {'state', 'owner', 'epoch', 'body', 'ids', 'offset', 'prompt_tokens', 'crashes', 'score',
-  'submitted_ms', 'deadline_ms', 'stage', 'from', 'kv'}
 local is_solo, is_private = stage == 'solo', string.sub(stage, 1, 1) == '@'
 local is_stolen = not is_solo and not is_private and own_stage ~= stage
 if is_solo then most = math.min(1, most) end
@@ -103,7 +101,7 @@ local function drop(id, request)
     dequeue(id, stage, 0)
     return true
   end
-  local what = fault(id) or (not request.body or not request.ids or #request.ids % 4 > 0) and 'ids'
+  local what = fault(id, request) or (not request.body or not request.ids or #request.ids % 4 > 0) and 'ids'
   if what then
     condemn(id, what)
     return true
@@ -124,6 +122,11 @@ local function fits(tokens, is_back)
 end
 
 -- == Lease: the request is the worker's ==
+
+-- A record, with all that a grant tells.
+local function granted(id)
+  return checked(id, 'owner', 'body', 'ids', 'from', 'kv')
+end
 
 -- Adds a grant to the reply.
 local function grant(id, request)
@@ -195,7 +198,7 @@ if not expiry then return {'LOST'} end
 local last = fields(worker, {'nonce', 'grants', 'alone', 'ready', 'eager'})
 if last.nonce == nonce then  -- a repeat: the same grants, as far as they are still the worker's
   for id, epoch in string.gmatch(last.grants or '', '([^ ,]+),(%d+)') do
-    local request = fields(P .. 'req:' .. id, FIELDS)
+    local request = granted(id)
     if is_owner(request, incarnation, epoch) then grant(id, request) end
   end
   return reply
@@ -212,7 +215,7 @@ repeat  -- again for those that were only dropped; bounded, as nobody else is se
     local id, class, is_back, found, why = unpack(entry)
     if left <= 0 then break end
     if not is_back or background > 0 then
-      local request = fields(P .. 'req:' .. id, FIELDS)
+      local request = granted(id)
       local tokens = (tonumber(request.prompt_tokens) or 0) + (tonumber(request.offset) or 0)
       if drop(id, request) then
         gone, left = gone + 1, left - 1

@@ -51,10 +51,9 @@ local function first_simple(stage)
   local queue = P .. 'q:' .. stage
   local id, last = redis.call('ZRANGE', queue, 0, 0)[1], redis.call('ZRANGE', queue, -1, -1, 'WITHSCORES')
   if not id or tonumber(last[2]) >= BACKGROUND then return nil end
-  local request = fields(P .. 'req:' .. id, {'state', 'stage', 'epoch', 'body', 'ids', 'prompt_tokens', 'score',
-    'submitted_ms', 'deadline_ms'})
+  local request = checked(id, 'body', 'ids')
   local is_new = request.state == 'queued' and request.stage == stage and request.epoch == '0'
-  if not is_new or fault(id) or not request.body or not request.ids or #request.ids % 4 > 0 then return nil end
+  if not is_new or fault(id, request) or not request.body or not request.ids or #request.ids % 4 > 0 then return nil end
   if #request.body + #request.ids > 2048 then return nil end  -- chosen: longer ones gain little, and fill the stream
   if request.deadline_ms and tonumber(request.deadline_ms) <= now_ms() then return nil end
   return id, request
@@ -119,6 +118,7 @@ end
 -- Wakes one worker for each new request of a queue. Where too few of the stage are ready, two that may steal it
 -- are drawn, and all of an earlier release are told.
 local function wake(stage, arrival)
+  if arrival.is_foreground then redis.call('HSET', P .. 'foreground', stage, int(now_ms())) end
   if string.find(stage, '^%d') then
     if wake_ready(stage, arrival.id, arrival.num) == 0 then return end
     for _, thief in ipairs(redis.call('SRANDMEMBER', P .. 'thieves', 2)) do
@@ -129,6 +129,10 @@ local function wake(stage, arrival)
 end
 
 local function finish()
+  if #read > 0 then
+    redis.call('XACK', P .. 'in', 'd', unpack(read))
+    redis.call('XDEL', P .. 'in', unpack(read))
+  end
   for key, sum in pairs(sums) do
     for field, by in pairs(sum) do redis.call('HINCRBY', key, field, int(by)) end
   end
