@@ -91,7 +91,7 @@ class PrefillSplit(Policy):
 
 
 class LoadSplit(PrefillSplit):
-    """As many engines prefill as the prefill's share of the work that was seen, and that changes with the load.
+    """As many engines prefill as make both parts equally busy with the work that was seen.
 
     Prefill counts without what was cached. Every ten seconds one engine may change its role: the one with the
     least to do in its old role, which it brings to an end. The fleet begins with half of its engines for each.
@@ -121,21 +121,21 @@ class LoadSplit(PrefillSplit):
         super().on_started(instance, requests, now_s)
 
     def on_finished(self, instance: Instance, requests: Sequence[SimRequest], now_s: float) -> None:
-        """So are their outputs."""
+        """So are their outputs: each token its share of a step of as many like it as an engine holds."""
+        cost = self.cluster.cost
         for request in requests:
-            self._decode_ms += running_work_ms(
-                1, request.prompt_tokens, expected_remaining_tokens=request.generated - 1, cost=self.cluster.cost
-            )
+            batch = max(1.0, min(cost.max_num_seqs, cost.kv_capacity_tokens / request.length))
+            steps, tokens = request.generated - 1, request.prompt_tokens
+            own_ms = running_work_ms(1, tokens, expected_remaining_tokens=steps, cost=cost)
+            self._decode_ms += own_ms + steps * cost.alpha_ms / batch
         super().on_finished(instance, requests, now_s)
 
     def on_tick(self, now_s: float) -> None:
         """One engine changes its role where the shares of the work ask for it."""
-        if not self._is_split:
+        if not self._is_split or not self._prefill_ms + self._decode_ms:
             return
-        work_ms = self._prefill_ms + self._decode_ms
-        most = len(self.cluster.instances) - 1
-        wanted = round((most + 1) * self._prefill_ms / work_ms) if work_ms else len(self._prefilling)
-        wanted = min(most, max(1, wanted))
+        number = len(self.cluster.instances)
+        wanted = min(range(1, number), key=lambda n: max(self._prefill_ms / n, self._decode_ms / (number - n)))
         if wanted > len(self._prefilling):
             freed = min(self._decoding, key=self._step_ms)
             self._decoding.remove(freed)
