@@ -24,7 +24,8 @@ RIVALS = ("least-requests", *AFFINITY)
 SERVED = ("round-robin", "session-sticky", "cache-aware", "llm-d", "central")
 DRAWING = ("l4", "random", "power-of-two", "llm-d", "dynamo-kv")
 """Policies that draw lots: others give the same run of a recorded trace with every seed."""
-MOVING = ("l4", "llumnix", "split")
+SPLITS = ("split", "split-by-load")
+MOVING = ("l4", "llumnix", *SPLITS)
 """Policies for which the link makes a difference."""
 BY_AFFINITY = ("affinity", "escape", "running-steals", "late-binding", "order")
 BY_STAGES = ("classes", "hand-over", "stealing", "escape", "order")
@@ -77,8 +78,8 @@ class Grid:
 
     def splits(self) -> Iterator[Spec]:
         """Prefill apart from decode, with each link that there may be."""
-        for case, link, seed in product(self.known, (FAST_LINK, HOST_LINK), SEEDS):
-            yield run(case, seed=seed, policy="split", gb_per_s=link)
+        for case, link, seed, name in product(self.known, (FAST_LINK, HOST_LINK), SEEDS, SPLITS):
+            yield run(case, seed=seed, policy=name, gb_per_s=link)
 
     def pools(self) -> Iterator[Spec]:
         """Two pools by length, tuned on the trace."""

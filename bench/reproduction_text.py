@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import product
 
 from reproduction_cases import LEAST_STEP, LOAD_STEP, Spec
 from reproduction_figures import LEAST_HITS, LONG, MEAN, MEAN_FLOORS, MOST_MEAN, OTHER_FLOORS, P99, TTFT, Compared
@@ -23,6 +24,7 @@ from reproduction_grid import (
     SERVED,
     SERVED_REQUESTS,
     SHARE,
+    SPLITS,
     Grid,
     run,
 )
@@ -100,6 +102,7 @@ class Tables:
             "`split`: mean",
             "p99",
             "TTFT mean",
+            "`split-by-load`: mean",
         )
         floors = " / ".join(f"{floor:.2f}" for floor in MEAN_FLOORS.values())
         others = [f"{floor:.2f}" for floor in OTHER_FLOORS.values()]
@@ -111,7 +114,7 @@ class Tables:
             *others,
             "",
             LEAST_HITS,
-            *[""] * 4,
+            *[""] * 5,
         )
         for spec, best, seeds in self._windows(LINKS):
             ratios = self.runs.first_ratios(spec, best, seeds)
@@ -124,15 +127,16 @@ class Tables:
                 f"{self.runs.average(spec, 'cached_share', seeds):.1%}".replace("%", " %"),
                 ratios["hits"],
                 f"{self.runs.ratio(spec, replace(spec, policy='round-robin'), MEAN, seeds).average:.2f}",
-                *self._split(spec, best),
+                *self._split(spec, best, keys=(MEAN, P99, TTFT)),
+                *self._split(spec, best, policy="split-by-load"),
             )
 
-    def _split(self, spec: Spec, best: str) -> list[str]:
-        split = replace(spec, policy="split")
+    def _split(self, spec: Spec, best: str, *, policy: str = "split", keys: Sequence[str] = (MEAN,)) -> list[str]:
+        split = replace(spec, policy=policy)
         seeds = [seed for seed in self.runs.seeds(split, (best,)) if spec.gb_per_s]
         if not seeds:
-            return [""] * 3
-        ratios = [self.runs.ratio(split, replace(spec, policy=best), key, seeds) for key in (MEAN, P99, TTFT)]
+            return [""] * len(keys)
+        ratios = [self.runs.ratio(split, replace(spec, policy=best), key, seeds) for key in keys]
         return [f"{ratio.average:.2f}" if ratio.average < MANY else f"{ratio.average:.0f}" for ratio in ratios]
 
     def _floors(self) -> Iterator[str]:
@@ -196,7 +200,7 @@ class Tables:
                     seeds = self.runs.seeds(spec, RIVALS)
                     ratios = [self.runs.ratio(spec, replace(spec, policy=best), key, seeds) for key in keys]
                     cells += [f"`{best}`", ratios[0], *(f"{one.average:.2f}" for one in ratios[1:])]
-                    cells.append(self._split(spec, best)[0])
+                    cells += self._split(spec, best)
                 else:
                     yield row(f"`{case}`", told(link), *cells)
 
@@ -293,7 +297,8 @@ class LongTables:
     def _table(self, title: str, spec: Spec, names: Sequence[str]) -> Iterator[str]:
         links = sorted({*LINKS, FAST_LINK})
         specs = {f"`{name}`": replace(spec, policy=name) for name in names}
-        specs |= {f"`split`, {told(link)}": replace(spec, policy="split", gb_per_s=link) for link in links[1:]}
+        for name, link in product(SPLITS, links[1:]):
+            specs[f"`{name}`, {told(link)}"] = replace(spec, policy=name, gb_per_s=link)
         specs |= {f"`l4`, {told(link)}": replace(spec, gb_per_s=link) for link in links}
         for without in ("affinity", *(f"affinity, {name}" for name in BY_STAGES), *BY_AFFINITY[1:]):
             less = replace(spec, without=tuple(without.split(", ")))

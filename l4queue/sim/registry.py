@@ -10,6 +10,7 @@ from l4queue.sim.policies.central import Central, CentralSjf, Clairvoyant
 from l4queue.sim.policies.l4 import L4, L4Options
 from l4queue.sim.policies.l4_prefixes import PrefixL4
 from l4queue.sim.policies.length_blind import LeastRequests, LeastTokens, Llumnix, PowerOfTwo, Random, RoundRobin
+from l4queue.sim.policies.split import LoadSplit
 from l4queue.sim.policy import Policy
 from l4queue.sim.prove import prove_recent
 from l4queue.sim.runner import RunConfig
@@ -29,6 +30,7 @@ _SIMPLE: Mapping[str, Callable[[], Policy]] = {
     "cache-aware": CacheAware,
     "llm-d": LlmD,
     "dynamo-kv": DynamoKv,
+    "split-by-load": LoadSplit,
     "central": Central,
     "central-sjf": CentralSjf,
     "clairvoyant": Clairvoyant,
@@ -42,6 +44,7 @@ POLICIES = (
     "power-of-two",
     "two-pool",
     "split",
+    "split-by-load",
     "llumnix",
     "session-sticky",
     "cache-aware",

@@ -16,7 +16,7 @@ from l4queue.sim.engine.request import SimRequest
 from l4queue.sim.policies.affinity import CacheAware, DynamoKv, LlmD, SessionSticky
 from l4queue.sim.policies.central import Central, CentralSjf, Clairvoyant, TwoPool
 from l4queue.sim.policies.length_blind import LeastRequests, LeastTokens, Llumnix, PowerOfTwo, Random, RoundRobin
-from l4queue.sim.policies.split import PrefillSplit
+from l4queue.sim.policies.split import LoadSplit, PrefillSplit
 from l4queue.sim.policy import Policy
 from l4queue.sim.runner import RunConfig, run_policy
 from l4queue.sim.traces.trace import Trace
@@ -58,6 +58,7 @@ POLICIES: list[Callable[[], Policy]] = [
     Clairvoyant,
     lambda: TwoPool(threshold_tokens=1000, num_short=2),
     lambda: PrefillSplit(num_prefill=2),
+    LoadSplit,
 ]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -9,7 +11,7 @@ from l4queue.cost.move import MovePrice
 from l4queue.cost.step import StepCost
 from l4queue.sim.cluster import Cluster
 from l4queue.sim.engine.request import Chain, SimRequest
-from l4queue.sim.policies.split import PrefillSplit
+from l4queue.sim.policies.split import LoadSplit, PrefillSplit
 from l4queue.sim.runner import RunConfig, run_policy
 from l4queue.sim.traces.trace import Trace
 from l4queue.sim.tuning import tune_split
@@ -113,3 +115,50 @@ def test_one_engine_is_not_split() -> None:
         output_tokens=np.array([2], dtype=np.int64),
     )
     assert tune_split(trace, RunConfig(cost=COST, num_instances=1)).num_prefill == 0
+
+
+def test_the_split_by_load_follows_the_share_of_prefill_one_engine_at_a_time() -> None:
+    """Eight engines; long prompts, then long outputs, then neither."""
+    rng = np.random.default_rng(5)
+    rows = [(at_s, 12_000, 5) for at_s in np.arange(0.0, 300.0, 1.0)]
+    rows += [(at_s, 50, 800) for at_s in np.arange(300.0, 900.0, 0.5)]
+    requests = [
+        made(i, float(at_s + rng.uniform(0, 0.1)), prompt=prompt, output=output)
+        for i, (at_s, prompt, output) in enumerate(rows)
+    ]
+    policy, seen = LoadSplit(), []
+
+    def watch(cluster: Cluster) -> None:
+        seen.append((cluster.now_s, policy.num_prefilling))
+
+    Cluster(
+        requests,
+        cost=COST,
+        num_instances=8,
+        policy=policy,
+        rng=np.random.default_rng(0),
+        price=LINK,
+        observe=watch,
+    ).run()
+
+    assert all(r.generated == r.output_tokens for r in requests)
+    assert seen[0][1] == 4
+    assert {number for at_s, number in seen if 100 < at_s < 300} == {7}
+    assert {number for at_s, number in seen if 850 < at_s < 900} == {1}
+    assert all(abs(b[1] - a[1]) <= 1 for a, b in itertools.pairwise(seen))
+
+
+@pytest.mark.parametrize("num_instances", [1, 2, 3])
+def test_a_small_fleet_keeps_an_engine_for_each_part(num_instances: int) -> None:
+    requests = [made(i, 0.5 * i, prompt=3_000, output=1 + 20 * (i % 2)) for i in range(100)]
+    policy = LoadSplit()
+    Cluster(
+        requests,
+        cost=COST,
+        num_instances=num_instances,
+        policy=policy,
+        rng=np.random.default_rng(0),
+        price=LINK,
+    ).run()
+    assert all(r.generated == r.output_tokens for r in requests)
+    assert 1 <= policy.num_prefilling <= max(1, num_instances - 1)
