@@ -37,7 +37,7 @@ from l4queue.sim.policies.l4 import L4, L4Options
 from l4queue.sim.policies.views import worker_id
 from l4queue.sim.policy import Policy
 from l4queue.sim.prove import prove_recent
-from l4queue.sim.replay import MAX_ARRIVALS
+from l4queue.sim.records import MAX_ARRIVALS
 from l4queue.sim.results import Measured, SimResult, summarize
 from l4queue.sim.runner import RunConfig, run_policy
 from l4queue.sim.traces.trace import Trace, read_trace

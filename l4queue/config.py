@@ -199,8 +199,10 @@ class Settings(BaseSettings):
     )
     slo_ttft_ms: float = Field(5000.0, gt=0, description="service level of goodput: time to the first token, ms")
     slo_tpot_ms: float = Field(100.0, gt=0, description="service level of goodput: time per output token, ms")
-    prefix_affinity: bool = Field(
-        False, description="requests go where their prompt is cached; one stage for all (docs/prefix-affinity.md)"
+    prefix_affinity: Literal["auto", "true", "false"] = Field(
+        "auto",
+        description="requests go where their prompt is cached, in one stage; auto: where a replay of what came "
+        "proves it (docs/prefix-affinity.md)",
     )
     plan_min_gain: float = Field(0.05, ge=0, description="least predicted gain for a new plan")
     plan_min_life_s: float = Field(20.0, ge=0, description="a plan lives at least so long, s")

@@ -278,7 +278,8 @@ class StagePlan:
 class Plan:
     """Ordered stages that cover [0, ∞) once. `version` rises by one with each publication; 0 is the
     plan of an empty deployment: one stage that everybody serves. Under another `routing` than `l4` the planner
-    rests, and workers neither steal nor hand over."""
+    rests, and workers neither steal nor hand over. With `prefix_affinity` there is one stage, and requests go
+    where their prompt is cached (docs/prefix-affinity.md)."""
 
     version: int
     stages: tuple[StagePlan, ...]
@@ -287,6 +288,7 @@ class Plan:
     objective: float | None = None
     objective_one_stage: float | None = None
     routing: Routing = Routing.L4
+    prefix_affinity: bool = False
     details: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -299,6 +301,10 @@ class Plan:
     def highs(self) -> tuple[int, ...]:
         """Upper ends of all stages but the last, ascending, tokens."""
         return tuple(stage.high_tokens for stage in self.stages if stage.high_tokens is not None)
+
+    def goes_by_prefix(self, setting: str) -> bool:
+        """Whether requests go where their prompt is cached, with this setting (`Settings.prefix_affinity`)."""
+        return self.prefix_affinity if setting == "auto" else setting == "true"
 
     def stage_of(self, length_tokens: int) -> int:
         """Index of the stage whose range holds the length; a boundary belongs to the upper stage."""

@@ -18,22 +18,29 @@ __all__ = ("NewerPlan", "check_plan", "plan_from_json", "plan_to_json", "split_o
 MAX_PLAN_BYTES = 16 * 2**20
 """Largest plan that is read, bytes."""
 _MAX_SHOWN_CHARS = 80  # of a wrong value in an error: one terminal line
+_AFFINITY = (
+    "prefix_affinity"  # among the details: the first release refuses plans with fields that it does not know
+)
 
 
 class NewerPlan(ConfigError):
     """A plan that only a newer release understands: its planner's business, and nothing to repair."""
 
 
-def split_of(stages: Sequence[StagePlan]) -> dict[str, list[int]]:
-    """Boundaries and workers of stages, as decision logs and reports tell them."""
-    return {"boundaries": [s.low_tokens for s in stages[1:]], "workers": [s.num_workers for s in stages]}
+def split_of(stages: Sequence[StagePlan], *, prefix_affinity: bool = False) -> dict[str, Any]:
+    """Boundaries and workers of stages, and prefix affinity, as decision logs and reports tell them."""
+    split = {"boundaries": [s.low_tokens for s in stages[1:]], "workers": [s.num_workers for s in stages]}
+    return {**split, _AFFINITY: True} if prefix_affinity else split
 
 
 def plan_to_json(plan: Plan) -> str:
     """Compact JSON with sorted keys: the same plan gives the same bytes. ConfigError for NaN or infinity."""
     check_plan(plan)
     try:
-        return json.dumps(asdict(plan), sort_keys=True, separators=(",", ":"), allow_nan=False)
+        told = asdict(plan)
+        if told.pop(_AFFINITY):
+            told["details"][_AFFINITY] = True
+        return json.dumps(told, sort_keys=True, separators=(",", ":"), allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"plan {plan.version} cannot be written as JSON: {error}") from None
 
@@ -54,6 +61,7 @@ def plan_from_json(text: str | bytes) -> Plan:
     if version > FORMAT:
         raise NewerPlan(f"plan.v is {version}; this release knows up to {FORMAT}")
     stages = tuple(_stage(i, item) for i, item in enumerate(data["stages"]))
+    details = dict(_mapping(data.get("details", {}), "details"))
     plan = Plan(
         version=_whole(data.get("version"), "version"),
         stages=stages,
@@ -62,16 +70,24 @@ def plan_from_json(text: str | bytes) -> Plan:
         objective=_number(data.get("objective"), "objective"),
         objective_one_stage=_number(data.get("objective_one_stage"), "objective_one_stage"),
         routing=_routing(data.get("routing", Routing.L4)),
-        details=_mapping(data.get("details", {}), "details"),
+        prefix_affinity=_truth(details.pop(_AFFINITY, False), f"details.{_AFFINITY}"),
+        details=details,
     )
     check_plan(plan)
     return plan
 
 
 def check_plan(plan: Plan) -> None:
-    """ConfigError unless the stages cover [0, ∞) once, in order, with counts ≥ 0 and no worker twice."""
+    """ConfigError unless the stages cover [0, ∞) once, in order, with counts ≥ 0 and no worker twice.
+
+    With prefix affinity there is one, and no `details` has its name.
+    """
     if not plan.stages:
         raise ConfigError(f"plan {plan.version} has no stages")
+    if plan.prefix_affinity and len(plan.stages) > 1:
+        raise ConfigError(f"plan {plan.version}: with {_AFFINITY} there is one stage, not {len(plan.stages)}")
+    if _AFFINITY in plan.details:
+        raise ConfigError(f"plan {plan.version}: {_AFFINITY} is a field of its own, none of its details")
     low = 0
     seen: set[str] = set()
     for i, stage in enumerate(plan.stages):
@@ -110,6 +126,12 @@ def _stage(index: int, item: Any) -> StagePlan:
 def _whole(value: Any, name: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_NUMBER:
         raise ConfigError(f"plan.{name} must be a whole number in [0, 2^53], got {_shown(value)}")
+    return value
+
+
+def _truth(value: Any, name: str) -> bool:
+    if not isinstance(value, bool):
+        raise ConfigError(f"plan.{name} must be true or false, got {_shown(value)}")
     return value
 
 

@@ -37,7 +37,8 @@ from l4queue.protocol.keys import Keys
 from l4queue.protocol.reads import FinishedRequest, Reads
 from l4queue.protocol.upkeep import Upkeep
 from l4queue.sim.policies.l4 import L4Options
-from l4queue.sim.replay import MAX_ARRIVALS, Changed, RecordedArrival, make_replay
+from l4queue.sim.records import MAX_ARRIVALS, Changed, RecordedArrival
+from l4queue.sim.replay import make_replay
 
 __all__ = ("refine_once", "replan_once")
 
@@ -157,8 +158,10 @@ async def _replan(executor: AsyncExecutor, settings: Settings) -> str:
     known = await _learn(executor, settings, overview)
     snapshot, learned = await _snapshot(executor, settings, overview, known), known.learned
     settled = why_settled(snapshot, _planner_settings(settings, known.price), learned)
-    if settings.prefix_affinity:
+    if settings.prefix_affinity == "true":
         decision = _without_stages(overview)
+    elif settings.prefix_affinity == "false" and overview.plan.prefix_affinity:
+        decision = _without_affinity(overview)
     elif settled is not None:
         decision = Decision(publish=False, plan=overview.plan, reason=settled)
     else:
@@ -277,10 +280,17 @@ def _planner_settings(settings: Settings, price: MovePrice) -> PlannerSettings:
 def _without_stages(overview: Overview) -> Decision:
     """One stage: requests go by what workers hold of them (docs/prefix-affinity.md)."""
     plan, reason = overview.plan, "prefix affinity: stages are left out"
-    if len(plan.stages) > 1:
-        num_workers, version = len(overview.workers), plan.version + 1
-        plan = Plan.one_stage(version=version, num_workers=num_workers, reason=reason)
+    if not plan.prefix_affinity:
+        one = Plan.one_stage(version=plan.version + 1, num_workers=len(overview.workers), reason=reason)
+        plan = replace(one, prefix_affinity=True, created_ms=overview.now_ms)
     return Decision(publish=plan is not overview.plan, plan=plan, reason=reason)
+
+
+def _without_affinity(overview: Overview) -> Decision:
+    """The same plan without prefix affinity, which the settings switch off; stages come with the next rounds."""
+    plan, reason = overview.plan, "prefix affinity is switched off"
+    new = replace(plan, version=plan.version + 1, prefix_affinity=False, reason=reason, details={})
+    return Decision(publish=True, plan=new, reason=reason)
 
 
 def _decide(
@@ -295,13 +305,18 @@ def _decide(
 def _replay(
     snapshot: Snapshot, settings: Settings, finished: Sequence[FinishedRequest], known: _Known
 ) -> Replay | None:
-    """Traffic on which plans are replayed; None where too little has finished since it changed."""
+    """Traffic on which plans are replayed; None where too little has finished since it changed.
+
+    The content of prompts counts where engines tell of prefix caches, and plans may use them.
+    """
+    is_told = settings.prefix_affinity == "auto" and any(load.num_prompt_tokens for load in snapshot.loads)
     arrivals = [
         RecordedArrival(
             arrival_s=request.submitted_ms / 1000,
             input_tokens=request.prompt_tokens,
             output_tokens=request.output_tokens,
             e2e_s=(request.finished_ms - request.submitted_ms) / 1000,
+            blocks=request.blocks if is_told else b"",
         )
         for request in finished
         if request.state == RequestState.DONE
@@ -320,6 +335,7 @@ def _replay(
             ageing_tokens_per_s=settings.ageing_tokens_per_s,
         ),
         changed=Changed.of(known.learned, snapshot),
+        needs_content=snapshot.plan.prefix_affinity,
     )
 
 
@@ -344,7 +360,7 @@ async def _backlog(
 def _log_line(decision: Decision) -> str:
     considered = [
         {
-            **split_of(candidate.stages),
+            **split_of(candidate.stages, prefix_affinity=candidate.prefix_affinity),
             "objective": candidate.objective if candidate.objective < float("inf") else None,
             "scored": candidate.scored,
             "moves": candidate.num_moves,

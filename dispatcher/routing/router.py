@@ -24,6 +24,8 @@ __all__ = ("Place", "Router")
 _MAX_ALTERNATIVES = 4
 """Stages not chosen that `explain` names. Chosen: they are stored with every request."""
 
+_BY_PREFIX = '{"stage":0,"reason":"prefix affinity"}'
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
@@ -102,7 +104,8 @@ class Router:
         score = queue_order.in_class(score, priority=priority, background_priority=settings.background_priority)
         chosen = route(prompt_tokens, self.plan, loads=self._loads)
         if len(self.plan.stages) == 1:
-            return Place(stage="0", score=score)
+            is_by_prefix = self.plan.goes_by_prefix(settings.prefix_affinity)
+            return Place(stage="0", score=score, why=_BY_PREFIX if is_by_prefix else "")
         drains = {load.stage: load.drain_ms for load in self._loads or ()}
         alternatives = [_stage(s, drains) for s in chosen.alternatives[:_MAX_ALTERNATIVES]]
         why = {**_stage(chosen.stage, drains), "reason": chosen.reason, "alternatives": alternatives}

@@ -262,10 +262,15 @@ class Dispatcher:
                 self.counters.count_routed(place.stage)
         return stale
 
+    @property
+    def _goes_by_prefix(self) -> bool:
+        """Whether workers take by what they hold: then the blocks of prompts are told, and who holds them."""
+        return self.plan.goes_by_prefix(self.settings.prefix_affinity)
+
     async def _bodies(self, entries: Sequence[StreamEntry]) -> list[InboxBody | None]:
         """What the entries tell, or else the records say; None where a record has gone."""
         told = [body_told(values) for _, values in entries]
-        if self.settings.prefix_affinity:  # it looks into all prompts
+        if self._goes_by_prefix:  # it looks into all prompts
             told = [None if body is None or body.num_ids is not None else body for body in told]
         unknown = [values[b"i"].decode() for (_, values), body in zip(entries, told, strict=True) if body is None]
         found = iter(await self._executor.run_many([self._reads.body(request_id) for request_id in unknown]))
@@ -340,7 +345,7 @@ class Dispatcher:
             why=place.why,
             charge_tokens=fitted.charge_tokens,
             body=fitted.body,
-            blocks=block_keys(answer.token_ids) if self.settings.prefix_affinity else (),
+            blocks=block_keys(answer.token_ids) if self._goes_by_prefix else (),
             plan_seen=plan_seen,
         )
 

@@ -126,6 +126,7 @@ KEYS: dict[str, dict[str, str]] = {
         "version": "of the plan",
         "reason": "why it was chosen",
         "stages": "each with low_tokens, high_tokens (null: no bound), num_workers",
+        "prefix_affinity": "whether requests go where their prompt is cached",
         "history": "earlier plans, newest first, where they were asked for",
     },
     "plan solve": {

@@ -107,7 +107,12 @@ def register(app: typer.Typer) -> None:
 
 
 def _plan(plan: Plan) -> dict[str, Any]:
-    return {"version": plan.version, "reason": plan.reason, "stages": [_stage(s) for s in plan.stages]}
+    return {
+        "version": plan.version,
+        "reason": plan.reason,
+        "stages": [_stage(s) for s in plan.stages],
+        "prefix_affinity": plan.prefix_affinity,
+    }
 
 
 def _stage(stage: StagePlan | StagePrediction) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def export(
 ) -> None:
     """Write the requests that have ended as a trace.
 
-    Arrivals and lengths, no text. With L4_PREFIX_AFFINITY also a column hash_ids: equal numbers for blocks of 128
+    Arrivals and lengths, no text. Where prompts repeat also a column hash_ids: equal numbers for blocks of 128
     tokens with which prompts begin alike. Redis keeps about 20,000 ended requests; --follow records more. Requests
     that have not ended yet are missing, and so are requests that no engine ever ran.
     """

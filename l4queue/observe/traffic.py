@@ -6,12 +6,12 @@ import csv
 import gzip
 import io
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
-from l4queue.policy.prefix_blocks import BLOCK_TOKENS, KEY_BYTES
+from l4queue.policy.prefix_blocks import hash_ids
 from l4queue.protocol.reads import FinishedRequest
 
 __all__ = ("COLUMNS", "HASH_IDS", "RecordedRequest", "recorded", "tells_content", "trace_text", "write_trace")
@@ -45,14 +45,14 @@ def recorded(request: FinishedRequest) -> RecordedRequest | None:
 
 
 def tells_content(requests: Iterable[RecordedRequest]) -> bool:
-    """Whether dispatchers told the blocks of any prompt, as they do with prefix affinity."""
+    """Whether the blocks of any prompt were told: by dispatchers with prefix affinity, else by workers."""
     return any(request.blocks for request in requests)
 
 
 def trace_text(requests: Iterable[RecordedRequest]) -> str:
     """CSV with `COLUMNS`, sorted by arrival; the first request arrives at 0 s, times to the ms.
 
-    Where blocks are known, also `HASH_IDS`, one for each `BLOCK_TOKENS` of a prompt: numbers by appearance,
+    Where blocks are known, also `HASH_IDS`, one for each 128 tokens of a prompt: numbers by appearance,
     which tell nothing of the text. Blocks that nobody has told, as those filled in part, are like no others.
     """
     rows = sorted(requests)
@@ -65,16 +65,9 @@ def trace_text(requests: Iterable[RecordedRequest]) -> str:
     for row in rows:
         arrival_s = (row.submitted_ms - rows[0].submitted_ms) / 1000
         cells = (f"{arrival_s:.3f}", row.input_tokens, row.output_tokens)
-        writer.writerow((*cells, _ids(row, known, numbers)) if has_content else cells)
+        ids = hash_ids(row.blocks, row.input_tokens, known=known, numbers=numbers) if has_content else ()
+        writer.writerow((*cells, " ".join(map(str, ids))) if has_content else cells)
     return out.getvalue()
-
-
-def _ids(row: RecordedRequest, known: dict[bytes, int], numbers: Iterator[int]) -> str:
-    keys = [row.blocks[at : at + KEY_BYTES] for at in range(0, len(row.blocks), KEY_BYTES)]
-    full = row.input_tokens // BLOCK_TOKENS
-    ids = [known[key] if key in known else known.setdefault(key, next(numbers)) for key in keys[:full]]
-    ids += [next(numbers) for _ in range(-(-row.input_tokens // BLOCK_TOKENS) - len(ids))]
-    return " ".join(map(str, ids))
 
 
 def write_trace(path: Path, requests: Iterable[RecordedRequest]) -> None:

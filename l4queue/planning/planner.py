@@ -32,6 +32,10 @@ __all__ = (
 class Replay(Protocol):
     """Replays of recent traffic under a plan, for shadow scoring."""
 
+    @property
+    def tells_content(self) -> bool:
+        """Whether it knows what prompts have in common: then it can tell what prefix affinity is worth."""
+
     def score(self, plan: Plan, /) -> float:
         """Predicted objective; less is better."""
 
@@ -95,6 +99,7 @@ class Candidate:
     scored: float | None
     num_moves: int
     is_current: bool
+    prefix_affinity: bool = False
 
     @property
     def value(self) -> float:
@@ -116,9 +121,10 @@ def plan(snapshot: Snapshot, settings: PlannerSettings, *, replay: Replay | None
     """Decide. The same snapshot gives the same decision, byte for byte.
 
     Candidates are the best partition for each number of stages and the present plan, with its workers in their
-    old proportions where some came or went. The least objective wins, by `replay` if given, else by the closed
-    form; one stage wins unless classes save `min_class_gain`. It is published if it saves enough against
-    the present plan and that has lived its time; at once if workers came or went, or if there is no plan yet.
+    old proportions where some came or went; where `replay` tells content, one stage with prefix affinity, too. The
+    least objective wins, by `replay` if given, else by the closed form; one stage wins unless others save
+    `min_class_gain`. It is published if it saves enough against the present plan and that has lived its time; at
+    once if workers came or went, or if there is no plan yet.
 
     No workers: keep. No traffic: keep, or give new workers a place. One worker: one stage.
     """
@@ -136,6 +142,9 @@ def plan(snapshot: Snapshot, settings: PlannerSettings, *, replay: Replay | None
     current = _current(snapshot, problem, workers, settings=settings, replay=replay)
     parts = _partitions(problem, is_replayed=replay is not None)
     fresh = [_candidate(p, present, workers, replay=replay) for p in parts]
+    if replay is not None and replay.tells_content:
+        one = problem.judge((), (len(workers),))
+        fresh.append(_candidate(one, present, workers, replay=replay, prefix_affinity=True))
     best = _best(fresh, settings=settings)
     candidates = tuple(fresh) if current is None else (*fresh, current)
     if has_changed or current is None:
@@ -152,7 +161,7 @@ def _why_kept(
 ) -> str | None:
     """Why the present plan stays; None where `best` should replace it."""
     present, gain = snapshot.plan, _gain(best, current)
-    if _same_split(best.stages, present.stages):
+    if _key(best) == _key(present):
         return "the present plan is best"
     needed = settings.min_gain + settings.move_gain * best.num_moves / len(snapshot.loads)
     if gain <= needed:
@@ -161,7 +170,7 @@ def _why_kept(
         return f"gain {gain:.1%}, but the plan is only {snapshot.now_ms - present.created_ms} ms old"
     if replay is None or not present.details.get("is_replayed"):
         return None
-    sure = replay.sure_gain(_plan_of(best.stages, present), _plan_of(current.stages, present))
+    sure = replay.sure_gain(_plan_of(best, present), _plan_of(current, present))
     return None if sure > 0.0 else f"gain {gain:.1%} may be chance"
 
 
@@ -206,6 +215,7 @@ def _without_traffic(snapshot: Snapshot, workers: tuple[WorkerLoad, ...], *, has
         stages=assign(stages, workers, current=present).stages,
         reason=reason,
         created_ms=snapshot.now_ms,
+        prefix_affinity=present.prefix_affinity,
     )
     return Decision(publish=True, plan=new, reason=reason)
 
@@ -235,7 +245,8 @@ def _current(
         max_rho=1.0 - (1.0 - old.max_rho) / settings.patience,
     )
     judged = problem.under(patient).judge([s.low_tokens for s in present.stages[1:]], counts)
-    return _candidate(judged, present, workers, replay=replay, keep_bounds=True)
+    affinity = present.prefix_affinity
+    return _candidate(judged, present, workers, replay=replay, keep_bounds=True, prefix_affinity=affinity)
 
 
 def _candidate(
@@ -245,6 +256,7 @@ def _candidate(
     *,
     replay: Replay | None,
     keep_bounds: bool = False,
+    prefix_affinity: bool = False,
 ) -> Candidate:
     stages = [
         StagePlan(low_tokens=s.low_tokens, high_tokens=s.high_tokens, num_workers=s.num_workers)
@@ -253,19 +265,23 @@ def _candidate(
     if keep_bounds:
         stages = [replace(p, num_workers=s.num_workers) for p, s in zip(present.stages, stages, strict=True)]
     assignment = assign(stages, workers, current=present)
-    scored = None if replay is None else replay.score(_plan_of(assignment.stages, present))
-    return Candidate(
+    unscored = Candidate(
         stages=assignment.stages,
         objective=partition.objective,
-        scored=scored,
+        scored=None,
         num_moves=len(assignment.moved),
         is_current=keep_bounds,
+        prefix_affinity=prefix_affinity,
     )
+    return unscored if replay is None else replace(unscored, scored=replay.score(_plan_of(unscored, present)))
 
 
 def _best(candidates: Sequence[Candidate], *, settings: PlannerSettings) -> Candidate:
-    """Least value; fewer stages unless more save enough, and at least one stage must be beaten clearly."""
-    ordered = sorted(candidates, key=lambda c: len(c.stages))
+    """Least value; fewer stages unless more save enough, and at least one stage must be beaten clearly.
+
+    One stage comes before the same with prefix affinity.
+    """
+    ordered = sorted(candidates, key=lambda c: (len(c.stages), c.prefix_affinity))
     best = ordered[0]
     for other in ordered[1:]:
         more = len(other.stages) - len(best.stages)
@@ -298,12 +314,13 @@ def _gain(best: Candidate, against: Candidate) -> float:
     return 1.0 - best.value / against.value if against.value > 0.0 else -float("inf")
 
 
-def _plan_of(stages: tuple[StagePlan, ...], present: Plan) -> Plan:
-    return replace(present, stages=stages, objective=None, details={})
+def _plan_of(one: Candidate, present: Plan) -> Plan:
+    return replace(present, stages=one.stages, prefix_affinity=one.prefix_affinity, objective=None, details={})
 
 
-def _same_split(a: Sequence[StagePlan], b: Sequence[StagePlan]) -> bool:
-    return [(s.low_tokens, s.num_workers) for s in a] == [(s.low_tokens, s.num_workers) for s in b]
+def _key(one: Candidate | Plan) -> tuple[bool, list[tuple[int, int]]]:
+    """What tells plans apart, whoever serves the stages."""
+    return one.prefix_affinity, [(s.low_tokens, s.num_workers) for s in one.stages]
 
 
 def _publish(
@@ -316,6 +333,7 @@ def _publish(
 ) -> Decision:
     predicted = problem.judge([s.low_tokens for s in chosen.stages[1:]], [s.num_workers for s in chosen.stages])
     finite = [v for v in (chosen.objective, predicted.objective_one_stage) if v < float("inf")]
+    reason = f"prefix affinity: {reason}" if chosen.prefix_affinity else reason
     new = Plan(
         version=snapshot.plan.version + 1,
         stages=chosen.stages,
@@ -323,12 +341,14 @@ def _publish(
         created_ms=snapshot.now_ms,
         objective=chosen.objective if chosen.objective < float("inf") else None,
         objective_one_stage=predicted.objective_one_stage if len(finite) == 2 else None,
+        prefix_affinity=chosen.prefix_affinity,
         details={
             "demand_scale": round(problem.demand_scale, 6),
             "num_moves": chosen.num_moves,
             "is_replayed": chosen.scored is not None,
             # the closed form would refuse it: a replay found it good, and only a replay may take it back
-            "is_proven": chosen.scored is not None and chosen.objective == float("inf"),
+            "is_proven": chosen.prefix_affinity
+            or (chosen.scored is not None and chosen.objective == float("inf")),
             "stages": [
                 {
                     "rho": round(s.rho, 6),
@@ -340,7 +360,7 @@ def _publish(
             ],
             "candidates": [
                 {
-                    **split_of(c.stages),
+                    **split_of(c.stages, prefix_affinity=c.prefix_affinity),
                     "objective": _finite(c.objective),
                     "scored": None if c.scored is None else _finite(c.scored),
                     "is_current": c.is_current,

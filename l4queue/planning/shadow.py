@@ -30,6 +30,7 @@ def why_settled(snapshot: Snapshot, settings: PlannerSettings, learned: Learned)
 def decide(snapshot: Snapshot, settings: PlannerSettings, replay: Replay | None, *, learned: Learned) -> Decision:
     """The planner's decision, proved by replay; without one, classes must promise MIN_UNPROVEN_GAIN.
 
+    Prefix affinity comes and goes by a replay only.
     The first replay since the traffic changed may replace a young plan: that one was made without any.
     """
     if replay is not None:
@@ -38,6 +39,9 @@ def decide(snapshot: Snapshot, settings: PlannerSettings, replay: Replay | None,
     has_changed = _has_changed(snapshot)
     if snapshot.plan.details.get("is_proven") and not has_changed:
         return Decision(publish=False, plan=snapshot.plan, reason="proven by replay: kept until the next one")
+    single = replace(settings, partition=replace(settings.partition, max_stages=1))
+    if snapshot.plan.prefix_affinity:  # the closed form cannot tell what it is worth
+        return plan(snapshot, single)
     decision = plan(snapshot, settings)
     proposed = decision.plan
     if not decision.publish or len(proposed.stages) == 1 or len(snapshot.plan.stages) > 1:
@@ -48,7 +52,7 @@ def decide(snapshot: Snapshot, settings: PlannerSettings, replay: Replay | None,
     if gain >= MIN_UNPROVEN_GAIN or len(snapshot.loads) < 2:
         return decision
     if has_changed:
-        return plan(snapshot, replace(settings, partition=replace(settings.partition, max_stages=1)))
+        return plan(snapshot, single)
     reason = f"gain {gain:.1%} of classes is too little to try them unproven"
     return replace(decision, publish=False, plan=snapshot.plan, reason=reason)
 

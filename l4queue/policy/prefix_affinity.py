@@ -18,12 +18,14 @@ from l4queue.policy.admission import AdmissionBudget
 from l4queue.policy.loads import decode_step_ms
 
 __all__ = (
+    "LEAST_REPEATED",
     "MAX_LOOKED_AT",
     "CandidateWorker",
     "Choice",
     "OwnChoice",
     "QueuedPrompt",
     "cost_ms",
+    "is_worth_telling",
     "own_choices",
     "patience_ms",
     "place",
@@ -51,6 +53,11 @@ at most eight requests wait for holders."""
 _MISSED_MS = 1000.0
 """After so long a request that others have room for is taken by any worker that looks. Chosen: two rounds of news,
 after which the others see the same as this worker."""
+
+
+LEAST_REPEATED = 0.1
+"""Share of prompt tokens seen before, somewhere in the fleet, from which content counts. Chosen: below it affinity
+has little to win; with prompts that are all new nothing is hashed, nothing kept, and replays have no caches."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -102,6 +109,15 @@ class OwnChoice:
     request_id: str
     held_tokens: int
     reason: str
+
+
+def is_worth_telling(found_share: float, *, num_workers: int) -> bool:
+    """Whether the planner should learn what prompts have in common: it weighs prefix affinity by that.
+
+    `found_share` is the share of prompt tokens that the engine has found in its cache. Requests that go anywhere
+    find there one part in `num_workers` of what repeats. A lone worker has nothing to choose.
+    """
+    return num_workers > 1 and found_share * num_workers >= LEAST_REPEATED
 
 
 def saved_weight(workers: Sequence[CandidateWorker]) -> float:

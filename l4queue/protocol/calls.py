@@ -100,10 +100,10 @@ class Taker:
     stage: str
 
 
-def _told(cached: CachedPrompt | None, logprobs: Sequence[TokenLogprobs]) -> tuple[str | bytes, ...]:
+def _told(cached: CachedPrompt | None, *more: bytes, logprobs: Sequence[TokenLogprobs]) -> tuple[str | bytes, ...]:
     """The last arguments of a write; no logprobs where none were asked for, which is nearly always."""
     found = "" if cached is None else cached.pack()
-    return (found, pack_logprobs(logprobs)) if logprobs else (found,)
+    return (found, *more, pack_logprobs(logprobs)) if logprobs else (found, *more)
 
 
 class Calls:
@@ -247,7 +247,7 @@ class Calls:
         """
         k = self.keys
         written = (incarnation, epoch, offset, len(token_ids), pack_ids(token_ids), text)
-        args: tuple[Arg, ...] = (*written, *_told(cached, logprobs))
+        args: tuple[Arg, ...] = (*written, *_told(cached, logprobs=logprobs))
         return Call("emit", (k.request(request_id), k.output(request_id)), args, parse_verdict)
 
     def settle(
@@ -262,12 +262,14 @@ class Calls:
         outcome: Outcome,
         logprobs: Sequence[TokenLogprobs] = (),
         cached: CachedPrompt | None = None,
+        blocks: Sequence[bytes] = (),
     ) -> Call[Verdict]:
-        """Write the outcome together with the last tokens and the text held back until now."""
+        """Write the outcome, last tokens and held back text; tell the `blocks` of the prompt, if any are given."""
         k = self.keys
         last = (offset, len(token_ids), pack_ids(token_ids), text)
         end = (outcome.held_text, outcome.state.value, outcome.finish_reason, outcome.error, outcome.field)
-        args: tuple[Arg, ...] = (request_id, incarnation, epoch, *last, *end, *_told(cached, logprobs))
+        told = _told(cached, b"".join(blocks), logprobs=logprobs)
+        args: tuple[Arg, ...] = (request_id, incarnation, epoch, *last, *end, *told)
         return Call("settle", (k.request(request_id), k.output(request_id)), args, parse_verdict)
 
     def release(

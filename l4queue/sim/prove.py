@@ -5,7 +5,8 @@ from __future__ import annotations
 from l4queue.planning.planner import Decision, PlannerSettings, Snapshot
 from l4queue.planning.shadow import decide, why_settled
 from l4queue.sim.policies.l4 import L4
-from l4queue.sim.replay import Changed, RecordedArrival, make_replay
+from l4queue.sim.records import Changed, RecordedArrival
+from l4queue.sim.replay import make_replay
 
 __all__ = ("prove_recent",)
 

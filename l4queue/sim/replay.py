@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -12,31 +11,22 @@ from numpy.typing import NDArray
 from l4queue.cost.move import MovePrice
 from l4queue.cost.step import StepCost
 from l4queue.models import Plan
-from l4queue.planning.histogram import Buckets, Demand
-from l4queue.planning.planner import Replay, Snapshot
+from l4queue.planning.planner import Replay
 from l4queue.planning.steady_state import LONG_BOUND, P99_BOUND, Objective
-from l4queue.planning.traffic_change import Learned
 from l4queue.sim.engine.instance import Instance
 from l4queue.sim.engine.request import SimRequest
 from l4queue.sim.policies.l4 import L4, L4Options
+from l4queue.sim.policies.l4_prefixes import PrefixL4
+from l4queue.sim.records import MAX_ARRIVALS, Changed, RecordedArrival, chains_of, record_of
 from l4queue.sim.results import Measured
 from l4queue.sim.runner import RunConfig, run_policy
 from l4queue.sim.traces.trace import Trace
 
-_Key: TypeAlias = tuple[tuple[int, int], ...]
+_Key: TypeAlias = tuple[bool, tuple[tuple[int, int], ...]]
 Rows: TypeAlias = NDArray[np.int64] | slice
 
-__all__ = ("MAX_ARRIVALS", "Changed", "RecordedArrival", "make_replay")
+__all__ = ("make_replay",)
 
-MIN_ARRIVALS = 100
-"""Fewer tell more about chance than about a plan."""
-MIN_LATENCIES = 4.0
-"""Mean latencies. A shorter replay ends before its queues are what they would become."""
-MAX_ARRIVALS = 1500
-"""Most arrivals in a replay. Chosen: more tell plans apart more surely, and take the planner longer."""
-_DRAWN = 400
-"""Fewest arrivals that are drawn where a change has left fewer. Chosen: they are drawn from what is known already,
-so more of them tell little more."""
 _OVERRUN_POWER = 2.0
 """A plan beyond a bound is charged with this power of the overrun: chance in a short record does not throw a good
 plan out at once, and no plan far beyond wins."""
@@ -53,36 +43,6 @@ best in a quarter of the runs of docs/planner.md, since the best of some ten is 
 in none."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RecordedArrival:
-    """A finished request as the recorder knows it; `e2e_s` is how long it took."""
-
-    arrival_s: float
-    input_tokens: int
-    output_tokens: int
-    e2e_s: float = 0.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Changed:
-    """The traffic has its rate since `begun_s`, its lengths since `mix_begun_s`, and is `demand` now."""
-
-    begun_s: float
-    mix_begun_s: float
-    demand: Demand
-    buckets: Buckets
-
-    @classmethod
-    def of(cls, learned: Learned, snapshot: Snapshot) -> Changed:
-        """As learned by the time of this snapshot."""
-        return cls(
-            begun_s=learned.begun_s,
-            mix_begun_s=learned.mix_begun_s,
-            demand=snapshot.demand,
-            buckets=snapshot.buckets,
-        )
-
-
 def make_replay(
     recent: Sequence[RecordedArrival],
     *,
@@ -92,13 +52,15 @@ def make_replay(
     options: L4Options | None = None,
     changed: Changed | None = None,
     max_requests: int = MAX_ARRIVALS,
+    needs_content: bool = False,
 ) -> Replay | None:
     """Replays for the planner; None where they could not tell.
 
     The latest `max_requests` arrivals since the last change are replayed under the plan as it stands, without
     replanning. Where a change has left few, as many are drawn: at the rate since, from all that have come since
     the mix of lengths changed, or, where these are too few, from all that are known, with the rate of each length.
-    What is minimised is said by the objective:
+    Where the content of prompts is told, engines have prefix caches, empty at first. With `needs_content` there is
+    no replay of requests that were drawn without theirs. What is minimised is said by the objective:
 
     - `mean`: the mean end-to-end latency, s. `balanced`, the default: that times the square of how far the mean of
       the longest 5 % exceeds 1.25 times, or the 99th percentile 1.1 times, what one stage gives.
@@ -110,7 +72,7 @@ def make_replay(
     """
     if num_instances < 2:
         return None
-    record = _record(recent, changed=changed, max_requests=max_requests)
+    record = record_of(recent, changed=changed, max_requests=max_requests, needs_content=needs_content)
     if record is None:
         return None
     known = record if changed is None else [a for a in recent if a.arrival_s >= changed.mix_begun_s]
@@ -119,6 +81,7 @@ def make_replay(
         arrival_s=np.array([a.arrival_s - record[0].arrival_s for a in record]),
         input_tokens=np.array([max(1, a.input_tokens) for a in record], dtype=np.int64),
         output_tokens=np.array([max(1, a.output_tokens) for a in record], dtype=np.int64),
+        chains=chains_of(record),
     )
     setting = RunConfig(cost=cost, num_instances=num_instances, price=price or MovePrice())
     return _Replays(trace, setting, options or L4Options(), evidence=min(1.0, len(known) / len(record)))
@@ -137,6 +100,11 @@ class _Replays:
         self._best_s = self._best_mean_s = float("inf")
         self._limits: list[float] | None = None
         self._best_curve: list[float] = []
+
+    @property
+    def tells_content(self) -> bool:
+        """Whether it knows what prompts have in common."""
+        return self._trace.chains is not None
 
     def score(self, candidate: Plan, /) -> float:
         """The objective of a plan."""
@@ -171,7 +139,8 @@ class _Replays:
         return float(np.quantile(gains, _CHANCE))
 
     def _replayed(self, candidate: Plan) -> float:
-        policy = _Watched(self._options, fixed=candidate, num_requests=len(self._trace), limits=self._limits)
+        watched = _WatchedPrefixes if candidate.prefix_affinity else _Watched
+        policy = watched(self._options, fixed=candidate, num_requests=len(self._trace), limits=self._limits)
         try:
             found = run_policy(policy, self._trace, self._setting).measured
         except _ClearlyWorseError:
@@ -194,7 +163,7 @@ class _Replays:
         """Measures of a replay to the end."""
         key = _key(candidate)
         if key not in self._measured:
-            policy = L4(self._options, fixed=candidate)
+            policy = (PrefixL4 if candidate.prefix_affinity else L4)(self._options, fixed=candidate)
             self._measured[key] = run_policy(policy, self._trace, self._setting).measured
         return self._measured[key]
 
@@ -266,85 +235,8 @@ class _Watched(L4):
         super().on_finished(instance, requests, now_s)
 
 
-def _record(
-    recent: Sequence[RecordedArrival], *, changed: Changed | None, max_requests: int
-) -> Sequence[RecordedArrival] | None:
-    """Requests to replay, in order of arrival; None where too little is known."""
-    if len(recent) < MIN_ARRIVALS:
-        return None
-    complete = _complete(recent)
-    if changed is None:
-        latest = complete[-max_requests:]
-        return latest if _is_long_enough(latest) else None
-    latest = [a for a in complete if a.arrival_s >= changed.begun_s][-max_requests:]
-    alike = [a for a in complete if a.arrival_s >= changed.mix_begun_s]
-    number = min(max(_DRAWN, len(alike)), max_requests)
-    if len(alike) > len(latest) and len(latest) < number and len(alike) >= MIN_ARRIVALS:
-        drawn = _at_rate(alike, changed, number=number)
-        if _is_long_enough(drawn):
-            return drawn
-    if _is_long_enough(latest):
-        return latest
-    if len(complete) < MIN_ARRIVALS or len(latest) == len(complete):
-        return None
-    drawn = _drawn_anew(complete, changed, number=min(_DRAWN, max_requests))
-    return drawn if _is_long_enough(drawn) else None
-
-
-def _is_long_enough(record: Sequence[RecordedArrival]) -> bool:
-    if len(record) < MIN_ARRIVALS:
-        return False
-    mean_e2e_s = sum(a.e2e_s for a in record) / len(record)
-    return record[-1].arrival_s - record[0].arrival_s >= MIN_LATENCIES * mean_e2e_s
-
-
-def _complete(recent: Sequence[RecordedArrival]) -> list[RecordedArrival]:
-    """By arrival, without requests younger than the slowest latency: of these only the quick ones have finished.
-
-    While a system fills up, latencies grow; with a lesser cut the long requests were missing, and with them the
-    reason for classes.
-    """
-    slowest_s = max(a.e2e_s for a in recent)
-    end_s = max(a.arrival_s + a.e2e_s for a in recent) - slowest_s
-    return sorted((a for a in recent if a.arrival_s <= end_s), key=lambda a: a.arrival_s)
-
-
-def _at_rate(alike: Sequence[RecordedArrival], changed: Changed, *, number: int) -> list[RecordedArrival]:
-    """Poisson arrivals at the rate since the change, of requests drawn from these."""
-    rate = float(changed.demand.arrivals_per_s.sum())
-    if rate <= 0.0:
-        return []
-    rng = np.random.default_rng(number)
-    at_s = np.cumsum(rng.exponential(1.0 / rate, number))
-    drawn = rng.integers(len(alike), size=number)
-    return [replace(alike[int(i)], arrival_s=float(s)) for i, s in zip(drawn, at_s, strict=True)]
-
-
-def _drawn_anew(known: Sequence[RecordedArrival], changed: Changed, *, number: int) -> list[RecordedArrival]:
-    """Poisson arrivals at the rates since the change, each length bucket's requests drawn from those known of it.
-
-    A bucket of which none is known gives requests of its middle length and of average output. The draw is the same
-    for the same traffic.
-    """
-    rates = changed.demand.arrivals_per_s
-    total = float(rates.sum())
-    if total <= 0.0:
-        return []
-    rng = np.random.default_rng(number)
-    by_bucket: dict[int, list[RecordedArrival]] = {}
-    for arrival in known:
-        by_bucket.setdefault(changed.buckets.index(arrival.input_tokens), []).append(arrival)
-    output = round(sum(a.output_tokens for a in known) / len(known))
-    at_s = np.cumsum(rng.exponential(1.0 / total, number))
-    drawn: list[RecordedArrival] = []
-    for bucket, arrival_s in zip(rng.choice(len(rates), size=number, p=rates / total), at_s, strict=True):
-        some = by_bucket.get(int(bucket))
-        if some is None:
-            middle = round(float(changed.buckets.middle_tokens[bucket]))
-            drawn.append(RecordedArrival(arrival_s=float(arrival_s), input_tokens=middle, output_tokens=output))
-        else:
-            drawn.append(replace(some[int(rng.integers(len(some)))], arrival_s=float(arrival_s)))
-    return drawn
+class _WatchedPrefixes(_Watched, PrefixL4):
+    """The same of prefix affinity."""
 
 
 def _saved(value: float, against: float) -> float:
@@ -353,4 +245,4 @@ def _saved(value: float, against: float) -> float:
 
 
 def _key(candidate: Plan) -> _Key:
-    return tuple((stage.low_tokens, stage.num_workers) for stage in candidate.stages)
+    return candidate.prefix_affinity, tuple((stage.low_tokens, stage.num_workers) for stage in candidate.stages)

@@ -83,7 +83,7 @@ def gateways(
         "max_model_len": MAX_MODEL_LEN,
         "engine": "vllm",
         "dtype": "float32",
-        "prefix_affinity": True,  # answers do not hang on it
+        "prefix_affinity": "true",  # answers do not hang on it
     }
     processes = Processes(folder, **values)
     settings = Settings(**values)  # type: ignore[arg-type] # the same values, typed by pydantic

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import redis
@@ -150,6 +151,8 @@ class Scene:
         offset: int = 0,
         num: int = 0,
         state: RequestState = RequestState.DONE,
+        *,
+        blocks: Sequence[bytes] = (),
     ) -> Verdict:
         outcome = Outcome(state=state, finish_reason="stop", held_text="end")
         ids = self.tokens(epoch, offset, num)
@@ -161,6 +164,7 @@ class Scene:
             token_ids=ids,
             text="".join(f"{i}," for i in ids),
             outcome=outcome,
+            blocks=blocks,
         )
         return self.executor.run(call)
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from l4queue.models import RequestState
 from l4queue.policy.admission import AdmissionBudget
 from l4queue.policy.prefix_affinity import OwnChoice, QueuedPrompt
-from l4queue.policy.prefix_blocks import BLOCK_TOKENS, block_keys
+from l4queue.policy.prefix_blocks import BLOCK_TOKENS, KEY_BYTES, MOST_TOLD, block_keys
 from l4queue.policy.queue_order import BACKGROUND
 from l4queue.protocol.calls import Verdict
 from l4queue.protocol.executor import Executor
@@ -237,3 +237,38 @@ def test_named_requests_are_taken_by_the_rule_of_admission(
         left = left.after(length, prefill_tokens=max(1, length - held))
     assert [grant.request_id for grant in scene.take(budget=budget, named=named).grants] == expected
     scene.close()
+
+
+@pytest.mark.parametrize("is_routed_with", [False, True])
+@pytest.mark.parametrize("num_last", [0, 1])
+def test_an_end_tells_the_blocks_of_its_prompt(scene: Scene, is_routed_with: bool, num_last: int) -> None:
+    """Those of the dispatcher, else those of the worker; the record keeps neither."""
+    scene.register()
+    scene.submit()
+    scene.route(blocks=[A, B] if is_routed_with else ())
+    scene.grant()
+    assert scene.settle(num=num_last, blocks=[C]) is Verdict.OK
+    (found,) = scene.executor.run(scene.reads.finished(count=2))
+    assert found.blocks == (A + B if is_routed_with else C)
+    assert scene.raw.hget(scene.keys.request("a"), "blocks") is None
+    check(scene)
+
+
+def test_an_end_tells_no_blocks_that_nobody_told(scene: Scene) -> None:
+    scene.bring(RequestState.RUNNING)
+    scene.settle(num=1)
+    ((_, values),) = scene.raw.xrange(scene.keys.finished)
+    assert b"h" not in values
+
+
+@pytest.mark.parametrize("is_routed_with", [False, True])
+def test_an_end_tells_the_first_blocks_of_a_long_prompt(scene: Scene, is_routed_with: bool) -> None:
+    """So 20,000 of them take 80 MB at most."""
+    many = [number.to_bytes(KEY_BYTES, "big") for number in range(MOST_TOLD + 100)]
+    scene.register()
+    scene.submit()
+    scene.route(blocks=many if is_routed_with else ())
+    scene.grant()
+    scene.settle(num=1, blocks=many)
+    (found,) = scene.executor.run(scene.reads.finished(count=2))
+    assert found.blocks == b"".join(many[:MOST_TOLD])

@@ -92,10 +92,10 @@ class Pipeline:
         worker = self.workers[name][0]
         await until(lambda: true(len(worker.active()) >= number))
 
-    async def publish(self, *stages: StagePlan) -> None:
+    async def publish(self, *stages: StagePlan, prefix_affinity: bool = False) -> None:
         """Publish a plan; returns when every worker follows it."""
         current = (await self.client.overview()).plan.version
-        plan = Plan(version=current + 1, stages=stages)
+        plan = Plan(version=current + 1, stages=stages, prefix_affinity=prefix_affinity)
         call = Calls(Keys(self.settings.namespace)).publish(
             expected_version=current, version=plan.version, body=plan_to_json(plan)
         )

@@ -31,7 +31,7 @@ HOLDS = "holds most of its prefix"
 @pytest_asyncio.fixture
 async def pipeline(redis_url: str, namespace: str) -> AsyncIterator[Pipeline]:
     """Workers that choose."""
-    async with open_pipeline(redis_url, namespace, prefix_affinity=True) as opened:
+    async with open_pipeline(redis_url, namespace, prefix_affinity="true") as opened:
         yield opened
 
 

@@ -88,7 +88,7 @@ async def test_reuse_of_prefixes_is_replayed_from_ones_own_traffic(
 ) -> None:
     """Follow-ups of a conversation: as many cached tokens in simulation as the engine found, to a block."""
     url, path, said = durable_server.url, tmp_path / "traffic.csv", "All that was said before. " * 20
-    async with open_pipeline(url, namespace, prefix_affinity=True) as pipeline:
+    async with open_pipeline(url, namespace, prefix_affinity="true") as pipeline:
         pipeline.start("w-0", make_engine=partial(EmulatedEngine, has_prefix_cache=True))
         found = []
         for turn in ("", "And then?", "And after that, what else was there to be said of it?"):

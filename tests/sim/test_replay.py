@@ -13,7 +13,8 @@ from l4queue.models import Plan, StagePlan
 from l4queue.planning.histogram import Buckets, Demand
 from l4queue.sim import replay
 from l4queue.sim.policies.l4 import L4, L4Options
-from l4queue.sim.replay import Changed, RecordedArrival, make_replay
+from l4queue.sim.records import Changed, RecordedArrival
+from l4queue.sim.replay import make_replay
 from l4queue.sim.runner import RunConfig, run_policy
 from l4queue.sim.traces.trace import Trace
 from l4queue.sim.traces.workload import make_workload

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -30,6 +31,7 @@ def plans(draw: st.DrawFn) -> Plan:
         created_ms=draw(st.integers(0, 2**50)),
         objective=draw(finite),
         objective_one_stage=draw(finite),
+        prefix_affinity=len(stages) == 1 and draw(st.booleans()),
         details=draw(st.dictionaries(st.text(max_size=5), st.integers() | st.none(), max_size=3)),
     )
 
@@ -156,3 +158,25 @@ def test_numbers_that_are_not_finite_are_refused_both_ways() -> None:
         plan_to_json(Plan(version=1, stages=(StagePlan(low_tokens=5, high_tokens=None, num_workers=0),)))
     with pytest.raises(ConfigError, match="workers"):
         plan_to_json(Plan(version=1, stages=(StagePlan(low_tokens=0, high_tokens=None, num_workers=-1),)))
+
+
+def test_prefix_affinity_is_read_by_releases_that_do_not_know_it() -> None:
+    """The first one refuses a plan with another field, and ignores what it does not know of the details."""
+    plan = replace(Plan.one_stage(version=3), prefix_affinity=True, details={"a": 1})
+    told = json.loads(plan_to_json(plan))
+
+    assert "prefix_affinity" not in told
+    assert told["details"] == {"a": 1, "prefix_affinity": True}
+    assert json.loads(plan_to_json(replace(plan, prefix_affinity=False)))["details"] == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"details": {"prefix_affinity": 1}}, "details.prefix_affinity must be true or false"),
+        ({"details": {"prefix_affinity": True}}, "there is one stage, not 2"),
+    ],
+)
+def test_prefix_affinity_is_a_truth_and_has_one_stage(change: dict[str, object], why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        plan_from_json(json.dumps(GOOD | change))

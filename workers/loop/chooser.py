@@ -36,7 +36,7 @@ _LONGEST_PAUSE_S = 60.0  # between two news of blocks, so that the others do not
 class Chooser:
     """Looks at the head of the stage's queue with the loads of all its workers, this one's exact.
 
-    Off unless L4_PREFIX_AFFINITY is set and the engine has a prefix cache.
+    Off where the engine has no prefix cache, and unless L4_PREFIX_AFFINITY is true, or auto and the plan says so.
     """
 
     def __init__(
@@ -64,10 +64,9 @@ class Chooser:
     @property
     def is_on(self) -> bool:
         """Whether this worker takes by choice. From the first time on it keeps account of what it holds."""
-        profile, settings = self._profile, self._context.settings
-        if not (settings.prefix_affinity and profile.is_started and profile.info.has_prefix_cache):
-            return False
-        if not self._placement.is_l4:
+        profile, placement = self._profile, self._placement
+        goes_by_prefix = placement.plan.goes_by_prefix(self._context.settings.prefix_affinity)
+        if not (goes_by_prefix and placement.is_l4 and profile.is_started and profile.info.has_prefix_cache):
             return False
         if self._sessions.blocks is None:
             self._sessions.keep_blocks(profile.info.kv_capacity_tokens // BLOCK_TOKENS)
@@ -96,8 +95,10 @@ class Chooser:
 
     async def tell(self) -> None:
         """Tell the dispatchers what has changed of the blocks here."""
-        blocks, context = self._sessions.blocks, self._context
-        if not self.is_on or blocks is None:
+        is_on, blocks, context = self.is_on, self._sessions.blocks, self._context
+        if not is_on:
+            self._rest()
+        if not is_on or blocks is None:
             return
         now_s, news = asyncio.get_running_loop().time(), blocks.news()
         if news is None:
@@ -116,6 +117,11 @@ class Chooser:
             self._told_s = now_s
         else:  # a new lease, or nobody knows anything any more
             blocks.forgotten()
+
+    def _rest(self) -> None:
+        """Forget all that only a choice needs: a plan of stages may have come."""
+        self.has_waiting, self._left_s = False, {}
+        self._sessions.forget_blocks()
 
     async def _ring(self, choices: Sequence[Choice]) -> None:
         """Wake the workers for which requests seen for the first time are left."""

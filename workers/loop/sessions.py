@@ -13,6 +13,9 @@ from workers.loop.session import Session
 
 __all__ = ("Sessions",)
 
+_KEPT = 0.999
+"""Part of what is known of hits that the next request leaves: about the latest thousand count."""
+
 
 class Sessions:
     """Holds them by their id in the engine. Changed on the event loop only; reading is safe on any thread."""
@@ -26,6 +29,7 @@ class Sessions:
         self._blocks: HeldBlocks | None = None
         self._num_prompt_tokens = 0
         self._num_cached_tokens = 0
+        self._recent_tokens = self._recent_found = 0.0
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -70,6 +74,11 @@ class Sessions:
         return self._num_cached_tokens
 
     @property
+    def found_share(self) -> float:
+        """Share of prompt tokens that were found there lately."""
+        return self._recent_found / self._recent_tokens if self._recent_tokens else 0.0
+
+    @property
     def prefills(self) -> list[int]:
         """Tokens to compute of the requests here without a token yet, except where they bring their KV cache."""
         return [session.prefill_tokens for session in self.unfilled]
@@ -92,6 +101,10 @@ class Sessions:
     def keep_blocks(self, capacity: int) -> None:
         """Keep account from now on of the blocks in the engine's prefix cache, at most `capacity`."""
         self._blocks = HeldBlocks(capacity)
+
+    def forget_blocks(self) -> None:
+        """Keep no more account of them."""
+        self._blocks = None
 
     def _use_blocks(self, session: Session) -> int:
         """Note that the engine has this one's blocks; how many of them it had before."""
@@ -143,6 +156,8 @@ class Sessions:
         if not session.grant.offset:
             self._num_prompt_tokens += len(session.prompt_ids)
             self._num_cached_tokens += cached.found_tokens
+            self._recent_tokens = _KEPT * self._recent_tokens + len(session.prompt_ids)
+            self._recent_found = _KEPT * self._recent_found + cached.found_tokens
 
     def count_stolen(self, num_requests: int) -> None:
         """Count waiting requests that were taken from other stages."""

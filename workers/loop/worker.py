@@ -102,7 +102,9 @@ class Worker:
         """Make the parts that act, each with those parts of the state that it reads or changes."""
         context, sessions, placement, profile = self.context, self.sessions, self.placement, self.profile
         fleet_view, lease, report = self.fleet_view, self.lease, self._report
-        self._writer = writer = Writer(context, sessions=sessions, placement=placement, lease=lease)
+        self._writer = writer = Writer(
+            context, sessions=sessions, placement=placement, fleet_view=fleet_view, lease=lease
+        )
         self._rollback = Rollback(context, sessions=sessions, lease=lease, writer=writer)
         self._mover = Mover(
             context,

@@ -9,11 +9,14 @@ from functools import partial
 from uuid import uuid4
 
 from l4queue.models import RequestState
+from l4queue.policy.prefix_affinity import is_worth_telling
+from l4queue.policy.prefix_blocks import MOST_TOLD, block_keys
 from l4queue.protocol.calls import Call, Verdict
 from l4queue.protocol.records import Grant, Outcome
 from workers.engine.base import Cut, EngineDied
 from workers.engine.loop_work import lease_of
 from workers.loop.context import WorkerContext
+from workers.loop.fleet_view import FleetView
 from workers.loop.lease import Lease
 from workers.loop.placement import Placement
 from workers.loop.report import view_of
@@ -35,11 +38,13 @@ class Writer:
         *,
         sessions: Sessions,
         placement: Placement,
+        fleet_view: FleetView,
         lease: Lease,
     ) -> None:
         self._context = context
         self._sessions = sessions
         self._placement = placement
+        self._fleet_view = fleet_view
         self._lease = lease
         self._in_order = asyncio.Lock()
 
@@ -196,7 +201,7 @@ class Writer:
         calls, session = self._context.calls, write.session
         make: Callable[..., Call[Verdict]] = calls.emit
         if write.outcome is not None:
-            make = partial(calls.settle, outcome=write.outcome)
+            make = partial(calls.settle, outcome=write.outcome, blocks=self._blocks(session))
         return make(
             session.request_id,
             incarnation=session.incarnation,
@@ -207,6 +212,14 @@ class Writer:
             logprobs=write.logprobs,
             cached=write.cached,
         )
+
+    def _blocks(self, session: Session) -> list[bytes]:
+        """What the planner is to learn of a prompt's content; nothing where it would not choose by it."""
+        if self._context.settings.prefix_affinity != "auto" or not self._placement.is_l4:
+            return []
+        if not is_worth_telling(self._sessions.found_share, num_workers=self._fleet_view.num_workers):
+            return []
+        return block_keys(session.prompt_ids, most=MOST_TOLD)
 
     def _settled(self, session: Session, outcome: Outcome) -> None:
         context = self._context

@@ -31,8 +31,9 @@ end
 
 -- Ends a request: the only place that writes a terminal state. The caller has checked that it is live.
 -- `text` is text held back until the end; `facts` is a flat list of record fields to store. `is_let_go`: its owner
--- holds it no more.
-local function settle(id, state, text, facts, is_let_go)
+-- holds it no more. `blocks` are keys of the prompt's blocks, packed, where the record has none: of either the first
+-- ones are told, 4 kB.
+local function settle(id, state, text, facts, is_let_go, blocks)
   local record = P .. 'req:' .. id
   local request = fields(record, ENDED)
   local last = last_entry(request, state, text, facts)
@@ -41,6 +42,7 @@ local function settle(id, state, text, facts, is_let_go)
     if not whole(request[name]) then request[name] = false end
   end
   local now, offset, ttl = now_ms(), tonumber(request.offset or 0), tonumber(request.ttl_ms or 86400000)
+  blocks = request.blocks or blocks
   if request.deadline_ms then redis.call('ZREM', P .. 'deadlines', id) end
   if request.state == 'queued' and request.stage then
     dequeue(id, request.stage, (request.prompt_tokens or 0) + offset)
@@ -71,7 +73,7 @@ local function settle(id, state, text, facts, is_let_go)
     'p', request.prompt_tokens or 0, 'o', int(offset), 'a', request.submitted_ms or int(now),
     'q', request.queued_ms or '', 'b', request.started_ms or '', 'f', request.first_token_ms or '', 'd', int(now),
     'g', request.stage or '', 'w', request.worker or '', 'c', request.crashes or 0, 'k', request.cached_tokens or '',
-    unpack(request.blocks and {'h', request.blocks} or {}))
+    unpack(blocks and {'h', string.sub(blocks, 1, 4096)} or {}))
   if request.client and request.client ~= '' then
     local mail = P .. 'mail:' .. request.client
     redis.call('XADD', mail, 'MAXLEN', '~', 20000, '*', 'i', id, 's', state)

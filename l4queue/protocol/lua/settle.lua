@@ -3,11 +3,12 @@
 -- ARGV  1 id  2 incarnation  3 epoch  4 offset before  5 number of last tokens  6 packed ids  7 text of these tokens
 --       8 text held back until now  9 state (done | failed)  10 finish reason  11 error ('' = none)  12 field ('' = none)
 --       13 cached prompt tokens: '<found>' or '<found> <made>', '' = told before, or not known
---       14 packed logprobs of the last tokens (only when asked for)
+--       14 keys of the prompt's blocks, packed ('' = not told)
+--       15 packed logprobs of the last tokens (only when asked for)
 -- Returns 'OK' | 'DUP' | 'GAP:<offset>' | 'FENCED'
 local record, out = unpack(KEYS)
 local id, incarnation, epoch, ids, text, held_text = ARGV[1], ARGV[2], ARGV[3], ARGV[6], ARGV[7], ARGV[8]
-local state, reason, why, field, cached, logprobs = unpack(ARGV, 9, 14)
+local state, reason, why, field, cached, blocks, logprobs = unpack(ARGV, 9, 15)
 local from, num = tonumber(ARGV[4]), tonumber(ARGV[5])
 local request = fields(record, {'state', 'owner', 'epoch', 'offset', 'first_token_ms', 'settled_epoch', 'moved_ms',
   'followers'})
@@ -33,5 +34,6 @@ if upto ~= have then
 elseif cached ~= '' then
   redis.call('HSET', record, cached_fact(cached))
 end
-settle(id, state, held_text, {'finish_reason', reason, 'error', why, 'field', field, 'settled_epoch', epoch}, true)
+settle(id, state, held_text, {'finish_reason', reason, 'error', why, 'field', field, 'settled_epoch', epoch}, true,
+  blocks ~= '' and blocks or nil)
 return 'OK'

@@ -27,8 +27,9 @@ class PrefixL4(L4):
 
     _prefixes: Prefixes
 
-    def __init__(self, options: L4Options) -> None:
-        super().__init__(options, fixed=Plan.one_stage())
+    def __init__(self, options: L4Options, *, fixed: Plan | None = None) -> None:
+        """`fixed` is a plan of one stage, as it would be without."""
+        super().__init__(options, fixed=fixed or Plan.one_stage())
         self._waiting: list[tuple[float, int, SimRequest]] = []  # by serving order
 
     def attach(self, cluster: Fleet) -> None:

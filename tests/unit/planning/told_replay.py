@@ -14,6 +14,7 @@ class ToldReplay:
 
     told: Callable[[Plan], float]
     chance: float = 0.0
+    tells_content: bool = False
 
     @classmethod
     def by_stages(cls, *scores: float, chance: float = 0.0) -> ToldReplay:

@@ -16,6 +16,7 @@ from l4queue.policy.prefix_affinity import (
     Choice,
     QueuedPrompt,
     cost_ms,
+    is_worth_telling,
     own_choices,
     patience_ms,
     place,
@@ -260,3 +261,14 @@ def test_own_choices_leave_less_room_for_what_lies_there() -> None:
     choices = [choice("r", "a"), choice("s", "b")]
     budget = replace(ROOM, prefill_tokens=900)
     assert [name for name, _, _ in taken(choices, budget, s=1e4)] == ["r"]
+
+
+@pytest.mark.parametrize(
+    ("found_share", "num_workers", "is_worth"),
+    [(0.0, 2, False), (0.05, 2, True), (0.049, 2, False), (0.01, 16, True), (0.005, 16, False), (0.9, 1, False)],
+)
+def test_content_is_told_where_a_tenth_repeats_somewhere(
+    found_share: float, num_workers: int, is_worth: bool
+) -> None:
+    """Of what repeats, requests that go anywhere find one part in as many as there are workers."""
+    assert is_worth_telling(found_share, num_workers=num_workers) is is_worth

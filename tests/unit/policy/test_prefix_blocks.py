@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import count
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from l4queue.policy.prefix_blocks import BLOCK_TOKENS, KEY_BYTES, block_keys
+from l4queue.policy.prefix_blocks import BLOCK_TOKENS, KEY_BYTES, block_keys, hash_ids
 
 TOKENS = st.lists(st.integers(0, 2**32 - 1), min_size=0, max_size=4 * BLOCK_TOKENS)
 
@@ -56,3 +57,22 @@ def test_vllm_parts_chains_where_we_do() -> None:
     for other in [text, text[:300], *others]:
         assert num_common(vllm_keys(text), vllm_keys(other)) == num_common(block_keys(text), block_keys(other))
         assert len(vllm_keys(other)) == len(block_keys(other))
+
+
+@given(prompt=TOKENS, most=st.integers(0, 5))
+def test_the_first_keys_are_those_of_all(prompt: list[int], most: int) -> None:
+    assert block_keys(prompt, most=most) == block_keys(prompt)[:most]
+
+
+@given(common=TOKENS, one=TOKENS, other=TOKENS, most=st.integers(0, 5))
+def test_equal_keys_get_equal_numbers_and_all_else_its_own(
+    common: list[int], one: list[int], other: list[int], most: int
+) -> None:
+    """A number for each block, the last of fewer tokens too; beyond the keys that were told nothing is alike."""
+    a, b = common + one, common + other
+    known, numbers = dict[bytes, int](), count()
+    ids = [hash_ids(b"".join(block_keys(p, most=most)), len(p), known=known, numbers=numbers) for p in (a, b)]
+    assert [len(found) for found in ids] == [-(-len(p) // BLOCK_TOKENS) for p in (a, b)]
+    shared = min(most, num_common(a, b) // BLOCK_TOKENS)
+    assert num_common(*ids) == shared
+    assert len({*ids[0], *ids[1]}) == len(ids[0]) + len(ids[1]) - shared

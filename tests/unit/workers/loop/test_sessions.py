@@ -8,7 +8,7 @@ import json
 import pytest
 
 from l4queue.protocol.calls import MoveKind
-from l4queue.protocol.records import Grant, pack_ids
+from l4queue.protocol.records import CachedPrompt, Grant, pack_ids
 from workers.engine.base import EngineOutput
 from workers.loop.session import Session
 from workers.loop.sessions import Sessions
@@ -96,3 +96,14 @@ async def test_a_settled_one_is_counted_and_wakes_the_intake() -> None:
     sessions.settle(session)
     await waiting
     assert (len(sessions), sessions.num_finished) == (0, 1)
+
+
+def test_hits_of_long_ago_fade() -> None:
+    """The latest thousand requests or so say how much is found now; the counters have all."""
+    sessions, session = Sessions(), _session("a", prompt_tokens=100)
+    assert sessions.found_share == 0.0
+    for number in range(20_000):
+        sessions.count_cached(session, CachedPrompt(found_tokens=90 if number < 10_000 else 0))
+        assert number >= 10_000 or sessions.found_share == pytest.approx(0.9)
+    assert (sessions.num_prompt_tokens, sessions.num_cached_tokens) == (2_000_000, 900_000)
+    assert 0.0 < sessions.found_share < 0.001
