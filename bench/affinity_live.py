@@ -1,13 +1,14 @@
 """Prefix affinity live beside the simulator: conversations on emulated workers with prefix caches.
 
-    python bench/affinity_live.py [--policies affinity,l4,least-loaded,round-robin] [--workers 16] [--rate 120]
-        [--requests 1200] [--warmup 300] [--speed 6] [--think-s 4] [--most-tokens 1500] [--seed 0]
+    python bench/affinity_live.py [--policies auto,affinity,l4,least-loaded,round-robin] [--workers 16]
+        [--rate 120] [--requests 1200] [--warmup 300] [--speed 6] [--think-s 4] [--most-tokens 1500] [--seed 0]
         [--simulate-only] [--json FILE]
 
 Conversations go on from what the engine answered, and share system prompts. The emulated engine's tokens hang on
 those before them alone, so every prompt is known beforehand, and the simulator plays the very same blocks. Live
 engines take `--speed` times as long as simulated ones, and requests arrive as much slower; times are divided by
-it. Requests of the first `--warmup` are served and not counted.
+it. Requests of the first `--warmup` are served and not counted. `auto` is `l4` as it is by default. It is live
+only, since the simulator's planner does not choose affinity; `chosen_at` counts the requests before its choice.
 """
 
 from __future__ import annotations
@@ -45,11 +46,14 @@ from l4queue.sim.policy import Policy
 from workers.engine.emulated.scheduler import next_tokens
 
 LIVE = {
+    "auto": Routing.L4,
     "affinity": Routing.L4,
     "l4": Routing.L4,
     "least-loaded": Routing.LEAST_LOADED,
     "round-robin": Routing.ROUND_ROBIN,
 }
+SETTINGS = {"auto": "auto", "affinity": "true"}
+"""L4_PREFIX_AFFINITY of these; of the others `false`."""
 SIMULATED: dict[str, Any] = {
     "affinity": lambda: PrefixL4(L4Options()),
     "l4": lambda: L4(L4Options()),
@@ -64,6 +68,8 @@ OUTPUT_TOKENS = (30, 300)
 MEAN_TURNS = 5.0
 NUM_SYSTEMS = 12
 MAX_MODEL_LEN = 32_768
+TOLD = ("late_s", "chosen_at", "plans", "reasons", "cpu_cores", "moves")
+"""What is told of a live run beside its figures."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +174,7 @@ async def serve(
     os.environ |= {
         "L4_EMULATED_SPEED": str(speed),
         "L4_EMULATED_PREFIX_CACHE": "true",
-        "L4_PREFIX_AFFINITY": str(policy == "affinity").lower(),
+        "L4_PREFIX_AFFINITY": SETTINGS.get(policy, "false"),
         "L4_MAX_MODEL_LEN": str(MAX_MODEL_LEN),
     }
     options = StackOptions(
@@ -202,12 +208,14 @@ async def serve(
                 pass
             found = [await handle.status() for handle in handles]
             reasons: dict[str, int] = {}
-            for handle in handles[::7] if policy == "affinity" else ():
+            for handle in handles[::7] if policy in SETTINGS else ():
                 for event in await handle.explain():
                     if event.what == "taken":
                         reason = str(event.facts.get("reason"))
                         reasons[reason] = reasons.get(reason, 0) + 1
             counts = (await client.overview()).counts
+            plans = await client.plan_history(count=100)
+            chosen_ms = min((plan.created_ms for plan in plans if plan.prefix_affinity), default=None)
             took_s = time.monotonic() - begun_s
             used = {name: (s - cpu.get(name, 0.0)) / took_s for name, s in _cpu_s(stack).items()}
     return {
@@ -215,6 +223,8 @@ async def serve(
         "ttft_s": [(one.ttft_s or 0) / speed for one in found],
         "cached": [one.cached_tokens or 0 for one in found],
         "late_s": late_s,
+        "chosen_at": sum(1000 * one.submitted_at_s < chosen_ms for one in found) if chosen_ms else None,
+        "plans": [(plan.version, plan.reason) for plan in plans[::-1]],
         "reasons": reasons,
         "cpu_cores": {name: round(share, 2) for name, share in used.items()},
         "moves": {
@@ -262,7 +272,7 @@ def figures(run: dict[str, Any], turns: Sequence[Turn], *, warmup: int) -> dict[
         "mean_ttft_s": float(ttft.mean()),
         "p99_ttft_s": float(np.quantile(ttft, 0.99)),
         "cached_share": float(cached.sum() / prompts.sum()),
-        **{name: run[name] for name in ("late_s", "reasons", "cpu_cores", "moves") if name in run},
+        **{name: run[name] for name in TOLD if name in run},
     }
 
 
@@ -293,6 +303,9 @@ def main() -> None:
     print(f"{len(turns)} requests, {rate:.1f}/s, prompts mean {np.mean(prompts):.0f} max {max(prompts)}")
     results: dict[str, Any] = {}
     for name in args.policies.split(","):
+        if name not in SIMULATED:
+            results[name] = {}
+            continue
         simulated = simulate(SIMULATED[name](), turns, cost=coefficients.cost, num_workers=args.workers)
         results[name] = {"simulated": figures(simulated, turns, warmup=args.warmup)}
         print(name, "simulated", _line(results[name]["simulated"]), flush=True)
@@ -308,7 +321,7 @@ def main() -> None:
                 print(name, "live     ", _line(results[name]["live"]), flush=True)
                 print(
                     "   ",
-                    {k: results[name]["live"][k] for k in ("late_s", "reasons", "cpu_cores", "moves")},
+                    {k: results[name]["live"][k] for k in TOLD},
                     flush=True,
                 )
     if args.json:
