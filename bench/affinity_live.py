@@ -36,6 +36,7 @@ from l4queue.policy.prefix_blocks import next_key
 from l4queue.protocol.calls import Calls
 from l4queue.protocol.executor import AsyncExecutor
 from l4queue.protocol.keys import Keys
+from l4queue.protocol.reads import Reads
 from l4queue.sim.cluster import Cluster
 from l4queue.sim.engine.request import SimRequest
 from l4queue.sim.policies.affinity import CacheAware, LlmD, SessionSticky
@@ -68,7 +69,7 @@ OUTPUT_TOKENS = (30, 300)
 MEAN_TURNS = 5.0
 NUM_SYSTEMS = 12
 MAX_MODEL_LEN = 32_768
-TOLD = ("late_s", "chosen_at", "plans", "reasons", "cpu_cores", "moves")
+TOLD = ("late_s", "chosen_at", "plans", "decisions", "reasons", "cpu_cores", "moves")
 """What is told of a live run beside its figures."""
 
 
@@ -215,6 +216,7 @@ async def serve(
                         reasons[reason] = reasons.get(reason, 0) + 1
             counts = (await client.overview()).counts
             plans = await client.plan_history(count=100)
+            decisions = await _decisions(stack)
             chosen_ms = min((plan.created_ms for plan in plans if plan.prefix_affinity), default=None)
             took_s = time.monotonic() - begun_s
             used = {name: (s - cpu.get(name, 0.0)) / took_s for name, s in _cpu_s(stack).items()}
@@ -225,6 +227,7 @@ async def serve(
         "late_s": late_s,
         "chosen_at": sum(1000 * one.submitted_at_s < chosen_ms for one in found) if chosen_ms else None,
         "plans": [(plan.version, plan.reason) for plan in plans[::-1]],
+        "decisions": decisions,
         "reasons": reasons,
         "cpu_cores": {name: round(share, 2) for name, share in used.items()},
         "moves": {
@@ -252,6 +255,16 @@ async def _publish(stack: Stack, client: AsyncClient, routing: Routing) -> None:
     finally:
         await executor.close()
     await asyncio.sleep(2)
+
+
+async def _decisions(stack: Stack) -> list[str]:
+    """The planner's reasons, round by round."""
+    executor = AsyncExecutor(stack.settings.redis_url)
+    try:
+        told = await executor.run(Reads(Keys(stack.settings.namespace)).decisions(count=100))
+        return [str(json.loads(line)["reason"]) for _, line in told[::-1]]
+    finally:
+        await executor.close()
 
 
 def _cpu_s(stack: Stack) -> dict[str, float]:
