@@ -18,6 +18,9 @@ def test_the_text_of_a_mutant_occurs_once(mutant: Mutant) -> None:
 
 def test_the_end_of_an_output_tells_all_of_the_record() -> None:
     """Its state is told by the end itself; what was dropped is read from the record."""
-    (listed,) = re.findall(r"local names = \{('body'[^}]*)\}", lua_text("endings"))
+    text = lua_text("endings")
+    (listed,) = re.findall(r"local TOLD = \{([^}]*)\}", text)
     names = re.findall(r"'(\w+)'", listed)
+    names += re.findall(r"facts\[i\] == '(\w+)'", text)  # of those that are stored with the end
+    names += re.findall(r"entry\[#entry \+ 1\], entry\[#entry \+ 2\] = '(\w+)'", text)
     assert sorted(names) == sorted(set(RequestRecord.field_names()) - {"state", "dropped_ms"})
