@@ -18,9 +18,8 @@ __all__ = ("NewerPlan", "check_plan", "plan_from_json", "plan_to_json", "split_o
 MAX_PLAN_BYTES = 16 * 2**20
 """Largest plan that is read, bytes."""
 _MAX_SHOWN_CHARS = 80  # of a wrong value in an error: one terminal line
-_AFFINITY = (
-    "prefix_affinity"  # among the details: the first release refuses plans with fields that it does not know
-)
+_AFFINITY = "prefix_affinity"
+"""A field of a plan that travels among its details: the first release refuses plans with unknown fields."""
 
 
 class NewerPlan(ConfigError):

@@ -319,7 +319,7 @@ def _plan_of(one: Candidate, present: Plan) -> Plan:
 
 
 def _key(one: Candidate | Plan) -> tuple[bool, list[tuple[int, int]]]:
-    """What tells plans apart, whoever serves the stages."""
+    """The part of a plan by which it differs from others; its workers do not count."""
     return one.prefix_affinity, [(s.low_tokens, s.num_workers) for s in one.stages]
 
 

@@ -13,7 +13,16 @@ from array import array
 from collections.abc import Container, Iterator, Sequence
 from hashlib import blake2b
 
-__all__ = ("BLOCK_TOKENS", "KEY_BYTES", "MOST_TOLD", "block_keys", "hash_ids", "next_key", "num_leading")
+__all__ = (
+    "BLOCK_TOKENS",
+    "KEY_BYTES",
+    "MOST_TOLD",
+    "block_keys",
+    "hash_ids",
+    "next_key",
+    "num_leading",
+    "unpack_keys",
+)
 
 BLOCK_TOKENS = 128
 """Tokens of a block. Chosen: vLLM's blocks have 16 on CUDA and 128 on CPUs, and all between divide it. Of
@@ -35,12 +44,17 @@ def block_keys(token_ids: Sequence[int], *, most: int | None = None) -> list[byt
     return keys
 
 
+def unpack_keys(blocks: bytes) -> list[bytes]:
+    """The keys of blocks that are packed one behind the other."""
+    return [blocks[at : at + KEY_BYTES] for at in range(0, len(blocks), KEY_BYTES)]
+
+
 def hash_ids(blocks: bytes, prompt_tokens: int, *, known: dict[bytes, int], numbers: Iterator[int]) -> list[int]:
     """A number for each `BLOCK_TOKENS` of a prompt, the last of fewer: equal numbers for equal keys in `blocks`.
 
     Blocks without a key, as those filled in part, are like no others. `known` is what has been numbered so far.
     """
-    keys = [blocks[at : at + KEY_BYTES] for at in range(0, len(blocks), KEY_BYTES)]
+    keys = unpack_keys(blocks)
     full = prompt_tokens // BLOCK_TOKENS
     ids = [known[key] if key in known else known.setdefault(key, next(numbers)) for key in keys[:full]]
     return ids + [next(numbers) for _ in range(-(-prompt_tokens // BLOCK_TOKENS) - len(ids))]

@@ -13,7 +13,7 @@ from l4queue.planning.histogram import Buckets, Demand
 from l4queue.planning.planner import Snapshot
 from l4queue.planning.traffic_change import Learned
 from l4queue.policy.prefix_affinity import LEAST_REPEATED
-from l4queue.policy.prefix_blocks import BLOCK_TOKENS, KEY_BYTES, MOST_TOLD, hash_ids
+from l4queue.policy.prefix_blocks import BLOCK_TOKENS, KEY_BYTES, MOST_TOLD, hash_ids, unpack_keys
 from l4queue.sim.engine.request import Chain
 from l4queue.sim.traces.content import Chains
 from l4queue.sim.traces.trace import Trace
@@ -135,7 +135,7 @@ def _repeated_share(record: Sequence[RecordedArrival]) -> float:
     """Share of the prompt tokens that are in blocks of earlier requests."""
     seen, num_repeated = set[bytes](), 0
     for arrival in record:
-        keys = [arrival.blocks[at : at + KEY_BYTES] for at in range(0, len(arrival.blocks), KEY_BYTES)]
+        keys = unpack_keys(arrival.blocks)
         num_repeated += sum(key in seen for key in keys)
         seen.update(keys)
     return num_repeated * BLOCK_TOKENS / max(1, sum(arrival.input_tokens for arrival in record))

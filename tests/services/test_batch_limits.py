@@ -74,7 +74,7 @@ class Owner:
         return Keys(self.pipeline.settings.namespace).limit("ann")
 
     def fill(self, tokens: int) -> None:
-        """As if requests over HTTP had taken so many."""
+        """As if requests over HTTP had taken this number."""
         now_s, us = self.redis.time()
         self.redis.hset(self.limit, mapping={"tokens": tokens, "at": now_s * 1000 + us // 1000})
 

@@ -1,4 +1,4 @@
-"""A small engine for comparisons with oracles, step by step or block by block."""
+"""Small engines: one to compare with oracles, step by step or block by block, and one for tests of prefixes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from l4queue.sim.cluster import Cluster
 from l4queue.sim.engine.request import SimRequest
 from l4queue.sim.policies.length_blind import RoundRobin
 
-__all__ = ("COST", "TICK_S", "run_alone")
+__all__ = ("COST", "GPU", "TICK_S", "run_alone")
 
 COST = StepCost(
     alpha_ms=5.0,
@@ -24,6 +24,17 @@ COST = StepCost(
     max_batched_tokens=128,
     max_num_seqs=6,
 )
+GPU = StepCost(
+    alpha_ms=6.0,
+    beta_ms=0.05,
+    gamma_ms=0.0002,
+    pi_ms=0.05,
+    psi_ms=1e-6,
+    kv_capacity_tokens=150_000,
+    max_batched_tokens=2048,
+    max_num_seqs=32,
+)
+"""An engine for conversations: its cache holds 150,000 tokens."""
 TICK_S = 0.000731377  # an odd unit: arrivals never fall on a step boundary by rounding alone
 
 

@@ -18,18 +18,9 @@ from l4queue.planning.traffic_change import Learned, with_decision
 from l4queue.sim.records import Changed, RecordedArrival, arrivals_of, chains_of, record_of
 from l4queue.sim.replay import make_replay
 from l4queue.sim.traces.sessions import make_sessions
+from tests.sim.small_engine import GPU
 
 BUCKETS = Buckets.log_spaced(32_768)
-GPU = StepCost(
-    alpha_ms=6.0,
-    beta_ms=0.05,
-    gamma_ms=0.0002,
-    pi_ms=0.05,
-    psi_ms=1e-6,
-    kv_capacity_tokens=150_000,
-    max_batched_tokens=2048,
-    max_num_seqs=32,
-)
 CPU = StepCost(alpha_ms=4.2, beta_ms=0.33, gamma_ms=6e-4, pi_ms=0.085, psi_ms=4.8e-5, kv_capacity_tokens=262_144)
 LINK = MovePrice(bandwidth_bytes_per_s=750e6, kv_bytes_per_token=4096, fixed_ms=50.0)
 SETTINGS = PlannerSettings(min_life_ms=0)

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from l4queue.cost.move import MovePrice
-from l4queue.cost.step import StepCost
 from l4queue.sim.cluster import Cluster
 from l4queue.sim.engine.request import SimRequest
 from l4queue.sim.policies.l4 import L4, L4Options
@@ -14,17 +13,8 @@ from l4queue.sim.policies.l4_prefixes import PrefixL4
 from l4queue.sim.registry import make_policy
 from l4queue.sim.runner import RunConfig, run_policy
 from l4queue.sim.traces.sessions import make_sessions
+from tests.sim.small_engine import GPU as COST
 
-COST = StepCost(
-    alpha_ms=6.0,
-    beta_ms=0.05,
-    gamma_ms=0.0002,
-    pi_ms=0.05,
-    psi_ms=1e-6,
-    kv_capacity_tokens=150_000,
-    max_batched_tokens=2048,
-    max_num_seqs=32,
-)
 TRACE = make_sessions("agent", num_requests=300, seed=1, rate_rps=8.0)
 
 

@@ -1,4 +1,4 @@
-"""Limits of lines: what a batch asks before it sends lines, and tells of those that have ended."""
+"""Limits of lines: a batch asks before it sends lines, and reports the lines that have ended."""
 
 from __future__ import annotations
 
