@@ -58,7 +58,7 @@ class Deployment:
             "max_backlog_tokens": 400_000,
             "lease_s": 3.0,
             "drain_s": 5.0,
-            "plan_min_life_s": 3600.0,
+            "plan_min_gain": 1.0,  # no plan can gain so much: the stages of the test stay
         }
         self.settings = load_settings(**given)
         self.processes = Processes(folder, **given)
@@ -86,7 +86,7 @@ class Deployment:
         self.processes.worker("w1", metrics_port=self.ports["w1"])
 
     def publish(self) -> None:
-        """Two stages, made now: the planner leaves it alone for an hour."""
+        """Publish two stages, which the planner keeps whatever a replay of the load finds better."""
         stages = (
             StagePlan(low_tokens=0, high_tokens=BOUNDARY_TOKENS, num_workers=2, worker_ids=WORKERS[:2]),
             StagePlan(low_tokens=BOUNDARY_TOKENS, high_tokens=None, num_workers=1, worker_ids=WORKERS[2:]),
@@ -344,7 +344,8 @@ def test_prometheus_finds_data_for_every_expression(deployment: Deployment, tmp_
             try:
                 until(all_found, "every expression has data", timeout_s=180)
             except AssertionError:
-                raise AssertionError(f"without data: {missing}") from None
+                plan = deployment.client.overview().plan
+                raise AssertionError(f"without data: {missing}; plan {plan.version}: {plan.reason}") from None
             draw_dashboard(prometheus, tmp_path)
             rules = until(
                 lambda: [rule for rule in prometheus.rules() if rule["health"] != "unknown"], "rules are evaluated"
