@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 
 import pytest
@@ -20,12 +21,23 @@ pytestmark = pytest.mark.services
 
 
 def _keeper(
-    scene: Scene, worker: str, work: LoopWork, *, on_lost: Callable[[], None] = lambda: None, **over: float
+    scene: Scene,
+    worker: str,
+    work: LoopWork,
+    *,
+    on_lost: Callable[[], None] = lambda: None,
+    renewed_s: Callable[[], float] = lambda: 0.0,
+    **over: float,
 ) -> LeaseThread:
     values = {"lease_s": 0.6, "stall_limit_s": 0.6, **over}
     settings = Settings(redis_url=scene.executor.url, namespace=scene.keys.namespace, **values)  # type: ignore[arg-type]
     return LeaseThread(
-        settings=settings, calls=scene.calls, incarnation=lambda: worker, work=work, on_lost=on_lost
+        settings=settings,
+        calls=scene.calls,
+        incarnation=lambda: worker,
+        renewed_s=renewed_s,
+        work=work,
+        on_lost=on_lost,
     )
 
 
@@ -48,6 +60,27 @@ async def test_a_lease_is_kept_until_it_is_let_go(scene: Scene) -> None:
     await until(lambda: true(lost.is_set()))
     keeper.stop()
     keeper.stop()
+
+
+async def test_a_lease_that_the_loop_renews_is_left_alone(scene: Scene) -> None:
+    """Half a lease has to pass without a renewal. Beside it another thread extends its own lease three times."""
+    scene.register("w1", lease_ms=600)
+    scene.register("w2", lease_ms=600)
+    renewed = _keeper(scene, "w1", LoopWork(), renewed_s=time.monotonic, stall_limit_s=60.0)
+    extended = _keeper(scene, "w2", LoopWork(), stall_limit_s=60.0)
+
+    def expires_ms(worker: str) -> int:
+        return dict(scene.executor.run(scene.reads.incarnations()))[worker]
+
+    w1_ms, w2_ms = expires_ms("w1"), expires_ms("w2")
+    renewed.start()
+    extended.start()
+    for _ in range(3):
+        await until(lambda least_ms=w2_ms: true(expires_ms("w2") > least_ms))  # type: ignore[misc]
+        w2_ms = expires_ms("w2")
+    assert expires_ms("w1") == w1_ms
+    renewed.stop()
+    extended.stop()
 
 
 async def test_all_workers_of_a_process_give_up_before_it_ends(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import signal
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
@@ -11,12 +12,14 @@ import pytest
 
 from l4queue import AsyncHandle, RequestStatus
 from l4queue.models import RequestState
+from l4queue.protocol.calls import Call
 from l4queue.protocol.keys import SOLO_STAGE, Keys
 from l4queue.protocol.reads import Reads
 from tests.protocol.consistency import check
 from tests.protocol.scene import Scene
-from tests.services.pipeline import Pipeline, open_pipeline, until
+from tests.services.pipeline import Pipeline, open_pipeline, true, until
 from tests.services.processes import Processes
+from workers.loop.lease import Lease
 
 pytestmark = [pytest.mark.services]
 LEASE_S = 1.0
@@ -195,3 +198,37 @@ async def test_six_pauses_beyond_the_lease_leave_no_blame(stage: Stage) -> None:
     for handle in crowd:
         assert all(line.facts.get("to") != SOLO_STAGE for line in await handle.explain())
     await asyncio.gather(*(handle.cancel() for handle in crowd))
+
+
+async def test_an_idle_worker_renews_so_that_its_lease_lasts_and_a_busy_one_with_its_news(
+    redis_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Looks without news cost Redis nothing; what changes is told with the next of them."""
+    looks, look = itertools.count(1), Lease._check_progress
+    num_looks = 0
+
+    def counted(lease: Lease) -> None:
+        nonlocal num_looks
+        num_looks = next(looks)
+        look(lease)
+
+    monkeypatch.setattr(Lease, "_check_progress", counted)
+    async with open_pipeline(redis_url, namespace, lease_s=600.0) as pipeline:
+        pipeline.start("w0")
+
+        async def num_renewals() -> int:
+            found = await pipeline.executor.run(Reads(Keys(namespace)).incarnations())
+            call = Call(None, (), ("HGET", Keys(namespace).worker(found[0][0]), "seq"), int)
+            return await pipeline.executor.run(call)
+
+        await until(lambda: true(num_looks >= 2))
+        before, num_before = await num_renewals(), num_looks
+        await until(lambda: true(num_looks >= num_before + 3))
+        assert await num_renewals() == before
+        handle = await pipeline.client.enqueue("hello", max_tokens=4, ignore_eos=True)
+        await handle.result(timeout=120)
+
+        async def is_told() -> bool:
+            return [load.num_finished for load in (await pipeline.client.overview()).workers] == [1]
+
+        await until(is_told, timeout_s=120)

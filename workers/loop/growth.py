@@ -22,6 +22,11 @@ class GrowthCounts:
         """Count a request that grew from one length to another."""
         self._unsent.update(growth_fields(self._buckets, from_tokens=from_tokens, to_tokens=to_tokens))
 
+    @property
+    def has_unsent(self) -> bool:
+        """Whether anything was counted that Redis has not been told."""
+        return bool(self._unsent)
+
     def batch(self) -> tuple[int, dict[str, int]]:
         """Number and fields to send now; the same again until `answered`, since the first may have arrived."""
         if self._sent is None:

@@ -62,8 +62,14 @@ class Lease:
         self._progress_s = 0.0
         self._checked_s = 0.0
         self._renewed_s = 0.0
+        self._interval_s = min(settings.lease_s / 3, NEWS_INTERVAL_S)
         self._keeper = LeaseThread(
-            settings=settings, calls=calls, incarnation=lambda: self.incarnation, work=work, on_lost=self.tell
+            settings=settings,
+            calls=calls,
+            incarnation=lambda: self.incarnation,
+            renewed_s=lambda: self._renewed_s,
+            work=work,
+            on_lost=self.tell,
         )
         self._due = asyncio.Event()
         self.last_published: WorkerLoad | None = None  # the load that the others know
@@ -75,26 +81,38 @@ class Lease:
         self._keeper.start()
 
     async def keep(self, on_lost: Callable[[], None]) -> None:
-        """Renew for ever, three times a lease or more often, since siblings decide by the load it tells.
+        """Renew for ever: with each change of the load, by which siblings decide, and three times a lease.
 
         Raises EngineDied when the engine has stalled too long.
         """
         while True:
             await asyncio.sleep(_LEAST_NEWS_S)
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(min(self._settings.lease_s / 3, NEWS_INTERVAL_S) - _LEAST_NEWS_S):
+                async with asyncio.timeout(self._interval_s - _LEAST_NEWS_S):
                     await self._due.wait()
-            self._due.clear()
             self._check_progress()
-            was_renewed_s, sent_s, incarnation = self._renewed_s, time.monotonic(), self.incarnation
-            is_lost = await self._send(register=False) is Verdict.LOST
-            if is_lost:
-                log.warning("lease of %s lost: its requests continue elsewhere", incarnation)
-                on_lost()
-                await self._register()
-            if is_lost or self._renewed_s - was_renewed_s > self._settings.lease_s:  # else perhaps in part
-                await self._come_back(incarnation)
-            self._work.forget(before_s=sent_s)
+            if self._due.is_set() or self._has_news():
+                self._due.clear()
+                await self._renew(on_lost)
+
+    def _has_news(self) -> bool:
+        """Whether siblings should know more, or a third of the lease passes before the next look."""
+        age_s = time.monotonic() - self._renewed_s
+        if age_s + self._interval_s > self._settings.lease_s / 3:
+            return True
+        return self._growth.has_unsent or self._report.load() != self.last_published
+
+    async def _renew(self, on_lost: Callable[[], None]) -> None:
+        """Renew once; where the lease was lost, begin a new one and say what it was lost for."""
+        was_renewed_s, sent_s, incarnation = self._renewed_s, time.monotonic(), self.incarnation
+        is_lost = await self._send(register=False) is Verdict.LOST
+        if is_lost:
+            log.warning("lease of %s lost: its requests continue elsewhere", incarnation)
+            on_lost()
+            await self._register()
+        if is_lost or self._renewed_s - was_renewed_s > self._settings.lease_s:  # else perhaps in part
+            await self._come_back(incarnation)
+        self._work.forget(before_s=sent_s)
 
     def tell(self) -> None:
         """Renew now: the load has changed by more than siblings should overlook."""
@@ -163,7 +181,7 @@ class Lease:
         )
         self._growth.answered(is_counted=verdict is Verdict.OK)
         if verdict is Verdict.OK:
-            self._renewed_s = asyncio.get_running_loop().time()
+            self._renewed_s = time.monotonic()
         return verdict
 
     def _fresh_name(self) -> str:

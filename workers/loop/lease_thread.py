@@ -32,7 +32,7 @@ _in_force: set[LeaseThread] = set()  # of this process: its last one to give up 
 
 
 class LeaseThread:
-    """Extends the lease of `incarnation()` three times a lease, at least once a second, while the loop answers.
+    """Extends the lease of `incarnation()` before half of it has passed without a renewal, while the loop answers.
 
     A loop that does not answer is waited for, `stall_limit_s` long. Then the request it works for is given back
     with blame, all others without, and the process ends. Only time in which this thread runs counts: a process
@@ -45,13 +45,19 @@ class LeaseThread:
         settings: Settings,
         calls: Calls,
         incarnation: Callable[[], str],
+        renewed_s: Callable[[], float],
         work: LoopWork,
         on_lost: Callable[[], None],
     ) -> None:
-        """`on_lost` is called on the loop when the lease was found to be lost."""
+        """`renewed_s` is when the loop renewed it last, on the monotonic clock.
+
+        `on_lost` is called on the loop when the lease was found to be lost.
+        """
         self._settings = settings
         self._calls = calls
         self._incarnation = incarnation
+        self._renewed_s = renewed_s
+        self._extended_s = 0.0
         self._work = work
         self._on_lost = on_lost
         self._tick_s = min(_MOST_TICK_S, settings.lease_s / 3)
@@ -98,13 +104,19 @@ class LeaseThread:
             self._extend(executor)
 
     def _extend(self, executor: Executor) -> None:
+        began_s = time.monotonic()
+        age_s = began_s - max(self._renewed_s(), self._extended_s)
+        if age_s + self._tick_s <= self._settings.lease_s / 2:
+            return
         call = self._calls.extend(self._incarnation(), lease_ms=int(self._settings.lease_s * 1000))
         try:
             verdict = executor.run(call)
         except ServiceUnavailable as error:  # tried again with the next tick
             log.debug("lease not renewed: %s", error)
             return
-        if verdict is Verdict.LOST and not self._stopping.is_set():
+        if verdict is not Verdict.LOST:
+            self._extended_s = began_s
+        elif not self._stopping.is_set():
             self._tell_loop(self._on_lost)
 
     def _give_up(self, stalled_s: float) -> None:
