@@ -46,6 +46,7 @@ class FleetView:
         self._is_due = asyncio.Event()
         self._heads: dict[str, tuple[str, int]] = {}  # the first of each queue, and when it was first seen so, ms
         self._num_able: Counter[int] = Counter()
+        self._stages: dict[str, int] = {}  # of workers, by the plan of the last look
         self.num_workers = 1
         self.has_older = False  # workers of a release in which an arrival wakes all: so may its dispatchers be
         self.overview: Overview | None = None
@@ -109,7 +110,9 @@ class FleetView:
         """The plan in force, read where it is not the one of the last look."""
         if self.overview is not None and self.overview.plan_version == version:
             return self.overview.plan
-        return (await read_overview_async(self._executor, self._namespace)).plan
+        plan = (await read_overview_async(self._executor, self._namespace)).plan
+        self._stages = {name: index for index, stage in enumerate(plan.stages) for name in stage.worker_ids}
+        return plan
 
     async def _learn(self, seen: Survey) -> None:
         """Add the output lengths that are new; first those of the latest requests, more than a survey has."""
@@ -227,8 +230,7 @@ class FleetView:
 
     def stage_of(self, worker: WorkerLoad) -> int:
         """By the plan, even if the worker's latest news is older than that."""
-        known = self.overview.plan.stage_of_worker(worker.worker_id) if self.overview else None
-        return worker.stage if known is None else known
+        return self._stages.get(worker.worker_id, worker.stage)
 
 
 def _is_shown(queue: SurveyedQueue) -> bool:
