@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -133,6 +134,30 @@ async def test_a_cluster_serves_while_a_node_restarts_and_another_takes_over(
         verdict = judge(storm, heir.url, namespace)
     assert verdict.errors == ()
     assert _blamed(heir.url, namespace) == []
+
+
+async def test_a_cluster_spreads_namespaces_over_its_nodes(cluster: Cluster, namespace: str) -> None:
+    """Three fleets at work at the same time, each on a node of its own, which has all that they keep."""
+    of_node: dict[int, str] = {}
+    for name in (f"{namespace}-{number}" for number in itertools.count()):
+        of_node.setdefault(cluster.owner(Keys(name).prefix).port, name)
+        if len(of_node) == len(cluster.nodes):
+            break
+
+    async def serve(name: str) -> None:
+        async with open_pipeline(cluster.url(), name) as pipeline:
+            pipeline.start("w0")
+            pipeline.start("w1")
+            handles = await pipeline.client.enqueue_many(["hello"] * 50, max_tokens=8, ignore_eos=True)
+            results = await asyncio.gather(*(handle.result(timeout=120) for handle in handles))
+            assert [len(result.token_ids) for result in results] == [8] * 50
+
+    await asyncio.gather(*(serve(name) for name in of_node.values()))
+    for node in cluster.nodes:
+        executor = Executor(node.url)
+        names = executor.run(Call(None, (), ("KEYS", "*"), list))
+        executor.close()
+        assert {Keys(of_node[node.port]).prefix} == {name.decode().partition(":")[0] + ":" for name in names}
 
 
 def test_calls_wait_for_the_replicas_that_redis_demands(redis_executable: str, tmp_path: Path) -> None:
