@@ -231,6 +231,7 @@ class Settings(BaseSettings):
     http_args: str = Field(
         "", description="more options for the gateway, as `vllm serve` has them about its server (docs/http.md)"
     )
+    http_dispatcher: bool = Field(False, description="a gateway has a dispatcher in its process (docs/http.md)")
     http_key: SecretStr = Field(
         SecretStr(""),
         description="API key that the gateway asks for, or sha256: and its digest; empty: see the file",

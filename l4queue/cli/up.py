@@ -25,7 +25,9 @@ def up(
             min=1, help="How many workers; by default one for each GPU or engine URL, or 2.", show_default=False
         ),
     ] = None,
-    dispatchers: Annotated[int, typer.Option(min=1, help="How many dispatchers.")] = 1,
+    dispatchers: Annotated[
+        int, typer.Option(min=0, help="How many dispatchers; 0 where the gateway is one (L4_HTTP_DISPATCHER).")
+    ] = 1,
     engine: Annotated[
         str | None, typer.Option(help="vllm, http or emulated; default L4_ENGINE, else vllm.", show_default=False)
     ] = None,

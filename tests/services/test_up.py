@@ -275,6 +275,7 @@ def test_what_cannot_start_is_one_error(tmp_path: Path) -> None:
         for arguments, message in (
             (("--data-dir", str(tmp_path / "data")), "error: data directory"),
             (("--data-dir", str(tmp_path / "other"), "--model", "/nonexistent"), "error: model /nonexistent"),
+            (("--data-dir", str(tmp_path / "other"), "--dispatchers", "0"), "error: --dispatchers 0: nothing"),
             (
                 ("--data-dir", str(tmp_path / "other"), "--redis-url", "redis://h", "--redis-port", "7000"),
                 "error: --redis-port 7000 starts a Redis here, and --redis-url names the one at redis://h",

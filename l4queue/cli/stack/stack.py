@@ -165,6 +165,10 @@ class Stack:
         if options.http and may_have_gateway(self.settings):
             self.gateway = choose_http_place(self.settings, port=options.http_port)
             self.settings = self.settings.model_copy(update={"http_port": self.gateway.port})
+        if not options.dispatchers and not (self.gateway and self.settings.http_dispatcher):
+            raise ConfigError(
+                "--dispatchers 0: nothing would be routed; it takes a gateway with L4_HTTP_DISPATCHER=true"
+            )
         await self._start_redis()
         parse_url(self.redis_url)
         assert self.settings.broker_url  # both are right, or this is the end
@@ -326,8 +330,8 @@ class Stack:
             own = {"FLOWER_PORT": str(place.port), "FLOWER_UNIX_SOCKET": place.socket}  # they win over ours
             specs.append(replace(flower, env={**flower.env, **own}))
         if self.gateway is not None:
-            answers = self.gateway.answers
-            specs.append(service("gateway", "gateway", ready_text=" ready: ", is_ready=answers, essential=False))
+            gateway = service("gateway", "gateway", ready_text=" ready: ", is_ready=self.gateway.answers)
+            specs.append(replace(gateway, essential=not self.options.dispatchers))
         return specs
 
     def _serving_specs(self, names: list[str], gpus: list[Gpu], urls: list[str]) -> list[ChildSpec]:
