@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import dispatcher.__main__ as dispatcher_main
+import dispatcher.host as dispatcher_host
 import dispatcher.planner.rounds as replanning
 import dispatcher.routing.service as dispatcher_service
 import l4queue.protocol.executor as executor_module
@@ -107,8 +107,8 @@ def run_worker(job: dict[str, Any]) -> None:
 def run_dispatcher(job: dict[str, Any]) -> None:
     """A dispatcher with its upkeep; the slow part of that comes often."""
     settings = _begin(job)
-    main: Any = dispatcher_main
-    main._SLOW_ROUND_S = 0.5
+    host: Any = dispatcher_host
+    host._SLOW_ROUND_S = 0.5
     service_module: Any = dispatcher_service
     service_module._MAX_DELIVERIES = 1000  # as `max_crashes`: whoever dies here is never the request's fault
 
@@ -120,7 +120,7 @@ def run_dispatcher(job: dict[str, Any]) -> None:
         _on_term(stopping.set)
         routing = asyncio.create_task(service.run())
         upkeep = Upkeep(settings=settings, executor=executor)
-        keeping = asyncio.create_task(main.keep_up(service, upkeep, executor, stopping))
+        keeping = asyncio.create_task(host.keep_up(service, upkeep, executor, stopping))
         stop = asyncio.create_task(stopping.wait())
         await asyncio.wait({routing, keeping, stop}, return_when=asyncio.FIRST_COMPLETED)
         service.request_stop()

@@ -9,7 +9,7 @@ from threading import Thread
 
 import pytest
 
-from dispatcher.__main__ import keep_up
+from dispatcher.host import keep_up
 from dispatcher.planner.rounds import replan_once
 from dispatcher.routing.service import Dispatcher
 from l4queue.cli.health import Role, sign_of_life
