@@ -96,10 +96,11 @@ def build_spec(
             raise unknown_parameter(name)
     if "messages" in fields:
         fields["messages"] = _plain_messages(fields["messages"])
+    fields["params"] = sampling
     try:
-        return RequestSpec.model_validate({**fields, "params": SamplingParams.model_validate(sampling)})
+        return RequestSpec.model_validate(fields)
     except ValidationError as error:
-        raise _refusal(error) from None
+        raise _refusal(error, is_flat=True) from None
 
 
 def unknown_parameter(name: str, *, known: Collection[str] = _KNOWN, field: str | None = None) -> InvalidRequest:
@@ -163,9 +164,11 @@ def text_of_parts(parts: Sequence[Any], *, field: str) -> str:
     return "\n".join(part["text"] for part in parts)
 
 
-def _refusal(error: ValidationError) -> InvalidRequest:
-    """The first of the errors, by the names of the caller."""
+def _refusal(error: ValidationError, *, is_flat: bool = False) -> InvalidRequest:
+    """The first of the errors, by the names of the caller; `is_flat`: sampling parameters stood on top."""
     place, told = first_fault(error)
+    if is_flat and place[:1] == ("params",):
+        place = place[1:]
     subject = told.partition(" ")[0]  # of what several fields say together
     field = ".".join(map(str, place)) or (subject if subject in _KNOWN else "request")
     if told == "unknown parameter":
