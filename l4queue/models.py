@@ -7,6 +7,7 @@ import sys
 from array import array
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import lru_cache
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -49,6 +50,8 @@ MAX_PROMPT_BYTES = 16 * 2**20
 
 MAX_METADATA_BYTES = 65_536
 """Largest metadata accepted, bytes of its JSON: it is read back with every result."""
+
+_SHORT_BYTES = 256  # of a body that is kept when it was read. Chosen: parameters fit, 1,024 of them are no memory
 
 
 class RequestState(StrEnum):
@@ -150,7 +153,13 @@ class RequestBody(Strict):
     @classmethod
     def stored(cls, body: str | bytes) -> RequestBody:
         """A body that some client had accepted: what only a newer one knows is ignored. ValidationError else."""
-        return cls.model_validate_json(body, extra="ignore")
+        return _stored(body) if len(body) <= _SHORT_BYTES else cls.model_validate_json(body, extra="ignore")
+
+
+@lru_cache(maxsize=1024)
+def _stored(body: str | bytes) -> RequestBody:
+    """Many requests have the same parameters: a short body is read once."""
+    return RequestBody.model_validate_json(body, extra="ignore")
 
 
 _NUMBERS = ("priority", "deadline_s")

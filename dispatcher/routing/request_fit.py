@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from functools import lru_cache
 
 from pydantic import ValidationError
 
@@ -11,11 +11,14 @@ from l4queue.models import RequestBody
 from l4queue.protocol.reads import InboxBody
 from l4queue.sampling import DEFAULT_MAX_TOKENS, StructuredOutputs
 from l4queue.validation import first_fault
+from l4queue.value_class import value_class
 
 __all__ = ("Fitted", "field_of", "fit", "read_body")
 
+_SHORT_BYTES = 256  # of a body that is kept when it was read. Chosen: parameters fit, 1,024 of them are no memory
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+
+@value_class(kw_only=True)
 class Fitted:
     """A request that the model can hold: most tokens to generate, and what admission counts for it.
 
@@ -29,6 +32,16 @@ class Fitted:
 
 def read_body(data: bytes) -> RequestBody | Refusal:
     """Parameters, priority and metadata of a request, or the first field that is wrong."""
+    return _read_short(data) if len(data) <= _SHORT_BYTES else _read(data)
+
+
+@lru_cache(maxsize=1024)
+def _read_short(data: bytes) -> RequestBody | Refusal:
+    """Many requests have the same parameters: a short body is read once."""
+    return _read(data)
+
+
+def _read(data: bytes) -> RequestBody | Refusal:
     try:
         return RequestBody.model_validate_json(data)
     except ValidationError as invalid:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from l4queue.config import Settings
@@ -18,6 +18,7 @@ from l4queue.policy.output_lengths import FIRST_GUESS_TOKENS
 from l4queue.policy.push_routing import PUSHING, Outstanding, push
 from l4queue.policy.route import route
 from l4queue.protocol.keys import private_queue
+from l4queue.value_class import value_class
 
 __all__ = ("Place", "Router")
 
@@ -27,7 +28,7 @@ _MAX_ALTERNATIVES = 4
 _BY_PREFIX = '{"stage":0,"reason":"prefix affinity"}'
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value_class(kw_only=True)
 class Place:
     """A queue, the place in it (lower is served first), and what `explain` is to say of it (JSON, or nothing)."""
 

@@ -7,7 +7,6 @@ import logging
 import re
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 from dispatcher.constraints.checker import ConstraintChecker
 from dispatcher.constraints.pending import PendingChecks
@@ -29,6 +28,7 @@ from l4queue.protocol.keys import Keys
 from l4queue.protocol.parsing import body_told
 from l4queue.protocol.plans import read_plan
 from l4queue.protocol.reads import InboxBody, Reads, StreamEntry
+from l4queue.value_class import value_class
 
 __all__ = ("Dispatcher",)
 
@@ -47,7 +47,7 @@ _MOST_DIGITS = 12  # of a number of bytes; an entry with more was written by nob
 _MAX_DELIVERIES = 3  # dispatchers that may end while they work on an entry; the next one refuses it
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value_class(kw_only=True)
 class _Arrival:
     """One readable inbox entry with the body it refers to, and what that says."""
 
@@ -57,7 +57,7 @@ class _Arrival:
     wire: RequestBody
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value_class(kw_only=True)
 class _Countable:
     """One that can be served: with its length and what of it fits. Its place is decided by the plan in force."""
 

@@ -10,6 +10,7 @@ from typing import Any
 from l4queue.errors import ConfigError
 from l4queue.pretrained import load_tokenizer
 from l4queue.protocol.records import id_array
+from l4queue.value_class import value_class
 
 __all__ = ("Counted", "PromptTokenizer", "Refusal", "stored_ids")
 
@@ -29,7 +30,7 @@ class Refusal:
     reason: str = "invalid"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value_class(kw_only=True)
 class Counted:
     """A prompt as the model reads it. `num_stored`: the record has as many ids, which may be unread here."""
 

@@ -324,7 +324,9 @@ class AsyncHandle(HandleBase):
 
         >>> (await handle.status()).state
         """
-        return self._noted(await self._record())
+        record = await self._record()
+        self._noted(record)
+        return RequestStatus.of(record)
 
     async def _record(self) -> RequestRecord:
         return known(self.id, await self._client._executor.run(self._client._core.reads.record(self.id)))
@@ -346,8 +348,8 @@ class AsyncHandle(HandleBase):
         deadline = deadline_after(timeout)
         while True:
             if self._seen_end is None:
-                async for _ in self._chunks(after=None, deadline=deadline):
-                    pass
+                asks, wait = self._must_ask(deadline), self._client._listener.wait_for_end
+                self._ended(await wait(self.id, has_mail=self._has_mail, asks=asks, deadline=deadline))
             found, entries = await self._client._listener.outcome(self.id, is_first=self._seen is None)
             record = known(self.id, found)
             self._noted(record)
@@ -372,8 +374,8 @@ class AsyncHandle(HandleBase):
         verdict, _ = await self._client._executor.run(self._client._core.cancel(self.id, reason=reason))
         return self._was_cancelled(verdict)
 
-    async def _chunks(self, *, after: int | None, deadline: float | None) -> AsyncIterator[Chunk]:
-        """Chunks after the first `after` tokens until the end; with None only the end is awaited."""
+    async def _chunks(self, *, after: int, deadline: float | None) -> AsyncIterator[Chunk]:
+        """Chunks after the first `after` tokens until the end."""
         event, listener = asyncio.Event(), self._client._listener
         asks = self._must_ask(deadline)
         watch = RequestWatch(self.id, wake=event.set, after=after, has_mail=self._has_mail, asks=asks)
@@ -391,9 +393,8 @@ class AsyncHandle(HandleBase):
                 if must_read:
                     await listener.read(watch)
                     continue
-                left_s = time_left_s(deadline, f"request {self.id} is not finished")
-                await wait_async(event, left_s)
+                await wait_async(event, time_left_s(deadline, f"request {self.id} is not finished"))
         finally:
             listener.end([watch])
-        if after is not None and watch.state is not RequestState.DONE:
+        if watch.state is not RequestState.DONE:
             check_outcome(await self._record())

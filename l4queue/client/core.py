@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
     from l4queue.client.demux import StatusQuery
     from l4queue.config import Settings
+from l4queue.value_class import value_class
 
 __all__ = (
     "Chunk",
@@ -106,7 +107,7 @@ class Result:
     cached_tokens: int | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value_class(kw_only=True)
 class Prepared:
     """A validated request with its id, the call that submits it, and the span that ends when it is accepted."""
 

@@ -256,7 +256,8 @@ class Demultiplexer:
         self, watches: Sequence[RequestWatch]
     ) -> Iterator[tuple[Sequence[RequestWatch], StatusQuery]]:
         """Questions for new waits, of bounded size. The others are asked about once they are silent."""
-        return self._queries([watch for watch in watches if watch.must_ask])
+        asked = [watch for watch in watches if watch.must_ask]
+        return self._queries(asked) if asked else iter(())
 
     @staticmethod
     def _queries(watches: Sequence[RequestWatch]) -> Iterator[tuple[Sequence[RequestWatch], StatusQuery]]:

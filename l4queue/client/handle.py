@@ -12,7 +12,7 @@ from weakref import WeakSet
 from l4queue.client.core import unknown
 from l4queue.client.status import RequestStatus
 from l4queue.client.waiting import is_patient
-from l4queue.models import RequestState
+from l4queue.models import TERMINAL, RequestState
 from l4queue.protocol.calls import Verdict
 from l4queue.protocol.records import RequestRecord
 from l4queue.redis_url import SecretUrl, with_password, without_password
@@ -91,7 +91,7 @@ class HandleBase:
         self.id = request_id
         self._place = place
         self._has_mail = has_mail  # whether this very client is told of the end
-        self._seen: RequestStatus | None = None
+        self._seen: RequestRecord | None = None
         self._seen_tokens = 0
         self._seen_end: RequestState | None = None
 
@@ -104,11 +104,11 @@ class HandleBase:
         return hash(self.id)
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.id}: {_told(self._seen, self._seen_tokens, self._seen_end)}>"
+        return f"<{type(self).__name__} {self.id}: {_told(self._seen_status, self._seen_tokens, self._seen_end)}>"
 
     def _repr_html_(self) -> str:
         """For notebooks: the last that is known."""
-        return _table(self.id, self._seen, self._seen_tokens, self._seen_end)
+        return _table(self.id, self._seen_status, self._seen_tokens, self._seen_end)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _again, (type(self), self.id, self._place.url, self._place.namespace)
@@ -145,12 +145,14 @@ class HandleBase:
         """This handle was told of the end of its request."""
         self._seen_end = state
 
-    def _noted(self, record: RequestRecord) -> RequestStatus:
-        """The status of a record, which is from now on the last that is known."""
-        self._seen = RequestStatus.of(record)
-        self._seen_tokens = self._seen.output_tokens
-        self._seen_end = self._seen.state if self._seen.is_finished else None
-        return self._seen
+    def _noted(self, record: RequestRecord) -> None:
+        """This record is from now on the last that is known."""
+        self._seen, self._seen_tokens = record, record.offset
+        self._seen_end = record.state if record.state in TERMINAL else None
+
+    @property
+    def _seen_status(self) -> RequestStatus | None:
+        return None if self._seen is None else RequestStatus.of(self._seen)
 
 
 def _again(kind: type[HandleBase], request_id: str, url: str, namespace: str) -> HandleBase:

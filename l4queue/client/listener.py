@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from l4queue.client.core import Chunk, ClientCore
 from l4queue.client.demux import Demultiplexer, RequestWatch
+from l4queue.client.waiting import time_left_s, wait_async
 from l4queue.errors import L4QueueError, ServiceUnavailable
+from l4queue.models import RequestState
 from l4queue.protocol.calls import Call
 from l4queue.protocol.records import OutputEntry, RequestRecord
 
@@ -74,6 +76,22 @@ class AsyncListener:
         """End waits."""
         for watch in watches:
             self._demux.remove(watch)
+
+    async def wait_for_end(
+        self, request_id: str, *, has_mail: bool, asks: bool, deadline: float | None
+    ) -> RequestState | None:
+        """The state in which a request has ended, once this client was told; for `asks` see `RequestWatch`."""
+        event = asyncio.Event()
+        watch = RequestWatch(request_id, wake=event.set, has_mail=has_mail, asks=asks)
+        try:
+            await self.begin([watch])
+            while not watch.take()[2]:
+                left_s = time_left_s(deadline, f"request {request_id} is not finished")
+                await wait_async(event, left_s)
+                event.clear()
+        finally:
+            self.end([watch])
+        return watch.state
 
     async def read(self, watch: RequestWatch) -> None:
         """Read the output stream from where this wait is."""
@@ -136,9 +154,11 @@ class AsyncListener:
 
     async def _send(self) -> None:
         while self._calls:
-            batch = [self._calls.popleft()]
-            while self._calls and sum(len(calls) for calls, _ in batch) < _BATCH:
+            batch: list[_Waiting] = []
+            num_calls = 0
+            while self._calls and num_calls < _BATCH:
                 batch.append(self._calls.popleft())
+                num_calls += len(batch[-1][0])
             try:
                 await self._send_batch(batch)
             except asyncio.CancelledError:
@@ -163,11 +183,12 @@ class AsyncListener:
                 if not future.done():
                     future.set_exception(copy(error))
             return
-        found = iter(values)
+        begin = 0
         for calls, future in batch:
-            answers = [next(found) for _ in calls]
+            end = begin + len(calls)
             if not future.done():
-                future.set_result(answers)
+                future.set_result(values[begin:end])
+            begin = end
 
 
 class Listener:
@@ -210,6 +231,22 @@ class Listener:
         """End waits. Takes no lock: an abandoned stream may end at any moment of any thread."""
         for watch in watches:
             self._demux.remove(watch)
+
+    def wait_for_end(
+        self, request_id: str, *, has_mail: bool, asks: bool, deadline: float | None
+    ) -> RequestState | None:
+        """The state in which a request has ended, once this client was told; for `asks` see `RequestWatch`."""
+        event = threading.Event()
+        watch = RequestWatch(request_id, wake=event.set, has_mail=has_mail, asks=asks)
+        try:
+            self.begin([watch])
+            while not self.take(watch)[2]:
+                left_s = time_left_s(deadline, f"request {request_id} is not finished")
+                event.wait(left_s)
+                event.clear()
+        finally:
+            self.end([watch])
+        return watch.state
 
     def take(self, watch: RequestWatch) -> tuple[list[Chunk], bool, bool]:
         """What `RequestWatch.take` says."""

@@ -307,7 +307,9 @@ class Handle(HandleBase):
 
         >>> handle.status().state
         """
-        return self._noted(self._record())
+        record = self._record()
+        self._noted(record)
+        return RequestStatus.of(record)
 
     def _record(self) -> RequestRecord:
         return known(self.id, self._client._executor.run(self._client._core.reads.record(self.id)))
@@ -329,8 +331,8 @@ class Handle(HandleBase):
         deadline = deadline_after(timeout)
         while True:
             if self._seen_end is None:
-                for _ in self._chunks(after=None, deadline=deadline):
-                    pass
+                asks, wait = self._must_ask(deadline), self._client._listener.wait_for_end
+                self._ended(wait(self.id, has_mail=self._has_mail, asks=asks, deadline=deadline))
             found, entries = self._client._listener.outcome(self.id, is_first=self._seen is None)
             record = known(self.id, found)
             self._noted(record)
@@ -355,8 +357,8 @@ class Handle(HandleBase):
         verdict, _ = self._client._executor.run(self._client._core.cancel(self.id, reason=reason))
         return self._was_cancelled(verdict)
 
-    def _chunks(self, *, after: int | None, deadline: float | None) -> Iterator[Chunk]:
-        """Chunks after the first `after` tokens until the end; with None only the end is awaited."""
+    def _chunks(self, *, after: int, deadline: float | None) -> Iterator[Chunk]:
+        """Chunks after the first `after` tokens until the end."""
         event, listener = threading.Event(), self._client._listener
         asks = self._must_ask(deadline)
         watch = RequestWatch(self.id, wake=event.set, after=after, has_mail=self._has_mail, asks=asks)
@@ -378,5 +380,5 @@ class Handle(HandleBase):
                 event.wait(left_s)
         finally:
             listener.end([watch])
-        if after is not None and watch.state is not RequestState.DONE:
+        if watch.state is not RequestState.DONE:
             check_outcome(self._record())

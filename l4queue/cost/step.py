@@ -17,6 +17,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from l4queue.value_class import value_class
+
 __all__ = ("BLOCK_TOKENS", "BatchShape", "StepCost", "max_chunk_tokens")
 
 BLOCK_TOKENS = 16
@@ -33,7 +35,7 @@ def max_chunk_tokens(max_batched_tokens: int) -> int:
     return max_batched_tokens - max_batched_tokens // _SHARE_FOR_OTHERS
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value_class(kw_only=True)
 class BatchShape:
     """Work of one engine step. All counts are ≥ 0."""
 

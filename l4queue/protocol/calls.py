@@ -38,6 +38,7 @@ from l4queue.protocol.replies import (
     parse_verdict,
 )
 from l4queue.protocol.sizes import waiting_bytes
+from l4queue.value_class import value_class
 
 __all__ = (
     "Arg",
@@ -60,7 +61,7 @@ MAX_DEAD_LETTER_BYTES = 16_384
 """How much of an undecodable entry is kept. With 10,000 dead letters at most this bounds their memory."""
 
 
-@dataclass(frozen=True, slots=True)
+@value_class(kw_only=False)
 class Call(Generic[T]):
     """One round trip: a script when `script` is set, else the plain command in `args`.
 
@@ -167,8 +168,7 @@ class Calls:
 
         A request that was submitted with token ids keeps them: then `num_stored` is their number, and `token_ids`
         is empty. `charge_tokens` None is prompt and `max_tokens`. `body` replaces the one submitted, unless it is
-        empty.
-        `blocks` are the keys of the prompt's blocks, where it is to be noted how much of it workers hold.
+        empty. `blocks` are the keys of the prompt's blocks, where it is to be noted how much of it workers hold.
         STALE, and nothing is done, where another version than `plan_seen` is in force.
         """
         k = self.keys

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 
 from l4queue.protocol.records import OutputEntry
 
@@ -17,10 +16,10 @@ def entries_of(entry_id: bytes, values: Mapping[bytes, bytes]) -> list[OutputEnt
 
     ValueError when its parts do not fit each other.
     """
+    if b"c" not in values:
+        return [OutputEntry.parse(entry_id, values)]
     whole = OutputEntry.parse(entry_id, {name: value for name, value in values.items() if name != b"x"})
     text = values.get(b"x", b"")
-    if b"c" not in values:
-        return [replace(whole, text=text.decode())]
     bounds = list(_varints(values[b"c"]))
     pairs = list(zip(bounds[::2], bounds[1::2], strict=True))
     if sum(num for num, _ in pairs) != len(whole.token_ids) or sum(size for _, size in pairs) != len(text):

@@ -13,6 +13,7 @@ from l4queue.errors import UnreadableValue
 from l4queue.models import RequestState, WorkerLoad
 from l4queue.protocol.foreign import each, or_else, text
 from l4queue.protocol.records import in_order
+from l4queue.value_class import value_class
 
 __all__ = (
     "BODY_FIELDS",
@@ -46,7 +47,7 @@ BODY_FIELDS = ("state", "kind", "prompt", "body", "submitted_ms", "deadline_ms",
 _KINDS = (b"p", b"m", b"t")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value_class(kw_only=True)
 class InboxBody:
     """A submitted request as a dispatcher reads it.
 
@@ -78,7 +79,7 @@ class WorkerView:
     price: MovePrice | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value_class(kw_only=True)
 class FinishedRequest:
     """The facts of one finished request, from the capped stream `finished`. Times are server ms."""
 
@@ -114,7 +115,8 @@ def parse_entries(reply: Any) -> list[StreamEntry]:
 def _pairs(flat: Any) -> dict[bytes, bytes]:
     if isinstance(flat, Mapping):
         return dict(flat)
-    return dict(zip(flat[::2], flat[1::2], strict=True))
+    parts = iter(flat)
+    return dict(zip(parts, parts, strict=True))
 
 
 def whole(raw: bytes | None) -> int:

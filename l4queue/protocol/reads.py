@@ -5,7 +5,7 @@ What cannot be read is left out and reported (`l4queue.protocol.foreign`); no re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 
@@ -78,35 +78,27 @@ class Reads:
 
         Empty although the request has ended: its output has expired, or was dropped for want of room.
         """
-        start = f"({after}-0" if after else "-"
-        args = ("XRANGE", self.keys.output(request_id), start, "+")
+        key, start = self.keys.output(request_id), f"({after}-0" if after else "-"
 
         def read(reply: Any) -> list[OutputEntry]:
-            entries = [entry for part in each(args[1], parse_entries(reply), entries_of) for entry in part]
+            entries = _output(key, parse_entries(reply))
             return [entry for entry in entries if entry.upto > after or entry.state is not None]
 
-        return Call(None, (), args, read)
+        return Call(None, (), ("XRANGE", key, start, "+"), read)
 
     def ended(self, request_id: str) -> Call[tuple[RequestRecord | None, list[OutputEntry]]]:
         """The record and the output of a request that ended well a moment ago, by one command.
 
         The end of an output tells what the record says, until it is packed; None where it does not.
         """
-        output, key = self.output(request_id), self.keys.output(request_id)
-        names = RequestRecord.field_names()
-
-        def told(values: Mapping[bytes, bytes]) -> RequestRecord | None:
-            if b"finished_ms" not in values:
-                return None
-            row = [values.get(b"e" if name == "state" else name.encode()) for name in names]
-            return RequestRecord.parse(request_id, row)
+        key = self.keys.output(request_id)
+        told = or_else(key, partial(RequestRecord.told, request_id), _none)
 
         def read(reply: Any) -> tuple[RequestRecord | None, list[OutputEntry]]:
             rows = parse_entries(reply)
-            record = or_else(key, told, _none)(rows[-1][1]) if rows else None
-            return record, output.parse(reply)
+            return told(rows[-1][1]) if rows else None, _output(key, rows)
 
-        return Call(None, (), output.args, read)
+        return Call(None, (), ("XRANGE", key, "-", "+"), read)
 
     def plan(self) -> Call[tuple[int, str | None]]:
         """Version and JSON of the current plan; (0, None) when none was published, (0, "") for none of ours."""
@@ -281,6 +273,11 @@ class Reads:
     def server_time_ms(self) -> Call[int]:
         """The server's clock, ms since the epoch: the only clock of the protocol."""
         return Call(None, (), ("TIME",), lambda r: int(r[0]) * 1000 + int(r[1]) // 1000)
+
+
+def _output(key: str, rows: list[StreamEntry]) -> list[OutputEntry]:
+    """The readable entries of an output stream, packed or not."""
+    return [entry for part in each(key, rows, entries_of) for entry in part]
 
 
 def _none() -> None:

@@ -7,6 +7,7 @@ from enum import StrEnum
 from typing import Any
 
 from l4queue.protocol.records import Grant
+from l4queue.value_class import value_class
 
 __all__ = (
     "Migrated",
@@ -41,7 +42,7 @@ class Verdict(StrEnum):
     FULL = "FULL"  # the bounded backlog is full
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value_class(kw_only=True)
 class SubmitReply:
     """Answer to `submit`. `at_ms` is set for OK; the backlog for FULL; the state for DUP and CONFLICT.
 
@@ -56,7 +57,7 @@ class SubmitReply:
     drain_tokens_per_s: float = 0.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value_class(kw_only=True)
 class Taken:
     """Answer to `take`: OK with grants, or LOST. A taker that is ready is woken when something comes."""
 

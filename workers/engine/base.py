@@ -9,6 +9,7 @@ from typing import Protocol
 
 from l4queue.models import SamplingParams
 from l4queue.protocol.records import CachedPrompt, TokenLogprobs
+from l4queue.value_class import value_class
 
 __all__ = (
     "MAX_STEP_RECORDS",
@@ -36,7 +37,7 @@ class FinishReason(StrEnum):
     LOST = "lost"  # the engine serves on, and has dropped this request
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value_class(kw_only=True)
 class EngineRequest:
     """One request as the engine sees it.
 
@@ -57,7 +58,7 @@ class EngineRequest:
     kv: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value_class(kw_only=True)
 class EngineOutput:
     """New tokens of one request (possibly none, with a finish reason), with `logprobs` each when asked for.
 
@@ -109,7 +110,7 @@ class EngineInfo:
         return self.kv_bytes_per_token > 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value_class(kw_only=True)
 class EngineStats:
     """State of an engine now. `num_steps` only grows: the proof of progress that renews the lease.
 
@@ -135,7 +136,7 @@ MAX_STEP_RECORDS = 4096
 more than lie between two reads."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value_class(kw_only=True)
 class StepRecord:
     """One engine step as measured; the shape is that of `l4queue.cost.step.BatchShape`.
 

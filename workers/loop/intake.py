@@ -33,7 +33,7 @@ from workers.loop.engine_profile import EngineProfile
 from workers.loop.fleet_view import FleetView
 from workers.loop.lease import Lease
 from workers.loop.placement import Placement
-from workers.loop.report import WorkerReport, view_of
+from workers.loop.report import WorkerReport
 from workers.loop.rollback import Rollback
 from workers.loop.session import Session, engine_id
 from workers.loop.sessions import Sessions
@@ -359,7 +359,7 @@ class Intake:
                 has_moved=bool(session.came_from),
             )
             self._sessions.add(session, watch_tokens=watch_tokens)
-            context.observer.request_started(view_of(session))
+            context.observer.request_started(session.view)
             if session.has_ended:
                 ended.append(session)
                 continue

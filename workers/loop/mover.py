@@ -30,7 +30,7 @@ from workers.loop.engine_profile import EngineProfile
 from workers.loop.fleet_view import FleetView
 from workers.loop.lease import Lease
 from workers.loop.placement import Placement
-from workers.loop.report import WorkerReport, view_of
+from workers.loop.report import WorkerReport
 from workers.loop.session import Session
 from workers.loop.sessions import Sessions
 from workers.loop.task_set import TaskSet
@@ -263,7 +263,7 @@ class Mover:
         )
         await context.executor.run(call)
         if self._sessions.drop(session):
-            context.observer.request_moved(view_of(session), why=f"{move.kind}: on to {target_id}")
+            context.observer.request_moved(session.view, why=f"{move.kind}: on to {target_id}")
         self._sessions.wake()
         log.info("%s of %s at %d tokens to %s", move.kind, session.request_id, session.length_tokens, target_id)
 

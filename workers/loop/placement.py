@@ -21,6 +21,7 @@ class Placement:
         self._hands_over = settings.hand_over
         self._steals = StealFrom(settings.steal_from) is not StealFrom.NONE
         self._plan = Plan.one_stage()
+        self._known_stage: int | None = None
         self._is_draining = False
         self._is_emptying = False
 
@@ -28,7 +29,7 @@ class Placement:
         """Serve by this plan from now on; False where it is no newer than the one in force."""
         if plan.version <= self._plan.version:
             return False
-        self._plan = plan
+        self._plan, self._known_stage = plan, plan.stage_of_worker(self._worker_id)
         return True
 
     def drain(self) -> None:
@@ -62,8 +63,7 @@ class Placement:
     @property
     def stage(self) -> int:
         """Index of the stage that this worker serves."""
-        known = self._plan.stage_of_worker(self._worker_id)
-        return self._newcomer_stage(self._plan) if known is None else known
+        return self._newcomer_stage(self._plan) if self._known_stage is None else self._known_stage
 
     @property
     def high_tokens(self) -> int | None:

@@ -12,12 +12,10 @@ from l4queue.policy.loads import backlog_ms
 from workers.loop.context import WorkerContext
 from workers.loop.engine_profile import EngineProfile
 from workers.loop.placement import Placement
-from workers.loop.session import Session
 from workers.loop.sessions import Sessions
-from workers.telemetry.observer import RequestView
 from workers.telemetry.snapshot import WorkerSnapshot
 
-__all__ = ("WorkerReport", "view_of")
+__all__ = ("WorkerReport",)
 
 
 class WorkerReport:
@@ -134,19 +132,3 @@ class WorkerReport:
             "kv_misses": engine.num_kv_misses,
             "draining": load.is_draining,
         }
-
-
-def view_of(session: Session) -> RequestView:
-    """A session as a dashboard may show it."""
-    grant = session.grant
-    return RequestView(
-        request_id=grant.request_id,
-        stage=session.stage,
-        range_text=session.range_text,
-        prompt_tokens=grant.prompt_tokens,
-        max_tokens=session.max_tokens,
-        num_resumed=grant.offset,
-        epoch=grant.epoch,
-        submitted_ms=grant.submitted_ms,
-        is_traced=session.is_traced,
-    )

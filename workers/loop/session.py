@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import cached_property
 from hashlib import blake2b
 
 from l4queue.errors import UnreadableValue
@@ -12,9 +12,10 @@ from l4queue.models import RequestBody, RequestState, SamplingParams
 from l4queue.protocol.keys import SOLO_STAGE
 from l4queue.protocol.records import CachedPrompt, Grant, Outcome, OutputEntry, TokenLogprobs, id_array
 from l4queue.sampling import DEFAULT_MAX_TOKENS
+from l4queue.value_class import value_class
 from workers.engine.base import EngineOutput, EngineRequest, FinishReason
 from workers.loop.text import TextStream
-from workers.telemetry.observer import PREVIEW_CHARS
+from workers.telemetry.observer import PREVIEW_CHARS, RequestView
 
 __all__ = ("Session", "TextFactory", "Write", "engine_id", "resumed_seed")
 
@@ -22,7 +23,7 @@ TextFactory = Callable[[SamplingParams], TextStream]
 """Makes the text of one output: with the model's tokenizer and the request's stop strings."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value_class(kw_only=True)
 class Write:
     """Output to be written for a session: tokens from `offset` on, and the outcome when it has ended.
 
@@ -100,6 +101,22 @@ class Session:
     @property
     def request_id(self) -> str:
         return self.grant.request_id
+
+    @cached_property
+    def view(self) -> RequestView:
+        """The session as a dashboard may show it."""
+        grant = self.grant
+        return RequestView(
+            request_id=grant.request_id,
+            stage=self.stage,
+            range_text=self.range_text,
+            prompt_tokens=grant.prompt_tokens,
+            max_tokens=self.max_tokens,
+            num_resumed=grant.offset,
+            epoch=grant.epoch,
+            submitted_ms=grant.submitted_ms,
+            is_traced=self.is_traced,
+        )
 
     @property
     def token_ids(self) -> Sequence[int]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from l4queue.errors import ConfigError
 from l4queue.models import SamplingParams
 from l4queue.pretrained import load_tokenizer
+from l4queue.value_class import value_class
 
 __all__ = ("StreamDecoder", "TextPiece", "TextStream", "TokenDecoder", "no_text", "text_factory")
 
@@ -16,7 +16,7 @@ _CONTEXT_TOKENS = 8  # enough for the longest character and the word before it
 _UNFINISHED = "\ufffd"
 
 
-@dataclass(frozen=True, slots=True)
+@value_class(kw_only=False)
 class TextPiece:
     """Text that became certain, from the first `num_tokens` of the ids given; the rest came after a stop."""
 

@@ -27,7 +27,7 @@ from workers.loop.intake import Intake
 from workers.loop.lease import Lease
 from workers.loop.mover import Mover
 from workers.loop.placement import Placement
-from workers.loop.report import WorkerReport, view_of
+from workers.loop.report import WorkerReport
 from workers.loop.rollback import Rollback
 from workers.loop.session import Session, TextFactory
 from workers.loop.sessions import Sessions
@@ -181,7 +181,7 @@ class Worker:
 
     def active(self) -> list[RequestView]:
         """The requests running here."""
-        return [view_of(session) for session in self.sessions]
+        return [session.view for session in self.sessions]
 
     async def _start_engine(self) -> None:
         info = await self._engine.start()

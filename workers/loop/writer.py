@@ -19,7 +19,6 @@ from workers.loop.context import WorkerContext
 from workers.loop.fleet_view import FleetView
 from workers.loop.lease import Lease
 from workers.loop.placement import Placement
-from workers.loop.report import view_of
 from workers.loop.session import Session, Write
 from workers.loop.sessions import Sessions
 from workers.telemetry.observer import LEASE_ENDED, RequestView
@@ -106,7 +105,7 @@ class Writer:
         await context.executor.run_many(calls)
         for session in left:
             if self._sessions.drop(session):
-                context.observer.request_moved(view_of(session), why=why)
+                context.observer.request_moved(session.view, why=why)
         ids = ",".join(session.request_id for session in left)
         log.info("gave back %d requests: %s", len(left), why, extra={"request_ids": ids})
 
@@ -152,9 +151,9 @@ class Writer:
         records = await context.executor.run_many([context.reads.record(session.request_id) for session in gone])
         for session, record in zip(gone, records, strict=True):
             if record is not None and record.state in ("cancelled", "expired"):
-                context.observer.request_cancelled(view_of(session))
+                context.observer.request_cancelled(session.view)
             else:
-                context.observer.request_moved(view_of(session), why=LEASE_ENDED)
+                context.observer.request_moved(session.view, why=LEASE_ENDED)
 
     async def cancel(self, request_id: str) -> None:
         """Cancel a request wherever it is. Many workers may be asked; the one that does it tells the observer.
@@ -225,7 +224,7 @@ class Writer:
         context = self._context
         self._sessions.settle(session)
         runtime_s = asyncio.get_running_loop().time() - session.started_s
-        view = view_of(session)
+        view = session.view
         if outcome.state is RequestState.DONE:
             context.observer.request_succeeded(
                 view, output_tokens=len(session.output_ids), runtime_s=runtime_s, text=session.text_preview

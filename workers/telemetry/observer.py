@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
+
+from l4queue.value_class import value_class
 
 __all__ = ("LEASE_ENDED", "PREVIEW_CHARS", "NullObserver", "Observer", "RequestView")
 
@@ -13,7 +14,7 @@ LEASE_ENDED = "its lease ended"
 """Why a request moved when this worker was the last to know; it may be finished elsewhere by now."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value_class(kw_only=True)
 class RequestView:
     """One request as a dashboard may show it."""
 
