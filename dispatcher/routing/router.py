@@ -103,10 +103,10 @@ class Router:
             starvation_bound_s=settings.starvation_bound_s,
         )
         score = queue_order.in_class(score, priority=priority, background_priority=settings.background_priority)
-        chosen = route(prompt_tokens, self.plan, loads=self._loads)
         if len(self.plan.stages) == 1:
             is_by_prefix = self.plan.goes_by_prefix(settings.prefix_affinity)
             return Place(stage="0", score=score, why=_BY_PREFIX if is_by_prefix else "")
+        chosen = route(prompt_tokens, self.plan, loads=self._loads)
         drains = {load.stage: load.drain_ms for load in self._loads or ()}
         alternatives = [_stage(s, drains) for s in chosen.alternatives[:_MAX_ALTERNATIVES]]
         why = {**_stage(chosen.stage, drains), "reason": chosen.reason, "alternatives": alternatives}

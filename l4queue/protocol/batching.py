@@ -24,25 +24,41 @@ _MAX_ROUND_TRIP_BYTES = 4 * 2**20
 another round trip is nothing. As much is packed in memory, and sent again after a failure."""
 
 
-def round_trips(calls: Sequence[Call[Any]]) -> Iterator[Sequence[Call[Any]]]:
+def round_trips(calls: Sequence[Call[Any]]) -> Iterator[Commands]:
     """The same calls in order, cut into pieces of bounded size."""
-    begin = num_bytes = 0
-    for at, call in enumerate(calls):
-        size = _size_bytes(call)
-        if at > begin and num_bytes + size > _MAX_ROUND_TRIP_BYTES:
-            yield calls[begin:at]
-            begin, num_bytes = at, 0
+    groups: list[Sequence[Call[Any]]] = []
+    num_bytes = 0
+    for group, size in _groups(calls):
+        if groups and num_bytes + size > _MAX_ROUND_TRIP_BYTES:
+            yield Commands(groups)
+            groups, num_bytes = [], 0
+        groups.append(group)
         num_bytes += size
-    if calls:
-        yield calls if begin == 0 else calls[begin:]
+    if groups:
+        yield Commands(groups)
 
 
-class Commands:
-    """The commands of some calls, and how many calls each of them has."""
+class Commands(Sequence[Call[Any]]):
+    """Calls in groups, each with its command."""
 
-    def __init__(self, calls: Sequence[Call[Any]]) -> None:
-        self._groups = list(_groups(calls))
-        self.words = [_command(group) for group in self._groups]
+    def __init__(self, groups: Sequence[Sequence[Call[Any]]]) -> None:
+        self._groups = groups
+        self._calls = [call for group in groups for call in group]
+        self.words = [_command(group) for group in groups]
+
+    @classmethod
+    def of(cls, calls: Sequence[Call[Any]]) -> Commands:
+        """The commands of calls that make one round trip."""
+        return calls if isinstance(calls, Commands) else cls([group for group, _ in _groups(calls)])
+
+    def __len__(self) -> int:
+        return len(self._calls)
+
+    def __iter__(self) -> Iterator[Call[Any]]:
+        return iter(self._calls)
+
+    def __getitem__(self, place: Any) -> Any:
+        return self._calls[place]
 
     def replies(self, found: Sequence[Any]) -> list[Any]:
         """One reply for each call: an error of a whole command is that of each of its calls."""
@@ -55,17 +71,18 @@ class Commands:
         return replies
 
 
-def _groups(calls: Sequence[Call[Any]]) -> Iterator[Sequence[Call[Any]]]:
+def _groups(calls: Sequence[Call[Any]]) -> Iterator[tuple[Sequence[Call[Any]], int]]:
+    """Neighbours that share a command, with the bytes of their arguments."""
     begin = num_bytes = 0
     for at, call in enumerate(calls):
         size = _size_bytes(call)
         is_next = call.script is not None and call.script == calls[begin].script
         if at > begin and (not is_next or at - begin == _MAX_CALLS or num_bytes + size > _MAX_BYTES):
-            yield calls[begin:at]
+            yield calls[begin:at], num_bytes
             begin, num_bytes = at, 0
         num_bytes += size
     if calls:
-        yield calls[begin:]
+        yield calls[begin:], num_bytes
 
 
 def _size_bytes(call: Call[Any]) -> int:

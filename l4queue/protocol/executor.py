@@ -105,7 +105,7 @@ class _Exchange(ABC):
 
     async def _run_many(self, calls: Sequence[Call[Any]]) -> list[Any]:
         values: list[Any] = []
-        for part in round_trips(calls) if len(calls) > 1 else (calls,):
+        for part in round_trips(calls):
             found, error = await self._try(part, retry_s=self.retry_s)
             if error is not None:
                 if len(calls) > 1:
@@ -195,7 +195,7 @@ class _Exchange(ABC):
         return replies
 
     async def _send(self, calls: Sequence[Call[Any]]) -> list[Any]:
-        wait, commands = confirmation(calls, self._replicas), Commands(calls)
+        wait, commands = confirmation(calls, self._replicas), Commands.of(calls)
         if len(commands.words) == 1 and wait is None:
             try:
                 return commands.replies([await self._one(commands.words[0])])

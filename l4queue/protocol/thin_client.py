@@ -6,7 +6,7 @@ Most commands share a few connections. A command that holds its connection up ha
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -20,6 +20,7 @@ __all__ = ("ThinClient",)
 
 _MAX_SHARED = 4  # connections for all but what holds one up; the second is opened when the first is full
 _HOLDING = frozenset(("XREAD", "XREADGROUP", "WAIT"))  # the server lets nothing pass them
+_ENTRIES = frozenset(("XRANGE", "XREVRANGE", "XREAD", "XREADGROUP"))  # `parse_entries` takes them as they come
 
 
 class ThinClient(aredis.Redis):
@@ -27,7 +28,8 @@ class ThinClient(aredis.Redis):
 
     def __init__(self, pool: aredis.ConnectionPool) -> None:
         super().__init__(connection_pool=pool)
-        self._readers: Mapping[Any, Any] = dict(self.response_callbacks)
+        readers: dict[Any, Any] = dict(self.response_callbacks)
+        self._readers = {name: reader for name, reader in readers.items() if name not in _ENTRIES}
         self._shared: list[ThinConnection] = []
         self._idle: list[ThinConnection] = []
         self._lent: set[ThinConnection] = set()

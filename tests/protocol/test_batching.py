@@ -150,7 +150,7 @@ def test_commands_have_every_call_once_in_order(sizes: list[tuple[str | None, in
     calls: list[Call[Any]] = [
         Call(name, ("{l4}:k",) if name else (), (str(i), "x" * size), str) for i, (name, size) in enumerate(sizes)
     ]
-    commands = Commands(calls)
+    commands = Commands.of(calls)
     seen = []
     found: list[Any] = []
     for words in commands.words:
@@ -174,12 +174,12 @@ def test_an_error_of_a_command_is_that_of_each_of_its_calls() -> None:
     keys = Calls(Keys("t"))
     calls = [keys.extend("w", lease_ms=1), keys.extend("v", lease_ms=1), keys.retire("w")]
     error = ValueError("no")
-    assert Commands(calls).replies([error, b"OK"]) == [error, error, b"OK"]
+    assert Commands.of(calls).replies([error, b"OK"]) == [error, error, b"OK"]
 
 
 def test_nothing_is_no_command() -> None:
     """An empty list of calls is sent by nobody."""
-    assert Commands([]).words == []
+    assert Commands.of([]).words == []
 
 
 def test_a_call_that_fails_leaves_its_neighbours_and_their_counts(scene: Scene) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from typing import Any, Protocol
 
 from l4queue.errors import ConfigError
@@ -42,30 +43,37 @@ class StreamDecoder:
     """
 
     def __init__(self, tokenizer: Any, *, skip_special_tokens: bool = True) -> None:
-        from tokenizers.decoders import DecodeStream
-
         self._tokenizer = tokenizer
         self._skips = skip_special_tokens
-        self._new_stream = DecodeStream
-        self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
+        self._stream: Any = None  # made with what comes before the first id
 
     def prime(self, prompt_ids: Sequence[int]) -> None:
         """Set the context of the first id. The end of the prompt is enough, and costs the same for any."""
         tail = list(prompt_ids[-_CONTEXT_TOKENS:])
         if not self._tokenizer.decode(tail, skip_special_tokens=self._skips).endswith(_UNFINISHED):
             # behind half a character the library would give the context out as new text
-            self._stream = self._new_stream(tail, skip_special_tokens=self._skips)
+            self._stream = _stream_class()(tail, skip_special_tokens=self._skips)
 
     def step(self, token_id: int) -> str:
         """Text that this token completes."""
+        if self._stream is None:
+            self._stream = _stream_class()(skip_special_tokens=self._skips)
         try:
             return self._stream.step(self._tokenizer, token_id) or ""
         except Exception as error:  # the library has one error type for all; only this one is harmless
             if not str(error).startswith("Invalid prefix"):
                 raise
             # bytes that never became a character: go on behind them, as vLLM does
-            self._stream = self._new_stream(skip_special_tokens=self._skips)
+            self._stream = _stream_class()(skip_special_tokens=self._skips)
             return self._stream.step(self._tokenizer, token_id) or ""
+
+
+@cache
+def _stream_class() -> Any:
+    """The library's decoder, which workers without a text do without."""
+    from tokenizers.decoders import DecodeStream
+
+    return DecodeStream
 
 
 def text_factory(path: str, *, trust_remote_code: bool = False) -> Callable[[SamplingParams], TextStream]:
