@@ -18,6 +18,7 @@ from l4queue.errors import ServiceUnavailable
 from l4queue.protocol.calls import Call, Verdict
 from l4queue.protocol.executor import AsyncExecutor, Executor
 from l4queue.protocol.foreign import text
+from l4queue.protocol.reads import parse_entries
 from tests.protocol.scene import Scene
 from tests.protocol.server import VOLATILE, RedisServer
 from tests.protocol.spoiler import Spoiler, Spoiling
@@ -301,11 +302,20 @@ def _rows(key: str) -> list[tuple[Any, ...]]:
     ]
 
 
+def _read(*words: Any) -> Call[Any]:
+    """A command as it is, but for entries of streams: whoever asks for these reads them by `parse_entries`."""
+    if words[0] in ("XRANGE", "XREVRANGE"):
+        return Call(None, (), words, parse_entries)
+    if words[0] == "XREAD":
+        return Call(None, (), words, lambda reply: [(key, parse_entries(entries)) for key, entries in reply])
+    return plain(*words)
+
+
 async def test_both_executors_read_replies_alike(redis_server: RedisServer, namespace: str) -> None:
     """Every plain command that is used, alone and in a batch, and their refusals."""
     executor, blocking = AsyncExecutor(redis_server.url), Executor(redis_server.url)
     rows = _rows(f"{{{namespace}}}")
-    calls = [plain(*row) for row in rows]
+    calls = [_read(*row) for row in rows]
     expected = await asyncio.to_thread(blocking.run_many, calls)
     assert await executor.run_many(calls) == expected
     assert [await executor.run(call) for call in calls] == expected
