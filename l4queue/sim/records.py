@@ -19,6 +19,7 @@ from l4queue.sim.traces.content import Chains
 from l4queue.sim.traces.trace import Trace
 
 __all__ = (
+    "FEWEST_TOLD",
     "MAX_ARRIVALS",
     "MIN_ARRIVALS",
     "Changed",
