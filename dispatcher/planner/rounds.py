@@ -207,15 +207,13 @@ async def _guess(
     executor: AsyncExecutor, settings: Settings, overview: Overview, known: _Known
 ) -> Decision | None:
     """Prefix affinity for new traffic as soon as it is told how much comes again, not only at the next round."""
-    is_found = any(load.num_cached_tokens for load in overview.workers)
-    if settings.prefix_affinity != "auto" or not is_found:
-        return None
-    snapshot = await _snapshot(executor, settings, overview, known)
-    if not may_guess(snapshot, known.learned):
+    plan, loads, learned = overview.plan, overview.workers, known.learned
+    is_found = settings.prefix_affinity == "auto" and any(load.num_cached_tokens for load in loads)
+    if not is_found or not may_guess(plan, loads, learned):
         return None
     finished = await executor.run(Reads(Keys(settings.namespace)).finished(count=GUESSED_FROM))
-    recent = recorded(finished, settings=settings, loads=overview.workers)
-    return first_guess(snapshot, known.learned, repeated_share=repeated_share(recent, known.learned))
+    share = repeated_share(recorded(finished, settings=settings, loads=loads), learned)
+    return first_guess(plan, loads, learned, repeated_share=share, now_ms=overview.now_ms)
 
 
 async def _replace_unreadable(executor: AsyncExecutor, settings: Settings, overview: Overview) -> str:
@@ -322,7 +320,8 @@ def _decide(
     replay = replay_of(recent, snapshot, settings, learned=learned, price=known.price)
     if replay is not None:
         return decide(snapshot, planning, replay, learned=learned), with_decision(learned)
-    guess = first_guess(snapshot, learned, repeated_share=repeated_share(recent, learned))
+    share, now_ms = repeated_share(recent, learned), snapshot.now_ms
+    guess = first_guess(snapshot.plan, snapshot.loads, learned, repeated_share=share, now_ms=now_ms)
     return guess or decide(snapshot, planning, None, learned=learned), learned
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
-from l4queue.models import StagePlan
+from l4queue.models import Plan, StagePlan, WorkerLoad
 from l4queue.planning.assign import assign
 from l4queue.planning.planner import Decision, PlannerSettings, Replay, Snapshot, is_young, plan
 from l4queue.planning.traffic_change import Learned, is_due, work_ms
@@ -34,36 +35,34 @@ def why_settled(snapshot: Snapshot, settings: PlannerSettings, learned: Learned)
     return None if is_due(learned, work=work) else "nothing new since the last replay"
 
 
-def may_guess(snapshot: Snapshot, learned: Learned) -> bool:
+def may_guess(present: Plan, loads: Sequence[WorkerLoad], learned: Learned) -> bool:
     """Whether prefix affinity may be guessed: one stage for all, and no replay has told of this traffic.
 
     Traffic whose rate alone has changed is no new one.
     """
-    present, is_new = snapshot.plan, learned.decided is None and learned.begun_s <= learned.mix_begun_s
+    is_new = learned.decided is None and learned.begun_s <= learned.mix_begun_s
     is_open = len(present.stages) == 1 and not present.prefix_affinity and not present.details.get("is_replayed")
-    return is_new and is_open and sum(not load.is_draining for load in snapshot.loads) > 1
+    return is_new and is_open and sum(not load.is_draining for load in loads) > 1
 
 
-def first_guess(snapshot: Snapshot, learned: Learned, *, repeated_share: float) -> Decision | None:
+def first_guess(
+    present: Plan, loads: Sequence[WorkerLoad], learned: Learned, *, repeated_share: float, now_ms: int
+) -> Decision | None:
     """Prefix affinity until a replay can tell, where so much of the prompt tokens came again; None: no guess.
 
     The first replay judges it as it would one stage: nothing has proven it.
     """
-    if repeated_share < GUESSED_SHARE or not may_guess(snapshot, learned):
+    if repeated_share < GUESSED_SHARE or not may_guess(present, loads, learned):
         return None
-    workers = tuple(load for load in snapshot.loads if not load.is_draining)
+    workers = tuple(load for load in loads if not load.is_draining)
     stage = StagePlan(low_tokens=0, high_tokens=None, num_workers=len(workers))
     reason = f"prefix affinity: {repeated_share:.0%} of the prompt tokens came again; no replay can tell yet"
-    guess = replace(
-        snapshot.plan,
-        version=snapshot.plan.version + 1,
-        stages=assign([stage], workers, current=snapshot.plan).stages,
+    guess = Plan(
+        version=present.version + 1,
+        stages=assign([stage], workers, current=present).stages,
         reason=reason,
-        created_ms=snapshot.now_ms,
-        objective=None,
-        objective_one_stage=None,
+        created_ms=now_ms,
         prefix_affinity=True,
-        details={},
     )
     return Decision(publish=True, plan=guess, reason=reason)
 

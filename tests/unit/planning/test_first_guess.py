@@ -10,7 +10,7 @@ import pytest
 from l4queue.cost.step import StepCost
 from l4queue.models import Plan, StagePlan, WorkerLoad
 from l4queue.planning.histogram import Buckets, Demand
-from l4queue.planning.planner import PlannerSettings, Snapshot
+from l4queue.planning.planner import Decision, PlannerSettings, Snapshot
 from l4queue.planning.shadow import GUESSED_SHARE, decide, first_guess
 from l4queue.planning.traffic_change import Learned, with_decision
 from tests.unit.planning.told_replay import ToldReplay
@@ -41,11 +41,16 @@ def snapshot(*stages: StagePlan, drains: str = "", workers: int = 2, **values: o
     )
 
 
+def guessed(now: Snapshot, learned: Learned, share: float) -> Decision | None:
+    """What is guessed there."""
+    return first_guess(now.plan, now.loads, learned, repeated_share=share, now_ms=now.now_ms)
+
+
 @pytest.mark.parametrize(("workers", "drains", "ids"), [(2, "", ("w0", "w1")), (3, "w1", ("w0", "w2"))])
 def test_where_much_comes_again_one_stage_goes_by_prefix(workers: int, drains: str, ids: tuple[str, ...]) -> None:
     """However young it is, with all workers that stay, and nothing says that a replay has proven it."""
     now = snapshot(workers=workers, drains=drains)
-    guess = first_guess(now, NEW, repeated_share=GUESSED_SHARE)
+    guess = guessed(now, NEW, GUESSED_SHARE)
 
     assert guess is not None
     assert guess.publish
@@ -70,12 +75,12 @@ def test_where_much_comes_again_one_stage_goes_by_prefix(workers: int, drains: s
 )
 def test_it_is_no_guess_where_anything_else_is_known(now: Snapshot, learned: Learned, share: float) -> None:
     """Little comes again; stages; a replay that has told; nobody to choose among."""
-    assert first_guess(now, learned, repeated_share=share) is None
+    assert guessed(now, learned, share) is None
 
 
 def test_the_first_replay_judges_the_guess_as_it_would_one_stage() -> None:
     """Stages replace it at once, even where their gain may be chance; without a replay it stays."""
-    guess = first_guess(snapshot(), NEW, repeated_share=0.5)
+    guess = guessed(snapshot(), NEW, 0.5)
     assert guess is not None
     later = replace(snapshot(), plan=guess.plan, now_ms=10**6 + 2000)
     stages_win = ToldReplay(lambda plan: 1.0 if len(plan.stages) == 2 else 2.0, chance=1.0, tells_content=True)
