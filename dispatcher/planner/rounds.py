@@ -8,12 +8,13 @@ import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 
+from dispatcher.planner.recent import GUESSED_FROM, recorded, repeated_share, replay_of
 from l4queue.compat import object_of, value_of
 from l4queue.config import Settings
 from l4queue.cost.move import MovePrice
 from l4queue.cost.step import StepCost
 from l4queue.errors import UnreadableValue
-from l4queue.models import Plan, RequestState, Routing
+from l4queue.models import Plan, Routing
 from l4queue.observe.overview import (
     Overview,
     cost_in_force,
@@ -24,21 +25,18 @@ from l4queue.observe.overview import (
 from l4queue.plan_json import plan_to_json, split_of
 from l4queue.planning.histogram import Buckets, Counts, difference, merge
 from l4queue.planning.partition import PartitionProblem
-from l4queue.planning.planner import Decision, PlannerSettings, Replay, Snapshot, expected_demand
+from l4queue.planning.planner import Decision, PlannerSettings, Snapshot, expected_demand
 from l4queue.planning.refine import refine
-from l4queue.planning.shadow import decide, why_settled
+from l4queue.planning.shadow import decide, first_guess, may_guess, why_settled
 from l4queue.planning.steady_state import Objective, PartitionSettings
 from l4queue.planning.traffic_change import Learned, Noise, is_early_round, learn, with_decision, work_ms
-from l4queue.policy.steal import StealFrom, StealLimits
 from l4queue.protocol.calls import Calls, Verdict
 from l4queue.protocol.executor import AsyncExecutor
 from l4queue.protocol.foreign import report
 from l4queue.protocol.keys import Keys
 from l4queue.protocol.reads import FinishedRequest, Reads
 from l4queue.protocol.upkeep import Upkeep
-from l4queue.sim.policies.l4 import L4Options
-from l4queue.sim.records import MAX_ARRIVALS, Changed, RecordedArrival
-from l4queue.sim.replay import make_replay
+from l4queue.sim.records import MAX_ARRIVALS
 
 __all__ = ("refine_once", "replan_once")
 
@@ -182,6 +180,10 @@ async def _refine(executor: AsyncExecutor, settings: Settings) -> str:
     known = await _learn(executor, settings, overview)
     if known.is_early:
         return await _replan(executor, settings)
+    guess = await _guess(executor, settings, overview, known)
+    if guess is not None:
+        await executor.run(Calls(Keys(settings.namespace)).log_decision(_log_line(guess)))
+        return await _publish(executor, settings, guess.plan, replaces=plan.version)
     if len(plan.stages) < 2 or known.learned.counts.observed_s <= 0.0:
         return "nothing to refine"
     if sum(len(stage.worker_ids) for stage in plan.stages) != len(overview.workers):
@@ -199,6 +201,19 @@ async def _refine(executor: AsyncExecutor, settings: Settings) -> str:
     # created_ms stays that of the plan it refines: nudging must not put off the planner
     new = replace(refined.plan, reason=f"refined: {refined.reason}")
     return await _publish(executor, settings, new, replaces=plan.version)
+
+
+async def _guess(
+    executor: AsyncExecutor, settings: Settings, overview: Overview, known: _Known
+) -> Decision | None:
+    """Prefix affinity for new traffic as soon as it is told how much comes again, not only at the next round."""
+    plan, loads, learned = overview.plan, overview.workers, known.learned
+    is_found = settings.prefix_affinity == "auto" and any(load.num_cached_tokens for load in loads)
+    if not is_found or not may_guess(plan, loads, learned):
+        return None
+    finished = await executor.run(Reads(Keys(settings.namespace)).finished(count=GUESSED_FROM))
+    share = repeated_share(recorded(finished, settings=settings, loads=loads), learned)
+    return first_guess(plan, loads, learned, repeated_share=share, now_ms=overview.now_ms)
 
 
 async def _replace_unreadable(executor: AsyncExecutor, settings: Settings, overview: Overview) -> str:
@@ -296,47 +311,18 @@ def _without_affinity(overview: Overview) -> Decision:
 def _decide(
     snapshot: Snapshot, settings: Settings, finished: Sequence[FinishedRequest], known: _Known
 ) -> tuple[Decision, Learned]:
-    """By the closed form; what it proposes is published only if a replay of recent traffic agrees."""
-    learned, replay = known.learned, _replay(snapshot, settings, finished, known)
-    decision = decide(snapshot, _planner_settings(settings, known.price), replay, learned=learned)
-    return decision, learned if replay is None else with_decision(learned)
+    """By the closed form; what it proposes is published only if a replay of recent traffic agrees.
 
-
-def _replay(
-    snapshot: Snapshot, settings: Settings, finished: Sequence[FinishedRequest], known: _Known
-) -> Replay | None:
-    """Traffic on which plans are replayed; None where too little has finished since it changed.
-
-    The content of prompts counts where engines tell of prefix caches, and plans may use them.
+    Where no replay can tell yet, prefix affinity is guessed if much comes again.
     """
-    is_told = settings.prefix_affinity == "auto" and any(load.num_prompt_tokens for load in snapshot.loads)
-    arrivals = [
-        RecordedArrival(
-            arrival_s=request.submitted_ms / 1000,
-            input_tokens=request.prompt_tokens,
-            output_tokens=request.output_tokens,
-            e2e_s=(request.finished_ms - request.submitted_ms) / 1000,
-            blocks=request.blocks if is_told else b"",
-        )
-        for request in finished
-        if request.state == RequestState.DONE
-    ]
-    return make_replay(
-        arrivals,
-        cost=snapshot.cost,
-        num_instances=len(snapshot.loads),
-        price=known.price,
-        options=L4Options(
-            objective=settings.objective,
-            slo_ttft_ms=settings.slo_ttft_ms,
-            slo_tpot_ms=settings.slo_tpot_ms,
-            without=_left_out(settings),
-            steal=StealLimits(steal_from=StealFrom(settings.steal_from)),
-            ageing_tokens_per_s=settings.ageing_tokens_per_s,
-        ),
-        changed=Changed.of(known.learned, snapshot),
-        needs_content=snapshot.plan.prefix_affinity,
-    )
+    learned, planning = known.learned, _planner_settings(settings, known.price)
+    recent = recorded(finished, settings=settings, loads=snapshot.loads)
+    replay = replay_of(recent, snapshot, settings, learned=learned, price=known.price)
+    if replay is not None:
+        return decide(snapshot, planning, replay, learned=learned), with_decision(learned)
+    share, now_ms = repeated_share(recent, learned), snapshot.now_ms
+    guess = first_guess(snapshot.plan, snapshot.loads, learned, repeated_share=share, now_ms=now_ms)
+    return guess or decide(snapshot, planning, None, learned=learned), learned
 
 
 async def _backlog(
@@ -369,10 +355,3 @@ def _log_line(decision: Decision) -> str:
         for candidate in decision.candidates
     ]
     return json.dumps({"publish": decision.publish, "reason": decision.reason, "candidates": considered})
-
-
-def _left_out(settings: Settings) -> frozenset[str]:
-    """Ingredients that the settings switch off, as the simulator names them."""
-    if not settings.hand_over:
-        return frozenset({"hand-over", "escape"})
-    return frozenset() if settings.escape else frozenset({"escape"})

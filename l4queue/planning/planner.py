@@ -141,10 +141,11 @@ def plan(snapshot: Snapshot, settings: PlannerSettings, *, replay: Replay | None
     )
     current = _current(snapshot, problem, workers, settings=settings, replay=replay)
     parts = _partitions(problem, is_replayed=replay is not None)
-    fresh = [_candidate(p, present, workers, replay=replay) for p in parts]
-    if replay is not None and replay.tells_content:
+    with_affinity = []
+    if replay is not None and replay.tells_content:  # before the others: held against it, most are ended early
         one = problem.judge((), (len(workers),))
-        fresh.append(_candidate(one, present, workers, replay=replay, prefix_affinity=True))
+        with_affinity = [_candidate(one, present, workers, replay=replay, prefix_affinity=True)]
+    fresh = [*(_candidate(p, present, workers, replay=replay) for p in parts), *with_affinity]
     best = _best(fresh, settings=settings)
     candidates = tuple(fresh) if current is None else (*fresh, current)
     if has_changed or current is None:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
+from l4queue.models import Plan, StagePlan, WorkerLoad
+from l4queue.planning.assign import assign
 from l4queue.planning.planner import Decision, PlannerSettings, Replay, Snapshot, is_young, plan
 from l4queue.planning.traffic_change import Learned, is_due, work_ms
 
-__all__ = ("decide", "why_settled")
+__all__ = ("decide", "first_guess", "may_guess", "why_settled")
 
 MIN_UNPROVEN_GAIN = 0.10
 """Gain that the closed form must promise for classes where no replay can tell yet."""
+
+GUESSED_SHARE = 0.2
+"""Share of prompt tokens seen before from which prefix affinity is the guess where no replay can tell yet. In
+simulation it is better than one stage on all traces with content, by 4 to 54 % of the mean. Where less comes
+again, as at first in Mooncake's conversations, a replay may find stages far better."""
 
 
 def why_settled(snapshot: Snapshot, settings: PlannerSettings, learned: Learned) -> str | None:
@@ -27,10 +35,42 @@ def why_settled(snapshot: Snapshot, settings: PlannerSettings, learned: Learned)
     return None if is_due(learned, work=work) else "nothing new since the last replay"
 
 
+def may_guess(present: Plan, loads: Sequence[WorkerLoad], learned: Learned) -> bool:
+    """Whether prefix affinity may be guessed: one stage for all, and no replay has told of this traffic.
+
+    Traffic whose rate alone has changed is no new one.
+    """
+    is_new = learned.decided is None and learned.begun_s <= learned.mix_begun_s
+    is_open = len(present.stages) == 1 and not present.prefix_affinity and not present.details.get("is_replayed")
+    return is_new and is_open and sum(not load.is_draining for load in loads) > 1
+
+
+def first_guess(
+    present: Plan, loads: Sequence[WorkerLoad], learned: Learned, *, repeated_share: float, now_ms: int
+) -> Decision | None:
+    """Prefix affinity until a replay can tell, where so much of the prompt tokens came again; None: no guess.
+
+    The first replay judges it as it would one stage: nothing has proven it.
+    """
+    if repeated_share < GUESSED_SHARE or not may_guess(present, loads, learned):
+        return None
+    workers = tuple(load for load in loads if not load.is_draining)
+    stage = StagePlan(low_tokens=0, high_tokens=None, num_workers=len(workers))
+    reason = f"prefix affinity: {repeated_share:.0%} of the prompt tokens came again; no replay can tell yet"
+    guess = Plan(
+        version=present.version + 1,
+        stages=assign([stage], workers, current=present).stages,
+        reason=reason,
+        created_ms=now_ms,
+        prefix_affinity=True,
+    )
+    return Decision(publish=True, plan=guess, reason=reason)
+
+
 def decide(snapshot: Snapshot, settings: PlannerSettings, replay: Replay | None, *, learned: Learned) -> Decision:
     """The planner's decision, proved by replay; without one, classes must promise MIN_UNPROVEN_GAIN.
 
-    Prefix affinity comes and goes by a replay only.
+    Prefix affinity comes and goes by a replay only; `first_guess` is beside it.
     The first replay since the traffic changed may replace a young plan: that one was made without any.
     """
     if replay is not None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from l4queue.cost.move import MovePrice
-from l4queue.cost.step import StepCost
+from l4queue.cost.step import BLOCK_TOKENS, StepCost
 from l4queue.errors import ConfigError
 from l4queue.sim.cluster import Cluster
 from l4queue.sim.policy import Policy
@@ -20,13 +20,17 @@ __all__ = ("Run", "RunConfig", "check_fits", "run_policy")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig:
-    """Everything of a run but policy and trace. `warmup_share` of the arrivals are simulated, not counted."""
+    """Everything of a run but policy and trace. `warmup_share` of the arrivals are simulated, not counted.
+
+    `block_tokens` is the engines' KV block, by which the content of the trace is numbered.
+    """
 
     cost: StepCost
     num_instances: int
     seed: int = 0
     warmup_share: float = 0.0
     price: MovePrice = field(default_factory=MovePrice)
+    block_tokens: int = BLOCK_TOKENS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +70,7 @@ def run_policy(
         policy=policy,
         rng=np.random.default_rng(setting.seed),
         price=setting.price,
+        block_tokens=setting.block_tokens,
         observe=observe,
     )
     cluster.run()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dispatcher.planner.rounds import replan_once
+from dispatcher.planner.rounds import refine_once, replan_once
 from l4queue import AsyncClient, Settings
 from l4queue.models import StagePlan
 from l4queue.plan_json import plan_from_json
@@ -19,6 +19,7 @@ from l4queue.protocol.calls import Call
 from l4queue.protocol.executor import AsyncExecutor
 from l4queue.protocol.keys import Keys
 from l4queue.protocol.reads import Reads
+from l4queue.sim.records import FEWEST_TOLD
 from tests.services.pipeline import Pipeline, open_pipeline, true
 from tests.services.pipeline import until as until_async
 from tests.services.processes import Processes
@@ -106,8 +107,30 @@ async def test_switched_off_the_plan_says_so_too(redis_url: str, namespace: str)
         assert (plan.prefix_affinity, plan.stages) == (False, (ONE,))
 
 
+@pytest.mark.parametrize(("setting", "is_guessed"), [("auto", True), ("false", False)])
+async def test_affinity_is_guessed_between_two_rounds(
+    redis_url: str, namespace: str, setting: str, is_guessed: bool
+) -> None:
+    """As soon as enough was told of how much comes again, with no replay and before the planner's next round."""
+    async with open_pipeline(redis_url, namespace, prefix_affinity=setting) as pipeline:
+        await _start(pipeline, "w0", "w1")
+        await _ask(pipeline, 0)
+        await replan_once(pipeline.settings)
+        for number in range(1, 5):
+            await _ask(pipeline, number)
+        await refine_once(pipeline.settings)
+        assert not (await pipeline.client.overview()).plan.prefix_affinity  # these were too few
+        for number in range(5, 8 + FEWEST_TOLD):
+            await _ask(pipeline, number)
+        reason = await refine_once(pipeline.settings)
+        plan = (await pipeline.client.overview()).plan
+        assert plan.prefix_affinity == is_guessed
+        assert ("of the prompt tokens came again" in reason) == is_guessed
+        assert [stage.worker_ids for stage in plan.stages] == [("w0", "w1")]
+
+
 async def test_conversations_bring_affinity_about(redis_url: str, namespace: str, tmp_path: Path) -> None:
-    """Real processes that know nothing at first: the planner replays what came, and publishes why."""
+    """Real processes that know nothing at first: the planner guesses it, and a replay of what came agrees."""
     values = {
         "redis_url": redis_url,
         "namespace": namespace,
@@ -134,13 +157,14 @@ async def test_conversations_bring_affinity_about(redis_url: str, namespace: str
             talking = [asyncio.create_task(_talk(client, number, stop)) for number in range(12)]
             await until_async(lambda: _goes_by_prefix(client), timeout_s=400)
             plan = (await client.overview()).plan
+            await until_async(lambda: _is_replayed(executor, reads), timeout_s=400)
+            kept = (await client.overview()).plan
             stop.set()
             assert all(await asyncio.gather(*talking))  # every answer was right
-            assert plan.reason.startswith("prefix affinity: gain ")
-            assert plan.details["is_replayed"]
+            assert plan.reason.startswith("prefix affinity: ")
+            assert kept.prefix_affinity
             decisions = [json.loads(line) for line in await _decisions(executor, reads)]
-            chosen = [one for one in decisions if one["publish"] and one["reason"] == plan.reason]
-            assert any(c.get("prefix_affinity") for one in chosen for c in one["candidates"])
+            assert any(one["publish"] and one["reason"] == plan.reason for one in decisions)
             history = await executor.run(reads.plan_history(count=100))
             assert any(plan_from_json(body).prefix_affinity for _, _, body in history)
             await until_async(lambda: _is_chosen(client), timeout_s=120)
@@ -156,6 +180,13 @@ async def _are_three(client: AsyncClient) -> bool:
 
 async def _goes_by_prefix(client: AsyncClient) -> bool:
     return (await client.overview()).plan.prefix_affinity
+
+
+async def _is_replayed(executor: AsyncExecutor, reads: Reads) -> bool:
+    """Whether the simulator has told what affinity is worth."""
+    decisions = [json.loads(line) for line in await _decisions(executor, reads)]
+    found = [one for decision in decisions for one in decision["candidates"] if one.get("prefix_affinity")]
+    return any(one["scored"] is not None for one in found)
 
 
 async def _decisions(executor: AsyncExecutor, reads: Reads) -> list[str]:

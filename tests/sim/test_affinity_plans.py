@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from l4queue.cli.bench.traffic import bench_trace
 from l4queue.cost.move import MovePrice
@@ -15,7 +17,16 @@ from l4queue.planning.histogram import Buckets, Demand
 from l4queue.planning.planner import Decision, PlannerSettings, Snapshot, plan
 from l4queue.planning.shadow import decide
 from l4queue.planning.traffic_change import Learned, with_decision
-from l4queue.sim.records import Changed, RecordedArrival, arrivals_of, chains_of, record_of
+from l4queue.sim import replay
+from l4queue.sim.records import (
+    FEWEST_TOLD,
+    Changed,
+    RecordedArrival,
+    arrivals_of,
+    chains_of,
+    record_of,
+    told_share,
+)
 from l4queue.sim.replay import make_replay
 from l4queue.sim.traces.sessions import make_sessions
 from tests.sim.small_engine import GPU
@@ -53,9 +64,9 @@ def decided(
     """By a replay of this record, with or without the content of its prompts."""
     known = record if has_content else [replace(a, blocks=b"") for a in record]
     workers = present.stages[0].num_workers
-    replay = make_replay(known, cost=cost, num_instances=workers, price=LINK)
-    assert replay is not None
-    return plan(snapshot(record, present, cost), SETTINGS, replay=replay)
+    replays = make_replay(known, cost=cost, num_instances=workers, price=LINK)
+    assert replays is not None
+    return plan(snapshot(record, present, cost), SETTINGS, replay=replays)
 
 
 def conversations(seed: int = 1) -> list[RecordedArrival]:
@@ -173,7 +184,7 @@ def test_requests_drawn_by_length_tell_no_content() -> None:
 
 
 def test_chains_are_those_of_the_traffic() -> None:
-    """Requests share as many leading blocks as their keys, in blocks of the engine; the rest is their own."""
+    """Requests share as many leading blocks as their keys; the rest is their own."""
     shared = b"".join(number.to_bytes(8, "big") for number in range(3))
     first, second, third = (
         RecordedArrival(arrival_s=0.0, input_tokens=tokens, output_tokens=20, blocks=blocks)
@@ -183,7 +194,55 @@ def test_chains_are_those_of_the_traffic() -> None:
 
     assert chains is not None
     flat = [[block for span in chain for block in span] for chain in chains]
-    assert [len(blocks) for blocks in flat] == [(3 * 128 + 25) // 16, (2 * 128 + 20) // 16, (4 * 128 + 20) // 16]
-    assert flat[1][:16] == flat[0][:16]
-    assert len({*flat[0], *flat[1], *flat[2]}) == sum(map(len, flat)) - 16
+    assert [len(blocks) for blocks in flat] == [
+        (3 * 128 + 25) // 128,
+        (2 * 128 + 20) // 128,
+        (4 * 128 + 20) // 128,
+    ]
+    assert flat[1][:2] == flat[0][:2]
+    assert len({*flat[0], *flat[1], *flat[2]}) == sum(map(len, flat)) - 2
     assert chains_of([first, third, replace(third, input_tokens=9000), second]) is None  # a fiftieth comes again
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_what_affinity_ends_early_would_not_have_won(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stages held against affinity are not all played to the end; the decision is that of whole replays."""
+    record = conversations(seed)
+    found = decided(record, one_stage(4), GPU)
+    monkeypatch.setattr(replay, "_WORSE_THAN_AFFINITY", float("inf"))
+    monkeypatch.setattr(replay, "_CLEARLY_WORSE", float("inf"))
+    whole = decided(record, one_stage(4), GPU)
+
+    assert [_split(one) for one in (found.plan, whole.plan)] == [(True, [0])] * 2
+    assert found.reason == whole.reason
+    scores = [
+        (one.scored or 0.0, other.scored) for one, other in zip(found.candidates, whole.candidates, strict=True)
+    ]
+    assert any(one != other for one, other in scores)
+    best = min(one for one, _ in scores)
+    assert all(one == other or one > 1.03 * best for one, other in scores)
+
+
+def _split(chosen: Plan) -> tuple[bool, list[int]]:
+    return chosen.prefix_affinity, [stage.low_tokens for stage in chosen.stages]
+
+
+def told(tokens: int, *keys: int) -> RecordedArrival:
+    """A prompt with these blocks."""
+    blocks = b"".join(key.to_bytes(8, "big") for key in keys)
+    return RecordedArrival(arrival_s=0.0, input_tokens=tokens, output_tokens=1, blocks=blocks)
+
+
+@given(st.lists(st.lists(st.integers(0, 6), max_size=4), min_size=FEWEST_TOLD, max_size=FEWEST_TOLD + 20))
+def test_the_share_told_is_that_of_tokens_in_blocks_seen_before(prompts: list[list[int]]) -> None:
+    """Counted block by block, from the first prompt on of which anything was told; of fewer nothing is said."""
+    record = [told(128 * len(keys) + 50, *keys) for keys in prompts]
+    begun = [keys for number, keys in enumerate(prompts) if any(prompts[: number + 1])]
+    before = [{key for earlier in begun[:number] for key in earlier} for number in range(len(begun))]
+    num_seen = sum(key in seen for keys, seen in zip(begun, before, strict=True) for key in keys)
+    num_tokens = sum(128 * len(keys) + 50 for keys in begun)
+
+    expected = 128 * num_seen / num_tokens if len(begun) >= FEWEST_TOLD else 0.0
+    assert told_share(record) == pytest.approx(expected)
+    assert told_share([told(10_000), *record]) == told_share(record)
+    assert told_share(record[: FEWEST_TOLD - 1]) == 0.0

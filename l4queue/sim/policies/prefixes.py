@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from l4queue.cost.step import BLOCK_TOKENS, StepCost
+from l4queue.cost.step import StepCost
 from l4queue.models import WorkerLoad
 from l4queue.sim.engine.instance import Instance
 from l4queue.sim.engine.request import SimRequest
@@ -31,7 +31,8 @@ class Prefixes:
 
     def held_tokens(self, request: SimRequest, instance: Instance) -> int:
         """Leading tokens of a request's context that an engine holds now."""
-        return instance.cached_blocks(request.chain, (request.length - 1) // BLOCK_TOKENS) * BLOCK_TOKENS
+        block_tokens = instance.block_tokens
+        return instance.cached_blocks(request.chain, (request.length - 1) // block_tokens) * block_tokens
 
     def held_by_all(self, request: SimRequest) -> dict[str, int]:
         """Of all engines, by worker."""
