@@ -159,7 +159,7 @@ def _repeated_share(record: Sequence[RecordedArrival]) -> float:
 def chains_of(record: Sequence[RecordedArrival]) -> tuple[Chain, ...] | None:
     """The content of each request; None where less than `LEAST_REPEATED` of it comes again in this record.
 
-    A prompt that nobody told is like no other. Blocks are those that are told, `prefix_blocks.BLOCK_TOKENS` each:
+    A prompt that nobody told is like no other. Blocks are as workers tell them, `prefix_blocks.BLOCK_TOKENS` each:
     an engine's smaller ones would say no more, and a replay would take three times as long.
     """
     if _repeated_share(record) < LEAST_REPEATED:

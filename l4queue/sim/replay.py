@@ -39,7 +39,7 @@ _CLEARLY_WORSE = 1.25
 one ends plans that would have caught up, a larger one saves less time."""
 _WORSE_THAN_AFFINITY = 1.08
 """The same where the best is prefix affinity. Chosen: on 16 records with content, at five of the checks each, no
-plan that was better in the end was more than 1.06 times as dear; 1.25 ends hardly any of those that lost."""
+plan that was better in the end was more than 1.06 times as dear; 1.25 ends hardly any that lost."""
 _FEWEST_BLOCKS, _MOST_BLOCKS = 8, 32
 """Blocks of a record. Chosen: fewer than eight tell little of how much they vary, more than 32 hardly more."""
 _NUM_RECORDS, _CHANCE = 300, 0.01

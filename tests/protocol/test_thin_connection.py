@@ -303,7 +303,7 @@ def _rows(key: str) -> list[tuple[Any, ...]]:
 
 
 def _read(*words: Any) -> Call[Any]:
-    """A command as it is, but for entries of streams: whoever asks for these reads them by `parse_entries`."""
+    """A command as it is, but for entries of streams: `parse_entries` reads these."""
     if words[0] in ("XRANGE", "XREVRANGE"):
         return Call(None, (), words, parse_entries)
     if words[0] == "XREAD":
